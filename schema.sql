@@ -1,0 +1,1494 @@
+-- Tidebase: the record of agent runs, and every rule about them.
+--
+-- NOUNS
+--   run        one execution of a workflow. A run that has a queue is a job.
+--   step       one named piece of a run; completed, its output is a checkpoint that is replayed, never executed again.
+--   lease      the right to work on a run or a step, held by an owner until an instant, and extended by its writes.
+--   fence      a number on the run that grows each time another owner takes the lease.
+--   event      what happened to a run, numbered 1, 2, 3 … without gap or repeat.
+--   gate       a question to a person; a channel is where to tell of it; the outbox holds webhooks until they are sent.
+--
+-- THE LIFE OF A RUN
+--   pending ──begin──► running ──complete──► completed
+--   queued ──claim──►  running ──fail──────► failed (or queued again, while attempts last)
+--   running ──lease expires──► queued again, or failed; without a queue it stays until somebody begins it
+--   waiting ──what it waits for──► queued
+--   anything but completed ──cancel──► cancelled;  failed, cancelled ──retry──► queued or pending
+--
+-- HOW TO READ IT
+--   A verb (begin_step, claim_runs) is one transition: it locks, decides, writes rows, the event and the webhooks, all
+--   of it or nothing, and answers the JSON of the HTTP response. Names: p_ arguments, v_ locals, _private helpers.
+--   Lock order: a parent's run before its child's, then the run's row (for no key update, so that foreign keys do not
+--   wait), and only then steps, gates, state, outbox. Queues with a cap serialise on an advisory lock per queue, taken
+--   before any run, in the order of their names.
+--   Whoever changes a run counts its event in the same update (event_seq + 1); _append_event then writes it down.
+--   Refusals are raised with SQLSTATE TBnnn, nnn being the HTTP status; the message is for a person, the detail is JSON
+--   with the code. What a user sends is json, kept to the letter; jsonb is where Tidebase looks inside.
+--   The only clock is tidebase.now(). No session state (SET, LISTEN, session locks): a transaction pooler may sit
+--   in between.
+--
+-- HOW IT EVOLVES
+--   Apply it with `python tidebase.py migrate` or `psql -1 -f schema.sql`: one transaction, any number of times, to an
+--   empty or an older database. Changes are additive: "create table" shows today's shape and below it stands
+--   "add column if not exists" for older databases. A changed signature needs "drop function if exists" above it.
+
+-- ------------------------------------------------------------------------------
+-- Preamble: one lock for all who apply this file, else concurrent "if not exists" collide on the catalog.
+-- ------------------------------------------------------------------------------
+select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0));
+create schema if not exists tidebase;
+
+-- ------------------------------------------------------------------------------
+-- Clock: the only source of time. In milliseconds, as on the wire, so that what is compared is what is shown.
+-- ------------------------------------------------------------------------------
+create or replace function tidebase.now() returns timestamptz language sql volatile as
+$$ select date_trunc('milliseconds', clock_timestamp()) $$;
+
+create or replace function tidebase._ms (p_ms bigint) returns interval language sql immutable as
+$$ select p_ms * interval '1 millisecond' $$;
+
+-- Time-ordered ids (UUID version 7, RFC 9562, as hex): neighbours in time are neighbours in every index.
+create or replace function tidebase._new_id (p_prefix text) returns text language sql volatile as $$
+  select p_prefix || '_' || lpad(to_hex((extract(epoch from clock_timestamp()) * 1000)::bigint), 12, '0')
+         || '7' || substr(replace(gen_random_uuid()::text, '-', ''), 14)
+$$;
+
+-- ------------------------------------------------------------------------------
+-- Tables: states are text with a named check, invariants are constraints, each index names the query it serves.
+-- ------------------------------------------------------------------------------
+create table if not exists tidebase.meta (
+  only_row    boolean     primary key default true check (only_row),
+  version     integer     not null,
+  digest      text,                                     -- of the file that was applied, set by `tidebase.py migrate`
+  applied_at  timestamptz not null default tidebase.now()
+);
+
+-- Every step updates its run's row (event_seq, the lease), so it must stay a heap-only update: room on the page, and
+-- no index on event_seq, updated_at, lease_expires_at.
+create table if not exists tidebase.runs (
+  id                  text        primary key,
+  workflow_name       text        not null,
+  input               json        not null default '{}',
+  metadata            jsonb       not null default '{}',
+  status              text        not null constraint runs_status_known check (status in
+                      ('pending', 'queued', 'running', 'waiting', 'completed', 'failed', 'cancelled')),
+  result              json,
+  error               json,
+  failure_class       text,
+  recovery_webhook    text,
+  queue               text,
+  dedupe_key          text,
+  priority            integer     not null default 0,
+  run_at              timestamptz,
+  max_attempts        integer     not null default 1,
+  attempt             integer     not null default 0,
+  deadline_at         timestamptz,
+  lease_owner         text,
+  lease_expires_at    timestamptz,
+  lease_ms            integer     not null default 60000,  -- what one write of the owner extends the lease by
+  fence               integer     not null default 0,      -- + 1 each time another owner takes the lease
+  former_owners       text[]      not null default '{}',   -- lost the lease to time: their late writes are refused
+  settled_by          text,                                -- whose complete, fail or release came last: tells a repeat
+  failed_attempt      integer,                             -- the attempt whose failure was recorded last: likewise
+  claim_id            text,                                -- of the claim that took it: likewise
+  stalled             boolean     not null default false,  -- lease expired, noticed, and left for a manual resume
+  offered_at          timestamptz,                         -- when a push queue last offered it
+  event_seq           integer     not null default 0,
+  has_channels        boolean     not null default false,
+  cancel_requested_at timestamptz,
+  cancelled_at        timestamptz,
+  cancel_reason       text,
+  cancel_actor        text,
+  created_at          timestamptz not null default tidebase.now(),
+  updated_at          timestamptz not null default tidebase.now(),
+  completed_at        timestamptz,
+  constraint runs_lease_whole check ((lease_owner is null) = (lease_expires_at is null)),
+  constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null))
+) with (fillfactor = 70);
+-- At most one live run per queue and dedupe key; enqueue_runs reads the live one by it.
+create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedupe_key)
+  where dedupe_key is not null and status in ('queued', 'running', 'waiting');
+-- Serves claim_runs: the ready runs of a queue and priority, by run_at; and the priorities in use.
+create index if not exists runs_ready_idx on tidebase.runs (queue, priority desc, run_at) where status = 'queued';
+-- Serves expire_leases (all of it: as many rows as there are workers), the concurrency cap (by queue) and the repeat
+-- of a claim (by queue and owner).
+create index if not exists runs_running_idx on tidebase.runs (queue, lease_owner)
+  where status = 'running' and not stalled;
+-- Serves cancel_overdue.
+create index if not exists runs_deadline_idx on tidebase.runs (deadline_at)
+  where deadline_at is not null and status in ('pending', 'queued', 'running', 'waiting');
+-- Serve the list of runs, newest first: all, of a workflow, of a queue, of a status (few are anything but completed),
+-- and by metadata.
+create index if not exists runs_newest_idx on tidebase.runs (created_at desc, id desc);
+create index if not exists runs_workflow_idx on tidebase.runs (workflow_name, created_at desc, id desc);
+create index if not exists runs_queue_idx on tidebase.runs (queue, created_at desc, id desc) where queue is not null;
+create index if not exists runs_status_idx on tidebase.runs (status, created_at desc, id desc)
+  where status <> 'completed';
+create index if not exists runs_metadata_idx on tidebase.runs using gin (metadata jsonb_path_ops)
+  where metadata <> '{}';
+
+create table if not exists tidebase.steps (
+  id               text        primary key,
+  run_id           text        not null references tidebase.runs on delete cascade,
+  name             text        not null,
+  position         integer     not null,                   -- the run's event number at its first begin: their order
+  input_hash       text        not null,
+  input            json,
+  options          json        not null default '{}',
+  contract         json        not null,
+  status           text        not null constraint steps_status_known check (status in
+                   ('running', 'completed', 'failed_retryable', 'manual_review', 'failed')),
+  output           json,
+  error            json,
+  lease_owner      text,
+  lease_expires_at timestamptz,
+  fence            integer     not null default 0,         -- the run's fence when it was begun
+  settled_by       text,                                   -- whose complete or fail came last: a repeat is known by it
+  reviewed         text,                                   -- the last review's decision: likewise
+  attempt          integer     not null default 1,
+  started_at       timestamptz,
+  completed_at     timestamptz,
+  created_at       timestamptz not null default tidebase.now(),
+  updated_at       timestamptz not null default tidebase.now(),
+  constraint steps_name_key unique (run_id, name)           -- also serves the run detail and every begin
+) with (fillfactor = 70);
+
+create table if not exists tidebase.events (
+  id         bigint      generated always as identity,
+  run_id     text        not null references tidebase.runs on delete cascade,
+  seq        integer     not null,
+  type       text        not null,
+  payload    json        not null,
+  created_at timestamptz not null default tidebase.now(),
+  constraint events_pkey primary key (run_id, seq)          -- serves the run detail and the streams
+);
+
+create table if not exists tidebase.channels (
+  id         text        primary key,
+  run_id     text        not null references tidebase.runs on delete cascade,
+  gate_id    text,                                          -- set: this gate's own, told of nothing else
+  type       text        not null,
+  url        text        not null,
+  secret     text,                                          -- signs; never leaves the database but to the sender
+  events     jsonb       not null default '[]',             -- empty: all
+  created_at timestamptz not null default tidebase.now()
+);
+-- Serves _notify and the run detail.
+create index if not exists channels_run_idx on tidebase.channels (run_id);
+
+-- The outbox: a webhook is a row written with what it tells of, and sent afterwards. A channel's rows go out one after
+-- the other: only the first of those pending has a next_attempt_at.
+create table if not exists tidebase.outbox (
+  seq             bigint      generated always as identity primary key,
+  id              text        not null unique,              -- rec_… or del_…, the same at every try
+  kind            text        not null constraint outbox_kind_known check (kind in ('recovery', 'push', 'channel')),
+  run_id          text        not null references tidebase.runs on delete cascade,
+  channel_id      text        references tidebase.channels on delete cascade,
+  gate_id         text,
+  event_type      text        not null,                     -- run.resume, run.invoke, or the event's
+  reason          text,
+  url             text        not null,
+  payload         json,
+  status          text        not null default 'pending'
+                  constraint outbox_status_known check (status in ('pending', 'delivered', 'failed')),
+  attempts        integer     not null default 0,
+  next_attempt_at timestamptz,
+  http_status     integer,
+  response_body   text,
+  error_text      text,
+  created_at      timestamptz not null default tidebase.now(),
+  completed_at    timestamptz
+);
+-- Serves take_deliveries.
+create index if not exists outbox_due_idx on tidebase.outbox (next_attempt_at) where status = 'pending';
+-- Serves the order of a channel.
+create index if not exists outbox_channel_idx on tidebase.outbox (channel_id, seq) where status = 'pending';
+-- Serves the run detail.
+create index if not exists outbox_run_idx on tidebase.outbox (run_id, seq);
+
+create table if not exists tidebase.queues (
+  name            text    primary key,
+  concurrency     integer,
+  rate_per_minute integer,
+  invoke_url      text
+);
+
+-- The claims of queues that have a rate; older than a minute, they are deleted by the next claim.
+create table if not exists tidebase.queue_claims (
+  queue      text        not null,
+  claimed_at timestamptz not null,
+  claimed    integer     not null
+);
+-- Serves _queue_room.
+create index if not exists queue_claims_idx on tidebase.queue_claims (queue, claimed_at);
+
+-- How many runs of a queue ended how: rows are only added (nobody waits), and summed up by fold_tallies.
+create table if not exists tidebase.queue_tallies (
+  queue  text   not null,
+  status text   not null,
+  runs   bigint not null
+);
+
+-- ------------------------------------------------------------------------------
+-- On the wire: each table's row as protocol.md shows it, every key always there.
+-- ------------------------------------------------------------------------------
+create or replace function tidebase._iso (p_at timestamptz) returns text language sql stable as
+$$ select to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"') $$;
+
+create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as $$
+  select json_build_object(
+    'id', r.id, 'workflowName', r.workflow_name, 'input', r.input, 'metadata', r.metadata, 'status', r.status,
+    'result', r.result, 'error', r.error, 'recoveryWebhook', r.recovery_webhook, 'leaseOwner', r.lease_owner,
+    'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
+    'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
+    'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
+    'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
+    'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
+    'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
+    'completedAt', tidebase._iso(r.completed_at))
+$$;
+
+create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
+  select json_build_object(
+    'id', s.id, 'runId', s.run_id, 'name', s.name, 'inputHash', s.input_hash, 'input', s.input, 'options', s.options,
+    'resumeContract', s.contract, 'status', s.status, 'output', s.output, 'error', s.error,
+    'leaseOwner', s.lease_owner, 'leaseExpiresAt', tidebase._iso(s.lease_expires_at), 'attempt', s.attempt,
+    'startedAt', tidebase._iso(s.started_at), 'completedAt', tidebase._iso(s.completed_at),
+    'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
+$$;
+
+create or replace function tidebase._event_json (e tidebase.events) returns json language sql stable as $$
+  select json_build_object('id', e.id, 'runId', e.run_id, 'seq', e.seq, 'type', e.type, 'payload', e.payload,
+                           'createdAt', tidebase._iso(e.created_at))
+$$;
+
+create or replace function tidebase._channel_json (c tidebase.channels) returns json language sql stable as $$
+  select json_build_object('id', c.id, 'runId', c.run_id, 'type', c.type,
+                           'config', json_build_object('url', c.url, 'secret', null),
+                           'events', c.events, 'createdAt', tidebase._iso(c.created_at))
+$$;
+
+create or replace function tidebase._recovery_json (o tidebase.outbox) returns json language sql stable as $$
+  select json_build_object(
+    'id', o.id, 'runId', o.run_id, 'reason', o.reason, 'webhookUrl', o.url, 'status', o.status,
+    'httpStatus', o.http_status, 'responseBody', o.response_body, 'errorText', o.error_text,
+    'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
+    'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
+$$;
+
+create or replace function tidebase._delivery_json (o tidebase.outbox) returns json language sql stable as $$
+  select json_build_object(
+    'id', o.id, 'runId', o.run_id, 'channelId', o.channel_id, 'gateId', o.gate_id, 'eventType', o.event_type,
+    'payload', o.payload, 'status', o.status, 'httpStatus', o.http_status, 'responseBody', o.response_body,
+    'errorText', o.error_text, 'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
+    'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
+$$;
+
+create or replace function tidebase._queue_json (q tidebase.queues) returns json language sql stable as $$
+  select json_build_object('name', q.name, 'concurrency', q.concurrency, 'ratePerMinute', q.rate_per_minute,
+                           'invokeUrl', q.invoke_url)
+$$;
+
+-- The completed steps of a run, for a worker that is to replay them; past 4 MiB of output the rest is asked for step
+-- by step.  Returns {"checkpoints": [...], "checkpointsTruncated": bool}.
+create or replace function tidebase._checkpoints (p_run_id text) returns json language sql stable as $$
+  with done as (
+    select s.position, json_build_object('name', s.name, 'inputHash', s.input_hash, 'output', s.output) as checkpoint,
+           sum(coalesce(octet_length(s.output::text), 4)) over (order by s.position) as bytes
+      from tidebase.steps s where s.run_id = p_run_id and s.status = 'completed'
+  )
+  select json_build_object(
+    'checkpoints', coalesce(json_agg(checkpoint order by position) filter (where bytes <= 4194304), '[]'),
+    'checkpointsTruncated', coalesce(max(bytes), 0) > 4194304)
+    from done
+$$;
+
+-- The keys of two objects, both made by json_build_object, in one; as text, so that payloads stay as they came.
+create or replace function tidebase._joined (p_first json, p_second json) returns json language sql immutable as
+$$ select (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json $$;
+
+-- ------------------------------------------------------------------------------
+-- Private helpers: locking, refusing and recording, the same way for every verb.
+-- ------------------------------------------------------------------------------
+
+-- Ends the verb with nothing written: HTTP status, words, and {"code": …} with the case's extras for the answer.
+create or replace function tidebase._refuse (p_status integer, p_code text, p_words text, p_extras json default null)
+  returns void language plpgsql as $$
+begin
+  raise exception using errcode = 'TB' || p_status, message = p_words,
+    detail = case when p_extras is null then json_build_object('code', p_code)
+                  else tidebase._joined(json_build_object('code', p_code), p_extras) end;
+end $$;
+
+create or replace function tidebase._lock_run (p_run_id text) returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs;
+begin
+  select * into v_run from tidebase.runs where id = p_run_id for no key update;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('run %s does not exist', p_run_id));
+  end if;
+  return v_run;
+end $$;
+
+-- Needs the run locked: every writer of a step locks its run first.
+create or replace function tidebase._step (p_run_id text, p_step_id text) returns tidebase.steps language plpgsql as $$
+declare
+  v_step tidebase.steps;
+begin
+  select * into v_step from tidebase.steps where id = p_step_id and run_id = p_run_id;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('run %s has no step %s', p_run_id, p_step_id));
+  end if;
+  return v_step;
+end $$;
+
+create or replace function tidebase._refuse_lost (p_run tidebase.runs) returns void language sql as $$
+  select tidebase._refuse(409, 'lease_lost', format('the lease of run %s is not yours', p_run.id),
+                          json_build_object('run', tidebase._run_json(p_run)))
+$$;
+
+create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) returns void language sql as $$
+  select tidebase._refuse(409, 'run_cancelled', format('run %s is cancelled', p_run.id),
+                          json_build_object('run', tidebase._run_json(p_run)))
+$$;
+
+-- A worker that was silent until its run went to another may still be at work: whatever it writes is refused.
+create or replace function tidebase._fence_off (p_run tidebase.runs, p_owner text) returns void language plpgsql as $$
+begin
+  if p_owner = any (p_run.former_owners) and p_run.lease_owner is distinct from p_owner then
+    perform tidebase._refuse_lost(p_run);
+  end if;
+end $$;
+
+-- Writes down an event that the run's update has counted.
+create or replace function tidebase._append_event (p_run_id text, p_seq integer, p_type text, p_payload json)
+  returns void language sql as $$
+  insert into tidebase.events (run_id, seq, type, payload) values (p_run_id, p_seq, p_type, p_payload)
+$$;
+
+-- Counts and writes an event of a run that is locked and does not change otherwise; the owner's lease is extended.
+create or replace function tidebase._record (p_run tidebase.runs, p_owner text, p_type text, p_payload json)
+  returns integer language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+  v_seq integer;
+begin
+  update tidebase.runs set event_seq = event_seq + 1, updated_at = v_now,
+         lease_expires_at = case when lease_owner = p_owner then v_now + tidebase._ms(lease_ms)
+                                 else lease_expires_at end
+   where id = p_run.id returning event_seq into v_seq;
+  insert into tidebase.events (run_id, seq, type, payload, created_at)
+  values (p_run.id, v_seq, p_type, p_payload, v_now);
+  return v_seq;
+end $$;
+
+-- Puts a webhook into the outbox. Needs the run locked, so that a channel's rows stand in the order of its events.
+create or replace function tidebase._post (p_kind text, p_run_id text, p_channel_id text, p_gate_id text, p_type text,
+                                           p_reason text, p_url text, p_payload json)
+  returns tidebase.outbox language sql as $$
+  insert into tidebase.outbox (id, kind, run_id, channel_id, gate_id, event_type, reason, url, payload, next_attempt_at)
+  values (tidebase._new_id(case p_kind when 'channel' then 'del' else 'rec' end), p_kind, p_run_id, p_channel_id,
+          p_gate_id, p_type, p_reason, p_url, p_payload,
+          case when not exists (select from tidebase.outbox o
+                                 where o.channel_id = p_channel_id and o.status = 'pending') then tidebase.now() end)
+  returning *
+$$;
+
+-- Tells the run's channels (and, of a gate, the gate's own) of an event that they want to hear of.
+create or replace function tidebase._notify (p_run tidebase.runs, p_type text, p_payload json,
+                                             p_gate_id text default null) returns void language plpgsql as $$
+begin
+  if p_run.has_channels then
+    perform tidebase._post('channel', p_run.id, c.id, p_gate_id, p_type, null, c.url, p_payload)
+       from tidebase.channels c
+      where c.run_id = p_run.id and (c.gate_id is null or c.gate_id = p_gate_id)
+        and (c.events = '[]' or c.events ? p_type);
+  end if;
+end $$;
+
+-- Adds channels ([{type, url, secret?, events?}]) to a run or to a gate of it, and answers them without their secrets.
+create or replace function tidebase._add_channels (p_run_id text, p_gate_id text, p_channels jsonb)
+  returns json language sql as $$
+  with added as (
+    insert into tidebase.channels (id, run_id, gate_id, type, url, secret, events)
+    select tidebase._new_id('chan'), p_run_id, p_gate_id, c->>'type', c->>'url', c->>'secret',
+           coalesce(c->'events', '[]')
+      from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n
+    returning *
+  )
+  select coalesce(json_agg(tidebase._channel_json(added)), '[]') from added
+$$;
+
+-- Asks the app, through the run's recovery webhook, to resume it.
+create or replace function tidebase._start_recovery (p_run tidebase.runs, p_reason text)
+  returns tidebase.outbox language plpgsql as $$
+declare
+  v_post tidebase.outbox := tidebase._post('recovery', p_run.id, null, null, 'run.resume', p_reason,
+                                           p_run.recovery_webhook, null);
+begin
+  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_post.id,
+                           'reason', p_reason));
+  return v_post;
+end $$;
+
+create or replace function tidebase._tally (p_queue text, p_status text, p_runs integer) returns void language sql as $$
+  insert into tidebase.queue_tallies select p_queue, p_status, p_runs where p_queue is not null
+$$;
+
+-- ------------------------------------------------------------------------------
+-- Runs: created, begun, kept alive, ended, put back.
+-- ------------------------------------------------------------------------------
+
+-- Creates a run without a queue. The same p_id again answers the run that is there, created false.
+-- Needs    p_id not used by another workflow, else TB409 run_id_conflict.
+-- Leaves   the run pending, its channels, event run.created.    Returns  {"run", "created"}.
+create or replace function tidebase.create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
+                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint)
+  returns json language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+  v_run tidebase.runs;
+begin
+  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, deadline_at, has_channels,
+                             event_seq, created_at, updated_at)
+  values (coalesce(p_id, tidebase._new_id('run')), p_workflow_name, p_input, p_metadata, 'pending', p_recovery_webhook,
+          v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', 1, v_now, v_now)
+  on conflict (id) do nothing returning * into v_run;
+  if not found then
+    v_run := tidebase._same_run(p_id, p_workflow_name);
+    return json_build_object('run', tidebase._run_json(v_run), 'created', false);
+  end if;
+  perform tidebase._append_event(v_run.id, 1, 'run.created', json_build_object('workflowName', p_workflow_name,
+            'input', p_input, 'channels', tidebase._add_channels(v_run.id, null, p_channels)));
+  return json_build_object('run', tidebase._run_json(v_run), 'created', true);
+end $$;
+
+-- The run that a client's id already names; TB409 run_id_conflict when it is of another workflow.
+create or replace function tidebase._same_run (p_id text, p_workflow_name text)
+  returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_id);
+begin
+  if v_run.workflow_name <> p_workflow_name then
+    perform tidebase._refuse(409, 'run_id_conflict', format('run %s is of workflow %s', p_id, v_run.workflow_name));
+  end if;
+  return v_run;
+end $$;
+
+-- Takes the lease of a run and begins, or resumes, it.
+-- Needs    no live lease of another owner (TB409 run_leased, with leaseOwner); not cancelled (TB409 run_cancelled).
+-- Leaves   the run running, attempt + 1, event run.started; a repeat by the holder only extends the lease; a
+--          completed run is answered as it is, without a lease.
+-- Returns  {"run", "leaseOwner"}, with p_checkpoints also "checkpoints" and "checkpointsTruncated".
+create or replace function tidebase.begin_run (p_run_id text, p_owner text, p_lease_ms integer, p_checkpoints boolean)
+  returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now  timestamptz := tidebase.now();
+  v_body json;
+begin
+  if v_run.status = 'cancelled' then
+    perform tidebase._refuse_cancelled(v_run);
+  elsif v_run.status = 'completed' then
+    return json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', null);
+  elsif v_run.status = 'running' and v_run.lease_expires_at > v_now and v_run.lease_owner <> p_owner then
+    perform tidebase._refuse(409, 'run_leased', format('run %s is leased by another worker', p_run_id),
+                             json_build_object('leaseOwner', v_run.lease_owner));
+  elsif v_run.status = 'running' and v_run.lease_expires_at > v_now then
+    update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), updated_at = v_now
+     where id = p_run_id returning * into v_run;
+  else
+    if v_run.status = 'failed' then
+      perform tidebase._tally(v_run.queue, 'failed', -1);
+    end if;
+    update tidebase.runs
+       set status = 'running', attempt = attempt + 1, lease_owner = p_owner, lease_ms = p_lease_ms,
+           lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, stalled = false, claim_id = null,
+           former_owners = array_remove(array_remove(former_owners || lease_owner, p_owner), null),
+           error = null, failure_class = null, completed_at = null, event_seq = event_seq + 1, updated_at = v_now
+     where id = p_run_id returning * into v_run;
+    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.started',
+                                   json_build_object('leaseOwner', p_owner, 'attempt', v_run.attempt));
+  end if;
+  v_body := json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_owner);
+  return case when p_checkpoints then tidebase._joined(v_body, tidebase._checkpoints(p_run_id)) else v_body end;
+exception when unique_violation then  -- a failed run begun again, while another took its dedupe key
+  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run_id));
+end $$;
+
+-- Extends the leases of runs that their owners hold: no event, no attempt. One statement, so that a worker that holds
+-- hundreds pays for one.
+-- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}.
+create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_owners text[])
+  returns json language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+begin
+  perform from tidebase.runs where id = any (p_run_ids) order by id for no key update;
+  update tidebase.runs r
+     set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
+    from unnest(p_run_ids, p_owners) as beat (run_id, owner)
+   where r.id = beat.run_id and r.lease_owner = beat.owner and r.status = 'running';
+  return (
+    select json_build_object('results', json_agg(case
+             when r.id is null then
+               json_build_object('error', format('run %s does not exist', beat.run_id), 'code', 'not_found',
+                                 'status', 404)
+             when r.status = 'cancelled' then
+               json_build_object('error', format('run %s is cancelled', r.id), 'code', 'run_cancelled',
+                                 'status', 409, 'run', tidebase._run_json(r))
+             when r.lease_owner is distinct from beat.owner then
+               json_build_object('error', format('the lease of run %s is not yours', r.id), 'code', 'lease_lost',
+                                 'status', 409, 'run', tidebase._run_json(r))
+             else json_build_object('run', tidebase._run_json(r)) end order by n))
+      from unnest(p_run_ids, p_owners) with ordinality as beat (run_id, owner, n)
+      left join tidebase.runs r on r.id = beat.run_id);
+end $$;
+
+-- One run's heartbeat.   Needs  p_owner holds it: else TB409 lease_lost or run_cancelled, TB404.   Returns  {"run"}.
+create or replace function tidebase.heartbeat (p_run_id text, p_owner text) returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now timestamptz := tidebase.now();
+begin
+  if v_run.status = 'cancelled' then
+    perform tidebase._refuse_cancelled(v_run);
+  elsif v_run.lease_owner is distinct from p_owner then
+    perform tidebase._refuse_lost(v_run);
+  end if;
+  update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
+   where id = p_run_id returning * into v_run;
+  return json_build_object('run', tidebase._run_json(v_run));
+end $$;
+
+-- Whether the outcome that p_owner reports changes nothing, since the run ended already.
+-- Refuses  TB409 lease_lost when p_owner is given and the lease is, or the outcome was, another's.
+create or replace function tidebase._is_settled (p_run tidebase.runs, p_owner text)
+  returns boolean language plpgsql as $$
+begin
+  if p_run.status = 'cancelled'
+     or (p_run.status in ('completed', 'failed') and (p_owner is null or p_run.settled_by = p_owner)) then
+    return true;
+  elsif p_owner is not null and p_run.lease_owner is distinct from p_owner then
+    perform tidebase._refuse_lost(p_run);
+  end if;
+  return false;
+end $$;
+
+-- Ends a run well.
+-- Needs    p_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
+--          a run that already ended, and the owner's repeat, are answered unchanged.    Returns  {"run"}.
+create or replace function tidebase.complete_run (p_run_id text, p_owner text, p_result json)
+  returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now timestamptz := tidebase.now();
+begin
+  if not tidebase._is_settled(v_run, p_owner) then
+    update tidebase.runs
+       set status = 'completed', result = p_result, settled_by = lease_owner, lease_owner = null,
+           lease_expires_at = null, stalled = false, completed_at = v_now, updated_at = v_now, event_seq = event_seq + 1
+     where id = p_run_id returning * into v_run;
+    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.completed', json_build_object('result', p_result));
+    perform tidebase._notify(v_run, 'run.completed', json_build_object('run', tidebase._run_json(v_run)));
+    perform tidebase._tally(v_run.queue, 'completed', 1);
+  end if;
+  return json_build_object('run', tidebase._run_json(v_run));
+end $$;
+
+-- Puts a queue run back, for another attempt at p_run_at. p_by: who reported the failure, null when its lease expired.
+-- Needs it locked.  Leaves it queued, event run.requeued.
+create or replace function tidebase._requeue (p_run tidebase.runs, p_error json, p_run_at timestamptz, p_by text)
+  returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs;
+begin
+  update tidebase.runs
+     set status = 'queued', run_at = p_run_at, error = p_error, settled_by = p_by, failed_attempt = attempt,
+         lease_owner = null, lease_expires_at = null, updated_at = tidebase.now(), event_seq = event_seq + 1
+   where id = p_run.id returning * into v_run;
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.requeued', json_build_object('error', p_error,
+            'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts, 'nextRunAt', tidebase._iso(p_run_at)));
+  return v_run;
+end $$;
+
+-- Ends a run badly; p_by as above.
+-- Needs it locked.  Leaves it failed, event and channels run.failed, the recovery webhook in the outbox.
+create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text)
+  returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs;
+  v_now timestamptz := tidebase.now();
+begin
+  update tidebase.runs
+     set status = 'failed', error = p_error, failure_class = p_failure_class, settled_by = p_by,
+         failed_attempt = attempt, lease_owner = null, lease_expires_at = null, stalled = false, completed_at = v_now,
+         updated_at = v_now, event_seq = event_seq + 1
+   where id = p_run.id returning * into v_run;
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.failed',
+                                 json_build_object('error', p_error, 'failureClass', p_failure_class));
+  perform tidebase._notify(v_run, 'run.failed', json_build_object('run', tidebase._run_json(v_run), 'error', p_error));
+  perform tidebase._tally(v_run.queue, 'failed', 1);
+  if v_run.recovery_webhook is not null then
+    perform tidebase._start_recovery(v_run, 'run_failed');
+  end if;
+  return v_run;
+end $$;
+
+-- Reports that an attempt at a run failed.
+-- Needs    p_owner, when given, holds it (TB409 lease_lost).
+-- Leaves   a queue run with attempts left queued, after 5 s · 2^(attempt-1), at most 5 min; else _fail. A run that
+--          already ended, and a repeat, are answered unchanged.    Returns  {"run", "requeued"}.
+create or replace function tidebase.fail_run (p_run_id text, p_owner text, p_error json, p_failure_class text,
+                                              p_retryable boolean)
+  returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+begin
+  if (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
+      and (p_owner is null or v_run.settled_by = p_owner))
+     or tidebase._is_settled(v_run, p_owner) then
+    return json_build_object('run', tidebase._run_json(v_run), 'requeued', v_run.status = 'queued');
+  elsif v_run.queue is not null and v_run.attempt < v_run.max_attempts and p_retryable then
+    v_run := tidebase._requeue(v_run, p_error,
+               tidebase.now() + least(interval '5 seconds' * 2 ^ greatest(v_run.attempt - 1, 0), interval '5 minutes'),
+               v_run.lease_owner);
+    return json_build_object('run', tidebase._run_json(v_run), 'requeued', true);
+  end if;
+  v_run := tidebase._fail(v_run, p_error, coalesce(p_failure_class,
+             case when p_retryable and v_run.max_attempts > 1 then 'max_retries' end), v_run.lease_owner);
+  return json_build_object('run', tidebase._run_json(v_run), 'requeued', false);
+end $$;
+
+-- Ends a run because somebody wants it ended: at once, whoever holds it.
+-- Needs    not completed (TB409 run_completed, with run).
+-- Leaves   it cancelled, event and channels run.cancelled; cancelled before, the first reason stands.  Returns {"run"}.
+create or replace function tidebase.cancel_run (p_run_id text, p_reason text, p_actor text)
+  returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now timestamptz := tidebase.now();
+begin
+  if v_run.status = 'completed' then
+    perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
+                             json_build_object('run', tidebase._run_json(v_run)));
+  elsif v_run.status <> 'cancelled' then
+    if v_run.status = 'failed' then
+      perform tidebase._tally(v_run.queue, 'failed', -1);
+    end if;
+    update tidebase.runs
+       set status = 'cancelled', cancel_reason = p_reason, cancel_actor = p_actor, cancel_requested_at = v_now,
+           cancelled_at = v_now, completed_at = v_now, settled_by = lease_owner, lease_owner = null,
+           lease_expires_at = null, stalled = false, updated_at = v_now, event_seq = event_seq + 1
+     where id = p_run_id returning * into v_run;
+    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.cancelled',
+                                   json_build_object('reason', p_reason, 'actor', p_actor));
+    perform tidebase._notify(v_run, 'run.cancelled', json_build_object('run', tidebase._run_json(v_run)));
+    perform tidebase._tally(v_run.queue, 'cancelled', 1);
+  end if;
+  return json_build_object('run', tidebase._run_json(v_run));
+end $$;
+
+-- Gives a run back that its owner will not go on with (a worker that shuts down).
+-- Needs    p_owner holds it (TB409 lease_lost, run_cancelled).
+-- Leaves   it queued, or pending without a queue, no attempt spent, event run.released.    Returns  {"run"}.
+create or replace function tidebase.release_run (p_run_id text, p_owner text) returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now timestamptz := tidebase.now();
+begin
+  if v_run.status = 'cancelled' then
+    perform tidebase._refuse_cancelled(v_run);
+  elsif v_run.lease_owner = p_owner then
+    update tidebase.runs
+       set status = case when queue is null then 'pending' else 'queued' end, run_at = coalesce(run_at, v_now),
+           attempt = attempt - 1, settled_by = lease_owner, lease_owner = null, lease_expires_at = null,
+           stalled = false, updated_at = v_now, event_seq = event_seq + 1
+     where id = p_run_id returning * into v_run;
+    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.released', json_build_object('leaseOwner', p_owner));
+  elsif v_run.lease_owner is not null or v_run.settled_by is distinct from p_owner then
+    perform tidebase._refuse_lost(v_run);
+  end if;
+  return json_build_object('run', tidebase._run_json(v_run));
+end $$;
+
+-- Puts a failed or cancelled run back, with its checkpoints and all its attempts.
+-- Needs    not completed (TB409 run_completed); its dedupe key free (TB409 dedupe_conflict).
+-- Leaves   it queued, or pending without a queue, event run.retried; a live run unchanged.    Returns  {"run"}.
+create or replace function tidebase.retry_run (p_run_id text) returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now timestamptz := tidebase.now();
+begin
+  if v_run.status = 'completed' then
+    perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
+                             json_build_object('run', tidebase._run_json(v_run)));
+  elsif v_run.status in ('failed', 'cancelled') then
+    perform tidebase._tally(v_run.queue, v_run.status, -1);
+    update tidebase.runs
+       set status = case when queue is null then 'pending' else 'queued' end, run_at = v_now, attempt = 0,
+           failed_attempt = null, settled_by = null, error = null, failure_class = null, cancel_reason = null,
+           cancel_actor = null, cancel_requested_at = null, cancelled_at = null, completed_at = null,
+           deadline_at = case when deadline_at > v_now then deadline_at end,
+           updated_at = v_now, event_seq = event_seq + 1
+     where id = p_run_id returning * into v_run;
+    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.retried', '{}');
+  end if;
+  return json_build_object('run', tidebase._run_json(v_run));
+exception when unique_violation then
+  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run_id));
+end $$;
+
+-- Posts the recovery webhook now.
+-- Needs    the run has one (TB422 no_recovery_webhook).    Leaves  one pending attempt of that reason: a repeat before
+--          it is sent adds none.    Returns  {"recoveryAttempt"}.
+create or replace function tidebase.recover_run (p_run_id text, p_reason text) returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_post tidebase.outbox;
+begin
+  if v_run.recovery_webhook is null then
+    perform tidebase._refuse(422, 'no_recovery_webhook', format('run %s has no recoveryWebhook', p_run_id));
+  end if;
+  select * into v_post from tidebase.outbox
+   where run_id = p_run_id and kind = 'recovery' and reason = p_reason and status = 'pending' and attempts = 0
+   order by seq limit 1;
+  if not found then
+    v_post := tidebase._start_recovery(v_run, p_reason);
+  end if;
+  return json_build_object('recoveryAttempt', tidebase._recovery_json(v_post));
+end $$;
+
+-- ------------------------------------------------------------------------------
+-- Steps: begun under a lease, ended once; what was completed is returned, never executed again.
+-- ------------------------------------------------------------------------------
+
+-- What a client promised of a step, from its options: how safe it is to run it again.
+create or replace function tidebase._contract (p_options json) returns json language sql immutable as $$
+  select json_build_object(
+    'sideEffects', coalesce(p_options->'sideEffects', '[]'), 'idempotencyKey', p_options->>'idempotencyKey',
+    'replay', coalesce(p_options->>'replay', 'auto'), 'checkpointInvariant', p_options->>'checkpointInvariant',
+    'verifiedBy', p_options->>'verifiedBy', 'credentials', coalesce(p_options->'credentials', '[]'))
+$$;
+
+-- Whether a step's row, which its caller does not own, is still somebody's: by its own lease, or by the run's, which
+-- the owner's heartbeats keep. The run's holder need not heed a step begun before it took the run over: that owner is
+-- gone.
+create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
+                                                p_now timestamptz) returns boolean language sql immutable as $$
+  select p_step.status = 'running' and p_step.lease_owner is distinct from p_owner
+     and (p_step.lease_expires_at > p_now
+          or (p_run.lease_owner = p_step.lease_owner and p_run.lease_expires_at > p_now))
+     and not (p_run.lease_owner = p_owner and p_step.fence < p_run.fence)
+$$;
+
+-- Whether only a person can tell if a step may run (again): an earlier owner began it, recorded no outcome and is
+-- gone, and its contract leaves replay to a person; or that was found before; or it failed and must never run again.
+create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_owner text)
+  returns boolean language sql immutable as $$
+  select p_step.status = 'manual_review'
+      or (p_step.status = 'running' and p_step.contract->>'replay' in ('manual', 'never')
+          and (p_step.lease_owner is distinct from p_owner or p_step.fence <> p_run.fence))
+      or (p_step.status = 'failed' and p_step.contract->>'replay' = 'never')
+$$;
+
+create or replace function tidebase._step_started (s tidebase.steps) returns json language sql immutable as $$
+  select json_build_object('stepId', s.id, 'name', s.name, 'attempt', s.attempt, 'resumeContract', s.contract)
+$$;
+
+-- Asks what to do about a step, and takes it where the answer is "execute".
+-- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
+-- Needs    p_owner did not lose the run (TB409 lease_lost).
+-- Leaves   on execute: the step running under p_owner's lease, attempt + 1, event step.started; begun again by its
+--          owner: the lease extended and nothing else. On manual_review: the step so marked.
+-- Returns  {"action", …}, and the HTTP status: 409 for manual_review, which is a refusal that writes.
+create or replace function tidebase.begin_step (p_run_id text, p_name text, p_input_hash text, p_input json,
+                                                p_options json, p_owner text, p_lease_ms integer,
+                                                out body json, out status integer) language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now  timestamptz := tidebase.now();
+  v_step tidebase.steps;
+begin
+  status := 200;
+  if v_run.status = 'cancelled' then
+    body := json_build_object('action', 'cancelled', 'run', tidebase._run_json(v_run));
+    return;
+  end if;
+  perform tidebase._fence_off(v_run, p_owner);
+  select * into v_step from tidebase.steps s where s.run_id = p_run_id and s.name = p_name;
+
+  if v_step.id is null then
+    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
+                                lease_expires_at, fence, started_at, created_at, updated_at)
+    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
+            tidebase._contract(p_options), 'running', p_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
+            v_now, v_now, v_now)
+    returning * into v_step;
+    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
+  elsif v_step.input_hash <> p_input_hash then
+    body := json_build_object('action', 'input_mismatch', 'step', tidebase._step_json(v_step),
+                              'expectedInputHash', v_step.input_hash, 'actualInputHash', p_input_hash);
+    return;
+  elsif v_step.status = 'completed' then
+    body := json_build_object('action', 'return', 'step', tidebase._step_json(v_step), 'output', v_step.output);
+    return;
+  elsif tidebase._is_locked(v_run, v_step, p_owner, v_now) then
+    body := json_build_object('action', 'locked', 'step', tidebase._step_json(v_step));
+    return;
+  elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
+    if v_step.status = 'running' then
+      update tidebase.steps s set status = 'manual_review', lease_owner = null, lease_expires_at = null,
+             updated_at = v_now
+       where s.id = v_step.id returning * into v_step;
+      perform tidebase._record(v_run, p_owner, 'step.manual_review', json_build_object('stepId', v_step.id,
+                               'name', p_name, 'attempt', v_step.attempt, 'resumeContract', v_step.contract));
+    end if;
+    status := 409;
+    body := json_build_object('error', format('step %s may have run: a person must review it', p_name),
+                              'code', 'manual_review', 'step', tidebase._step_json(v_step));
+    return;
+  elsif v_step.status = 'running' and v_step.lease_owner = p_owner and v_step.fence = v_run.fence then
+    update tidebase.steps s set lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
+     where s.id = v_step.id returning * into v_step;
+  else
+    update tidebase.steps s
+       set status = 'running', attempt = s.attempt + 1, input = p_input, options = p_options,
+           contract = tidebase._contract(p_options), lease_owner = p_owner,
+           lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
+           completed_at = null, updated_at = v_now
+     where s.id = v_step.id returning * into v_step;
+    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
+  end if;
+  body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_owner);
+end $$;
+
+create or replace function tidebase._complete_step (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
+                                                    p_output json) returns tidebase.steps language plpgsql as $$
+declare
+  v_step tidebase.steps;
+begin
+  update tidebase.steps
+     set status = 'completed', output = p_output, error = null, settled_by = p_owner, lease_owner = null,
+         lease_expires_at = null, completed_at = tidebase.now(), updated_at = tidebase.now()
+   where id = p_step.id returning * into v_step;
+  perform tidebase._record(p_run, p_owner, 'step.completed', json_build_object('stepId', v_step.id,
+            'name', v_step.name, 'checkpointInvariant', v_step.contract->'checkpointInvariant',
+            'verifiedBy', v_step.contract->'verifiedBy'));
+  return v_step;
+end $$;
+
+create or replace function tidebase._fail_step (p_run tidebase.runs, p_step tidebase.steps, p_owner text, p_error json,
+                                                p_retryable boolean, p_decision text)
+  returns tidebase.steps language plpgsql as $$
+declare
+  v_step tidebase.steps;
+begin
+  update tidebase.steps
+     set status = case when p_decision = 'manual_review' then 'manual_review'
+                       when p_retryable or p_decision = 'auto_retry' then 'failed_retryable' else 'failed' end,
+         error = p_error, settled_by = p_owner, lease_owner = null, lease_expires_at = null,
+         completed_at = tidebase.now(), updated_at = tidebase.now()
+   where id = p_step.id returning * into v_step;
+  perform tidebase._record(p_run, p_owner, 'step.failed', json_build_object('stepId', v_step.id, 'name', v_step.name,
+            'retryable', p_retryable, 'resumeDecision', p_decision, 'resumeContract', v_step.contract,
+            'error', p_error));
+  perform tidebase._notify(p_run, 'step.failed', json_build_object('step', tidebase._step_json(v_step),
+            'retryable', p_retryable, 'resumeDecision', p_decision, 'error', p_error));
+  return v_step;
+end $$;
+
+-- Needs  p_owner holds the running step, and did not lose the run: else TB409 lease_lost.
+create or replace function tidebase._refuse_unless_held (p_run tidebase.runs, p_step tidebase.steps, p_owner text)
+  returns void language plpgsql as $$
+begin
+  perform tidebase._fence_off(p_run, p_owner);
+  if p_step.status <> 'running' or p_step.lease_owner <> p_owner then
+    perform tidebase._refuse(409, 'lease_lost', format('step %s is not held by you', p_step.name),
+                             json_build_object('step', tidebase._step_json(p_step)));
+  end if;
+end $$;
+
+-- Records a step's output, once: from here on it is a checkpoint. Accepted on a run that ended meanwhile, too: the work
+-- was done, and a retry must not do it again.
+-- Needs    p_owner holds the step (TB409 lease_lost).
+-- Leaves   the step completed, event step.completed; the owner's repeat unchanged.    Returns  {"step"}.
+create or replace function tidebase.complete_step (p_run_id text, p_step_id text, p_owner text, p_output json)
+  returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
+begin
+  if v_step.status <> 'completed' or v_step.settled_by is distinct from p_owner then
+    perform tidebase._refuse_unless_held(v_run, v_step, p_owner);
+    v_step := tidebase._complete_step(v_run, v_step, p_owner, p_output);
+  end if;
+  return json_build_object('step', tidebase._step_json(v_step));
+end $$;
+
+-- Records a step's failure, and what it means for the next attempt.
+-- Needs    p_owner holds the step (TB409 lease_lost).
+-- Leaves   failed_retryable, manual_review or failed, event and channels step.failed; the owner's repeat unchanged.
+-- Returns  {"step"}.
+create or replace function tidebase.fail_step (p_run_id text, p_step_id text, p_owner text, p_error json,
+                                               p_retryable boolean, p_decision text)
+  returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
+begin
+  if v_step.status not in ('failed', 'failed_retryable', 'manual_review')
+     or v_step.settled_by is distinct from p_owner then
+    perform tidebase._refuse_unless_held(v_run, v_step, p_owner);
+    v_step := tidebase._fail_step(v_run, v_step, p_owner, p_error, p_retryable, p_decision);
+  end if;
+  return json_build_object('step', tidebase._step_json(v_step));
+end $$;
+
+-- Records a step that already ran, in one write; for steps without external side effects, since a worker that dies
+-- before it leaves no trace.
+-- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled); the same input (TB409 input_mismatch); no review
+--          pending (TB409 manual_review).
+-- Leaves   the step ended, events step.started (unless it was begun) and step.completed or step.failed; a completed
+--          step unchanged.    Returns  {"step"}.
+create or replace function tidebase.record_step (p_run_id text, p_owner text, p_name text, p_input_hash text,
+                                                 p_input json, p_options json, p_output json, p_error json,
+                                                 p_retryable boolean, p_decision text, p_started_at timestamptz,
+                                                 p_duration_ms bigint)
+  returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now  timestamptz := tidebase.now();
+  v_step tidebase.steps;
+begin
+  if v_run.status = 'cancelled' then
+    perform tidebase._refuse_cancelled(v_run);
+  end if;
+  select * into v_step from tidebase.steps where run_id = p_run_id and name = p_name;
+  if v_step.input_hash <> p_input_hash then
+    perform tidebase._refuse(409, 'input_mismatch', format('step %s was recorded with another input', p_name),
+              json_build_object('step', tidebase._step_json(v_step), 'expectedInputHash', v_step.input_hash,
+                                'actualInputHash', p_input_hash));
+  elsif v_step.status = 'completed' and (v_step.settled_by = p_owner or v_run.lease_owner = p_owner) then
+    return json_build_object('step', tidebase._step_json(v_step));
+  elsif v_run.lease_owner is distinct from p_owner then
+    perform tidebase._refuse_lost(v_run);
+  elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
+    perform tidebase._refuse(409, 'manual_review', format('step %s may have run: a person must review it', p_name),
+                             json_build_object('step', tidebase._step_json(v_step)));
+  elsif v_step.id is null then
+    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, fence,
+                                created_at, updated_at)
+    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
+            tidebase._contract(p_options), 'running', v_run.fence, v_now, v_now)
+    returning * into v_step;
+    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
+  elsif v_step.status <> 'running' or v_step.lease_owner is distinct from p_owner then
+    update tidebase.steps set attempt = attempt + 1, fence = v_run.fence where id = v_step.id returning * into v_step;
+    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
+  end if;
+  update tidebase.steps
+     set started_at = coalesce(p_started_at, v_now - tidebase._ms(p_duration_ms), started_at, v_now)
+   where id = v_step.id;
+  if p_error is null then
+    v_step := tidebase._complete_step(v_run, v_step, p_owner, p_output);
+  else
+    v_step := tidebase._fail_step(v_run, v_step, p_owner, p_error, p_retryable, p_decision);
+  end if;
+  return json_build_object('step', tidebase._step_json(v_step));
+end $$;
+
+-- Many of these in one transaction, in the order of their runs' ids, so that two batches cannot wait for each other;
+-- each stands or falls alone.
+-- Returns  {"results": [{"step"} or {"error", "code", "status", …}]}, in the order given.
+create or replace function tidebase.record_steps (p_records jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+  returns json language plpgsql as $$
+declare
+  v_results json[] := array_fill(null::json, array[jsonb_array_length(p_records)]);
+  v_record  record;
+  v_words   text;
+  v_state   text;
+  v_detail  text;
+begin
+  for v_record in
+    select r, n::integer as n from jsonb_array_elements(p_records) with ordinality as given (r, n)
+     order by r->>'runId', n
+  loop
+    begin
+      v_results[v_record.n] := tidebase.record_step(
+        v_record.r->>'runId', v_record.r->>'leaseOwner', v_record.r->>'name', v_record.r->>'inputHash',
+        p_inputs[v_record.n], (v_record.r->'options')::json, p_outputs[v_record.n], p_errors[v_record.n],
+        (v_record.r->>'retryable')::boolean, v_record.r->>'resumeDecision',
+        (v_record.r->>'startedAt')::timestamptz, (v_record.r->>'durationMs')::bigint);
+    exception when others then
+      get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
+      if v_state !~ '^TB' then
+        raise;
+      end if;
+      v_results[v_record.n] := tidebase._joined(
+        json_build_object('error', v_words, 'status', substr(v_state, 3)::integer), v_detail::json);
+    end;
+  end loop;
+  return json_build_object('results', array_to_json(v_results));
+end $$;
+
+-- A person's word on a step that nobody can know the outcome of.
+-- Needs    the step in manual_review (TB409 not_in_review).
+-- Leaves   retry: failed_retryable; complete: completed with p_output; fail: failed. Event step.reviewed; the same
+--          decision again is answered unchanged.    Returns  {"step"}.
+create or replace function tidebase.review_step (p_run_id text, p_step_id text, p_decision text, p_output json,
+                                                 p_actor text) returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
+begin
+  if v_step.status <> 'manual_review' then
+    if v_step.reviewed is distinct from p_decision then
+      perform tidebase._refuse(409, 'not_in_review', format('step %s is %s', v_step.name, v_step.status),
+                               json_build_object('step', tidebase._step_json(v_step)));
+    end if;
+    return json_build_object('step', tidebase._step_json(v_step));
+  end if;
+  perform tidebase._record(v_run, null, 'step.reviewed', json_build_object('stepId', v_step.id, 'name', v_step.name,
+                           'decision', p_decision, 'actor', p_actor));
+  update tidebase.steps
+     set reviewed = p_decision, updated_at = tidebase.now(),
+         status = case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed' else status end
+   where id = v_step.id returning * into v_step;
+  if p_decision = 'complete' then
+    v_step := tidebase._complete_step(v_run, v_step, null, p_output);
+  end if;
+  return json_build_object('step', tidebase._step_json(v_step));
+end $$;
+
+-- ------------------------------------------------------------------------------
+-- Queues: a job is a run. Put in once per dedupe key, claimed by one, within the queue's caps.
+-- ------------------------------------------------------------------------------
+
+-- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, channels, dedupeKey?, delayMs?, runAt?,
+-- maxAttempts, priority, deadlineMs?}.
+-- Needs    an id given is not another workflow's (TB409 run_id_conflict).
+-- Leaves   the run queued, event run.enqueued; where its dedupe key or its id is taken, nothing new.
+-- Answers  the new run; or the one that has the id; or, deduplicated, the live one that has the key.
+create or replace function tidebase._enqueue (p_queue text, p_job jsonb, p_input json,
+                                              out run tidebase.runs, out deduplicated boolean) language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+begin
+  deduplicated := false;
+  loop
+    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, queue, dedupe_key,
+                               priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
+                               created_at, updated_at)
+    values (coalesce(p_job->>'id', tidebase._new_id('run')), p_job->>'workflowName', p_input, p_job->'metadata',
+            'queued', p_job->>'recoveryWebhook', p_queue, p_job->>'dedupeKey', (p_job->>'priority')::integer,
+            coalesce((p_job->>'runAt')::timestamptz, v_now + tidebase._ms((p_job->>'delayMs')::bigint), v_now),
+            (p_job->>'maxAttempts')::integer, v_now + tidebase._ms((p_job->>'deadlineMs')::bigint),
+            p_job->'channels' <> '[]', 1, v_now, v_now)
+    on conflict do nothing returning * into run;
+    exit when found;
+    if exists (select from tidebase.runs where id = p_job->>'id') then
+      run := tidebase._same_run(p_job->>'id', p_job->>'workflowName');
+      return;
+    end if;
+    select * into run from tidebase.runs
+     where queue = p_queue and dedupe_key = p_job->>'dedupeKey' and status in ('queued', 'running', 'waiting');
+    if found then
+      deduplicated := true;
+      return;
+    end if;  -- else the live one ended in between, and its key is free
+  end loop;
+  if run.has_channels then
+    perform tidebase._add_channels(run.id, null, p_job->'channels');
+  end if;
+  perform tidebase._append_event(run.id, 1, 'run.enqueued',
+                                 json_build_object('queue', p_queue, 'runAt', tidebase._iso(run.run_at)));
+end $$;
+
+-- One run.    Returns  {"run", "deduplicated"}.
+create or replace function tidebase.enqueue_run (p_queue text, p_job jsonb, p_input json)
+  returns json language sql as $$
+  select json_build_object('run', tidebase._run_json(e.run), 'deduplicated', e.deduplicated)
+    from tidebase._enqueue(p_queue, p_job, p_input) e
+$$;
+
+-- Many runs: all or, when one is refused, none.    Returns  {"runs"}, in the order given, each with "deduplicated".
+create or replace function tidebase.enqueue_runs (p_queue text, p_jobs jsonb, p_inputs json[])
+  returns json language sql as $$
+  select json_build_object('runs', json_agg(tidebase._joined(
+           tidebase._run_json(e.run), json_build_object('deduplicated', e.deduplicated)) order by n))
+    from jsonb_array_elements(p_jobs) with ordinality as given (job, n),
+         tidebase._enqueue(p_queue, job, p_inputs[n]) e
+$$;
+
+-- How many runs of a queue may start now, at most p_limit.  Needs  the queue's lock, when it has a cap (_lock_capped).
+create or replace function tidebase._queue_room (p_queue text, p_limit integer) returns integer language plpgsql as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_queue tidebase.queues;
+  v_room  integer := p_limit;
+begin
+  select * into v_queue from tidebase.queues where name = p_queue;
+  if v_queue.concurrency is not null then
+    v_room := least(v_room, v_queue.concurrency
+      - (select count(*) from tidebase.runs where queue = p_queue and status = 'running' and not stalled)
+      - (select count(*) from tidebase.runs where queue = p_queue and status = 'queued' and run_at > v_now
+            and offered_at is not null and offered_at > v_now - interval '60 seconds'));
+  end if;
+  if v_queue.rate_per_minute is not null then
+    delete from tidebase.queue_claims where queue = p_queue and claimed_at <= v_now - interval '60 seconds';
+    v_room := least(v_room, v_queue.rate_per_minute
+      - (select coalesce(sum(claimed), 0) from tidebase.queue_claims where queue = p_queue));
+  end if;
+  return greatest(v_room, 0);
+end $$;
+
+-- Counts starts against the queue's rate, when it has one.
+create or replace function tidebase._count_claims (p_queue text, p_claimed integer) returns void language sql as $$
+  insert into tidebase.queue_claims select name, tidebase.now(), p_claimed
+    from tidebase.queues where name = p_queue and rate_per_minute is not null and p_claimed > 0
+$$;
+
+-- The priorities of a queue's queued runs, highest first: a probe of the index for each, not a scan.
+create or replace function tidebase._priorities (p_queue text) returns setof integer language sql stable as $$
+  with recursive levels (priority) as (
+    select max(priority) from tidebase.runs where queue = p_queue and status = 'queued'
+    union all
+    select (select max(r.priority) from tidebase.runs r
+             where r.queue = p_queue and r.status = 'queued' and r.priority < levels.priority)
+      from levels where levels.priority is not null
+  )
+  select priority from levels where priority is not null
+$$;
+
+-- Locks and answers at most p_limit ready runs that nobody else is just taking, by priority, then run_at. A priority at
+-- a time: within one the index is ordered by run_at, so the scan ends at the first run that is not due, however many
+-- are delayed.
+create or replace function tidebase._take_ready (p_queue text, p_limit integer, p_now timestamptz)
+  returns text[] language sql volatile as $$
+  select array(
+    select ready.id from tidebase._priorities(p_queue) as level,
+           lateral (select id from tidebase.runs
+                     where queue = p_queue and status = 'queued' and priority = level and run_at <= p_now
+                     order by run_at limit p_limit for no key update skip locked) ready
+     limit p_limit)
+$$;
+
+-- Takes the locks of those queues that have a cap, in the order of their names, so that two claimers that list them
+-- differently do not wait for each other.
+create or replace function tidebase._lock_capped (p_queues text[]) returns void language plpgsql as $$
+declare
+  v_name text;
+begin
+  for v_name in select name from tidebase.queues where name = any (p_queues)
+                   and (concurrency is not null or rate_per_minute is not null) order by name
+  loop
+    perform pg_advisory_xact_lock(hashtextextended('tidebase.queue.' || v_name, 0));
+  end loop;
+end $$;
+
+-- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two.
+-- A repeat with the same p_claim_id answers what the first call took and the owner still holds.
+-- Leaves   each run running under p_owner's lease, attempt + 1, event run.claimed.
+-- Returns  {"runs", "leaseOwner"}, null when nothing is ready or the caps are reached. With p_checkpoints each run
+--          carries its "checkpoints" and "checkpointsTruncated".
+create or replace function tidebase.claim_runs (p_queues text[], p_owner text, p_claim_id text, p_limit integer,
+                                                p_lease_ms integer, p_checkpoints boolean)
+  returns json language plpgsql as $$
+declare
+  v_now      timestamptz;
+  v_ids      text[];
+  v_run      tidebase.runs;
+  v_runs     json[] := '{}';
+  v_queue    text;
+  v_room     integer;
+  v_before   integer;
+begin
+  if p_claim_id is not null then
+    for v_run in select * from tidebase.runs where queue = any (p_queues) and lease_owner = p_owner
+                    and status = 'running' and not stalled and claim_id = p_claim_id
+    loop
+      v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
+    end loop;
+    if cardinality(v_runs) > 0 then
+      return json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_owner);
+    end if;
+  end if;
+  perform tidebase._lock_capped(p_queues);
+  v_now := tidebase.now();
+  foreach v_queue in array p_queues loop
+    exit when cardinality(v_runs) >= p_limit;
+    v_room := tidebase._queue_room(v_queue, p_limit - cardinality(v_runs));
+    v_before := cardinality(v_runs);
+    v_ids := tidebase._take_ready(v_queue, v_room, v_now);
+    for v_run in
+      with claimed as (
+        update tidebase.runs
+           set status = 'running', attempt = attempt + 1, lease_owner = p_owner, lease_ms = p_lease_ms,
+               lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, claim_id = p_claim_id,
+               former_owners = array_remove(former_owners, p_owner), event_seq = event_seq + 1, updated_at = v_now
+         where id = any (v_ids) returning *)
+      select * from claimed order by array_position(v_ids, id)
+    loop
+      perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.claimed', json_build_object(
+                'leaseOwner', p_owner, 'queue', v_queue, 'attempt', v_run.attempt));
+      v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
+    end loop;
+    perform tidebase._count_claims(v_queue, cardinality(v_runs) - v_before);
+  end loop;
+  return case when cardinality(v_runs) > 0
+         then json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_owner) end;
+end $$;
+
+create or replace function tidebase._claimed_json (p_run tidebase.runs, p_checkpoints boolean)
+  returns json language sql stable as $$
+  select case when p_checkpoints then tidebase._joined(tidebase._run_json(p_run), tidebase._checkpoints(p_run.id))
+              else tidebase._run_json(p_run) end
+$$;
+
+-- Sets what p_config names of {concurrency, ratePerMinute, invokeUrl}; null clears.    Returns  {"config"}.
+create or replace function tidebase.configure_queue (p_queue text, p_config jsonb) returns json language plpgsql as $$
+declare
+  v_queue tidebase.queues;
+begin
+  insert into tidebase.queues as q (name, concurrency, rate_per_minute, invoke_url)
+  values (p_queue, (p_config->>'concurrency')::integer, (p_config->>'ratePerMinute')::integer, p_config->>'invokeUrl')
+  on conflict (name) do update
+     set concurrency = case when p_config ? 'concurrency' then excluded.concurrency else q.concurrency end,
+         rate_per_minute = case when p_config ? 'ratePerMinute' then excluded.rate_per_minute
+                                else q.rate_per_minute end,
+         invoke_url = case when p_config ? 'invokeUrl' then excluded.invoke_url else q.invoke_url end
+  returning * into v_queue;
+  return json_build_object('config', tidebase._queue_json(v_queue));
+end $$;
+
+-- Every queue that has, or had, runs or a configuration. Live runs are counted, ended ones were tallied.
+create or replace function tidebase.list_queues () returns json language sql stable as $$
+  with live as (
+    select queue, count(*) filter (where status = 'queued') as queued,
+           count(*) filter (where status = 'running') as running, count(*) filter (where status = 'waiting') as waiting,
+           min(run_at) filter (where status = 'queued') as oldest
+      from tidebase.runs where queue is not null and status in ('queued', 'running', 'waiting') group by queue
+  ), ended as (
+    select queue, sum(runs) filter (where status = 'failed') as failed,
+           sum(runs) filter (where status = 'completed') as completed,
+           sum(runs) filter (where status = 'cancelled') as cancelled
+      from tidebase.queue_tallies group by queue
+  ), names as (
+    select queue as name from live union select queue from ended union select name from tidebase.queues
+  )
+  select json_build_object('queues', coalesce(json_agg(json_build_object(
+           'name', n.name, 'queued', coalesce(live.queued, 0), 'running', coalesce(live.running, 0),
+           'waiting', coalesce(live.waiting, 0), 'failed', coalesce(ended.failed, 0),
+           'completed', coalesce(ended.completed, 0), 'cancelled', coalesce(ended.cancelled, 0),
+           'oldestReadyMs', case when live.oldest <= tidebase.now()
+                            then (extract(epoch from tidebase.now() - live.oldest) * 1000)::bigint end,
+           'config', case when q.name is not null then tidebase._queue_json(q)
+                     else json_build_object('name', n.name, 'concurrency', null, 'ratePerMinute', null,
+                                            'invokeUrl', null) end) order by n.name), '[]'))
+    from names n left join live on live.queue = n.name left join ended on ended.queue = n.name
+    left join tidebase.queues q on q.name = n.name
+$$;
+
+-- ------------------------------------------------------------------------------
+-- The run detail: one statement, so that all of it is of one instant.
+-- ------------------------------------------------------------------------------
+
+-- Returns  the detail with the keys of p_include (null: all); null when there is no such run.
+create or replace function tidebase.run_detail (p_run_id text, p_include text[]) returns json language sql stable as $$
+  select json_object_agg(key, value) from (
+    select 'run' as key, tidebase._run_json(r) as value
+      from tidebase.runs r where r.id = p_run_id
+    union all
+    select 'steps', coalesce(json_agg(tidebase._step_json(s) order by s.position), '[]')
+      from tidebase.steps s where s.run_id = p_run_id
+    union all
+    select 'recoveryAttempts', coalesce(json_agg(tidebase._recovery_json(o) order by o.seq), '[]')
+      from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'recovery'
+    union all
+    select 'channels', coalesce(json_agg(tidebase._channel_json(c) order by c.id), '[]')
+      from tidebase.channels c where c.run_id = p_run_id and c.gate_id is null
+    union all
+    select 'channelDeliveries', coalesce(json_agg(tidebase._delivery_json(o) order by o.seq), '[]')
+      from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'channel'
+    union all
+    select 'events', coalesce(json_agg(tidebase._event_json(e) order by e.seq), '[]')
+      from tidebase.events e where e.run_id = p_run_id
+  ) as part
+   where (p_include is null or key = any (p_include)) and exists (select from tidebase.runs where id = p_run_id)
+$$;
+
+-- ------------------------------------------------------------------------------
+-- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once.
+-- ------------------------------------------------------------------------------
+
+-- Runs whose owner fell silent: a queue run goes back at once while attempts last, else fails; a plain run stays for a
+-- manual resume, and its recovery webhook, if any, is posted once per lease.
+create or replace function tidebase.expire_leases (p_limit integer) returns integer language plpgsql as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_run   tidebase.runs;
+  v_error json := json_build_object('name', 'LeaseExpired', 'message', 'the worker fell silent and its lease expired');
+  v_count integer := 0;
+begin
+  for v_run in select * from tidebase.runs where status = 'running' and not stalled and lease_expires_at <= v_now
+                order by lease_expires_at limit p_limit for no key update skip locked
+  loop
+    v_count := v_count + 1;
+    update tidebase.runs set former_owners = former_owners || lease_owner, stalled = queue is null
+     where id = v_run.id;
+    if v_run.queue is not null and v_run.attempt < v_run.max_attempts then
+      perform tidebase._requeue(v_run, v_error, v_now, null);
+    elsif v_run.queue is not null then
+      perform tidebase._fail(v_run, v_error, 'max_retries', null);
+    elsif v_run.recovery_webhook is not null then
+      perform tidebase._start_recovery(v_run, 'lease_expired');
+    end if;
+  end loop;
+  return v_count;
+end $$;
+
+-- Live runs whose deadline passed are cancelled.
+create or replace function tidebase.cancel_overdue (p_limit integer) returns integer language plpgsql as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_id    text;
+  v_count integer := 0;
+begin
+  for v_id in select id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
+                 and status in ('pending', 'queued', 'running', 'waiting')
+               order by deadline_at limit p_limit for no key update skip locked
+  loop
+    perform tidebase.cancel_run(v_id, 'deadline', 'reconciler');
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end $$;
+
+-- Offers ready runs of push queues to the app, within the queue's caps. An offered run stays queued; its run_at moves
+-- 60 s on, so that it is neither claimed meanwhile nor offered again before.
+create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql as $$
+declare
+  v_now   timestamptz;
+  v_queue tidebase.queues;
+  v_id    text;
+  v_mine  integer;
+  v_count integer := 0;
+begin
+  for v_queue in select * from tidebase.queues q where invoke_url is not null
+                    and exists (select from tidebase.runs where queue = q.name and status = 'queued') order by name
+  loop
+    perform tidebase._lock_capped(array[v_queue.name]);
+    v_now := tidebase.now();
+    v_mine := 0;
+    foreach v_id in array
+      tidebase._take_ready(v_queue.name, tidebase._queue_room(v_queue.name, p_limit), v_now)
+    loop
+      update tidebase.runs set offered_at = v_now, run_at = v_now + interval '60 seconds' where id = v_id;
+      perform tidebase._post('push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null);
+      v_mine := v_mine + 1;
+    end loop;
+    perform tidebase._count_claims(v_queue.name, v_mine);
+    v_count := v_count + v_mine;
+  end loop;
+  return v_count;
+end $$;
+
+-- Sums up the tallies of ended runs when there are more than p_rows, so that counting stays a matter of a few rows.
+-- Always 0: there is never more of it to do.
+create or replace function tidebase.fold_tallies (p_rows integer) returns integer language sql as $$
+  with folded as (
+    delete from tidebase.queue_tallies where (select count(*) from tidebase.queue_tallies) > p_rows returning *
+  ), summed as (
+    insert into tidebase.queue_tallies select queue, status, sum(runs) from folded group by queue, status
+  )
+  select 0
+$$;
+
+-- How many runs of each queue named could start now, at most p_limit: what the watcher asks for those who wait.
+create or replace function tidebase.ready_runs (p_queues text[], p_limit integer)
+  returns json language sql volatile as $$
+  select json_object_agg(name, (
+           select count(*) from (
+             select from tidebase._priorities(name) as level,
+                    lateral (select from tidebase.runs where queue = name and status = 'queued' and priority = level
+                                and run_at <= at limit p_limit) due
+              limit tidebase._queue_room(name, p_limit)) ready))
+    from unnest(p_queues) as name, tidebase.now() as at
+$$;
+
+-- ------------------------------------------------------------------------------
+-- The sender's verbs: take what is due, send it, settle it. A sender that dies in between is made up for.
+-- ------------------------------------------------------------------------------
+
+-- Takes due webhooks for p_hold_ms; taken and never settled, they are due again after that, under the same id.
+-- Returns  [{id, attempt, kind, url, secret, body}], body being the exact text to sign and send.
+create or replace function tidebase.take_deliveries (p_limit integer, p_hold_ms bigint)
+  returns json language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+  v_ids bigint[] := array(select seq from tidebase.outbox where status = 'pending' and next_attempt_at <= v_now
+                           order by next_attempt_at limit p_limit for update skip locked);
+begin
+  update tidebase.outbox set attempts = attempts + 1, next_attempt_at = v_now + tidebase._ms(p_hold_ms)
+   where seq = any (v_ids);
+  return (
+    select coalesce(json_agg(json_build_object(
+             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url, 'secret', c.secret, 'body',
+             case o.kind when 'channel' then
+               json_build_object('type', o.event_type, 'runId', o.run_id, 'gateId', o.gate_id, 'deliveryId', o.id,
+                                 'payload', o.payload)::text
+             else
+               json_build_object('type', o.event_type, 'runId', o.run_id, 'workflowName', r.workflow_name,
+                                 'reason', o.reason, 'attempt', r.attempt, 'deliveryId', o.id)::text
+             end) order by o.seq), '[]')
+      from tidebase.outbox o join tidebase.runs r on r.id = o.run_id
+      left join tidebase.channels c on c.id = o.channel_id
+     where o.seq = any (v_ids));
+end $$;
+
+-- Records what became of a try; the next of the same channel becomes due once this one is through or given up.
+-- Tries    at most 8: after 1, 4, 10, 30 s, then 2, 8 and 20 min.
+-- Leaves   delivered, failed, or pending until the next try; events recovery.delivered and recovery.failed. A try that
+--          was taken over by another sender meanwhile changes nothing.    Returns  {"status"}.
+create or replace function tidebase.settle_delivery (p_id text, p_attempt integer, p_delivered boolean,
+                                                     p_retryable boolean, p_http_status integer, p_response text,
+                                                     p_error text) returns json language plpgsql as $$
+declare
+  v_now    timestamptz := tidebase.now();
+  v_delays integer[] := array[1, 4, 10, 30, 120, 480, 1200];
+  v_run    tidebase.runs;
+  v_post   tidebase.outbox;
+begin
+  select r.* into v_run from tidebase.runs r join tidebase.outbox o on o.run_id = r.id where o.id = p_id
+     for no key update of r;
+  select * into v_post from tidebase.outbox where id = p_id;
+  if v_post.status <> 'pending' or v_post.attempts <> p_attempt then
+    return json_build_object('status', v_post.status);
+  end if;
+  update tidebase.outbox
+     set status = case when p_delivered then 'delivered'
+                       when p_retryable and p_attempt <= cardinality(v_delays) then 'pending' else 'failed' end,
+         next_attempt_at = case when not p_delivered and p_retryable
+                                then v_now + v_delays[p_attempt] * interval '1 second' end,
+         completed_at = case when p_delivered or not p_retryable or p_attempt > cardinality(v_delays) then v_now end,
+         http_status = p_http_status, response_body = p_response, error_text = p_error
+   where id = p_id returning * into v_post;
+  if v_post.status <> 'pending' then
+    update tidebase.outbox set next_attempt_at = v_now
+     where seq = (select min(seq) from tidebase.outbox where channel_id = v_post.channel_id and status = 'pending');
+    if v_post.kind = 'recovery' then
+      perform tidebase._record(v_run, null, 'recovery.' || v_post.status, json_build_object(
+                'recoveryAttemptId', p_id, 'reason', v_post.reason, 'httpStatus', p_http_status, 'error', p_error));
+    end if;
+  end if;
+  return json_build_object('status', v_post.status);
+end $$;
+
+-- ------------------------------------------------------------------------------
+-- Version: what this file leaves behind. A server refuses to work on an older one.
+-- ------------------------------------------------------------------------------
+insert into tidebase.meta (version) values (1)
+on conflict (only_row) do update set version = excluded.version, applied_at = excluded.applied_at
+  where tidebase.meta.version <= excluded.version;

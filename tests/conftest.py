@@ -1,0 +1,471 @@
+"""What all tests stand on: one real PostgreSQL with a fresh database per test, real servers, and the actors of a story.
+
+The PostgreSQL is an embedded one, or that of DATABASE_URL. A test gets a clone of a template that schema.sql was applied
+to once, so that no test sees another's rows or its clock.
+"""
+
+from __future__ import annotations
+
+import http.client
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+import tidebase
+
+ROOT = Path(__file__).resolve().parent.parent
+LEASE_MS = 60_000
+FOREVER_MS = 3_600_000  # a reconciler that ticks only when a test says so
+
+
+def eventually(question: Callable[[], Any], seconds: float = 15) -> Any:
+    """Wait until question() is truthy, and return its answer; fail with its last answer when it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not (answer := question()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not so within {seconds} s: {question}; last answer {answer!r}")
+        time.sleep(0.01)
+    return answer
+
+
+# ------------------------------------------------------------------------------
+# Database: one real Postgres; the schema applied once to a template; a fresh clone per test.
+# ------------------------------------------------------------------------------
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment() -> Iterator[None]:
+    """Settings of the machine must not reach the servers under test; DATABASE_URL is read before."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ)
+            if name.startswith("TIDEBASE_") or name in ("HOST", "PORT", "WEB_CONCURRENCY")}
+    yield
+    os.environ.update(kept)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the PostgreSQL's maintenance database."""
+    if given := os.environ.get("DATABASE_URL"):
+        yield given
+        return
+    embedded = tidebase.EmbeddedPostgres(str(tmp_path_factory.mktemp("data")))
+    conninfo = embedded.start()
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        # Flushing to disk matters when a machine loses power, which no test does; processes may still be killed.
+        connection.execute("alter system set fsync = off")
+        connection.execute("alter system set max_connections = 400")
+        connection.execute("alter system set autovacuum_naptime = '5s'")
+    embedded._postgres.stop()
+    embedded.revive()
+    yield conninfo
+    embedded.stop()
+
+
+def in_database(conninfo: str, name: str) -> str:
+    return psycopg.conninfo.make_conninfo(conninfo, dbname=name)
+
+
+@pytest.fixture(scope="session")
+def template(postgres: str) -> Iterator[str]:
+    name = f"tidebase_template_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+        tidebase.Database(in_database(postgres, name), 2).migrate()
+        yield name
+        connection.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def empty_database(postgres: str) -> Iterator[str]:
+    """The address of a database with nothing in it."""
+    yield from _database(postgres, "template1")
+
+
+@pytest.fixture
+def database(postgres: str, template: str) -> Iterator[str]:
+    """The address of a database with the schema and no rows."""
+    yield from _database(postgres, template)
+
+
+def _database(postgres: str, template: str) -> Iterator[str]:
+    name = f"tidebase_test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"create database {name} template {template}")
+    yield in_database(postgres, name)
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"drop database {name} with (force)")
+
+
+@pytest.fixture
+def sql(database: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
+    """Runs a statement in the test's database: sql("select …", value, …) -> rows."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        def run(statement: str, *values: Any) -> list[tuple[Any, ...]]:
+            cursor = connection.execute(statement, values)
+            return cursor.fetchall() if cursor.description else []
+
+        yield run
+
+
+class Clock:
+    """The database's clock, which is the only one that decides: tests move it on."""
+
+    def __init__(self, database: str) -> None:
+        self.database = database
+        self.ahead_ms = 0
+
+    def advance(self, *, ms: int) -> None:
+        self.ahead_ms += ms
+        with psycopg.connect(self.database, autocommit=True) as connection:
+            connection.execute(
+                "create or replace function tidebase.now() returns timestamptz language sql volatile as $$ select "
+                f"date_trunc('milliseconds', clock_timestamp()) + interval '{self.ahead_ms} milliseconds' $$")
+
+
+@pytest.fixture
+def clock(database: str) -> Clock:
+    return Clock(database)
+
+
+@pytest.fixture
+def blocked(database: str) -> Callable[[int], None]:
+    """Waits until that many connections to the test's database wait for a lock."""
+    def wait(count: int) -> None:
+        with psycopg.connect(database, autocommit=True) as connection:
+            eventually(lambda: connection.execute(
+                "select count(*) from pg_stat_activity where datname = current_database()"
+                " and cardinality(pg_blocking_pids(pid)) > 0").fetchone()[0] >= count)
+
+    return wait
+
+
+# ------------------------------------------------------------------------------
+# Servers: in this process, where a test may look inside and `responses` may stage a receiver; or as a process, to kill.
+# ------------------------------------------------------------------------------
+def config(**settings: Any) -> tidebase.Config:
+    environment = {"PORT": "0", "TIDEBASE_LEASE_MS": str(LEASE_MS), "TIDEBASE_RECONCILE_MS": str(FOREVER_MS)}
+    environment |= {name: str(value) for name, value in settings.items()}
+    return tidebase.Config.from_environment(environment)
+
+
+class LocalServer(tidebase.Server):
+    """A server on threads of this process."""
+
+    def start(self) -> LocalServer:
+        self.thread = threading.Thread(target=self.serve, name="server-under-test")
+        self.thread.start()
+        assert self.prepared.wait(15)
+        self.reconciler.patient_until = 0.0  # its grace after a start is a promise with a test of its own
+        return self
+
+    def close(self) -> None:
+        self.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def start_server(database: str) -> Iterator[Callable[..., LocalServer]]:
+    """Starts a server of this process on the test's database: start_server(TIDEBASE_LEASE_MS=1000, …)."""
+    servers: list[LocalServer] = []
+
+    def start(**settings: Any) -> LocalServer:
+        servers.append(LocalServer(config(**settings), database).start())
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("tidebase-")]
+    assert not left, f"threads left behind: {left}"
+
+
+@pytest.fixture
+def server(start_server: Callable[..., LocalServer]) -> LocalServer:
+    """A server whose reconciler ticks only at api.reconcile()."""
+    return start_server()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """`python tidebase.py`, to be killed and started again on the same port."""
+
+    def __init__(self, environment: dict[str, str], log: Path) -> None:
+        self.environment = {**os.environ, **environment}
+        self.port = int(environment["PORT"])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, wait: bool = True) -> ServerProcess:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen([sys.executable, str(ROOT / "tidebase.py")], env=self.environment,
+                                            stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        if wait:
+            eventually(self.is_healthy, 30)
+        return self
+
+    def is_healthy(self) -> bool:
+        assert self.process and self.process.poll() is None, self.log.read_text()
+        try:
+            return Api(self.url).get("/health").status == 200
+        except OSError:
+            return False
+
+    def end(self, number: int) -> int:
+        """Send a signal and wait for the end.  :returns: the exit status."""
+        assert self.process
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def spawn_server(database: str, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts a server process on the test's database; settings as environment variables, port= to choose one."""
+    servers: list[ServerProcess] = []
+
+    def spawn(**settings: Any) -> ServerProcess:
+        environment = {"DATABASE_URL": database, "PORT": str(settings.pop("PORT", None) or free_port()),
+                       "TIDEBASE_LEASE_MS": "2000", "TIDEBASE_RECONCILE_MS": "100"}
+        environment |= {name: str(value) for name, value in settings.items()}
+        servers.append(ServerProcess(environment, tmp_path / f"server-{len(servers)}.log").start())
+        return servers[-1]
+
+    yield spawn
+    for server in servers:
+        server.end(9)
+
+
+# ------------------------------------------------------------------------------
+# Actors: a client of thin verbs, which checks nothing by itself, and a receiver of webhooks.
+# ------------------------------------------------------------------------------
+class Answer:
+    """A response: status, headers, text, and the JSON in it."""
+
+    def __init__(self, status: int, headers: Any, raw: bytes) -> None:
+        self.status, self.headers, self.text = status, headers, raw.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    def __getitem__(self, key: str) -> Any:
+        assert self.status == 200, f"{self.status} {self.text[:1000]}"
+        return self.json[key]
+
+    def __repr__(self) -> str:
+        return f"<{self.status} {self.text[:300]}>"
+
+
+def refused(answer: Answer, status: int, code: str) -> Any:
+    """Assert the one shape of refusals, and return its body."""
+    assert answer.status == status, answer
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json
+    assert isinstance(body["error"], str)
+    assert body["error"]
+    assert body["code"] == code, answer
+    if code == "invalid_request":
+        assert body["error"] == "invalid request body"
+        assert body["issues"]
+        assert all(isinstance(i["path"], str) and i["message"] for i in body["issues"])
+    return body
+
+
+class Api:
+    """Tidebase's verbs over HTTP, a connection each call so that any number of threads may share one."""
+
+    def __init__(self, url: str, server: LocalServer | None = None, key: str | None = None) -> None:
+        self.address = urllib.parse.urlsplit(url).netloc
+        self.server = server
+        self.headers = {"authorization": f"Bearer {key}"} if key else {}
+
+    def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None,
+             raw: bytes | None = None) -> Answer:
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection = http.client.HTTPConnection(self.address, timeout=60)
+        try:
+            connection.request(method, path, data, {"content-type": "application/json", **self.headers, **(headers or {})})
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **options: Any) -> Answer:
+        return self.send("GET", path, **options)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return self.send("POST", path, body, **options)
+
+    def put(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return self.send("PUT", path, body, **options)
+
+    # runs
+    def create(self, workflow: str = "report", **body: Any) -> str:
+        return self.post(f"/runs/{workflow}", body)["run"]["id"]
+
+    def detail(self, run: str) -> Any:
+        answer = self.get(f"/runs/{run}")
+        assert answer.status == 200, answer
+        return answer.json
+
+    def run(self, run: str) -> Any:
+        return self.get(f"/runs/{run}?include=run")["run"]
+
+    def events(self, run: str) -> list[Any]:
+        """The run's events, after asserting that they are numbered without gap or repeat."""
+        events = self.detail(run)["events"]
+        assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+        return events
+
+    def event_types(self, run: str) -> list[str]:
+        return [event["type"] for event in self.events(run)]
+
+    def begin(self, run: str, owner: str | None = None, **body: Any) -> Answer:
+        return self.post(f"/runs/{run}/begin", body or None, headers={"x-tidebase-worker": owner} if owner else {})
+
+    def heartbeat(self, run: str, owner: str) -> Answer:
+        return self.post(f"/runs/{run}/heartbeat", {"leaseOwner": owner})
+
+    def complete(self, run: str, **body: Any) -> Answer:
+        return self.post(f"/runs/{run}/complete", body)
+
+    def fail(self, run: str, error: Any = "boom", **body: Any) -> Answer:
+        return self.post(f"/runs/{run}/fail", {"error": error, **body})
+
+    # steps
+    def begin_step(self, run: str, name: str, owner: str | None = None, hash: str = "h", **body: Any) -> Answer:
+        fields = {"name": name, "inputHash": hash, **({"leaseOwner": owner} if owner else {}), **body}
+        return self.post(f"/runs/{run}/steps/begin", fields)
+
+    def complete_step(self, run: str, step: str, owner: str, output: Any = None) -> Answer:
+        return self.post(f"/runs/{run}/steps/{step}/complete", {"leaseOwner": owner, "output": output})
+
+    def fail_step(self, run: str, step: str, owner: str, error: Any = "boom", **body: Any) -> Answer:
+        return self.post(f"/runs/{run}/steps/{step}/fail", {"leaseOwner": owner, "error": error, **body})
+
+    def do_step(self, run: str, name: str, owner: str, output: Any = None, **body: Any) -> str:
+        """Begin and complete a step.  :returns: its id."""
+        step = self.begin_step(run, name, owner, **body)["step"]["id"]
+        self.complete_step(run, step, owner, output)["step"]
+        return step
+
+    # queues
+    def enqueue(self, queue: str = "default", workflow: str = "report", **body: Any) -> str:
+        return self.post(f"/queues/{queue}/enqueue", {"workflowName": workflow, **body})["run"]["id"]
+
+    def claim(self, *queues: str, owner: str | None = None, **body: Any) -> list[Any]:
+        fields = {"queues": list(queues) or ["default"], **({"leaseOwner": owner} if owner else {}), **body}
+        return self.post("/queues/claim", fields)["runs"]
+
+    def queue(self, name: str) -> Any:
+        return next(queue for queue in self.get("/queues")["queues"] if queue["name"] == name)
+
+    # what time brings
+    def reconcile(self) -> int:
+        """One tick of the server's reconciler."""
+        assert self.server
+        done = self.server.reconciler.tick()
+        self.server.wrote()
+        return done
+
+
+@pytest.fixture
+def api(server: LocalServer) -> Api:
+    return Api(server.url, server)
+
+
+class Receiver:
+    """A real receiver of webhooks; `answers` are the statuses it gives, the last one for good."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.answers: list[int] = [200]
+        self.location: str | None = None
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                status = receiver.answers.pop(0) if len(receiver.answers) > 1 else receiver.answers[0]
+                receiver.requests.append((self.path, headers, body))
+                self.send_response(status)
+                if receiver.location:
+                    self.send_header("location", receiver.location)
+                self.send_header("content-length", "6")
+                self.end_headers()
+                self.wfile.write(b"thanks")
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http.daemon_threads = True
+        self.port = self.http.server_port
+        self.url = f"http://127.0.0.1:{self.port}/hook"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), name="receiver")
+        self.thread.start()
+
+    def bodies(self) -> list[Any]:
+        return [json.loads(body) for _, _, body in list(self.requests)]
+
+    def wait_for(self, count: int, seconds: float = 15) -> list[Any]:
+        eventually(lambda: len(self.requests) >= count, seconds)
+        return self.bodies()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@contextmanager
+def together(*actions: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Do all of these at once, from a barrier; yields their results, in order, when all are through."""
+    barrier = threading.Barrier(len(actions))
+    results: list[Any] = [None] * len(actions)
+
+    def act(number: int, action: Callable[[], Any]) -> None:
+        barrier.wait()
+        try:
+            results[number] = action()
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=act, args=pair) for pair in enumerate(actions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    yield results

