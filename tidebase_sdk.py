@@ -1,0 +1,2203 @@
+"""Tidebase for Python: wrap your steps, and a run that dies goes on from its last completed step.
+
+The promise.  A step that completed is never executed again: its output lies in the server's Postgres and is what every
+replay returns.  A run has one owner at a time; whoever lost it, frozen, cut off or killed, cannot write any more.  Code
+between steps runs again whenever a run is resumed, so whatever must happen once belongs into a step.
+
+Copy this one file into your app as `tidebase.py`.  CPython 3.9 to 3.13, standard library only.
+
+    from tidebase import Tidebase
+
+    tide = Tidebase()                              # TIDEBASE_URL, default http://localhost:7373
+
+    @tide.workflow("greet")
+    def greet(run, input):
+        name = run.step("look up", lambda: {"name": input["user"].title()}, input=input)
+        return run.step("greet", lambda: f"Hello {name['name']}", input=name)
+
+    tide.enqueue("greet", input={"user": "ada"})   # durable when this returns
+    tide.work()                                    # claims and executes until SIGTERM or Ctrl-C
+
+The same awaited; steps may be sync or async functions:
+
+    from tidebase.aio import AsyncTidebase         # or: from tidebase import AsyncTidebase
+
+    async def main():
+        async with AsyncTidebase() as tide:
+            tide.workflow("fetch", fetch)          # async def fetch(run, input): await run.step("get", get_page)
+            await tide.work(concurrency=200)
+
+Rooms: constants, errors, effects and types, pure helpers, logic (written once, as generators), drivers (blocking and
+asyncio), Tidebase and AsyncTidebase.  All times in arguments are seconds; JSON from the server is passed on as it came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import contextvars
+import copy
+import functools
+import hashlib
+import hmac
+import http.client
+import inspect
+import io
+import itertools
+import json
+import logging
+import os
+import platform
+import random
+import re
+import secrets
+import signal
+import ssl
+import sys
+import threading
+import time
+import traceback
+import types
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from decimal import Decimal
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Generic,
+    TypeVar,
+    Union,
+    cast,
+    overload,
+)
+from urllib.parse import quote, urlencode, urlsplit
+
+__version__ = "0.1.0"
+__all__ = [  # what `from tidebase import *` and tidebase.py hand on
+    "AsyncRunContext",
+    "AsyncTidebase",
+    "FanoutFailed",
+    "GateDecision",
+    "LeaseLost",
+    "RunCancelled",
+    "RunContext",
+    "RunSession",
+    "RunSuspended",
+    "StepInputMismatch",
+    "StepNeedsReview",
+    "StepTimeout",
+    "Tidebase",
+    "TidebaseError",
+    "Unreachable",
+    "canonical_json",
+    "input_hash",
+    "new_run_id",
+    "verify_webhook_signature",
+]
+
+logger = logging.getLogger("tidebase")  # fixed sentences; what happened is in the extras `event` and `run_id`
+
+# ------------------------------------------------------------------------------
+# Constants: times in seconds, and why each.
+# ------------------------------------------------------------------------------
+
+DEFAULT_URL = "http://localhost:7373"
+TIMEOUT_S = 30.0  # a server restart takes a few seconds; half a minute of silence is worth telling the caller
+BACKOFF_S = (0.05, 2.0)  # first and longest rest between repeats: most troubles are a dropped connection, few an outage
+RETRY_AFTER_CAP_S = 30.0  # however long a server asks to be left alone, look again after this
+HOLD_CAP_S = 25.0  # the longest wait that the server holds for one request
+BEATS_PER_LEASE = 3  # two heartbeats may get lost before the lease does
+LEASE_FALLBACK_S = 60.0  # the server's default, should an answer not tell the lease
+LOCKED_POLL_S = (0.1, 2.0)  # first and longest rest before asking again for a step or child that another owner holds
+STEP_BACKOFF_S = (0.5, 60.0)  # first and longest rest between the tries of a step with `retries`
+GATE_POLL_S = 5.0  # one held request: also the longest a stopping worker waits for a run at a gate
+UNKNOWN_REST_S = 10.0  # a run of a workflow that is not registered here is kept from the queue's head this long
+SHUTDOWN_S = 25.0  # platforms send SIGKILL 30 s after SIGTERM
+STREAM_SILENCE_S = 45.0  # an event stream sends a comment every 15 s: three missed, and the connection is dead
+CONNECTIONS = 32  # requests of one event loop under way at once, held ones apart: more would only queue in the server
+CLAIM_S = 10.0  # beyond poll_s for the answer to a claim: a hung server must not hold up a stop for long
+GIVE_BACK_S = 5.0  # for giving a run back; else the end of its lease does
+FANOUT = 16  # children that run at once in one process
+STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
+MESSAGE_CHARS = 2_000  # of an exception's words
+
+
+# ------------------------------------------------------------------------------
+# Errors: one class per refusal a caller can act on; `retryable` tells whether trying again can help.
+# ------------------------------------------------------------------------------
+
+
+class TidebaseError(Exception):
+    """The root: the server refused (`status` is set), or an answer never came.
+
+    status: HTTP status or None.  code: the server's word for the case, for instance `not_found`.  path: of the request.
+    body: the server's JSON, None when there was none.  Any exception, yours too, with an attribute `retryable = False`
+    ends a step's retries and a queue's attempts at once.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, status: int | None = None, body: Any = None, code: str | None = None,
+                 path: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.body, self.code, self.path = status, body, code, path
+
+
+class Unreachable(TidebaseError):
+    """No answer, repeats included, within the client's `timeout_s`.  The request may have been carried out."""
+
+
+class LeaseLost(TidebaseError):
+    """The run has another owner, or its lease ran out unrenewed: nothing this process writes for it counts any more."""
+
+
+class RunCancelled(TidebaseError):
+    """The run was cancelled."""
+
+    retryable = False
+
+
+class StepInputMismatch(TidebaseError):
+    """A completed step of this name has another input.  Give each call its own name, or fork the run before it."""
+
+    retryable = False
+
+
+class StepNeedsReview(TidebaseError):
+    """A step may have had its effect without leaving a record.  A person decides: `tide.runs.review_step`."""
+
+    retryable = False
+
+
+class StepTimeout(TidebaseError):
+    """A step's function took longer than its `timeout_s`."""
+
+
+class FanoutFailed(TidebaseError):
+    """Some children of a fanout failed; `errors` maps their names to what they raised."""
+
+    def __init__(self, message: str, errors: dict[str, BaseException] | None = None) -> None:
+        super().__init__(message)
+        self.errors = errors or {}
+
+
+class RunSuspended(BaseException):
+    """Unwinds a workflow whose worker gives the run back.  `except Exception` does not see it, `finally` blocks run."""
+
+
+# ------------------------------------------------------------------------------
+# Effects and types: what the logic asks of a driver, and what callers hold in hands.
+# ------------------------------------------------------------------------------
+
+Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request, one answer, no repeat.  The driver returns a Reply or raises OSError."""
+
+    method: str
+    path: str
+    body: bytes | None
+    headers: Mapping[str, str]
+    timeout_s: float
+    held: bool = False  # the server may sit on the answer, so the request does not count among CONNECTIONS
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer, read to its end."""
+
+    status: int
+    retry_after: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Invoke:
+    """Call the user's function.  The driver returns what it returns; raises StepTimeout after `timeout_s`."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Rest, at most until the alarm is set."""
+
+    seconds: float
+    alarm: Any = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Run an operation beside this one (thread or task).  Returns it: done(), cancel(), result()."""
+
+    op: Op[Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class Join:
+    """Wait until a started operation has ended, well or not."""
+
+    task: Any
+
+
+@dataclass(frozen=True)
+class OpenStream:
+    """Send a GET and return when the head of its answer is there: .status, .close(), to be read by ReadStream."""
+
+    path: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ReadStream:
+    """The next bytes of a stream, b"" at its end.  Raises OSError."""
+
+    stream: Any
+
+
+@dataclass(frozen=True)
+class Emit:
+    """Hand one item to the iterating caller."""
+
+    item: Any
+
+
+Effect = Union[Exchange, Invoke, Sleep, Start, Join, OpenStream, ReadStream, Emit]
+Op = Generator[Effect, Any, T]  # an operation: yields effects, is sent their results, returns a T
+
+
+class Blocking:
+    """Marks surfaces whose operations block: those of Tidebase."""
+
+
+class Awaited:
+    """Marks surfaces whose operations are awaited: those of AsyncTidebase."""
+
+
+M = TypeVar("M", Blocking, Awaited)
+
+if TYPE_CHECKING:  # typing_extensions comes with type checkers; nothing of it is needed to run
+    from typing_extensions import Concatenate, ParamSpec
+
+    P = ParamSpec("P")
+else:
+    P = TypeVar("P")
+
+
+class Surface(Generic[M]):
+    """What hangs on a client.  Usable in `with` or `async with`, as the client is blocking or awaited."""
+
+    _client: Client[M]
+
+    def _leave(self, error: BaseException | None) -> Op[None]:
+        """What leaving a `with` block does."""
+        yield from ()
+
+    def __enter__(self: S) -> S:
+        if self._client._driver.awaited:
+            raise TypeError("use `async with`: this belongs to an AsyncTidebase")
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._client._driver.drive(self._leave(error))
+
+    async def __aenter__(self: S) -> S:
+        if not self._client._driver.awaited:
+            raise TypeError("use `with`: this belongs to a Tidebase")
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        await self._client._driver.drive(self._leave(error))
+
+
+S = TypeVar("S", bound=Surface[Any])
+
+
+class op(Generic[P, T]):
+    """A method written once: a generator of effects.  It blocks on Tidebase's surfaces, is awaited on AsyncTidebase's.
+
+    From the class it is the generator function itself: `yield from Run.step(run, ...)` composes operations.
+    """
+
+    def __init__(self, logic: Callable[Concatenate[Any, P], Op[T]]) -> None:
+        self._logic = logic
+        self.__doc__ = logic.__doc__
+
+    @overload
+    def __get__(self, surface: None, owner: object = None) -> Callable[..., Op[T]]: ...
+    @overload
+    def __get__(self, surface: Surface[Blocking], owner: object = None) -> Callable[P, T]: ...
+    @overload
+    def __get__(self, surface: Surface[Awaited], owner: object = None) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    def __get__(self, surface: Any, owner: object = None) -> Any:
+        return self._logic if surface is None else surface._client._driver.bind(self._logic, surface)
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """How a gate was decided.  status: approved, rejected or canceled (also by its timeout, actor `timeout`)."""
+
+    gate_id: str
+    name: str
+    status: str
+    decision: str | None
+    actor: Any
+    payload: Any
+
+    @property
+    def approved(self) -> bool:
+        """Whether the answer was yes."""
+        return self.status == "approved"
+
+
+# ------------------------------------------------------------------------------
+# Pure helpers: identifiers, canonical JSON, signatures, bodies; no I/O, each naming the standard it follows.
+# ------------------------------------------------------------------------------
+
+
+def new_run_id() -> str:
+    """A fresh run id, `run_` and 32 hex digits, ordered by time: RFC 9562 UUIDv7, microseconds in its rand_a."""
+    return _new_id("run")
+
+
+def _new_id(prefix: str) -> str:
+    millis, nanos = divmod(time.time_ns(), 1_000_000)
+    fraction = nanos * 4096 // 1_000_000
+    number = millis << 80 | 7 << 76 | fraction << 64 | 2 << 62 | secrets.randbits(62)
+    return f"{prefix}_{number:032x}"
+
+
+def verify_webhook_signature(body: bytes, header: str | None, secret: str) -> bool:
+    """Whether `header` (x-tidebase-signature: sha256=HEX) is the HMAC-SHA256 of exactly these bytes.
+
+    Constant time; False for anything malformed, missing, or an empty secret.  Never raises on what a stranger sent.
+    """
+    if not secret or not isinstance(header, str) or not isinstance(body, (bytes, bytearray, memoryview)):
+        return False
+    expected = "sha256=" + hmac.new(secret.encode("utf-8", "surrogatepass"), body, hashlib.sha256).hexdigest()
+    return hmac.compare_digest(expected.encode(), header.strip().encode("utf-8", "surrogatepass"))
+
+
+def canonical_json(value: Any) -> str:
+    """RFC 8785 (JCS): sorted keys, no spaces, the fewest escapes, numbers as ECMAScript prints them.
+
+    Raises TypeError or ValueError for what JSON cannot say: objects, NaN, Infinity, lone surrogates.
+    """
+    return _canonical(_plain(value, "a value"))
+
+
+def input_hash(value: Any) -> str:
+    """The hash a step's input is known by: SHA-256, in hex, of its canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    """canonical_json of what a JSON parser returned."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _ecmascript_number(value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(_canonical, value)) + "]"
+    if isinstance(value, dict):
+        keys = sorted(value, key=lambda key: cast(str, key).encode("utf-16-be"))  # by UTF-16 code units
+        return "{" + ",".join(f"{_canonical(key)}:{_canonical(value[key])}" for key in keys) + "}"
+    return {None: "null", True: "true", False: "false"}[value]
+
+
+def _ecmascript_number(value: float) -> str:
+    """ECMA-262 Number::toString.  An integer beyond 2**53 prints as the double nearest to it."""
+    try:
+        double = float(value)
+    except OverflowError:
+        raise ValueError("a number is too large for canonical JSON") from None
+    if not double:
+        return "0"  # -0 too
+    sign, digits, exponent = Decimal(repr(double)).as_tuple()  # repr: the shortest digits that read back the same
+    text = "".join(map(str, digits)).rstrip("0")
+    point = len(digits) + cast(int, exponent)  # the decimal point stands after this many digits
+    if len(text) <= point <= 21:
+        number = text.ljust(point, "0")
+    elif 0 < point <= 21:
+        number = f"{text[:point]}.{text[point:]}"
+    elif -6 < point <= 0:
+        number = "0." + "0" * -point + text
+    else:
+        number = text[0] + ("." + text[1:] if len(text) > 1 else "") + f"e{point - 1:+d}"
+    return "-" * sign + number
+
+
+def _encode(value: Any, what: str) -> bytes:
+    """JSON text.  TypeError names `what`, its type and the part of it that JSON cannot say."""
+    try:  # a lone surrogate has no UTF-8
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}") from None
+
+
+def _plain(value: Any, what: str) -> Any:
+    """The value as JSON gives it back."""
+    return json.loads(_encode(value, what))
+
+
+def _path(*parts: str, **query: Any) -> str:
+    """A path whose parts are percent-encoded, `/` too, and a query without what is None."""
+    asked = {_camel(key): value for key, value in query.items() if value is not None}
+    return "/" + "/".join(quote(part, safe="") for part in parts) + ("?" + urlencode(asked) if asked else "")
+
+
+def _body(given: Mapping[str, Any] | None = None, *without: str, **fields: Any) -> Json:
+    """A request body of a method's arguments (its locals(), taken first of all) and further fields.
+
+    camelCase keys; seconds (delay_s) become milliseconds (delayMs) and datetimes ISO text; None is left out.
+    """
+    body: Json = {}
+    for key, value in {**(given or {}), **fields}.items():
+        if value is not None and key != "self" and key not in without:
+            if key.endswith("_s"):
+                key, value = key[:-2] + "_ms", _ms(value)
+            body[_camel(key)] = _iso(value) if isinstance(value, datetime) else value
+    return body
+
+
+@functools.cache
+def _camel(name: str) -> str:
+    return re.sub(r"_(\w)", lambda match: match[1].upper(), name)
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
+
+
+def _iso(moment: datetime | str | None) -> str | None:
+    """A time as the protocol writes it.  A datetime without time zone is local time, as Python has it."""
+    if not isinstance(moment, datetime):
+        return moment
+    return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _lease_seconds(run: Json) -> float:
+    """The length of a lease just given: both ends are told by the database's clock."""
+    try:
+        ends, now = (datetime.fromisoformat(str(run[key]).replace("Z", "+00:00")) for key in
+                     ("leaseExpiresAt", "updatedAt"))
+    except (KeyError, ValueError):
+        return LEASE_FALLBACK_S
+    return max((ends - now).total_seconds(), 0.1)
+
+
+def _jittered(bounds: tuple[float, float], tries: int) -> float:
+    """The rest after `tries` failures: doubling from the first bound to the second, half of it left to chance."""
+    return min(bounds[0] * 2.0 ** min(tries - 1, 30), bounds[1]) * random.uniform(0.5, 1.0)
+
+
+def _accepts(fn: Callable[..., Any], count: int) -> bool:
+    """Whether fn can be called with `count` positional arguments; a builtin that does not tell takes none."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return count == 0
+    with contextlib.suppress(TypeError):
+        signature.bind(*range(count))
+        return True
+    return False
+
+
+def _fit(fn: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+    """As many of the arguments as fn takes: workflow(run, input) and workflow(run) are both welcome."""
+    return args[: next((count for count in range(len(args), 0, -1) if _accepts(fn, count)), 0)]
+
+
+def _error_json(error: BaseException) -> Json:
+    """An exception as it is recorded.  What UTF-8 cannot say is replaced: a failure must always be recordable."""
+    told = traceback.TracebackException.from_exception(error)
+    told.stack = traceback.StackSummary.from_list([frame for frame in told.stack if frame.filename != __file__])
+    stack = "".join(told.format())[-STACK_CHARS:]  # the frames of this file say nothing about the failure
+    parts = {"name": type(error).__name__, "message": str(error)[:MESSAGE_CHARS], "stack": stack}
+    return {key: text.encode("utf-8", "replace").decode() for key, text in parts.items()}
+
+
+_REFUSALS: dict[str, type[TidebaseError]] = {
+    "lease_lost": LeaseLost,
+    "run_cancelled": RunCancelled,
+    "input_mismatch": StepInputMismatch,
+    "manual_review": StepNeedsReview,
+}
+
+
+def _refusal(status: int, body: Any, path: str) -> TidebaseError:
+    """The exception for an answer that is no success."""
+    told = body if isinstance(body, dict) else {}
+    code = told.get("code")
+    words = f"{told.get('error') or http.client.responses.get(status, 'no success')} ({status}, {path})"
+    return _REFUSALS.get(str(code), TidebaseError)(words, status, body, code, path)
+
+
+def _contract(options: Json) -> str:
+    """A step's replay word, as the server derives it when none was declared."""
+    if "replay" in options:
+        return cast(str, options["replay"])
+    acts = [effect for effect in options.get("sideEffects", []) if effect not in ("read", "none")]
+    return "manual" if acts and "idempotencyKey" not in options else "auto"
+
+
+def _step_options(retries: int, side_effects: str | Sequence[str] | None, **declared: Any) -> tuple[Json, str]:
+    """A step's options as they are recorded, and the decision that a failure of it is recorded with."""
+    effects = [side_effects] if isinstance(side_effects, str) else side_effects and list(side_effects)
+    options = _body(side_effects=effects, **declared)
+    replay = _contract(options)
+    if replay not in ("auto", "manual", "never"):
+        raise ValueError(f"replay must be 'auto', 'manual' or 'never', not {replay!r}")
+    if retries and replay != "auto":
+        raise ValueError(
+            f"retries need replay='auto', but this step's is {replay!r}: declare an idempotency_key, or replay='auto'"
+        )
+    safe = "safe_replay" if "idempotencyKey" in options else "auto_retry"
+    return options, {"never": "fail_hard", "manual": "manual_review"}.get(replay, safe)
+
+
+def _events_in(data: bytes) -> tuple[list[Json], bytes]:
+    """The complete events of a server-sent stream (WHATWG HTML, 9.2), and the bytes of one still incomplete."""
+    *blocks, rest = data.replace(b"\r\n", b"\n").split(b"\n\n")
+    events = []
+    for block in blocks:
+        lines = [line[5:].strip() for line in block.split(b"\n") if line.startswith(b"data:")]
+        if lines:  # else a comment, the stream's heartbeat
+            events.append(json.loads(b"\n".join(lines)))
+    return events, rest
+
+
+# ------------------------------------------------------------------------------
+# Logic: leases, runs, steps, gates, a worker, once; generators that yield what they need done.
+# ------------------------------------------------------------------------------
+
+
+class _Held:
+    """A lease that this process holds, as far as its own clock and the server's last word tell."""
+
+    def __init__(self, run: Json, owner: str, alarm: Any, parent: _Held | None = None) -> None:
+        self.run_id, self.owner, self.alarm, self.parent = cast(str, run["id"]), owner, alarm, parent
+        self.lease_s = _lease_seconds(run)
+        self.beat_s = self.lease_s / BEATS_PER_LEASE
+        self.on_lost: Callable[..., Any] | None = None
+        self.lost: TidebaseError | None = None
+        self.suspended = False
+        self.settling = False  # its outcome is under way: a heartbeat refused now means that it arrived
+        self.ended = False  # completed, failed or given back: threads left over stop at their next boundary
+        self.renew(time.monotonic())
+
+    def renew(self, since: float) -> None:
+        """The server extended the lease at a moment after `since`."""
+        self.until = since + self.lease_s
+        self.beat_at = since + self.beat_s
+
+    def lose(self, error: TidebaseError) -> None:
+        """The lease is gone, for good: every later boundary raises `error`."""
+        if self.lost is None:
+            self.lost = error
+            logger.warning("run is no longer held", extra={"event": error.code or "lease_lost", "run_id": self.run_id})
+            self.alarm.set()
+            if self.on_lost is not None:
+                self.on_lost(*_fit(self.on_lost, error))
+
+    def suspend(self) -> None:
+        """The worker stops: the next boundary unwinds the run."""
+        self.suspended = True
+        self.alarm.set()
+
+    def gone(self) -> TidebaseError | None:
+        """What ended this lease or, for a child, its parent's."""
+        if self.lost is None and self.ended:
+            return LeaseLost(f"run {self.run_id} has ended here", code="lease_lost")
+        return self.lost or (self.parent.gone() if self.parent else None)
+
+    def fence(self) -> None:
+        """Before a write: raise what ended the lease.  A copy, since threads may raise it side by side."""
+        gone = self.gone()
+        if gone is not None:
+            raise copy.copy(gone)
+
+    def boundary(self) -> None:
+        """Before user code goes on: raise LeaseLost, RunCancelled or RunSuspended."""
+        self.fence()
+        held: _Held | None = self
+        while held is not None:
+            if held.suspended:
+                raise RunSuspended
+            held = held.parent
+
+
+class _Part(Surface[M]):
+    """A namespace of a client."""
+
+    def __init__(self, client: Client[M]) -> None:
+        self._client = client
+
+
+class _RunPart(Surface[M]):
+    """A namespace of a run: its requests are repeated as long as the run is held."""
+
+    def __init__(self, run: Run[M]) -> None:
+        self._client = run._client
+        self._run: Run[M] = run
+
+    def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
+        self._run._held.boundary()
+        path = _path("runs", self._run.run_id, *parts, **query)
+        return (yield from self._client._request(method, path, body, held=self._run._held))
+
+
+class State(_RunPart[M]):
+    """`run.state`: a live value that your product can show.  Each write is a new version, also when code runs again."""
+
+    @op
+    def set(self, value: Any, *, stream: str | None = None, label: str | None = None,
+            reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
+            created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
+        """Replace the value; durable on return.  {"state": ...}.
+
+        importance: transient, normal, checkpoint or milestone.  if_version: refuse (409 version_conflict) when the live
+        version is another one.
+        """
+        return (yield from self._request("PUT", "state", body=_body(locals(), id=_new_id("ver"))))
+
+    @op
+    def patch(self, value: Json, *, stream: str | None = None, label: str | None = None,
+              reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
+              created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
+        """Merge into the top level of the value; else as `set`."""
+        return (yield from self._request("PATCH", "state", body=_body(locals(), id=_new_id("ver"))))
+
+    @op
+    def save(self, label: str, *, stream: str | None = None, reason: str | None = None,
+             importance: str | None = None, metadata: Json | None = None,
+             created_by: str | None = None) -> Op[Json]:
+        """Label the current value, importance `milestone` unless given.  {"stateVersion": ...}; 404 without a value."""
+        return (yield from self._request("POST", "state", "save", body=_body(locals(), id=_new_id("ver"))))
+
+    @op
+    def versions(self, *, stream: str | None = None, labeled: bool | None = None) -> Op[Json]:
+        """{"stateVersions": [...]} by stream and version."""
+        only = None if labeled is None else str(labeled).lower()
+        return (yield from self._request("GET", "state", "versions", stream=stream, labeled=only))
+
+
+class Snapshots(_RunPart[M]):
+    """`run.snapshots`: labeled states of things that the run works on."""
+
+    @op
+    def create(self, label: str, state: Any, *, target: Json | None = None, reason: str | None = None,
+               metadata: Json | None = None, created_by: str | None = None) -> Op[Json]:
+        """Keep `state` under a label; durable on return.  target: {"type": ..., "id": ...}, default the run itself."""
+        return (yield from self._request("POST", "snapshots", body=_body(locals(), id=_new_id("ver"))))
+
+    @op
+    def list(self) -> Op[Json]:
+        """{"snapshots": [...]}, newest first."""
+        return (yield from self._request("GET", "snapshots"))
+
+
+class Usage(_RunPart[M]):
+    """`run.usage`: the cost ledger."""
+
+    @op
+    def record(self, *, kind: str | None = None, provider: str | None = None, model: str | None = None,
+               label: str | None = None, quantity: float | None = None, unit: str | None = None,
+               input_tokens: int | None = None, output_tokens: int | None = None,
+               total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
+               step_id: str | None = None) -> Op[Json]:
+        """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
+        return (yield from self._request("POST", "usage", body=_body(locals(), id=_new_id("use"))))
+
+
+class RunGates(_RunPart[M]):
+    """`run.gates`: a gate's two halves, for code that does not want to wait in `run.gate`."""
+
+    @op
+    def begin(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
+              capability: Any = None, timeout_s: float | None = None) -> Op[Json]:
+        """Open the gate, or find it: {"action": "wait" | "return", "gate": ...}.  One gate per run and name."""
+        return (yield from self._request("POST", "gates", "begin", body=_body(locals())))
+
+    @op
+    def get(self, gate_id: str) -> Op[Json]:
+        """{"gate": ..., "runStatus": ...} as it stands."""
+        return (yield from self._request("GET", "gates", gate_id))
+
+
+class Run(Surface[M]):
+    """What a workflow is given.  Its methods may be called from several threads or tasks of one workflow.
+
+    run_id, name (of the workflow), attempt (1, 2, 3 ...), input and metadata as the server stores them.
+    """
+
+    def __init__(self, client: Client[M], run: Json, held: _Held, checkpoints: Sequence[Json] = ()) -> None:
+        self._client, self._held = client, held
+        self.run_id: str = run["id"]
+        self.name: str = run["workflowName"]
+        self.attempt: int = run.get("attempt", 0)
+        self.input: Any = run.get("input")
+        self.metadata: Any = run.get("metadata")
+        self.state: State[M] = State(self)
+        self.snapshots: Snapshots[M] = Snapshots(self)
+        self.usage: Usage[M] = Usage(self)
+        self.gates: RunGates[M] = RunGates(self)
+        self._checkpoints = {step["name"]: step for step in checkpoints}
+        self._executing: set[str] = set()  # names of the steps under way here
+        self._step_failures: list[tuple[BaseException, str]] = []
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.run_id} of {self.name}>"
+
+    # Other spellings of the same: `run.state_set(...)` is `run.state.set(...)`.
+    state_set = property(lambda self: self.state.set)
+    state_patch = property(lambda self: self.state.patch)
+    state_save = property(lambda self: self.state.save)
+    usage_record = property(lambda self: self.usage.record)
+
+    @op
+    def step(self, name: str, fn: Callable[..., Any], *, input: Any = None, input_hash: str | None = None,
+             retries: int = 0, timeout_s: float | None = None, side_effects: str | Sequence[str] | None = None,
+             idempotency_key: str | None = None, replay: str | None = None,
+             checkpoint_invariant: str | None = None, verified_by: str | None = None,
+             credentials: Sequence[str] | None = None) -> Op[Any]:
+        """Execute fn once and return its output; where the step completed before, return that output instead.
+
+        On return the output is in Postgres.  It is what JSON gives back, the first time as in every replay: a tuple
+        comes as a list.  fn takes no argument, or the input when there is one and fn requires exactly one.
+
+        name: one step per run and name.  input: what the output depends on; a replay with another input is refused.
+        retries: further tries after a failure, each recorded, with growing rests.  timeout_s: then StepTimeout; a sync
+        function cannot be stopped and runs on in its thread, unheard.
+        side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
+        idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
+        replay: "auto", "manual" or "never", when it must not be derived from these.
+
+        Raises what fn raised; TypeError for an output JSON cannot say; StepInputMismatch, StepNeedsReview; LeaseLost
+        and RunCancelled, then again at every later boundary, so that `except Exception` around a step holds up nothing.
+        """
+        self._held.boundary()
+        plain = _plain(input, f"the input of step {name!r}")
+        hashed = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
+        known = self._checkpoints.get(name)
+        if known is not None:
+            if known["inputHash"] != hashed:
+                raise _mismatch(name, known["inputHash"], hashed)
+            return copy.deepcopy(known["output"])  # the caller may change what it gets, the checkpoint stays
+        options, decision = _step_options(
+            retries,
+            side_effects,
+            idempotency_key=idempotency_key,
+            replay=replay,
+            checkpoint_invariant=checkpoint_invariant,
+            verified_by=verified_by,
+            credentials=credentials and list(credentials),
+        )
+        if name in self._executing:
+            raise ValueError(f"step {name!r} is under way in this run already: give each call its own name")
+        self._executing.add(name)
+        try:
+            begin = _body(name=name, input_hash=hashed, input=plain, options=options, lease_owner=self._held.owner)
+            takes_input = input is not None and not _accepts(fn, 0) and _accepts(fn, 1)
+            work = Invoke(fn, (plain,) if takes_input else (), timeout_s)
+            return (yield from self._step(begin, work, retries, decision))
+        finally:
+            self._executing.discard(name)
+
+    def _step(self, begin: Json, work: Invoke, retries: int, decision: str) -> Op[Any]:
+        """A step that no checkpoint here answers: begin, execute, record; again while tries are left."""
+        name, held = begin["name"], self._held
+        for tries in itertools.count(1):
+            answer = yield from self._begin_step(begin)
+            if answer["action"] == "return":
+                return answer["output"]
+            path = _path("runs", self.run_id, "steps", answer["step"]["id"])
+            try:
+                output = _plain((yield work), f"the output of step {name!r}")
+            except Exception as error:
+                if held.gone() is not None:
+                    raise  # from a boundary inside the function: there is nobody to record it for
+                again = tries <= retries and getattr(error, "retryable", True) is not False
+                failure = _body(error=_error_json(error), resume_decision=decision, lease_owner=held.owner)
+                failure["retryable"] = again
+                self._step_failures.append((error, name))
+                yield from self._client._request("POST", path + "/fail", failure, held=held)
+                if not again:
+                    raise
+                yield Sleep(_jittered(STEP_BACKOFF_S, tries), held.alarm)
+            else:
+                done = {"leaseOwner": held.owner, "output": output}
+                yield from self._client._request("POST", path + "/complete", done, held=held)
+                return output
+        raise AssertionError("unreachable")
+
+    def _begin_step(self, begin: Json) -> Op[Json]:
+        """Ask for the step until the answer is `execute` or `return`; while another owner is at it, wait."""
+        path = _path("runs", self.run_id, "steps", "begin")
+        for tries in itertools.count(1):
+            self._held.boundary()
+            answer = yield from self._client._request("POST", path, begin, held=self._held)
+            action = answer["action"]
+            if action in ("execute", "return"):
+                return answer
+            if action == "input_mismatch":
+                raise _mismatch(begin["name"], answer.get("expectedInputHash"), answer.get("actualInputHash"))
+            if action == "cancelled":
+                self._held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
+            elif action != "locked":
+                raise TidebaseError(f"the server answered a step with {action!r}", 200, answer, None, path)
+            else:
+                yield Sleep(_jittered(LOCKED_POLL_S, tries), self._held.alarm)
+        raise AssertionError("unreachable")
+
+    @op
+    def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
+             capability: Any = None, timeout_s: float | None = None,
+             poll_s: float = GATE_POLL_S) -> Op[GateDecision]:
+        """Wait until a person has decided.  The decision is durable: a replay returns it at once.
+
+        timeout_s: then the gate is canceled, actor `timeout`.  poll_s: how long one request waits (at most 25).
+        Raises RunCancelled, LeaseLost.  The run keeps its lease, and its worker a place, meanwhile.
+        """
+        answer = yield from RunGates.begin(
+            self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
+        )
+        gate = answer["gate"]
+        hold_s = min(poll_s, HOLD_CAP_S)
+        path = _path("runs", self.run_id, "gates", gate["id"], wait_ms=_ms(hold_s))
+        while gate["status"] == "pending":
+            asked = time.monotonic()
+            answer = yield from self._client._request("GET", path, held=self._held, hold_s=hold_s)
+            if answer.get("runStatus") == "cancelled":
+                self._held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
+            self._held.boundary()
+            gate = answer["gate"]
+            if gate["status"] == "pending" and time.monotonic() - asked < hold_s / 2:
+                yield Sleep(min(1.0, hold_s), self._held.alarm)  # the server had no place to let us wait
+        return GateDecision(
+            gate["id"], gate["name"], gate["status"], gate["decision"], gate["actor"], gate["decisionPayload"]
+        )
+
+    @op
+    def child(self, name: str, workflow: str | Callable[..., Any], *, input: Any = None,
+              workflow_name: str | None = None, metadata: Json | None = None,
+              recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
+              edge_type: str | None = None, edge_metadata: Json | None = None) -> Op[Any]:
+        """Run a workflow as a child run, here and now, and return its result; one child per run and name.
+
+        A child that completed is not run again.  workflow: a function, or the name of a registered one.
+        workflow_name: default the name the function is registered under, else `name`.  Raises what the child raises.
+        """
+        self._held.boundary()
+        fn, known_as = self._client._registered(workflow)
+        body = _body(
+            name=name,
+            workflow_name=workflow_name or known_as or name,
+            input=input,
+            metadata=metadata,
+            recovery_webhook=recovery_webhook,
+            channels=channels,
+            edge_type=edge_type,
+            edge_metadata=edge_metadata,
+        )
+        path = _path("runs", self.run_id, "children")
+        answer = yield from self._client._request("POST", path, body, held=self._held)
+        return (yield from self._client._begin_and_execute(answer["run"], fn, parent=self._held))
+
+    @op
+    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: bool = True) -> Op[list[Any]]:
+        """Run children side by side and return their results, in order.
+
+        children: mappings with the arguments of `child`, at least {"name", "workflow"}.  checkpoint: record the joined
+        results in the step `join:NAME`, so that a replay asks for no child.  All children end before FanoutFailed is
+        raised; those that completed are not run again.
+        """
+        self._held.boundary()
+        names = [child["name"] for child in children]
+        if len(set(names)) < len(names):
+            raise ValueError(f"fanout {name!r} has two children of one name")
+
+        if checkpoint and f"join:{name}" in self._checkpoints:
+            return cast(list[Any], (yield from Run.step(self, f"join:{name}", list, input=names)))
+        results = yield from self._run_children(children)
+        failed = {child: error for child, error in zip(names, results) if isinstance(error, BaseException)}
+        for error in failed.values():
+            if not isinstance(error, Exception):
+                raise error  # RunSuspended: the children gave themselves back, so does the parent
+        self._held.boundary()
+        if failed:
+            words = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
+            raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {words}", failed)
+        if checkpoint:
+            results = yield from Run.step(self, f"join:{name}", lambda: results, input=names)
+        return results
+
+    def _run_children(self, children: Sequence[Mapping[str, Any]]) -> Op[list[Any]]:
+        """Results or exceptions of the children, at most FANOUT under way at once."""
+        results: list[Any] = [None] * len(children)
+
+        def one(index: int, arguments: Json) -> Op[None]:
+            try:
+                results[index] = yield from Run.child(self, **arguments)
+            except (Exception, RunSuspended) as error:
+                results[index] = error
+
+        tasks: list[Any] = []
+        try:
+            for index, child in enumerate(children):
+                if index >= FANOUT:
+                    yield Join(tasks[index - FANOUT])
+                tasks.append((yield Start(one(index, dict(child)), f"tidebase-child-{child['name']}")))
+            for task in tasks:
+                yield Join(task)
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            for task in tasks:
+                task.cancel()
+            raise
+        return results
+
+    def _complete(self, result: Any) -> Op[Any]:
+        """Record the result; returns it as JSON gives it back."""
+        held = self._held
+        plain = _plain(result, f"the result of workflow {self.name!r}")
+        held.settling = True
+        path = _path("runs", self.run_id, "complete")
+        answer = yield from self._client._request(
+            "POST", path, {"result": plain, "leaseOwner": held.owner}, held=held
+        )
+        if answer["run"]["status"] == "cancelled":
+            held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
+            held.fence()
+        return plain
+
+    def _fail(self, failure: Any, error: Any) -> Op[None]:
+        """Record what ended the run."""
+        step = next((name for raised, name in self._step_failures if raised is error), None)
+        if step is not None:
+            failure["step"] = step
+        body: Json = {"error": failure, "leaseOwner": self._held.owner}
+        if getattr(error, "retryable", True) is False:
+            body["retryable"] = False
+        yield from self._settle("fail", body, max(self._held.until - time.monotonic(), 0.0))
+
+    def _give_back(self) -> Op[None]:
+        """Release the run, so that another worker gets it now and no attempt is spent."""
+        yield from self._settle("release", {"leaseOwner": self._held.owner}, GIVE_BACK_S)
+
+    def _settle(self, verb: str, body: Json, patience_s: float) -> Op[None]:
+        """Tell how the run ends.  Where nobody hears it, the end of the lease will tell: it is over here anyway."""
+        self._held.settling = True
+        try:
+            yield from self._client._request("POST", _path("runs", self.run_id, verb), body, patience_s=patience_s)
+        except TidebaseError as refused:
+            extra = {"event": "settle_refused", "run_id": self.run_id, "verb": verb, "code": refused.code}
+            logger.warning("how a run ended could not be recorded", extra=extra)
+
+
+def _mismatch(name: str, recorded: Any, given: Any) -> StepInputMismatch:
+    words = f"step {name!r} was recorded with input {recorded} and is now called with input {given}"
+    return StepInputMismatch(words, code="input_mismatch")
+
+
+RunContext = Run[Blocking]  # what a workflow of Tidebase is given
+AsyncRunContext = Run[Awaited]  # what a workflow of AsyncTidebase is given
+
+
+class RunSession(Run[M]):
+    """A run driven by your own code, from `tide.runs.attach`: steps as in a workflow, and you say how it ends.
+
+    In `with`: an exception fails the run, and leaving without `complete` or `fail` gives it back.
+    `completed` and `result`: a run that completed before is attached without a lease, for its result.
+    """
+
+    completed = False
+    result: Any = None
+
+    @op
+    def heartbeat(self) -> Op[None]:
+        """Renew the lease now; a background thread does it anyway.  Raises LeaseLost, RunCancelled."""
+        self._held.fence()
+        sent, body = time.monotonic(), {"leaseOwner": self._held.owner}
+        yield from self._client._request("POST", _path("runs", self.run_id, "heartbeat"), body, held=self._held)
+        self._held.renew(sent)
+
+    @op
+    def complete(self, result: Any = None) -> Op[Any]:
+        """End the run well; durable on return.  Returns the result as JSON gives it back."""
+        if not self.completed:
+            self.result = yield from self._complete(result)
+            self.completed = True
+            self._let_go()
+        return self.result
+
+    @op
+    def fail(self, error: BaseException | Json | str) -> Op[None]:
+        """End the run badly: a queue run with attempts left is queued again."""
+        self._held.fence()
+        yield from self._fail(_error_json(error) if isinstance(error, BaseException) else error, error)
+        self._let_go()
+
+    @op
+    def close(self) -> Op[None]:
+        """Stop the heartbeats; a run that has not ended is given back.  Closing twice does nothing."""
+        if self._held.gone() is None:
+            yield from self._give_back()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._client._beats.remove(self._held)
+        self._held.ended = True
+
+    def _leave(self, error: BaseException | None) -> Op[None]:
+        if isinstance(error, Exception) and self._held.gone() is None:
+            yield from RunSession.fail(self, error)
+        yield from RunSession.close(self)
+
+
+class Runs(_Part[M]):
+    """`tide.runs`: create, look at and steer runs.  All answers are the server's JSON."""
+
+    @op
+    def create(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
+               metadata: Json | None = None, recovery_webhook: str | None = None,
+               channels: Sequence[Json] | None = None, deadline_s: float | None = None) -> Op[Json]:
+        """Create a run without a queue, or get the one of this run_id; durable on return.  {"run", "created"}.
+
+        Raises TidebaseError 409 run_id_conflict when run_id is of another workflow.
+        """
+        given = locals()
+        path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
+        return (yield from self._client._request("POST", path, body))
+
+    @op
+    def get(self, run_id: str, *, include: Sequence[str] | None = None) -> Op[Json]:
+        """Everything about a run: run, steps, state, gates, usage, events ...; include: only these parts."""
+        parts = None if include is None else ",".join(include)
+        return (yield from self._client._request("GET", _path("runs", run_id, include=parts)))
+
+    @op
+    def list(self, *, status: str | None = None, workflow: str | None = None, queue: str | None = None,
+             metadata: Mapping[str, str] | None = None, before: str | None = None,
+             limit: int | None = None) -> Op[Json]:
+        """{"runs": [...], "nextCursor"}, newest first, 100 unless limit; pass nextCursor as `before` for the next."""
+        marks = {f"metadata.{key}": value for key, value in (metadata or {}).items()}
+        path = _path("runs", status=status, workflow=workflow, queue=queue, before=before, limit=limit, **marks)
+        return (yield from self._client._request("GET", path))
+
+    @op
+    def cancel(self, run_id: str, *, reason: str | None = None, actor: str | None = None) -> Op[Json]:
+        """Cancel at once; whoever executes it is unwound at its next boundary.  409 for a completed run.  {"run"}."""
+        body = _body(locals(), "run_id")
+        return (yield from self._client._request("POST", _path("runs", run_id, "cancel"), body))
+
+    @op
+    def retry(self, run_id: str) -> Op[Json]:
+        """Put a failed or cancelled run back, its checkpoints kept.  {"run"}."""
+        return (yield from self._client._request("POST", _path("runs", run_id, "retry"), {}))
+
+    @op
+    def recover(self, run_id: str, *, reason: str | None = None) -> Op[Json]:
+        """Have the run's recovery webhook called.  {"recoveryAttempt"}; 422 without one."""
+        return (yield from self._client._request("POST", _path("runs", run_id, "recover"), _body(reason=reason)))
+
+    @op
+    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None) -> Op[Json]:
+        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  {"run"}."""
+        body = _body(locals(), "run_id", id=new_run_id())
+        return (yield from self._client._request("POST", _path("runs", run_id, "fork"), body))
+
+    @op
+    def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
+                    actor: str | None = None) -> Op[Json]:
+        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail".  {"step"}."""
+        body = _body(locals(), "run_id", "step_id")
+        return (yield from self._client._request("POST", _path("runs", run_id, "steps", step_id, "review"), body))
+
+    @op
+    def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
+               metadata: Json | None = None, recovery_webhook: str | None = None,
+               channels: Sequence[Json] | None = None, heartbeat_s: float = 20.0,
+               on_lease_lost: Callable[..., Any] | None = None) -> Op[RunSession[M]]:
+        """Create or resume a run that your own code drives, and hold it: see RunSession.
+
+        heartbeat_s: at most this long between heartbeats; never longer than a third of the lease.
+        on_lease_lost: called once, with the error, from the thread that noticed.
+        Raises TidebaseError 409 run_leased while another owner holds it, RunCancelled.
+        """
+        made = yield from Runs.create(self, workflow_name, run_id=run_id, input=input, metadata=metadata,
+                                      recovery_webhook=recovery_webhook, channels=channels)
+        answer = yield from self._client._begin(made["run"]["id"])
+        run, owner = answer["run"], answer["leaseOwner"]
+        held = _Held(run, owner or "", self._client._driver.alarm())
+        session: RunSession[M] = RunSession(self._client, run, held, answer.get("checkpoints", ()))
+        if owner is None:
+            session.completed, session.result, held.ended = True, run["result"], True
+        else:
+            held.on_lost = on_lease_lost
+            held.beat_s = min(held.beat_s, heartbeat_s)
+            self._client._beats.add(held)
+        return session
+
+    @overload
+    def subscribe(self: Runs[Blocking], run_id: str, after: int = 0) -> Iterator[Json]: ...
+    @overload
+    def subscribe(self: Runs[Awaited], run_id: str, after: int = 0) -> AsyncIterator[Json]: ...
+    def subscribe(self, run_id: str, after: int = 0) -> Any:
+        """Iterate over a run's events after number `after`, history first, then live, until the run has ended.
+
+        Reconnects by itself; no event is lost or repeated.  Raises Unreachable after timeout_s without the server.
+        """
+        return self._client._driver.iterate(self._subscribe(run_id, after))
+
+    def _subscribe(self, run_id: str, after: int) -> Op[None]:
+        ended = False
+        tries, last_word = 0, time.monotonic()
+        while not ended:
+            path = _path("runs", run_id, "events", after=after, follow="false")
+            try:
+                stream = yield OpenStream(path, {"Accept": "text/event-stream", "Last-Event-ID": str(after)})
+                with contextlib.closing(stream):
+                    if stream.status != 200 and stream.status not in (429, 502, 503, 504):
+                        raise _refusal(stream.status, _loads((yield ReadStream(stream))), path)
+                    rest = b""
+                    while stream.status == 200:
+                        data = yield ReadStream(stream)
+                        if not data:
+                            break
+                        tries, last_word = 0, time.monotonic()
+                        events, rest = _events_in(rest + data)
+                        for event in events:
+                            if event["seq"] > after:
+                                after = event["seq"]
+                                ended = event["type"] in ("run.completed", "run.failed", "run.cancelled")
+                                yield Emit(event)
+            except OSError as error:
+                if time.monotonic() - last_word > self._client.timeout_s + STREAM_SILENCE_S:
+                    raise Unreachable(f"the event stream broke: {error}", path=path) from error
+            if not ended:
+                tries += 1
+                yield Sleep(_jittered(BACKOFF_S, tries))
+
+
+class Gates(_Part[M]):
+    """`tide.gates`: decide gates."""
+
+    @op
+    def resolve(self, run_id: str, gate_id: str, *, token: str, decision: str, actor: str | None = None,
+                payload: Any = None) -> Op[Json]:
+        """Decide a gate: approved, rejected or canceled; durable on return, exactly one decision counts.  {"gate"}.
+
+        token: the gate's resolveToken.  Raises TidebaseError 409 when it is wrong or the gate was decided before.
+        """
+        body = _body(locals(), "run_id", "gate_id")
+        return (yield from self._client._request("POST", _path("runs", run_id, "gates", gate_id, "resolve"), body))
+
+
+_KEEP: Any = type("_Keep", (), {"__repr__": lambda self: "<keep>"})()  # an argument left out, where None has a meaning
+
+
+class Queues(_Part[M]):
+    """`tide.queues`: limits of queues, and how full they are."""
+
+    @op
+    def configure(self, name: str, *, concurrency: int | None = _KEEP, rate_per_minute: int | None = _KEEP,
+                  invoke_url: str | None = _KEEP) -> Op[Json]:
+        """Set limits that hold across all workers.  What is left out keeps its value, None clears it.  {"config"}."""
+        wanted = {"concurrency": concurrency, "ratePerMinute": rate_per_minute, "invokeUrl": invoke_url}
+        body = {key: value for key, value in wanted.items() if value is not _KEEP}
+        return (yield from self._client._request("PUT", _path("queues", name, "config"), body))
+
+    @op
+    def list(self) -> Op[Json]:
+        """{"queues": [...]} with their counts and configuration."""
+        return (yield from self._client._request("GET", "/queues"))
+
+
+class Schedules(_Part[M]):
+    """`tide.schedules`: runs enqueued by the clock."""
+
+    @op
+    def set(self, name: str, *, cron: str, workflow_name: str, input: Any = None, queue: str | None = None,
+            max_attempts: int | None = None, enabled: bool | None = None,
+            timezone: str | None = None) -> Op[Json]:
+        """Create or change a schedule.  cron: five fields, in `timezone` (IANA name, default UTC).  {"schedule"}."""
+        body = _body(locals(), "name")
+        return (yield from self._client._request("PUT", _path("schedules", name), body))
+
+    @op
+    def list(self) -> Op[Json]:
+        """{"schedules": [...]}."""
+        return (yield from self._client._request("GET", "/schedules"))
+
+    @op
+    def delete(self, name: str) -> Op[Json]:
+        """{"deleted": name}; TidebaseError 404 when there is none."""
+        return (yield from self._client._request("DELETE", _path("schedules", name)))
+
+
+class Client(Surface[M]):
+    """What Tidebase and AsyncTidebase share: everything but the driver.  `close()` it, or use it in `with`."""
+
+    _driver: Any
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
+                 *, timeout_s: float = TIMEOUT_S) -> None:
+        """url, api_key, webhook_secret: default the environment's TIDEBASE_URL, TIDEBASE_API_KEY,
+        TIDEBASE_WEBHOOK_SECRET.  timeout_s: how long a request is tried, repeats included; a request for a run that is
+        held is tried until its lease is gone."""
+        self._client = self
+        self._server = _Server(
+            url or os.environ.get("TIDEBASE_URL") or DEFAULT_URL,
+            (api_key if api_key is not None else os.environ.get("TIDEBASE_API_KEY", "")).strip(),
+        )
+        self._webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or ""
+        self.timeout_s = timeout_s
+        self._workflows: dict[str, Callable[..., Any]] = {}
+        self._threads = _BlockingDriver(self._server)
+        self._driver = self._threads
+        self._beats = _Beats(self)
+        self.runs: Runs[M] = Runs(self)
+        self.queues: Queues[M] = Queues(self)
+        self.schedules: Schedules[M] = Schedules(self)
+        self.gates: Gates[M] = Gates(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._server.url}>"
+
+    @overload
+    def workflow(self, name: str) -> Callable[[F], F]: ...
+    @overload
+    def workflow(self, name: str, fn: F) -> F: ...
+    def workflow(self, name: str, fn: F | None = None) -> Any:
+        """Register workflow(run, input) or workflow(run) under a name: called, or as decorator @tide.workflow(NAME)."""
+        if fn is None:
+            return functools.partial(self.workflow, name)
+        self._workflows[name] = fn
+        return fn
+
+    @op
+    def run(self, workflow_name: str, workflow: Callable[..., Any], *, run_id: str | None = None, input: Any = None,
+            metadata: Json | None = None, recovery_webhook: str | None = None,
+            channels: Sequence[Json] | None = None) -> Op[Any]:
+        """Create a run, or resume the one of this run_id, execute it here and return its result.
+
+        A completed run returns its stored result, nothing is executed.  workflow is given what the server has stored as
+        input.  Raises what the workflow raises, recorded before; TidebaseError 409 run_leased while another owner holds
+        the run; RunCancelled, LeaseLost, Unreachable.
+        """
+        made = yield from Runs.create(self.runs, workflow_name, run_id=run_id, input=input, metadata=metadata,
+                                      recovery_webhook=recovery_webhook, channels=channels)
+        return (yield from self._begin_and_execute(made["run"], workflow))
+
+    @op
+    def enqueue(self, workflow_name: str, queue: str = "default", *, input: Any = None, metadata: Json | None = None,
+                dedupe_key: str | None = None, delay_s: float | None = None,
+                run_at: datetime | str | None = None, max_attempts: int | None = None,
+                priority: int | None = None, deadline_s: float | None = None,
+                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None) -> Op[Json]:
+        """Put a run on a queue.  When this returns, it is in Postgres and will be offered to workers.
+
+        dedupe_key: at most one live run per queue and key; a second call answers the first run.  run_at: a datetime
+        (one without time zone is local) or ISO-8601 text.  max_attempts: the server's default is 3.  priority: higher
+        first.  deadline_s: cancelled when it has not ended by then.  Returns {"run", "deduplicated"}.
+        Raises TidebaseError 400 with the fields named in its body; Unreachable, then the run may exist.
+        """
+        body = _body(locals(), "queue", id=new_run_id())
+        return (yield from self._request("POST", _path("queues", queue, "enqueue"), body))
+
+    @op
+    def work(self, queues: Sequence[str] = ("default",), *, poll_s: float = 1.0, limit: int = 1, concurrency: int = 1,
+             lease_owner: str | None = None, stop: Callable[[], bool] | None = None,
+             on_error: Callable[..., Any] | None = None, shutdown_s: float = SHUTDOWN_S) -> Op[None]:
+        """Claim runs and execute them, each in a thread or task of its own, until told to stop.
+
+        Stops on SIGTERM or SIGINT (called from the main thread; a second signal acts as usual) or when stop() is true:
+        runs go on to their next boundary and are given back, no attempt spent; after shutdown_s this returns anyway,
+        and what is left is taken over when its lease ends.
+
+        queues: served in this order.  poll_s: how long one claim waits for work, and the longest a stop goes unnoticed.
+        limit: runs per claim.  concurrency: runs at once.  lease_owner: default a new name per claim; one of your own
+        must be unique among processes.  on_error(exception, run): told of every run that failed; failures never end the
+        loop, nor does a server that is away.  Raises TidebaseError when the server refuses the claim itself (401, 400).
+        """
+        worker = _Worker(self, list(queues), min(poll_s, HOLD_CAP_S), limit, concurrency, lease_owner, on_error)
+        with _stop_signals() as signalled:
+            try:
+                while not signalled() and not (stop is not None and stop()):
+                    yield from worker.round()
+            except asyncio.CancelledError:  # of the task that awaits us: its runs are given back before it ends
+                worker.cancel()
+                yield from worker.wind_down(shutdown_s)
+                raise
+            yield from worker.wind_down(shutdown_s)
+
+    @op
+    def usage(self, *, by: str | None = None, since: datetime | str | None = None,
+              until: datetime | str | None = None) -> Op[Json]:
+        """The cost ledger summed up: {"groups": [...]}.  by: model, workflow or day."""
+        return (yield from self._request("GET", _path("usage", by=by, since=_iso(since), until=_iso(until))))
+
+    attach = property(lambda self: self.runs.attach, doc="The same as `runs.attach`.")
+    cancel = property(lambda self: self.runs.cancel, doc="The same as `runs.cancel`.")
+
+    @op
+    def handle_webhook(self, body: bytes, signature: str | None) -> Op[tuple[int, Json]]:
+        """Answer a recovery or push webhook: verify it, run the registered workflow here, return (status, JSON).
+
+        body: the exact bytes received.  signature: the header x-tidebase-signature.  The answer is 200 whenever the
+        outcome is the server's to handle: completed, failed (recorded), cancelled, or held by somebody else already.
+        """
+        if not verify_webhook_signature(body, signature, self._webhook_secret):
+            return 401, {"error": "invalid signature", "code": "unauthorized"}
+        told = _loads(body)
+        if not isinstance(told, dict) or told.get("type") not in ("run.resume", "run.invoke") or "runId" not in told:
+            return 400, {"error": "neither run.resume nor run.invoke", "code": "invalid_request"}
+        run_id, workflow = str(told["runId"]), self._workflows.get(str(told.get("workflowName")))
+        if workflow is None:
+            return 404, {"error": "no such workflow is registered here", "code": "unknown_workflow", "runId": run_id}
+        try:
+            yield from self._begin_and_execute({"id": run_id}, workflow)
+        except Unreachable:
+            return 503, {"error": "the Tidebase server did not answer", "code": "unreachable", "runId": run_id}
+        except TidebaseError as error:
+            status = "cancelled" if isinstance(error, RunCancelled) else error.code or "failed"
+            return (404 if error.status == 404 else 200), {"runId": run_id, "status": status}
+        except Exception:
+            logger.exception("run failed", extra={"event": "run_failed", "run_id": run_id})
+            return 200, {"runId": run_id, "status": "failed"}
+        return 200, {"runId": run_id, "status": "completed"}
+
+    @op
+    def close(self) -> Op[None]:
+        """Close idle connections.  The client stays usable and opens new ones when it must."""
+        yield from self._leave(None)
+
+    def _leave(self, error: BaseException | None) -> Op[None]:
+        self._threads.close()
+        self._driver.close()
+        yield Sleep(0)  # lets an event loop finish what it closes
+
+    def _registered(self, workflow: str | Callable[..., Any]) -> tuple[Callable[..., Any], str | None]:
+        """A workflow by function or registered name: the function, and that name if it has one."""
+        if isinstance(workflow, str):
+            if workflow not in self._workflows:
+                raise ValueError(f"workflow {workflow!r} is not registered, but {sorted(self._workflows)} are")
+            return self._workflows[workflow], workflow
+        return workflow, next((name for name, fn in self._workflows.items() if fn is workflow), None)
+
+    def _request(self, method: str, path: str, body: Any = None, *, held: _Held | None = None,
+                 headers: Mapping[str, str] | None = None, patience_s: float | None = None,
+                 once_s: float | None = None, hold_s: float = 0.0) -> Op[Json]:
+        """Send until an answer comes: until the lease is gone for a held run, else for patience_s (timeout_s).
+
+        once_s: no repeat, and this long for the answer.  hold_s: on top, how long the server may sit on it.
+        Every request may arrive twice: the protocol has it so.
+        """
+        data = None if body is None else _encode(body, f"the body of {method} {path}")
+        patience_s = 0.0 if once_s is not None else self.timeout_s if patience_s is None else patience_s
+        started = time.monotonic()
+        for tries in itertools.count(1):
+            if held is not None:
+                held.fence()
+            give_up = held.until if held is not None else started + patience_s
+            timeout_s = once_s or max(1.0, min(self.timeout_s, give_up - time.monotonic()))
+            rest_s = _jittered(BACKOFF_S, tries)
+            cause: Exception | None = None
+            try:
+                reply = yield Exchange(method, path, data, headers or {}, hold_s + timeout_s, hold_s > 0)
+            except OSError as error:
+                trouble, cause = f"{type(error).__name__}: {error}", error
+            else:
+                if reply.status not in (429, 502, 503, 504):
+                    return self._answer(reply, path, held)
+                trouble = f"it answered {reply.status}"
+                if reply.retry_after.isdigit():
+                    rest_s = min(float(reply.retry_after), RETRY_AFTER_CAP_S) + rest_s
+            if time.monotonic() + rest_s > (held.until if held is not None else give_up):
+                words = f"no answer from {self._server.url} to {method} {path}, tried {tries} times: {trouble}"
+                if held is None:
+                    raise Unreachable(words, path=path) from cause
+                held.lose(LeaseLost(f"the lease of run {held.run_id} ran out: {words}", code="lease_lost", path=path))
+                held.fence()
+            yield Sleep(rest_s)
+        raise AssertionError("unreachable")
+
+    def _answer(self, reply: Reply, path: str, held: _Held | None) -> Json:
+        """The JSON of a success; else raise, and remember when it was the end of the lease."""
+        body = _loads(reply.data)
+        if 200 <= reply.status < 300 and isinstance(body, dict):
+            return body
+        error = _refusal(reply.status, body, path)
+        if held is not None and isinstance(error, (LeaseLost, RunCancelled)):
+            held.lose(error)
+        raise error
+
+    def _begin(self, run_id: str, parent: _Held | None = None) -> Op[Json]:
+        """Take a run's lease under a name of our own: two executions in one process must not pass for one.
+
+        A child whose lease a dead worker still has is waited for: its parent was taken over only just now.
+        """
+        headers = {"x-tidebase-worker": _new_id("worker")}
+        for tries in itertools.count(1):
+            if parent is not None:
+                parent.boundary()
+            try:
+                path = _path("runs", run_id, "begin")
+                return (yield from self._request("POST", path, {"checkpoints": True}, headers=headers))
+            except TidebaseError as error:
+                leased = error.status == 409 and isinstance(error.body, dict) and error.body.get("leaseOwner")
+                if parent is None or not leased or isinstance(error, (LeaseLost, RunCancelled)):
+                    raise
+            yield Sleep(_jittered(LOCKED_POLL_S, tries), parent.alarm)
+        raise AssertionError("unreachable")
+
+    def _begin_and_execute(self, run: Json, workflow: Callable[..., Any], parent: _Held | None = None) -> Op[Any]:
+        """Execute a run unless it completed before; returns its result."""
+        if run.get("status") == "completed":
+            return run["result"]
+        answer = yield from self._begin(run["id"], parent)
+        if answer["leaseOwner"] is None:
+            return answer["run"]["result"]
+        held = _Held(answer["run"], answer["leaseOwner"], self._driver.alarm(), parent)
+        return (yield from self._execute(Run(self, answer["run"], held, answer.get("checkpoints", ())), workflow))
+
+    def _execute(self, run: Run[M], workflow: Callable[..., Any]) -> Op[Any]:
+        """Execute a run that is held, under heartbeats, to one of its ends: completed, failed, given back or lost."""
+        held = run._held
+        self._beats.add(held)
+        try:
+            result = yield Invoke(workflow, _fit(workflow, run, run.input))
+            held.fence()  # user code may have swallowed it
+            return (yield from run._complete(result))
+        except (Exception, SystemExit) as error:
+            gone = held.gone()
+            if gone is None:
+                yield from run._fail(_error_json(error), error)
+                raise
+            if held.lost is None:  # the parent's lease ended, this one is still ours
+                yield from run._give_back()
+            if isinstance(error, type(gone)):
+                raise
+            raise copy.copy(gone) from error
+        except (RunSuspended, KeyboardInterrupt, asyncio.CancelledError):
+            yield from run._give_back()
+            raise
+        finally:
+            self._beats.remove(held)
+            held.ended = True
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Worker:
+    """One `work()`: claims while there are free places, and winds down."""
+
+    def __init__(self, client: Client[Any], queues: list[str], poll_s: float, limit: int, concurrency: int,
+                 owner: str | None, on_error: Callable[..., Any] | None) -> None:
+        if not queues or limit < 1 or concurrency < 1:
+            raise ValueError("work() needs a queue, a limit and a concurrency of at least 1")
+        self._client, self._queues, self._poll_s, self._limit, self._on_error = client, queues, poll_s, limit, on_error
+        self._concurrency, self._owner = concurrency, owner
+        self._places = client._driver.alarm()  # set whenever a run ends
+        self._busy: set[_Held] = set()
+        self._parked: set[_Held] = set()  # of unknown workflows: they take no place
+        self._tasks: list[Any] = []
+        self._claim: Json | None = None  # repeated as it is until it is answered, so that no claimed run is lost
+        self._failures = 0
+
+    def round(self) -> Op[None]:
+        """Claim once and start what came, or rest: never longer than poll_s."""
+        self._tasks = [task for task in self._tasks if not task.done()]
+        self._places.clear()
+        free = self._concurrency - len(self._busy)
+        if free < 1:
+            yield Sleep(self._poll_s, self._places)
+            return
+        if self._claim is None:
+            owner = self._owner or f"{platform.node()}-{os.getpid()}-{_new_id('worker')}"
+            self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True)
+            self._claim.update(limit=min(self._limit, free, 100), waitMs=_ms(self._poll_s))
+        asked = time.monotonic()
+        try:
+            path = "/queues/claim"
+            answer = yield from self._client._request("POST", path, self._claim, once_s=CLAIM_S, hold_s=self._poll_s)
+        except TidebaseError as error:
+            if error.status is not None and error.status < 500 and error.status != 429:
+                raise
+            self._failures += 1
+            if self._failures == 1:
+                logger.warning("server is away", extra={"event": "server_away", "error": str(error)})
+            yield Sleep(_jittered(BACKOFF_S, self._failures))
+            return
+        if self._failures:
+            logger.info("server is back", extra={"event": "server_back"})
+        self._claim, self._failures = None, 0
+        for run in answer["runs"]:
+            yield from self._start(run, answer["leaseOwner"])
+        early = time.monotonic() - asked < self._poll_s / 2
+        if any(run["workflowName"] not in self._client._workflows for run in answer["runs"]) or (
+            early and not answer["runs"]  # the server had no place to let us wait
+        ):
+            yield Sleep(self._poll_s)
+
+    def _start(self, claimed: Json, owner: str) -> Op[None]:
+        held = _Held(claimed, owner, self._client._driver.alarm())
+        run: Run[Any] = Run(self._client, claimed, held, claimed.get("checkpoints", ()))
+        workflow = self._client._workflows.get(run.name)
+        (self._parked if workflow is None else self._busy).add(held)
+        life = self._park(run) if workflow is None else self._live(run, workflow)
+        self._tasks.append((yield Start(life, f"tidebase-{run.run_id}")))
+
+    def _live(self, run: Run[Any], workflow: Callable[..., Any]) -> Op[None]:
+        """A run's life here; however it ends, the worker goes on."""
+        extra = {"event": "run_failed", "run_id": run.run_id, "workflow": run.name}
+        try:
+            yield from self._client._execute(run, workflow)
+        except RunSuspended:
+            logger.info("run given back", extra={**extra, "event": "run_released"})
+        except (Exception, SystemExit) as error:
+            if run._held.lost is not None:
+                return  # lost or cancelled: told when it was noticed, and nobody's failure
+            logger.warning("run failed", exc_info=True, extra=extra)
+            if self._on_error is not None:
+                try:
+                    yield Invoke(self._on_error, _fit(self._on_error, error, run))
+                except Exception:
+                    logger.exception("on_error itself failed", extra={**extra, "event": "on_error_failed"})
+        finally:
+            self._busy.discard(run._held)
+            self._places.set()
+
+    def _park(self, run: Run[Any]) -> Op[None]:
+        """Keep a run of a workflow unknown here from the queue's head for a while, then give it back unspent."""
+        extra = {"event": "workflow_unknown", "run_id": run.run_id, "workflow": run.name}
+        logger.error("claimed a run of a workflow that is not registered in this worker", extra=extra)
+        self._client._beats.add(run._held)
+        try:
+            yield Sleep(UNKNOWN_REST_S, run._held.alarm)
+        finally:
+            self._client._beats.remove(run._held)
+            self._parked.discard(run._held)
+        yield from run._give_back()
+
+    def cancel(self) -> None:
+        """Cancel the tasks (a thread cannot be)."""
+        for task in self._tasks:
+            task.cancel()
+
+    def wind_down(self, shutdown_s: float) -> Op[None]:
+        """Have every run unwound at its next boundary and wait for that, at most shutdown_s."""
+        for held in [*self._busy, *self._parked]:
+            held.suspend()
+        deadline = time.monotonic() + shutdown_s
+        while any(not task.done() for task in self._tasks) and time.monotonic() < deadline:
+            yield Sleep(0.05, None)
+        left = [held.run_id for held in list(self._busy)]
+        if left:
+            logger.warning("stopped with runs under way", extra={"event": "shutdown_overdue", "run_ids": left})
+            self.cancel()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Inside, the first SIGTERM or SIGINT only raises a flag, since a handler may interrupt code that holds any lock;
+    the handlers from before are back from then on."""
+    before: dict[int, Any] = {}
+    seen: list[int] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: object) -> None:
+        seen.append(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, handle) or signal.SIG_DFL
+    try:
+        yield lambda: bool(seen)
+    finally:
+        restore()
+
+
+# ------------------------------------------------------------------------------
+# Drivers: the same logic blocking and on asyncio; connections, threads and heartbeats live here only.
+# ------------------------------------------------------------------------------
+
+
+def _loads(data: bytes) -> Any:
+    """A JSON body, or None when it is none (a proxy's page, say)."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+class _Server:
+    """Where requests go and what each carries.  The key is in no repr and no message."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ValueError("the Tidebase URL must look like http://host:7373 or https://host/prefix")
+        if not all(" " < letter < "\x7f" for letter in api_key):
+            raise ValueError("the Tidebase API key has characters that no header can carry")
+        self.url = url.rstrip("/")
+        self.host, self.prefix = parts.hostname, parts.path.rstrip("/")
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.authority = parts.netloc
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._headers = {"User-Agent": f"tidebase-python/{__version__}", "Accept": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+
+    def headers(self, extra: Mapping[str, str], body: bytes | None) -> dict[str, str]:
+        """All headers of one request but Host and Content-Length."""
+        return {**self._headers, **({} if body is None else {"Content-Type": "application/json"}), **extra}
+
+
+def _in_thread(name: str, fn: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
+    """Call fn in a daemon thread of its own: no pool to run out of, and nothing that keeps a process from exiting."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+
+    def body() -> None:
+        try:
+            future.set_result(context.run(fn, *args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=body, name=name, daemon=True).start()
+    return future
+
+
+class _BlockingStream:
+    """The answer to OpenStream on a connection of its own."""
+
+    def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
+        self.status, self._connection, self._response = response.status, connection, response
+
+    def read(self) -> bytes:
+        return self._response.read1(65536)
+
+    def close(self) -> None:
+        self._response.close()
+        self._connection.close()
+
+
+class _BlockingDriver:
+    """Performs effects in the calling thread.
+
+    Idle connections are kept for whichever thread asks next, so there are never more than threads that asked at once.
+    """
+
+    awaited = False
+    alarm = threading.Event
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._idle: deque[http.client.HTTPConnection] = deque()
+        self._process = os.getpid()
+
+    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., T]:
+        """An operation as a method of `surface`."""
+
+        @functools.wraps(logic)
+        def method(self_: object, *args: Any, **kwargs: Any) -> T:
+            return self.drive(logic(self_, *args, **kwargs))
+
+        return types.MethodType(method, surface)
+
+    def drive(self, op: Op[T]) -> T:
+        """Perform what the operation yields until it returns or raises."""
+        resume: Callable[[Any], Effect] = op.send
+        value: Any = None
+        while True:
+            try:
+                effect = resume(value)
+            except StopIteration as end:
+                return cast(T, end.value)
+            try:
+                value, resume = self.perform(effect), op.send
+            except BaseException as error:
+                value, resume = error, op.throw
+
+    def iterate(self, op: Op[None]) -> Iterator[Any]:
+        """Perform what the operation yields, and yield what it emits."""
+        resume: Callable[[Any], Effect] = op.send
+        value: Any = None
+        with contextlib.closing(op):
+            while True:
+                try:
+                    effect = resume(value)
+                except StopIteration:
+                    return
+                if isinstance(effect, Emit):
+                    yield effect.item
+                    value, resume = None, op.send
+                    continue
+                try:
+                    value, resume = self.perform(effect), op.send
+                except Exception as error:
+                    value, resume = error, op.throw
+
+    def perform(self, effect: Effect) -> Any:
+        """One effect, here and now."""
+        if isinstance(effect, Exchange):
+            return self._exchange(effect)
+        if isinstance(effect, Invoke):
+            return self._invoke(effect)
+        if isinstance(effect, Sleep):
+            return effect.alarm.wait(effect.seconds) if effect.alarm else time.sleep(effect.seconds)
+        if isinstance(effect, Start):
+            return _in_thread(effect.name, self.drive, effect.op)
+        if isinstance(effect, Join):
+            return concurrent.futures.wait([effect.task])
+        if isinstance(effect, OpenStream):
+            connection = self._connect(STREAM_SILENCE_S)
+            try:
+                return _BlockingStream(connection, self._send(connection, "GET", effect.path, None, effect.headers))
+            except BaseException:
+                connection.close()
+                raise
+        if isinstance(effect, ReadStream):
+            return effect.stream.read()
+        raise AssertionError(f"no such effect: {effect!r}")
+
+    def _invoke(self, effect: Invoke) -> Any:
+        if effect.timeout_s is None:
+            result = effect.fn(*effect.args)
+        else:
+            future = _in_thread("tidebase-step", effect.fn, *effect.args)
+            if not concurrent.futures.wait([future], effect.timeout_s).done:
+                raise StepTimeout(f"no result within {effect.timeout_s:g} s")
+            result = future.result()
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError(f"{effect.fn!r} is async: an AsyncTidebase awaits it, a Tidebase cannot")
+        return result
+
+    def _exchange(self, effect: Exchange) -> Reply:
+        while True:
+            connection, used = self._take(effect.timeout_s)
+            try:
+                response = self._send(connection, effect.method, effect.path, effect.body, effect.headers)
+                reply = Reply(response.status, response.headers.get("Retry-After", ""), response.read())
+            except BaseException as error:
+                connection.close()
+                if used and isinstance(error, ConnectionError):
+                    continue  # the server had closed this idle connection; the next may be the same, the last is new
+                raise
+            self._idle.append(connection)
+            return reply
+
+    def _send(self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None,
+              headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        try:
+            connection.request(method, self._server.prefix + path, body, self._server.headers(headers, body))
+            return connection.getresponse()
+        except http.client.HTTPException as error:
+            if isinstance(error, OSError):
+                raise
+            raise ConnectionAbortedError(f"malformed answer: {error!r}") from error
+
+    def _take(self, timeout_s: float) -> tuple[http.client.HTTPConnection, bool]:
+        """A connection, and whether it was used before."""
+        if self._process != os.getpid():  # forked: the parent goes on using its connections
+            self._idle, self._process = deque(), os.getpid()
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            return self._connect(timeout_s), False
+        connection.timeout = timeout_s
+        if connection.sock is None:  # closed by the server's own wish; it reconnects by itself
+            return connection, False
+        connection.sock.settimeout(timeout_s)
+        return connection, True
+
+    def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
+        server = self._server
+        if server.tls is not None:
+            return http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=server.tls)
+        return http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)  # sets TCP_NODELAY by itself
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+
+class _Beats:
+    """One thread that renews the leases of all runs a client holds; it starts with the first and goes with the last.
+
+    A thread for the async client as well: a step that blocks the event loop must not cost the leases of all its runs.
+    """
+
+    def __init__(self, client: Client[Any]) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._held: dict[str, _Held] = {}
+        self._thread: threading.Thread | None = None
+
+    def add(self, held: _Held) -> None:
+        """Keep a lease alive from now on."""
+        with self._lock:
+            before = self._held.get(held.run_id)
+            self._held[held.run_id] = held
+            if self._thread is None or not self._thread.is_alive():  # not alive: this is a forked process
+                self._thread = threading.Thread(target=self._run, name="tidebase-heartbeats", daemon=True)
+                self._thread.start()
+        if before is not None:  # taken again by the same worker: what is left of the first execution must not write
+            before.lose(LeaseLost(f"run {held.run_id} was taken again", code="lease_lost"))
+        self._wake.set()
+
+    def remove(self, held: _Held) -> None:
+        """Let a lease go."""
+        with self._lock:
+            if self._held.get(held.run_id) is held:
+                del self._held[held.run_id]
+        self._wake.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            with self._lock:
+                if not self._held:
+                    self._thread = None
+                    return
+                runs = list(self._held.values())
+            rest = min(held.beat_at for held in runs) - time.monotonic()
+            if rest > 0:
+                self._wake.wait(rest)
+            else:
+                try:
+                    self._beat(runs)
+                except Exception:  # a callback's, or a defect: the other runs must not pay for it
+                    logger.exception("heartbeat failed", extra={"event": "heartbeat_failed"})
+
+    def _beat(self, runs: list[_Held]) -> None:
+        """One request for all.  Where it fails, they are due again soon: a restarted server waits for exactly this."""
+        sent, shortest = time.monotonic(), min(held.lease_s for held in runs)
+        for held in runs:
+            held.beat_at = sent + min(1.0, held.lease_s / 10)
+        body = {"runs": [{"id": held.run_id, "leaseOwner": held.owner} for held in runs]}
+        path, once_s = "/heartbeats", max(shortest / BEATS_PER_LEASE, 0.5)
+        try:
+            answer = self._client._threads.drive(self._client._request("POST", path, body, once_s=once_s))
+        except TidebaseError as error:
+            logger.info("heartbeat not answered", extra={"event": "heartbeat_unanswered", "error": str(error)})
+            return
+        for held, result in zip(runs, answer["results"]):
+            if "run" in result and "error" not in result:
+                held.renew(sent)
+            elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and not held.settling:
+                held.lose(_lost(result, path))
+
+
+def _lost(result: Json, path: str) -> TidebaseError:
+    """What a refused heartbeat means: the run is cancelled, or it is no longer ours, deleted ones included."""
+    error = _refusal(409, result, path)
+    return error if isinstance(error, RunCancelled) else LeaseLost(str(error), 409, result, "lease_lost", path)
+
+
+class _AsyncAlarm:
+    """An asyncio.Event that any thread may set."""
+
+    def __init__(self) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+
+    def set(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._event.set)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            logger.debug("alarm for a closed loop", extra={"event": "loop_closed"})
+
+    def clear(self) -> None:
+        self._event.clear()
+
+    async def wait(self, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._event.wait(), seconds)
+
+
+class _AsyncStream:
+    """One HTTP/1.1 answer (RFC 9112) on an asyncio connection: head read, body to be read block by block."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+        self.reusable = False  # set when the body was read to its end and the server keeps the connection
+        self._left: int | None = None  # bytes until the end of the body; None: chunked, or until the connection ends
+        self._chunked = False
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Abort the connection when the block takes longer; much cheaper than wait_for around every read."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + seconds
+        timer = loop.call_at(ends, self._writer.transport.abort)
+        try:
+            yield
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
+            self.close()
+            if loop.time() >= ends:
+                raise TimeoutError(f"no answer within {seconds:.0f} s") from error
+            raise ConnectionResetError(f"the connection broke: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            timer.cancel()
+
+    async def send(self, head: bytes, body: bytes) -> None:
+        """Send a request and read the head of its answer."""
+        self._writer.write(head + body)
+        await self._writer.drain()
+        self.status = 100
+        while self.status < 200:  # 1xx are not the answer yet
+            raw = await self._reader.readuntil(b"\r\n\r\n")
+            line, _, fields = raw.partition(b"\r\n")
+            self.status = int(line.split(b" ", 2)[1])
+            self.headers = cast("Mapping[str, str]", http.client.parse_headers(io.BytesIO(fields)))
+        length = self.headers.get("Content-Length")
+        self._chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        self._left = None if length is None or self._chunked else int(length)
+        self.reusable = False
+
+    async def read(self) -> bytes:
+        """The next block, b"" at the end."""
+        block = b""
+        if self._chunked:
+            size = int((await self._reader.readuntil(b"\n")).split(b";")[0], 16)
+            block = (await self._reader.readexactly(size + 2))[:-2]
+        elif self._left is None:
+            return await self._reader.read(65536)
+        elif self._left:
+            block = await self._reader.read(min(self._left, 1 << 20))
+            self._left -= len(block)
+            if not block:
+                raise EOFError("the body ends too early")
+        if not block:
+            self.reusable = self.headers.get("Connection", "").lower() != "close"
+        return block
+
+    async def read_all(self) -> bytes:
+        """The body, to its end."""
+        blocks: list[bytes] = []
+        while True:
+            block = await self.read()
+            if not block:
+                return b"".join(blocks)
+            blocks.append(block)
+
+    def is_open(self) -> bool:
+        return not (self._writer.is_closing() or self._reader.at_eof())
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _LoopState:
+    """What belongs to one event loop: idle connections and places for requests."""
+
+    def __init__(self) -> None:
+        self.idle: list[_AsyncStream] = []
+        self.places = asyncio.Semaphore(CONNECTIONS)
+
+
+class _AsyncDriver:
+    """Performs effects on the running event loop; sync functions of the user in threads."""
+
+    awaited = True
+    alarm = _AsyncAlarm
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
+
+    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., Coroutine[Any, Any, T]]:
+        """An operation as a coroutine method of `surface`."""
+
+        @functools.wraps(logic)
+        async def method(self_: object, *args: Any, **kwargs: Any) -> T:
+            return await self.drive(logic(self_, *args, **kwargs))
+
+        return types.MethodType(method, surface)
+
+    async def drive(self, op: Op[T]) -> T:
+        """Perform what the operation yields until it returns or raises; it may still await after a cancellation."""
+        resume: Callable[[Any], Effect] = op.send
+        value: Any = None
+        while True:
+            try:
+                effect = resume(value)
+            except StopIteration as end:
+                return cast(T, end.value)
+            try:
+                value, resume = await self.perform(effect), op.send
+            except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
+                op.close()
+                raise
+            except BaseException as error:
+                value, resume = error, op.throw
+
+    async def iterate(self, op: Op[None]) -> AsyncIterator[Any]:
+        """Perform what the operation yields, and yield what it emits."""
+        resume: Callable[[Any], Effect] = op.send
+        value: Any = None
+        with contextlib.closing(op):
+            while True:
+                try:
+                    effect = resume(value)
+                except StopIteration:
+                    return
+                if isinstance(effect, Emit):
+                    yield effect.item
+                    value, resume = None, op.send
+                    continue
+                try:
+                    value, resume = await self.perform(effect), op.send
+                except Exception as error:
+                    value, resume = error, op.throw
+
+    async def perform(self, effect: Effect) -> Any:
+        """One effect, awaited."""
+        if isinstance(effect, Exchange):
+            return await self._exchange(effect)
+        if isinstance(effect, Invoke):
+            return await self._invoke(effect)
+        if isinstance(effect, Sleep):
+            return await (effect.alarm.wait(effect.seconds) if effect.alarm else asyncio.sleep(effect.seconds))
+        if isinstance(effect, Start):
+            return asyncio.ensure_future(self.drive(effect.op))
+        if isinstance(effect, Join):
+            return await asyncio.wait({effect.task})
+        if isinstance(effect, OpenStream):
+            stream = await self._connect(STREAM_SILENCE_S)
+            with stream.deadline(STREAM_SILENCE_S):
+                await stream.send(self._head("GET", effect.path, None, effect.headers), b"")
+            return stream
+        if isinstance(effect, ReadStream):
+            with effect.stream.deadline(STREAM_SILENCE_S):
+                return await effect.stream.read()
+        raise AssertionError(f"no such effect: {effect!r}")
+
+    async def _invoke(self, effect: Invoke) -> Any:
+        async def call() -> Any:
+            if inspect.iscoroutinefunction(effect.fn):
+                return await effect.fn(*effect.args)
+            result = await asyncio.wrap_future(_in_thread("tidebase-step", effect.fn, *effect.args))
+            return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
+
+        if effect.timeout_s is None:
+            return await call()
+        task = asyncio.ensure_future(call())
+        try:
+            done, _ = await asyncio.wait({task}, timeout=effect.timeout_s)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not done:
+            task.cancel()
+            await asyncio.wait({task})
+            raise StepTimeout(f"no result within {effect.timeout_s:g} s")
+        return task.result()
+
+    def _state(self) -> _LoopState:
+        return self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
+
+    async def _exchange(self, effect: Exchange) -> Reply:
+        if effect.held:
+            return await self._exchange_now(effect)
+        async with self._state().places:
+            return await self._exchange_now(effect)
+
+    async def _exchange_now(self, effect: Exchange) -> Reply:
+        idle, body = self._state().idle, effect.body or b""
+        head = self._head(effect.method, effect.path, effect.body, effect.headers)
+        while True:
+            used = bool(idle)
+            stream = idle.pop() if used else await self._connect(effect.timeout_s)
+            if not stream.is_open():
+                stream.close()
+                continue
+            try:
+                with stream.deadline(effect.timeout_s):
+                    await stream.send(head, body)
+                    data = await stream.read_all()
+            except ConnectionError:
+                if used:
+                    continue  # the server had closed this idle connection; the next may be the same, the last is new
+                raise
+            if stream.reusable and len(idle) < CONNECTIONS:
+                idle.append(stream)
+            else:
+                stream.close()
+            return Reply(stream.status, stream.headers.get("Retry-After", ""), data)
+
+    def _head(self, method: str, path: str, body: bytes | None, extra: Mapping[str, str]) -> bytes:
+        fields = {"Host": self._server.authority, **self._server.headers(extra, body)}
+        if body is not None or method != "GET":
+            fields["Content-Length"] = str(len(body or b""))
+        lines = "".join(f"{key}: {value}\r\n" for key, value in fields.items())
+        return f"{method} {self._server.prefix}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii")
+
+    async def _connect(self, timeout_s: float) -> _AsyncStream:
+        server = self._server
+        try:  # asyncio sets TCP_NODELAY by itself
+            opening = asyncio.open_connection(server.host, server.port, ssl=server.tls)
+            return _AsyncStream(*await asyncio.wait_for(opening, timeout_s))
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"no connection within {timeout_s:.0f} s") from None
+
+    def close(self) -> None:
+        """Close the idle connections of the running event loop."""
+        idle = self._state().idle
+        while idle:
+            idle.pop().close()
+
+
+# ------------------------------------------------------------------------------
+# Tidebase and AsyncTidebase: one surface, documented on Client; blocking here, awaited there.
+# ------------------------------------------------------------------------------
+
+
+class Tidebase(Client[Blocking]):
+    """The client whose methods block.  One object serves a whole process, from any number of threads."""
+
+
+class AsyncTidebase(Client[Awaited]):
+    """The client whose methods are awaited; workflows and steps may be `async def`.  One object serves a process."""
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
+                 *, timeout_s: float = TIMEOUT_S) -> None:
+        super().__init__(url, api_key, webhook_secret, timeout_s=timeout_s)
+        self._driver = _AsyncDriver(self._server)
+
+
+def _aio_module() -> types.ModuleType:
+    """`<this module>.aio`: everything public but Tidebase, so that `from tidebase.aio import AsyncTidebase` works."""
+    module = types.ModuleType(f"{__name__}.aio", "The async client of Tidebase.")
+    module.__dict__.update({name: globals()[name] for name in __all__ if name != "Tidebase"})
+    sys.modules[module.__name__] = module
+    return module
+
+
+aio = _aio_module()
