@@ -43,12 +43,15 @@ class DemoFailed(Exception):
 def main(arguments: list[str]) -> None:
     """Run the demo on the given topic; exits 1 with an explanation if a promise was not kept, 130 on Ctrl-C."""
     topic = arguments[0] if arguments else "asyncio"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the demo as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # both end the demo in order
     try:
         load(topic)
         with tempfile.TemporaryDirectory(prefix="tidebase-demo-") as folder, Processes(Path(folder)) as processes:
             show(topic, processes, Path(folder) / "journal")
-    except (DemoFailed, TidebaseError, UnknownTopic) as exc:
+    except UnknownTopic as exc:
+        sys.exit(str(exc))
+    except (DemoFailed, TidebaseError) as exc:
         sys.exit(f"{paint('This was not as promised:', 31)} {exc}")
     except KeyboardInterrupt:
         print("\nStopped; every process that the demo started has ended.")
@@ -140,7 +143,8 @@ class View:
         run = self.detail["run"]
         failed = [event["payload"]["error"] for event in self.detail["events"] if event["type"] == "step.failed"]
         if failed or run["status"] in ("failed", "cancelled"):
-            raise DemoFailed(f"the run is {run['status']}: {json.dumps(failed or run['error'])}")
+            error = (failed or [run["error"]])[-1] or {"name": "no error", "message": run["cancelReason"]}
+            raise DemoFailed(f"the run is {run['status']}: {error['name']}: {error['message']}")
         if time.monotonic() - self.moved > PATIENCE_S + extra_patience_s:
             logs = "".join(path.read_text(errors="replace")[-2000:] for path in self.journal.parent.glob("worker*.log"))
             raise DemoFailed(f"nothing moves any more. The workers' last words:\n{logs or '(none)'}")
@@ -167,8 +171,8 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_IGN)  # a second Ctrl-C must not leave anything behind
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave anything behind
         for child in reversed(self.running):
             child.terminate()
             try:
