@@ -62,42 +62,16 @@ import types
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Generic,
-    TypeVar,
-    Union,
-    cast,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, TypeVar, Union, cast, overload
 from urllib.parse import quote, urlencode, urlsplit
 
 __version__ = "0.1.0"
-__all__ = [  # what `from tidebase import *` and tidebase.py hand on
-    "AsyncRunContext",
-    "AsyncTidebase",
-    "FanoutFailed",
-    "GateDecision",
-    "LeaseLost",
-    "RunCancelled",
-    "RunContext",
-    "RunSession",
-    "RunSuspended",
-    "StepInputMismatch",
-    "StepNeedsReview",
-    "StepTimeout",
-    "Tidebase",
-    "TidebaseError",
-    "Unreachable",
-    "canonical_json",
-    "input_hash",
-    "new_run_id",
-    "verify_webhook_signature",
+__all__ = [  # what tidebase.py and tidebase.aio hand on
+    "AsyncRunContext", "AsyncTidebase", "Events", "FanoutFailed", "GateDecision", "LeaseLost", "RunCancelled",
+    "RunContext", "RunSession", "RunSuspended", "StepInputMismatch", "StepNeedsReview", "StepTimeout", "Tidebase",
+    "TidebaseError", "Unreachable", "canonical_json", "input_hash", "new_run_id", "verify_webhook_signature",
 ]
 
 logger = logging.getLogger("tidebase")  # fixed sentences; what happened is in the extras `event` and `run_id`
@@ -198,10 +172,8 @@ Json = dict[str, Any]  # the server's JSON as it came; keys that this file does 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """One request, one answer, no repeat.  The driver returns a Reply or raises OSError."""
-
     method: str
     path: str
     body: bytes | None
@@ -210,70 +182,49 @@ class Exchange:
     held: bool = False  # the server may sit on the answer, so the request does not count among CONNECTIONS
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An HTTP answer, read to its end."""
-
     status: int
     retry_after: str
     data: bytes
 
 
-@dataclass(frozen=True)
-class Invoke:
+class Invoke(NamedTuple):
     """Call the user's function.  The driver returns what it returns; raises StepTimeout after `timeout_s`."""
-
     fn: Callable[..., Any]
     args: tuple[Any, ...]
     timeout_s: float | None = None
 
 
-@dataclass(frozen=True)
-class Sleep:
+class Sleep(NamedTuple):
     """Rest, at most until the alarm is set."""
-
     seconds: float
     alarm: Any = None
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """Run an operation beside this one (thread or task).  Returns it: done(), cancel(), result()."""
-
     op: Op[Any]
     name: str
 
 
-@dataclass(frozen=True)
-class Join:
+class Join(NamedTuple):
     """Wait until a started operation has ended, well or not."""
-
     task: Any
 
 
-@dataclass(frozen=True)
-class OpenStream:
+class OpenStream(NamedTuple):
     """Send a GET and return when the head of its answer is there: .status, .close(), to be read by ReadStream."""
-
     path: str
     headers: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class ReadStream:
+class ReadStream(NamedTuple):
     """The next bytes of a stream, b"" at its end.  Raises OSError."""
-
     stream: Any
 
 
-@dataclass(frozen=True)
-class Emit:
-    """Hand one item to the iterating caller."""
-
-    item: Any
-
-
-Effect = Union[Exchange, Invoke, Sleep, Start, Join, OpenStream, ReadStream, Emit]
+Effect = Union[Exchange, Invoke, Sleep, Start, Join, OpenStream, ReadStream]
 Op = Generator[Effect, Any, T]  # an operation: yields effects, is sent their results, returns a T
 
 
@@ -344,8 +295,7 @@ class op(Generic[P, T]):
         return self._logic if surface is None else surface._client._driver.bind(self._logic, surface)
 
 
-@dataclass(frozen=True)
-class GateDecision:
+class GateDecision(NamedTuple):
     """How a gate was decided.  status: approved, rejected or canceled (also by its timeout, actor `timeout`)."""
 
     gate_id: str
@@ -670,27 +620,27 @@ class State(_RunPart[M]):
         importance: transient, normal, checkpoint or milestone.  if_version: refuse (409 version_conflict) when the live
         version is another one.
         """
-        return (yield from self._request("PUT", "state", body=_body(locals(), id=_new_id("ver"))))
+        return self._request("PUT", "state", body={**_body(locals(), id=_new_id("ver")), "value": value})
 
     @op
     def patch(self, value: Json, *, stream: str | None = None, label: str | None = None,
               reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
               created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
         """Merge into the top level of the value; else as `set`."""
-        return (yield from self._request("PATCH", "state", body=_body(locals(), id=_new_id("ver"))))
+        return self._request("PATCH", "state", body=_body(locals(), id=_new_id("ver")))
 
     @op
     def save(self, label: str, *, stream: str | None = None, reason: str | None = None,
              importance: str | None = None, metadata: Json | None = None,
              created_by: str | None = None) -> Op[Json]:
         """Label the current value, importance `milestone` unless given.  {"stateVersion": ...}; 404 without a value."""
-        return (yield from self._request("POST", "state", "save", body=_body(locals(), id=_new_id("ver"))))
+        return self._request("POST", "state", "save", body=_body(locals(), id=_new_id("ver")))
 
     @op
     def versions(self, *, stream: str | None = None, labeled: bool | None = None) -> Op[Json]:
         """{"stateVersions": [...]} by stream and version."""
         only = None if labeled is None else str(labeled).lower()
-        return (yield from self._request("GET", "state", "versions", stream=stream, labeled=only))
+        return self._request("GET", "state", "versions", stream=stream, labeled=only)
 
 
 class Snapshots(_RunPart[M]):
@@ -700,12 +650,12 @@ class Snapshots(_RunPart[M]):
     def create(self, label: str, state: Any, *, target: Json | None = None, reason: str | None = None,
                metadata: Json | None = None, created_by: str | None = None) -> Op[Json]:
         """Keep `state` under a label; durable on return.  target: {"type": ..., "id": ...}, default the run itself."""
-        return (yield from self._request("POST", "snapshots", body=_body(locals(), id=_new_id("ver"))))
+        return self._request("POST", "snapshots", body={**_body(locals(), id=_new_id("ver")), "state": state})
 
     @op
     def list(self) -> Op[Json]:
         """{"snapshots": [...]}, newest first."""
-        return (yield from self._request("GET", "snapshots"))
+        return self._request("GET", "snapshots")
 
 
 class Usage(_RunPart[M]):
@@ -718,7 +668,7 @@ class Usage(_RunPart[M]):
                total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
                step_id: str | None = None) -> Op[Json]:
         """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
-        return (yield from self._request("POST", "usage", body=_body(locals(), id=_new_id("use"))))
+        return self._request("POST", "usage", body=_body(locals(), id=_new_id("use")))
 
 
 class RunGates(_RunPart[M]):
@@ -728,12 +678,12 @@ class RunGates(_RunPart[M]):
     def begin(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
               capability: Any = None, timeout_s: float | None = None) -> Op[Json]:
         """Open the gate, or find it: {"action": "wait" | "return", "gate": ...}.  One gate per run and name."""
-        return (yield from self._request("POST", "gates", "begin", body=_body(locals())))
+        return self._request("POST", "gates", "begin", body=_body(locals()))
 
     @op
     def get(self, gate_id: str) -> Op[Json]:
         """{"gate": ..., "runStatus": ...} as it stands."""
-        return (yield from self._request("GET", "gates", gate_id))
+        return self._request("GET", "gates", gate_id)
 
 
 class Run(Surface[M]):
@@ -1078,13 +1028,13 @@ class Runs(_Part[M]):
         """
         given = locals()
         path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
-        return (yield from self._client._request("POST", path, body))
+        return self._client._request("POST", path, body)
 
     @op
     def get(self, run_id: str, *, include: Sequence[str] | None = None) -> Op[Json]:
         """Everything about a run: run, steps, state, gates, usage, events ...; include: only these parts."""
         parts = None if include is None else ",".join(include)
-        return (yield from self._client._request("GET", _path("runs", run_id, include=parts)))
+        return self._client._request("GET", _path("runs", run_id, include=parts))
 
     @op
     def list(self, *, status: str | None = None, workflow: str | None = None, queue: str | None = None,
@@ -1093,36 +1043,36 @@ class Runs(_Part[M]):
         """{"runs": [...], "nextCursor"}, newest first, 100 unless limit; pass nextCursor as `before` for the next."""
         marks = {f"metadata.{key}": value for key, value in (metadata or {}).items()}
         path = _path("runs", status=status, workflow=workflow, queue=queue, before=before, limit=limit, **marks)
-        return (yield from self._client._request("GET", path))
+        return self._client._request("GET", path)
 
     @op
     def cancel(self, run_id: str, *, reason: str | None = None, actor: str | None = None) -> Op[Json]:
         """Cancel at once; whoever executes it is unwound at its next boundary.  409 for a completed run.  {"run"}."""
         body = _body(locals(), "run_id")
-        return (yield from self._client._request("POST", _path("runs", run_id, "cancel"), body))
+        return self._client._request("POST", _path("runs", run_id, "cancel"), body)
 
     @op
     def retry(self, run_id: str) -> Op[Json]:
         """Put a failed or cancelled run back, its checkpoints kept.  {"run"}."""
-        return (yield from self._client._request("POST", _path("runs", run_id, "retry"), {}))
+        return self._client._request("POST", _path("runs", run_id, "retry"), {})
 
     @op
     def recover(self, run_id: str, *, reason: str | None = None) -> Op[Json]:
         """Have the run's recovery webhook called.  {"recoveryAttempt"}; 422 without one."""
-        return (yield from self._client._request("POST", _path("runs", run_id, "recover"), _body(reason=reason)))
+        return self._client._request("POST", _path("runs", run_id, "recover"), _body(reason=reason))
 
     @op
     def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None) -> Op[Json]:
         """A new run of the same workflow that starts with copies of the checkpoints before from_step.  {"run"}."""
         body = _body(locals(), "run_id", id=new_run_id())
-        return (yield from self._client._request("POST", _path("runs", run_id, "fork"), body))
+        return self._client._request("POST", _path("runs", run_id, "fork"), body)
 
     @op
     def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
                     actor: str | None = None) -> Op[Json]:
         """Decide an ambiguous step: "retry", "complete" (with its output) or "fail".  {"step"}."""
         body = _body(locals(), "run_id", "step_id")
-        return (yield from self._client._request("POST", _path("runs", run_id, "steps", step_id, "review"), body))
+        return self._client._request("POST", _path("runs", run_id, "steps", step_id, "review"), body)
 
     @op
     def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
@@ -1149,45 +1099,86 @@ class Runs(_Part[M]):
             self._client._beats.add(held)
         return session
 
-    @overload
-    def subscribe(self: Runs[Blocking], run_id: str, after: int = 0) -> Iterator[Json]: ...
-    @overload
-    def subscribe(self: Runs[Awaited], run_id: str, after: int = 0) -> AsyncIterator[Json]: ...
-    def subscribe(self, run_id: str, after: int = 0) -> Any:
-        """Iterate over a run's events after number `after`, history first, then live, until the run has ended.
+    def subscribe(self, run_id: str, after: int = 0) -> Events[M]:
+        """The run's events after number `after`: history first, then live, until the run has ended.
 
-        Reconnects by itself; no event is lost or repeated.  Raises Unreachable after timeout_s without the server.
+        For `for` or `async for`.  Reconnects by itself; no event is lost or repeated.  Raises TidebaseError 404, and
+        Unreachable when the server is away for longer than timeout_s.
         """
-        return self._client._driver.iterate(self._subscribe(run_id, after))
+        return Events(self._client, run_id, after)
 
-    def _subscribe(self, run_id: str, after: int) -> Op[None]:
-        ended = False
+
+class Events(Surface[M]):
+    """The events of a run, to be iterated over; `seq` is the number of the last one seen."""
+
+    def __init__(self, client: Client[M], run_id: str, seq: int) -> None:
+        self._client = client
+        self.run_id, self.seq, self.ended = run_id, seq, False
+        self._stream: Any = None
+        self._bytes = b""
+        self._ready: deque[Json] = deque()
+
+    @op
+    def next(self) -> Op[Json | None]:
+        """The next event; None when the run has ended and all were seen."""
         tries, last_word = 0, time.monotonic()
-        while not ended:
-            path = _path("runs", run_id, "events", after=after, follow="false")
+        while not self._ready and not self.ended:
             try:
-                stream = yield OpenStream(path, {"Accept": "text/event-stream", "Last-Event-ID": str(after)})
-                with contextlib.closing(stream):
-                    if stream.status != 200 and stream.status not in (429, 502, 503, 504):
-                        raise _refusal(stream.status, _loads((yield ReadStream(stream))), path)
-                    rest = b""
-                    while stream.status == 200:
-                        data = yield ReadStream(stream)
-                        if not data:
-                            break
-                        tries, last_word = 0, time.monotonic()
-                        events, rest = _events_in(rest + data)
-                        for event in events:
-                            if event["seq"] > after:
-                                after = event["seq"]
-                                ended = event["type"] in ("run.completed", "run.failed", "run.cancelled")
-                                yield Emit(event)
+                yield from self._read()
+                tries, last_word = 0, time.monotonic()
             except OSError as error:
-                if time.monotonic() - last_word > self._client.timeout_s + STREAM_SILENCE_S:
-                    raise Unreachable(f"the event stream broke: {error}", path=path) from error
-            if not ended:
+                self.close()
+                if time.monotonic() - last_word > self._client.timeout_s:
+                    raise Unreachable(f"the event stream broke: {error}", path=f"/runs/{self.run_id}/events") from error
                 tries += 1
                 yield Sleep(_jittered(BACKOFF_S, tries))
+            except BaseException:
+                self.close()
+                raise
+        return self._ready.popleft() if self._ready else None
+
+    def _read(self) -> Op[None]:
+        """Wait for the next bytes; OSError where the stream ends before the run."""
+        if self._stream is None:
+            path = _path("runs", self.run_id, "events", after=self.seq, follow="false")
+            self._stream, self._bytes = (yield OpenStream(path, {"Accept": "text/event-stream"})), b""
+            if self._stream.status in (429, 502, 503, 504):
+                raise ConnectionRefusedError(f"it answered {self._stream.status}")
+            if self._stream.status != 200:
+                raise _refusal(self._stream.status, _loads((yield ReadStream(self._stream))), path)
+        data = yield ReadStream(self._stream)
+        if not data:
+            raise ConnectionResetError("the stream ended")
+        events, self._bytes = _events_in(self._bytes + data)
+        for event in events:
+            if event["seq"] > self.seq:
+                self.seq = event["seq"]
+                self._ready.append(event)
+                self.ended = event["type"] in ("run.completed", "run.failed", "run.cancelled")
+        if self.ended:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection; iterating on opens another."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __iter__(self: Events[Blocking]) -> Iterator[Json]:
+        try:
+            yield from iter(self.next, None)
+        finally:
+            self.close()
+
+    async def __aiter__(self: Events[Awaited]) -> AsyncIterator[Json]:
+        try:
+            while True:
+                event = await self.next()
+                if event is None:
+                    return
+                yield event
+        finally:
+            self.close()
 
 
 class Gates(_Part[M]):
@@ -1201,7 +1192,7 @@ class Gates(_Part[M]):
         token: the gate's resolveToken.  Raises TidebaseError 409 when it is wrong or the gate was decided before.
         """
         body = _body(locals(), "run_id", "gate_id")
-        return (yield from self._client._request("POST", _path("runs", run_id, "gates", gate_id, "resolve"), body))
+        return self._client._request("POST", _path("runs", run_id, "gates", gate_id, "resolve"), body)
 
 
 _KEEP: Any = type("_Keep", (), {"__repr__": lambda self: "<keep>"})()  # an argument left out, where None has a meaning
@@ -1216,12 +1207,12 @@ class Queues(_Part[M]):
         """Set limits that hold across all workers.  What is left out keeps its value, None clears it.  {"config"}."""
         wanted = {"concurrency": concurrency, "ratePerMinute": rate_per_minute, "invokeUrl": invoke_url}
         body = {key: value for key, value in wanted.items() if value is not _KEEP}
-        return (yield from self._client._request("PUT", _path("queues", name, "config"), body))
+        return self._client._request("PUT", _path("queues", name, "config"), body)
 
     @op
     def list(self) -> Op[Json]:
         """{"queues": [...]} with their counts and configuration."""
-        return (yield from self._client._request("GET", "/queues"))
+        return self._client._request("GET", "/queues")
 
 
 class Schedules(_Part[M]):
@@ -1233,17 +1224,17 @@ class Schedules(_Part[M]):
             timezone: str | None = None) -> Op[Json]:
         """Create or change a schedule.  cron: five fields, in `timezone` (IANA name, default UTC).  {"schedule"}."""
         body = _body(locals(), "name")
-        return (yield from self._client._request("PUT", _path("schedules", name), body))
+        return self._client._request("PUT", _path("schedules", name), body)
 
     @op
     def list(self) -> Op[Json]:
         """{"schedules": [...]}."""
-        return (yield from self._client._request("GET", "/schedules"))
+        return self._client._request("GET", "/schedules")
 
     @op
     def delete(self, name: str) -> Op[Json]:
         """{"deleted": name}; TidebaseError 404 when there is none."""
-        return (yield from self._client._request("DELETE", _path("schedules", name)))
+        return self._client._request("DELETE", _path("schedules", name))
 
 
 class Client(Surface[M]):
@@ -1314,7 +1305,7 @@ class Client(Surface[M]):
         Raises TidebaseError 400 with the fields named in its body; Unreachable, then the run may exist.
         """
         body = _body(locals(), "queue", id=new_run_id())
-        return (yield from self._request("POST", _path("queues", queue, "enqueue"), body))
+        return self._request("POST", _path("queues", queue, "enqueue"), body)
 
     @op
     def work(self, queues: Sequence[str] = ("default",), *, poll_s: float = 1.0, limit: int = 1, concurrency: int = 1,
@@ -1346,7 +1337,7 @@ class Client(Surface[M]):
     def usage(self, *, by: str | None = None, since: datetime | str | None = None,
               until: datetime | str | None = None) -> Op[Json]:
         """The cost ledger summed up: {"groups": [...]}.  by: model, workflow or day."""
-        return (yield from self._request("GET", _path("usage", by=by, since=_iso(since), until=_iso(until))))
+        return self._request("GET", _path("usage", by=by, since=_iso(since), until=_iso(until)))
 
     attach = property(lambda self: self.runs.attach, doc="The same as `runs.attach`.")
     cancel = property(lambda self: self.runs.cancel, doc="The same as `runs.cancel`.")
@@ -1686,6 +1677,15 @@ def _in_thread(name: str, fn: Callable[..., Any], *args: Any) -> concurrent.futu
     return future
 
 
+@contextlib.contextmanager
+def _broken_answers() -> Iterator[None]:
+    """An answer that ends too early or makes no sense is a broken connection."""
+    try:
+        yield
+    except http.client.HTTPException as error:
+        raise error if isinstance(error, OSError) else ConnectionResetError(f"broken answer: {error!r}") from error
+
+
 class _BlockingStream:
     """The answer to OpenStream on a connection of its own."""
 
@@ -1693,7 +1693,8 @@ class _BlockingStream:
         self.status, self._connection, self._response = response.status, connection, response
 
     def read(self) -> bytes:
-        return self._response.read1(65536)
+        with _broken_answers():
+            return self._response.read1(65536)
 
     def close(self) -> None:
         self._response.close()
@@ -1737,25 +1738,6 @@ class _BlockingDriver:
             except BaseException as error:
                 value, resume = error, op.throw
 
-    def iterate(self, op: Op[None]) -> Iterator[Any]:
-        """Perform what the operation yields, and yield what it emits."""
-        resume: Callable[[Any], Effect] = op.send
-        value: Any = None
-        with contextlib.closing(op):
-            while True:
-                try:
-                    effect = resume(value)
-                except StopIteration:
-                    return
-                if isinstance(effect, Emit):
-                    yield effect.item
-                    value, resume = None, op.send
-                    continue
-                try:
-                    value, resume = self.perform(effect), op.send
-                except Exception as error:
-                    value, resume = error, op.throw
-
     def perform(self, effect: Effect) -> Any:
         """One effect, here and now."""
         if isinstance(effect, Exchange):
@@ -1771,7 +1753,8 @@ class _BlockingDriver:
         if isinstance(effect, OpenStream):
             connection = self._connect(STREAM_SILENCE_S)
             try:
-                return _BlockingStream(connection, self._send(connection, "GET", effect.path, None, effect.headers))
+                with _broken_answers():
+                    return _BlockingStream(connection, self._send(connection, "GET", effect.path, None, effect.headers))
             except BaseException:
                 connection.close()
                 raise
@@ -1796,8 +1779,9 @@ class _BlockingDriver:
         while True:
             connection, used = self._take(effect.timeout_s)
             try:
-                response = self._send(connection, effect.method, effect.path, effect.body, effect.headers)
-                reply = Reply(response.status, response.headers.get("Retry-After", ""), response.read())
+                with _broken_answers():
+                    response = self._send(connection, effect.method, effect.path, effect.body, effect.headers)
+                    reply = Reply(response.status, response.headers.get("Retry-After", ""), response.read())
             except BaseException as error:
                 connection.close()
                 if used and isinstance(error, ConnectionError):
@@ -1808,13 +1792,8 @@ class _BlockingDriver:
 
     def _send(self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None,
               headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        try:
-            connection.request(method, self._server.prefix + path, body, self._server.headers(headers, body))
-            return connection.getresponse()
-        except http.client.HTTPException as error:
-            if isinstance(error, OSError):
-                raise
-            raise ConnectionAbortedError(f"malformed answer: {error!r}") from error
+        connection.request(method, self._server.prefix + path, body, self._server.headers(headers, body))
+        return connection.getresponse()
 
     def _take(self, timeout_s: float) -> tuple[http.client.HTTPConnection, bool]:
         """A connection, and whether it was used before."""
@@ -1907,13 +1886,8 @@ class _Beats:
             if "run" in result and "error" not in result:
                 held.renew(sent)
             elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and not held.settling:
-                held.lose(_lost(result, path))
-
-
-def _lost(result: Json, path: str) -> TidebaseError:
-    """What a refused heartbeat means: the run is cancelled, or it is no longer ours, deleted ones included."""
-    error = _refusal(409, result, path)
-    return error if isinstance(error, RunCancelled) else LeaseLost(str(error), 409, result, "lease_lost", path)
+                told = _refusal(409, result, path)
+                held.lose(told if isinstance(told, RunCancelled) else LeaseLost(str(told), 409, result, "lease_lost"))
 
 
 class _AsyncAlarm:
@@ -2057,25 +2031,6 @@ class _AsyncDriver:
                 raise
             except BaseException as error:
                 value, resume = error, op.throw
-
-    async def iterate(self, op: Op[None]) -> AsyncIterator[Any]:
-        """Perform what the operation yields, and yield what it emits."""
-        resume: Callable[[Any], Effect] = op.send
-        value: Any = None
-        with contextlib.closing(op):
-            while True:
-                try:
-                    effect = resume(value)
-                except StopIteration:
-                    return
-                if isinstance(effect, Emit):
-                    yield effect.item
-                    value, resume = None, op.send
-                    continue
-                try:
-                    value, resume = await self.perform(effect), op.send
-                except Exception as error:
-                    value, resume = error, op.throw
 
     async def perform(self, effect: Effect) -> Any:
         """One effect, awaited."""
