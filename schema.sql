@@ -126,6 +126,8 @@ create index if not exists runs_status_idx on tidebase.runs (status, created_at 
   where status <> 'completed';
 create index if not exists runs_metadata_idx on tidebase.runs using gin (metadata jsonb_path_ops)
   where metadata <> '{}';
+-- Serves purge_runs.
+create index if not exists runs_ended_idx on tidebase.runs (completed_at) where completed_at is not null;
 
 create table if not exists tidebase.steps (
   id               text        primary key,
@@ -175,6 +177,122 @@ create table if not exists tidebase.channels (
 );
 -- Serves _notify and the run detail.
 create index if not exists channels_run_idx on tidebase.channels (run_id);
+
+create table if not exists tidebase.gates (
+  id               text        primary key,
+  run_id           text        not null references tidebase.runs on delete cascade,
+  name             text        not null,
+  prompt           text        not null,
+  data             json        not null default '{}',
+  status           text        not null default 'pending' constraint gates_status_known
+                   check (status in ('pending', 'approved', 'rejected', 'canceled')),
+  decision         text,
+  actor            text,
+  decision_payload json,
+  capability       json,
+  channels         json        not null default '[]',       -- its own, as they are shown
+  resolve_token    text        not null,                    -- who has it may decide
+  resolve_url      text        not null,
+  expires_at       timestamptz,
+  created_at       timestamptz not null default tidebase.now(),
+  updated_at       timestamptz not null default tidebase.now(),
+  resolved_at      timestamptz,
+  constraint gates_name_key unique (run_id, name)
+);
+-- Serves expire_gates.
+create index if not exists gates_expiry_idx on tidebase.gates (expires_at)
+  where status = 'pending' and expires_at is not null;
+
+-- A run's live state: one value and one version, whichever stream was written last.
+create table if not exists tidebase.states (
+  run_id     text        primary key references tidebase.runs on delete cascade,
+  value      jsonb       not null,
+  version    integer     not null,
+  updated_at timestamptz not null default tidebase.now()
+);
+
+create table if not exists tidebase.state_streams (
+  id              text        primary key,
+  run_id          text        not null references tidebase.runs on delete cascade,
+  name            text        not null,
+  target_type     text        not null,
+  target_id       text        not null,
+  current_version integer     not null,
+  current_value   jsonb       not null,
+  metadata        jsonb       not null default '{}',
+  created_at      timestamptz not null default tidebase.now(),
+  updated_at      timestamptz not null default tidebase.now(),
+  constraint state_streams_name_key unique (run_id, name)
+);
+
+create table if not exists tidebase.state_versions (
+  id         text        primary key,
+  stream_id  text        not null references tidebase.state_streams on delete cascade,
+  run_id     text        not null references tidebase.runs on delete cascade,
+  step_id    text,
+  version    integer     not null,
+  value      jsonb       not null,
+  patch      jsonb,
+  label      text,
+  reason     text,
+  importance text        not null constraint state_versions_importance_known
+             check (importance in ('transient', 'normal', 'checkpoint', 'milestone')),
+  metadata   jsonb       not null default '{}',
+  created_by text,
+  created_at timestamptz not null default tidebase.now(),
+  constraint state_versions_version_key unique (stream_id, version)
+);
+-- Serves the run detail, the versions and the snapshots.
+create index if not exists state_versions_run_idx on tidebase.state_versions (run_id, stream_id, version);
+
+create table if not exists tidebase.usage (
+  id            text        primary key,
+  run_id        text        not null references tidebase.runs on delete cascade,
+  step_id       text,
+  kind          text        not null,
+  provider      text,
+  model         text,
+  label         text,
+  quantity      numeric     constraint usage_quantity_whole check (quantity >= 0),
+  unit          text,
+  input_tokens  bigint      constraint usage_input_whole check (input_tokens >= 0),
+  output_tokens bigint      constraint usage_output_whole check (output_tokens >= 0),
+  total_tokens  bigint      constraint usage_total_whole check (total_tokens >= 0),
+  cost_usd      numeric     constraint usage_cost_whole check (cost_usd >= 0),
+  metadata      jsonb       not null default '{}',
+  created_at    timestamptz not null default tidebase.now()
+);
+-- Serves the run detail; and usage_groups.
+create index if not exists usage_run_idx on tidebase.usage (run_id, created_at);
+create index if not exists usage_time_idx on tidebase.usage (created_at);
+
+create table if not exists tidebase.run_edges (
+  id            text        primary key,
+  parent_run_id text        not null references tidebase.runs on delete cascade,
+  child_run_id  text        not null references tidebase.runs on delete cascade,
+  name          text        not null,
+  edge_type     text        not null,
+  metadata      jsonb       not null default '{}',
+  created_at    timestamptz not null default tidebase.now(),
+  constraint run_edges_name_key unique (parent_run_id, name)   -- also serves the run detail and the cascade of a cancel
+);
+-- Serves the deletion of a child.
+create index if not exists run_edges_child_idx on tidebase.run_edges (child_run_id);
+
+create table if not exists tidebase.schedules (
+  name             text        primary key,
+  cron             text        not null,
+  workflow_name    text        not null,
+  input            json        not null default '{}',
+  queue            text        not null,
+  max_attempts     integer     not null,
+  enabled          boolean     not null,
+  timezone         text        not null,
+  next_run_at      timestamptz,                             -- null while it is not enabled
+  last_enqueued_at timestamptz,
+  created_at       timestamptz not null default tidebase.now(),
+  updated_at       timestamptz not null default tidebase.now()
+);
 
 -- The outbox: a webhook is a row written with what it tells of, and sent afterwards. A channel's rows go out one after
 -- the other: only the first of those pending has a next_attempt_at.
@@ -282,6 +400,70 @@ create or replace function tidebase._delivery_json (o tidebase.outbox) returns j
     'payload', o.payload, 'status', o.status, 'httpStatus', o.http_status, 'responseBody', o.response_body,
     'errorText', o.error_text, 'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
     'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
+$$;
+
+create or replace function tidebase._gate_json (g tidebase.gates) returns json language sql stable as $$
+  select json_build_object(
+    'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
+    'decision', g.decision, 'actor', g.actor, 'decisionPayload', g.decision_payload, 'capability', g.capability,
+    'channels', g.channels, 'resolveToken', g.resolve_token, 'expiresAt', tidebase._iso(g.expires_at),
+    'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(g.updated_at),
+    'resolvedAt', tidebase._iso(g.resolved_at))
+$$;
+
+-- As events and webhooks show a gate: with what resolves it, while it is pending.
+create or replace function tidebase._public_gate (g tidebase.gates) returns json language sql stable as $$
+  select json_build_object(
+    'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
+    'decision', g.decision, 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
+    'resolveUrl', g.resolve_url, 'resolveToken', case when g.status = 'pending' then g.resolve_token end)
+$$;
+
+create or replace function tidebase._state_json (s tidebase.states) returns json language sql stable as $$
+  select json_build_object('runId', s.run_id, 'value', s.value, 'version', s.version,
+                           'updatedAt', tidebase._iso(s.updated_at))
+$$;
+
+create or replace function tidebase._stream_json (s tidebase.state_streams) returns json language sql stable as $$
+  select json_build_object(
+    'id', s.id, 'runId', s.run_id, 'name', s.name, 'targetType', s.target_type, 'targetId', s.target_id,
+    'currentVersion', s.current_version, 'currentValue', s.current_value, 'metadata', s.metadata,
+    'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
+$$;
+
+create or replace function tidebase._version_json (v tidebase.state_versions) returns json language sql stable as $$
+  select json_build_object(
+    'id', v.id, 'streamId', v.stream_id, 'runId', v.run_id, 'stepId', v.step_id, 'version', v.version,
+    'value', v.value, 'patch', v.patch, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
+    'metadata', v.metadata, 'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at))
+$$;
+
+-- As events show a version: what and why, not the value.
+create or replace function tidebase._version_event (v tidebase.state_versions) returns json language sql stable as $$
+  select json_build_object('id', v.id, 'streamId', v.stream_id, 'runId', v.run_id, 'version', v.version,
+                           'label', v.label, 'reason', v.reason, 'importance', v.importance,
+                           'createdAt', tidebase._iso(v.created_at))
+$$;
+
+create or replace function tidebase._usage_json (u tidebase.usage) returns json language sql stable as $$
+  select json_build_object(
+    'id', u.id, 'runId', u.run_id, 'stepId', u.step_id, 'kind', u.kind, 'provider', u.provider, 'model', u.model,
+    'label', u.label, 'quantity', u.quantity, 'unit', u.unit, 'inputTokens', u.input_tokens,
+    'outputTokens', u.output_tokens, 'totalTokens', u.total_tokens, 'costUsd', u.cost_usd, 'metadata', u.metadata,
+    'createdAt', tidebase._iso(u.created_at))
+$$;
+
+create or replace function tidebase._edge_json (e tidebase.run_edges) returns json language sql stable as $$
+  select json_build_object('id', e.id, 'parentRunId', e.parent_run_id, 'childRunId', e.child_run_id, 'name', e.name,
+                           'edgeType', e.edge_type, 'metadata', e.metadata, 'createdAt', tidebase._iso(e.created_at))
+$$;
+
+create or replace function tidebase._schedule_json (s tidebase.schedules) returns json language sql stable as $$
+  select json_build_object(
+    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'workflowName', s.workflow_name, 'input', s.input,
+    'queue', s.queue, 'maxAttempts', s.max_attempts, 'enabled', s.enabled, 'nextRunAt', tidebase._iso(s.next_run_at),
+    'lastEnqueuedAt', tidebase._iso(s.last_enqueued_at), 'createdAt', tidebase._iso(s.created_at),
+    'updatedAt', tidebase._iso(s.updated_at))
 $$;
 
 create or replace function tidebase._queue_json (q tidebase.queues) returns json language sql stable as $$
@@ -440,28 +622,45 @@ $$;
 -- Runs: created, begun, kept alive, ended, put back.
 -- ------------------------------------------------------------------------------
 
--- Creates a run without a queue. The same p_id again answers the run that is there, created false.
--- Needs    p_id not used by another workflow, else TB409 run_id_conflict.
--- Leaves   the run pending, its channels, event run.created.    Returns  {"run", "created"}.
-create or replace function tidebase.create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
-                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint)
-  returns json language plpgsql as $$
+-- Inserts a run without a queue, its channels and its event run.created, to which p_extras adds keys.
+-- Answers  null when the id is taken.
+create or replace function tidebase._create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
+                                                 p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
+                                                 p_extras json) returns tidebase.runs language plpgsql as $$
 declare
-  v_now timestamptz := tidebase.now();
-  v_run tidebase.runs;
+  v_now   timestamptz := tidebase.now();
+  v_run   tidebase.runs;
+  v_event json;
 begin
   insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, deadline_at, has_channels,
                              event_seq, created_at, updated_at)
   values (coalesce(p_id, tidebase._new_id('run')), p_workflow_name, p_input, p_metadata, 'pending', p_recovery_webhook,
           v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', 1, v_now, v_now)
   on conflict (id) do nothing returning * into v_run;
-  if not found then
-    v_run := tidebase._same_run(p_id, p_workflow_name);
-    return json_build_object('run', tidebase._run_json(v_run), 'created', false);
+  if found then
+    v_event := json_build_object('workflowName', p_workflow_name, 'input', p_input,
+                                 'channels', tidebase._add_channels(v_run.id, null, p_channels));
+    perform tidebase._append_event(v_run.id, 1, 'run.created', case when p_extras is null then v_event
+                                                               else tidebase._joined(v_event, p_extras) end);
   end if;
-  perform tidebase._append_event(v_run.id, 1, 'run.created', json_build_object('workflowName', p_workflow_name,
-            'input', p_input, 'channels', tidebase._add_channels(v_run.id, null, p_channels)));
-  return json_build_object('run', tidebase._run_json(v_run), 'created', true);
+  return v_run;
+end $$;
+
+-- Creates a run. The same p_id again answers the run that is there, created false.
+-- Needs    p_id not used by another workflow, else TB409 run_id_conflict.
+-- Leaves   the run pending, its channels, event run.created.    Returns  {"run", "created"}.
+create or replace function tidebase.create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
+                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint)
+  returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._create_run(p_id, p_workflow_name, p_input, p_metadata, p_recovery_webhook,
+                                              p_channels, p_deadline_ms, null);
+  v_new boolean := v_run.id is not null;
+begin
+  if not v_new then
+    v_run := tidebase._same_run(p_id, p_workflow_name);
+  end if;
+  return json_build_object('run', tidebase._run_json(v_run), 'created', v_new);
 end $$;
 
 -- The run that a client's id already names; TB409 run_id_conflict when it is of another workflow.
@@ -663,7 +862,8 @@ end $$;
 
 -- Ends a run because somebody wants it ended: at once, whoever holds it.
 -- Needs    not completed (TB409 run_completed, with run).
--- Leaves   it cancelled, event and channels run.cancelled; cancelled before, the first reason stands.  Returns {"run"}.
+-- Leaves   it cancelled, event and channels run.cancelled, and its live children likewise; cancelled before, the first
+--          reason stands.    Returns  {"run"}.
 create or replace function tidebase.cancel_run (p_run_id text, p_reason text, p_actor text)
   returns json language plpgsql as $$
 declare
@@ -686,6 +886,9 @@ begin
                                    json_build_object('reason', p_reason, 'actor', p_actor));
     perform tidebase._notify(v_run, 'run.cancelled', json_build_object('run', tidebase._run_json(v_run)));
     perform tidebase._tally(v_run.queue, 'cancelled', 1);
+    perform tidebase.cancel_run(c.id, p_reason, p_actor)
+       from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
+      where e.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting');
   end if;
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
@@ -1063,6 +1266,371 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
+-- Children and forks: runs that come from runs.
+-- ------------------------------------------------------------------------------
+
+-- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
+-- Needs    the parent (TB404), not cancelled (TB409 run_cancelled); an existing child of the name of the same workflow
+--          (TB409 edge_conflict).
+-- Leaves   the child pending, its metadata with parentRunId and parentEdgeName, events run.created on it and
+--          run.child.created on the parent.    Returns  {"run", "edge", "created"}.
+create or replace function tidebase.create_child (p_parent_id text, p_name text, p_id text, p_workflow_name text,
+                                                  p_input json, p_metadata jsonb, p_recovery_webhook text,
+                                                  p_channels jsonb, p_edge_type text, p_edge_metadata jsonb)
+  returns json language plpgsql as $$
+declare
+  v_parent tidebase.runs := tidebase._lock_run(p_parent_id);
+  v_run    tidebase.runs;
+  v_edge   tidebase.run_edges;
+begin
+  select * into v_edge from tidebase.run_edges where parent_run_id = p_parent_id and name = p_name;
+  if found then
+    select * into v_run from tidebase.runs where id = v_edge.child_run_id;
+    if v_run.workflow_name <> p_workflow_name then
+      perform tidebase._refuse(409, 'edge_conflict', format('child %s is of workflow %s', p_name, v_run.workflow_name));
+    end if;
+    return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', false);
+  elsif v_parent.status = 'cancelled' then
+    perform tidebase._refuse_cancelled(v_parent);
+  end if;
+  v_run := tidebase._create_run(
+    p_id, p_workflow_name, p_input,
+    p_metadata || jsonb_build_object('parentRunId', p_parent_id, 'parentEdgeName', p_name), p_recovery_webhook,
+    p_channels, null, json_build_object('parentRunId', p_parent_id, 'edgeName', p_name));
+  if v_run.id is null then
+    perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_id));
+  end if;
+  insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
+  values (tidebase._new_id('edge'), p_parent_id, v_run.id, p_name, p_edge_type, p_edge_metadata)
+  returning * into v_edge;
+  perform tidebase._record(v_parent, null, 'run.child.created', json_build_object(
+            'childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
+  return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', true);
+end $$;
+
+-- Makes a new run of the same workflow that starts with copies of the checkpoints of another: of those begun before
+-- p_from_step, or of all. p_input null: the same input. The same p_id again answers the run that is there.
+-- Needs    the step, when named (TB404).
+-- Leaves   the new run queued, where the other has a queue, else pending.    Returns  {"run", "created"}.
+create or replace function tidebase.fork_run (p_run_id text, p_id text, p_from_step text, p_input json)
+  returns json language plpgsql as $$
+declare
+  v_run      tidebase.runs := tidebase._lock_run(p_run_id);
+  v_fork     tidebase.runs;
+  v_position integer;
+  v_now      timestamptz := tidebase.now();
+begin
+  if p_from_step is not null then
+    select position into v_position from tidebase.steps where run_id = p_run_id and name = p_from_step;
+    if not found then
+      perform tidebase._refuse(404, 'not_found', format('run %s has no step %s', p_run_id, p_from_step));
+    end if;
+  end if;
+  v_fork := tidebase._create_run(
+    p_id, v_run.workflow_name, coalesce(p_input, v_run.input),
+    v_run.metadata || jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
+    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step));
+  if v_fork.id is null then
+    return json_build_object('run', tidebase._run_json(tidebase._same_run(p_id, v_run.workflow_name)),
+                             'created', false);
+  end if;
+  insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output, attempt,
+                              started_at, completed_at)
+  select tidebase._new_id('step'), v_fork.id, name, position - v_run.event_seq - 1, input_hash, input, options,
+         contract, status, output, attempt, started_at, completed_at
+    from tidebase.steps
+   where run_id = p_run_id and status = 'completed' and (v_position is null or position < v_position)
+   order by position;
+  if v_run.queue is not null then
+    update tidebase.runs set status = 'queued', queue = v_run.queue, run_at = v_now, max_attempts = v_run.max_attempts,
+           priority = v_run.priority, event_seq = event_seq + 1
+     where id = v_fork.id returning * into v_fork;
+    perform tidebase._append_event(v_fork.id, v_fork.event_seq, 'run.enqueued',
+                                   json_build_object('queue', v_fork.queue, 'runAt', tidebase._iso(v_now)));
+  end if;
+  return json_build_object('run', tidebase._run_json(v_fork), 'created', true);
+end $$;
+
+-- ------------------------------------------------------------------------------
+-- Gates: a question to a person, one per run and name, decided once by whoever has its token.
+-- ------------------------------------------------------------------------------
+
+-- Asks, or looks at what was asked before under this name.
+-- Needs    the run not cancelled (TB409 run_cancelled).
+-- Leaves   the gate pending, with channels of its own; event and channels gate.created.
+-- Returns  {"action": "wait" while it is pending, else "return", "gate"}.
+create or replace function tidebase.begin_gate (p_run_id text, p_name text, p_prompt text, p_data json,
+                                                p_channels jsonb, p_capability json, p_timeout_ms bigint,
+                                                p_base_url text) returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now  timestamptz := tidebase.now();
+  v_id   text := tidebase._new_id('gate');
+  v_gate tidebase.gates;
+begin
+  if v_run.status = 'cancelled' then
+    perform tidebase._refuse_cancelled(v_run);
+  end if;
+  select * into v_gate from tidebase.gates where run_id = p_run_id and name = p_name;
+  if not found then
+    insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
+                                expires_at, created_at, updated_at)
+    values (v_id, p_run_id, p_name, p_prompt, p_data, p_capability,
+            tidebase._add_channels(p_run_id, v_id, p_channels),
+            replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''),
+            p_base_url || '/runs/' || p_run_id || '/gates/' || v_id || '/resolve',
+            v_now + tidebase._ms(p_timeout_ms), v_now, v_now)
+    returning * into v_gate;
+    if p_channels <> '[]' then
+      update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
+    end if;
+    perform tidebase._record(v_run, null, 'gate.created', json_build_object('gate', tidebase._public_gate(v_gate)));
+    perform tidebase._notify(v_run, 'gate.created', json_build_object('gate', tidebase._public_gate(v_gate)), v_id);
+  end if;
+  return json_build_object('action', case v_gate.status when 'pending' then 'wait' else 'return' end,
+                           'gate', tidebase._gate_json(v_gate));
+end $$;
+
+create or replace function tidebase._decide_gate (p_run tidebase.runs, p_gate tidebase.gates, p_decision text,
+                                                  p_actor text, p_payload json)
+  returns tidebase.gates language plpgsql as $$
+declare
+  v_gate tidebase.gates;
+begin
+  update tidebase.gates
+     set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = p_payload,
+         resolved_at = tidebase.now(), updated_at = tidebase.now()
+   where id = p_gate.id returning * into v_gate;
+  perform tidebase._record(p_run, null, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)));
+  perform tidebase._notify(p_run, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)), v_gate.id);
+  return v_gate;
+end $$;
+
+-- Decides a gate, once. The token is the credential, so an unknown run, an unknown gate and a wrong token look alike.
+-- Needs    the token (TB409 gate_token_wrong), a pending gate (TB409 gate_resolved, with gate).
+-- Leaves   the gate decided, event and channels gate.resolved.    Returns  {"gate"}.
+create or replace function tidebase.resolve_gate (p_run_id text, p_gate_id text, p_token text, p_decision text,
+                                                  p_actor text, p_payload json) returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs;
+  v_gate tidebase.gates;
+begin
+  select * into v_run from tidebase.runs where id = p_run_id for no key update;
+  select * into v_gate from tidebase.gates where id = p_gate_id and run_id = p_run_id;
+  -- Digests are compared, so that the time it takes tells nothing of the token.
+  if v_gate.id is null or sha256(convert_to(v_gate.resolve_token, 'UTF8')) <> sha256(convert_to(p_token, 'UTF8')) then
+    perform tidebase._refuse(409, 'gate_token_wrong', 'there is no such gate, or the token is not its token');
+  elsif v_gate.status <> 'pending' then
+    perform tidebase._refuse(409, 'gate_resolved', format('gate %s was %s', v_gate.name, v_gate.status),
+                             json_build_object('gate', tidebase._gate_json(v_gate)));
+  end if;
+  v_gate := tidebase._decide_gate(v_run, v_gate, p_decision, p_actor, p_payload);
+  return json_build_object('gate', tidebase._gate_json(v_gate));
+end $$;
+
+-- Returns  {"gate", "runStatus"}, and the run's event number to wait from.    TB404 when there is none.
+create or replace function tidebase.get_gate (p_run_id text, p_gate_id text, out body json, out seq integer)
+  language plpgsql stable as $$
+begin
+  select json_build_object('gate', tidebase._gate_json(g), 'runStatus', r.status), r.event_seq into body, seq
+    from tidebase.gates g join tidebase.runs r on r.id = g.run_id where g.id = p_gate_id and g.run_id = p_run_id;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('run %s has no gate %s', p_run_id, p_gate_id));
+  end if;
+end $$;
+
+-- ------------------------------------------------------------------------------
+-- State and usage: what a run shows of itself while it works, and what it cost.
+-- ------------------------------------------------------------------------------
+
+-- Appends a version to a stream of a run, which must be locked. p_about: {id?, label?, reason?, importance?, metadata?,
+-- createdBy?, stepId?}.
+create or replace function tidebase._add_version (p_run_id text, p_stream text, p_target_type text, p_target_id text,
+                                                  p_value jsonb, p_patch jsonb, p_about jsonb)
+  returns tidebase.state_versions language plpgsql as $$
+declare
+  v_now     timestamptz := tidebase.now();
+  v_stream  tidebase.state_streams;
+  v_version tidebase.state_versions;
+begin
+  insert into tidebase.state_streams as s (id, run_id, name, target_type, target_id, current_version, current_value,
+                                           created_at, updated_at)
+  values (tidebase._new_id('stream'), p_run_id, p_stream, p_target_type, p_target_id, 1, p_value, v_now, v_now)
+  on conflict (run_id, name) do update
+     set current_version = s.current_version + 1, current_value = p_value, updated_at = v_now
+  returning * into v_stream;
+  insert into tidebase.state_versions (id, stream_id, run_id, step_id, version, value, patch, label, reason, importance,
+                                       metadata, created_by, created_at)
+  values (coalesce(p_about->>'id', tidebase._new_id('ver')), v_stream.id, p_run_id, p_about->>'stepId',
+          v_stream.current_version, p_value, p_patch, p_about->>'label', p_about->>'reason',
+          coalesce(p_about->>'importance', 'normal'), coalesce(p_about->'metadata', '{}'), p_about->>'createdBy', v_now)
+  returning * into v_version;
+  return v_version;
+end $$;
+
+-- The version that a client's id already names, of a repeated request; TB409 version_id_conflict when another run's.
+create or replace function tidebase._same_version (p_run_id text, p_about jsonb)
+  returns tidebase.state_versions language plpgsql as $$
+declare
+  v_version tidebase.state_versions;
+begin
+  select * into v_version from tidebase.state_versions where id = p_about->>'id';
+  if v_version.run_id <> p_run_id then
+    perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', v_version.id));
+  end if;
+  return v_version;
+end $$;
+
+-- Replaces the run's live value, or merges the top level of p_value into it, and records it as the stream's next
+-- version.
+-- Needs    p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
+--          an object on both sides (TB409 state_not_object).
+-- Leaves   event and channels state.updated.    Returns  {"state"}.
+create or replace function tidebase.write_state (p_run_id text, p_stream text, p_value jsonb, p_merge boolean,
+                                                 p_if_version integer, p_about jsonb)
+  returns json language plpgsql as $$
+declare
+  v_run     tidebase.runs := tidebase._lock_run(p_run_id);
+  v_state   tidebase.states;
+  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
+  v_event   json;
+begin
+  select * into v_state from tidebase.states where run_id = p_run_id;
+  if v_version.id is not null then
+    return json_build_object('state', tidebase._state_json(v_state));
+  elsif p_if_version <> coalesce(v_state.version, 0) then
+    perform tidebase._refuse(409, 'version_conflict',
+              format('the state is at version %s', coalesce(v_state.version, 0)),
+              json_build_object('state', case when v_state.run_id is not null then tidebase._state_json(v_state) end));
+  elsif p_merge and jsonb_typeof(v_state.value) <> 'object' then
+    perform tidebase._refuse(409, 'state_not_object', 'the state is not an object, so nothing can be merged into it');
+  end if;
+  insert into tidebase.states as s (run_id, value, version) values (p_run_id, p_value, 1)
+  on conflict (run_id) do update
+     set value = case when p_merge then s.value || p_value else p_value end, version = s.version + 1,
+         updated_at = tidebase.now()
+  returning * into v_state;
+  v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value,
+                                     case when p_merge then p_value end, p_about);
+  v_event := json_build_object('value', v_state.value);
+  if p_merge then
+    v_event := tidebase._joined(v_event, json_build_object('patch', p_value));
+  end if;
+  perform tidebase._record(v_run, null, 'state.updated', tidebase._joined(
+            v_event, json_build_object('stateVersion', tidebase._version_event(v_version))));
+  perform tidebase._notify(v_run, 'state.updated', json_build_object(
+            'state', tidebase._state_json(v_state), 'stateVersion', tidebase._version_event(v_version)));
+  return json_build_object('state', tidebase._state_json(v_state));
+end $$;
+
+-- Labels the current value of a stream, as its next version.
+-- Needs    something there (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
+create or replace function tidebase.save_state (p_run_id text, p_stream text, p_about jsonb)
+  returns json language plpgsql as $$
+declare
+  v_run     tidebase.runs := tidebase._lock_run(p_run_id);
+  v_stream  tidebase.state_streams;
+  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
+begin
+  if v_version.id is null then
+    select * into v_stream from tidebase.state_streams where run_id = p_run_id and name = p_stream;
+    if not found then
+      perform tidebase._refuse(404, 'not_found', format('stream %s of run %s has no value yet', p_stream, p_run_id));
+    end if;
+    v_version := tidebase._add_version(p_run_id, p_stream, v_stream.target_type, v_stream.target_id,
+                                       v_stream.current_value, null, '{"importance": "milestone"}' || p_about);
+    perform tidebase._record(v_run, null, 'state.saved',
+                             json_build_object('stateVersion', tidebase._version_event(v_version)));
+  end if;
+  return json_build_object('stateVersion', tidebase._version_json(v_version));
+end $$;
+
+-- Keeps a labelled picture of something, beside the live state: in the stream type:id of what it is of.
+-- Leaves   event snapshot.created.    Returns  {"snapshot"}.
+create or replace function tidebase.create_snapshot (p_run_id text, p_target_type text, p_target_id text, p_state jsonb,
+                                                     p_about jsonb) returns json language plpgsql as $$
+declare
+  v_run     tidebase.runs := tidebase._lock_run(p_run_id);
+  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
+  v_type    text := coalesce(p_target_type, 'run');
+  v_target  text := coalesce(p_target_id, p_run_id);
+begin
+  if v_version.id is null then
+    v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
+                                       '{"importance": "checkpoint"}' || p_about);
+    perform tidebase._record(v_run, null, 'snapshot.created',
+                             json_build_object('snapshot', tidebase._version_event(v_version)));
+  end if;
+  return json_build_object('snapshot', tidebase._version_json(v_version));
+end $$;
+
+-- A run's versions, by stream and version.    Returns  {"stateVersions"}, null when there is no such run.
+create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean)
+  returns json language sql stable as $$
+  select json_build_object('stateVersions', (
+           select coalesce(json_agg(tidebase._version_json(v) order by s.created_at, s.id, v.version), '[]')
+             from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
+            where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
+              and (not p_labeled or v.label is not null)))
+    from tidebase.runs where id = p_run_id
+$$;
+
+-- A run's labelled versions, newest first.    Returns  {"snapshots"}, null when there is no such run.
+create or replace function tidebase.list_snapshots (p_run_id text) returns json language sql stable as $$
+  select json_build_object('snapshots', (
+           select coalesce(json_agg(tidebase._version_json(v) order by v.created_at desc, v.id desc), '[]')
+             from tidebase.state_versions v where v.run_id = p_run_id and v.label is not null))
+    from tidebase.runs where id = p_run_id
+$$;
+
+-- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
+-- Needs    p_id not another run's (TB409 usage_id_conflict).
+-- Leaves   event and channels usage.recorded.    Returns  {"usage"}.
+create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb)
+  returns json language plpgsql as $$
+declare
+  v_run   tidebase.runs := tidebase._lock_run(p_run_id);
+  v_usage tidebase.usage;
+begin
+  select * into v_usage from tidebase.usage where id = p_id;
+  if v_usage.run_id <> p_run_id then
+    perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
+  elsif v_usage.id is null then
+    insert into tidebase.usage (id, run_id, step_id, kind, provider, model, label, quantity, unit, input_tokens,
+                                output_tokens, total_tokens, cost_usd, metadata)
+    select coalesce(p_id, tidebase._new_id('use')), p_run_id, "stepId", kind, provider, model, label, quantity, unit,
+           "inputTokens", "outputTokens",
+           coalesce("totalTokens", coalesce("inputTokens", 0) + coalesce("outputTokens", 0)), "costUsd", metadata
+      from jsonb_to_record(p_entry) as entry (
+             "stepId" text, kind text, provider text, model text, label text, quantity numeric, unit text,
+             "inputTokens" bigint, "outputTokens" bigint, "totalTokens" bigint, "costUsd" numeric, metadata jsonb)
+    returning * into v_usage;
+    perform tidebase._record(v_run, null, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+    perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+  end if;
+  return json_build_object('usage', tidebase._usage_json(v_usage));
+end $$;
+
+-- The ledger summed up, by model, by workflow or by day (UTC), dearest first.    Returns  {"groups"}.
+create or replace function tidebase.usage_groups (p_by text, p_since timestamptz, p_until timestamptz)
+  returns json language sql stable as $$
+  with grouped as (
+    select case p_by when 'model' then u.model when 'workflow' then r.workflow_name
+                     else to_char(u.created_at at time zone 'UTC', 'YYYY-MM-DD') end as key,
+           count(*) as entries, count(distinct u.run_id) as runs, coalesce(sum(u.input_tokens), 0) as input_tokens,
+           coalesce(sum(u.output_tokens), 0) as output_tokens, coalesce(sum(u.total_tokens), 0) as total_tokens,
+           coalesce(sum(u.cost_usd), 0) as cost_usd
+      from tidebase.usage u join tidebase.runs r on r.id = u.run_id
+     where (p_since is null or u.created_at >= p_since) and (p_until is null or u.created_at < p_until)
+     group by 1
+  )
+  select json_build_object('groups', coalesce(json_agg(json_build_object(
+           p_by, key, 'entries', entries, 'runs', runs, 'inputTokens', input_tokens, 'outputTokens', output_tokens,
+           'totalTokens', total_tokens, 'costUsd', cost_usd) order by cost_usd desc, key), '[]'))
+    from grouped
+$$;
+
+-- ------------------------------------------------------------------------------
 -- Queues: a job is a run. Put in once per dedupe key, claimed by one, within the queue's caps.
 -- ------------------------------------------------------------------------------
 
@@ -1292,6 +1860,78 @@ create or replace function tidebase.list_queues () returns json language sql sta
 $$;
 
 -- ------------------------------------------------------------------------------
+-- Schedules: Python knows cron, so it brings the next time along; that a time fires once is decided here.
+-- ------------------------------------------------------------------------------
+
+-- Sets a schedule. Its next time moves only when when it fires changed, so that setting it again skips nothing.
+-- Returns  {"schedule"}.
+create or replace function tidebase.set_schedule (p_name text, p_cron text, p_timezone text, p_workflow_name text,
+                                                  p_input json, p_queue text, p_max_attempts integer,
+                                                  p_enabled boolean, p_next_run_at timestamptz)
+  returns json language plpgsql as $$
+declare
+  v_schedule tidebase.schedules;
+begin
+  insert into tidebase.schedules as s (name, cron, timezone, workflow_name, input, queue, max_attempts, enabled,
+                                       next_run_at)
+  values (p_name, p_cron, p_timezone, p_workflow_name, p_input, p_queue, p_max_attempts, p_enabled,
+          case when p_enabled then p_next_run_at end)
+  on conflict (name) do update
+     set cron = p_cron, timezone = p_timezone, workflow_name = p_workflow_name, input = p_input, queue = p_queue,
+         max_attempts = p_max_attempts, enabled = p_enabled, updated_at = tidebase.now(),
+         next_run_at = case when not p_enabled then null
+                            when s.enabled and s.cron = p_cron and s.timezone = p_timezone then s.next_run_at
+                            else p_next_run_at end
+  returning * into v_schedule;
+  return json_build_object('schedule', tidebase._schedule_json(v_schedule));
+end $$;
+
+create or replace function tidebase.list_schedules () returns json language sql stable as $$
+  select json_build_object('schedules', coalesce(json_agg(tidebase._schedule_json(s) order by s.name), '[]'))
+    from tidebase.schedules s
+$$;
+
+-- Returns  {"deleted": name}; TB404 when there is none.
+create or replace function tidebase.delete_schedule (p_name text) returns json language plpgsql as $$
+begin
+  delete from tidebase.schedules where name = p_name;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('schedule %s does not exist', p_name));
+  end if;
+  return json_build_object('deleted', p_name);
+end $$;
+
+-- The database's time, and the schedules whose time has come at it.
+-- Returns  {"now", "schedules": [{"name", "cron", "timezone", "nextRunAt"}]}.
+create or replace function tidebase.due_schedules () returns json language sql volatile as $$
+  select json_build_object('now', tidebase._iso(at), 'schedules', (
+           select coalesce(json_agg(tidebase._schedule_json(s) order by s.next_run_at), '[]')
+             from tidebase.schedules s where s.enabled and s.next_run_at <= at))
+    from tidebase.now() as at
+$$;
+
+-- Fires a schedule for the time it was due at, unless another server did or it was changed meanwhile.
+-- Leaves   a run on its queue, with the dedupe key sched:NAME:TIME; the schedule at its next time.
+-- Returns  how many fired: 1 or 0.
+create or replace function tidebase.fire_schedule (p_name text, p_fire_at timestamptz, p_next_run_at timestamptz)
+  returns integer language plpgsql as $$
+declare
+  v_schedule tidebase.schedules;
+begin
+  update tidebase.schedules set next_run_at = p_next_run_at, last_enqueued_at = tidebase.now()
+   where name = p_name and enabled and next_run_at = p_fire_at returning * into v_schedule;
+  if not found then
+    return 0;
+  end if;
+  perform tidebase._enqueue(v_schedule.queue, jsonb_build_object(
+            'workflowName', v_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
+            'metadata', jsonb_build_object('schedule', p_name, 'fireTime', tidebase._iso(p_fire_at)),
+            'dedupeKey', 'sched:' || p_name || ':' || tidebase._iso(p_fire_at),
+            'maxAttempts', v_schedule.max_attempts), v_schedule.input);
+  return 1;
+end $$;
+
+-- ------------------------------------------------------------------------------
 -- The run detail: one statement, so that all of it is of one instant.
 -- ------------------------------------------------------------------------------
 
@@ -1303,6 +1943,26 @@ create or replace function tidebase.run_detail (p_run_id text, p_include text[])
     union all
     select 'steps', coalesce(json_agg(tidebase._step_json(s) order by s.position), '[]')
       from tidebase.steps s where s.run_id = p_run_id
+    union all
+    select 'state', (select tidebase._state_json(s) from tidebase.states s where s.run_id = p_run_id)
+    union all
+    select 'stateStreams', coalesce(json_agg(tidebase._stream_json(s) order by s.created_at, s.id), '[]')
+      from tidebase.state_streams s where s.run_id = p_run_id
+    union all
+    select 'stateVersions', coalesce(json_agg(tidebase._version_json(v) order by s.created_at, s.id, v.version), '[]')
+      from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id where v.run_id = p_run_id
+    union all
+    select 'runEdges', coalesce(json_agg(tidebase._edge_json(e) order by e.created_at, e.id), '[]')
+      from tidebase.run_edges e where e.parent_run_id = p_run_id
+    union all
+    select 'childRuns', coalesce(json_agg(tidebase._run_json(c) order by e.created_at, e.id), '[]')
+      from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id where e.parent_run_id = p_run_id
+    union all
+    select 'gates', coalesce(json_agg(tidebase._gate_json(g) order by g.created_at, g.id), '[]')
+      from tidebase.gates g where g.run_id = p_run_id
+    union all
+    select 'usage', coalesce(json_agg(tidebase._usage_json(u) order by u.created_at, u.id), '[]')
+      from tidebase.usage u where u.run_id = p_run_id
     union all
     select 'recoveryAttempts', coalesce(json_agg(tidebase._recovery_json(o) order by o.seq), '[]')
       from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'recovery'
@@ -1395,6 +2055,46 @@ begin
   return v_count;
 end $$;
 
+-- Pending gates whose time is up are cancelled. Their runs are locked first; one that is busy is left to the next tick.
+create or replace function tidebase.expire_gates (p_limit integer) returns integer language plpgsql as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_due   record;
+  v_run   tidebase.runs;
+  v_gate  tidebase.gates;
+  v_count integer := 0;
+begin
+  for v_due in select id, run_id from tidebase.gates
+                where status = 'pending' and expires_at is not null and expires_at <= v_now
+                order by expires_at limit p_limit
+  loop
+    select * into v_run from tidebase.runs where id = v_due.run_id for no key update skip locked;
+    continue when not found;
+    select * into v_gate from tidebase.gates where id = v_due.id and status = 'pending';
+    continue when not found;
+    perform tidebase._decide_gate(v_run, v_gate, 'canceled', 'timeout', null);
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end $$;
+
+-- Deletes runs that ended more than p_days ago, with all that belongs to them.
+create or replace function tidebase.purge_runs (p_days integer, p_limit integer) returns integer language plpgsql as $$
+declare
+  v_until timestamptz := tidebase.now() - p_days * interval '1 day';
+  v_run   record;
+  v_count integer := 0;
+begin
+  for v_run in delete from tidebase.runs where id = any (array(
+                 select id from tidebase.runs where completed_at is not null and completed_at < v_until
+                  order by completed_at limit p_limit for update skip locked)) returning queue, status
+  loop
+    perform tidebase._tally(v_run.queue, v_run.status, -1);
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end $$;
+
 -- Sums up the tallies of ended runs when there are more than p_rows, so that counting stays a matter of a few rows.
 -- Always 0: there is never more of it to do.
 create or replace function tidebase.fold_tallies (p_rows integer) returns integer language sql as $$
@@ -1406,16 +2106,20 @@ create or replace function tidebase.fold_tallies (p_rows integer) returns intege
   select 0
 $$;
 
--- How many runs of each queue named could start now, at most p_limit: what the watcher asks for those who wait.
-create or replace function tidebase.ready_runs (p_queues text[], p_limit integer)
+-- What the watcher asks for those who wait: how many runs of each queue could start now, at most p_limit; and how far
+-- the events of each run have got.    Returns  {"queues": {NAME: n}, "runs": {ID: seq}}.
+create or replace function tidebase.watch (p_queues text[], p_limit integer, p_run_ids text[])
   returns json language sql volatile as $$
-  select json_object_agg(name, (
-           select count(*) from (
-             select from tidebase._priorities(name) as level,
-                    lateral (select from tidebase.runs where queue = name and status = 'queued' and priority = level
-                                and run_at <= at limit p_limit) due
-              limit tidebase._queue_room(name, p_limit)) ready))
-    from unnest(p_queues) as name, tidebase.now() as at
+  select json_build_object(
+    'queues', coalesce((
+      select json_object_agg(name, (
+               select count(*) from (
+                 select from tidebase._priorities(name) as level,
+                        lateral (select from tidebase.runs where queue = name and status = 'queued'
+                                    and priority = level and run_at <= at limit p_limit) due
+                  limit tidebase._queue_room(name, p_limit)) ready))
+        from unnest(p_queues) as name, tidebase.now() as at), '{}'),
+    'runs', coalesce((select json_object_agg(id, event_seq) from tidebase.runs where id = any (p_run_ids)), '{}'))
 $$;
 
 -- ------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ import functools
 import hashlib
 import hmac
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -50,11 +51,13 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
 import flask
@@ -65,6 +68,7 @@ import requests
 import waitress.channel
 import waitress.server
 import waitress.task
+from cronsim import CronSim, CronSimError
 from marshmallow import fields, validate
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
@@ -107,6 +111,7 @@ SETTINGS = (
     Setting("TIDEBASE_CORS_ORIGIN", "", str, "an origin, or *, whose pages may call this server; else none may"),
     Setting("TIDEBASE_LEASE_MS", "60000", int, "how long a worker may be silent: three heartbeats of the client"),
     Setting("TIDEBASE_RECONCILE_MS", "5000", int, "how often expired leases, deadlines and the like are looked for"),
+    Setting("TIDEBASE_RETENTION_DAYS", "0", int, "ended runs are deleted after so many days; 0 keeps them for ever"),
     Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int, "the largest request body in bytes; larger ones get 413"),
     Setting("TIDEBASE_THREADS", "64", int, "request threads per process; at most half of them hold long waits"),
     Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process"),
@@ -137,6 +142,7 @@ class Config:
     cors_origin: str
     lease_ms: int
     reconcile_ms: int
+    retention_days: int
     max_body: int
     threads: int
     pool: int
@@ -174,7 +180,8 @@ class Config:
     def check(self) -> None:
         """Refuse what cannot work, or is not safe.  :raises ConfigError: with the setting and the way out."""
         limits = {"port": (0, 65535), "lease_ms": (100, 86_400_000), "reconcile_ms": (10, 3_600_000),
-                  "max_body": (1024, 1 << 30), "threads": (4, 1024), "pool": (2, 1024), "web_concurrency": (1, 64)}
+                  "retention_days": (0, 36_500), "max_body": (1024, 1 << 30), "threads": (4, 1024), "pool": (2, 1024),
+                  "web_concurrency": (1, 64)}
         for field, (low, high) in limits.items():
             if not low <= getattr(self, field) <= high:
                 name = next(s.name for s in SETTINGS if s.name.removeprefix("TIDEBASE_").lower() == field)
@@ -356,6 +363,7 @@ def read_body(raw: bytes, schema: Body) -> dict[str, Any]:
 # ------------------------------------------------------------------------------
 MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits to about 2,700 bytes
 MAX_MS = 10 * 365 * 86_400_000  # ten years: longer is a mistake of units
+MAX_WAIT_MS = 25_000  # proxies close what is silent for 30 s
 MAX_BATCH = 10_000
 ID = validate.Regexp(r"[A-Za-z0-9_.:-]{1,128}\Z", error="must be 1 to 128 of A-Z a-z 0-9 _ . : -")
 
@@ -385,6 +393,18 @@ class Whole(fields.Integer):
 
     def _validated(self, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return super()._validated(value)
+
+
+class Amount(fields.Decimal):
+    """A number from 0 on, kept to the digit; true and "5" are none."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(validate=validate.Range(0, 10**15), **options)
+
+    def _validated(self, value: Any) -> Decimal:
+        if isinstance(value, (bool, str)):
             raise self.make_error("invalid", input=value)
         return super()._validated(value)
 
@@ -434,18 +454,28 @@ class JsonText(fields.Field[RawText | None]):
         """Nothing to object to: a payload is the user's."""
 
 
-class JsonObject(JsonText):
-    """An object that Postgres looks into, so that NUL, which its text cannot hold, is refused."""
+class JsonValue(JsonText):
+    """A value that Postgres looks into, so that NUL, which its text cannot hold, is refused."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(empty="{}", **options)
+
+    def inspect(self, value: Json) -> None:
+        if re.search(r"(?<!\\)(\\\\)*\\u0000", value.text):
+            raise marshmallow.ValidationError("must not contain NUL")
+
+
+class JsonObject(JsonValue):
+    """Likewise, and an object."""
 
     def __init__(self, schema: type[Body] | None = None, **options: Any) -> None:
-        super().__init__(empty="{}", **options)
+        super().__init__(**options)
         self.shape = schema
 
     def inspect(self, value: Json) -> None:
         if not isinstance(value.value, dict):
             raise marshmallow.ValidationError("must be an object")
-        if "\\u0000" in value.text:
-            raise marshmallow.ValidationError("must not contain NUL")
+        super().inspect(value)
         if self.shape:
             known = schema_of(self.shape)
             known.load({k: v for k, v in value.value.items() if k in known.by_key})
@@ -611,6 +641,107 @@ class ReviewBody(Body):
     actor = Text(load_default=None)
 
 
+class ChildBody(RunFields):
+    """POST /runs/:id/children"""
+
+    name = Name(required=True)
+    workflow_name = Name(data_key="workflowName", required=True)
+    edge_type = Name(data_key="edgeType", load_default="child")
+    edge_metadata = JsonObject(data_key="edgeMetadata")
+
+
+class ForkBody(Body):
+    id = Text(ID, load_default=None)
+    from_step = Name(data_key="fromStep", load_default=None)
+    input = JsonText()
+
+
+class BeginGateBody(Body):
+    """POST /runs/:id/gates/begin"""
+
+    name = Name(required=True)
+    prompt = Text(required=True)
+    data = JsonText(empty="{}")
+    channels = fields.List(fields.Nested(ChannelBody), load_default=list)
+    capability = JsonText()
+    timeout_ms = Whole(1, MAX_MS, data_key="timeoutMs", load_default=None)
+
+
+class ResolveGateBody(Body):
+    token = Text(required=True)
+    decision = fields.Str(required=True, validate=validate.OneOf(["approved", "rejected", "canceled"]))
+    actor = Text(load_default=None)
+    payload = JsonText()
+
+
+class About(Body):
+    """What may be said of a version of the state."""
+
+    id = Text(ID)
+    label = Text()
+    reason = Text()
+    importance = fields.Str(validate=validate.OneOf(["transient", "normal", "checkpoint", "milestone"]))
+    metadata = JsonObject()
+    created_by = Text(data_key="createdBy")
+    step_id = Text(data_key="stepId")
+
+
+class PutStateBody(About):
+    value = JsonValue(required=True)
+    stream = Name(load_default="run")
+    if_version = Whole(0, 2**31 - 1, data_key="ifVersion", load_default=None)
+
+
+class PatchStateBody(PutStateBody):
+    value = JsonObject(required=True)
+
+
+class SaveStateBody(About):
+    label = Name(required=True)
+    stream = Name(load_default="run")
+
+
+class SnapshotTarget(Body):
+    type = Name(required=True)
+    id = Name(required=True)
+
+
+class SnapshotBody(About):
+    label = Name(required=True)
+    state = JsonValue(required=True)
+    target = fields.Nested(SnapshotTarget, load_default=None)
+
+
+class UsageBody(Body):
+    """POST /runs/:id/usage"""
+
+    id = Text(ID, load_default=None)
+    step_id = Text(data_key="stepId")
+    kind = Name(load_default="custom")
+    provider = Text()
+    model = Text()
+    label = Text()
+    quantity = Amount()
+    unit = Text()
+    input_tokens = Whole(0, 2**53, data_key="inputTokens")
+    output_tokens = Whole(0, 2**53, data_key="outputTokens")
+    total_tokens = Whole(0, 2**53, data_key="totalTokens")
+    cost_usd = Amount(data_key="costUsd")
+    metadata = JsonObject()
+
+
+class ScheduleBody(Body):
+    """PUT /schedules/:name"""
+
+    cron = Text(required=True)
+    timezone = Text(load_default="UTC")
+    workflow_name = Name(data_key="workflowName", required=True)
+    input = JsonText(empty="{}")
+    queue = Name(load_default="default")
+    max_attempts = Whole(1, 1000, data_key="maxAttempts", load_default=3)
+    enabled = Flag(load_default=True)
+
+
 class ClaimBody(Body):
     """POST /queues/claim"""
 
@@ -618,7 +749,7 @@ class ClaimBody(Body):
     id = Text(ID, load_default=None)
     lease_owner = Name(data_key="leaseOwner", load_default=None)
     limit = Whole(1, 100, load_default=1)
-    wait_ms = Whole(0, 25_000, data_key="waitMs", load_default=0)
+    wait_ms = Whole(0, MAX_WAIT_MS, data_key="waitMs", load_default=0)
     checkpoints = Flag(load_default=False)
 
 
@@ -782,10 +913,12 @@ WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many 
 
 
 class Waiter:
-    """Somebody who waits for runs of some queues."""
+    """Somebody who waits: for runs of some queues, or for an event of a run after number `seq`."""
 
-    def __init__(self, queues: Iterable[str]) -> None:
+    def __init__(self, queues: Iterable[str] = (), run_id: str | None = None, seq: int = 0) -> None:
         self.queues = tuple(queues)
+        self.run_id = run_id
+        self.seq = seq
         self.woken = threading.Event()
 
 
@@ -827,19 +960,25 @@ class Watcher:
         answer = ask()
         if answer is not None or seconds <= 0 or self.stopping:
             return answer
-        if not self.places.acquire(blocking=False):
-            raise Busy
         deadline = time.monotonic() + seconds
-        with self.lock:
-            self.waiters.append(waiter)
-        self.poked.set()
-        try:
+        with self.waiting(waiter):
             while not self.stopping and waiter.woken.wait(max(0.0, deadline - time.monotonic())):
                 waiter.woken.clear()
                 answer = ask()
                 if answer is not None:
                     return answer
-            return None
+        return None
+
+    @contextmanager
+    def waiting(self, waiter: Waiter) -> Iterator[None]:
+        """Set waiter.woken whenever there is news for it, while this lasts.  :raises Busy: no place is free."""
+        if not self.places.acquire(blocking=False):
+            raise Busy
+        with self.lock:
+            self.waiters.append(waiter)
+        self.poked.set()
+        try:
+            yield
         finally:
             with self.lock:
                 self.waiters.remove(waiter)
@@ -849,13 +988,15 @@ class Watcher:
         """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to rest."""
         with self.lock:
             waiters = list(self.waiters)
-        queues = sorted({queue for waiter in waiters for queue in waiter.queues})
-        if queues:
-            ready = json.loads(self.database.call("ready_runs", queues, len(waiters))[0] or "{}")
+        if waiters:
+            queues = sorted({queue for waiter in waiters for queue in waiter.queues})
+            runs = sorted({waiter.run_id for waiter in waiters if waiter.run_id is not None})
+            news = json.loads(self.database.call("watch", queues, len(waiters), runs)[0] or "{}")
             for waiter in waiters:
-                queue = next((name for name in waiter.queues if ready[name] > 0), None)
+                queue = next((name for name in waiter.queues if news["queues"][name] > 0), None)
                 if queue is not None:
-                    ready[queue] -= 1
+                    news["queues"][queue] -= 1
+                if queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, -1) != waiter.seq):
                     waiter.woken.set()
         return 0
 
@@ -993,12 +1134,31 @@ SWEEP_LIMIT = 100
 REVIVE_SECONDS = 10.0  # an embedded PostgreSQL that is away longer than a restart takes is started again
 
 
+def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
+    """When a cron expression next fires, in its time zone; None for a date that never comes, as 30 February.
+
+    :raises ValueError: the expression is none of five fields, or the zone is unknown; the message says which.
+    """
+    try:
+        zone = ZoneInfo(timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"{timezone[:100]!r} is not a time zone") from None
+    try:
+        if len(cron.split()) != 5:
+            raise CronSimError
+        return next(CronSim(cron, after.astimezone(zone)), None)
+    except CronSimError:
+        raise ValueError(f"{cron[:100]!r} is not a cron expression of five fields") from None
+
+
 class Reconciler:
     """One tick every TIDEBASE_RECONCILE_MS."""
 
-    def __init__(self, database: Database, lease_ms: int, revive: Callable[[], None] | None) -> None:
+    def __init__(self, database: Database, lease_ms: int, retention_days: int,
+                 revive: Callable[[], None] | None) -> None:
         self.database = database
         self.lease_seconds = lease_ms / 1000
+        self.retention_days = retention_days
         self.revive = revive
         self.away_since: float | None = None
         self.patient_until = time.monotonic() + self.lease_seconds
@@ -1009,14 +1169,27 @@ class Reconciler:
         While the server, or the database, was away, workers could not renew their leases: for one lease after that,
         expired ones are left alone.
         """
-        sweeps = ["cancel_overdue", "offer_runs", "fold_tallies"]
+        done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in ("expire_gates", "offer_runs", "fold_tallies"))
         if time.monotonic() >= self.patient_until:
-            sweeps.append("expire_leases")
-        done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in sweeps)
+            done += self.database.count("expire_leases", SWEEP_LIMIT)
+        # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
+        done += sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
+        done += self._fire_schedules()
+        if self.retention_days:
+            done += self.database.count("purge_runs", self.retention_days, SWEEP_LIMIT)
         if self.away_since is not None:
             logger.warning("the database is back", extra={"event": "database_back"})
             self.away_since = None
         return done
+
+    def _fire_schedules(self) -> int:
+        due = json.loads(self.database.call("due_schedules")[0] or "{}")
+        now, fired = datetime.fromisoformat(due["now"]), 0
+        for schedule in due["schedules"]:
+            # From now on, not from the time it was due at: after downtime it fires once.
+            coming = next_fire(schedule["cron"], schedule["timezone"], now)
+            fired += self.database.count("fire_schedule", schedule["name"], schedule["nextRunAt"], coming)
+        return fired
 
     def failed(self, error: Exception) -> None:
         """The tick could not be done: leases get their grace, and an outage is told once."""
@@ -1094,6 +1267,18 @@ def call(function: str, *arguments: Any) -> flask.Response:
     return reply(text or "null", status)
 
 
+def found(text: str | None, run_id: str) -> flask.Response:
+    if text is None:
+        raise Refusal(404, "not_found", f"run {run_id} does not exist")
+    return reply(text)
+
+
+def busy(response: flask.Response) -> flask.Response:
+    """Mark an answer that would have waited, had there been a place to wait in."""
+    response.headers["Retry-After"] = "1"
+    return response
+
+
 def new_owner() -> str:
     return f"owner_{secrets.token_hex(16)}"
 
@@ -1105,9 +1290,11 @@ def authorize() -> flask.Response | None:
         return flask.Response(status=204)
     if request.path == "/health":
         return None
-    if config.api_key:
-        given = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(given.encode("latin-1", "replace"), b"Bearer " + config.api_key.encode()):
+    if config.api_key and request.endpoint != "routes.resolve_gate":  # there the gate's token is the credential
+        given = request.headers.get("Authorization", "").encode("latin-1", "replace")
+        if request.endpoint == "routes.stream_events" and "token" in request.args:  # browsers' streams send no headers
+            given = b"Bearer " + request.args["token"].encode()
+        if not hmac.compare_digest(given, b"Bearer " + config.api_key.encode()):
             raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
     if not core().prepared.is_set():
         raise psycopg.OperationalError("the schema has not been looked at yet")
@@ -1193,11 +1380,11 @@ def list_runs() -> flask.Response:
             raise invalid("before", "must be a nextCursor")
         conditions.append("(r.created_at, r.id) < (to_timestamp(%s::bigint / 1000.0), %s)")
         values += cursor.groups()
-    sql = (  # of LISTED's words only: what was asked for are parameters
+    sql = (  # made of LISTED's words only; what was asked for goes as parameters
         "select coalesce(json_agg(tidebase._run_json(run) order by created_at desc, id desc), '[]'), count(*),"
         " (extract(epoch from min(created_at)) * 1000)::bigint, (array_agg(id order by created_at, id))[1]"
-        " from (select r as run, r.created_at, r.id from tidebase.runs r where " + " and ".join(conditions) +  # noqa: S608
-        " order by r.created_at desc, r.id desc limit %s) page"
+        " from (select r as run, r.created_at, r.id from tidebase.runs r where " + " and ".join(conditions) +
+        " order by r.created_at desc, r.id desc limit %s) page"  # noqa: S608
     )
     with core().database.connection() as connection:
         row = connection.execute(sql, [*values, int(limit)]).fetchone()
@@ -1213,9 +1400,7 @@ def get_run(run_id: str) -> flask.Response:
     if include and "\x00" in include:
         raise invalid("include", "must not contain NUL")
     text, _ = core().database.call("run_detail", run_id, include.split(",") if include else None)
-    if text is None:
-        raise Refusal(404, "not_found", f"run {run_id} does not exist")
-    return reply(text)
+    return found(text, run_id)
 
 
 @routes.post("/runs/<part:run_id>/begin")
@@ -1281,6 +1466,21 @@ def recover_run(run_id: str) -> flask.Response:
     return call("recover_run", run_id, parse(RecoverBody)["reason"])
 
 
+@routes.post("/runs/<part:run_id>/fork")
+def fork_run(run_id: str) -> flask.Response:
+    """A new run that starts with copies of its checkpoints.  200 {run, created}, 404, 409 run_id_conflict."""
+    body = parse(ForkBody)
+    return call("fork_run", run_id, body["id"], body["from_step"], body["input"])
+
+
+@routes.post("/runs/<part:run_id>/children")
+def create_child(run_id: str) -> flask.Response:
+    """A run for a part of its work, one per name.  200 {run, edge, created}, 404, 409 run_cancelled, edge_conflict."""
+    body = parse(ChildBody)
+    return call("create_child", run_id, body["name"], body["id"], body["workflow_name"], body["input"],
+                body["metadata"], body["recovery_webhook"], channels_of(body), body["edge_type"], body["edge_metadata"])
+
+
 # --- steps
 
 
@@ -1336,7 +1536,209 @@ def record_steps() -> flask.Response:
                 JsonArray(r["output"] for r in records), JsonArray(r["error"] for r in records))
 
 
-# --- queues
+# --- gates
+
+
+@routes.post("/runs/<part:run_id>/gates/begin")
+def begin_gate(run_id: str) -> flask.Response:
+    """Ask a person, once per name.  200 {action, gate}, 404, 409 run_cancelled."""
+    body = parse(BeginGateBody)
+    base_url = (core().config.public_url or flask.request.host_url).rstrip("/")
+    return call("begin_gate", run_id, body["name"], body["prompt"], body["data"], channels_of(body),
+                body["capability"], body["timeout_ms"], base_url)
+
+
+@routes.get("/runs/<part:run_id>/gates/<part:gate_id>")
+def get_gate(run_id: str, gate_id: str) -> flask.Response:
+    """A gate, at once or as soon as it is decided, within ?waitMs= (25000).  200 {gate, runStatus}, 404."""
+    server, waiter, latest = core(), Waiter(run_id=run_id), ""
+
+    def ask() -> str | None:
+        nonlocal latest
+        text, waiter.seq = server.database.call("get_gate", run_id, gate_id)
+        latest = text or ""
+        body = json.loads(latest)
+        over = body["gate"]["status"] != "pending" or body["runStatus"] in ("completed", "failed", "cancelled")
+        return text if over else None
+
+    try:
+        server.watcher.hold(waiter, ask, wait_ms() / 1000)
+    except Busy:
+        return busy(reply(latest))
+    return reply(latest)
+
+
+@routes.post("/runs/<part:run_id>/gates/<part:gate_id>/resolve")
+def resolve_gate(run_id: str, gate_id: str) -> flask.Response:
+    """Decide it, by its token alone.  200 {gate}, 409 gate_token_wrong, gate_resolved."""
+    body = parse(ResolveGateBody)
+    return call("resolve_gate", run_id, gate_id, body["token"], body["decision"], body["actor"], body["payload"])
+
+
+# --- state, snapshots, usage
+
+
+def about(body: dict[str, Any]) -> str:
+    """The JSON of what a body says of a version of the state."""
+    names = {"id": "id", "label": "label", "reason": "reason", "importance": "importance", "metadata": "metadata",
+             "created_by": "createdBy", "step_id": "stepId"}
+    return compose({key: body[name] for name, key in names.items() if name in body})
+
+
+@routes.put("/runs/<part:run_id>/state")
+def put_state(run_id: str) -> flask.Response:
+    """Replace the live value.  200 {state}, 404, 409 version_conflict."""
+    body = parse(PutStateBody)
+    return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body))
+
+
+@routes.patch("/runs/<part:run_id>/state")
+def patch_state(run_id: str) -> flask.Response:
+    """Merge into its top level.  200 {state}, 404, 409 version_conflict, state_not_object."""
+    body = parse(PatchStateBody)
+    return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body))
+
+
+@routes.post("/runs/<part:run_id>/state/save")
+def save_state(run_id: str) -> flask.Response:
+    """Label the current value.  200 {stateVersion}, 404 when there is none."""
+    body = parse(SaveStateBody)
+    return call("save_state", run_id, body["stream"], about(body))
+
+
+@routes.get("/runs/<part:run_id>/state/versions")
+def list_versions(run_id: str) -> flask.Response:
+    """By stream and version; ?stream= labeled=true.  200 {stateVersions}, 404."""
+    stream = flask.request.args.get("stream")
+    if stream and "\x00" in stream:
+        raise invalid("stream", "must not contain NUL")
+    labeled = flask.request.args.get("labeled") == "true"
+    return found(core().database.call("list_versions", run_id, stream, labeled)[0], run_id)
+
+
+@routes.post("/runs/<part:run_id>/snapshots")
+def create_snapshot(run_id: str) -> flask.Response:
+    """Keep a labelled picture of something.  200 {snapshot}, 404."""
+    body = parse(SnapshotBody)
+    target = body["target"] or {"type": None, "id": None}
+    return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body))
+
+
+@routes.get("/runs/<part:run_id>/snapshots")
+def list_snapshots(run_id: str) -> flask.Response:
+    """Labelled versions, newest first.  200 {snapshots}, 404."""
+    return found(core().database.call("list_snapshots", run_id)[0], run_id)
+
+
+@routes.post("/runs/<part:run_id>/usage")
+def record_usage(run_id: str) -> flask.Response:
+    """Write into the cost ledger.  200 {usage}, 404, 409 usage_id_conflict."""
+    body = parse(UsageBody)
+    keys = {name: field.data_key or name for name, field in schema_of(UsageBody).fields.items()}
+    entry = {keys[name]: RawText(value) if isinstance(value, Decimal) else value for name, value in body.items()}
+    return call("record_usage", run_id, body["id"], compose(entry))
+
+
+@routes.get("/usage")
+def usage() -> flask.Response:
+    """The ledger summed up: ?by=model|workflow|day since= until= (times).  200 {groups}."""
+    query = flask.request.args
+    by = query.get("by", "model")
+    if by not in ("model", "workflow", "day"):
+        raise invalid("by", "must be model, workflow or day")
+    return reply(core().database.call("usage_groups", by, time_of("since"), time_of("until"))[0] or "")
+
+
+# --- events
+
+
+EVENTS_AT_ONCE = 500
+BEAT_SECONDS = 15  # a stream without news says something: proxies keep it open, and a reader that is gone is noticed
+
+
+def time_of(name: str) -> datetime | None:
+    """A time in the query string, ISO-8601; without a zone it is UTC.  :raises Refusal: 400."""
+    text = flask.request.args.get(name)
+    if text is None:
+        return None
+    try:
+        at = datetime.fromisoformat(text.replace(" ", "+"))  # a + that was not escaped
+        return at if at.tzinfo else at.replace(tzinfo=UTC)
+    except ValueError:
+        raise invalid(name, "must be a time, as 2026-06-12T10:31:00.000Z") from None
+
+
+def whole_of(name: str, text: str, high: int) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) > high:
+        raise invalid(name, f"must be a whole number up to {high}")
+    return int(text)
+
+
+def wait_ms() -> int:
+    return whole_of("waitMs", flask.request.args.get("waitMs", "0"), MAX_WAIT_MS)
+
+
+@routes.get("/runs/<part:run_id>/events")
+def stream_events(run_id: str) -> flask.Response:
+    """A run's events after number ?after= (or Last-Event-ID), as a stream that goes on, or with ?follow=false ends with
+    the run; as a list for Accept: application/json.  200, 404, 503 busy when all places for streams are taken."""
+    request, server = flask.request, core()
+    after = whole_of("after", request.headers.get("Last-Event-ID") or request.args.get("after", "0"), 2**31 - 1)
+    follow = request.args.get("follow") != "false"
+
+    def events(after: int, limit: int) -> list[tuple[int, str]]:
+        with server.database.connection() as connection:
+            return connection.execute(
+                "select seq, tidebase._event_json(e) from tidebase.events e where run_id = %s and seq > %s"
+                " order by seq limit %s", (run_id, after, limit)).fetchall()
+
+    def last() -> tuple[str, int] | None:
+        with server.database.connection() as connection:
+            return connection.execute(
+                "select status, event_seq from tidebase.runs where id = %s", (run_id,)).fetchone()
+
+    if last() is None:
+        raise Refusal(404, "not_found", f"run {run_id} does not exist")
+    if request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
+        return reply("[" + ", ".join(text for _, text in events(after, 2**31 - 1)) + "]")
+
+    waiter = Waiter(run_id=run_id, seq=after)
+    place = ExitStack()
+    try:
+        place.enter_context(server.watcher.waiting(waiter))
+    except Busy:
+        return busy(refused(Refusal(503, "busy", "too many streams are open here: try again")))
+
+    def stream() -> Iterator[str]:
+        yield ": tidebase\n\n"
+        while not server.watcher.stopping:
+            waiter.woken.clear()
+            try:
+                some = events(waiter.seq, EVENTS_AT_ONCE)
+                ended = not some and ((run := last()) is None or (
+                    not follow and run[0] in ("completed", "failed", "cancelled") and run[1] == waiter.seq))
+            except psycopg.OperationalError:
+                some, ended = [], False  # the stream outlives an outage of the database
+            for seq, text in some:
+                waiter.seq = seq
+                # A line break can only be white space between JSON's tokens, and would end the data line.
+                yield f"id: {seq}\ndata: {text.translate(LINE_BREAKS)}\n\n"
+            if ended:
+                return
+            if not some and not waiter.woken.wait(BEAT_SECONDS):
+                yield ": beat\n\n"
+
+    response = flask.Response(stream(), mimetype="text/event-stream")
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"
+    response.call_on_close(place.close)
+    return response
+
+
+LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
+
+
+# --- queues and schedules
 
 
 def job_of(body: dict[str, Any]) -> str:
@@ -1377,9 +1779,7 @@ def claim() -> flask.Response:
     try:
         text = server.watcher.hold(Waiter(body["queues"]), ask, body["wait_ms"] / 1000)
     except Busy:
-        response = reply(nothing)
-        response.headers["Retry-After"] = "1"
-        return response
+        return busy(reply(nothing))
     if text is not None:
         server.wrote()
     return reply(text or nothing)
@@ -1397,6 +1797,33 @@ def configure_queue(queue: str) -> flask.Response:
     body = parse(QueueConfigBody)
     known = {name: field.data_key or name for name, field in schema_of(QueueConfigBody).fields.items()}
     return call("configure_queue", queue, json.dumps({known[name]: value for name, value in body.items()}))
+
+
+@routes.put("/schedules/<part:name>")
+def set_schedule(name: str) -> flask.Response:
+    """Enqueue a run whenever a cron expression says.  200 {schedule}."""
+    if not name:
+        raise invalid("name", "must not be empty")
+    body = parse(ScheduleBody)
+    now = datetime.fromisoformat(json.loads(core().database.call("due_schedules")[0] or "{}")["now"])
+    try:
+        coming = next_fire(body["cron"], body["timezone"], now)
+    except ValueError as error:
+        raise invalid("timezone" if "time zone" in str(error) else "cron", str(error)) from None
+    return call("set_schedule", name, body["cron"], body["timezone"], body["workflow_name"], body["input"],
+                body["queue"], body["max_attempts"], body["enabled"], coming)
+
+
+@routes.get("/schedules")
+def list_schedules() -> flask.Response:
+    """By name.  200 {schedules}."""
+    return call("list_schedules")
+
+
+@routes.delete("/schedules/<part:name>")
+def delete_schedule(name: str) -> flask.Response:
+    """Forget it; runs that it enqueued stay.  200 {deleted}, 404."""
+    return call("delete_schedule", name)
 
 
 # ------------------------------------------------------------------------------
@@ -1458,7 +1885,7 @@ class Server:
         self.database = Database(conninfo, config.pool)
         self.watcher = Watcher(self.database, max(1, config.threads // 2))
         self.sender = Sender(self.database, config.webhook_secret)
-        self.reconciler = Reconciler(self.database, config.lease_ms, revive)
+        self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
         self.stopping = threading.Event()
         self.failure: Exception | None = None
