@@ -56,7 +56,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, LiteralString, NamedTuple, NoReturn, TypeVar, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
@@ -1350,15 +1350,16 @@ def create_run(workflow_name: str) -> flask.Response:
                 channels_of(body), body["deadline_ms"])
 
 
-LISTED = {"status": "r.status = %s", "workflow": "r.workflow_name = %s", "queue": "r.queue = %s"}
+LISTED: dict[str, LiteralString] = {
+    "status": "r.status = %s", "workflow": "r.workflow_name = %s", "queue": "r.queue = %s"}
 
 
 @routes.get("/runs")
 def list_runs() -> flask.Response:
     """Runs, newest first: ?status= workflow= queue= metadata.KEY= limit= (100) before= (a nextCursor).  200 {runs}."""
-    conditions, values = ["true"], list[Any]()
-    query = flask.request.args
-    for name, text in query.items():
+    conditions, values = list[LiteralString](["true"]), list[Any]()
+    asked = flask.request.args
+    for name, text in asked.items():
         if "\x00" in text or "\x00" in name:
             raise invalid(name[:100].replace("\x00", ""), "must not contain NUL")
         if name in LISTED:
@@ -1371,23 +1372,23 @@ def list_runs() -> flask.Response:
                 found.append(text)
             conditions.append("r.metadata <> '{}' and (" + " or ".join(["r.metadata @> %s::jsonb"] * len(found)) + ")")
             values += [f"{{{json.dumps(key)}: {value}}}" for value in found]
-    limit = query.get("limit", "100")
+    limit = asked.get("limit", "100")
     if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= 1000:
         raise invalid("limit", "must be 1 to 1000")
-    if before := query.get("before"):
+    if before := asked.get("before"):
         cursor = re.fullmatch(r"(\d{1,15})_([A-Za-z0-9_.:-]{1,128})", before)
         if not cursor:
             raise invalid("before", "must be a nextCursor")
         conditions.append("(r.created_at, r.id) < (to_timestamp(%s::bigint / 1000.0), %s)")
         values += cursor.groups()
-    sql = (  # made of LISTED's words only; what was asked for goes as parameters
+    query = psycopg.sql.SQL(
         "select coalesce(json_agg(tidebase._run_json(run) order by created_at desc, id desc), '[]'), count(*),"
         " (extract(epoch from min(created_at)) * 1000)::bigint, (array_agg(id order by created_at, id))[1]"
-        " from (select r as run, r.created_at, r.id from tidebase.runs r where " + " and ".join(conditions) +
-        " order by r.created_at desc, r.id desc limit %s) page"  # noqa: S608
-    )
+        " from (select r as run, r.created_at, r.id from tidebase.runs r where {}"
+        " order by r.created_at desc, r.id desc limit %s) page"
+    ).format(psycopg.sql.SQL(" and ").join(map(psycopg.sql.SQL, conditions)))
     with core().database.connection() as connection:
-        row = connection.execute(sql, [*values, int(limit)]).fetchone()
+        row = connection.execute(query, [*values, int(limit)]).fetchone()
     assert row is not None
     cursor_text = json.dumps(f"{row[2]}_{row[3]}" if row[1] == int(limit) else None)
     return reply('{"runs": ' + row[0] + ', "nextCursor": ' + cursor_text + "}")
@@ -1953,8 +1954,8 @@ class Server:
         """Make `serve` return soon. Safe in a signal handler."""
         self.stopping.set()
         self.watcher.stopping = True
-        if self._http:
-            self._http.pull_trigger()
+        if http := self._http:
+            http.pull_trigger()
 
     def _drain(self) -> None:
         """Take no more connections, wake those who wait, and let requests under way finish and be sent."""
@@ -1966,7 +1967,10 @@ class Server:
         while time.monotonic() < deadline and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
             self._http.asyncore.loop(timeout=0.1, use_poll=True, map=self._http._map, count=1)
         self._http.task_dispatcher.shutdown(timeout=1)
-        self._http.close()
+        for channel in list(channels.values()):  # idle ones, whose clients keep them open
+            channel.handle_close()
+        http, self._http = self._http, None  # a second stop must not write to a closed trigger
+        http.close()
 
     def _when_prepared(self, tick: Callable[[], int]) -> Callable[[], int]:
         return lambda: tick() if self.prepared.is_set() else 0
