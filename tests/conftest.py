@@ -1,7 +1,7 @@
-"""What all tests stand on: one real PostgreSQL with a fresh database per test, real servers, and the actors of a story.
+"""What all tests stand on: one real PostgreSQL, a fresh database per test, real servers, and the actors of a story.
 
-The PostgreSQL is an embedded one, or that of DATABASE_URL. A test gets a clone of a template that schema.sql was applied
-to once, so that no test sees another's rows or its clock.
+The PostgreSQL is an embedded one, or that of DATABASE_URL. A test gets a clone of a template that schema.sql was
+applied to once, so that no test sees another's rows or its clock.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -55,13 +56,29 @@ def _clean_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of the PostgreSQL's maintenance database."""
     if given := os.environ.get("DATABASE_URL"):
         yield given
         return
-    embedded = tidebase.EmbeddedPostgres(str(tmp_path_factory.mktemp("data")))
-    conninfo = embedded.start()
+    with an_embedded_postgres() as (embedded, conninfo):
+        _tune(embedded, conninfo)
+        yield conninfo
+
+
+@contextmanager
+def an_embedded_postgres() -> Iterator[tuple[tidebase.EmbeddedPostgres, str]]:
+    """A PostgreSQL of the test's own, and its address. Not below pytest's folder, which each pytest that starts on the
+    machine closes to other users, as whom PostgreSQL runs when the tests are run by root."""
+    with tempfile.TemporaryDirectory(prefix="tidebase-test-", ignore_cleanup_errors=True) as folder:
+        embedded = tidebase.EmbeddedPostgres(folder)
+        try:
+            yield embedded, embedded.start()
+        finally:
+            embedded.stop()
+
+
+def _tune(embedded: tidebase.EmbeddedPostgres, conninfo: str) -> None:
     with psycopg.connect(conninfo, autocommit=True) as connection:
         # Flushing to disk matters when a machine loses power, which no test does; processes may still be killed.
         connection.execute("alter system set fsync = off")
@@ -69,8 +86,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         connection.execute("alter system set autovacuum_naptime = '5s'")
     embedded._postgres.stop()
     embedded.revive()
-    yield conninfo
-    embedded.stop()
 
 
 def in_database(conninfo: str, name: str) -> str:
@@ -303,7 +318,8 @@ class Api:
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         connection = http.client.HTTPConnection(self.address, timeout=60)
         try:
-            connection.request(method, path, data, {"content-type": "application/json", **self.headers, **(headers or {})})
+            fields = {"content-type": "application/json", **self.headers, **(headers or {})}
+            connection.request(method, path, data, fields)
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
         finally:
