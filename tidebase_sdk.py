@@ -498,7 +498,7 @@ def _contract(options: Json) -> str:
     """A step's replay word, as the server derives it when none was declared."""
     if "replay" in options:
         return cast(str, options["replay"])
-    acts = [effect for effect in options.get("sideEffects", []) if effect not in ("read", "none")]
+    acts = [effect for effect in options.get("sideEffects", []) if effect != "read"]
     return "manual" if acts and "idempotencyKey" not in options else "auto"
 
 

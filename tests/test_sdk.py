@@ -1,0 +1,933 @@
+"""What the Python client promises, through a real server: each test told once and run blocking and awaited.
+
+A workflow is written as `async def` here. The blocking client runs it over a context whose awaitables are done already,
+so that both clients are held to the same story.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import inspect
+import json
+import math
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Api, eventually, free_port
+
+import tidebase_sdk
+from tidebase_sdk import (
+    AsyncTidebase,
+    LeaseLost,
+    RunCancelled,
+    StepInputMismatch,
+    StepNeedsReview,
+    StepTimeout,
+    Tidebase,
+    TidebaseError,
+    Unreachable,
+    canonical_json,
+    input_hash,
+    new_run_id,
+    verify_webhook_signature,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = {"TIDEBASE_LEASE_MS": 1500, "TIDEBASE_RECONCILE_MS": 100}  # leases that end within a test
+
+
+class Done:
+    """An awaitable that is done: what a blocking call returned."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __await__(self) -> Iterator[Any]:
+        yield from ()
+        return self.value
+
+
+class DoneRun:
+    """A blocking run context as the workflows of these tests use it."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._run, name)
+        return (lambda *args, **kwargs: Done(value(*args, **kwargs))) if callable(value) else value
+
+
+class BlockingActor:
+    """A Tidebase whose workflows are the `async def` of these tests."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.client: Any = Tidebase(url, **options)
+
+    def __call__(self, operation: Callable[[Any], Any]) -> Any:
+        return operation(self.client)
+
+    def workflow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def blocking(run: Any, input: Any) -> Any:
+            story = fn(DoneRun(run), input)
+            try:
+                story.send(None)
+            except StopIteration as end:
+                return end.value
+            raise AssertionError("a blocking workflow awaited something that was not done")
+
+        return blocking
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class AwaitedActor:
+    """An AsyncTidebase on an event loop in a thread of its own."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="event-loop")
+        self.thread.start()
+        self.client: Any = AsyncTidebase(url, **options)
+
+    def __call__(self, operation: Callable[[Any], Any]) -> Any:
+        async def awaited() -> Any:
+            return await operation(self.client)
+
+        return asyncio.run_coroutine_threadsafe(awaited(), self.loop).result(60)
+
+    def workflow(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return fn
+
+    def close(self) -> None:
+        self(lambda tide: tide.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.close()
+
+
+@pytest.fixture(params=[BlockingActor, AwaitedActor], ids=["blocking", "awaited"])
+def actor(request: pytest.FixtureRequest, start_server: object) -> Iterator[Callable[..., Any]]:
+    """Makes actors: actor(url, timeout_s=…). They are closed before the servers are, whence `start_server`."""
+    actors: list[Any] = []
+
+    def make(url: str, **options: Any) -> Any:
+        actors.append(request.param(url, **options))
+        return actors[-1]
+
+    yield make
+    for made in actors:
+        made.close()
+
+
+@pytest.fixture
+def tide(actor: Callable[..., Any], server: Any) -> Any:
+    return actor(server.url)
+
+
+@pytest.fixture
+def working() -> Iterator[Callable[..., None]]:
+    """Starts workers that stop at the end of the test: working(tide, {"name": workflow}, queues=[…], …)."""
+    over = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def start(tide: Any, workflows: dict[str, Callable[..., Any]], queues: tuple[str, ...] = ("default",),
+              **options: Any) -> None:
+        for name, fn in workflows.items():
+            tide.client.workflow(name, tide.workflow(fn))
+        options = {"poll_s": 0.2, "stop": over.is_set, **options}
+        threads.append(threading.Thread(target=tide, args=(lambda client: client.work(queues, **options),)))
+        threads[-1].start()
+
+    yield start
+    over.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+# ------------------------------------------------------------------------------
+# Runs and steps: what completed is not executed again.
+# ------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_executes_only_what_did_not_complete(tide: Any, api: Api) -> None:
+    calls: list[str] = []
+
+    async def report(run: Any, input: Any) -> Any:
+        plan = await run.step("plan", lambda: calls.append("plan") or {"of": input["topic"]}, input=input)
+        if len(calls) < 3:
+            await run.step("write", lambda: calls.append("write") or 1 / 0)
+        return await run.step("send", lambda: calls.append("send") or [plan, run.attempt])
+
+    run_id = new_run_id()
+    calls.append("first")
+    with pytest.raises(ZeroDivisionError):
+        tide(lambda client: client.run("report", tide.workflow(report), run_id=run_id, input={"topic": "ü\0"}))
+    failed = api.run(run_id)
+    assert failed["status"] == "failed"
+    assert failed["error"]["name"] == "ZeroDivisionError"
+    assert failed["error"]["step"] == "write"
+    assert "tidebase_sdk.py" not in failed["error"]["stack"]
+    assert tide(lambda client: client.run("report", tide.workflow(report), run_id=run_id)) == [{"of": "ü\0"}, 2]
+    assert calls == ["first", "plan", "write", "send"]
+    assert tide(lambda client: client.run("report", tide.workflow(report), run_id=run_id)) == [{"of": "ü\0"}, 2]
+    assert calls == ["first", "plan", "write", "send"]
+    assert api.run(run_id)["attempt"] == 2
+
+
+def test_a_step_returns_the_first_time_what_a_replay_returns(tide: Any) -> None:
+    seen: list[Any] = []
+
+    async def flow(run: Any, input: Any) -> None:
+        seen.append(await run.step("step", lambda: {"pair": (1, 2.0), 3: None, "text": "\0é\U0001f600"}))
+        if len(seen) == 1:
+            seen[0]["pair"].append("mine to change")
+            raise RuntimeError
+
+    run_id = new_run_id()
+    with pytest.raises(RuntimeError):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert seen[1] == {"pair": [1, 2.0], "3": None, "text": "\0é\U0001f600"}
+    assert seen[0] == {**seen[1], "pair": [1, 2.0, "mine to change"]}
+
+
+def test_a_replay_of_all_steps_sends_no_request_for_any(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> int:
+        for number in range(20):
+            await run.step(f"step {number}", lambda: number)  # noqa: B023
+        if run.attempt == 1:
+            raise RuntimeError
+        return 20
+
+    run_id = new_run_id()
+    with pytest.raises(RuntimeError):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    before = len(api.events(run_id))
+    paths: list[str] = []
+    perform = type(tide.client._driver)._exchange
+    tide.client._driver._exchange = lambda effect: paths.append(effect.path) or perform(tide.client._driver, effect)
+    assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == 20
+    assert [path for path in paths if "/steps" in path] == []
+    assert [event["type"] for event in api.events(run_id)[before:]] == ["run.started", "run.completed"]
+
+
+@pytest.mark.parametrize("output", [{1, 2}, object(), b"bytes", float("nan"), "\ud800", {(1, 2): 3}])
+def test_an_output_json_cannot_say_fails_the_step_and_names_it_and_the_type(tide: Any, api: Api, output: Any) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("odd one", lambda: output)
+
+    run_id = new_run_id()
+    with pytest.raises(TypeError, match=f"'odd one' is of type {type(output).__name__}"):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert api.detail(run_id)["steps"][0]["status"] == "failed_retryable"
+
+
+def test_a_completed_step_with_another_input_is_refused_with_both_hashes(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("fetch", lambda: 1, input={"page": run.attempt})
+        raise RuntimeError
+
+    run_id = new_run_id()
+    with pytest.raises(RuntimeError):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    with pytest.raises(StepInputMismatch) as refused:
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert input_hash({"page": 1}) in str(refused.value)
+    assert input_hash({"page": 2}) in str(refused.value)
+
+
+def test_retries_try_again_and_record_every_failure(tide: Any, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tidebase_sdk, "STEP_BACKOFF_S", (0.01, 0.01))
+    tries: list[int] = []
+
+    def flaky() -> int:
+        tries.append(1)
+        if len(tries) < 3:
+            raise ConnectionError("away")
+        return len(tries)
+
+    async def flow(run: Any, input: Any) -> Any:
+        return await run.step("flaky", flaky, retries=2)
+
+    run_id = new_run_id()
+    assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == 3
+    assert api.event_types(run_id).count("step.failed") == 2
+    assert api.detail(run_id)["steps"][0]["attempt"] == 3
+
+
+def test_an_error_marked_as_not_retryable_ends_all_attempts(tide: Any, api: Api, working: Callable[..., None]) -> None:
+    class BadTopic(ValueError):
+        retryable = False
+
+    tries: list[int] = []
+
+    def check() -> None:
+        tries.append(1)
+        raise BadTopic
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("check", check, retries=5)
+
+    run_id = tide(lambda client: client.enqueue("flow"))["run"]["id"]
+    working(tide, {"flow": flow})
+    eventually(lambda: api.run(run_id)["status"] == "failed")
+    assert tries == [1]
+
+
+def test_retries_of_a_step_that_must_not_replay_are_a_mistake(tide: Any) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("mail", lambda: 1, retries=1, side_effects=["email"])
+
+    with pytest.raises(ValueError, match="retries need replay='auto'"):
+        tide(lambda client: client.run("flow", tide.workflow(flow)))
+
+
+@pytest.mark.parametrize(
+    ("options", "decision"),
+    [
+        ({}, "auto_retry"),
+        ({"side_effects": "read"}, "auto_retry"),
+        ({"side_effects": ["email"]}, "manual_review"),
+        ({"side_effects": ["email"], "idempotency_key": "k"}, "safe_replay"),
+        ({"replay": "never"}, "fail_hard"),
+    ],
+)
+def test_a_failure_is_recorded_with_the_decision_of_its_contract(
+    tide: Any, api: Api, options: Any, decision: str
+) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("step", lambda: 1 / 0, **options)
+
+    run_id = new_run_id()
+    with pytest.raises(ZeroDivisionError):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert next(e for e in api.events(run_id) if e["type"] == "step.failed")["payload"]["resumeDecision"] == decision
+
+
+def test_an_ambiguous_step_waits_for_a_person(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        return await run.step("mail", lambda: "sent", side_effects=["email"])
+
+    run_id = tide(lambda client: client.runs.create("flow"))["run"]["id"]
+    owner = api.begin(run_id)["leaseOwner"]
+    begun = api.begin_step(run_id, "mail", owner, hash=input_hash(None), options={"sideEffects": ["email"]})
+    step_id = begun["step"]["id"]
+    api.post(f"/runs/{run_id}/release", {"leaseOwner": owner})
+    with pytest.raises(StepNeedsReview):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    tide(lambda client: client.runs.review_step(run_id, step_id, "complete", output="seen in the outbox", actor="ada"))
+    assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == "seen in the outbox"
+
+
+def test_a_step_that_takes_too_long_raises_step_timeout(tide: Any) -> None:
+    release = threading.Event()
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("slow", lambda: release.wait(20), timeout_s=0.05)
+
+    try:
+        with pytest.raises(StepTimeout):
+            tide(lambda client: client.run("flow", tide.workflow(flow)))
+    finally:
+        release.set()
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "tidebase-step"])
+
+
+def test_a_step_gets_its_input_when_it_requires_one_argument(tide: Any) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        asks = await run.step("asks", lambda page: page["n"], input={"n": 1})
+        bound = await run.step("bound", lambda page=7: page, input={"n": 1})
+        return [asks, bound]
+
+    assert tide(lambda client: client.run("flow", tide.workflow(flow))) == [1, 7]
+
+
+def test_another_live_owner_is_told_as_it_came(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> None: ...
+
+    run_id = tide(lambda client: client.runs.create("flow"))["run"]["id"]
+    api.begin(run_id, "somebody")
+    with pytest.raises(TidebaseError) as refused:
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert (refused.value.status, refused.value.body["leaseOwner"]) == (409, "somebody")
+
+
+def test_a_cancelled_run_cannot_be_held_up_by_except_exception(tide: Any, api: Api) -> None:
+    run_id = new_run_id()
+    seen: list[type] = []
+
+    async def stubborn(run: Any, input: Any) -> str:
+        await run.step("first", lambda: api.post(f"/runs/{run_id}/cancel", {"reason": "enough"}) and None)
+        for number in range(3):
+            try:
+                await run.step(f"more {number}", lambda: 1)
+            except Exception as error:
+                seen.append(type(error))
+        return "done all the same"
+
+    with pytest.raises(RunCancelled):
+        tide(lambda client: client.run("stubborn", tide.workflow(stubborn), run_id=run_id))
+    assert seen in ([RunCancelled] * 3, [])  # [] where completing `first` told it, outside the try
+    assert api.run(run_id)["status"] == "cancelled"
+    assert len(api.detail(run_id)["steps"]) == 1
+
+
+def test_what_a_run_left_behind_cannot_write_after_its_end(server: Any) -> None:
+    kept: list[Any] = []
+    tide = Tidebase(server.url)
+    tide.run("flow", lambda run: kept.append(run))
+    with pytest.raises(LeaseLost):
+        kept[0].step("late", lambda: 1)
+    tide.close()
+
+
+def test_steps_of_several_threads_of_one_workflow_all_complete(server: Any, api: Api) -> None:
+    tide = Tidebase(server.url)
+
+    def flow(run: Any) -> None:
+        threads = [threading.Thread(target=run.step, args=(f"step {n}", lambda: 1)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    run_id = new_run_id()
+    tide.run("flow", flow, run_id=run_id)
+    assert [step["status"] for step in api.detail(run_id)["steps"]] == ["completed"] * 8
+    tide.close()
+
+
+# ------------------------------------------------------------------------------
+# Workers: claim, execute, stop cleanly, outlive everything.
+# ------------------------------------------------------------------------------
+
+
+def test_a_worker_executes_what_is_enqueued_and_survives_failures(
+    tide: Any, api: Api, working: Callable[..., None]
+) -> None:
+    told: list[Any] = []
+
+    async def good(run: Any, input: Any) -> Any:
+        return await run.step("double", lambda: input["n"] * 2)
+
+    async def bad(run: Any, input: Any) -> None:
+        raise RuntimeError("boom")
+
+    broken = tide(lambda client: client.enqueue("bad", queue="team/a", max_attempts=1))["run"]["id"]
+    runs = [tide(lambda client: client.enqueue("good", queue="team/a", input={"n": n}))["run"]["id"] for n in range(5)]  # noqa: B023
+    working(tide, {"good": good, "bad": bad}, queues=("team/a",), concurrency=3,
+            on_error=lambda error, run: told.append((str(error), run.run_id)))
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in runs))
+    eventually(lambda: told == [("boom", broken)])
+    assert [api.run(run)["result"] for run in runs] == [0, 2, 4, 6, 8]
+
+
+def test_a_worker_never_holds_more_runs_than_it_has_places(tide: Any, api: Api, working: Callable[..., None]) -> None:
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def count() -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("count", count)
+
+    runs = [tide(lambda client: client.enqueue("flow"))["run"]["id"] for _ in range(12)]
+    working(tide, {"flow": flow}, concurrency=3, limit=10)
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in runs))
+    assert most == [3]
+
+
+def test_a_worker_gives_a_run_of_an_unknown_workflow_back_and_goes_on(
+    tide: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "UNKNOWN_REST_S", 0.5)
+
+    async def known(run: Any, input: Any) -> str:
+        return "done"
+
+    unknown_id = tide(lambda client: client.enqueue("unknown", priority=5))["run"]["id"]
+    known_id = tide(lambda client: client.enqueue("known"))["run"]["id"]
+    working(tide, {"known": known})
+    eventually(lambda: api.run(known_id)["status"] == "completed")
+    eventually(lambda: "run.released" in api.event_types(unknown_id))
+    assert api.run(unknown_id)["attempt"] <= 1
+
+
+def test_a_stopping_worker_unwinds_its_runs_at_the_next_boundary_and_gives_them_back(tide: Any, api: Api) -> None:
+    stop, begun, cleaned = threading.Event(), threading.Event(), threading.Event()
+
+    async def flow(run: Any, input: Any) -> None:
+        try:
+            await run.step("first", lambda: begun.set() or (stop.wait(20) and None))
+            await run.step("pause", lambda: time.sleep(0.3))
+            for number in range(1000):
+                try:
+                    await run.step(f"step {number}", lambda: time.sleep(0.05))
+                except Exception:
+                    raise AssertionError("an `except Exception` saw the unwinding") from None
+        finally:
+            cleaned.set()
+
+    run_id = tide(lambda client: client.enqueue("flow"))["run"]["id"]
+    tide.client.workflow("flow", tide.workflow(flow))
+    threading.Thread(target=lambda: begun.wait(20) and stop.set()).start()
+    tide(lambda client: client.work(poll_s=0.1, stop=stop.is_set))
+    assert cleaned.is_set()
+    run = api.run(run_id)
+    assert (run["status"], run["attempt"], run["leaseOwner"]) == ("queued", 0, None)
+    steps = {step["name"]: step["status"] for step in api.detail(run_id)["steps"]}
+    assert steps["first"] == "completed"
+    assert len(steps) < 100
+
+
+def test_a_step_three_times_longer_than_the_lease_is_executed_once(
+    actor: Callable[..., Any], start_server: Callable[..., Any], working: Callable[..., None]
+) -> None:
+    server = start_server(**SHORT)
+    api, tide, idle = Api(server.url), actor(server.url), actor(server.url)
+    calls: list[int] = []
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("long", lambda: calls.append(1) or time.sleep(4.5))
+
+    run_id = tide(lambda client: client.enqueue("flow"))["run"]["id"]
+    working(tide, {"flow": flow})
+    working(idle, {"flow": flow})
+    eventually(lambda: api.run(run_id)["status"] == "completed")
+    assert calls == [1]
+    assert api.run(run_id)["attempt"] == 1
+    assert api.detail(run_id)["steps"][0]["attempt"] == 1
+
+
+def test_a_lost_lease_ends_the_run_before_another_step_and_writes_nothing(
+    actor: Callable[..., Any], server: Any, api: Api, clock: Any
+) -> None:
+    tide = actor(server.url)
+    taken: list[str] = []
+
+    def lose() -> None:
+        clock.advance(ms=61_000)
+        taken.append(api.begin(run_id, "the new owner")["leaseOwner"])
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("freeze", lose)
+        await run.step("next", lambda: pytest.fail("executed without the lease"))
+
+    run_id = new_run_id()
+    with pytest.raises(LeaseLost):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    run = api.run(run_id)
+    assert (run["leaseOwner"], run["status"], run["attempt"]) == ("the new owner", "running", 2)
+    assert [step["status"] for step in api.detail(run_id)["steps"]] == ["running"]
+
+
+def test_200_async_runs_of_one_process_hold_their_leases_while_a_step_blocks_the_event_loop(
+    start_server: Callable[..., Any],
+) -> None:
+    server = start_server(TIDEBASE_LEASE_MS=2500, TIDEBASE_RECONCILE_MS=100)
+    api = Api(server.url)
+
+    async def main() -> list[Any]:
+        async with AsyncTidebase(server.url) as tide:
+            async def flow(run: Any, input: Any) -> None:
+                async def wait() -> None:
+                    await asyncio.sleep(3)
+                    if input["n"] == 0:
+                        time.sleep(3)  # blocks the loop for longer than the lease, as user code does
+
+                await run.step("wait", wait)
+
+            tide.workflow("flow", flow)
+            await asyncio.gather(*(tide.enqueue("flow", input={"n": n}) for n in range(200)))
+            await tide.work(concurrency=200, limit=50, poll_s=0.2,
+                            stop=lambda: api.queue("default")["completed"] == 200)
+            pages = [await tide.runs.list(queue="default")]
+            pages.append(await tide.runs.list(queue="default", before=pages[0]["nextCursor"]))
+            return [run for page in pages for run in page["runs"]]
+
+    runs = asyncio.run(main())
+    assert Counter((run["status"], run["attempt"]) for run in runs) == {("completed", 1): 200}
+
+
+def test_cancelling_the_task_of_an_async_run_gives_the_run_back(server: Any, api: Api) -> None:
+    async def main() -> str:
+        async with AsyncTidebase(server.url) as tide:
+            begun = asyncio.Event()
+
+            async def forever() -> None:
+                begun.set()
+                await asyncio.sleep(3600)
+
+            async def flow(run: Any) -> None:
+                await run.step("forever", forever)
+
+            tide.workflow("flow", flow)
+            run_id = (await tide.enqueue("flow"))["run"]["id"]
+            task = asyncio.ensure_future(tide.work())
+            await begun.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return str(run_id)
+
+    run = api.run(asyncio.run(main()))
+    assert (run["status"], run["attempt"]) == ("queued", 0)
+
+
+WORKER = """
+import sys, time, os
+from tidebase_sdk import Tidebase
+tide = Tidebase()
+def flow(run, input):
+    for number in range(input["steps"]):
+        def act():
+            time.sleep(input["s"])
+            return os.getpid()
+        run.step(f"step {number}", act)
+tide.workflow("flow", flow)
+tide.work(poll_s=0.2)
+print("ended cleanly")
+"""
+
+
+@pytest.fixture
+def spawn_worker(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Starts a worker process: spawn_worker(url)."""
+    workers: list[subprocess.Popen[str]] = []
+
+    def spawn(url: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "TIDEBASE_URL": url, "PYTHONPATH": str(ROOT)}
+        workers.append(subprocess.Popen([sys.executable, "-c", WORKER], env=environment, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        return workers[-1]
+
+    yield spawn
+    for worker in workers:
+        worker.kill()
+        worker.communicate()
+
+
+def completed_twice(api: Api, run_id: str) -> list[str]:
+    """Names of steps that were started or completed again after they had completed."""
+    done: set[str] = set()
+    again: list[str] = []
+    for event in api.events(run_id):
+        if event["type"] in ("step.started", "step.completed"):
+            name = event["payload"]["name"]
+            again += [name] if name in done else []
+            done |= {name} if event["type"] == "step.completed" else set()
+    return again
+
+
+def test_a_worker_ends_on_sigterm_and_gives_its_run_back(server: Any, api: Api, spawn_worker: Any) -> None:
+    worker = spawn_worker(server.url)
+    run_id = api.enqueue(workflow="flow", input={"steps": 100, "s": 0.1})
+    eventually(lambda: len(api.detail(run_id)["steps"]) > 1)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.communicate(timeout=20)[0] == "ended cleanly\n"
+    assert worker.returncode == 0
+    assert (api.run(run_id)["status"], api.run(run_id)["attempt"]) == ("queued", 0)
+
+
+def test_a_run_whose_worker_is_killed_completes_on_another_under_default_arguments(
+    start_server: Callable[..., Any], spawn_worker: Any
+) -> None:
+    server = start_server(**SHORT)
+    api, tide = Api(server.url), Tidebase(server.url)
+    worker = spawn_worker(server.url)
+    run_id = tide.enqueue("flow", input={"steps": 6, "s": 0.3})["run"]["id"]
+    eventually(lambda: len(api.detail(run_id)["steps"]) == 3)
+    worker.kill()
+    spawn_worker(server.url)
+    eventually(lambda: api.run(run_id)["status"] == "completed", 30)
+    assert api.run(run_id)["attempt"] == 2
+    assert completed_twice(api, run_id) == []
+    tide.close()
+
+
+def test_all_late_writes_of_a_worker_that_was_frozen_are_refused(
+    start_server: Callable[..., Any], spawn_worker: Any
+) -> None:
+    server = start_server(**SHORT)
+    api = Api(server.url)
+    frozen = spawn_worker(server.url)
+    run_id = api.enqueue(workflow="flow", input={"steps": 6, "s": 0.3})
+    eventually(lambda: len(api.detail(run_id)["steps"]) == 2)
+    frozen.send_signal(signal.SIGSTOP)
+    other = spawn_worker(server.url)
+    eventually(lambda: api.run(run_id)["attempt"] == 2, 30)
+    frozen.send_signal(signal.SIGCONT)
+    eventually(lambda: api.run(run_id)["status"] == "completed", 30)
+    pids = {step["output"] for step in api.detail(run_id)["steps"] if step["attempt"] > 1 or step["name"] > "step 1"}
+    assert pids == {other.pid}
+    assert completed_twice(api, run_id) == []
+    frozen.terminate()
+    assert "ended cleanly" in frozen.communicate(timeout=20)[0]
+
+
+def test_a_killed_and_restarted_server_fails_no_run_and_repeats_no_completed_step(
+    spawn_server: Callable[..., Any], actor: Callable[..., Any], working: Callable[..., None]
+) -> None:
+    server = spawn_server(TIDEBASE_LEASE_MS=10_000)
+    api, tide = Api(server.url), actor(server.url)
+
+    async def flow(run: Any, input: Any) -> None:
+        for number in range(10):
+            await run.step(f"step {number}", lambda: time.sleep(0.1))
+
+    runs = [tide(lambda client: client.enqueue("flow"))["run"]["id"] for _ in range(6)]
+    working(tide, {"flow": flow}, concurrency=6)
+    eventually(lambda: len(api.detail(runs[0])["steps"]) > 2)
+    server.end(signal.SIGKILL)
+    server.start()
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in runs), 30)
+    assert {api.run(run)["attempt"] for run in runs} == {1}
+    assert [completed_twice(api, run) for run in runs] == [[]] * 6
+
+
+# ------------------------------------------------------------------------------
+# Requests: repeated while that can help, and told plainly when it cannot.
+# ------------------------------------------------------------------------------
+
+
+def test_enqueue_says_all_that_the_protocol_can_say(tide: Any, api: Api) -> None:
+    at = datetime.now(UTC) + timedelta(hours=1)
+    made = tide(lambda client: client.enqueue("flow", queue="q", input={"a": 1}, metadata={"m": "x"}, dedupe_key="k",
+                                              run_at=at, max_attempts=7, priority=3, deadline_s=7200.5))
+    again = tide(lambda client: client.enqueue("flow", queue="q", dedupe_key="k"))
+    assert (made["deduplicated"], again["deduplicated"]) == (False, True)
+    assert again["run"]["id"] == made["run"]["id"]
+    run = api.run(made["run"]["id"])
+    assert {key: run[key] for key in ("queue", "input", "metadata", "dedupeKey", "maxAttempts", "priority")} == {
+        "queue": "q", "input": {"a": 1}, "metadata": {"m": "x"}, "dedupeKey": "k", "maxAttempts": 7, "priority": 3}
+    assert datetime.fromisoformat(run["runAt"].replace("Z", "+00:00")) - at < timedelta(milliseconds=1)
+    assert run["deadlineAt"]
+    late = tide(lambda client: client.enqueue("flow", delay_s=60))["run"]
+    assert late["runAt"] > late["createdAt"]
+
+
+def test_runs_can_be_listed_cancelled_and_retried(tide: Any) -> None:
+    run_id = tide(lambda client: client.runs.create("flow", metadata={"team": "a"}))["run"]["id"]
+    tide(lambda client: client.runs.create("flow"))
+    found = tide(lambda client: client.runs.list(workflow="flow", metadata={"team": "a"}))["runs"]
+    assert [run["id"] for run in found] == [run_id]
+    assert tide(lambda client: client.cancel(run_id, reason="why", actor="ada"))["run"]["cancelReason"] == "why"
+    assert tide(lambda client: client.runs.retry(run_id))["run"]["status"] == "pending"
+    with pytest.raises(TidebaseError) as missing:
+        tide(lambda client: client.runs.get("run_of/nobody"))
+    assert (missing.value.status, missing.value.code, missing.value.path) == (404, "not_found", "/runs/run_of%2Fnobody")
+
+
+def test_a_queue_keeps_what_configure_leaves_out_and_clears_none(tide: Any) -> None:
+    tide(lambda client: client.queues.configure("q", concurrency=2, rate_per_minute=60))
+    assert tide(lambda client: client.queues.configure("q", concurrency=None))["config"]["ratePerMinute"] == 60
+    config = next(q for q in tide(lambda client: client.queues.list())["queues"] if q["name"] == "q")["config"]
+    assert (config["concurrency"], config["ratePerMinute"]) == (None, 60)
+
+
+def test_a_wrong_body_is_told_field_by_field(tide: Any) -> None:
+    with pytest.raises(TidebaseError) as refused:
+        tide(lambda client: client.enqueue("flow", max_attempts="many"))
+    assert (refused.value.status, refused.value.code) == (400, "invalid_request")
+    assert refused.value.body["issues"]
+
+
+def test_a_server_that_is_away_is_unreachable_after_timeout_s(actor: Callable[..., Any]) -> None:
+    tide = actor(f"http://127.0.0.1:{free_port()}", timeout_s=0.5)
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        tide(lambda client: client.enqueue("flow"))
+    assert time.monotonic() - began < 5
+
+
+def test_a_request_reaches_a_server_that_comes_up_meanwhile(
+    actor: Callable[..., Any], start_server: Callable[..., Any]
+) -> None:
+    port = free_port()
+    tide = actor(f"http://127.0.0.1:{port}", timeout_s=20)
+    threading.Timer(0.5, start_server, kwargs={"PORT": port}).start()
+    assert tide(lambda client: client.enqueue("flow"))["run"]["status"] == "queued"
+
+
+def test_the_key_is_sent_and_shown_nowhere(
+    actor: Callable[..., Any], start_server: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(TIDEBASE_API_KEY="s3cret")
+    assert tide_id(actor(server.url, api_key="s3cret\n"))
+    wrong = actor(server.url, api_key="wr0ng")
+    with pytest.raises(TidebaseError) as refused:
+        tide_id(wrong)
+    assert refused.value.status == 401
+    shown = caplog.text + repr(wrong.client) + repr(refused.value) + str(vars(refused.value))
+    assert "wr0ng" not in shown
+    with pytest.raises(ValueError, match="characters") as bad:
+        Tidebase(server.url, api_key="wr0ng\nX-Evil: 1")
+    assert "wr0ng" not in str(bad.value)
+
+
+def tide_id(tide: Any) -> Any:
+    return tide(lambda client: client.enqueue("flow"))["run"]["id"]
+
+
+def test_two_executions_in_one_process_do_not_pass_for_one_owner(tide: Any) -> None:
+    run_id = new_run_id()
+
+    async def flow(run: Any, input: Any) -> str:
+        async def inner(run: Any, input: Any) -> None: ...
+
+        other = type(tide)(tide.client._server.url)
+        try:
+            with pytest.raises(TidebaseError) as refused:
+                other(lambda client: client.run("flow", other.workflow(inner), run_id=run_id))
+        finally:
+            other.close()
+        return str(refused.value.code)
+
+    assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == "run_leased"
+
+
+def test_a_session_completes_fails_or_gives_back(server: Any, api: Api) -> None:
+    with Tidebase(server.url) as tide:
+        with tide.runs.attach("flow", input={"n": 1}) as session:
+            assert session.step("add", lambda: session.input["n"] + 1) == 2
+            session.heartbeat()
+            session.complete({"sum": 2})
+        assert api.run(session.run_id)["result"] == {"sum": 2}
+        again = tide.attach("flow", run_id=session.run_id)
+        assert (again.completed, again.result) == (True, {"sum": 2})
+        with tide.runs.attach("flow") as left:
+            pass
+        assert api.run(left.run_id)["status"] == "pending"
+        with pytest.raises(ZeroDivisionError), tide.runs.attach("flow") as failing:
+            failing.step("divide", lambda: 1 / 0)
+        assert api.run(failing.run_id)["error"]["step"] == "divide"
+
+
+def test_a_webhook_is_verified_and_runs_the_registered_workflow(
+    actor: Callable[..., Any], server: Any, api: Api
+) -> None:
+    tide = actor(server.url, webhook_secret="shared")
+
+    async def flow(run: Any, input: Any) -> str:
+        return "recovered"
+
+    tide.client.workflow("flow", tide.workflow(flow))
+    run_id = api.create("flow")
+
+    def deliver(body: Any, secret: bytes = b"shared") -> int:
+        raw = json.dumps(body).encode()
+        header = "sha256=" + hmac.new(secret, raw, hashlib.sha256).hexdigest()
+        return int(tide(lambda client: client.handle_webhook(raw, header))[0])
+
+    told = {"type": "run.resume", "runId": run_id, "workflowName": "flow", "reason": "manual", "attempt": 1}
+    assert deliver(told, secret=b"forged") == 401
+    assert deliver({**told, "workflowName": "unknown"}) == 404
+    assert deliver({**told, "type": "run.completed"}) == 400
+    assert api.run(run_id)["status"] == "pending"
+    assert deliver(told) == 200
+    assert api.run(run_id)["result"] == "recovered"
+    assert deliver(told) == 200  # again: at least once is the promise
+
+
+# ------------------------------------------------------------------------------
+# Pure parts, and the file itself.
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.0, "1"), (-0.0, "0"), (1e21, "1e+21"), (1e20, "100000000000000000000"), (1e-6, "0.000001"), (1e-7, "1e-7"),
+        (5e-324, "5e-324"), (1.7976931348623157e308, "1.7976931348623157e+308"), (2**53 + 1, "9007199254740992"),
+        (123456789012345678901, "123456789012345680000"), (333333333.33333329, "333333333.3333333"), (-1.5, "-1.5"),
+        (True, "true"), (None, "null"), ("€$\x0f\nA'B\"\\/\x7f", '"€$\\u000f\\nA\'B\\"\\\\/\x7f"'), ([], "[]"),
+        ({"\u20ac": 1, "\r": 2, "\ufb33": 3, "1": 4, "\U0001f600": 5, "\x80": 6, "\u00f6": 7},
+         '{"\\r":2,"1":4,"\x80":6,"ö":7,"€":1,"\U0001f600":5,"\ufb33":3}'),
+    ],
+)
+def test_canonical_json_is_rfc_8785(value: Any, text: str) -> None:
+    assert canonical_json(value) == text
+
+
+def test_canonical_numbers_are_those_of_ecmascript() -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node on this machine to compare with")
+    bits = (int.from_bytes(os.urandom(8), "big") for _ in range(5000))
+    numbers = [number for number in (struct.unpack("d", struct.pack("Q", b))[0] for b in bits) if math.isfinite(number)]
+    script = "process.stdout.write(JSON.parse(require('fs').readFileSync(0)).map(String).join('\\n'))"
+    told = subprocess.run([node, "-e", script], input=json.dumps(numbers), capture_output=True, text=True, check=True)
+    assert [canonical_json(number) for number in numbers] == told.stdout.split("\n")
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, "\ud800", {"\udc00": 1}, 10**400, object()])
+def test_canonical_json_refuses_what_json_cannot_say(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        canonical_json(value)
+
+
+def test_a_signature_holds_for_exactly_these_bytes_and_junk_never_raises() -> None:
+    header = "sha256=" + hmac.new(b"secret", b'{"a": 1}', hashlib.sha256).hexdigest()
+    assert verify_webhook_signature(b'{"a": 1}', header, "secret")
+    assert not verify_webhook_signature(b'{"a":1}', header, "secret")
+    for junk in (None, "", "sha256=", "sha256=é", "\udc00", header[:-1], header.upper(), 5):
+        assert not verify_webhook_signature(b'{"a": 1}', junk, "secret")  # type: ignore[arg-type]
+    assert not verify_webhook_signature(b"", "sha256=" + hmac.new(b"", b"", hashlib.sha256).hexdigest(), "")
+
+
+def test_run_ids_are_ordered_by_time() -> None:
+    first = new_run_id()
+    time.sleep(0.002)
+    assert first < new_run_id()
+    assert len(first) == 36
+
+
+def test_the_blocking_and_the_awaited_client_have_one_surface() -> None:
+    def surface(cls: type) -> dict[str, str]:
+        public = [name for name in dir(cls) if not name.startswith("_")]
+        return {name: str(inspect.signature(getattr(cls, name))) for name in public if callable(getattr(cls, name))}
+
+    assert surface(Tidebase) == surface(AsyncTidebase)
+    assert {"run", "enqueue", "work", "workflow", "handle_webhook", "usage", "close"} <= set(surface(Tidebase))
+    assert inspect.iscoroutinefunction(AsyncTidebase("http://localhost:1").run)
+    assert not inspect.iscoroutinefunction(Tidebase("http://localhost:1").run)
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.13"])
+def test_the_file_copied_as_tidebase_py_imports_on_an_interpreter_with_nothing_installed(
+    version: str, tmp_path: Path
+) -> None:
+    found = [*Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
+    python = str(found[0]) if found else shutil.which(f"python{version}")
+    if python is None:
+        pytest.skip(f"CPython {version} is not on this machine")
+    shutil.copy(ROOT / "tidebase_sdk.py", tmp_path / "tidebase.py")
+    code = ("import tidebase; tidebase.aio.AsyncTidebase; from tidebase.aio import AsyncTidebase, LeaseLost; "
+            "from tidebase import Tidebase, verify_webhook_signature; import asyncio; "
+            "Tidebase().close(); asyncio.run(AsyncTidebase().close()); print(tidebase.new_run_id())")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"
+    done = subprocess.run([python, "-I", "-S", "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("run_")
