@@ -32,6 +32,7 @@ from conftest import Api, eventually, free_port
 import tidebase_sdk
 from tidebase_sdk import (
     AsyncTidebase,
+    FanoutFailed,
     LeaseLost,
     RunCancelled,
     StepInputMismatch,
@@ -69,6 +70,8 @@ class DoneRun:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._run, name)
+        if isinstance(value, tidebase_sdk.Surface):  # run.state and the like
+            return DoneRun(value)
         return (lambda *args, **kwargs: Done(value(*args, **kwargs))) if callable(value) else value
 
 
@@ -849,6 +852,201 @@ def test_a_webhook_is_verified_and_runs_the_registered_workflow(
     assert deliver(told) == 200
     assert api.run(run_id)["result"] == "recovered"
     assert deliver(told) == 200  # again: at least once is the promise
+
+
+# ------------------------------------------------------------------------------
+# Gates, state, children, events: what a run does besides steps.
+# ------------------------------------------------------------------------------
+
+
+def pending_gate(api: Api, run_id: str) -> Any:
+    """The run's gate, once it is open."""
+    return eventually(lambda: next(iter(api.detail(run_id)["gates"]), None))
+
+
+def in_background(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Start work() in a thread; call what this returns for its outcome."""
+    outcome: list[Any] = []
+
+    def body() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+
+    def join() -> Any:
+        thread.join(30)
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    return join
+
+
+def test_a_gate_waits_for_its_decision_and_a_replay_gets_the_same(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        gate = await run.gate("approve-send", "Send this?", data={"to": "ada"}, timeout_s=3600)
+        if run.attempt == 1:
+            raise RuntimeError
+        return [gate.approved, gate.status, gate.actor, gate.payload]
+
+    run_id = api.create("flow")
+    outcome = in_background(lambda: tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)))
+    gate = pending_gate(api, run_id)
+    assert (gate["prompt"], gate["data"], gate["status"]) == ("Send this?", {"to": "ada"}, "pending")
+    tide(lambda client: client.gates.resolve(run_id, gate["id"], token=gate["resolveToken"], decision="approved",
+                                             actor="bob", payload={"note": "fine"}))
+    with pytest.raises(RuntimeError):
+        outcome()
+    replayed = tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert replayed == [True, "approved", "bob", {"note": "fine"}]
+    with pytest.raises(TidebaseError) as refused:
+        tide(lambda client: client.gates.resolve(run_id, gate["id"], token="guess", decision="rejected"))
+    assert refused.value.status == 409
+
+
+def test_cancelling_a_run_unwinds_the_worker_that_waits_at_its_gate(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.gate("approve", "Sure?", poll_s=1)
+
+    run_id = api.create("flow")
+    outcome = in_background(lambda: tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)))
+    pending_gate(api, run_id)
+    api.post(f"/runs/{run_id}/cancel")
+    with pytest.raises(RunCancelled):
+        outcome()
+
+
+def test_state_snapshots_and_usage_are_recorded(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        await run.state.set({"progress": 1, "of": 3})
+        version = (await run.state_patch({"progress": 2}, label="half"))["state"]["version"]
+        with pytest.raises(TidebaseError) as moved:
+            await run.state.patch({"progress": 9}, if_version=version - 1)
+        await run.state.save("checked")
+        await run.snapshots.create("draft", {"text": "a"}, target={"type": "document", "id": "d1"})
+        await run.usage.record(model="m", input_tokens=10, output_tokens=5, cost_usd=0.25)
+        await run.usage_record(model="m", input_tokens=1)
+        labels = [version["label"] for version in (await run.state.versions(labeled=True))["stateVersions"]]
+        return [moved.value.code, labels, len((await run.snapshots.list())["snapshots"])]
+
+    run_id = new_run_id()
+    code, labels, _ = tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert code == "version_conflict"
+    assert {"half", "checked"} <= set(labels)
+    detail = api.detail(run_id)
+    assert "draft" in [version["label"] for version in detail["stateVersions"]]
+    assert [usage["totalTokens"] for usage in detail["usage"]] == [15, 1]
+    group = tide(lambda client: client.usage(by="model"))["groups"][0]
+    assert group["costUsd"] == 0.25
+
+
+def test_a_state_may_be_null(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.state.set(None)
+
+    run_id = new_run_id()
+    tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert len(api.detail(run_id)["stateVersions"]) == 1
+
+
+def test_a_fanout_runs_children_once_and_joins_them_in_a_step(tide: Any, api: Api) -> None:
+    calls: list[int] = []
+
+    async def child(run: Any, input: Any) -> int:
+        await run.step("work", lambda: calls.append(input["n"]))
+        return int(input["n"]) * 2
+
+    async def parent(run: Any, input: Any) -> Any:
+        first = await run.child("first", tide.workflow(child), input={"n": 100}, workflow_name="doubled")
+        rest = await run.fanout("all", [{"name": f"n{n}", "workflow": tide.workflow(child), "input": {"n": n},
+                                         "workflow_name": "doubled"} for n in range(20)])
+        if run.attempt == 1:
+            raise RuntimeError
+        return [first, rest]
+
+    run_id = new_run_id()
+    with pytest.raises(RuntimeError):
+        tide(lambda client: client.run("parent", tide.workflow(parent), run_id=run_id))
+    result = tide(lambda client: client.run("parent", tide.workflow(parent), run_id=run_id))
+    assert result == [200, [n * 2 for n in range(20)]]
+    assert sorted(calls) == [*range(20), 100]
+    detail = api.detail(run_id)
+    assert [step["name"] for step in detail["steps"]] == ["join:all"]
+    assert {run["workflowName"] for run in detail["childRuns"]} == {"doubled"}
+
+
+def test_a_fanout_lets_all_children_end_and_names_those_that_failed(tide: Any, api: Api) -> None:
+    async def child(run: Any, input: Any) -> Any:
+        return await run.step("divide", lambda: 1 / input["by"])
+
+    async def parent(run: Any, input: Any) -> Any:
+        return await run.fanout("all", [{"name": f"by {by}", "workflow": tide.workflow(child), "input": {"by": by}}
+                                        for by in (1, 0, 2)])
+
+    run_id = new_run_id()
+    with pytest.raises(FanoutFailed, match="by 0: ZeroDivisionError") as failed:
+        tide(lambda client: client.run("parent", tide.workflow(parent), run_id=run_id))
+    assert list(failed.value.errors) == ["by 0"]
+    assert Counter(run["status"] for run in api.detail(run_id)["childRuns"]) == {"completed": 2, "failed": 1}
+
+
+def test_a_fork_starts_with_the_checkpoints_before_the_step(tide: Any) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        return [await run.step("one", lambda: run.run_id), await run.step("two", lambda: run.run_id)]
+
+    first = new_run_id()
+    tide(lambda client: client.run("flow", tide.workflow(flow), run_id=first))
+    forked = tide(lambda client: client.runs.fork(first, from_step="two"))["run"]["id"]
+    assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=forked)) == [first, forked]
+
+
+def test_schedules_are_set_listed_and_deleted(tide: Any) -> None:
+    made = tide(lambda client: client.schedules.set("nightly", cron="0 3 * * *", workflow_name="report",
+                                                    input={"a": 1}, timezone="Europe/Berlin"))["schedule"]
+    assert (made["cron"], made["timezone"], made["queue"]) == ("0 3 * * *", "Europe/Berlin", "default")
+    assert [schedule["name"] for schedule in tide(lambda client: client.schedules.list())["schedules"]] == ["nightly"]
+    assert tide(lambda client: client.schedules.delete("nightly")) == {"deleted": "nightly"}
+    with pytest.raises(TidebaseError) as missing:
+        tide(lambda client: client.schedules.delete("nightly"))
+    assert missing.value.status == 404
+
+
+def test_a_subscription_survives_a_killed_server_and_loses_and_repeats_nothing(
+    spawn_server: Callable[..., Any], actor: Callable[..., Any]
+) -> None:
+    server = spawn_server()
+    api, tide = Api(server.url), actor(server.url)
+    run_id = api.create("flow")
+    seen: list[Any] = []
+
+    def follow() -> None:
+        if isinstance(tide, BlockingActor):
+            seen.extend(tide.client.runs.subscribe(run_id))
+        else:
+            async def collect(client: Any) -> None:
+                async for event in client.runs.subscribe(run_id):
+                    seen.append(event)
+
+            tide(collect)
+
+    def feed(names: range) -> None:
+        for number in names:
+            api.post(f"/runs/{run_id}/usage", {"label": str(number)})
+
+    outcome = in_background(follow)
+    feed(range(5))
+    eventually(lambda: len(seen) == 6)
+    server.end(signal.SIGKILL)
+    server.start()
+    feed(range(5, 10))
+    api.complete(run_id)
+    outcome()
+    assert [event["seq"] for event in seen] == list(range(1, 13))
+    assert seen[-1]["type"] == "run.completed"
 
 
 # ------------------------------------------------------------------------------
