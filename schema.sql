@@ -47,10 +47,12 @@ $$ select date_trunc('milliseconds', clock_timestamp()) $$;
 create or replace function tidebase._ms (p_ms bigint) returns interval language sql immutable as
 $$ select p_ms * interval '1 millisecond' $$;
 
--- Time-ordered ids (UUID version 7, RFC 9562, as hex): neighbours in time are neighbours in every index.
+-- Time-ordered ids (UUID version 7, RFC 9562, as hex): neighbours in time are neighbours in every index. The twelve bits
+-- after the version go on where the milliseconds end, so that what one transaction makes sorts as it was made.
 create or replace function tidebase._new_id (p_prefix text) returns text language sql volatile as $$
-  select p_prefix || '_' || lpad(to_hex((extract(epoch from clock_timestamp()) * 1000)::bigint), 12, '0')
-         || '7' || substr(replace(gen_random_uuid()::text, '-', ''), 14)
+  select p_prefix || '_' || lpad(to_hex(at / 1000), 12, '0') || '7' || lpad(to_hex(at % 1000 * 4), 3, '0')
+         || substr(replace(gen_random_uuid()::text, '-', ''), 17)
+    from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as at) as microseconds
 $$;
 
 -- ------------------------------------------------------------------------------
@@ -87,12 +89,15 @@ create table if not exists tidebase.runs (
   lease_expires_at    timestamptz,
   lease_ms            integer     not null default 60000,  -- what one write of the owner extends the lease by
   fence               integer     not null default 0,      -- + 1 each time another owner takes the lease
-  former_owners       text[]      not null default '{}',   -- lost the lease to time: their late writes are refused
+  former_owners       text[]      not null default '{}',   -- lost the lease or gave it up: their late writes are refused
   settled_by          text,                                -- whose complete, fail or release came last: tells a repeat
   failed_attempt      integer,                             -- the attempt whose failure was recorded last: likewise
   claim_id            text,                                -- of the claim that took it: likewise
   stalled             boolean     not null default false,  -- lease expired, noticed, and left for a manual resume
   offered_at          timestamptz,                         -- when a push queue last offered it
+  waiting_for         jsonb,                               -- of a waiting run: see wait_run
+  wake_at             timestamptz,                         -- when it need wait no longer
+  parent_run_id       text,                                -- of a child
   event_seq           integer     not null default 0,
   has_channels        boolean     not null default false,
   cancel_requested_at timestamptz,
@@ -103,7 +108,8 @@ create table if not exists tidebase.runs (
   updated_at          timestamptz not null default tidebase.now(),
   completed_at        timestamptz,
   constraint runs_lease_whole check ((lease_owner is null) = (lease_expires_at is null)),
-  constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null))
+  constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null)),
+  constraint runs_waiting_whole check ((status = 'waiting') = (waiting_for is not null))
 ) with (fillfactor = 70);
 -- At most one live run per queue and dedupe key; enqueue_runs reads the live one by it.
 create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedupe_key)
@@ -117,6 +123,8 @@ create index if not exists runs_running_idx on tidebase.runs (queue, lease_owner
 -- Serves cancel_overdue.
 create index if not exists runs_deadline_idx on tidebase.runs (deadline_at)
   where deadline_at is not null and status in ('pending', 'queued', 'running', 'waiting');
+-- Serves wake_due.
+create index if not exists runs_wake_idx on tidebase.runs (wake_at) where wake_at is not null and status = 'waiting';
 -- Serve the list of runs, newest first: all, of a workflow, of a queue, of a status (few are anything but completed),
 -- and by metadata.
 create index if not exists runs_newest_idx on tidebase.runs (created_at desc, id desc);
@@ -279,6 +287,16 @@ create table if not exists tidebase.run_edges (
 -- Serves the deletion of a child.
 create index if not exists run_edges_child_idx on tidebase.run_edges (child_run_id);
 
+create table if not exists tidebase.signals (
+  id         text        primary key,
+  run_id     text        not null references tidebase.runs on delete cascade,
+  name       text        not null,
+  payload    json,
+  timed_out  boolean     not null default false,            -- nobody sent it in time: that is decided, too
+  created_at timestamptz not null default tidebase.now(),
+  constraint signals_name_key unique (run_id, name)
+);
+
 create table if not exists tidebase.schedules (
   name             text        primary key,
   cron             text        not null,
@@ -363,7 +381,7 @@ create or replace function tidebase._run_json (r tidebase.runs) returns json lan
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
     'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
-    'completedAt', tidebase._iso(r.completed_at))
+    'completedAt', tidebase._iso(r.completed_at), 'waitingFor', r.waiting_for)
 $$;
 
 create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
@@ -458,6 +476,11 @@ create or replace function tidebase._edge_json (e tidebase.run_edges) returns js
                            'edgeType', e.edge_type, 'metadata', e.metadata, 'createdAt', tidebase._iso(e.created_at))
 $$;
 
+create or replace function tidebase._signal_json (s tidebase.signals) returns json language sql stable as $$
+  select json_build_object('id', s.id, 'runId', s.run_id, 'name', s.name, 'payload', s.payload,
+                           'timedOut', s.timed_out, 'createdAt', tidebase._iso(s.created_at))
+$$;
+
 create or replace function tidebase._schedule_json (s tidebase.schedules) returns json language sql stable as $$
   select json_build_object(
     'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'workflowName', s.workflow_name, 'input', s.input,
@@ -475,7 +498,9 @@ $$;
 -- by step.  Returns {"checkpoints": [...], "checkpointsTruncated": bool}.
 create or replace function tidebase._checkpoints (p_run_id text) returns json language sql stable as $$
   with done as (
-    select s.position, json_build_object('name', s.name, 'inputHash', s.input_hash, 'output', s.output) as checkpoint,
+    select s.position, json_build_object(
+             'name', s.name, 'inputHash', s.input_hash, 'output', s.output,
+             'completedAt', tidebase._iso(s.completed_at)) as checkpoint,
            sum(coalesce(octet_length(s.output::text), 4)) over (order by s.position) as bytes
       from tidebase.steps s where s.run_id = p_run_id and s.status = 'completed'
   )
@@ -511,6 +536,28 @@ begin
     perform tidebase._refuse(404, 'not_found', format('run %s does not exist', p_run_id));
   end if;
   return v_run;
+end $$;
+
+-- Locks a run that may end now. Its end may wake its parent, and a parent is locked before its child.
+create or replace function tidebase._lock_to_end (p_run_id text) returns tidebase.runs language plpgsql as $$
+begin
+  perform from tidebase.runs where id = (select parent_run_id from tidebase.runs where id = p_run_id)
+     for no key update;
+  return tidebase._lock_run(p_run_id);
+end $$;
+
+-- Wakes the parent that waits for this run, which just ended, and for no other that is live. Needs _lock_to_end.
+create or replace function tidebase._wake_parent (p_run tidebase.runs) returns void language plpgsql as $$
+declare
+  v_parent tidebase.runs;
+begin
+  if p_run.parent_run_id is not null then
+    select * into v_parent from tidebase.runs
+     where id = p_run.parent_run_id and status = 'waiting' and waiting_for ? 'children';
+    if found and tidebase._is_there(v_parent.id, v_parent.waiting_for, tidebase.now()) then
+      perform tidebase._wake(v_parent);
+    end if;
+  end if;
 end $$;
 
 -- Needs the run locked: every writer of a step locks its run first.
@@ -557,6 +604,7 @@ declare
   v_seq integer;
 begin
   update tidebase.runs set event_seq = event_seq + 1, updated_at = v_now,
+         stalled = stalled and lease_owner is distinct from p_owner,
          lease_expires_at = case when lease_owner = p_owner then v_now + tidebase._ms(lease_ms)
                                  else lease_expires_at end
    where id = p_run.id returning event_seq into v_seq;
@@ -667,8 +715,9 @@ end $$;
 create or replace function tidebase._same_run (p_id text, p_workflow_name text)
   returns tidebase.runs language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._lock_run(p_id);
+  v_run tidebase.runs;
 begin
+  select * into v_run from tidebase.runs where id = p_id;  -- not locked: batches may name runs in any order
   if v_run.workflow_name <> p_workflow_name then
     perform tidebase._refuse(409, 'run_id_conflict', format('run %s is of workflow %s', p_id, v_run.workflow_name));
   end if;
@@ -704,7 +753,8 @@ begin
     update tidebase.runs
        set status = 'running', attempt = attempt + 1, lease_owner = p_owner, lease_ms = p_lease_ms,
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, stalled = false, claim_id = null,
-           former_owners = array_remove(array_remove(former_owners || lease_owner, p_owner), null),
+           waiting_for = null, wake_at = null, offered_at = null,
+           former_owners = array_remove(array_remove(former_owners || lease_owner || settled_by, p_owner), null),
            error = null, failure_class = null, completed_at = null, event_seq = event_seq + 1, updated_at = v_now
      where id = p_run_id returning * into v_run;
     perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.started',
@@ -781,17 +831,19 @@ end $$;
 create or replace function tidebase.complete_run (p_run_id text, p_owner text, p_result json)
   returns json language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
   v_now timestamptz := tidebase.now();
 begin
   if not tidebase._is_settled(v_run, p_owner) then
     update tidebase.runs
        set status = 'completed', result = p_result, settled_by = lease_owner, lease_owner = null,
-           lease_expires_at = null, stalled = false, completed_at = v_now, updated_at = v_now, event_seq = event_seq + 1
+           lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
+          completed_at = v_now, updated_at = v_now, event_seq = event_seq + 1
      where id = p_run_id returning * into v_run;
     perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.completed', json_build_object('result', p_result));
     perform tidebase._notify(v_run, 'run.completed', json_build_object('run', tidebase._run_json(v_run)));
     perform tidebase._tally(v_run.queue, 'completed', 1);
+    perform tidebase._wake_parent(v_run);
   end if;
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
@@ -805,7 +857,8 @@ declare
 begin
   update tidebase.runs
      set status = 'queued', run_at = p_run_at, error = p_error, settled_by = p_by, failed_attempt = attempt,
-         lease_owner = null, lease_expires_at = null, updated_at = tidebase.now(), event_seq = event_seq + 1
+         lease_owner = null, lease_expires_at = null, waiting_for = null, wake_at = null,
+         updated_at = tidebase.now(), event_seq = event_seq + 1
    where id = p_run.id returning * into v_run;
   perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.requeued', json_build_object('error', p_error,
             'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts, 'nextRunAt', tidebase._iso(p_run_at)));
@@ -822,13 +875,15 @@ declare
 begin
   update tidebase.runs
      set status = 'failed', error = p_error, failure_class = p_failure_class, settled_by = p_by,
-         failed_attempt = attempt, lease_owner = null, lease_expires_at = null, stalled = false, completed_at = v_now,
+         failed_attempt = attempt, lease_owner = null, lease_expires_at = null, stalled = false,
+         waiting_for = null, wake_at = null,  completed_at = v_now,
          updated_at = v_now, event_seq = event_seq + 1
    where id = p_run.id returning * into v_run;
   perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.failed',
                                  json_build_object('error', p_error, 'failureClass', p_failure_class));
   perform tidebase._notify(v_run, 'run.failed', json_build_object('run', tidebase._run_json(v_run), 'error', p_error));
   perform tidebase._tally(v_run.queue, 'failed', 1);
+  perform tidebase._wake_parent(v_run);
   if v_run.recovery_webhook is not null then
     perform tidebase._start_recovery(v_run, 'run_failed');
   end if;
@@ -843,7 +898,7 @@ create or replace function tidebase.fail_run (p_run_id text, p_owner text, p_err
                                               p_retryable boolean)
   returns json language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
 begin
   if (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
       and (p_owner is null or v_run.settled_by = p_owner))
@@ -851,7 +906,8 @@ begin
     return json_build_object('run', tidebase._run_json(v_run), 'requeued', v_run.status = 'queued');
   elsif v_run.queue is not null and v_run.attempt < v_run.max_attempts and p_retryable then
     v_run := tidebase._requeue(v_run, p_error,
-               tidebase.now() + least(interval '5 seconds' * 2 ^ greatest(v_run.attempt - 1, 0), interval '5 minutes'),
+               tidebase.now() + least(interval '5 seconds' * 2 ^ least(greatest(v_run.attempt - 1, 0), 6),
+                                      interval '5 minutes'),
                v_run.lease_owner);
     return json_build_object('run', tidebase._run_json(v_run), 'requeued', true);
   end if;
@@ -867,7 +923,7 @@ end $$;
 create or replace function tidebase.cancel_run (p_run_id text, p_reason text, p_actor text)
   returns json language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
   v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'completed' then
@@ -879,16 +935,21 @@ begin
     end if;
     update tidebase.runs
        set status = 'cancelled', cancel_reason = p_reason, cancel_actor = p_actor, cancel_requested_at = v_now,
-           cancelled_at = v_now, completed_at = v_now, settled_by = lease_owner, lease_owner = null,
-           lease_expires_at = null, stalled = false, updated_at = v_now, event_seq = event_seq + 1
+           cancelled_at = v_now, completed_at = v_now, settled_by = coalesce(lease_owner, settled_by),
+           lease_owner = null,
+           lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
+            updated_at = v_now, event_seq = event_seq + 1
      where id = p_run_id returning * into v_run;
     perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.cancelled',
                                    json_build_object('reason', p_reason, 'actor', p_actor));
     perform tidebase._notify(v_run, 'run.cancelled', json_build_object('run', tidebase._run_json(v_run)));
     perform tidebase._tally(v_run.queue, 'cancelled', 1);
-    perform tidebase.cancel_run(c.id, p_reason, p_actor)
-       from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
-      where e.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting');
+    perform tidebase._wake_parent(v_run);
+    -- Locked before they are cancelled: a child that completes meanwhile is then left out, and refuses nothing.
+    perform tidebase.cancel_run(live.id, p_reason, p_actor)
+       from (select c.id from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
+              where e.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting')
+              order by c.id for no key update of c) live;
   end if;
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
@@ -905,7 +966,7 @@ begin
     perform tidebase._refuse_cancelled(v_run);
   elsif v_run.lease_owner = p_owner then
     update tidebase.runs
-       set status = case when queue is null then 'pending' else 'queued' end, run_at = coalesce(run_at, v_now),
+       set status = case when queue is null then 'pending' else 'queued' end, run_at = least(run_at, v_now),
            attempt = attempt - 1, settled_by = lease_owner, lease_owner = null, lease_expires_at = null,
            stalled = false, updated_at = v_now, event_seq = event_seq + 1
      where id = p_run_id returning * into v_run;
@@ -931,7 +992,8 @@ begin
     perform tidebase._tally(v_run.queue, v_run.status, -1);
     update tidebase.runs
        set status = case when queue is null then 'pending' else 'queued' end, run_at = v_now, attempt = 0,
-           failed_attempt = null, settled_by = null, error = null, failure_class = null, cancel_reason = null,
+           failed_attempt = null, former_owners = array_remove(former_owners || settled_by, null), settled_by = null,
+           error = null, failure_class = null, cancel_reason = null,
            cancel_actor = null, cancel_requested_at = null, cancelled_at = null, completed_at = null,
            deadline_at = case when deadline_at > v_now then deadline_at end,
            updated_at = v_now, event_seq = event_seq + 1
@@ -967,12 +1029,22 @@ end $$;
 -- Steps: begun under a lease, ended once; what was completed is returned, never executed again.
 -- ------------------------------------------------------------------------------
 
--- What a client promised of a step, from its options: how safe it is to run it again.
+-- What a client promised of a step, from its options, in today's words or the older sideEffect and
+-- onAmbiguousFailure: how safe it is to run it again.
 create or replace function tidebase._contract (p_options json) returns json language sql immutable as $$
+  with promised as (
+    select coalesce(p_options->'sideEffects', case when p_options->>'sideEffect' <> 'none'
+                    then json_build_array(p_options->'sideEffect') end, '[]') as effects,
+           coalesce(p_options->>'replay', case p_options->>'onAmbiguousFailure'
+                    when 'retry' then 'auto' when 'review' then 'manual' when 'fail' then 'never' end) as replay
+  )
   select json_build_object(
-    'sideEffects', coalesce(p_options->'sideEffects', '[]'), 'idempotencyKey', p_options->>'idempotencyKey',
-    'replay', coalesce(p_options->>'replay', 'auto'), 'checkpointInvariant', p_options->>'checkpointInvariant',
-    'verifiedBy', p_options->>'verifiedBy', 'credentials', coalesce(p_options->'credentials', '[]'))
+    'sideEffects', effects, 'idempotencyKey', p_options->>'idempotencyKey',
+    'replay', coalesce(replay, case when p_options->>'idempotencyKey' is not null or effects::jsonb <@ '["read"]'
+                                    then 'auto' else 'manual' end),
+    'checkpointInvariant', p_options->>'checkpointInvariant', 'verifiedBy', p_options->>'verifiedBy',
+    'credentials', coalesce(p_options->'credentials', '[]'))
+    from promised
 $$;
 
 -- Whether a step's row, which its caller does not own, is still somebody's: by its own lease, or by the run's, which
@@ -1055,6 +1127,8 @@ begin
   elsif v_step.status = 'running' and v_step.lease_owner = p_owner and v_step.fence = v_run.fence then
     update tidebase.steps s set lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
      where s.id = v_step.id returning * into v_step;
+    update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
+     where id = p_run_id and lease_owner = p_owner;
   else
     update tidebase.steps s
        set status = 'running', attempt = s.attempt + 1, input = p_input, options = p_options,
@@ -1086,19 +1160,22 @@ create or replace function tidebase._fail_step (p_run tidebase.runs, p_step tide
                                                 p_retryable boolean, p_decision text)
   returns tidebase.steps language plpgsql as $$
 declare
-  v_step tidebase.steps;
+  v_decision text := coalesce(p_decision, case when p_retryable then 'auto_retry' else
+                       case p_step.contract->>'replay' when 'manual' then 'manual_review' when 'never' then 'fail_hard'
+                                                       else 'safe_replay' end end);
+  v_step     tidebase.steps;
 begin
   update tidebase.steps
-     set status = case when p_decision = 'manual_review' then 'manual_review'
-                       when p_retryable or p_decision = 'auto_retry' then 'failed_retryable' else 'failed' end,
+     set status = case when v_decision = 'manual_review' then 'manual_review'
+                       when p_retryable or v_decision = 'auto_retry' then 'failed_retryable' else 'failed' end,
          error = p_error, settled_by = p_owner, lease_owner = null, lease_expires_at = null,
          completed_at = tidebase.now(), updated_at = tidebase.now()
    where id = p_step.id returning * into v_step;
   perform tidebase._record(p_run, p_owner, 'step.failed', json_build_object('stepId', v_step.id, 'name', v_step.name,
-            'retryable', p_retryable, 'resumeDecision', p_decision, 'resumeContract', v_step.contract,
+            'retryable', p_retryable, 'resumeDecision', v_decision, 'resumeContract', v_step.contract,
             'error', p_error));
   perform tidebase._notify(p_run, 'step.failed', json_build_object('step', tidebase._step_json(v_step),
-            'retryable', p_retryable, 'resumeDecision', p_decision, 'error', p_error));
+            'retryable', p_retryable, 'resumeDecision', v_decision, 'error', p_error));
   return v_step;
 end $$;
 
@@ -1269,14 +1346,29 @@ end $$;
 -- Children and forks: runs that come from runs.
 -- ------------------------------------------------------------------------------
 
+-- Puts a run that was just created on a queue, event run.enqueued.
+create or replace function tidebase._put_on_queue (p_run tidebase.runs, p_queue text, p_max_attempts integer,
+                                                   p_priority integer) returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs;
+begin
+  update tidebase.runs set status = 'queued', queue = p_queue, run_at = tidebase.now(), max_attempts = p_max_attempts,
+         priority = p_priority, event_seq = event_seq + 1
+   where id = p_run.id returning * into v_run;
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.enqueued',
+                                 json_build_object('queue', p_queue, 'runAt', tidebase._iso(v_run.run_at)));
+  return v_run;
+end $$;
+
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
 -- Needs    the parent (TB404), not cancelled (TB409 run_cancelled); an existing child of the name of the same workflow
 --          (TB409 edge_conflict).
--- Leaves   the child pending, its metadata with parentRunId and parentEdgeName, events run.created on it and
---          run.child.created on the parent.    Returns  {"run", "edge", "created"}.
+-- Leaves   the child pending, or queued with a p_queue, its metadata with parentRunId and parentEdgeName, events
+--          run.created on it and run.child.created on the parent.    Returns  {"run", "edge", "created"}.
 create or replace function tidebase.create_child (p_parent_id text, p_name text, p_id text, p_workflow_name text,
                                                   p_input json, p_metadata jsonb, p_recovery_webhook text,
-                                                  p_channels jsonb, p_edge_type text, p_edge_metadata jsonb)
+                                                  p_channels jsonb, p_edge_type text, p_edge_metadata jsonb,
+                                                  p_queue text, p_max_attempts integer, p_priority integer)
   returns json language plpgsql as $$
 declare
   v_parent tidebase.runs := tidebase._lock_run(p_parent_id);
@@ -1300,6 +1392,10 @@ begin
   if v_run.id is null then
     perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_id));
   end if;
+  update tidebase.runs set parent_run_id = p_parent_id where id = v_run.id returning * into v_run;
+  if p_queue is not null then
+    v_run := tidebase._put_on_queue(v_run, p_queue, p_max_attempts, p_priority);
+  end if;
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
   values (tidebase._new_id('edge'), p_parent_id, v_run.id, p_name, p_edge_type, p_edge_metadata)
   returning * into v_edge;
@@ -1318,7 +1414,6 @@ declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
   v_fork     tidebase.runs;
   v_position integer;
-  v_now      timestamptz := tidebase.now();
 begin
   if p_from_step is not null then
     select position into v_position from tidebase.steps where run_id = p_run_id and name = p_from_step;
@@ -1342,11 +1437,7 @@ begin
    where run_id = p_run_id and status = 'completed' and (v_position is null or position < v_position)
    order by position;
   if v_run.queue is not null then
-    update tidebase.runs set status = 'queued', queue = v_run.queue, run_at = v_now, max_attempts = v_run.max_attempts,
-           priority = v_run.priority, event_seq = event_seq + 1
-     where id = v_fork.id returning * into v_fork;
-    perform tidebase._append_event(v_fork.id, v_fork.event_seq, 'run.enqueued',
-                                   json_build_object('queue', v_fork.queue, 'runAt', tidebase._iso(v_now)));
+    v_fork := tidebase._put_on_queue(v_fork, v_run.queue, v_run.max_attempts, v_run.priority);
   end if;
   return json_build_object('run', tidebase._run_json(v_fork), 'created', true);
 end $$;
@@ -1403,6 +1494,9 @@ begin
    where id = p_gate.id returning * into v_gate;
   perform tidebase._record(p_run, null, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)));
   perform tidebase._notify(p_run, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)), v_gate.id);
+  if p_run.status = 'waiting' and p_run.waiting_for->>'gateId' = v_gate.id then
+    perform tidebase._wake(p_run);
+  end if;
   return v_gate;
 end $$;
 
@@ -1631,6 +1725,105 @@ create or replace function tidebase.usage_groups (p_by text, p_since timestamptz
 $$;
 
 -- ------------------------------------------------------------------------------
+-- Waiting: a queued run that waits for a person, a signal, a time or its children holds no worker.
+-- ------------------------------------------------------------------------------
+
+-- Puts a waiting run, which must be locked, back on its queue, because what it waits for is there.
+create or replace function tidebase._wake (p_run tidebase.runs) returns void language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+  v_seq integer;
+begin
+  update tidebase.runs set status = 'queued', run_at = v_now, waiting_for = null, wake_at = null, offered_at = null,
+         event_seq = event_seq + 1, updated_at = v_now
+   where id = p_run.id returning event_seq into v_seq;
+  perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', p_run.waiting_for));
+end $$;
+
+-- Whether what a run would wait for is there already.
+create or replace function tidebase._is_there (p_run_id text, p_for jsonb, p_now timestamptz)
+  returns boolean language sql stable as $$
+  select case
+    when p_for ? 'gateId' then not exists (select from tidebase.gates
+                                            where run_id = p_run_id and id = p_for->>'gateId' and status = 'pending')
+    when p_for ? 'event' then exists (select from tidebase.signals where run_id = p_run_id and name = p_for->>'event')
+    when p_for ? 'until' then (p_for->>'until')::timestamptz <= p_now
+    else not exists (select from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
+                      where e.parent_run_id = p_run_id and c.status not in ('completed', 'failed', 'cancelled')
+                        and (p_for->'children' = 'true' or p_for->'children' ? e.name)) end
+$$;
+
+-- Gives a run's lease up until something is there: {"gateId"}, {"event": a signal's name}, {"until": a time}, or
+-- {"children": names, or true for all} that ended. A signal that is not there after p_timeout_ms is timed out for good.
+-- Needs    p_owner holds it (TB409 lease_lost, run_cancelled); it has a queue (TB409 no_queue).
+-- Leaves   it waiting, no attempt spent, event run.waiting; where it is there already, everything as it was.
+-- Returns  {"run", "ready"}: ready when there was nothing to wait for, and the owner may go on.
+create or replace function tidebase.wait_run (p_run_id text, p_owner text, p_for jsonb, p_timeout_ms bigint)
+  returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now timestamptz := tidebase.now();
+begin
+  if v_run.status = 'cancelled' then
+    perform tidebase._refuse_cancelled(v_run);
+  elsif v_run.lease_owner is null and v_run.settled_by = p_owner and v_run.status in ('waiting', 'queued') then
+    return json_build_object('run', tidebase._run_json(v_run), 'ready', false);  -- its repeat
+  elsif v_run.lease_owner is distinct from p_owner then
+    perform tidebase._refuse_lost(v_run);
+  elsif v_run.queue is null then
+    perform tidebase._refuse(409, 'no_queue', format('run %s has no queue to come back to', p_run_id));
+  elsif tidebase._is_there(p_run_id, p_for, v_now) then
+    return json_build_object('run', tidebase._run_json(v_run), 'ready', true);
+  end if;
+  update tidebase.runs
+     set status = 'waiting', waiting_for = p_for, attempt = attempt - 1, settled_by = lease_owner, lease_owner = null,
+         wake_at = coalesce((p_for->>'until')::timestamptz, v_now + tidebase._ms(p_timeout_ms)),
+         lease_expires_at = null, updated_at = v_now, event_seq = event_seq + 1
+   where id = p_run_id returning * into v_run;
+  perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.waiting', json_build_object('for', p_for));
+  return json_build_object('run', tidebase._run_json(v_run), 'ready', false);
+end $$;
+
+-- Sends a signal to a run: kept until asked for, the first one of a name wins.
+-- Leaves   event signal.received, and a run that waits for it queued.    Returns  {"signal"}.
+create or replace function tidebase.send_signal (p_run_id text, p_id text, p_name text, p_payload json,
+                                                 p_timed_out boolean) returns json language plpgsql as $$
+declare
+  v_run    tidebase.runs := tidebase._lock_run(p_run_id);
+  v_signal tidebase.signals;
+begin
+  insert into tidebase.signals (id, run_id, name, payload, timed_out)
+  values (coalesce(p_id, tidebase._new_id('sig')), p_run_id, p_name, p_payload, p_timed_out)
+  on conflict do nothing returning * into v_signal;
+  if found then
+    perform tidebase._record(v_run, null, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+                             json_build_object('signal', tidebase._signal_json(v_signal)));
+    if v_run.status = 'waiting' and v_run.waiting_for->>'event' = p_name then
+      perform tidebase._wake(v_run);
+    end if;
+  else
+    select * into v_signal from tidebase.signals where run_id = p_run_id and name = p_name;
+    if not found then
+      perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
+    end if;
+  end if;
+  return json_build_object('signal', tidebase._signal_json(v_signal));
+end $$;
+
+-- Returns  {"signal", "runStatus"}, signal null while there is none, and the run's event number to wait from.
+create or replace function tidebase.get_signal (p_run_id text, p_name text, out body json, out seq integer)
+  language plpgsql stable as $$
+begin
+  select json_build_object('runStatus', r.status, 'signal', (
+           select tidebase._signal_json(s) from tidebase.signals s where s.run_id = p_run_id and s.name = p_name)),
+         r.event_seq
+    into body, seq from tidebase.runs r where r.id = p_run_id;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('run %s does not exist', p_run_id));
+  end if;
+end $$;
+
+-- ------------------------------------------------------------------------------
 -- Queues: a job is a run. Put in once per dedupe key, claimed by one, within the queue's caps.
 -- ------------------------------------------------------------------------------
 
@@ -1682,13 +1875,20 @@ create or replace function tidebase.enqueue_run (p_queue text, p_job jsonb, p_in
 $$;
 
 -- Many runs: all or, when one is refused, none.    Returns  {"runs"}, in the order given, each with "deduplicated".
+-- Locks    the queue's batches that have dedupe keys go one after the other: two that name the same keys in different
+--          orders would wait for each other.
 create or replace function tidebase.enqueue_runs (p_queue text, p_jobs jsonb, p_inputs json[])
-  returns json language sql as $$
-  select json_build_object('runs', json_agg(tidebase._joined(
-           tidebase._run_json(e.run), json_build_object('deduplicated', e.deduplicated)) order by n))
-    from jsonb_array_elements(p_jobs) with ordinality as given (job, n),
-         tidebase._enqueue(p_queue, job, p_inputs[n]) e
-$$;
+  returns json language plpgsql as $$
+begin
+  if jsonb_path_exists(p_jobs, '$[*].dedupeKey ? (@ != null)') then
+    perform pg_advisory_xact_lock(hashtextextended('tidebase.enqueue.' || p_queue, 0));
+  end if;
+  return (
+    select json_build_object('runs', json_agg(tidebase._joined(
+             tidebase._run_json(e.run), json_build_object('deduplicated', e.deduplicated)) order by n))
+      from rows from (jsonb_array_elements(p_jobs), unnest(p_inputs)) with ordinality as given (job, input, n),
+           tidebase._enqueue(p_queue, job, input) e);
+end $$;
 
 -- How many runs of a queue may start now, at most p_limit.  Needs  the queue's lock, when it has a cap (_lock_capped).
 create or replace function tidebase._queue_room (p_queue text, p_limit integer) returns integer language plpgsql as $$
@@ -1795,7 +1995,8 @@ begin
         update tidebase.runs
            set status = 'running', attempt = attempt + 1, lease_owner = p_owner, lease_ms = p_lease_ms,
                lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, claim_id = p_claim_id,
-               former_owners = array_remove(former_owners, p_owner), event_seq = event_seq + 1, updated_at = v_now
+               former_owners = array_remove(array_remove(former_owners || settled_by, p_owner), null),
+               event_seq = event_seq + 1, updated_at = v_now
          where id = any (v_ids) returning *)
       select * from claimed order by array_position(v_ids, id)
     loop
@@ -1937,7 +2138,8 @@ end $$;
 
 -- Returns  the detail with the keys of p_include (null: all); null when there is no such run.
 create or replace function tidebase.run_detail (p_run_id text, p_include text[]) returns json language sql stable as $$
-  select json_object_agg(key, value) from (
+  select case when exists (select from tidebase.runs where id = p_run_id)
+              then coalesce(json_object_agg(key, value), '{}') end from (
     select 'run' as key, tidebase._run_json(r) as value
       from tidebase.runs r where r.id = p_run_id
     union all
@@ -1976,8 +2178,18 @@ create or replace function tidebase.run_detail (p_run_id text, p_include text[])
     select 'events', coalesce(json_agg(tidebase._event_json(e) order by e.seq), '[]')
       from tidebase.events e where e.run_id = p_run_id
   ) as part
-   where (p_include is null or key = any (p_include)) and exists (select from tidebase.runs where id = p_run_id)
+   where p_include is null or key = any (p_include)
 $$;
+
+-- Returns  {"run"}, and the run's event number to wait from.    TB404 when there is none.
+create or replace function tidebase.get_run (p_run_id text, out body json, out seq integer) language plpgsql stable as $$
+begin
+  select json_build_object('run', tidebase._run_json(r)), r.event_seq into body, seq
+    from tidebase.runs r where r.id = p_run_id;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('run %s does not exist', p_run_id));
+  end if;
+end $$;
 
 -- ------------------------------------------------------------------------------
 -- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once.
@@ -1988,13 +2200,22 @@ $$;
 create or replace function tidebase.expire_leases (p_limit integer) returns integer language plpgsql as $$
 declare
   v_now   timestamptz := tidebase.now();
+  v_due   record;
   v_run   tidebase.runs;
   v_error json := json_build_object('name', 'LeaseExpired', 'message', 'the worker fell silent and its lease expired');
   v_count integer := 0;
 begin
-  for v_run in select * from tidebase.runs where status = 'running' and not stalled and lease_expires_at <= v_now
-                order by lease_expires_at limit p_limit for no key update skip locked
+  for v_due in select id, parent_run_id from tidebase.runs
+                where status = 'running' and not stalled and lease_expires_at <= v_now
+                order by lease_expires_at limit p_limit
   loop
+    -- As _lock_to_end, but what is busy is left to the next tick.
+    perform from tidebase.runs where id = v_due.parent_run_id for no key update skip locked;
+    continue when not found and v_due.parent_run_id is not null;
+    select * into v_run from tidebase.runs
+     where id = v_due.id and status = 'running' and not stalled and lease_expires_at <= v_now
+       for no key update skip locked;
+    continue when not found;
     v_count := v_count + 1;
     update tidebase.runs set former_owners = former_owners || lease_owner, stalled = queue is null
      where id = v_run.id;
@@ -2018,7 +2239,7 @@ declare
 begin
   for v_id in select id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
                  and status in ('pending', 'queued', 'running', 'waiting')
-               order by deadline_at limit p_limit for no key update skip locked
+               order by deadline_at limit p_limit
   loop
     perform tidebase.cancel_run(v_id, 'deadline', 'reconciler');
     v_count := v_count + 1;
@@ -2046,6 +2267,9 @@ begin
       tidebase._take_ready(v_queue.name, tidebase._queue_room(v_queue.name, p_limit), v_now)
     loop
       update tidebase.runs set offered_at = v_now, run_at = v_now + interval '60 seconds' where id = v_id;
+      update tidebase.outbox set status = 'failed', error_text = 'offered anew', next_attempt_at = null,
+             completed_at = v_now
+       where run_id = v_id and kind = 'push' and status = 'pending';
       perform tidebase._post('push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null);
       v_mine := v_mine + 1;
     end loop;
@@ -2073,6 +2297,26 @@ begin
     select * into v_gate from tidebase.gates where id = v_due.id and status = 'pending';
     continue when not found;
     perform tidebase._decide_gate(v_run, v_gate, 'canceled', 'timeout', null);
+    v_count := v_count + 1;
+  end loop;
+  return v_count;
+end $$;
+
+-- Waiting runs whose time has come go back to their queues; a signal that was waited for is timed out.
+create or replace function tidebase.wake_due (p_limit integer) returns integer language plpgsql as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_run   tidebase.runs;
+  v_count integer := 0;
+begin
+  for v_run in select * from tidebase.runs where status = 'waiting' and wake_at is not null and wake_at <= v_now
+                order by wake_at limit p_limit for no key update skip locked
+  loop
+    if v_run.waiting_for ? 'event' then
+      perform tidebase.send_signal(v_run.id, null, v_run.waiting_for->>'event', null, true);
+    else
+      perform tidebase._wake(v_run);
+    end if;
     v_count := v_count + 1;
   end loop;
   return v_count;

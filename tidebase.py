@@ -56,7 +56,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, LiteralString, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, LiteralString, NamedTuple, NoReturn, TypeVar, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
@@ -73,6 +73,7 @@ from marshmallow import fields, validate
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import BaseConverter
 
+import openapi
 import tidebase_sdk
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
 
@@ -376,6 +377,9 @@ def _no_nul(value: str) -> None:
 class Text(fields.String):
     """A string as Postgres can hold it."""
 
+    # For /openapi.json, here and below: what the validators cannot tell.
+    json_schema: ClassVar[dict[str, Any]] = {"pattern": "^[^\\u0000]*$"}
+
     def __init__(self, *validators: Callable[[Any], Any], **options: Any) -> None:
         super().__init__(validate=[_no_nul, *validators], **options)
 
@@ -421,6 +425,8 @@ class Flag(fields.Boolean):
 class Url(Text):
     """An http or https address, for a webhook."""
 
+    json_schema: ClassVar[dict[str, Any]] = {"format": "uri", "pattern": "^https?://"}
+
     def __init__(self, **options: Any) -> None:
         super().__init__(validate.Length(1, 8192), _http_url, **options)
 
@@ -463,10 +469,18 @@ class JsonValue(JsonText):
     def inspect(self, value: Json) -> None:
         if re.search(r"(?<!\\)(\\\\)*\\u0000", value.text):
             raise marshmallow.ValidationError("must not contain NUL")
+        try:
+            json.dumps(value.value, allow_nan=False)
+        except ValueError:  # jsonb would write 1e99999 out, in so many digits that clients cannot read it
+            raise marshmallow.ValidationError("must not contain a number beyond a double") from None
+        except RecursionError:
+            raise marshmallow.ValidationError("nested too deeply") from None
 
 
 class JsonObject(JsonValue):
     """Likewise, and an object."""
+
+    json_schema: ClassVar[dict[str, Any]] = {"type": ["object", "null"]}
 
     def __init__(self, schema: type[Body] | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -481,11 +495,25 @@ class JsonObject(JsonValue):
             known.load({k: v for k, v in value.value.items() if k in known.by_key})
 
 
+class Names(fields.Field[Any]):
+    """A list of names, or true for all."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if value is True or (isinstance(value, list) and len(value) <= MAX_BATCH
+                             and all(isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in value)):
+            return value
+        raise marshmallow.ValidationError("must be a list of names, or true")
+
+
 class Body(marshmallow.Schema):
     """The base of all bodies: a key that it does not know is ignored, since existing clients send some."""
 
     class Meta:
         unknown = marshmallow.EXCLUDE
+
+    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
+        if field_obj.load_default is None and not isinstance(field_obj, JsonText):
+            field_obj.allow_none = False  # else marshmallow takes such a default for "may be null"
 
     @functools.cached_property
     def by_key(self) -> dict[str, fields.Field[Any]]:
@@ -648,6 +676,34 @@ class ChildBody(RunFields):
     workflow_name = Name(data_key="workflowName", required=True)
     edge_type = Name(data_key="edgeType", load_default="child")
     edge_metadata = JsonObject(data_key="edgeMetadata")
+    queue = Name(load_default=None)
+    max_attempts = Whole(1, 1000, data_key="maxAttempts", load_default=3)
+    priority = Whole(-1_000_000, 1_000_000, load_default=0)
+
+
+class WaitFor(Body):
+    """What a run waits for: one of these."""
+
+    gate_id = Name(data_key="gateId")
+    event = Name()
+    until = fields.AwareDateTime(format="iso", default_timezone=UTC)
+    children = Names()
+
+    @marshmallow.validates_schema
+    def _one_of_them(self, data: dict[str, Any], **_: Any) -> None:
+        if len(data) != 1:
+            raise marshmallow.ValidationError("must be one of gateId, event, until and children")
+
+
+class WaitBody(HeartbeatBody):
+    wait_for = fields.Nested(WaitFor, data_key="for", required=True)
+    timeout_ms = Whole(1, MAX_MS, data_key="timeoutMs", load_default=None)
+
+
+class SignalBody(Body):
+    id = Text(ID, load_default=None)
+    name = Name(required=True)
+    payload = JsonText()
 
 
 class ForkBody(Body):
@@ -915,10 +971,12 @@ WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many 
 class Waiter:
     """Somebody who waits: for runs of some queues, or for an event of a run after number `seq`."""
 
-    def __init__(self, queues: Iterable[str] = (), run_id: str | None = None, seq: int = 0) -> None:
+    def __init__(self, queues: Iterable[str] = (), run_id: str | None = None, seq: int = 0,
+                 is_gone: Callable[[], bool] = lambda: False) -> None:
         self.queues = tuple(queues)
         self.run_id = run_id
         self.seq = seq
+        self.is_gone = is_gone
         self.woken = threading.Event()
 
 
@@ -964,6 +1022,8 @@ class Watcher:
         with self.waiting(waiter):
             while not self.stopping and waiter.woken.wait(max(0.0, deadline - time.monotonic())):
                 waiter.woken.clear()
+                if waiter.is_gone():  # what is taken for a client that hung up would be lost until its lease ends
+                    return None
                 answer = ask()
                 if answer is not None:
                     return answer
@@ -993,10 +1053,14 @@ class Watcher:
             runs = sorted({waiter.run_id for waiter in waiters if waiter.run_id is not None})
             news = json.loads(self.database.call("watch", queues, len(waiters), runs)[0] or "{}")
             for waiter in waiters:
+                if waiter.is_gone():
+                    waiter.woken.set()
+                    continue
                 queue = next((name for name in waiter.queues if news["queues"][name] > 0), None)
                 if queue is not None:
                     news["queues"][queue] -= 1
-                if queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, -1) != waiter.seq):
+                # A run that is not there any more is news, too.
+                if queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq):
                     waiter.woken.set()
         return 0
 
@@ -1146,7 +1210,8 @@ def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
     try:
         if len(cron.split()) != 5:
             raise CronSimError
-        return next(CronSim(cron, after.astimezone(zone)), None)
+        # In the hour that autumn repeats, cronsim counts from the first of the two: its answer may be past.
+        return next((at for at in CronSim(cron, after.astimezone(zone)) if at > after), None)
     except CronSimError:
         raise ValueError(f"{cron[:100]!r} is not a cron expression of five fields") from None
 
@@ -1169,8 +1234,9 @@ class Reconciler:
         While the server, or the database, was away, workers could not renew their leases: for one lease after that,
         expired ones are left alone.
         """
-        done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in ("expire_gates", "offer_runs", "fold_tallies"))
-        if time.monotonic() >= self.patient_until:
+        done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in (
+            "expire_gates", "wake_due", "offer_runs", "fold_tallies"))
+        if self.away_since is None and time.monotonic() >= self.patient_until:
             done += self.database.count("expire_leases", SWEEP_LIMIT)
         # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
         done += sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
@@ -1180,6 +1246,7 @@ class Reconciler:
         if self.away_since is not None:
             logger.warning("the database is back", extra={"event": "database_back"})
             self.away_since = None
+            self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
         return done
 
     def _fire_schedules(self) -> int:
@@ -1279,8 +1346,39 @@ def busy(response: flask.Response) -> flask.Response:
     return response
 
 
+def whole_of(name: str, text: str, high: int) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) > high:
+        raise invalid(name, f"must be a whole number up to {high}")
+    return int(text)
+
+
+def held(run_id: str, read: Callable[[], tuple[str | None, int]], is_over: Callable[[Any], bool]) -> flask.Response:
+    """What `read` answers, held back for ?waitMs= until it is over.
+
+    :param read: the answer's text, and the run's event number that it is of; it is asked again when events follow.
+    """
+    waiter, latest = Waiter(run_id=run_id), ""
+
+    def ask() -> str | None:
+        nonlocal latest
+        text, waiter.seq = read()
+        latest = text or ""
+        return latest if not seconds or is_over(json.loads(latest)) else None
+
+    seconds = whole_of("waitMs", flask.request.args.get("waitMs", "0"), MAX_WAIT_MS) / 1000
+    try:
+        core().watcher.hold(waiter, ask, seconds)
+    except Busy:
+        return busy(reply(latest))
+    return reply(latest)
+
+
 def new_owner() -> str:
     return f"owner_{secrets.token_hex(16)}"
+
+
+# The first three hold no secret; a gate's token is the credential that resolves it.
+WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate"}
 
 
 def authorize() -> flask.Response | None:
@@ -1288,9 +1386,9 @@ def authorize() -> flask.Response | None:
     config, request = core().config, flask.request
     if request.method == "OPTIONS" and config.cors_origin:
         return flask.Response(status=204)
-    if request.path == "/health":
+    if request.path in ("/health", "/openapi.json", "/docs"):
         return None
-    if config.api_key and request.endpoint != "routes.resolve_gate":  # there the gate's token is the credential
+    if config.api_key and request.endpoint not in WITHOUT_KEY:
         given = request.headers.get("Authorization", "").encode("latin-1", "replace")
         if request.endpoint == "routes.stream_events" and "token" in request.args:  # browsers' streams send no headers
             given = b"Bearer " + request.args["token"].encode()
@@ -1318,11 +1416,13 @@ def allow_origin(response: flask.Response) -> flask.Response:
 # Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 413 and 503.
 # ------------------------------------------------------------------------------
 routes = flask.Blueprint("routes", __name__)
+ENDED = ("completed", "failed", "cancelled")
 
 
 @routes.get("/health")
 def health() -> flask.Response:
-    """Whether this server can do its work.  200 {ok: true}, 503 {ok: false} while Postgres is away."""
+    """Whether this server can do its work.  200 {ok, database, version}, 503 {ok, database,
+    version}."""
     try:
         if not core().prepared.is_set():
             raise psycopg.OperationalError
@@ -1331,6 +1431,25 @@ def health() -> flask.Response:
     except psycopg.OperationalError:
         return reply(json.dumps({"ok": False, "database": "away", "version": __version__}), 503)
     return reply(json.dumps({"ok": True, "database": "ok", "version": __version__}))
+
+
+@functools.cache
+def described(app: flask.Flask) -> dict[str, Any]:
+    return openapi.document(app, __version__, WITHOUT_KEY)
+
+
+@routes.get("/openapi.json")
+def openapi_json() -> flask.Response:
+    """These routes as OpenAPI 3.1; it holds no secret, so that tools may read it without the key.  200 object."""
+    return reply(json.dumps(described(flask.current_app._get_current_object())))  # type: ignore[attr-defined]
+
+
+@routes.get("/docs")
+def docs() -> flask.Response:
+    """The same as a page for people.  200 page."""
+    response = flask.Response(openapi.page(described(flask.current_app._get_current_object())))  # type: ignore[attr-defined]
+    response.headers["Content-Security-Policy"] = "default-src 'none'; style-src 'unsafe-inline'"
+    return response
 
 
 # --- runs
@@ -1356,7 +1475,8 @@ LISTED: dict[str, LiteralString] = {
 
 @routes.get("/runs")
 def list_runs() -> flask.Response:
-    """Runs, newest first: ?status= workflow= queue= metadata.KEY= limit= (100) before= (a nextCursor).  200 {runs}."""
+    """Runs, newest first.  ?status ?workflow ?queue ?metadata.KEY ?limit:1..1000=100 ?before (a nextCursor)
+    200 {runs, nextCursor?}."""
     conditions, values = list[LiteralString](["true"]), list[Any]()
     asked = flask.request.args
     for name, text in asked.items():
@@ -1368,7 +1488,7 @@ def list_runs() -> flask.Response:
         elif name.startswith("metadata."):
             # A query string has no types: 5 finds both "5" and 5.
             key, found = name.removeprefix("metadata."), [json.dumps(text)]
-            if re.fullmatch(r"-?(0|[1-9]\d{,99})(\.\d{1,99})?|true|false|null", text):
+            if re.fullmatch(r"-?(0|[1-9][0-9]{,99})(\.[0-9]{1,99})?|true|false|null", text):
                 found.append(text)
             conditions.append("r.metadata <> '{}' and (" + " or ".join(["r.metadata @> %s::jsonb"] * len(found)) + ")")
             values += [f"{{{json.dumps(key)}: {value}}}" for value in found]
@@ -1396,7 +1516,11 @@ def list_runs() -> flask.Response:
 
 @routes.get("/runs/<part:run_id>")
 def get_run(run_id: str) -> flask.Response:
-    """All that is known of a run, or ?include=run,state,… of it.  200, 404."""
+    """All that is known of a run, or parts of it; with waitMs the run alone, as soon as it ended.
+    ?include (run,state,gates and so on) ?waitMs (at most 25000)  200 runDetail, 404."""
+    if "waitMs" in flask.request.args:
+        return held(run_id, lambda: core().database.call("get_run", run_id),
+                    lambda body: body["run"]["status"] in ENDED)
     include = flask.request.args.get("include")
     if include and "\x00" in include:
         raise invalid("include", "must not contain NUL")
@@ -1406,8 +1530,8 @@ def get_run(run_id: str) -> flask.Response:
 
 @routes.post("/runs/<part:run_id>/begin")
 def begin_run(run_id: str) -> flask.Response:
-    """Take the lease, as the owner in x-tidebase-worker, else a new one.  200 {run, leaseOwner}, 404, 409 run_leased,
-    run_cancelled."""
+    """Take the lease.  @x-tidebase-worker (the owner; else a new one)  200 {run, leaseOwner?, ~checkpoints,
+    ~checkpointsTruncated}, 404, 409 run_leased, run_cancelled, dedupe_conflict."""
     owner = flask.request.headers.get("x-tidebase-worker") or new_owner()
     if len(owner) > MAX_NAME:
         raise invalid("x-tidebase-worker", f"must be at most {MAX_NAME} characters")
@@ -1422,7 +1546,7 @@ def heartbeat(run_id: str) -> flask.Response:
 
 @routes.post("/heartbeats")
 def heartbeats() -> flask.Response:
-    """Extend many leases.  200 {results}, each {run} or {error, code, status}."""
+    """Extend many leases.  200 {results: [{run} or {...error, status:int}]}."""
     beats = parse(HeartbeatsBody)["runs"]
     return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
 
@@ -1476,10 +1600,12 @@ def fork_run(run_id: str) -> flask.Response:
 
 @routes.post("/runs/<part:run_id>/children")
 def create_child(run_id: str) -> flask.Response:
-    """A run for a part of its work, one per name.  200 {run, edge, created}, 404, 409 run_cancelled, edge_conflict."""
+    """A run for a part of its work, one per name.  200 {run, edge:runEdge, created}, 404, 409 run_cancelled,
+    edge_conflict, run_id_conflict."""
     body = parse(ChildBody)
     return call("create_child", run_id, body["name"], body["id"], body["workflow_name"], body["input"],
-                body["metadata"], body["recovery_webhook"], channels_of(body), body["edge_type"], body["edge_metadata"])
+                body["metadata"], body["recovery_webhook"], channels_of(body), body["edge_type"], body["edge_metadata"],
+                body["queue"], body["max_attempts"], body["priority"])
 
 
 # --- steps
@@ -1487,7 +1613,9 @@ def create_child(run_id: str) -> flask.Response:
 
 @routes.post("/runs/<part:run_id>/steps/begin")
 def begin_step(run_id: str) -> flask.Response:
-    """Ask what to do about a step.  200 {action, …}, 404, 409 manual_review, lease_lost."""
+    """Ask what to do about a step.  200 {action:execute, step, leaseOwner} or {action:return, step, output}
+    or {action:locked, step} or {action:input_mismatch, step, expectedInputHash, actualInputHash}
+    or {action:cancelled, run}, 404, 409 manual_review, lease_lost."""
     body = parse(BeginStepBody)
     return call("begin_step", run_id, body["name"], body["input_hash"], body["input"], body["options"],
                 body["lease_owner"] or new_owner(), core().config.lease_ms)
@@ -1527,7 +1655,7 @@ def record_step(run_id: str) -> flask.Response:
 
 @routes.post("/steps")
 def record_steps() -> flask.Response:
-    """Record many, of any runs.  200 {results}, each {step} or {error, code, status}."""
+    """Record many, of any runs.  200 {results: [{step} or {...error, status:int}]}."""
     records = parse(RecordStepsBody)["records"]
     heads = [compose({
         "runId": r["run_id"], "leaseOwner": r["lease_owner"], "name": r["name"], "inputHash": r["input_hash"],
@@ -1542,7 +1670,7 @@ def record_steps() -> flask.Response:
 
 @routes.post("/runs/<part:run_id>/gates/begin")
 def begin_gate(run_id: str) -> flask.Response:
-    """Ask a person, once per name.  200 {action, gate}, 404, 409 run_cancelled."""
+    """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled."""
     body = parse(BeginGateBody)
     base_url = (core().config.public_url or flask.request.host_url).rstrip("/")
     return call("begin_gate", run_id, body["name"], body["prompt"], body["data"], channels_of(body),
@@ -1551,22 +1679,10 @@ def begin_gate(run_id: str) -> flask.Response:
 
 @routes.get("/runs/<part:run_id>/gates/<part:gate_id>")
 def get_gate(run_id: str, gate_id: str) -> flask.Response:
-    """A gate, at once or as soon as it is decided, within ?waitMs= (25000).  200 {gate, runStatus}, 404."""
-    server, waiter, latest = core(), Waiter(run_id=run_id), ""
-
-    def ask() -> str | None:
-        nonlocal latest
-        text, waiter.seq = server.database.call("get_gate", run_id, gate_id)
-        latest = text or ""
-        body = json.loads(latest)
-        over = body["gate"]["status"] != "pending" or body["runStatus"] in ("completed", "failed", "cancelled")
-        return text if over else None
-
-    try:
-        server.watcher.hold(waiter, ask, wait_ms() / 1000)
-    except Busy:
-        return busy(reply(latest))
-    return reply(latest)
+    """A gate, at once or as soon as it is decided.  ?waitMs:0..25000=0 (how long to wait for it)
+    200 {gate, runStatus}, 404."""
+    return held(run_id, lambda: core().database.call("get_gate", run_id, gate_id),
+                lambda body: body["gate"]["status"] != "pending" or body["runStatus"] in ENDED)
 
 
 @routes.post("/runs/<part:run_id>/gates/<part:gate_id>/resolve")
@@ -1574,6 +1690,33 @@ def resolve_gate(run_id: str, gate_id: str) -> flask.Response:
     """Decide it, by its token alone.  200 {gate}, 409 gate_token_wrong, gate_resolved."""
     body = parse(ResolveGateBody)
     return call("resolve_gate", run_id, gate_id, body["token"], body["decision"], body["actor"], body["payload"])
+
+
+# --- waiting and signals
+
+
+@routes.post("/runs/<part:run_id>/wait")
+def wait_run(run_id: str) -> flask.Response:
+    """Give the lease up until something is there.  200 {run, ready}, 404, 409 lease_lost, run_cancelled, no_queue."""
+    body = parse(WaitBody)
+    [(name, value)] = body["wait_for"].items()
+    waiting_for = {"gateId" if name == "gate_id" else name: value.isoformat() if name == "until" else value}
+    return call("wait_run", run_id, body["lease_owner"], json.dumps(waiting_for), body["timeout_ms"])
+
+
+@routes.post("/runs/<part:run_id>/signals")
+def send_signal(run_id: str) -> flask.Response:
+    """Send it a signal; the first of a name wins.  200 {signal}, 404, 409 signal_id_conflict."""
+    body = parse(SignalBody)
+    return call("send_signal", run_id, body["id"], body["name"], body["payload"], False)
+
+
+@routes.get("/runs/<part:run_id>/signals/<part:name>")
+def get_signal(run_id: str, name: str) -> flask.Response:
+    """A signal, null while there is none; at once or as soon as it is sent, within ?waitMs= (25000).
+    200 {signal, runStatus}, 404."""
+    return held(run_id, lambda: core().database.call("get_signal", run_id, name),
+                lambda body: body["signal"] is not None or body["runStatus"] in ENDED)
 
 
 # --- state, snapshots, usage
@@ -1588,28 +1731,29 @@ def about(body: dict[str, Any]) -> str:
 
 @routes.put("/runs/<part:run_id>/state")
 def put_state(run_id: str) -> flask.Response:
-    """Replace the live value.  200 {state}, 404, 409 version_conflict."""
+    """Replace the live value.  200 {state}, 404, 409 version_conflict, version_id_conflict."""
     body = parse(PutStateBody)
     return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body))
 
 
 @routes.patch("/runs/<part:run_id>/state")
 def patch_state(run_id: str) -> flask.Response:
-    """Merge into its top level.  200 {state}, 404, 409 version_conflict, state_not_object."""
+    """Merge into its top level.  200 {state}, 404, 409 version_conflict, version_id_conflict,
+    state_not_object."""
     body = parse(PatchStateBody)
     return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body))
 
 
 @routes.post("/runs/<part:run_id>/state/save")
 def save_state(run_id: str) -> flask.Response:
-    """Label the current value.  200 {stateVersion}, 404 when there is none."""
+    """Label the current value.  200 {stateVersion}, 404, 409 version_id_conflict."""
     body = parse(SaveStateBody)
     return call("save_state", run_id, body["stream"], about(body))
 
 
 @routes.get("/runs/<part:run_id>/state/versions")
 def list_versions(run_id: str) -> flask.Response:
-    """By stream and version; ?stream= labeled=true.  200 {stateVersions}, 404."""
+    """By stream and version.  ?stream ?labeled (true: only those with a label)  200 {stateVersions}, 404."""
     stream = flask.request.args.get("stream")
     if stream and "\x00" in stream:
         raise invalid("stream", "must not contain NUL")
@@ -1619,7 +1763,7 @@ def list_versions(run_id: str) -> flask.Response:
 
 @routes.post("/runs/<part:run_id>/snapshots")
 def create_snapshot(run_id: str) -> flask.Response:
-    """Keep a labelled picture of something.  200 {snapshot}, 404."""
+    """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 version_id_conflict."""
     body = parse(SnapshotBody)
     target = body["target"] or {"type": None, "id": None}
     return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body))
@@ -1627,7 +1771,7 @@ def create_snapshot(run_id: str) -> flask.Response:
 
 @routes.get("/runs/<part:run_id>/snapshots")
 def list_snapshots(run_id: str) -> flask.Response:
-    """Labelled versions, newest first.  200 {snapshots}, 404."""
+    """Labelled versions, newest first.  200 {snapshots:[stateVersion]}, 404."""
     return found(core().database.call("list_snapshots", run_id)[0], run_id)
 
 
@@ -1642,7 +1786,7 @@ def record_usage(run_id: str) -> flask.Response:
 
 @routes.get("/usage")
 def usage() -> flask.Response:
-    """The ledger summed up: ?by=model|workflow|day since= until= (times).  200 {groups}."""
+    """The ledger summed up.  ?by:model|workflow|day=model ?since:time ?until:time  200 {groups: [usageGroup]}."""
     query = flask.request.args
     by = query.get("by", "model")
     if by not in ("model", "workflow", "day"):
@@ -1669,20 +1813,11 @@ def time_of(name: str) -> datetime | None:
         raise invalid(name, "must be a time, as 2026-06-12T10:31:00.000Z") from None
 
 
-def whole_of(name: str, text: str, high: int) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) > high:
-        raise invalid(name, f"must be a whole number up to {high}")
-    return int(text)
-
-
-def wait_ms() -> int:
-    return whole_of("waitMs", flask.request.args.get("waitMs", "0"), MAX_WAIT_MS)
-
-
 @routes.get("/runs/<part:run_id>/events")
 def stream_events(run_id: str) -> flask.Response:
-    """A run's events after number ?after= (or Last-Event-ID), as a stream that goes on, or with ?follow=false ends with
-    the run; as a list for Accept: application/json.  200, 404, 503 busy when all places for streams are taken."""
+    """A run's events after a number, as a stream that goes on; as a list for Accept: application/json.
+    ?after:0..2147483647=0 ?follow (false: end with the run) @Last-Event-ID (counts before after)
+    200 stream or [event], 404, 503 busy when all places for streams are taken."""
     request, server = flask.request, core()
     after = whole_of("after", request.headers.get("Last-Event-ID") or request.args.get("after", "0"), 2**31 - 1)
     follow = request.args.get("follow") != "false"
@@ -1717,7 +1852,7 @@ def stream_events(run_id: str) -> flask.Response:
             try:
                 some = events(waiter.seq, EVENTS_AT_ONCE)
                 ended = not some and ((run := last()) is None or (
-                    not follow and run[0] in ("completed", "failed", "cancelled") and run[1] == waiter.seq))
+                    not follow and run[0] in ENDED and run[1] <= waiter.seq))
             except psycopg.OperationalError:
                 some, ended = [], False  # the stream outlives an outage of the database
             for seq, text in some:
@@ -1753,7 +1888,7 @@ def job_of(body: dict[str, Any]) -> str:
 
 @routes.post("/queues/<part:queue>/enqueue")
 def enqueue(queue: str) -> flask.Response:
-    """Put a run on a queue, or many: {runs: […]}.  200 {run, deduplicated} or {runs}, 409 run_id_conflict."""
+    """Put a run on a queue, or many.  200 {run, deduplicated} or {runs: [enqueuedRun]}, 409 run_id_conflict."""
     if not queue:
         raise invalid("queue", "must not be empty")
     raw = flask.request.get_data(cache=False)
@@ -1768,7 +1903,8 @@ def enqueue(queue: str) -> flask.Response:
 
 @routes.post("/queues/claim")
 def claim() -> flask.Response:
-    """Take ready runs, waiting up to waitMs for one.  200 {runs, leaseOwner}; with Retry-After when it may not wait."""
+    """Take ready runs, waiting up to waitMs for one; with Retry-After when it may not wait.
+    200 {runs: [claimedRun], leaseOwner}."""
     body = parse(ClaimBody)
     server, owner = core(), body["lease_owner"] or new_owner()
 
@@ -1778,7 +1914,8 @@ def claim() -> flask.Response:
 
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
-        text = server.watcher.hold(Waiter(body["queues"]), ask, body["wait_ms"] / 1000)
+        is_gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+        text = server.watcher.hold(Waiter(body["queues"], is_gone=is_gone), ask, body["wait_ms"] / 1000)
     except Busy:
         return busy(reply(nothing))
     if text is not None:
@@ -1788,13 +1925,13 @@ def claim() -> flask.Response:
 
 @routes.get("/queues")
 def list_queues() -> flask.Response:
-    """Every queue with its counts and caps.  200 {queues}."""
+    """Every queue with its counts and caps.  200 {queues: [queueCounts]}."""
     return call("list_queues")
 
 
 @routes.put("/queues/<part:queue>/config")
 def configure_queue(queue: str) -> flask.Response:
-    """Set its caps and where to push; a key left out keeps its value, null clears it.  200 {config}."""
+    """Set its caps and where to push; a key left out keeps its value, null clears it.  200 {config: queueConfig}."""
     body = parse(QueueConfigBody)
     known = {name: field.data_key or name for name, field in schema_of(QueueConfigBody).fields.items()}
     return call("configure_queue", queue, json.dumps({known[name]: value for name, value in body.items()}))
@@ -1806,6 +1943,8 @@ def set_schedule(name: str) -> flask.Response:
     if not name:
         raise invalid("name", "must not be empty")
     body = parse(ScheduleBody)
+    if len((name + body["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
+        raise invalid("name", f"together with queue, must be at most {4 * MAX_NAME} bytes")
     now = datetime.fromisoformat(json.loads(core().database.call("due_schedules")[0] or "{}")["now"])
     try:
         coming = next_fire(body["cron"], body["timezone"], now)
@@ -1893,6 +2032,7 @@ class Server:
         self.listener = listener or listen(config)
         self.app = create_app(self)
         self._http: Any = None
+        self._http_lock = threading.RLock()  # reentrant: a signal may call stop while _drain holds it
 
     @property
     def url(self) -> str:
@@ -1924,6 +2064,7 @@ class Server:
         self._http = waitress.server.create_server(
             self.app, sockets=[self.listener], threads=self.config.threads, ident=None, connection_limit=10_000,
             max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120, asyncore_use_poll=True,
+            channel_request_lookahead=1,  # goes on reading while a request is served: so a hang-up is noticed
             clear_untrusted_proxy_headers=True)
         self._http.channel_class = Channel
         loops = [
@@ -1954,11 +2095,13 @@ class Server:
         """Make `serve` return soon. Safe in a signal handler."""
         self.stopping.set()
         self.watcher.stopping = True
-        if http := self._http:
-            http.pull_trigger()
+        with self._http_lock:
+            if self._http:
+                self._http.pull_trigger()
 
     def _drain(self) -> None:
         """Take no more connections, wake those who wait, and let requests under way finish and be sent."""
+        self._http.del_channel()  # out of the loop first: it takes a closed listener for the end of everything
         self.listener.close()
         self.watcher.stop()
         self.sender.poked.set()
@@ -1969,7 +2112,8 @@ class Server:
         self._http.task_dispatcher.shutdown(timeout=1)
         for channel in list(channels.values()):  # idle ones, whose clients keep them open
             channel.handle_close()
-        http, self._http = self._http, None  # a second stop must not write to a closed trigger
+        with self._http_lock:
+            http, self._http = self._http, None  # a later stop must not write to a closed trigger
         http.close()
 
     def _when_prepared(self, tick: Callable[[], int]) -> Callable[[], int]:
