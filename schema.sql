@@ -89,7 +89,7 @@ create table if not exists tidebase.runs (
   lease_expires_at    timestamptz,
   lease_ms            integer     not null default 60000,  -- what one write of the owner extends the lease by
   fence               integer     not null default 0,      -- + 1 each time another owner takes the lease
-  former_owners       text[]      not null default '{}',   -- lost the lease or gave it up: their late writes are refused
+  former_owners       text[]      not null default '{}',   -- lost or gave up the lease: their late writes are refused
   settled_by          text,                                -- whose complete, fail or release came last: tells a repeat
   failed_attempt      integer,                             -- the attempt whose failure was recorded last: likewise
   claim_id            text,                                -- of the claim that took it: likewise
@@ -1113,7 +1113,7 @@ begin
     body := json_build_object('action', 'locked', 'step', tidebase._step_json(v_step));
     return;
   elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
-    if v_step.status = 'running' then
+    if v_step.status <> 'manual_review' then  -- so that it can be reviewed
       update tidebase.steps s set status = 'manual_review', lease_owner = null, lease_expires_at = null,
              updated_at = v_now
        where s.id = v_step.id returning * into v_step;
@@ -1265,7 +1265,10 @@ begin
     returning * into v_step;
     perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
   elsif v_step.status <> 'running' or v_step.lease_owner is distinct from p_owner then
-    update tidebase.steps set attempt = attempt + 1, fence = v_run.fence where id = v_step.id returning * into v_step;
+    update tidebase.steps
+       set attempt = attempt + 1, input = p_input, options = p_options, contract = tidebase._contract(p_options),
+           fence = v_run.fence
+     where id = v_step.id returning * into v_step;
     perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
   end if;
   update tidebase.steps

@@ -179,11 +179,18 @@ class LocalServer(tidebase.Server):
     """A server on threads of this process."""
 
     def start(self) -> LocalServer:
+        self.ticked = threading.Event()
         self.thread = threading.Thread(target=self.serve, name="server-under-test")
         self.thread.start()
         assert self.prepared.wait(15)
+        assert self.ticked.wait(15)  # the tick of the start is over: it must not do what the test's own tick is to do
         self.reconciler.patient_until = 0.0  # its grace after a start is a promise with a test of its own
         return self
+
+    def _reconcile(self) -> int:
+        done = super()._reconcile()
+        self.ticked.set()
+        return done
 
     def close(self) -> None:
         self.stop()
