@@ -86,6 +86,7 @@ BACKOFF_S = (0.05, 2.0)  # first and longest rest between repeats: most troubles
 RETRY_AFTER_CAP_S = 30.0  # however long a server asks to be left alone, look again after this
 HOLD_CAP_S = 25.0  # the longest wait that the server holds for one request
 BEATS_PER_LEASE = 3  # two heartbeats may get lost before the lease does
+FIRST_BEAT_S = 1.0  # a lease may be older than it looks: its first answer got lost, and this one is the repeat's
 LEASE_FALLBACK_S = 60.0  # the server's default, should an answer not tell the lease
 LOCKED_POLL_S = (0.1, 2.0)  # first and longest rest before asking again for a step or child that another owner holds
 STEP_BACKOFF_S = (0.5, 60.0)  # first and longest rest between the tries of a step with `retries`
@@ -546,6 +547,7 @@ class _Held:
         self.settling = False  # its outcome is under way: a heartbeat refused now means that it arrived
         self.ended = False  # completed, failed or given back: threads left over stop at their next boundary
         self.renew(time.monotonic())
+        self.beat_at: float = time.monotonic() + min(self.beat_s, FIRST_BEAT_S)
 
     def renew(self, since: float) -> None:
         """The server extended the lease at a moment after `since`."""
