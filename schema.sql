@@ -24,6 +24,8 @@
 --   Whoever changes a run counts its event in the same update (event_seq + 1); _append_event then writes it down.
 --   Refusals are raised with SQLSTATE TBnnn, nnn being the HTTP status; the message is for a person, the detail is JSON
 --   with the code. What a user sends is json, kept to the letter; jsonb is where Tidebase looks inside.
+--   A helper is `language sql` where Postgres inlines it; other SQL functions are planned at every call before Postgres
+--   18, so they are plpgsql.
 --   The only clock is tidebase.now(). No session state (SET, LISTEN, session locks): a transaction pooler may sit
 --   in between.
 --
@@ -47,7 +49,7 @@ $$ select date_trunc('milliseconds', clock_timestamp()) $$;
 create or replace function tidebase._ms (p_ms bigint) returns interval language sql immutable as
 $$ select p_ms * interval '1 millisecond' $$;
 
--- Time-ordered ids (UUID version 7, RFC 9562, as hex): neighbours in time are neighbours in every index. The twelve bits
+-- Time-ordered ids (UUID version 7, RFC 9562, as hex): neighbours in time are neighbours in every index. The 12 bits
 -- after the version go on where the milliseconds end, so that what one transaction makes sorts as it was made.
 create or replace function tidebase._new_id (p_prefix text) returns text language sql volatile as $$
   select p_prefix || '_' || lpad(to_hex(at / 1000), 12, '0') || '7' || lpad(to_hex(at % 1000 * 4), 3, '0')
@@ -496,7 +498,9 @@ $$;
 
 -- The completed steps of a run, for a worker that is to replay them; past 4 MiB of output the rest is asked for step
 -- by step.  Returns {"checkpoints": [...], "checkpointsTruncated": bool}.
-create or replace function tidebase._checkpoints (p_run_id text) returns json language sql stable as $$
+create or replace function tidebase._checkpoints (p_run_id text) returns json language plpgsql stable as $$
+begin
+  return (
   with done as (
     select s.position, json_build_object(
              'name', s.name, 'inputHash', s.input_hash, 'output', s.output,
@@ -507,8 +511,8 @@ create or replace function tidebase._checkpoints (p_run_id text) returns json la
   select json_build_object(
     'checkpoints', coalesce(json_agg(checkpoint order by position) filter (where bytes <= 4194304), '[]'),
     'checkpointsTruncated', coalesce(max(bytes), 0) > 4194304)
-    from done
-$$;
+    from done);
+end $$;
 
 -- The keys of two objects, both made by json_build_object, in one; as text, so that payloads stay as they came.
 create or replace function tidebase._joined (p_first json, p_second json) returns json language sql immutable as
@@ -592,25 +596,30 @@ end $$;
 
 -- Writes down an event that the run's update has counted.
 create or replace function tidebase._append_event (p_run_id text, p_seq integer, p_type text, p_payload json)
-  returns void language sql as $$
-  insert into tidebase.events (run_id, seq, type, payload) values (p_run_id, p_seq, p_type, p_payload)
-$$;
+  returns void language plpgsql as $$
+begin
+  insert into tidebase.events (run_id, seq, type, payload) values (p_run_id, p_seq, p_type, p_payload);
+end $$;
 
 -- Counts and writes an event of a run that is locked and does not change otherwise; the owner's lease is extended.
-create or replace function tidebase._record (p_run tidebase.runs, p_owner text, p_type text, p_payload json)
-  returns integer language plpgsql as $$
+-- p_started: of a step that is recorded at its end alone, the payload of a step.started to go before it.
+create or replace function tidebase._record (p_run tidebase.runs, p_owner text, p_type text, p_payload json,
+                                             p_started json default null) returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
   v_seq integer;
 begin
-  update tidebase.runs set event_seq = event_seq + 1, updated_at = v_now,
+  update tidebase.runs set event_seq = event_seq + case when p_started is null then 1 else 2 end, updated_at = v_now,
          stalled = stalled and lease_owner is distinct from p_owner,
          lease_expires_at = case when lease_owner = p_owner then v_now + tidebase._ms(lease_ms)
                                  else lease_expires_at end
    where id = p_run.id returning event_seq into v_seq;
+  if p_started is not null then
+    insert into tidebase.events (run_id, seq, type, payload, created_at)
+    values (p_run.id, v_seq - 1, 'step.started', p_started, v_now);
+  end if;
   insert into tidebase.events (run_id, seq, type, payload, created_at)
   values (p_run.id, v_seq, p_type, p_payload, v_now);
-  return v_seq;
 end $$;
 
 -- Puts a webhook into the outbox. Needs the run locked, so that a channel's rows stand in the order of its events.
@@ -662,9 +671,11 @@ begin
   return v_post;
 end $$;
 
-create or replace function tidebase._tally (p_queue text, p_status text, p_runs integer) returns void language sql as $$
-  insert into tidebase.queue_tallies select p_queue, p_status, p_runs where p_queue is not null
-$$;
+create or replace function tidebase._tally (p_queue text, p_status text, p_runs integer)
+  returns void language plpgsql as $$
+begin
+  insert into tidebase.queue_tallies select p_queue, p_status, p_runs where p_queue is not null;
+end $$;
 
 -- ------------------------------------------------------------------------------
 -- Runs: created, begun, kept alive, ended, put back.
@@ -916,6 +927,56 @@ begin
   return json_build_object('run', tidebase._run_json(v_run), 'requeued', false);
 end $$;
 
+-- Cancels a run.   Needs  it locked (_lock_to_end), not completed.   Leaves  event and channels run.cancelled.
+create or replace function tidebase._cancel_one (p_run tidebase.runs, p_reason text, p_actor text)
+  returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs;
+  v_now timestamptz := tidebase.now();
+begin
+  if p_run.status = 'failed' then
+    perform tidebase._tally(p_run.queue, 'failed', -1);
+  end if;
+  update tidebase.runs
+     set status = 'cancelled', cancel_reason = p_reason, cancel_actor = p_actor, cancel_requested_at = v_now,
+         cancelled_at = v_now, completed_at = v_now, settled_by = coalesce(lease_owner, settled_by), lease_owner = null,
+         lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null, updated_at = v_now,
+         event_seq = event_seq + 1
+   where id = p_run.id returning * into v_run;
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.cancelled',
+                                 json_build_object('reason', p_reason, 'actor', p_actor));
+  perform tidebase._notify(v_run, 'run.cancelled', json_build_object('run', tidebase._run_json(v_run)));
+  perform tidebase._tally(v_run.queue, 'cancelled', 1);
+  perform tidebase._wake_parent(v_run);
+  return v_run;
+end $$;
+
+-- Cancels a run, as above, and its live children and theirs: a generation after the other, since there may be more of
+-- them than functions can call each other.
+create or replace function tidebase._cancel (p_run tidebase.runs, p_reason text, p_actor text)
+  returns tidebase.runs language plpgsql as $$
+declare
+  v_run     tidebase.runs := tidebase._cancel_one(p_run, p_reason, p_actor);
+  v_parents text[] := array[p_run.id];
+  v_ids     text[];
+  v_child   tidebase.runs;
+begin
+  while cardinality(v_parents) > 0 loop
+    v_ids := '{}';
+    -- Locked as they are looked at: a child that completes meanwhile is left out, and refuses nothing.
+    for v_child in select c.* from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
+                    where e.parent_run_id = any (v_parents)
+                      and c.status in ('pending', 'queued', 'running', 'waiting')
+                    order by c.id for no key update of c
+    loop
+      perform tidebase._cancel_one(v_child, p_reason, p_actor);
+      v_ids := v_ids || v_child.id;
+    end loop;
+    v_parents := v_ids;
+  end loop;
+  return v_run;
+end $$;
+
 -- Ends a run because somebody wants it ended: at once, whoever holds it.
 -- Needs    not completed (TB409 run_completed, with run).
 -- Leaves   it cancelled, event and channels run.cancelled, and its live children likewise; cancelled before, the first
@@ -924,32 +985,12 @@ create or replace function tidebase.cancel_run (p_run_id text, p_reason text, p_
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
-  v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'completed' then
     perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
                              json_build_object('run', tidebase._run_json(v_run)));
   elsif v_run.status <> 'cancelled' then
-    if v_run.status = 'failed' then
-      perform tidebase._tally(v_run.queue, 'failed', -1);
-    end if;
-    update tidebase.runs
-       set status = 'cancelled', cancel_reason = p_reason, cancel_actor = p_actor, cancel_requested_at = v_now,
-           cancelled_at = v_now, completed_at = v_now, settled_by = coalesce(lease_owner, settled_by),
-           lease_owner = null,
-           lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
-            updated_at = v_now, event_seq = event_seq + 1
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.cancelled',
-                                   json_build_object('reason', p_reason, 'actor', p_actor));
-    perform tidebase._notify(v_run, 'run.cancelled', json_build_object('run', tidebase._run_json(v_run)));
-    perform tidebase._tally(v_run.queue, 'cancelled', 1);
-    perform tidebase._wake_parent(v_run);
-    -- Locked before they are cancelled: a child that completes meanwhile is then left out, and refuses nothing.
-    perform tidebase.cancel_run(live.id, p_reason, p_actor)
-       from (select c.id from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
-              where e.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting')
-              order by c.id for no key update of c) live;
+    v_run := tidebase._cancel(v_run, p_reason, p_actor);
   end if;
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
@@ -1141,42 +1182,39 @@ begin
   body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_owner);
 end $$;
 
-create or replace function tidebase._complete_step (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
-                                                    p_output json) returns tidebase.steps language plpgsql as $$
-declare
-  v_step tidebase.steps;
+-- Tells of a step that was just completed; p_started as for _record.
+create or replace function tidebase._tell_completed (p_run tidebase.runs, s tidebase.steps, p_owner text,
+                                                     p_started json default null) returns void language plpgsql as $$
 begin
-  update tidebase.steps
-     set status = 'completed', output = p_output, error = null, settled_by = p_owner, lease_owner = null,
-         lease_expires_at = null, completed_at = tidebase.now(), updated_at = tidebase.now()
-   where id = p_step.id returning * into v_step;
-  perform tidebase._record(p_run, p_owner, 'step.completed', json_build_object('stepId', v_step.id,
-            'name', v_step.name, 'checkpointInvariant', v_step.contract->'checkpointInvariant',
-            'verifiedBy', v_step.contract->'verifiedBy'));
-  return v_step;
+  perform tidebase._record(p_run, p_owner, 'step.completed', json_build_object('stepId', s.id, 'name', s.name,
+            'checkpointInvariant', s.contract->'checkpointInvariant', 'verifiedBy', s.contract->'verifiedBy'),
+            p_started);
 end $$;
 
-create or replace function tidebase._fail_step (p_run tidebase.runs, p_step tidebase.steps, p_owner text, p_error json,
-                                                p_retryable boolean, p_decision text)
-  returns tidebase.steps language plpgsql as $$
-declare
-  v_decision text := coalesce(p_decision, case when p_retryable then 'auto_retry' else
-                       case p_step.contract->>'replay' when 'manual' then 'manual_review' when 'never' then 'fail_hard'
-                                                       else 'safe_replay' end end);
-  v_step     tidebase.steps;
+-- What is decided about a failed step when its owner decided nothing.
+create or replace function tidebase._decision (p_decision text, p_retryable boolean, p_contract json)
+  returns text language sql immutable as $$
+  select coalesce(p_decision, case when p_retryable then 'auto_retry' else
+           case p_contract->>'replay' when 'manual' then 'manual_review' when 'never' then 'fail_hard'
+                                      else 'safe_replay' end end)
+$$;
+
+create or replace function tidebase._failed_status (p_decision text, p_retryable boolean)
+  returns text language sql immutable as $$
+  select case when p_decision = 'manual_review' then 'manual_review'
+              when p_retryable or p_decision = 'auto_retry' then 'failed_retryable' else 'failed' end
+$$;
+
+-- Tells of a step that just failed; p_started as for _record.
+create or replace function tidebase._tell_failed (p_run tidebase.runs, s tidebase.steps, p_owner text,
+                                                  p_retryable boolean, p_decision text, p_started json default null)
+  returns void language plpgsql as $$
 begin
-  update tidebase.steps
-     set status = case when v_decision = 'manual_review' then 'manual_review'
-                       when p_retryable or v_decision = 'auto_retry' then 'failed_retryable' else 'failed' end,
-         error = p_error, settled_by = p_owner, lease_owner = null, lease_expires_at = null,
-         completed_at = tidebase.now(), updated_at = tidebase.now()
-   where id = p_step.id returning * into v_step;
-  perform tidebase._record(p_run, p_owner, 'step.failed', json_build_object('stepId', v_step.id, 'name', v_step.name,
-            'retryable', p_retryable, 'resumeDecision', v_decision, 'resumeContract', v_step.contract,
-            'error', p_error));
-  perform tidebase._notify(p_run, 'step.failed', json_build_object('step', tidebase._step_json(v_step),
-            'retryable', p_retryable, 'resumeDecision', v_decision, 'error', p_error));
-  return v_step;
+  perform tidebase._record(p_run, p_owner, 'step.failed', json_build_object('stepId', s.id, 'name', s.name,
+            'retryable', p_retryable, 'resumeDecision', p_decision, 'resumeContract', s.contract, 'error', s.error),
+            p_started);
+  perform tidebase._notify(p_run, 'step.failed', json_build_object('step', tidebase._step_json(s),
+            'retryable', p_retryable, 'resumeDecision', p_decision, 'error', s.error));
 end $$;
 
 -- Needs  p_owner holds the running step, and did not lose the run: else TB409 lease_lost.
@@ -1202,7 +1240,11 @@ declare
 begin
   if v_step.status <> 'completed' or v_step.settled_by is distinct from p_owner then
     perform tidebase._refuse_unless_held(v_run, v_step, p_owner);
-    v_step := tidebase._complete_step(v_run, v_step, p_owner, p_output);
+    update tidebase.steps
+       set status = 'completed', output = p_output, error = null, settled_by = p_owner, lease_owner = null,
+           lease_expires_at = null, completed_at = tidebase.now(), updated_at = tidebase.now()
+     where id = p_step_id returning * into v_step;
+    perform tidebase._tell_completed(v_run, v_step, p_owner);
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1215,13 +1257,19 @@ create or replace function tidebase.fail_step (p_run_id text, p_step_id text, p_
                                                p_retryable boolean, p_decision text)
   returns json language plpgsql as $$
 declare
-  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
-  v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
+  v_run      tidebase.runs := tidebase._lock_run(p_run_id);
+  v_step     tidebase.steps := tidebase._step(p_run_id, p_step_id);
+  v_decision text;
 begin
   if v_step.status not in ('failed', 'failed_retryable', 'manual_review')
      or v_step.settled_by is distinct from p_owner then
     perform tidebase._refuse_unless_held(v_run, v_step, p_owner);
-    v_step := tidebase._fail_step(v_run, v_step, p_owner, p_error, p_retryable, p_decision);
+    v_decision := tidebase._decision(p_decision, p_retryable, v_step.contract);
+    update tidebase.steps
+       set status = tidebase._failed_status(v_decision, p_retryable), error = p_error, settled_by = p_owner,
+           lease_owner = null, lease_expires_at = null, completed_at = tidebase.now(), updated_at = tidebase.now()
+     where id = p_step_id returning * into v_step;
+    perform tidebase._tell_failed(v_run, v_step, p_owner, p_retryable, v_decision);
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1230,17 +1278,21 @@ end $$;
 -- before it leaves no trace.
 -- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled); the same input (TB409 input_mismatch); no review
 --          pending (TB409 manual_review).
--- Leaves   the step ended, events step.started (unless it was begun) and step.completed or step.failed; a completed
---          step unchanged.    Returns  {"step"}.
+-- Leaves   the step ended, events step.started (unless p_owner had begun it) and step.completed or step.failed; a
+--          completed step, and a failure that began at the same p_started_at, unchanged.    Returns  {"step"}.
 create or replace function tidebase.record_step (p_run_id text, p_owner text, p_name text, p_input_hash text,
                                                  p_input json, p_options json, p_output json, p_error json,
                                                  p_retryable boolean, p_decision text, p_started_at timestamptz,
                                                  p_duration_ms bigint)
   returns json language plpgsql as $$
 declare
-  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now  timestamptz := tidebase.now();
-  v_step tidebase.steps;
+  v_run      tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now      timestamptz := tidebase.now();
+  v_contract json := tidebase._contract(p_options);
+  v_decision text := tidebase._decision(p_decision, p_retryable, v_contract);
+  v_step     tidebase.steps;
+  v_begun    boolean;
+  v_started  json;
 begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
@@ -1254,30 +1306,30 @@ begin
     return json_build_object('step', tidebase._step_json(v_step));
   elsif v_run.lease_owner is distinct from p_owner then
     perform tidebase._refuse_lost(v_run);
+  elsif v_step.settled_by = p_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
+    return json_build_object('step', tidebase._step_json(v_step));
   elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
     perform tidebase._refuse(409, 'manual_review', format('step %s may have run: a person must review it', p_name),
                              json_build_object('step', tidebase._step_json(v_step)));
-  elsif v_step.id is null then
-    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, fence,
-                                created_at, updated_at)
-    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
-            tidebase._contract(p_options), 'running', v_run.fence, v_now, v_now)
-    returning * into v_step;
-    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
-  elsif v_step.status <> 'running' or v_step.lease_owner is distinct from p_owner then
-    update tidebase.steps
-       set attempt = attempt + 1, input = p_input, options = p_options, contract = tidebase._contract(p_options),
-           fence = v_run.fence
-     where id = v_step.id returning * into v_step;
-    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
   end if;
-  update tidebase.steps
-     set started_at = coalesce(p_started_at, v_now - tidebase._ms(p_duration_ms), started_at, v_now)
-   where id = v_step.id;
+  v_begun := coalesce(v_step.status = 'running' and v_step.lease_owner = p_owner, false);
+  insert into tidebase.steps as s (id, run_id, name, position, input_hash, input, options, contract, status, output,
+                                   error, settled_by, fence, started_at, completed_at, created_at, updated_at)
+  values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options, v_contract,
+          case when p_error is null then 'completed' else tidebase._failed_status(v_decision, p_retryable) end,
+          p_output, p_error, p_owner, v_run.fence,
+          coalesce(p_started_at, v_now - tidebase._ms(p_duration_ms), v_step.started_at, v_now), v_now, v_now, v_now)
+  on conflict (run_id, name) do update
+     set attempt = s.attempt + case when v_begun then 0 else 1 end, input = p_input, options = p_options,
+         contract = v_contract, status = excluded.status, output = p_output, error = p_error, settled_by = p_owner,
+         lease_owner = null, lease_expires_at = null, fence = v_run.fence, started_at = excluded.started_at,
+         completed_at = v_now, updated_at = v_now
+  returning * into v_step;
+  v_started := case when not v_begun then tidebase._step_started(v_step) end;
   if p_error is null then
-    v_step := tidebase._complete_step(v_run, v_step, p_owner, p_output);
+    perform tidebase._tell_completed(v_run, v_step, p_owner, v_started);
   else
-    v_step := tidebase._fail_step(v_run, v_step, p_owner, p_error, p_retryable, p_decision);
+    perform tidebase._tell_failed(v_run, v_step, p_owner, p_retryable, v_decision, v_started);
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1337,10 +1389,13 @@ begin
                            'decision', p_decision, 'actor', p_actor));
   update tidebase.steps
      set reviewed = p_decision, updated_at = tidebase.now(),
-         status = case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed' else status end
+         status = case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed' else 'completed' end,
+         output = case p_decision when 'complete' then p_output end,
+         error = case p_decision when 'complete' then null else error end,
+         completed_at = case p_decision when 'retry' then null else tidebase.now() end
    where id = v_step.id returning * into v_step;
   if p_decision = 'complete' then
-    v_step := tidebase._complete_step(v_run, v_step, null, p_output);
+    perform tidebase._tell_completed(v_run, v_step, null);
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1561,7 +1616,10 @@ begin
   values (coalesce(p_about->>'id', tidebase._new_id('ver')), v_stream.id, p_run_id, p_about->>'stepId',
           v_stream.current_version, p_value, p_patch, p_about->>'label', p_about->>'reason',
           coalesce(p_about->>'importance', 'normal'), coalesce(p_about->'metadata', '{}'), p_about->>'createdBy', v_now)
-  returning * into v_version;
+  on conflict (id) do nothing returning * into v_version;
+  if not found then  -- another run's, written since the caller looked
+    perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', p_about->>'id'));
+  end if;
   return v_version;
 end $$;
 
@@ -1593,7 +1651,9 @@ declare
   v_event   json;
 begin
   select * into v_state from tidebase.states where run_id = p_run_id;
-  if v_version.id is not null then
+  if v_version.id is not null and v_state.run_id is null then
+    perform tidebase._refuse(409, 'version_id_conflict', format('version %s is a snapshot', v_version.id));
+  elsif v_version.id is not null then
     return json_build_object('state', tidebase._state_json(v_state));
   elsif p_if_version <> coalesce(v_state.version, 0) then
     perform tidebase._refuse(409, 'version_conflict',
@@ -1701,7 +1761,10 @@ begin
       from jsonb_to_record(p_entry) as entry (
              "stepId" text, kind text, provider text, model text, label text, quantity numeric, unit text,
              "inputTokens" bigint, "outputTokens" bigint, "totalTokens" bigint, "costUsd" numeric, metadata jsonb)
-    returning * into v_usage;
+    on conflict (id) do nothing returning * into v_usage;
+    if not found then  -- another run's, written since it was looked for
+      perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
+    end if;
     perform tidebase._record(v_run, null, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
     perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
   end if;
@@ -1916,10 +1979,11 @@ begin
 end $$;
 
 -- Counts starts against the queue's rate, when it has one.
-create or replace function tidebase._count_claims (p_queue text, p_claimed integer) returns void language sql as $$
+create or replace function tidebase._count_claims (p_queue text, p_claimed integer) returns void language plpgsql as $$
+begin
   insert into tidebase.queue_claims select name, tidebase.now(), p_claimed
-    from tidebase.queues where name = p_queue and rate_per_minute is not null and p_claimed > 0
-$$;
+    from tidebase.queues where name = p_queue and rate_per_minute is not null and p_claimed > 0;
+end $$;
 
 -- The priorities of a queue's queued runs, highest first: a probe of the index for each, not a scan.
 create or replace function tidebase._priorities (p_queue text) returns setof integer language sql stable as $$
@@ -1937,14 +2001,15 @@ $$;
 -- a time: within one the index is ordered by run_at, so the scan ends at the first run that is not due, however many
 -- are delayed.
 create or replace function tidebase._take_ready (p_queue text, p_limit integer, p_now timestamptz)
-  returns text[] language sql volatile as $$
-  select array(
+  returns text[] language plpgsql as $$
+begin
+  return array(
     select ready.id from tidebase._priorities(p_queue) as level,
            lateral (select id from tidebase.runs
                      where queue = p_queue and status = 'queued' and priority = level and run_at <= p_now
                      order by run_at limit p_limit for no key update skip locked) ready
-     limit p_limit)
-$$;
+     limit p_limit);
+end $$;
 
 -- Takes the locks of those queues that have a cap, in the order of their names, so that two claimers that list them
 -- differently do not wait for each other.
@@ -1966,7 +2031,8 @@ end $$;
 --          carries its "checkpoints" and "checkpointsTruncated".
 create or replace function tidebase.claim_runs (p_queues text[], p_owner text, p_claim_id text, p_limit integer,
                                                 p_lease_ms integer, p_checkpoints boolean)
-  returns json language plpgsql as $$
+  returns json language plpgsql
+  set plan_cache_mode = force_generic_plan as $$  -- else it is planned anew at every claim, for longer than it runs
 declare
   v_now      timestamptz;
   v_ids      text[];
@@ -2014,10 +2080,11 @@ begin
 end $$;
 
 create or replace function tidebase._claimed_json (p_run tidebase.runs, p_checkpoints boolean)
-  returns json language sql stable as $$
-  select case when p_checkpoints then tidebase._joined(tidebase._run_json(p_run), tidebase._checkpoints(p_run.id))
-              else tidebase._run_json(p_run) end
-$$;
+  returns json language plpgsql stable as $$
+begin
+  return case when p_checkpoints then tidebase._joined(tidebase._run_json(p_run), tidebase._checkpoints(p_run.id))
+              else tidebase._run_json(p_run) end;
+end $$;
 
 -- Sets what p_config names of {concurrency, ratePerMinute, invokeUrl}; null clears.    Returns  {"config"}.
 create or replace function tidebase.configure_queue (p_queue text, p_config jsonb) returns json language plpgsql as $$
@@ -2185,7 +2252,8 @@ create or replace function tidebase.run_detail (p_run_id text, p_include text[])
 $$;
 
 -- Returns  {"run"}, and the run's event number to wait from.    TB404 when there is none.
-create or replace function tidebase.get_run (p_run_id text, out body json, out seq integer) language plpgsql stable as $$
+create or replace function tidebase.get_run (p_run_id text, out body json, out seq integer)
+  language plpgsql stable as $$
 begin
   select json_build_object('run', tidebase._run_json(r)), r.event_seq into body, seq
     from tidebase.runs r where r.id = p_run_id;
@@ -2238,13 +2306,17 @@ create or replace function tidebase.cancel_overdue (p_limit integer) returns int
 declare
   v_now   timestamptz := tidebase.now();
   v_id    text;
+  v_run   tidebase.runs;
   v_count integer := 0;
 begin
   for v_id in select id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
                  and status in ('pending', 'queued', 'running', 'waiting')
                order by deadline_at limit p_limit
   loop
-    perform tidebase.cancel_run(v_id, 'deadline', 'reconciler');
+    v_run := tidebase._lock_to_end(v_id);
+    if v_run.status in ('pending', 'queued', 'running', 'waiting') then  -- else it ended just in time
+      perform tidebase._cancel(v_run, 'deadline', 'reconciler');
+    end if;
     v_count := v_count + 1;
   end loop;
   return v_count;
@@ -2401,8 +2473,8 @@ end $$;
 
 -- Records what became of a try; the next of the same channel becomes due once this one is through or given up.
 -- Tries    at most 8: after 1, 4, 10, 30 s, then 2, 8 and 20 min.
--- Leaves   delivered, failed, or pending until the next try; events recovery.delivered and recovery.failed. A try that
---          was taken over by another sender meanwhile changes nothing.    Returns  {"status"}.
+-- Leaves   delivered, failed, or pending until the next try; events recovery.delivered and recovery.failed. A failed
+--          try that was taken over by another sender meanwhile changes nothing.    Returns  {"status"}.
 create or replace function tidebase.settle_delivery (p_id text, p_attempt integer, p_delivered boolean,
                                                      p_retryable boolean, p_http_status integer, p_response text,
                                                      p_error text) returns json language plpgsql as $$
@@ -2415,7 +2487,7 @@ begin
   select r.* into v_run from tidebase.runs r join tidebase.outbox o on o.run_id = r.id where o.id = p_id
      for no key update of r;
   select * into v_post from tidebase.outbox where id = p_id;
-  if v_post.status <> 'pending' or v_post.attempts <> p_attempt then
+  if v_post.status <> 'pending' or (v_post.attempts <> p_attempt and not p_delivered) then
     return json_build_object('status', v_post.status);
   end if;
   update tidebase.outbox

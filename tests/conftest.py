@@ -1,7 +1,7 @@
 """What all tests stand on: one real PostgreSQL, a fresh database per test, real servers, and the actors of a story.
 
-The PostgreSQL is an embedded one, or that of DATABASE_URL. A test gets a clone of a template that schema.sql was
-applied to once, so that no test sees another's rows or its clock.
+The PostgreSQL is an embedded one, or that of DATABASE_URL. A test gets a database with the schema and no rows; what it
+leaves there, and what it did to the clock, is undone.
 """
 
 from __future__ import annotations
@@ -93,31 +93,41 @@ def in_database(conninfo: str, name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def template(postgres: str) -> Iterator[str]:
-    name = f"tidebase_template_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"create database {name}")
-        tidebase.Database(in_database(postgres, name), 2).migrate()
-        yield name
-        connection.execute(f"drop database {name} with (force)")
+def migrated(postgres: str) -> Iterator[tuple[str, str]]:
+    """The address of a database with the schema, and the definition of its clock."""
+    for conninfo in _database(postgres):
+        tidebase.Database(conninfo, 2).migrate()
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            [clock] = connection.execute("select pg_get_functiondef('tidebase.now'::regproc)").fetchone()
+        yield conninfo, clock
 
 
 @pytest.fixture
 def empty_database(postgres: str) -> Iterator[str]:
     """The address of a database with nothing in it."""
-    yield from _database(postgres, "template1")
+    yield from _database(postgres)
 
 
 @pytest.fixture
-def database(postgres: str, template: str) -> Iterator[str]:
-    """The address of a database with the schema and no rows."""
-    yield from _database(postgres, template)
+def database(migrated: tuple[str, str]) -> Iterator[str]:
+    """The address of a database with the schema and no rows.
+
+    One after the other, tests have the same: to empty it takes milliseconds, where a new one takes up to half a second.
+    """
+    conninfo, clock = migrated
+    yield conninfo
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute("select pg_terminate_backend(pid) from pg_stat_activity"
+                           " where datname = current_database() and pid <> pg_backend_pid()")
+        for table in ("runs", "queues", "queue_tallies", "queue_claims", "schedules"):  # the rest goes with its run
+            connection.execute(f"delete from tidebase.{table}")  # noqa: S608
+        connection.execute(clock)
 
 
-def _database(postgres: str, template: str) -> Iterator[str]:
+def _database(postgres: str) -> Iterator[str]:
     name = f"tidebase_test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(postgres, autocommit=True) as connection:
-        connection.execute(f"create database {name} template {template}")
+        connection.execute(f"create database {name}")
     yield in_database(postgres, name)
     with psycopg.connect(postgres, autocommit=True) as connection:
         connection.execute(f"drop database {name} with (force)")
