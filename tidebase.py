@@ -216,9 +216,9 @@ def reply(text: str, status: int = 200) -> flask.Response:
 def refused(error: HTTPException) -> flask.Response:
     """Answer a refusal of this file, or of Flask (no such route, wrong method)."""
     status = error.code or 500
-    body = getattr(error, "body", None) or {
+    body = getattr(error, "body", None) or (invalid("", error.description or "malformed").body if status == 400 else {
         "error": error.description, "code": {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
-            status, "invalid_request")}
+            status, "http_error")})
     return reply(json.dumps(body), status)
 
 
@@ -609,6 +609,9 @@ class StepOptions(Body):
     side_effects = fields.List(fields.Raw(), data_key="sideEffects")
     idempotency_key = Text(data_key="idempotencyKey")
     replay = fields.Str(validate=validate.OneOf(["auto", "manual", "never"]))
+    side_effect = Text(data_key="sideEffect")  # the older spelling of sideEffects and, below, of replay
+    on_ambiguous_failure = fields.Str(data_key="onAmbiguousFailure", validate=validate.OneOf(
+        ["retry", "review", "fail"]))
     checkpoint_invariant = Text(data_key="checkpointInvariant")
     verified_by = Text(data_key="verifiedBy")
     credentials = fields.List(fields.Raw())
@@ -617,7 +620,7 @@ class StepOptions(Body):
 class StepFields(Body):
     name = Name(required=True)
     input_hash = Name(data_key="inputHash", required=True)
-    input = JsonText()
+    input = JsonText(empty="{}")
     options = JsonObject(StepOptions)
 
 
@@ -1979,8 +1982,10 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress 
 
     def execute(self) -> None:
         error = self.request.error
-        code = {413: "body_too_large", 500: "internal_error"}.get(error.code, "invalid_request")
-        body = json.dumps({"error": error.reason.lower(), "code": code}).encode()
+        code = {413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(
+            error.code, "internal_error")
+        refusal = invalid("", error.body).body if error.code == 400 else {"error": error.reason.lower(), "code": code}
+        body = json.dumps(refusal).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.response_headers.append(("Connection", "close"))

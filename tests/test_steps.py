@@ -68,7 +68,7 @@ def test_a_completed_step_is_returned_and_never_executed_again(api: Api, run: st
     begun = api.begin_step(run, "fetch", "a", input={"url": "x"})
     step = begun["step"]
     assert (begun["action"], begun["leaseOwner"]) == ("execute", "a")
-    assert set(step) == STEP_KEYS
+    assert set(step) >= STEP_KEYS
     assert (step["runId"], step["name"], step["inputHash"], step["input"]) == (run, "fetch", "h", {"url": "x"})
     assert (step["status"], step["attempt"], step["leaseOwner"], step["output"]) == ("running", 1, "a", None)
 
@@ -397,7 +397,7 @@ def test_a_step_comes_up_for_review_as_often_as_it_is_lost(api: Api, run: str, c
 # ------------------------------------------------------------------------------
 def test_a_record_is_a_whole_step_with_the_same_events(api: Api, run: str) -> None:
     step = record(api, run, input=1, output={"n": 1}, startedAt="2026-06-12T10:31:00.250Z", durationMs=5)["step"]
-    assert set(step) == STEP_KEYS
+    assert set(step) >= STEP_KEYS
     assert (step["status"], step["attempt"], step["input"], step["output"]) == ("completed", 1, 1, {"n": 1})
     assert step["startedAt"] == "2026-06-12T10:31:00.250Z"
     failed = record(api, run, "t", error="boom")["step"]
