@@ -70,7 +70,7 @@ import waitress.server
 import waitress.task
 from cronsim import CronSim, CronSimError
 from marshmallow import fields, validate
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import BaseConverter
 
 import openapi
@@ -219,7 +219,10 @@ def refused(error: HTTPException) -> flask.Response:
     body = getattr(error, "body", None) or (invalid("", error.description or "malformed").body if status == 400 else {
         "error": error.description, "code": {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
             status, "http_error")})
-    return reply(json.dumps(body), status)
+    response = reply(json.dumps(body), status)
+    if isinstance(error, MethodNotAllowed) and error.valid_methods:
+        response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    return response
 
 
 def database_refused(error: psycopg.Error) -> flask.Response:
@@ -425,7 +428,7 @@ class Flag(fields.Boolean):
 class Url(Text):
     """An http or https address, for a webhook."""
 
-    json_schema: ClassVar[dict[str, Any]] = {"format": "uri", "pattern": "^https?://"}
+    json_schema: ClassVar[dict[str, Any]] = {"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://."}
 
     def __init__(self, **options: Any) -> None:
         super().__init__(validate.Length(1, 8192), _http_url, **options)
@@ -1424,8 +1427,8 @@ ENDED = ("completed", "failed", "cancelled")
 
 @routes.get("/health")
 def health() -> flask.Response:
-    """Whether this server can do its work.  200 {ok, database, version}, 503 {ok, database,
-    version}."""
+    """Whether this server can do its work.  200 {ok, database, version:string}, 503 {ok, database,
+    version:string}."""
     try:
         if not core().prepared.is_set():
             raise psycopg.OperationalError
@@ -1616,9 +1619,9 @@ def create_child(run_id: str) -> flask.Response:
 
 @routes.post("/runs/<part:run_id>/steps/begin")
 def begin_step(run_id: str) -> flask.Response:
-    """Ask what to do about a step.  200 {action:execute, step, leaseOwner} or {action:return, step, output}
-    or {action:locked, step} or {action:input_mismatch, step, expectedInputHash, actualInputHash}
-    or {action:cancelled, run}, 404, 409 manual_review, lease_lost."""
+    """Ask what to do about a step.  200 {action=execute, step, leaseOwner} or {action=return, step, output}
+    or {action=locked, step} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
+    or {action=cancelled, run}, 404, 409 manual_review, lease_lost."""
     body = parse(BeginStepBody)
     return call("begin_step", run_id, body["name"], body["input_hash"], body["input"], body["options"],
                 body["lease_owner"] or new_owner(), core().config.lease_ms)
@@ -1716,8 +1719,8 @@ def send_signal(run_id: str) -> flask.Response:
 
 @routes.get("/runs/<part:run_id>/signals/<part:name>")
 def get_signal(run_id: str, name: str) -> flask.Response:
-    """A signal, null while there is none; at once or as soon as it is sent, within ?waitMs= (25000).
-    200 {signal, runStatus}, 404."""
+    """A signal, null while there is none; at once or as soon as it is sent.
+    ?waitMs:0..25000=0 (how long to wait for it)  200 {signal?, runStatus}, 404."""
     return held(run_id, lambda: core().database.call("get_signal", run_id, name),
                 lambda body: body["signal"] is not None or body["runStatus"] in ENDED)
 

@@ -1,0 +1,515 @@
+"""What the server says of itself: /openapi.json, and the page of it at /docs.
+
+A file of its own, since tidebase.py is read by people who want to know what the server does, and none of this decides
+anything. Nothing is told twice: paths and methods are the app's, bodies the marshmallow schemas that the routes parse,
+and all else is what each route's docstring says, as people read it:
+
+    What it does.  ?waitMs:0..25000=0 (explained) @a-header  200 {run, created}, 404, 409 run_cancelled, lease_lost.
+
+A shape in such a docstring, as in OBJECTS below: `{…}` an object, `[…]` a list, `or` between alternatives; `?` after a
+key or a type means that it may be null, `~` before a key that it may be absent, `...name` all keys of that object. What
+a key holds its name says (see kind_of), or a type after a colon: low..high, a|b|c, or a name; `=word` is that word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flask
+import jinja2
+import marshmallow
+from apispec import APISpec
+from apispec.ext.marshmallow import MarshmallowPlugin
+from markupsafe import Markup, escape
+
+Schema = dict[str, Any]
+
+# ------------------------------------------------------------------------------
+# Shapes: what answers hold. Every key is always there, but for those marked ~.
+# ------------------------------------------------------------------------------
+OBJECTS = {
+    "run": """{id, workflowName, input, metadata,
+        status:pending|queued|running|waiting|completed|failed|cancelled, result, error, recoveryWebhook?, leaseOwner?,
+        leaseExpiresAt?, attempt, queue?, dedupeKey?, priority, runAt?, maxAttempts, deadlineAt?, cancelRequestedAt?,
+        cancelledAt?, cancelReason?, cancelActor?, failureClass?, createdAt, updatedAt, completedAt?,
+        waitingFor:object?}""",
+    "step": """{id, runId, name, inputHash, input, options, resumeContract,
+        status:running|completed|failed_retryable|manual_review|failed, output, error, leaseOwner?, leaseExpiresAt?,
+        attempt, startedAt?, completedAt?, createdAt, updatedAt}""",
+    "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never, checkpointInvariant?,
+        verifiedBy?, credentials:[any]}""",
+    "checkpoint": "{name, inputHash, output, completedAt}",
+    "claimedRun": "{...run, ~checkpoints, ~checkpointsTruncated}",
+    "enqueuedRun": "{...run, deduplicated}",
+    "event": "{id:int, runId, seq, type, payload, createdAt}",
+    "gate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
+        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels, resolveToken, expiresAt?,
+        createdAt, updatedAt, resolvedAt?}""",
+    "publicGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
+        decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?}""",
+    "signal": "{id, runId, name, payload, timedOut, createdAt}",
+    "state": "{runId, value, version, updatedAt}",
+    "stateStream": """{id, runId, name, targetType, targetId, currentVersion, currentValue, metadata, createdAt,
+        updatedAt}""",
+    "stateVersion": """{id, streamId, runId, stepId?, version, value, patch, label?, reason?,
+        importance:transient|normal|checkpoint|milestone, metadata, createdBy?, createdAt}""",
+    "usage": """{id, runId, stepId?, kind, provider?, model?, label?, quantity?, unit?, inputTokens?, outputTokens?,
+        totalTokens, costUsd?, metadata, createdAt}""",
+    "usageGroup": """{~model?, ~workflow, ~day, entries, runs:int, inputTokens, outputTokens, totalTokens,
+        costUsd}""",
+    "runEdge": "{id, parentRunId, childRunId, name, edgeType, metadata, createdAt}",
+    "recoveryAttempt": """{id, runId, reason, webhookUrl, status:pending|delivered|failed, httpStatus?, responseBody?,
+        errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
+    "channel": "{id, runId, type, config:{url, secret:null}, events:[string], createdAt}",
+    "channelDelivery": """{id, runId, channelId, gateId?, eventType, payload, status:pending|delivered|failed,
+        httpStatus?, responseBody?, errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
+    "queueConfig": "{name, concurrency?, ratePerMinute?, invokeUrl?}",
+    "queueCounts": """{name, queued, running, waiting, failed, completed, cancelled, oldestReadyMs?,
+        config:queueConfig}""",
+    "schedule": """{name, cron, timezone, workflowName, input, queue, maxAttempts, enabled, nextRunAt?,
+        lastEnqueuedAt?, createdAt, updatedAt}""",
+    "runDetail": """{~run, ~steps, ~state?, ~stateStreams, ~stateVersions, ~runEdges, ~childRuns:[run],
+        ~recoveryAttempts, ~channels, ~channelDeliveries:[channelDelivery], ~gates, ~usage:[usage], ~events}""",
+    "error": """{error:string, code, ~issues:[{path, message}], ~run, ~step, ~gate, ~state?, ~leaseOwner,
+        ~expectedInputHash, ~actualInputHash}""",
+}
+
+BY_NAME: dict[str, Schema] = {
+    key: schema for keys, schema in (
+        ("input result error output data payload decisionPayload capability value patch currentValue any", {}),
+        ("metadata options object", {"type": "object"}),
+        ("attempt attempts maxAttempts priority seq version currentVersion httpStatus concurrency ratePerMinute queued"
+         " running waiting failed completed cancelled oldestReadyMs inputTokens outputTokens totalTokens entries int",
+         {"type": "integer"}),
+        ("quantity costUsd number", {"type": "number"}),
+        ("created deduplicated requeued enabled checkpointsTruncated ok ready timedOut bool", {"type": "boolean"}),
+        ("time", {"type": "string", "format": "date-time"}),
+        ("null", {"type": "null"}),
+    ) for key in keys.split()
+}
+TOKEN = re.compile(r"\.\.\.|[][{}:=?~]|[\w.|-]+")
+
+
+def kind_of(name: str) -> Schema:
+    """The schema of a type by its name, and of a key by what it is called."""
+    if name in BY_NAME:
+        return dict(BY_NAME[name])
+    if name in OBJECTS:
+        return {"$ref": f"#/components/schemas/{name}"}
+    if name.removesuffix("s") in OBJECTS:
+        return {"type": "array", "items": kind_of(name.removesuffix("s"))}
+    if between := re.fullmatch(r"(\d+)\.\.(\d+)", name):
+        return {"type": "integer", "minimum": int(between[1]), "maximum": int(between[2])}
+    if "|" in name:
+        return {"type": "string", "enum": name.split("|")}
+    return dict(BY_NAME["time"]) if name.endswith("At") else {"type": "string"}
+
+
+def or_null(schema: Schema) -> Schema:
+    if "enum" in schema:
+        return schema | {"type": [schema["type"], "null"], "enum": [*schema["enum"], None]}
+    if "type" in schema:
+        return schema | {"type": [schema["type"], "null"]}
+    return {"anyOf": [schema, {"type": "null"}]} if schema else schema
+
+
+def shape(text: str) -> Schema:
+    """The JSON schema of a shape as it is written above."""
+    tokens = TOKEN.findall(text)
+
+    def take(token: str) -> bool:
+        if tokens and tokens[0] == token:
+            tokens.pop(0)
+            return True
+        return False
+
+    def read() -> Schema:
+        read_one = [one()]
+        while take("or"):
+            read_one.append(one())
+        schema = read_one[0] if len(read_one) == 1 else {"anyOf": read_one}
+        return or_null(schema) if take("?") else schema
+
+    def one() -> Schema:
+        if take("["):
+            schema: Schema = {"type": "array", "items": read()}
+            assert take("]"), text
+            return schema
+        return members() if take("{") else kind_of(tokens.pop(0))
+
+    def members() -> Schema:
+        properties: dict[str, Schema] = {}
+        required: list[str] = []
+        while not take("}"):
+            if take("..."):
+                all_of = shape(OBJECTS[tokens.pop(0)])
+                properties |= all_of["properties"]
+                required += all_of.get("required", [])
+                continue
+            absent, key = take("~"), tokens.pop(0)
+            empty = take("?")
+            schema = {"const": tokens.pop(0)} if take("=") else read() if take(":") else kind_of(key)
+            properties[key] = or_null(schema) if empty else schema
+            required += [] if absent else [key]
+        return {"type": "object", "properties": properties} | ({"required": required} if required else {})
+
+    schema = read()
+    assert not tokens, text
+    return schema
+
+
+# ------------------------------------------------------------------------------
+# The document: the app's routes, their docstrings and the schemas that they parse, as OpenAPI.
+# ------------------------------------------------------------------------------
+GROUPS = {  # a route is of the last whose pattern its path has, else of the server
+    "Runs": ("/runs|/heartbeats", "One execution of a workflow each: created, leased, ended."),
+    "Steps": ("/steps", "Named pieces of a run: begun under a lease, recorded once, replayed from then on."),
+    "Gates": ("/gates", "Questions to a person, each decided once by whoever holds its token."),
+    "State and snapshots": ("/state|/snapshots", "What a run shows of itself while it works, version by version."),
+    "Usage": ("/usage", "The ledger of what runs cost."),
+    "Events": ("/events", "What happened to a run, numbered without gap."),
+    "Waiting": ("/wait|/signals", "A run that waits for something holds no worker."),
+    "Queues": ("/queues", "A job is a run: put in once per dedupe key, claimed by one worker."),
+    "Schedules": ("/schedules", "Runs that the clock enqueues."),
+    "Server": ("$.", "About this server itself."),
+}
+INTRODUCTION = (
+    "JSON over HTTP. Times are ISO-8601 in UTC. A key that a body does not know is ignored, and so should you ignore a "
+    "key that you do not know. Optional is not nullable: null is refused where the type has none. Path parts are "
+    "percent-encoded, / included. Every write may be sent again when its answer was lost.")
+REFUSED = {  # what any route may answer, beside what it says of itself
+    "400": ("invalid_request", "A value has the wrong form: issues says which, in the body, the path or the query."),
+    "401": ("unauthorized", "The API key is missing or wrong."),
+    "413": ("body_too_large", "The body is larger than TIDEBASE_MAX_BODY allows."),
+    "503": ("database_unavailable", "PostgreSQL is away or busy: send this again, after Retry-After seconds."),
+}
+MEDIA = {"stream": "text/event-stream", "page": "text/html", "text": "text/plain"}
+PARAMETER = re.compile(r" ([?@])([\w.-]+)(?::([\w.|]+))?(?:=([\w.-]+))?(?: \(([^)]*)\))?(?= |$)")
+RULE_PART = re.compile(r"<part:(\w+)>")
+PART: Schema = {"type": "string", "minLength": 1, "maxLength": 512, "pattern": "^[^\\u0000]*$"}
+
+
+def camel(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(map(str.title, others))
+
+
+def as_given(schema: Schema, text: str) -> Any:
+    return int(text) if schema["type"] == "integer" else text
+
+
+def path_of(rule: Any) -> tuple[str, list[str]]:
+    """A route's path and the names of its parts, where those that differ in nothing but such a name are one path."""
+    alike = [RULE_PART.findall(other.rule) for other in rule.map.iter_rules()
+             if RULE_PART.sub("", other.rule) == RULE_PART.sub("", rule.rule)]
+    names = [camel("_or_".join(dict.fromkeys(at))) for at in zip(*alike, strict=True)]
+    return RULE_PART.sub("{{{}}}", rule.rule).format(*names), names
+
+
+def parameters_of(rule: Any, head: str) -> list[Schema]:
+    found = [{"in": "path", "name": name, "required": True, "schema": PART}
+             | ({} if name == camel(own) else {"description": camel(own)})
+             for name, own in zip(path_of(rule)[1], RULE_PART.findall(rule.rule), strict=True)]
+    for mark, name, kind, default, explained in PARAMETER.findall(head):
+        schema = kind_of(kind or "string")
+        if default:
+            schema["default"] = as_given(schema, default)
+        found.append({"in": "query" if mark == "?" else "header", "name": name, "schema": schema}
+                     | ({"description": explained} if explained else {}))
+    return found
+
+
+def refusal(codes: list[str], words: str) -> Schema:
+    of_these = {"type": "object", "properties": {"code": {"enum": codes}}}
+    schema = {"allOf": [{"$ref": "#/components/schemas/error"}, of_these]}
+    return {"description": words, "content": {"application/json": {"schema": schema}}}
+
+
+def answers_of(tail: str) -> dict[str, Schema]:
+    """The responses that the end of a docstring lists: `200 {run}, 404, 409 lease_lost, run_cancelled.`"""
+    answers: dict[str, Schema] = {}
+    for status, said in re.findall(r"(\d{3})\b(.*?)(?=, \d{3}\b|$)", tail.rstrip(".")):
+        said = said.strip()
+        if status == "200" or said.startswith("{"):
+            answers[status] = {"description": said or "the answer", "content": {}}
+            kinds = re.split(r" or (?=[{[a-z])", said)
+            for media in [kind for kind in kinds if kind in MEDIA]:
+                # What the schema of a stream's content describes differs from tool to tool.
+                answers[status]["content"][MEDIA[media]] = {"schema": {} if media == "stream" else {"type": "string"}}
+            if shapes := [kind for kind in kinds if kind not in MEDIA]:
+                answers[status]["content"]["application/json"] = {"schema": shape(" or ".join(shapes))}
+        else:
+            codes = [piece.split()[0] for piece in said.split(",") if piece] or ["not_found"]
+            answers[status] = refusal(codes, said or "not_found")
+            if status in REFUSED:
+                answers[status] = refusal([REFUSED[status][0], *codes], f"{REFUSED[status][0]}, {said}")
+    return answers
+
+
+def bodies_of(view: Callable[..., Any]) -> list[type[marshmallow.Schema]]:
+    """The schemas that a route's code names: what it parses. One that combines others stands for those."""
+    code: Any = view
+    named = [code.__globals__.get(name) for name in code.__code__.co_names]
+    kinds = [kind for kind in named if isinstance(kind, type) and issubclass(kind, marshmallow.Schema)
+             and kind._declared_fields]
+    return [kind for kind in kinds if not any(other is not kind and issubclass(kind, other) for other in kinds)]
+
+
+def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
+    """What apispec cannot know of a field: its class may say more as `json_schema`, payloads have JSON defaults."""
+    known: Schema = {bound: int(ret[bound]) for bound in ("minimum", "maximum") if bound in ret}  # Decimals among them
+    known |= getattr(field, "json_schema", {})
+    if "pattern" in ret:
+        known["pattern"] = "^" + ret["pattern"].removesuffix(r"\Z") + "$"
+    if nested := getattr(field, "shape", None):
+        known = {"anyOf": [converter.resolve_nested_schema(nested), {"type": "null"}]}
+        ret.pop("type", None)
+    default = None if field.load_default is marshmallow.missing else field.load_default
+    if default is None:
+        ret.pop("default", None)  # an absent string is not a null that may be sent
+    elif callable(default):
+        known["default"] = default()
+    elif getattr(field, "empty", None):
+        known["default"] = json.loads(default)
+    return known
+
+
+def document(app: flask.Flask, version: str, without_key: set[str]) -> dict[str, Any]:
+    """All of the app's routes as an OpenAPI 3.1 document; those endpoints answer without the API key."""
+    marshmallows = MarshmallowPlugin(schema_name_resolver=lambda schema: (
+        schema if isinstance(schema, type) else type(schema)).__name__)
+    spec = APISpec("Tidebase", version, "3.1.0", plugins=[marshmallows], info={"description": INTRODUCTION}, tags=[
+        {"name": group, "description": said} for group, (_, said) in GROUPS.items()])
+    assert marshmallows.converter
+    marshmallows.converter.add_attribute_function(property_of)  # type: ignore[no-untyped-call]
+    for name, text in OBJECTS.items():
+        spec.components.schema(name, shape(text))
+    for code, words in REFUSED.values():
+        spec.components.response(code, refusal([code], words))
+    spec.components.security_scheme("key", {"type": "http", "scheme": "bearer"})
+    spec.components.security_scheme("token", {"type": "apiKey", "in": "query", "name": "token",
+                                              "description": "For browsers' streams, which send no headers."})
+    for rule in app.url_map.iter_rules():
+        view = app.view_functions[rule.endpoint]
+        head, _, tail = " ".join((view.__doc__ or "").split()).partition(" 200")
+        first = PARAMETER.search(head)
+        answers, bodies = answers_of("200" + tail), bodies_of(view)
+        parameters = parameters_of(rule, head)
+        path, _ = path_of(rule)
+        operation: dict[str, Any] = {
+            "operationId": rule.endpoint.rpartition(".")[2],
+            "summary": (head[:first.start()] if first else head).strip(),
+            "tags": [*(group for group, (pattern, _) in GROUPS.items() if re.search(pattern, path)), "Server"][-2:][:1],
+            "parameters": parameters,
+        }
+        also = [("400", bool(parameters or bodies)), ("401", rule.endpoint not in without_key), ("413", bool(bodies)),
+                ("503", rule.endpoint not in without_key or bool(bodies))]
+        operation["responses"] = dict(sorted((answers | {
+            status: REFUSED[status][0] for status, applies in also if applies and status not in answers}).items()))
+        if bodies:
+            required = all(any(field.required for field in kind().fields.values()) for kind in bodies)
+            content = {"schema": bodies[0] if len(bodies) == 1 else {"anyOf": bodies}}
+            operation["requestBody"] = {"required": required, "content": {"application/json": content}}
+        streams = MEDIA["stream"] in operation["responses"]["200"]["content"]
+        operation["security"] = [] if rule.endpoint in without_key else [{"key": []}] + [{"token": []}] * streams
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
+            spec.path(path, operations={method.lower(): operation})
+    return spec.to_dict()
+
+
+# ------------------------------------------------------------------------------
+# The page: the document for people. No script, nothing fetched; light or dark as the reader's system is.
+# ------------------------------------------------------------------------------
+def kind_words(schema: Schema) -> Markup:
+    """A schema in a few words, its objects as links."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return Markup('<a href="#object-{0}">{0}</a>').format(name)
+    if "anyOf" in schema:
+        between = "<br>or " if all("properties" in one for one in schema["anyOf"]) else " or "
+        return Markup(between).join(map(kind_words, schema["anyOf"]))
+    if "const" in schema:
+        return Markup("<code>{}</code>").format(json.dumps(schema["const"]))
+    if "enum" in schema:
+        return Markup(" | ").join(Markup("<code>{}</code>").format(json.dumps(value)) for value in schema["enum"])
+    kinds = schema.get("type", "any JSON")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    words = []
+    for kind in kinds:
+        if kind == "array":
+            words.append(Markup("[{}]").format(kind_words(schema["items"])))
+        elif kind == "object" and "properties" in schema:
+            members = [member(*pair) for pair in schema["properties"].items()]
+            words.append(Markup("{{{}}}").format(Markup(", ").join(members)))
+        else:
+            is_url, is_time = "://" in schema.get("pattern", ""), schema.get("format") == "date-time"
+            words.append(escape(kind if kind != "string" else "URL" if is_url else "time" if is_time else kind))
+    return Markup(" or ").join(words)
+
+
+def member(key: str, schema: Schema) -> Markup:
+    told = kind_words(schema)
+    return told if told.striptags() == key else Markup("{}: {}").format(key, told)
+
+
+def limits(schema: Schema) -> str:
+    """The range, length or form that a value must have, in words."""
+    said = []
+    for low, high, unit in (("minimum", "maximum", ""), ("minLength", "maxLength", " characters"),
+                            ("minItems", "maxItems", " items")):
+        if low in schema or high in schema:
+            bottom, top = schema.get(low, 0), schema.get(high)
+            said.append((f"{bottom:,} to {top:,}" if top is not None else f"from {bottom:,}") + unit)
+    if "pattern" in schema and "u0000" not in schema["pattern"] and "://" not in schema["pattern"]:
+        said.append(f"matches {schema['pattern']}")
+    return ", ".join(said)
+
+
+def page(spec: dict[str, Any]) -> str:
+    """The document as one HTML page that needs nothing else."""
+    groups: dict[str, list[tuple[str, str, Any]]] = {tag["name"]: [] for tag in spec["tags"]}
+    for path, operations in spec["paths"].items():
+        for method, operation in operations.items():
+            groups[operation["tags"][0]].append((method.upper(), path, operation))
+    schemas = spec["components"]["schemas"]
+
+    def fields(schema: Schema) -> list[tuple[str, Schema, bool]]:
+        schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        return [(name, field, name in schema.get("required", [])) for name, field in schema["properties"].items()]
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"kind": kind_words, "limits": limits, "fields": fields}
+    return environment.from_string(PAGE).render(
+        spec=spec, groups={name: found for name, found in groups.items() if found}, refused=REFUSED,
+        objects={name: schemas[name] for name in sorted(schemas)})
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Tidebase API</title>
+<style>
+:root { --ink: #1a1f26; --soft: #5a6572; --line: #dfe3e8; --paper: #fff; --tint: #f5f7f9; --link: #0b5cad;
+  --get: #0b6b50; --post: #0b5cad; --put: #8a5200; --patch: #8a5200; --delete: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --soft: #9aa6b2; --line: #2c343d; --paper: #12161b;
+  --tint: #1a2027; --link: #79b8ff; --get: #5fd0a5; --post: #79b8ff; --put: #e5b567; --patch: #e5b567;
+  --delete: #ff8f86 } }
+* { box-sizing: border-box }
+html { scroll-behavior: smooth; scroll-padding-top: 1rem }
+@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto } }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+code, .path, .method, dt { font-family: ui-monospace, "SFMono-Regular", Consolas, "DejaVu Sans Mono", monospace }
+code, .path, .method, dt { font-size: .875em }
+code, .path, dt { overflow-wrap: anywhere }
+a { color: var(--link); text-underline-offset: .15em }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 2px }
+.skip { position: absolute; left: -99rem; background: var(--paper); padding: .5rem }
+.skip:focus { left: 1rem; top: 1rem }
+nav { border-bottom: 1px solid var(--line); padding: .75rem 1.25rem; background: var(--tint) }
+nav h2 { display: inline-block; font-size: .9375rem; margin: 0 1rem 0 0; font-weight: 600 }
+nav a { text-decoration: none } nav a:hover { text-decoration: underline }
+nav ul { display: none; list-style: none; margin: 0; padding: 0 }
+nav li a { display: block; padding: .1rem 0; color: inherit; font-size: .875rem }
+main { padding: 1.5rem 1.25rem 4rem; max-width: 60rem; min-width: 0 }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .75rem }
+h1 small { color: var(--soft); font-weight: 400; font-size: .6em }
+main > section > h2 { font-size: 1.375rem; margin: 3rem 0 .25rem }
+main > section > h2 + p { margin: 0; color: var(--soft) }
+article { border-top: 1px solid var(--line); padding: 1.25rem 0; margin-top: 1.25rem }
+h3 { font-size: 1rem; margin: 0; font-weight: 600; display: flex; gap: .75rem; align-items: baseline }
+h3 a { color: inherit; text-decoration: none } h3 a:hover { text-decoration: underline }
+h3 .path { font-size: 1rem }
+.method { font-weight: 700; flex: none } .GET { color: var(--get) } .POST { color: var(--post) }
+.PUT { color: var(--put) } .PATCH { color: var(--patch) } .DELETE { color: var(--delete) }
+article > p { margin: .35rem 0 .75rem; max-width: 44rem }
+h4 { font-size: .8125rem; color: var(--soft); font-weight: 600; margin: .9rem 0 .25rem }
+dl { margin: 0; background: var(--tint); border-radius: 6px; padding: .15rem .875rem; font-size: .9375rem }
+dl > div { display: grid; grid-template-columns: minmax(0, 13rem) minmax(0, 1fr); gap: 0 1rem; padding: .3rem 0 }
+dl > div + div { border-top: 1px solid var(--line) }
+dt { font-weight: 600; padding-top: .1em } dt small { font-weight: 400; color: var(--soft); font-size: 1em }
+dd { margin: 0; overflow-wrap: anywhere } dd small { color: var(--soft); font-size: inherit }
+dl.answers > div { grid-template-columns: 3rem minmax(0, 1fr) }
+@media (max-width: 34rem) { dl > div { grid-template-columns: 1fr } dl:not(.answers) dd { padding-left: 1rem } }
+@media (min-width: 62rem) {
+  body { display: grid; grid-template-columns: 17rem minmax(0, 1fr) }
+  nav { position: sticky; top: 0; height: 100vh; overflow-y: auto; border: 0; border-right: 1px solid var(--line) }
+  nav { padding: 1rem 1.25rem 1.5rem } nav ul { display: block }
+  nav h2 { display: block; font-size: .8125rem; margin: 1rem 0 .25rem } nav h2 a { color: var(--soft) }
+  main { padding: 2rem 3rem 4rem } }
+@media print { nav { display: none } }
+</style>
+{% macro row(name, schema, note, said="") %}
+<div><dt>{{ name }}{% if note %} <small>{{ note }}</small>{% endif %}</dt>
+<dd>{{ schema | kind }}{% if schema | limits %}<small>, {{ schema | limits }}</small>{% endif %}
+{%- if "default" in schema %}<small>, default</small> <code>{{ schema.default | tojson }}</code>{% endif %}
+{%- if said %}<small>; {{ said }}</small>{% endif %}</dd></div>
+{% endmacro %}
+<a class="skip" href="#main">Skip to the routes</a>
+<nav aria-label="Routes">
+{% for group, operations in groups.items() %}
+<h2><a href="#{{ group | replace(" ", "-") }}">{{ group }}</a></h2>
+<ul>{% for method, path, operation in operations %}
+<li><a href="#{{ operation.operationId }}">{{ operation.operationId | replace("_", " ") }}</a></li>
+{% endfor %}</ul>
+{% endfor %}
+<h2><a href="#objects">Objects</a></h2>
+</nav>
+<main id="main">
+<h1>Tidebase API <small>{{ spec.info.version }}</small></h1>
+<p>{{ spec.info.description }}</p>
+<p>With a key configured, send <code>Authorization: Bearer KEY</code>. The same for machines, as OpenAPI:
+<a href="openapi.json">openapi.json</a>.</p>
+<p>A refusal is an <a href="#object-error">error</a>, with words for a person and a code for programs. Besides the
+codes that each route names, it may answer:</p>
+<dl>{% for status, (code, words) in refused.items() %}
+<div><dt>{{ status }} {{ code }}</dt><dd>{{ words }}</dd></div>
+{% endfor %}</dl>
+{% for group in spec.tags if group.name in groups %}
+<section aria-labelledby="{{ group.name | replace(" ", "-") }}">
+<h2 id="{{ group.name | replace(" ", "-") }}">{{ group.name }}</h2><p>{{ group.description }}</p>
+{% for method, path, operation in groups[group.name] %}
+<article id="{{ operation.operationId }}">
+<h3><span class="method {{ method }}">{{ method }}</span>
+<a class="path" href="#{{ operation.operationId }}">{{ path }}</a></h3>
+<p>{{ operation.summary }}{% if not operation.security %} No API key needed.{% endif %}</p>
+{% for parameter in operation.parameters %}
+{% if loop.first %}<h4>Parameters</h4><dl>{% endif %}
+{{ row(parameter.name, parameter.schema, parameter.in, parameter.description) }}
+{% if loop.last %}</dl>{% endif %}
+{% endfor %}
+{% if operation.requestBody %}
+{% set content = operation.requestBody.content["application/json"].schema %}
+{% for body in content.anyOf or [content] %}
+<h4>{{ "Body" if loop.first else "Or" }}</h4><dl>
+{% for name, schema, required in body | fields %}{{ row(name, schema, "required" if required) }}{% endfor %}</dl>
+{% endfor %}
+{% endif %}
+<h4>Answers</h4><dl class="answers">
+{% for status, answer in operation.responses.items() if answer.description %}
+<div><dt>{{ status }}</dt><dd>
+{%- if status[0] == "2" or "allOf" not in (answer.content["application/json"] or {"schema": {}}).schema %}
+{% for media, content in answer.content.items() %}{{ " or " if not loop.first }}
+{{- content.schema | kind if media == "application/json" else media }}{% endfor %}
+{%- else %}<code>{{ answer.description }}</code>{% endif %}</dd></div>
+{% endfor %}</dl>
+</article>
+{% endfor %}
+</section>
+{% endfor %}
+<section aria-labelledby="objects"><h2 id="objects">Objects</h2>
+<p>Every key of an answer is always there, unless it is marked as optional.</p>
+{% for name, schema in objects.items() %}
+<article id="object-{{ name }}"><h3><a class="path" href="#object-{{ name }}">{{ name }}</a></h3>
+<dl>{% for key, field, required in schema | fields %}
+{{ row(key, field, "" if required else "optional") }}{% endfor %}</dl>
+</article>
+{% endfor %}
+</section>
+</main>
+</html>
+"""
