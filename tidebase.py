@@ -42,6 +42,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import signal
 import socket
 import sys
@@ -51,7 +52,7 @@ import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -65,6 +66,7 @@ import marshmallow
 import psycopg
 import psycopg_pool
 import requests
+import urllib3
 import waitress.channel
 import waitress.server
 import waitress.task
@@ -1089,14 +1091,12 @@ def keep_ticking(job: str, tick: Callable[[], int], rest: Callable[[], None], st
 # ------------------------------------------------------------------------------
 # Webhook sender: takes due webhooks out of the outbox, signs and sends them, and writes down what became of each.
 # ------------------------------------------------------------------------------
-SEND_SECONDS = 10       # for a receiver to connect, and again to answer
+SEND_SECONDS = 10       # for a receiver to answer
 SEND_SLOTS = 8          # webhooks under way at once, so that one slow receiver does not hold up the others
-SEND_HOLD_MS = 15_000   # taken and not settled for so long (its sender was killed): due again
+SEND_HOLD_MS = 30_000   # taken and not settled for so long (its sender was killed): due again; no try takes longer
 SEND_REST_SECONDS = 1.0  # between looks for what became due, or was written by another process
 SEND_GAP_SECONDS = 0.02
 RESPONSE_CHARACTERS = 8000
-NOT_WORTH_REPEATING = (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema,
-                       requests.exceptions.InvalidHeader, requests.exceptions.MissingSchema)
 
 
 def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str, str]:
@@ -1113,6 +1113,14 @@ def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str
     standard = base64.b64encode(hmac.digest(standard_key, signed, "sha256")).decode()
     return {"x-tidebase-signature": "sha256=" + hmac.digest(key, body, "sha256").hex(),
             "webhook-signature": f"v1,{standard}"}
+
+
+class NoRedirects(requests.Session):
+    """A redirect is an answer like any other: requests would read its body to the end, and its address, even when told
+    not to follow it."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
 
 
 class Sender:
@@ -1146,14 +1154,16 @@ class Sender:
 
     def _deliver(self, delivery: dict[str, Any]) -> None:
         try:
-            outcome = self._send(delivery)
+            try:
+                outcome = self._send(delivery)
+            except Exception as error:  # a defect here must not make it due for ever: it counts as a failed try
+                logger.exception("a webhook could not be sent",
+                                 extra={"event": "send_failed", "delivery_id": delivery["id"]})
+                outcome = False, True, None, None, type(error).__name__
             self.database.call("settle_delivery", delivery["id"], delivery["attempt"], *outcome)
         except psycopg.Error as error:  # unsettled: due again after SEND_HOLD_MS, under the same id
             logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
                            extra={"event": "settle_failed", "delivery_id": delivery["id"]})
-        except Exception:
-            logger.exception("a webhook could not be sent",
-                             extra={"event": "send_failed", "delivery_id": delivery["id"]})
         finally:
             with self.lock:
                 self.free += 1
@@ -1168,12 +1178,14 @@ class Sender:
         secret = delivery["secret"] if delivery["kind"] == "channel" else self.secret
         if secret:
             headers |= sign(body, secret, delivery["id"], now)
+        deadline = time.monotonic() + SEND_SECONDS
         try:
-            with requests.post(delivery["url"], data=body, headers=headers, timeout=SEND_SECONDS, stream=True,
-                               allow_redirects=False) as response:
-                text = self._beginning(response)
+            with NoRedirects() as session, session.post(
+                    delivery["url"], data=body, headers=headers, timeout=(CONNECT_SECONDS, SEND_SECONDS), stream=True,
+                    allow_redirects=False) as response:
+                text = self._beginning(response, deadline)
                 status = response.status_code
-        except NOT_WORTH_REPEATING as error:
+        except ValueError as error:  # an address that nobody can have
             return False, False, None, None, type(error).__name__
         except requests.RequestException as error:
             return False, True, None, None, type(error).__name__
@@ -1181,19 +1193,21 @@ class Sender:
         return delivered, status in (408, 429) or status >= 500, status, text, None if delivered else f"HTTP {status}"
 
     @staticmethod
-    def _beginning(response: requests.Response) -> str:
-        """The first characters of an answer, without waiting for an endless one; NUL is no text for Postgres."""
-        deadline = time.monotonic() + SEND_SECONDS
+    def _beginning(response: requests.Response, deadline: float) -> str:
+        """The first characters of an answer, without waiting for an endless one. The status counts: a body that breaks
+        off, or is not in the encoding it claims, is kept as far as it goes. NUL and lone surrogates are no text for
+        Postgres."""
         taken = b""
-        for chunk in response.iter_content(4096):
-            taken += chunk
-            if len(taken) >= 4 * RESPONSE_CHARACTERS or time.monotonic() > deadline:
-                break
-        encoding = response.encoding or "utf-8"
+        with suppress(urllib3.exceptions.HTTPError):
+            while chunk := response.raw.read1(4096, decode_content=True):
+                taken += chunk
+                if len(taken) >= 4 * RESPONSE_CHARACTERS or time.monotonic() > deadline:
+                    break
         try:
-            text = taken.decode(encoding, "replace")
-        except LookupError:  # the receiver named an encoding that there is not
+            text = taken.decode(response.encoding or "utf-8", "replace")
+        except (LookupError, ValueError):  # the receiver named an encoding that there is not
             text = taken.decode("utf-8", "replace")
+        text = text.encode("utf-8", "replace").decode()
         return text[:RESPONSE_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}")
 
 
@@ -1980,6 +1994,10 @@ UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before the
                     # still sending, gets to see the answer; above, the connection is closed on it
 
 
+LINGER_MS = 5       # how long a thread stays with a connection for its next request
+LINGER_SPARE = 4    # threads that must be free for other connections, else it does not stay
+
+
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress brings no types
     """What waitress refuses before Flask sees it, in the protocol's shape."""
 
@@ -1997,8 +2015,72 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress 
         self.write(body)
 
 
+class Inline:
+    """What a Channel sees of its server: while the channel's own thread looks after it, nobody else is to be woken."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
+        self.attended = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.server, name)
+
+    def add_task(self, channel: Channel) -> None:
+        if not self.attended:
+            self.server.add_task(channel)
+
+    def pull_trigger(self) -> None:
+        if not self.attended:
+            self.server.pull_trigger()
+
+
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+    """A connection whose thread stays with it for a moment after an answer: a worker's next request comes at once, and
+    is then read and answered there, without the main loop and a change of threads, which cost as much as the answer."""
+
     error_task_class = JsonErrorTask
+
+    def __init__(self, server: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(Inline(server), *arguments, **options)
+
+    def check_client_disconnected(self) -> bool:
+        return not self.connected or self._peek() == b""
+
+    def _peek(self) -> bytes | None:
+        """What there is to read: None for nothing yet, b"" when the client hung up."""
+        try:
+            return self.socket.recv(1, socket.MSG_PEEK)  # type: ignore[no-any-return]
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def service(self) -> None:
+        """Answer the request that is read, and those that follow it at once."""
+        self.server.attended = True  # the main loop does not read from a channel with a request under way
+        while True:
+            super().service()
+            if not self.requests and not self._receive():
+                break
+        with self.requests_lock:
+            self.server.attended = False
+            if self.requests:
+                self.server.add_task(self)
+        if self.connected:
+            self.server.pull_trigger()
+
+    def _receive(self) -> bool:
+        """Wait for the next request.  :returns: whether it is there; else the main loop takes over."""
+        dispatcher = self.server.task_dispatcher
+        idle = self.server.adj.threads - dispatcher.active_count
+        if not self.connected or self.readable() is False or dispatcher.queue or idle < LINGER_SPARE:
+            return False
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        if not poll.poll(LINGER_MS) or not self._peek():
+            return False
+        self.handle_read()
+        return bool(self.requests)
 
 
 def create_app(server: Server) -> flask.Flask:
@@ -2072,7 +2154,6 @@ class Server:
         self._http = waitress.server.create_server(
             self.app, sockets=[self.listener], threads=self.config.threads, ident=None, connection_limit=10_000,
             max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120, asyncore_use_poll=True,
-            channel_request_lookahead=1,  # goes on reading while a request is served: so a hang-up is noticed
             clear_untrusted_proxy_headers=True)
         self._http.channel_class = Channel
         loops = [
