@@ -1943,8 +1943,9 @@ $$;
 -- Many runs: all or, when one is refused, none.    Returns  {"runs"}, in the order given, each with "deduplicated".
 -- Locks    the queue's batches that have dedupe keys go one after the other: two that name the same keys in different
 --          orders would wait for each other.
+-- Plans    on a table that was small when it was last looked at, each of thousands of rows would be found by a scan.
 create or replace function tidebase.enqueue_runs (p_queue text, p_jobs jsonb, p_inputs json[])
-  returns json language plpgsql as $$
+  returns json language plpgsql set enable_seqscan = off as $$
 begin
   if jsonb_path_exists(p_jobs, '$[*].dedupeKey ? (@ != null)') then
     perform pg_advisory_xact_lock(hashtextextended('tidebase.enqueue.' || p_queue, 0));
@@ -2045,6 +2046,7 @@ begin
   if p_claim_id is not null then
     for v_run in select * from tidebase.runs where queue = any (p_queues) and lease_owner = p_owner
                     and status = 'running' and not stalled and claim_id = p_claim_id
+                  order by array_position(p_queues, queue), priority desc, run_at, id
     loop
       v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
     end loop;
