@@ -13,6 +13,7 @@ a key holds its name says (see kind_of), or a type after a colon: low..high, a|b
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -75,6 +76,7 @@ OBJECTS = {
         ~recoveryAttempts, ~channels, ~channelDeliveries:[channelDelivery], ~gates, ~usage:[usage], ~events}""",
     "error": """{error:string, code, ~issues:[{path, message}], ~run, ~step, ~gate, ~state?, ~leaseOwner,
         ~expectedInputHash, ~actualInputHash}""",
+    "refusal": "{...error, status:int}",
 }
 
 BY_NAME: dict[str, Schema] = {
@@ -334,7 +336,7 @@ def kind_words(schema: Schema) -> Markup:
     if "const" in schema:
         return Markup("<code>{}</code>").format(json.dumps(schema["const"]))
     if "enum" in schema:
-        return Markup(" | ").join(Markup("<code>{}</code>").format(json.dumps(value)) for value in schema["enum"])
+        return Markup(" or ").join(Markup("<code>{}</code>").format(json.dumps(value)) for value in schema["enum"])
     kinds = schema.get("type", "any JSON")
     kinds = [kinds] if isinstance(kinds, str) else kinds
     words = []
@@ -342,7 +344,8 @@ def kind_words(schema: Schema) -> Markup:
         if kind == "array":
             words.append(Markup("[{}]").format(kind_words(schema["items"])))
         elif kind == "object" and "properties" in schema:
-            members = [member(*pair) for pair in schema["properties"].items()]
+            required = schema.get("required", [])
+            members = [member(key if key in required else key + "?", one) for key, one in schema["properties"].items()]
             words.append(Markup("{{{}}}").format(Markup(", ").join(members)))
         else:
             is_url, is_time = "://" in schema.get("pattern", ""), schema.get("format") == "date-time"
@@ -371,8 +374,13 @@ def limits(schema: Schema) -> str:
 def page(spec: dict[str, Any]) -> str:
     """The document as one HTML page that needs nothing else."""
     groups: dict[str, list[tuple[str, str, Any]]] = {tag["name"]: [] for tag in spec["tags"]}
-    for path, operations in spec["paths"].items():
+    for merged, operations in copy.deepcopy(spec["paths"]).items():
         for method, operation in operations.items():
+            path = merged
+            for part in operation["parameters"]:  # by the route's own name for it: see path_of
+                if part["in"] == "path" and "description" in part:
+                    path = path.replace(part["name"], part["description"])
+                    part |= {"name": part["description"], "description": ""}
             groups[operation["tags"][0]].append((method.upper(), path, operation))
     schemas = spec["components"]["schemas"]
 
@@ -400,8 +408,7 @@ PAGE = """<!doctype html>
   --tint: #1a2027; --link: #79b8ff; --get: #5fd0a5; --post: #79b8ff; --put: #e5b567; --patch: #e5b567;
   --delete: #ff8f86 } }
 * { box-sizing: border-box }
-html { scroll-behavior: smooth; scroll-padding-top: 1rem }
-@media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto } }
+html { scroll-padding-top: 1rem }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 code, .path, .method, dt { font-family: ui-monospace, "SFMono-Regular", Consolas, "DejaVu Sans Mono", monospace }
 code, .path, .method, dt { font-size: .875em }
@@ -427,6 +434,7 @@ h3 .path { font-size: 1rem }
 .method { font-weight: 700; flex: none } .GET { color: var(--get) } .POST { color: var(--post) }
 .PUT { color: var(--put) } .PATCH { color: var(--patch) } .DELETE { color: var(--delete) }
 article > p { margin: .35rem 0 .75rem; max-width: 44rem }
+h3 + dl { margin-top: .5rem }
 h4 { font-size: .8125rem; color: var(--soft); font-weight: 600; margin: .9rem 0 .25rem }
 dl { margin: 0; background: var(--tint); border-radius: 6px; padding: .15rem .875rem; font-size: .9375rem }
 dl > div { display: grid; grid-template-columns: minmax(0, 13rem) minmax(0, 1fr); gap: 0 1rem; padding: .3rem 0 }

@@ -1537,7 +1537,7 @@ def list_runs() -> flask.Response:
 @routes.get("/runs/<part:run_id>")
 def get_run(run_id: str) -> flask.Response:
     """All that is known of a run, or parts of it; with waitMs the run alone, as soon as it ended.
-    ?include (run,state,gates and so on) ?waitMs (at most 25000)  200 runDetail, 404."""
+    ?include (run,state,gates and so on) ?waitMs:0..25000=0  200 runDetail, 404."""
     if "waitMs" in flask.request.args:
         return held(run_id, lambda: core().database.call("get_run", run_id),
                     lambda body: body["run"]["status"] in ENDED)
@@ -1566,7 +1566,7 @@ def heartbeat(run_id: str) -> flask.Response:
 
 @routes.post("/heartbeats")
 def heartbeats() -> flask.Response:
-    """Extend many leases.  200 {results: [{run} or {...error, status:int}]}."""
+    """Extend many leases.  200 {results: [{run} or refusal]}."""
     beats = parse(HeartbeatsBody)["runs"]
     return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
 
@@ -1675,7 +1675,7 @@ def record_step(run_id: str) -> flask.Response:
 
 @routes.post("/steps")
 def record_steps() -> flask.Response:
-    """Record many, of any runs.  200 {results: [{step} or {...error, status:int}]}."""
+    """Record many, of any runs.  200 {results: [{step} or refusal]}."""
     records = parse(RecordStepsBody)["records"]
     heads = [compose({
         "runId": r["run_id"], "leaseOwner": r["lease_owner"], "name": r["name"], "inputHash": r["input_hash"],
