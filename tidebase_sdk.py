@@ -47,6 +47,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import random
@@ -62,7 +63,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Generator, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, TypeVar, Union, cast, overload
 from urllib.parse import quote, urlencode, urlsplit
@@ -70,8 +71,9 @@ from urllib.parse import quote, urlencode, urlsplit
 __version__ = "0.1.0"
 __all__ = [  # what tidebase.py and tidebase.aio hand on
     "AsyncRunContext", "AsyncTidebase", "Events", "FanoutFailed", "GateDecision", "LeaseLost", "RunCancelled",
-    "RunContext", "RunSession", "RunSuspended", "StepInputMismatch", "StepNeedsReview", "StepTimeout", "Tidebase",
-    "TidebaseError", "Unreachable", "canonical_json", "input_hash", "new_run_id", "verify_webhook_signature",
+    "RunContext", "RunFailed", "RunSession", "RunSuspended", "SignalTimeout", "StepInputMismatch", "StepNeedsReview",
+    "StepTimeout", "Tidebase", "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash",
+    "new_run_id", "verify_webhook_signature",
 ]
 
 logger = logging.getLogger("tidebase")  # fixed sentences; what happened is in the extras `event` and `run_id`
@@ -91,6 +93,7 @@ LEASE_FALLBACK_S = 60.0  # the server's default, should an answer not tell the l
 LOCKED_POLL_S = (0.1, 2.0)  # first and longest rest before asking again for a step or child that another owner holds
 STEP_BACKOFF_S = (0.5, 60.0)  # first and longest rest between the tries of a step with `retries`
 GATE_POLL_S = 5.0  # one held request: also the longest a stopping worker waits for a run at a gate
+HOLD_S = 5.0  # a run keeps its worker this long while it waits: giving it up costs a claim and a replay
 UNKNOWN_REST_S = 10.0  # a run of a workflow that is not registered here is kept from the queue's head this long
 SHUTDOWN_S = 25.0  # platforms send SIGKILL 30 s after SIGTERM
 STREAM_SILENCE_S = 45.0  # an event stream sends a comment every 15 s: three missed, and the connection is dead
@@ -153,16 +156,39 @@ class StepTimeout(TidebaseError):
     """A step's function took longer than its `timeout_s`."""
 
 
+class RunFailed(TidebaseError):
+    """A run that was waited for, a child for instance, failed for good.  `body`: the run, as far as it was recorded."""
+
+    retryable = False
+    run_id = property(lambda self: self.body["id"])
+    failure_class = property(lambda self: self.body["failureClass"])
+    error = property(lambda self: self.body["error"], doc="What it failed with: JSON with name, message and stack.")
+
+
 class FanoutFailed(TidebaseError):
     """Some children of a fanout failed; `errors` maps their names to what they raised."""
 
     def __init__(self, message: str, errors: dict[str, BaseException] | None = None) -> None:
         super().__init__(message)
         self.errors = errors or {}
+        self.retryable = not errors or any(getattr(error, "retryable", True) for error in errors.values())
+
+
+class WaitTimeout(TidebaseError, TimeoutError):
+    """What was waited for did not come within `timeout_s`."""
+
+
+class SignalTimeout(WaitTimeout):
+    """A signal did not come in time.  That is decided for good: every replay is told the same."""
+
+    retryable = False
 
 
 class RunSuspended(BaseException):
-    """Unwinds a workflow whose worker gives the run back.  `except Exception` does not see it, `finally` blocks run."""
+    """Unwinds a workflow whose run leaves its worker, to wait or since the worker stops.
+
+    `except Exception` does not see it, `finally` blocks run, and nothing counts as a failure.  Let it pass.
+    """
 
 
 # ------------------------------------------------------------------------------
@@ -438,14 +464,17 @@ def _iso(moment: datetime | str | None) -> str | None:
     return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def _moment(told: Any) -> datetime:
+    """A time as the protocol writes it; ValueError for anything else."""
+    return datetime.fromisoformat(str(told).replace("Z", "+00:00"))
+
+
 def _lease_seconds(run: Json) -> float:
     """The length of a lease just given: both ends are told by the database's clock."""
     try:
-        ends, now = (datetime.fromisoformat(str(run[key]).replace("Z", "+00:00")) for key in
-                     ("leaseExpiresAt", "updatedAt"))
+        return max((_moment(run["leaseExpiresAt"]) - _moment(run["updatedAt"])).total_seconds(), 0.1)
     except (KeyError, ValueError):
         return LEASE_FALLBACK_S
-    return max((ends - now).total_seconds(), 0.1)
 
 
 def _jittered(bounds: tuple[float, float], tries: int) -> float:
@@ -493,6 +522,30 @@ def _refusal(status: int, body: Any, path: str) -> TidebaseError:
     code = told.get("code")
     words = f"{told.get('error') or http.client.responses.get(status, 'no success')} ({status}, {path})"
     return _REFUSALS.get(str(code), TidebaseError)(words, status, body, code, path)
+
+
+def _has_ended(answer: Json) -> bool:
+    return answer["run"]["status"] in ("completed", "failed", "cancelled")
+
+
+def _outcome(run: Json) -> Any:
+    """What a run that ended returned, or the exception that tells how it ended."""
+    if run["status"] == "completed":
+        return run["result"]
+    if run["status"] == "cancelled":
+        words = f"run {run['id']} was cancelled: {run.get('cancelReason') or 'no reason given'}"
+        return RunCancelled(words, body=run, code="run_cancelled")
+    told = run["error"] if isinstance(run["error"], dict) else {"message": run["error"]}
+    words = ": ".join(str(told[key]) for key in ("name", "message") if told.get(key))
+    return RunFailed(f"run {run['id']} failed: {words or 'no error given'}", body=run, code="run_failed")
+
+
+def _outcome_json(error: Exception) -> Json:
+    """How a child ended, as the step that joins a fanout keeps it; _outcome makes the exception of it again."""
+    run = getattr(error, "body", None)
+    if not isinstance(run, dict) or not {"id", "status", "error"} <= set(run):  # it ran here
+        run = {"id": None, "status": "failed", "error": _error_json(error)}
+    return {key: run.get(key) for key in ("id", "status", "error", "failureClass", "cancelReason")}
 
 
 def _contract(options: Json) -> str:
@@ -544,10 +597,18 @@ class _Held:
         self.on_lost: Callable[..., Any] | None = None
         self.lost: TidebaseError | None = None
         self.suspended = False
+        self.leaving = threading.Lock()  # held while the run asks to wait without us: nothing may begin meanwhile
+        self.waiting = False  # the run waits without us: it is queued again when what it waits for is there
         self.settling = False  # its outcome is under way: a heartbeat refused now means that it arrived
         self.ended = False  # completed, failed or given back: threads left over stop at their next boundary
+        self._told_at = (run.get("updatedAt"), time.monotonic())
         self.renew(time.monotonic())
         self.beat_at: float = time.monotonic() + min(self.beat_s, FIRST_BEAT_S)
+
+    def now(self) -> datetime:
+        """The database's clock: what it said when it gave the lease, and the time that has passed here since."""
+        told, heard_at = self._told_at
+        return _moment(told) + timedelta(seconds=time.monotonic() - heard_at)
 
     def renew(self, since: float) -> None:
         """The server extended the lease at a moment after `since`."""
@@ -576,6 +637,8 @@ class _Held:
 
     def fence(self) -> None:
         """Before a write: raise what ended the lease.  A copy, since threads may raise it side by side."""
+        if self.waiting:
+            raise RunSuspended
         gone = self.gone()
         if gone is not None:
             raise copy.copy(gone)
@@ -585,7 +648,7 @@ class _Held:
         self.fence()
         held: _Held | None = self
         while held is not None:
-            if held.suspended:
+            if held.suspended or held.leaving.locked():
                 raise RunSuspended
             held = held.parent
 
@@ -691,11 +754,20 @@ class RunGates(_RunPart[M]):
 class Run(Surface[M]):
     """What a workflow is given.  Its methods may be called from several threads or tasks of one workflow.
 
+    Waiting: `gate`, `sleep`, `wait_for_signal`, and `child` and `fanout` with a `queue`, may take days.  A run from a
+    queue then leaves its worker: RunSuspended unwinds the workflow, `finally` blocks run, `except Exception` does not
+    see it.  When what it waits for is there, any worker calls the workflow from its first line again, completed steps
+    return what they returned, and the wait is over.  So code between steps runs again, more often than once; whatever
+    must happen once belongs into a step, and what a `finally` block undoes must be made again on the way back.  Under
+    `tide.run` and `attach` a run waits in place, under heartbeats, and so does one that does something else meanwhile.
+
     run_id, name (of the workflow), attempt (1, 2, 3 ...), input and metadata as the server stores them.
     """
 
-    def __init__(self, client: Client[M], run: Json, held: _Held, checkpoints: Sequence[Json] = ()) -> None:
+    def __init__(self, client: Client[M], run: Json, held: _Held, checkpoints: Sequence[Json] = (),
+                 may_leave: bool = False) -> None:
         self._client, self._held = client, held
+        self._may_leave = may_leave and run.get("queue") is not None  # else nobody would bring it back
         self.run_id: str = run["id"]
         self.name: str = run["workflowName"]
         self.attempt: int = run.get("attempt", 0)
@@ -707,6 +779,8 @@ class Run(Surface[M]):
         self.gates: RunGates[M] = RunGates(self)
         self._checkpoints = {step["name"]: step for step in checkpoints}
         self._executing: set[str] = set()  # names of the steps under way here
+        self._children: set[str] = set()  # likewise of children
+        self._sleeps = itertools.count(1)
         self._step_failures: list[tuple[BaseException, str]] = []
 
     def __repr__(self) -> str:
@@ -815,85 +889,241 @@ class Run(Surface[M]):
 
     @op
     def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
-             capability: Any = None, timeout_s: float | None = None,
+             capability: Any = None, timeout_s: float | None = None, hold_s: float = HOLD_S,
              poll_s: float = GATE_POLL_S) -> Op[GateDecision]:
         """Wait until a person has decided.  The decision is durable: a replay returns it at once.
 
-        timeout_s: then the gate is canceled, actor `timeout`.  poll_s: how long one request waits (at most 25).
-        Raises RunCancelled, LeaseLost.  The run keeps its lease, and its worker a place, meanwhile.
+        timeout_s: then the gate is canceled, actor `timeout`.  hold_s: a run from a queue waits this long with its
+        worker, then without one (see Run).  poll_s: how long one request of a run that waits in place is held (at most
+        25).  Raises RunCancelled, LeaseLost.
         """
-        answer = yield from RunGates.begin(
+        begun = yield from RunGates.begin(
             self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
         )
+        gate_id = begun["gate"]["id"]
+        answer = yield from self._await({"gateId": gate_id}, "gates", gate_id, hold_s=hold_s, poll_s=poll_s,
+                                        known=begun, is_over=lambda answer: answer["gate"]["status"] != "pending")
         gate = answer["gate"]
-        hold_s = min(poll_s, HOLD_CAP_S)
-        path = _path("runs", self.run_id, "gates", gate["id"], wait_ms=_ms(hold_s))
-        while gate["status"] == "pending":
-            asked = time.monotonic()
-            answer = yield from self._client._request("GET", path, held=self._held, hold_s=hold_s)
-            if answer.get("runStatus") == "cancelled":
-                self._held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
-            self._held.boundary()
-            gate = answer["gate"]
-            if gate["status"] == "pending" and time.monotonic() - asked < hold_s / 2:
-                yield Sleep(min(1.0, hold_s), self._held.alarm)  # the server had no place to let us wait
         return GateDecision(
             gate["id"], gate["name"], gate["status"], gate["decision"], gate["actor"], gate["decisionPayload"]
         )
 
     @op
+    def sleep(self, seconds: float | None = None, *, until: datetime | None = None, name: str | None = None,
+              hold_s: float = HOLD_S) -> Op[None]:
+        """Sleep for some seconds, or until a time (a datetime without time zone is local).  A replay does not again.
+
+        When it ends is fixed at the first call, by the database's clock, in the step `sleep:NAME`; other seconds in a
+        later version of your code do not move it.  name: default 1, 2, 3 ... in the order of calls, so name sleeps
+        whose order may change.  hold_s: a run from a queue sleeps with its worker when no more than this is left, else
+        without one (see Run).  Raises RunCancelled, LeaseLost.
+        """
+        if (seconds is None) == (until is None):
+            raise ValueError("sleep() needs either seconds or until")
+        self._held.boundary()
+        begun = yield from self._note(f"sleep:{name or next(self._sleeps)}", {"seconds": seconds, "until": _iso(until)})
+        noted = begun["output"]
+        ends = _moment(noted["until"] or begun["completedAt"]) + timedelta(seconds=noted["seconds"] or 0)
+        while ends > self._held.now():
+            left_s = (ends - self._held.now()).total_seconds()
+            if left_s > hold_s and (yield from self._leave_until({"until": _iso(ends)})):
+                return
+            yield Sleep(min(left_s, GATE_POLL_S), self._held.alarm)
+            self._held.boundary()
+
+    @op
+    def wait_for_signal(self, name: str, timeout_s: float | None = None, *, hold_s: float = HOLD_S) -> Op[Any]:
+        """Wait for the signal of this name (`tide.runs.signal`) and return its payload, in every replay the same.
+
+        A signal sent before it is asked for is kept; the first one of a name wins.  timeout_s: then SignalTimeout, for
+        good.  It counts from the first call, which the step `signal:NAME` records; that it ran out is recorded by the
+        server as the signal's outcome or, of a run that waits in place, by the client in the step `signal:NAME:late`.
+        hold_s: a run from a queue waits this long with its worker, then without one (see Run).
+        Raises RunCancelled, LeaseLost.
+        """
+        self._held.boundary()
+        ends: datetime | None = None
+        if timeout_s is not None:
+            begun = yield from self._note(f"signal:{name}", {"timeoutS": timeout_s})
+            ends = _moment(begun["completedAt"]) + timedelta(seconds=begun["output"]["timeoutS"])
+        answer = yield from self._await({"event": name}, "signals", name, hold_s=hold_s, ends=ends,
+                                        is_over=lambda answer: answer["signal"] is not None)
+        late = answer["signal"] is None or answer["signal"]["timedOut"]
+        if ends is not None and ends <= self._held.now() and not self._may_leave:  # a later signal changes nothing
+            late = (yield from self._note(f"signal:{name}:late", late))["output"]
+        if late:
+            raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
+        return answer["signal"]["payload"]
+
+    def _note(self, name: str, value: Any) -> Op[Json]:
+        """Record a value as a completed step, once: answers the step of the first time, whoever recorded it."""
+        if name not in self._checkpoints:
+            body = {"name": name, "inputHash": input_hash(None), "output": value, "leaseOwner": self._held.owner}
+            path = _path("runs", self.run_id, "steps")
+            answer = yield from self._client._request("POST", path, body, held=self._held)
+            self._checkpoints[name] = answer["step"]
+        return self._checkpoints[name]
+
+    def _await(self, wait_for: Json, *path: str, is_over: Callable[[Json], bool], hold_s: float,
+               poll_s: float = GATE_POLL_S, known: Json | None = None, ends: datetime | None = None) -> Op[Json]:
+        """The answer of `path` when it is over: hold_s with the worker, then without one, or else in place.
+
+        known: its last answer.  ends: when the wait is given up.
+        """
+        left_s = math.inf
+
+        def watch(seconds: float) -> Op[Json]:
+            return self._client._watch("runs", self.run_id, *path, is_over=is_over, seconds=min(seconds, left_s),
+                                       poll_s=poll_s, held=self._held)
+
+        answer = known
+        while answer is None or not is_over(answer):
+            if ends is not None:
+                left_s = (ends - self._held.now()).total_seconds()
+            if answer is None or (answer is known and hold_s > 0):
+                answer = yield from watch(hold_s)
+            elif (yield from self._leave_until(wait_for, None if ends is None else max(left_s, 0.001))):
+                answer = yield from watch(0)
+            elif left_s <= 0 and not self._may_leave:
+                return answer
+            else:
+                left_s = left_s if left_s > 0 else math.inf  # the server will decide, once the run can leave
+                answer = yield from watch(poll_s)
+        return answer
+
+    def _leave_until(self, wait_for: Json, timeout_s: float | None = None) -> Op[bool]:
+        """Give the run up until something is there, and unwind.  True: it is there; False: it must wait in place."""
+        held = self._held
+        if not self._may_leave or self._executing or self._children or not held.leaving.acquire(blocking=False):
+            return False
+        try:
+            if self._executing or self._children:  # again, now that `leaving` is set: one of us sees the other
+                return False
+            body = {**_body(lease_owner=held.owner, timeout_s=timeout_s), "for": wait_for}
+            path = _path("runs", self.run_id, "wait")
+            held.settling = True
+            answer = yield from self._client._request("POST", path, body, held=held)
+            held.settling = False
+            if answer["ready"]:
+                return True
+            held.waiting = True
+            self._client._beats.remove(held)
+        finally:
+            held.leaving.release()
+        raise RunSuspended
+
+    @op
     def child(self, name: str, workflow: str | Callable[..., Any], *, input: Any = None,
               workflow_name: str | None = None, metadata: Json | None = None,
               recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
-              edge_type: str | None = None, edge_metadata: Json | None = None) -> Op[Any]:
-        """Run a workflow as a child run, here and now, and return its result; one child per run and name.
+              edge_type: str | None = None, edge_metadata: Json | None = None, queue: str | None = None,
+              max_attempts: int | None = None, priority: int | None = None) -> Op[Any]:
+        """Run a workflow as a child run and return its result; one child per run and name.
 
         A child that completed is not run again.  workflow: a function, or the name of a registered one.
-        workflow_name: default the name the function is registered under, else `name`.  Raises what the child raises.
+        workflow_name: default the name the function is registered under, else `name`.  Without a queue the child runs
+        here and now; this raises what it raises.
+
+        queue: any worker that serves it runs the child, up to max_attempts (3) times; workflow may then be a name that
+        only that worker knows, and a run from a queue waits without a worker meanwhile (see Run).  Raises RunFailed
+        when the child failed for good, also in a replay, until `tide.runs.retry` puts it back; RunCancelled.
         """
+        arguments = locals()
+        fn, run = yield from Run._open_child(**arguments)
+        if queue is not None:
+            (outcome,) = yield from self._join_children({name: run})
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+        self._children.add(name)
+        try:
+            return (yield from self._client._begin_and_execute(run, fn, parent=self._held))
+        finally:
+            self._children.discard(name)
+
+    def _open_child(self, name: str, workflow: str | Callable[..., Any], *, workflow_name: str | None = None,
+                    queue: str | None = None, input: Any = None, metadata: Json | None = None,
+                    recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
+                    edge_type: str | None = None, edge_metadata: Json | None = None,
+                    max_attempts: int | None = None, priority: int | None = None) -> Op[tuple[Any, Json]]:
+        """Create a child or find it: its function, if it is known here, and its run."""
+        given = locals()
         self._held.boundary()
-        fn, known_as = self._client._registered(workflow)
-        body = _body(
-            name=name,
-            workflow_name=workflow_name or known_as or name,
-            input=input,
-            metadata=metadata,
-            recovery_webhook=recovery_webhook,
-            channels=channels,
-            edge_type=edge_type,
-            edge_metadata=edge_metadata,
-        )
+        elsewhere = queue is not None and isinstance(workflow, str) and workflow not in self._client._workflows
+        fn, known_as = (None, workflow) if elsewhere else self._client._registered(workflow)
+        body = _body(given, "workflow", workflow_name=workflow_name or known_as or name)
         path = _path("runs", self.run_id, "children")
-        answer = yield from self._client._request("POST", path, body, held=self._held)
-        return (yield from self._client._begin_and_execute(answer["run"], fn, parent=self._held))
+        return fn, (yield from self._client._request("POST", path, body, held=self._held))["run"]
 
     @op
-    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: bool = True) -> Op[list[Any]]:
+    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: bool = True,
+               queue: str | None = None, return_errors: bool = False) -> Op[list[Any]]:
         """Run children side by side and return their results, in order.
 
-        children: mappings with the arguments of `child`, at least {"name", "workflow"}.  checkpoint: record the joined
-        results in the step `join:NAME`, so that a replay asks for no child.  All children end before FanoutFailed is
-        raised; those that completed are not run again.
+        children: mappings with the arguments of `child`, at least {"name", "workflow"}.  queue: they are run by the
+        workers that serve it, as many at once as there are places, while a run from a queue waits without a worker (see
+        Run); one child may name another queue.  Without, they run here, 16 at once.
+        checkpoint: record the joined results in the step `join:NAME`, so that a replay asks for no child.
+
+        All children end before FanoutFailed is raised, which names each that failed; those that completed are not run
+        again.  return_errors: instead, RunFailed or RunCancelled stands in the list where a result would.
         """
         self._held.boundary()
         names = [child["name"] for child in children]
         if len(set(names)) < len(names):
             raise ValueError(f"fanout {name!r} has two children of one name")
-
-        if checkpoint and f"join:{name}" in self._checkpoints:
-            return cast(list[Any], (yield from Run.step(self, f"join:{name}", list, input=names)))
-        results = yield from self._run_children(children)
-        failed = {child: error for child, error in zip(names, results) if isinstance(error, BaseException)}
-        for error in failed.values():
-            if not isinstance(error, Exception):
-                raise error  # RunSuspended: the children gave themselves back, so does the parent
-        self._held.boundary()
-        if failed:
-            words = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
-            raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {words}", failed)
+        joined: Any = None
+        if not checkpoint or f"join:{name}" not in self._checkpoints:
+            running = self._run_children(children) if queue is None else self._queue_children(children, queue)
+            results = yield from running
+            for error in results:
+                if isinstance(error, BaseException) and not isinstance(error, Exception):
+                    raise error  # RunSuspended: the children gave themselves back, so does the parent
+            self._held.boundary()
+            failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
+            if failed and not return_errors:
+                words = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
+                raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {words}", {**failed})
+            joined = results if not failed else {
+                "results": [None if child in failed else result for child, result in zip(names, results)],
+                "errors": {child: _outcome_json(error) for child, error in failed.items()},
+            }
         if checkpoint:
-            results = yield from Run.step(self, f"join:{name}", lambda: results, input=names)
-        return results
+            joined = yield from Run.step(self, f"join:{name}", lambda: joined, input=names)
+        if isinstance(joined, list):
+            return joined
+        return [_outcome(joined["errors"][child]) if child in joined["errors"] else result
+                for child, result in zip(names, joined["results"])]
+
+    def _queue_children(self, children: Sequence[Mapping[str, Any]], queue: str) -> Op[list[Any]]:
+        """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
+        runs = (yield from self._child_runs()) if len(children) > 1 else {}
+        for child in children:
+            if child["name"] not in runs:
+                arguments = {**child, "queue": child.get("queue") or queue}
+                _, runs[child["name"]] = yield from self._open_child(**arguments)
+        return (yield from self._join_children({child["name"]: runs[child["name"]] for child in children}))
+
+    def _join_children(self, runs: dict[str, Json]) -> Op[list[Any]]:
+        """Wait until all of these have ended; their results or exceptions, in order."""
+        while True:
+            live = [name for name, run in runs.items() if not _has_ended({"run": run})]
+            if not live:
+                return [_outcome(run) for run in runs.values()]
+            ready = yield from self._leave_until({"children": live})
+            if ready and len(live) > 1:
+                told = yield from self._child_runs()
+                runs.update((name, told[name]) for name in live)
+            else:
+                answer = yield from self._client._watch("runs", runs[live[0]]["id"], is_over=_has_ended,
+                                                        seconds=GATE_POLL_S, poll_s=GATE_POLL_S, held=self._held)
+                runs[live[0]] = answer["run"]
+
+    def _child_runs(self) -> Op[dict[str, Json]]:
+        """All children of this run, by name."""
+        path = _path("runs", self.run_id, include="childRuns")
+        answer = yield from self._client._request("GET", path, held=self._held)
+        return {run["metadata"]["parentEdgeName"]: run for run in answer["childRuns"]}
 
     def _run_children(self, children: Sequence[Mapping[str, Any]]) -> Op[list[Any]]:
         """Results or exceptions of the children, at most FANOUT under way at once."""
@@ -944,8 +1174,9 @@ class Run(Surface[M]):
         yield from self._settle("fail", body, max(self._held.until - time.monotonic(), 0.0))
 
     def _give_back(self) -> Op[None]:
-        """Release the run, so that another worker gets it now and no attempt is spent."""
-        yield from self._settle("release", {"leaseOwner": self._held.owner}, GIVE_BACK_S)
+        """Release the run, so that another worker gets it now and no attempt is spent; one that waits is released."""
+        if not self._held.waiting:
+            yield from self._settle("release", {"leaseOwner": self._held.owner}, GIVE_BACK_S)
 
     def _settle(self, verb: str, body: Json, patience_s: float) -> Op[None]:
         """Tell how the run ends.  Where nobody hears it, the end of the lease will tell: it is over here anyway."""
@@ -1052,6 +1283,30 @@ class Runs(_Part[M]):
         """Cancel at once; whoever executes it is unwound at its next boundary.  409 for a completed run.  {"run"}."""
         body = _body(locals(), "run_id")
         return self._client._request("POST", _path("runs", run_id, "cancel"), body)
+
+    @op
+    def wait(self, run_id: str, timeout_s: float | None = None) -> Op[Any]:
+        """Wait until a run has ended and return its result; the server holds the request, nothing is polled.
+
+        Raises RunFailed, with failure_class and error, when it failed for good; RunCancelled; WaitTimeout, which is a
+        TimeoutError, after timeout_s (default: never), and the run goes on; TidebaseError 404.
+        """
+        answer = yield from self._client._watch("runs", run_id, is_over=_has_ended, seconds=timeout_s)
+        if not _has_ended(answer):
+            raise WaitTimeout(f"run {run_id} has not ended within {timeout_s:g} s", code="wait_timeout")
+        outcome = _outcome(answer["run"])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    @op
+    def signal(self, run_id: str, name: str, payload: Any = None) -> Op[Json]:
+        """Send a signal to a run, for its `wait_for_signal`; durable on return.  {"signal": ...}.
+
+        The first one of a name wins: the answer shows that one.  Its `timedOut` is true when the run gave up before.
+        """
+        body = _body(name=name, payload=payload, id=_new_id("sig"))
+        return self._client._request("POST", _path("runs", run_id, "signals"), body)
 
     @op
     def retry(self, run_id: str) -> Op[Json]:
@@ -1349,7 +1604,8 @@ class Client(Surface[M]):
         """Answer a recovery or push webhook: verify it, run the registered workflow here, return (status, JSON).
 
         body: the exact bytes received.  signature: the header x-tidebase-signature.  The answer is 200 whenever the
-        outcome is the server's to handle: completed, failed (recorded), cancelled, or held by somebody else already.
+        outcome is the server's to handle: completed, failed (recorded), cancelled, or held by somebody else already;
+        and at once when the run begins to wait (see Run), whose wake-up is another webhook.
         """
         if not verify_webhook_signature(body, signature, self._webhook_secret):
             return 401, {"error": "invalid signature", "code": "unauthorized"}
@@ -1360,7 +1616,9 @@ class Client(Surface[M]):
         if workflow is None:
             return 404, {"error": "no such workflow is registered here", "code": "unknown_workflow", "runId": run_id}
         try:
-            yield from self._begin_and_execute({"id": run_id}, workflow)
+            yield from self._begin_and_execute({"id": run_id}, workflow, may_leave=True)
+        except RunSuspended:
+            return 200, {"runId": run_id, "status": "waiting"}
         except Unreachable:
             return 503, {"error": "the Tidebase server did not answer", "code": "unreachable", "runId": run_id}
         except TidebaseError as error:
@@ -1426,6 +1684,24 @@ class Client(Surface[M]):
             yield Sleep(rest_s)
         raise AssertionError("unreachable")
 
+    def _watch(self, *parts: str, is_over: Callable[[Json], bool], seconds: float | None = None,
+               poll_s: float = HOLD_CAP_S, held: _Held | None = None) -> Op[Json]:
+        """GET until the answer is over, for some seconds at most (default: for ever); the server holds the requests."""
+        ends = math.inf if seconds is None else time.monotonic() + seconds
+        while True:
+            asked = time.monotonic()
+            hold_s = max(min(poll_s, HOLD_CAP_S, ends - asked), 0.0)
+            path = _path(*parts, wait_ms=_ms(hold_s))
+            answer = yield from self._request("GET", path, held=held, hold_s=hold_s)
+            if held is not None:
+                if answer.get("runStatus") == "cancelled":
+                    held.lose(RunCancelled(f"run {held.run_id} is cancelled", 200, answer, "run_cancelled", path))
+                held.boundary()
+            if is_over(answer) or time.monotonic() >= ends:
+                return answer
+            if time.monotonic() - asked < hold_s / 2:  # the server had no place to let us wait
+                yield Sleep(min(1.0, hold_s), held.alarm if held else None)
+
     def _answer(self, reply: Reply, path: str, held: _Held | None) -> Json:
         """The JSON of a success; else raise, and remember when it was the end of the lease."""
         body = _loads(reply.data)
@@ -1455,7 +1731,8 @@ class Client(Surface[M]):
             yield Sleep(_jittered(LOCKED_POLL_S, tries), parent.alarm)
         raise AssertionError("unreachable")
 
-    def _begin_and_execute(self, run: Json, workflow: Callable[..., Any], parent: _Held | None = None) -> Op[Any]:
+    def _begin_and_execute(self, run: Json, workflow: Callable[..., Any], parent: _Held | None = None,
+                           may_leave: bool = False) -> Op[Any]:
         """Execute a run unless it completed before; returns its result."""
         if run.get("status") == "completed":
             return run["result"]
@@ -1463,7 +1740,8 @@ class Client(Surface[M]):
         if answer["leaseOwner"] is None:
             return answer["run"]["result"]
         held = _Held(answer["run"], answer["leaseOwner"], self._driver.alarm(), parent)
-        return (yield from self._execute(Run(self, answer["run"], held, answer.get("checkpoints", ())), workflow))
+        begun: Run[M] = Run(self, answer["run"], held, answer.get("checkpoints", ()), may_leave)
+        return (yield from self._execute(begun, workflow))
 
     def _execute(self, run: Run[M], workflow: Callable[..., Any]) -> Op[Any]:
         """Execute a run that is held, under heartbeats, to one of its ends: completed, failed, given back or lost."""
@@ -1474,6 +1752,8 @@ class Client(Surface[M]):
             held.fence()  # user code may have swallowed it
             return (yield from run._complete(result))
         except (Exception, SystemExit) as error:
+            if held.waiting:
+                raise RunSuspended from error
             gone = held.gone()
             if gone is None:
                 yield from run._fail(_error_json(error), error)
@@ -1483,8 +1763,12 @@ class Client(Surface[M]):
             if isinstance(error, type(gone)):
                 raise
             raise copy.copy(gone) from error
-        except (RunSuspended, KeyboardInterrupt, asyncio.CancelledError):
+        except GeneratorExit:
+            raise
+        except BaseException as error:
             yield from run._give_back()
+            if (held.waiting or held.suspended) and not isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
+                raise RunSuspended from error  # also out of the group that a TaskGroup makes of it
             raise
         finally:
             self._beats.remove(held)
@@ -1547,7 +1831,7 @@ class _Worker:
 
     def _start(self, claimed: Json, owner: str) -> Op[None]:
         held = _Held(claimed, owner, self._client._driver.alarm())
-        run: Run[Any] = Run(self._client, claimed, held, claimed.get("checkpoints", ()))
+        run: Run[Any] = Run(self._client, claimed, held, claimed.get("checkpoints", ()), may_leave=True)
         workflow = self._client._workflows.get(run.name)
         (self._parked if workflow is None else self._busy).add(held)
         life = self._park(run) if workflow is None else self._live(run, workflow)
@@ -1559,7 +1843,8 @@ class _Worker:
         try:
             yield from self._client._execute(run, workflow)
         except RunSuspended:
-            logger.info("run given back", extra={**extra, "event": "run_released"})
+            event = "run_waiting" if run._held.waiting else "run_released"
+            logger.info("run left its worker", extra={**extra, "event": event})
         except (Exception, SystemExit) as error:
             if run._held.lost is not None:
                 return  # lost or cancelled: told when it was noticed, and nobody's failure
