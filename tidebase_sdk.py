@@ -43,7 +43,6 @@ import hashlib
 import hmac
 import http.client
 import inspect
-import io
 import itertools
 import json
 import logging
@@ -54,6 +53,7 @@ import random
 import re
 import secrets
 import signal
+import socket
 import ssl
 import sys
 import threading
@@ -98,8 +98,16 @@ UNKNOWN_REST_S = 10.0  # a run of a workflow that is not registered here is kept
 SHUTDOWN_S = 25.0  # platforms send SIGKILL 30 s after SIGTERM
 STREAM_SILENCE_S = 45.0  # an event stream sends a comment every 15 s: three missed, and the connection is dead
 CONNECTIONS = 32  # requests of one event loop under way at once, held ones apart: more would only queue in the server
-CLAIM_S = 10.0  # beyond poll_s for the answer to a claim: a hung server must not hold up a stop for long
+CLAIM_HOLD_S = 20.0  # how long a claim waits for work: below the 30 s after which proxies give a silent request up
+CLAIM_S = 10.0  # beyond that for its answer: a hung server is noticed
+CLAIM_REST_S = 1.0  # at most, by chance, beyond what the server asks for when it has no place for a claim to wait in
+STOP_CHECK_S = 0.1  # how soon a worker notices that it is to stop
 GIVE_BACK_S = 5.0  # for giving a run back; else the end of its lease does
+ANNOUNCE_S = 0.25  # a step still at it after this is worth a request that lets it be seen as running
+ANNOUNCE_WAIT_S = 5.0  # for the answer to it; else the step's record will tell
+LANES = 1  # requests with finished steps under way at once, see bench/sdk_flow.py
+BATCH_RECORDS, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
+HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and what is read at once
 FANOUT = 16  # children that run at once in one process
 STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
 MESSAGE_CHARS = 2_000  # of an exception's words
@@ -199,6 +207,27 @@ Json = dict[str, Any]  # the server's JSON as it came; keys that this file does 
 T = TypeVar("T")
 
 
+class Line:
+    """A handle on a held request, to cut its connection off."""
+
+    def __init__(self) -> None:
+        self.is_cut = False
+        self.retry_after_s = 0.0  # what its answer said
+        self._end: Callable[[], None] | None = None
+
+    def open(self, end: Callable[[], None] | None) -> None:
+        """The request is about to leave, on a connection that `end` ends; None: its answer is there."""
+        self._end = end
+        if end is not None and self.is_cut:
+            end()
+
+    def cut(self) -> None:
+        """Wait for no answer any more: the request ends with a ConnectionError, unless it has its answer already."""
+        self.is_cut, end = True, self._end
+        if end is not None:
+            end()
+
+
 class Exchange(NamedTuple):
     """One request, one answer, no repeat.  The driver returns a Reply or raises OSError."""
     method: str
@@ -207,6 +236,7 @@ class Exchange(NamedTuple):
     headers: Mapping[str, str]
     timeout_s: float
     held: bool = False  # the server may sit on the answer, so the request does not count among CONNECTIONS
+    line: Line | None = None
 
 
 class Reply(NamedTuple):
@@ -224,8 +254,8 @@ class Invoke(NamedTuple):
 
 
 class Sleep(NamedTuple):
-    """Rest, at most until the alarm is set."""
-    seconds: float
+    """Rest, at most until the alarm is set; None: until then."""
+    seconds: float | None
     alarm: Any = None
 
 
@@ -423,6 +453,12 @@ def _encode(value: Any, what: str) -> bytes:
         raise TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}") from None
 
 
+def _splice(fields: Json, **encoded: bytes) -> bytes:
+    """The JSON of an object of `fields`, at least one, and of members that are JSON text already."""
+    members = b"".join(b',"%s":%s' % (key.encode(), text) for key, text in encoded.items())
+    return _encode(fields, "a request's body")[:-1] + members + b"}"
+
+
 def _plain(value: Any, what: str) -> Any:
     """The value as JSON gives it back."""
     return json.loads(_encode(value, what))
@@ -595,6 +631,7 @@ class _Held:
         self.lease_s = _lease_seconds(run)
         self.beat_s = self.lease_s / BEATS_PER_LEASE
         self.on_lost: Callable[..., Any] | None = None
+        self.on_through: Callable[[], None] = lambda: None  # user code has run to its end
         self.lost: TidebaseError | None = None
         self.suspended = False
         self.leaving = threading.Lock()  # held while the run asks to wait without us: nothing may begin meanwhile
@@ -651,6 +688,142 @@ class _Held:
             if held.suspended or held.leaving.locked():
                 raise RunSuspended
             held = held.parent
+
+
+class _Notice:
+    """Tells the server of a step that is still at it after ANNOUNCE_S: begun late is seen late, but seen."""
+
+    def __init__(self, run_id: str, begin: Json) -> None:
+        self.path, self.begin = _path("runs", run_id, "steps", "begin"), begin
+        self.due = math.inf
+        self.task: concurrent.futures.Future[Json | None] | None = None  # the request, once it is due
+
+    def refused(self) -> Op[bool]:
+        """Whether the server answered it with anything but `execute`.  What is under way is waited for, so that it
+        does not overtake what comes next; a lost answer says nothing, and nothing is lost with it."""
+        if self.task is None or self.task.cancel():
+            return False
+        yield Join(self.task)
+        answer = self.task.result()
+        return answer is not None and answer["action"] != "execute"
+
+
+class _Record:
+    """A step that ended here, on its way to the server."""
+
+    def __init__(self, held: _Held, data: bytes) -> None:
+        self.held, self.data = held, data
+        self.leads = False  # it is this one's turn to send
+        self.turn: Any = None  # the alarm of one that waits: for its turn, or for its outcome
+        self.outcome: Json | TidebaseError | None = None
+
+
+class _Leases:
+    """The leases of a batch, to _request like one: it is repeated until the last of them is gone."""
+
+    def __init__(self, batch: Sequence[_Record]) -> None:
+        self._all = [record.held for record in batch]
+        self.run_id = ", ".join(sorted({held.run_id for held in self._all}))
+
+    until = property(lambda self: max(held.until for held in self._all))
+
+    def fence(self) -> None:
+        if all(held.gone() for held in self._all):
+            self._all[0].fence()
+
+    def lose(self, error: TidebaseError) -> None:
+        for held in self._all:
+            held.lose(error)
+
+
+class _Flow:
+    """Group commit: one request carries the finished steps of all runs that this process holds.
+
+    Nothing waits for a timer. Who finds fewer than LANES requests under way sends at once; who comes meanwhile waits,
+    and when an answer is there, the first of those sends what all of them have. The server commits it at once.
+    """
+
+    def __init__(self, client: Client[Any]) -> None:
+        self._client = client
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._waiting: deque[_Record] = deque()
+        self._under_way = 0
+
+    def record(self, record: _Record) -> Op[Json]:
+        """Returns {"step"} as the server has it, durable.  Raises what this record alone is refused with."""
+        record.held.fence()
+        if self._process != os.getpid():  # forked: the threads that were sending are in the other process
+            self.__init__(self._client)  # type: ignore[misc]
+        with self._lock:
+            self._waiting.append(record)
+            if self._under_way < LANES:
+                self._under_way += 1
+                record.leads = True
+            else:
+                record.turn = self._client._driver.alarm()
+        batch: list[_Record] = []
+        try:
+            if not record.leads:
+                yield Sleep(None, record.turn)
+            if record.leads:
+                batch = self._take()
+                yield from self._send(batch)
+        finally:  # cancelled or not, nobody else must wait for this one
+            self._pass_on(record, batch)
+        if isinstance(record.outcome, TidebaseError):
+            raise record.outcome
+        return cast(Json, record.outcome)
+
+    def _take(self) -> list[_Record]:
+        """What the next request carries; the one that sends it comes first."""
+        batch: list[_Record] = []
+        size = 0
+        with self._lock:
+            while self._waiting and len(batch) < BATCH_RECORDS:
+                size += len(self._waiting[0].data)
+                if batch and size > BATCH_BYTES:
+                    break
+                batch.append(self._waiting.popleft())
+        return batch
+
+    def _pass_on(self, record: _Record, batch: list[_Record]) -> None:
+        """Have the next one send, then tell those that were sent; put back what was not."""
+        with self._lock:
+            self._waiting.extendleft(other for other in reversed(batch) if other.outcome is None)
+            if record.outcome is None and record in self._waiting:  # given up
+                self._waiting.remove(record)
+            if record.leads and self._waiting:
+                self._waiting[0].leads = True
+                self._waiting[0].turn.set()
+            elif record.leads:
+                self._under_way -= 1
+        for other in batch:
+            if other.outcome is not None and other.turn is not None:
+                other.turn.set()
+
+    def _send(self, batch: list[_Record]) -> Op[None]:
+        """Send these, again until an answer comes, and note for each what became of it."""
+        path, data, leases = "/steps", b'{"records":[%s]}' % b",".join(record.data for record in batch), _Leases(batch)
+        try:
+            answer = yield from self._client._request("POST", path, data, held=leases)
+        except TidebaseError as error:
+            if error.status in (400, 413) and len(batch) > 1:  # one is at fault, and must not take the others along
+                for record in batch:
+                    yield from self._send([record])
+                return
+            results: list[Any] = [error] * len(batch)
+        else:
+            results = answer["results"]
+        for record, result in zip(batch, results):
+            if isinstance(result, TidebaseError):
+                record.outcome = copy.copy(result)
+            elif "error" not in result:
+                record.outcome = result
+            else:
+                record.outcome = refusal = _refusal(result["status"], result, path)
+                if isinstance(refusal, (LeaseLost, RunCancelled)):
+                    record.held.lose(refusal)
 
 
 class _Part(Surface[M]):
@@ -764,7 +937,7 @@ class Run(Surface[M]):
     run_id, name (of the workflow), attempt (1, 2, 3 ...), input and metadata as the server stores them.
     """
 
-    def __init__(self, client: Client[M], run: Json, held: _Held, checkpoints: Sequence[Json] = (),
+    def __init__(self, client: Client[M], run: Json, held: _Held, told: Mapping[str, Any],
                  may_leave: bool = False) -> None:
         self._client, self._held = client, held
         self._may_leave = may_leave and run.get("queue") is not None  # else nobody would bring it back
@@ -777,7 +950,9 @@ class Run(Surface[M]):
         self.snapshots: Snapshots[M] = Snapshots(self)
         self.usage: Usage[M] = Usage(self)
         self.gates: RunGates[M] = RunGates(self)
-        self._checkpoints = {step["name"]: step for step in checkpoints}
+        self._checkpoints: dict[str, Json] = {step["name"]: step for step in told.get("checkpoints", ())}
+        self._all_told = told.get("checkpointsTruncated") is False  # a name that is not among them has no checkpoint
+        self._recorded: set[str] = set()  # names of the steps that completed here
         self._executing: set[str] = set()  # names of the steps under way here
         self._children: set[str] = set()  # likewise of children
         self._sleeps = itertools.count(1)
@@ -802,6 +977,8 @@ class Run(Surface[M]):
 
         On return the output is in Postgres.  It is what JSON gives back, the first time as in every replay: a tuple
         comes as a list.  fn takes no argument, or the input when there is one and fn requires exactly one.
+        Without side effects a step is written once, at its end, and is seen as running after 0.25 s; with some it is
+        written before fn is called as well, so that no try goes unseen.
 
         name: one step per run and name.  input: what the output depends on; a replay with another input is refused.
         retries: further tries after a failure, each recorded, with growing rests.  timeout_s: then StepTimeout; a sync
@@ -813,8 +990,9 @@ class Run(Surface[M]):
         Raises what fn raised; TypeError for an output JSON cannot say; StepInputMismatch, StepNeedsReview; LeaseLost
         and RunCancelled, then again at every later boundary, so that `except Exception` around a step holds up nothing.
         """
-        self._held.boundary()
-        plain = _plain(input, f"the input of step {name!r}")
+        held = self._held
+        held.boundary()
+        plain = None if input is None else _plain(input, f"the input of step {name!r}")
         hashed = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
         known = self._checkpoints.get(name)
         if known is not None:
@@ -834,7 +1012,7 @@ class Run(Surface[M]):
             raise ValueError(f"step {name!r} is under way in this run already: give each call its own name")
         self._executing.add(name)
         try:
-            begin = _body(name=name, input_hash=hashed, input=plain, options=options, lease_owner=self._held.owner)
+            begin = _body(name=name, input_hash=hashed, input=plain, options=options, lease_owner=held.owner)
             takes_input = input is not None and not _accepts(fn, 0) and _accepts(fn, 1)
             work = Invoke(fn, (plain,) if takes_input else (), timeout_s)
             return (yield from self._step(begin, work, retries, decision))
@@ -842,30 +1020,54 @@ class Run(Surface[M]):
             self._executing.discard(name)
 
     def _step(self, begin: Json, work: Invoke, retries: int, decision: str) -> Op[Any]:
-        """A step that no checkpoint here answers: begin, execute, record; again while tries are left."""
-        name, held = begin["name"], self._held
+        """A step that no checkpoint here answers: execute and record; again while tries are left.
+
+        It is begun before where a try must leave a trace, or where the server may have its output.
+        """
+        name, held, client = begin["name"], self._held, self._client
+        effects = any(effect != "read" for effect in begin["options"].get("sideEffects", ()))
         for tries in itertools.count(1):
-            answer = yield from self._begin_step(begin)
-            if answer["action"] == "return":
-                return answer["output"]
-            path = _path("runs", self.run_id, "steps", answer["step"]["id"])
+            held.boundary()
+            ahead = effects or decision != "auto_retry" or not self._all_told or name in self._recorded
+            if ahead:
+                answer = yield from self._begin_step(begin)
+                if answer["action"] == "return":
+                    return answer["output"]
+            notice = _Notice(self.run_id, begin)
+            error: Exception | None = None
+            again = False
+            started_at = held.now().isoformat()
+            if not ahead:
+                client._beats.watch(notice)
             try:
-                output = _plain((yield work), f"the output of step {name!r}")
-            except Exception as error:
+                outcome: Json = {"output": _encode((yield work), f"the output of step {name!r}")}
+                verdict: Json = {}
+            except Exception as raised:
                 if held.gone() is not None:
                     raise  # from a boundary inside the function: there is nobody to record it for
-                again = tries <= retries and getattr(error, "retryable", True) is not False
-                failure = _body(error=_error_json(error), resume_decision=decision, lease_owner=held.owner)
-                failure["retryable"] = again
-                self._step_failures.append((error, name))
-                yield from self._client._request("POST", path + "/fail", failure, held=held)
-                if not again:
-                    raise
-                yield Sleep(_jittered(STEP_BACKOFF_S, tries), held.alarm)
+                error, again = raised, tries <= retries and getattr(raised, "retryable", True) is not False
+                outcome = {"error": _encode(_error_json(raised), "an error")}
+                verdict = {"resumeDecision": decision, "retryable": again}
+                self._step_failures.append((raised, name))
+            finally:
+                client._beats.forget(notice)
+            if ahead:
+                path = _path("runs", self.run_id, "steps", answer["step"]["id"], "fail" if error else "complete")
+                told = _splice({"leaseOwner": held.owner, **verdict}, **outcome)
+                answer = yield from client._request("POST", path, told, held=held)
             else:
-                done = {"leaseOwner": held.owner, "output": output}
-                yield from self._client._request("POST", path + "/complete", done, held=held)
-                return output
+                if (yield from notice.refused()):
+                    answer = yield from self._begin_step(begin)
+                    if answer["action"] == "return":
+                        return answer["output"]
+                told = _splice({"runId": self.run_id, "startedAt": started_at, **begin, **verdict}, **outcome)
+                answer = yield from client._flow.record(_Record(held, told))
+            if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
+                self._recorded.add(name)
+                return answer["step"]["output"]
+            if not again:
+                raise cast(Exception, error)
+            yield Sleep(_jittered(STEP_BACKOFF_S, tries), held.alarm)
         raise AssertionError("unreachable")
 
     def _begin_step(self, begin: Json) -> Op[Json]:
@@ -1154,6 +1356,7 @@ class Run(Surface[M]):
         held = self._held
         plain = _plain(result, f"the result of workflow {self.name!r}")
         held.settling = True
+        held.on_through()
         path = _path("runs", self.run_id, "complete")
         answer = yield from self._client._request(
             "POST", path, {"result": plain, "leaseOwner": held.owner}, held=held
@@ -1347,7 +1550,7 @@ class Runs(_Part[M]):
         answer = yield from self._client._begin(made["run"]["id"])
         run, owner = answer["run"], answer["leaseOwner"]
         held = _Held(run, owner or "", self._client._driver.alarm())
-        session: RunSession[M] = RunSession(self._client, run, held, answer.get("checkpoints", ()))
+        session: RunSession[M] = RunSession(self._client, run, held, answer)
         if owner is None:
             session.completed, session.result, held.ended = True, run["result"], True
         else:
@@ -1515,6 +1718,7 @@ class Client(Surface[M]):
         self._threads = _BlockingDriver(self._server)
         self._driver = self._threads
         self._beats = _Beats(self)
+        self._flow = _Flow(self)
         self.runs: Runs[M] = Runs(self)
         self.queues: Queues[M] = Queues(self)
         self.schedules: Schedules[M] = Schedules(self)
@@ -1565,30 +1769,36 @@ class Client(Surface[M]):
         return self._request("POST", _path("queues", queue, "enqueue"), body)
 
     @op
-    def work(self, queues: Sequence[str] = ("default",), *, poll_s: float = 1.0, limit: int = 1, concurrency: int = 1,
-             lease_owner: str | None = None, stop: Callable[[], bool] | None = None,
+    def work(self, queues: Sequence[str] = ("default",), *, poll_s: float = CLAIM_HOLD_S, limit: int | None = None,
+             concurrency: int = 1, lease_owner: str | None = None, stop: Callable[[], bool] | None = None,
              on_error: Callable[..., Any] | None = None, shutdown_s: float = SHUTDOWN_S) -> Op[None]:
         """Claim runs and execute them, each in a thread or task of its own, until told to stop.
 
-        Stops on SIGTERM or SIGINT (called from the main thread; a second signal acts as usual) or when stop() is true:
-        runs go on to their next boundary and are given back, no attempt spent; after shutdown_s this returns anyway,
-        and what is left is taken over when its lease ends.
+        Stops on SIGTERM or SIGINT (called from the main thread; a second signal acts as usual) or when stop(), asked
+        ten times a second, is true: runs go on to their next boundary and are given back, no attempt spent; after
+        shutdown_s this returns anyway, and what is left is taken over when its lease ends.
 
-        queues: served in this order.  poll_s: how long one claim waits for work, and the longest a stop goes unnoticed.
-        limit: runs per claim.  concurrency: runs at once.  lease_owner: default a new name per claim; one of your own
-        must be unique among processes.  on_error(exception, run): told of every run that failed; failures never end the
-        loop, nor does a server that is away.  Raises TidebaseError when the server refuses the claim itself (401, 400).
+        queues: served in this order.  poll_s: how long the server holds a claim when there is no work (at most 25).
+        limit: runs per claim, default as many as have a place.  concurrency: runs at once; a run whose result is on its
+        way to the server has left its place.  lease_owner: default a new name per claim; one of your own must be unique
+        among processes.  on_error(exception, run): told of every run that failed; failures never end the loop, nor does
+        a server that is away.  Raises TidebaseError when the server refuses the claim itself (401, 400).
         """
         worker = _Worker(self, list(queues), min(poll_s, HOLD_CAP_S), limit, concurrency, lease_owner, on_error)
         with _stop_signals() as signalled:
+            claiming = yield Start(worker.claims(), "tidebase-claims")
             try:
-                while not signalled() and not (stop is not None and stop()):
-                    yield from worker.round()
+                while not (claiming.done() or signalled() or (stop is not None and stop())):
+                    yield Sleep(STOP_CHECK_S)
             except asyncio.CancelledError:  # of the task that awaits us: its runs are given back before it ends
                 worker.cancel()
-                yield from worker.wind_down(shutdown_s)
+                yield from worker.wind_down(claiming, shutdown_s)
                 raise
-            yield from worker.wind_down(shutdown_s)
+            finally:
+                worker.stop()
+            yield from worker.wind_down(claiming, shutdown_s)
+            if claiming.done():
+                claiming.result()  # a refusal
 
     @op
     def usage(self, *, by: str | None = None, since: datetime | str | None = None,
@@ -1647,15 +1857,15 @@ class Client(Surface[M]):
             return self._workflows[workflow], workflow
         return workflow, next((name for name, fn in self._workflows.items() if fn is workflow), None)
 
-    def _request(self, method: str, path: str, body: Any = None, *, held: _Held | None = None,
+    def _request(self, method: str, path: str, body: Any = None, *, held: _Held | _Leases | None = None,
                  headers: Mapping[str, str] | None = None, patience_s: float | None = None,
-                 once_s: float | None = None, hold_s: float = 0.0) -> Op[Json]:
+                 once_s: float | None = None, hold_s: float = 0.0, line: Line | None = None) -> Op[Json]:
         """Send until an answer comes: until the lease is gone for a held run, else for patience_s (timeout_s).
 
         once_s: no repeat, and this long for the answer.  hold_s: on top, how long the server may sit on it.
-        Every request may arrive twice: the protocol has it so.
+        line: to cut it off by.  Every request may arrive twice: the protocol has it so.
         """
-        data = None if body is None else _encode(body, f"the body of {method} {path}")
+        data = body if body is None or isinstance(body, bytes) else _encode(body, f"the body of {method} {path}")
         patience_s = 0.0 if once_s is not None else self.timeout_s if patience_s is None else patience_s
         started = time.monotonic()
         for tries in itertools.count(1):
@@ -1666,15 +1876,16 @@ class Client(Surface[M]):
             rest_s = _jittered(BACKOFF_S, tries)
             cause: Exception | None = None
             try:
-                reply = yield Exchange(method, path, data, headers or {}, hold_s + timeout_s, hold_s > 0)
+                reply = yield Exchange(method, path, data, headers or {}, hold_s + timeout_s, hold_s > 0, line)
             except OSError as error:
                 trouble, cause = f"{type(error).__name__}: {error}", error
             else:
+                asked_s = min(float(reply.retry_after), RETRY_AFTER_CAP_S) if reply.retry_after.isdigit() else 0.0
+                if line is not None:
+                    line.retry_after_s = asked_s
                 if reply.status not in (429, 502, 503, 504):
                     return self._answer(reply, path, held)
-                trouble = f"it answered {reply.status}"
-                if reply.retry_after.isdigit():
-                    rest_s = min(float(reply.retry_after), RETRY_AFTER_CAP_S) + rest_s
+                trouble, rest_s = f"it answered {reply.status}", asked_s + rest_s
             if time.monotonic() + rest_s > (held.until if held is not None else give_up):
                 words = f"no answer from {self._server.url} to {method} {path}, tried {tries} times: {trouble}"
                 if held is None:
@@ -1702,7 +1913,7 @@ class Client(Surface[M]):
             if time.monotonic() - asked < hold_s / 2:  # the server had no place to let us wait
                 yield Sleep(min(1.0, hold_s), held.alarm if held else None)
 
-    def _answer(self, reply: Reply, path: str, held: _Held | None) -> Json:
+    def _answer(self, reply: Reply, path: str, held: _Held | _Leases | None) -> Json:
         """The JSON of a success; else raise, and remember when it was the end of the lease."""
         body = _loads(reply.data)
         if 200 <= reply.status < 300 and isinstance(body, dict):
@@ -1740,7 +1951,7 @@ class Client(Surface[M]):
         if answer["leaseOwner"] is None:
             return answer["run"]["result"]
         held = _Held(answer["run"], answer["leaseOwner"], self._driver.alarm(), parent)
-        begun: Run[M] = Run(self, answer["run"], held, answer.get("checkpoints", ()), may_leave)
+        begun: Run[M] = Run(self, answer["run"], held, answer, may_leave)
         return (yield from self._execute(begun, workflow))
 
     def _execute(self, run: Run[M], workflow: Callable[..., Any]) -> Op[Any]:
@@ -1781,57 +1992,74 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _Worker:
     """One `work()`: claims while there are free places, and winds down."""
 
-    def __init__(self, client: Client[Any], queues: list[str], poll_s: float, limit: int, concurrency: int,
+    def __init__(self, client: Client[Any], queues: list[str], poll_s: float, limit: int | None, concurrency: int,
                  owner: str | None, on_error: Callable[..., Any] | None) -> None:
-        if not queues or limit < 1 or concurrency < 1:
+        if not queues or concurrency < 1 or (limit is not None and limit < 1):
             raise ValueError("work() needs a queue, a limit and a concurrency of at least 1")
         self._client, self._queues, self._poll_s, self._limit, self._on_error = client, queues, poll_s, limit, on_error
         self._concurrency, self._owner = concurrency, owner
-        self._places = client._driver.alarm()  # set whenever a run ends
+        self._places = client._driver.alarm()  # set whenever a place is free again, and by stop()
+        self._stopped = client._driver.alarm()
+        self._stopping = False
+        self._line = Line()  # of the claim that waits
         self._busy: set[_Held] = set()
         self._parked: set[_Held] = set()  # of unknown workflows: they take no place
         self._tasks: list[Any] = []
         self._claim: Json | None = None  # repeated as it is until it is answered, so that no claimed run is lost
         self._failures = 0
 
-    def round(self) -> Op[None]:
-        """Claim once and start what came, or rest: never longer than poll_s."""
-        self._tasks = [task for task in self._tasks if not task.done()]
-        self._places.clear()
-        free = self._concurrency - len(self._busy)
-        if free < 1:
-            yield Sleep(self._poll_s, self._places)
-            return
+    def claims(self) -> Op[None]:
+        """Claim runs and start them whenever there are free places, until the worker stops."""
+        while not self._stopping:
+            self._tasks = [task for task in self._tasks if not task.done()]
+            self._places.clear()
+            free = self._concurrency - len(self._busy)
+            if free > 0:
+                rest_s = yield from self._claim_runs(free, self._poll_s, self._line)
+                yield Sleep(rest_s, self._stopped)
+            elif not self._stopping:
+                yield Sleep(None, self._places)
+        if self._claim is not None:  # cut off: asked once more, it tells what it took, which is given back
+            yield from self._claim_runs(1, 0.0)
+
+    def _claim_runs(self, free: int, wait_s: float, line: Line | None = None) -> Op[float]:
+        """Claim once and start what came.  Returns how long to rest before the next claim."""
         if self._claim is None:
             owner = self._owner or f"{platform.node()}-{os.getpid()}-{_new_id('worker')}"
             self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True)
-            self._claim.update(limit=min(self._limit, free, 100), waitMs=_ms(self._poll_s))
-        asked = time.monotonic()
+            self._claim["limit"] = min(self._limit or free, free, 100)
+        asked, body = time.monotonic(), {**self._claim, "waitMs": _ms(wait_s)}
         try:
-            path = "/queues/claim"
-            answer = yield from self._client._request("POST", path, self._claim, once_s=CLAIM_S, hold_s=self._poll_s)
+            answer = yield from self._client._request(
+                "POST", "/queues/claim", body, once_s=CLAIM_S, hold_s=wait_s, line=line
+            )
         except TidebaseError as error:
+            if self._stopping:
+                return 0.0
             if error.status is not None and error.status < 500 and error.status != 429:
                 raise
             self._failures += 1
             if self._failures == 1:
                 logger.warning("server is away", extra={"event": "server_away", "error": str(error)})
-            yield Sleep(_jittered(BACKOFF_S, self._failures))
-            return
+            return _jittered(BACKOFF_S, self._failures)
         if self._failures:
             logger.info("server is back", extra={"event": "server_back"})
         self._claim, self._failures = None, 0
         for run in answer["runs"]:
             yield from self._start(run, answer["leaseOwner"])
-        early = time.monotonic() - asked < self._poll_s / 2
-        if any(run["workflowName"] not in self._client._workflows for run in answer["runs"]) or (
-            early and not answer["runs"]  # the server had no place to let us wait
-        ):
-            yield Sleep(self._poll_s)
+        if any(run["workflowName"] not in self._client._workflows for run in answer["runs"]):
+            return UNKNOWN_REST_S / 10  # ten are kept from the queue's head, not all that there are
+        if not answer["runs"] and time.monotonic() - asked < wait_s / 2:  # it had no place to let us wait
+            return self._line.retry_after_s + _jittered((CLAIM_REST_S, CLAIM_REST_S), 1)
+        return 0.0
 
     def _start(self, claimed: Json, owner: str) -> Op[None]:
         held = _Held(claimed, owner, self._client._driver.alarm())
-        run: Run[Any] = Run(self._client, claimed, held, claimed.get("checkpoints", ()), may_leave=True)
+        run: Run[Any] = Run(self._client, claimed, held, claimed, may_leave=True)
+        if self._stopping:
+            yield from run._give_back()
+            return
+        held.on_through = functools.partial(self._free, held)
         workflow = self._client._workflows.get(run.name)
         (self._parked if workflow is None else self._busy).add(held)
         life = self._park(run) if workflow is None else self._live(run, workflow)
@@ -1855,8 +2083,12 @@ class _Worker:
                 except Exception:
                     logger.exception("on_error itself failed", extra={**extra, "event": "on_error_failed"})
         finally:
-            self._busy.discard(run._held)
-            self._places.set()
+            self._free(run._held)
+
+    def _free(self, held: _Held) -> None:
+        """The run's place is free: the next may be claimed while the outcome of this one is still on its way."""
+        self._busy.discard(held)
+        self._places.set()
 
     def _park(self, run: Run[Any]) -> Op[None]:
         """Keep a run of a workflow unknown here from the queue's head for a while, then give it back unspent."""
@@ -1875,13 +2107,21 @@ class _Worker:
         for task in self._tasks:
             task.cancel()
 
-    def wind_down(self, shutdown_s: float) -> Op[None]:
+    def stop(self) -> None:
+        """Claim no more; a claim that waits is cut off."""
+        self._stopping = True
+        self._places.set()
+        self._stopped.set()
+        self._line.cut()
+
+    def wind_down(self, claiming: Any, shutdown_s: float) -> Op[None]:
         """Have every run unwound at its next boundary and wait for that, at most shutdown_s."""
-        for held in [*self._busy, *self._parked]:
-            held.suspend()
+        self.stop()
         deadline = time.monotonic() + shutdown_s
-        while any(not task.done() for task in self._tasks) and time.monotonic() < deadline:
-            yield Sleep(0.05, None)
+        while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
+            for held in [*self._busy, *self._parked]:
+                held.suspend()
+            yield Sleep(0.05)
         left = [held.run_id for held in list(self._busy)]
         if left:
             logger.warning("stopped with runs under way", extra={"event": "shutdown_overdue", "run_ids": left})
@@ -1939,13 +2179,92 @@ class _Server:
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.authority = parts.netloc
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._headers = {"User-Agent": f"tidebase-python/{__version__}", "Accept": "application/json"}
+        self._fields = f"Host: {self.authority}\r\nUser-Agent: tidebase-python/{__version__}\r\n"
         if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+            self._fields += f"Authorization: Bearer {api_key}\r\n"
 
-    def headers(self, extra: Mapping[str, str], body: bytes | None) -> dict[str, str]:
-        """All headers of one request but Host and Content-Length."""
-        return {**self._headers, **({} if body is None else {"Content-Type": "application/json"}), **extra}
+    def request(self, effect: Exchange | OpenStream) -> bytes:
+        """The bytes of a request."""
+        body = effect.body if isinstance(effect, Exchange) else None
+        method = effect.method if isinstance(effect, Exchange) else "GET"
+        fields = "".join(f"{key}: {value}\r\n" for key, value in effect.headers.items())
+        if body is not None:
+            fields += "Content-Type: application/json\r\n"
+        if body is not None or method != "GET":
+            fields += f"Content-Length: {len(body or b'')}\r\n"
+        head = f"{method} {self.prefix}{effect.path} HTTP/1.1\r\n{self._fields}{fields}\r\n"
+        return head.encode("ascii") + (body or b"")
+
+
+class _Answer:
+    """An HTTP/1.1 answer (RFC 9112), put together from bytes as they come, from whatever connection.
+
+    http.client knows more of HTTP, but reading heads with its parser for e-mail costs more than all else in a request.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0  # 0: its head is not there yet
+        self.headers: dict[str, str] = {}  # names in lower case
+        self.ended = False
+        self._raw = b""
+        self._body: list[bytes] = []
+        self._left: int | None = None  # bytes of the body still to come; None: until the connection ends
+        self._chunked = False
+
+    def feed(self, data: bytes) -> None:
+        """Take what a connection brought, b"" at its end.  Raises ConnectionError where that makes no answer."""
+        self._raw += data
+        try:
+            while not self.status and b"\r\n\r\n" in self._raw:
+                self._read_head()
+            if self.status:
+                (self._read_chunks if self._chunked else self._read_rest)(at_end=not data)
+        except ValueError as error:
+            raise ConnectionResetError(f"broken answer: {error}") from error
+        if not self.ended and (not data or (not self.status and len(self._raw) > HEAD_BYTES)):
+            raise ConnectionResetError("the answer broke off")
+
+    def take(self) -> bytes:
+        """What there is of the body since this was called last."""
+        body, self._body = b"".join(self._body), []
+        return body
+
+    def keeps_alive(self) -> bool:
+        """Whether another request may be sent on its connection."""
+        return self.ended and not self._raw and self.headers.get("connection", "").lower() != "close" and (
+            self._chunked or self._left is not None)
+
+    def _read_head(self) -> None:
+        head, _, self._raw = self._raw.partition(b"\r\n\r\n")
+        line, *fields = head.decode("latin-1").split("\r\n")
+        status = int(line.split(" ", 2)[1]) if line.startswith("HTTP/1.") else 0
+        if not 100 <= status <= 599:
+            raise ValueError("no HTTP/1.1")
+        if status >= 200:  # 1xx are not the answer yet
+            pairs = (field.partition(":") for field in fields)
+            self.status, self.headers = status, {name.lower(): value.strip() for name, _, value in pairs}
+            self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+            length = "0" if status in (204, 304) else self.headers.get("content-length")
+            self._left = None if length is None else int(length)
+
+    def _read_rest(self, at_end: bool) -> None:
+        taken = self._raw if self._left is None else self._raw[: self._left]
+        self._body.append(taken)
+        self._raw = self._raw[len(taken) :]
+        if self._left is None:
+            self.ended = at_end
+        else:
+            self._left -= len(taken)
+            self.ended = self._left == 0
+
+    def _read_chunks(self, at_end: bool) -> None:
+        while not self.ended:
+            line, mark, rest = self._raw.partition(b"\r\n")
+            if not mark or len(rest) < (size := int(line.split(b";")[0], 16)) + 2:
+                return  # the chunk is not all there
+            self._body.append(rest[:size])
+            self._raw = rest[size + 2 :]
+            self.ended = size == 0
 
 
 def _in_thread(name: str, fn: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
@@ -1964,28 +2283,51 @@ def _in_thread(name: str, fn: Callable[..., Any], *args: Any) -> concurrent.futu
     return future
 
 
-@contextlib.contextmanager
-def _broken_answers() -> Iterator[None]:
-    """An answer that ends too early or makes no sense is a broken connection."""
-    try:
-        yield
-    except http.client.HTTPException as error:
-        raise error if isinstance(error, OSError) else ConnectionResetError(f"broken answer: {error!r}") from error
+class _BlockingConnection:
+    """A connection, and the answer to the last request on it."""
 
+    def __init__(self, server: _Server, timeout_s: float) -> None:
+        self.answer = _Answer()
+        self._socket = socket.create_connection((server.host, server.port), timeout_s)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if server.tls is not None:
+                self._socket = server.tls.wrap_socket(self._socket, server_hostname=server.host)
+        except BaseException:
+            self._socket.close()
+            raise
 
-class _BlockingStream:
-    """The answer to OpenStream on a connection of its own."""
+    status = property(lambda self: self.answer.status)
 
-    def __init__(self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> None:
-        self.status, self._connection, self._response = response.status, connection, response
+    def send(self, request: bytes, timeout_s: float) -> None:
+        """Send a request and read the head of its answer."""
+        self.answer = _Answer()
+        self._socket.settimeout(timeout_s)
+        self._socket.sendall(request)
+        while not self.answer.status:
+            self.answer.feed(self._socket.recv(BLOCK_BYTES))
 
     def read(self) -> bytes:
-        with _broken_answers():
-            return self._response.read1(65536)
+        """The next bytes of the body, b"" at its end."""
+        block = self.answer.take()
+        while not block and not self.answer.ended:
+            self.answer.feed(self._socket.recv(BLOCK_BYTES))
+            block = self.answer.take()
+        return block
+
+    def read_all(self) -> bytes:
+        """The body, to its end."""
+        while not self.answer.ended:
+            self.answer.feed(self._socket.recv(BLOCK_BYTES))
+        return self.answer.take()
+
+    def cut(self) -> None:
+        """Have the thread that waits for the answer wait no more."""
+        with contextlib.suppress(OSError):  # closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._response.close()
-        self._connection.close()
+        self._socket.close()
 
 
 class _BlockingDriver:
@@ -1999,7 +2341,7 @@ class _BlockingDriver:
 
     def __init__(self, server: _Server) -> None:
         self._server = server
-        self._idle: deque[http.client.HTTPConnection] = deque()
+        self._idle: deque[_BlockingConnection] = deque()
         self._process = os.getpid()
 
     def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., T]:
@@ -2032,19 +2374,19 @@ class _BlockingDriver:
         if isinstance(effect, Invoke):
             return self._invoke(effect)
         if isinstance(effect, Sleep):
-            return effect.alarm.wait(effect.seconds) if effect.alarm else time.sleep(effect.seconds)
+            return effect.alarm.wait(effect.seconds) if effect.alarm else time.sleep(effect.seconds or 0)
         if isinstance(effect, Start):
             return _in_thread(effect.name, self.drive, effect.op)
         if isinstance(effect, Join):
             return concurrent.futures.wait([effect.task])
         if isinstance(effect, OpenStream):
-            connection = self._connect(STREAM_SILENCE_S)
+            connection = _BlockingConnection(self._server, STREAM_SILENCE_S)
             try:
-                with _broken_answers():
-                    return _BlockingStream(connection, self._send(connection, "GET", effect.path, None, effect.headers))
+                connection.send(self._server.request(effect), STREAM_SILENCE_S)
             except BaseException:
                 connection.close()
                 raise
+            return connection
         if isinstance(effect, ReadStream):
             return effect.stream.read()
         raise AssertionError(f"no such effect: {effect!r}")
@@ -2063,44 +2405,33 @@ class _BlockingDriver:
         return result
 
     def _exchange(self, effect: Exchange) -> Reply:
-        while True:
-            connection, used = self._take(effect.timeout_s)
-            try:
-                with _broken_answers():
-                    response = self._send(connection, effect.method, effect.path, effect.body, effect.headers)
-                    reply = Reply(response.status, response.headers.get("Retry-After", ""), response.read())
-            except BaseException as error:
-                connection.close()
-                if used and isinstance(error, ConnectionError):
-                    continue  # the server had closed this idle connection; the next may be the same, the last is new
-                raise
-            self._idle.append(connection)
-            return reply
-
-    def _send(self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None,
-              headers: Mapping[str, str]) -> http.client.HTTPResponse:
-        connection.request(method, self._server.prefix + path, body, self._server.headers(headers, body))
-        return connection.getresponse()
-
-    def _take(self, timeout_s: float) -> tuple[http.client.HTTPConnection, bool]:
-        """A connection, and whether it was used before."""
+        request = self._server.request(effect)
         if self._process != os.getpid():  # forked: the parent goes on using its connections
             self._idle, self._process = deque(), os.getpid()
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            return self._connect(timeout_s), False
-        connection.timeout = timeout_s
-        if connection.sock is None:  # closed by the server's own wish; it reconnects by itself
-            return connection, False
-        connection.sock.settimeout(timeout_s)
-        return connection, True
-
-    def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
-        server = self._server
-        if server.tls is not None:
-            return http.client.HTTPSConnection(server.host, server.port, timeout=timeout_s, context=server.tls)
-        return http.client.HTTPConnection(server.host, server.port, timeout=timeout_s)  # sets TCP_NODELAY by itself
+        while True:
+            used = True
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection, used = _BlockingConnection(self._server, effect.timeout_s), False
+            try:
+                if effect.line is not None:
+                    effect.line.open(connection.cut)
+                connection.send(request, effect.timeout_s)
+                data = connection.read_all()
+                if effect.line is not None:
+                    effect.line.open(None)
+            except BaseException as error:
+                connection.close()
+                if used and isinstance(error, ConnectionError) and not (effect.line and effect.line.is_cut):
+                    continue  # the server had closed this idle connection; the next may be the same, the last is new
+                raise
+            answer = connection.answer
+            if answer.keeps_alive():
+                self._idle.append(connection)
+            else:
+                connection.close()
+            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -2111,7 +2442,8 @@ class _BlockingDriver:
 class _Beats:
     """One thread that renews the leases of all runs a client holds; it starts with the first and goes with the last.
 
-    A thread for the async client as well: a step that blocks the event loop must not cost the leases of all its runs.
+    It looks after their slow steps, too; another thread announces them, so that no heartbeat waits for that.
+    Threads for the async client as well: a step that blocks the event loop must not cost the leases of all its runs.
     """
 
     def __init__(self, client: Client[Any]) -> None:
@@ -2120,6 +2452,44 @@ class _Beats:
         self._wake = threading.Event()
         self._held: dict[str, _Held] = {}
         self._thread: threading.Thread | None = None
+        self._rests_until = 0.0
+        self._watched: dict[_Notice, None] = {}  # in the order of `due`
+        self._late: deque[_Notice] = deque()
+        self._announcing = False
+
+    def watch(self, notice: _Notice) -> None:
+        """Announce a step that begins now, unless it is forgotten in time."""
+        notice.due = time.monotonic() + ANNOUNCE_S
+        with self._lock:
+            self._watched[notice] = None
+            wake = self._rests_until > notice.due
+            self._rests_until = min(self._rests_until, notice.due)
+        if wake:
+            self._wake.set()
+
+    def forget(self, notice: _Notice) -> None:
+        """The step ended: announce it no more, unless that is under way (`notice.task`)."""
+        with self._lock:
+            self._watched.pop(notice, None)
+
+    def _announce(self) -> None:
+        """Announce the steps that are late, one after the other."""
+        while True:
+            with self._lock:
+                self._announcing = bool(self._late)
+                if not self._late:
+                    return
+                notice = self._late.popleft()
+            task, answer = cast("concurrent.futures.Future[Json | None]", notice.task), None
+            if not task.set_running_or_notify_cancel():
+                continue
+            try:
+                request = self._client._request("POST", notice.path, notice.begin, once_s=ANNOUNCE_WAIT_S)
+                answer = self._client._threads.drive(request)
+            except TidebaseError as error:
+                logger.info("slow step not announced", extra={"event": "step_unannounced", "error": str(error)})
+            finally:
+                task.set_result(answer)
 
     def add(self, held: _Held) -> None:
         """Keep a lease alive from now on."""
@@ -2147,10 +2517,18 @@ class _Beats:
                 if not self._held:
                     self._thread = None
                     return
-                runs = list(self._held.values())
-            rest = min(held.beat_at for held in runs) - time.monotonic()
-            if rest > 0:
-                self._wake.wait(rest)
+                runs, now = list(self._held.values()), time.monotonic()
+                for notice in list(itertools.takewhile(lambda notice: notice.due <= now, self._watched)):  # noqa: B023
+                    del self._watched[notice]
+                    notice.task = concurrent.futures.Future()
+                    self._late.append(notice)
+                announce, self._announcing = bool(self._late) and not self._announcing, bool(self._late)
+                next_due = next(iter(self._watched)).due if self._watched else math.inf
+                self._rests_until = min(next_due, *(held.beat_at for held in runs))
+            if announce:
+                _in_thread("tidebase-announcements", self._announce)
+            if min(held.beat_at for held in runs) > now:
+                self._wake.wait(max(self._rests_until - now, 0.0))
             else:
                 try:
                     self._beat(runs)
@@ -2178,35 +2556,57 @@ class _Beats:
 
 
 class _AsyncAlarm:
-    """An asyncio.Event that any thread may set."""
+    """An asyncio.Event that any thread may set, and that can be waited for for a while without a task of its own."""
 
     def __init__(self) -> None:
-        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._is_set = False
+        self._waiting: set[asyncio.Future[None]] = set()
 
     def set(self) -> None:
+        self._is_set = True
+        if threading.get_ident() == self._thread:
+            self._wake()
+            return
         try:
-            self._loop.call_soon_threadsafe(self._event.set)
+            self._loop.call_soon_threadsafe(self._wake)
         except RuntimeError:  # the loop is closed: nobody waits any more
             logger.debug("alarm for a closed loop", extra={"event": "loop_closed"})
 
     def clear(self) -> None:
-        self._event.clear()
+        self._is_set = False
 
-    async def wait(self, seconds: float) -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._event.wait(), seconds)
+    async def wait(self, seconds: float | None) -> None:
+        if self._is_set:
+            return
+        future = self._loop.create_future()
+        self._waiting.add(future)
+        timer = None if seconds is None else self._loop.call_later(seconds, self._end, future)
+        try:
+            await future
+        finally:
+            self._waiting.discard(future)
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        for future in self._waiting:
+            self._end(future)
+
+    @staticmethod
+    def _end(future: asyncio.Future[None]) -> None:
+        if not future.done():
+            future.set_result(None)
 
 
-class _AsyncStream:
-    """One HTTP/1.1 answer (RFC 9112) on an asyncio connection: head read, body to be read block by block."""
+class _AsyncConnection:
+    """A connection on an event loop, and the answer to the last request on it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
-        self.status = 0
-        self.headers: Mapping[str, str] = {}
-        self.reusable = False  # set when the body was read to its end and the server keeps the connection
-        self._left: int | None = None  # bytes until the end of the body; None: chunked, or until the connection ends
-        self._chunked = False
+        self.answer = _Answer()
+
+    status = property(lambda self: self.answer.status)
 
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
@@ -2216,7 +2616,7 @@ class _AsyncStream:
         timer = loop.call_at(ends, self._writer.transport.abort)
         try:
             yield
-        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
+        except OSError as error:
             self.close()
             if loop.time() >= ends:
                 raise TimeoutError(f"no answer within {seconds:.0f} s") from error
@@ -2227,49 +2627,34 @@ class _AsyncStream:
         finally:
             timer.cancel()
 
-    async def send(self, head: bytes, body: bytes) -> None:
+    async def send(self, request: bytes) -> None:
         """Send a request and read the head of its answer."""
-        self._writer.write(head + body)
+        self.answer = _Answer()
+        self._writer.write(request)
         await self._writer.drain()
-        self.status = 100
-        while self.status < 200:  # 1xx are not the answer yet
-            raw = await self._reader.readuntil(b"\r\n\r\n")
-            line, _, fields = raw.partition(b"\r\n")
-            self.status = int(line.split(b" ", 2)[1])
-            self.headers = cast("Mapping[str, str]", http.client.parse_headers(io.BytesIO(fields)))
-        length = self.headers.get("Content-Length")
-        self._chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
-        self._left = None if length is None or self._chunked else int(length)
-        self.reusable = False
+        while not self.answer.status:
+            self.answer.feed(await self._reader.read(BLOCK_BYTES))
 
     async def read(self) -> bytes:
-        """The next block, b"" at the end."""
-        block = b""
-        if self._chunked:
-            size = int((await self._reader.readuntil(b"\n")).split(b";")[0], 16)
-            block = (await self._reader.readexactly(size + 2))[:-2]
-        elif self._left is None:
-            return await self._reader.read(65536)
-        elif self._left:
-            block = await self._reader.read(min(self._left, 1 << 20))
-            self._left -= len(block)
-            if not block:
-                raise EOFError("the body ends too early")
-        if not block:
-            self.reusable = self.headers.get("Connection", "").lower() != "close"
+        """The next bytes of the body, b"" at its end."""
+        block = self.answer.take()
+        while not block and not self.answer.ended:
+            self.answer.feed(await self._reader.read(BLOCK_BYTES))
+            block = self.answer.take()
         return block
 
     async def read_all(self) -> bytes:
         """The body, to its end."""
-        blocks: list[bytes] = []
-        while True:
-            block = await self.read()
-            if not block:
-                return b"".join(blocks)
-            blocks.append(block)
+        while not self.answer.ended:
+            self.answer.feed(await self._reader.read(BLOCK_BYTES))
+        return self.answer.take()
 
     def is_open(self) -> bool:
         return not (self._writer.is_closing() or self._reader.at_eof())
+
+    def cut(self) -> None:
+        """Have the task that waits for the answer wait no more."""
+        self._writer.transport.abort()
 
     def close(self) -> None:
         self._writer.close()
@@ -2279,7 +2664,7 @@ class _LoopState:
     """What belongs to one event loop: idle connections and places for requests."""
 
     def __init__(self) -> None:
-        self.idle: list[_AsyncStream] = []
+        self.idle: list[_AsyncConnection] = []
         self.places = asyncio.Semaphore(CONNECTIONS)
 
 
@@ -2326,16 +2711,16 @@ class _AsyncDriver:
         if isinstance(effect, Invoke):
             return await self._invoke(effect)
         if isinstance(effect, Sleep):
-            return await (effect.alarm.wait(effect.seconds) if effect.alarm else asyncio.sleep(effect.seconds))
+            return await (effect.alarm.wait(effect.seconds) if effect.alarm else asyncio.sleep(effect.seconds or 0))
         if isinstance(effect, Start):
             return asyncio.ensure_future(self.drive(effect.op))
         if isinstance(effect, Join):
-            return await asyncio.wait({effect.task})
+            return await asyncio.wait({asyncio.wrap_future(effect.task)})
         if isinstance(effect, OpenStream):
-            stream = await self._connect(STREAM_SILENCE_S)
-            with stream.deadline(STREAM_SILENCE_S):
-                await stream.send(self._head("GET", effect.path, None, effect.headers), b"")
-            return stream
+            connection = await self._connect(STREAM_SILENCE_S)
+            with connection.deadline(STREAM_SILENCE_S):
+                await connection.send(self._server.request(effect))
+            return connection
         if isinstance(effect, ReadStream):
             with effect.stream.deadline(STREAM_SILENCE_S):
                 return await effect.stream.read()
@@ -2372,40 +2757,37 @@ class _AsyncDriver:
             return await self._exchange_now(effect)
 
     async def _exchange_now(self, effect: Exchange) -> Reply:
-        idle, body = self._state().idle, effect.body or b""
-        head = self._head(effect.method, effect.path, effect.body, effect.headers)
+        idle, request = self._state().idle, self._server.request(effect)
         while True:
             used = bool(idle)
-            stream = idle.pop() if used else await self._connect(effect.timeout_s)
-            if not stream.is_open():
-                stream.close()
+            connection = idle.pop() if used else await self._connect(effect.timeout_s)
+            if used and not connection.is_open():
+                connection.close()
                 continue
             try:
-                with stream.deadline(effect.timeout_s):
-                    await stream.send(head, body)
-                    data = await stream.read_all()
+                with connection.deadline(effect.timeout_s):
+                    if effect.line is not None:
+                        effect.line.open(connection.cut)
+                    await connection.send(request)
+                    data = await connection.read_all()
+                    if effect.line is not None:
+                        effect.line.open(None)
             except ConnectionError:
-                if used:
+                if used and not (effect.line and effect.line.is_cut):
                     continue  # the server had closed this idle connection; the next may be the same, the last is new
                 raise
-            if stream.reusable and len(idle) < CONNECTIONS:
-                idle.append(stream)
+            answer = connection.answer
+            if answer.keeps_alive() and len(idle) < CONNECTIONS:
+                idle.append(connection)
             else:
-                stream.close()
-            return Reply(stream.status, stream.headers.get("Retry-After", ""), data)
+                connection.close()
+            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
 
-    def _head(self, method: str, path: str, body: bytes | None, extra: Mapping[str, str]) -> bytes:
-        fields = {"Host": self._server.authority, **self._server.headers(extra, body)}
-        if body is not None or method != "GET":
-            fields["Content-Length"] = str(len(body or b""))
-        lines = "".join(f"{key}: {value}\r\n" for key, value in fields.items())
-        return f"{method} {self._server.prefix}{path} HTTP/1.1\r\n{lines}\r\n".encode("ascii")
-
-    async def _connect(self, timeout_s: float) -> _AsyncStream:
+    async def _connect(self, timeout_s: float) -> _AsyncConnection:
         server = self._server
         try:  # asyncio sets TCP_NODELAY by itself
             opening = asyncio.open_connection(server.host, server.port, ssl=server.tls)
-            return _AsyncStream(*await asyncio.wait_for(opening, timeout_s))
+            return _AsyncConnection(*await asyncio.wait_for(opening, timeout_s))
         except asyncio.TimeoutError:
             raise TimeoutError(f"no connection within {timeout_s:.0f} s") from None
 
