@@ -1201,8 +1201,8 @@ $$;
 
 create or replace function tidebase._failed_status (p_decision text, p_retryable boolean)
   returns text language sql immutable as $$
-  select case when p_decision = 'manual_review' then 'manual_review'
-              when p_retryable or p_decision = 'auto_retry' then 'failed_retryable' else 'failed' end
+  select case when p_retryable or p_decision = 'auto_retry' then 'failed_retryable'
+              when p_decision = 'manual_review' then 'manual_review' else 'failed' end
 $$;
 
 -- Tells of a step that just failed; p_started as for _record.
