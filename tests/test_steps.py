@@ -261,7 +261,7 @@ def test_options_that_promise_nonsense_are_refused(api: Api, run: str, options: 
     ("manual", {"resumeDecision": "auto_retry"}, "failed_retryable", "auto_retry"),
     ("manual", {"resumeDecision": "safe_replay"}, "failed", "safe_replay"),
     ("auto", {"resumeDecision": "manual_review"}, "manual_review", "manual_review"),
-    ("auto", {"retryable": True, "resumeDecision": "manual_review"}, "manual_review", "failed_retryable"),
+    ("auto", {"retryable": True, "resumeDecision": "manual_review"}, "failed_retryable", "manual_review"),
     ("auto", {"resumeDecision": "fail_hard"}, "failed", "fail_hard"),
     ("auto", {"retryable": True, "resumeDecision": "fail_hard"}, "failed_retryable", "fail_hard"),
 ])
