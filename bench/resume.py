@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Take up a run with 1,000 completed steps, and print what it takes to get to its first new step.
+
+Milliseconds of the client, from sending the claim to the first line of step 1,001, and the requests sent in that time.
+Compare with `peers/*_flow.py --resume`.
+"""
+import argparse
+import asyncio
+import os
+import threading
+import time
+
+from common import Connection, client_module, median, show, tidebase_of_our_own
+
+
+async def prepare(url, queue, steps, payload, input_hash):
+    """A run on the queue whose first worker died after so many steps."""
+    connection = Connection(url)
+    text = {"text": "x" * payload}
+    await connection.call("POST", f"/queues/{queue}/enqueue", {"workflowName": "long", "input": text})
+    claim = await connection.call("POST", "/queues/claim", {"queues": [queue]})
+    owner, run_id = claim["leaseOwner"], claim["runs"][0]["id"]
+    records = [{"runId": run_id, "leaseOwner": owner, "name": f"step {number}", "inputHash": input_hash, "output": text}
+               for number in range(steps)]
+    answer = await connection.call("POST", "/steps", {"records": records})
+    if failed := [result for result in answer["results"] if "step" not in result]:
+        raise SystemExit(f"a step was refused: {failed[0]}")
+    await connection.call("POST", f"/runs/{run_id}/release", {"leaseOwner": owner})
+
+
+def measure(url, steps, payload):
+    """Returns milliseconds and requests."""
+    module = client_module()
+    queue, requests, reached, over = f"resume-{os.urandom(4).hex()}", [], [], threading.Event()
+    asyncio.run(prepare(url, queue, steps, payload, module.input_hash(None)))
+    build = module._Server.request  # the one place where the client makes a request
+
+    def noting(server, effect):
+        requests.append(time.perf_counter())
+        return build(server, effect)
+
+    def long(run, input):
+        for number in range(steps):
+            run.step(f"step {number}", lambda: None)
+        run.step("new", lambda: reached.append(time.perf_counter()))
+        over.set()
+
+    module._Server.request = noting
+    try:
+        with module.Tidebase(url) as tide:
+            tide.workflow("long", long)
+            tide.work([queue], stop=over.is_set)
+    finally:
+        module._Server.request = build
+    return (reached[0] - requests[0]) * 1e3, sum(at < reached[0] for at in requests)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="default: a server of its own")
+    parser.add_argument("-s", "--steps", type=int, default=1000)
+    parser.add_argument("--payload", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    with tidebase_of_our_own(url=args.url) as server:
+        rounds = [measure(server.url, args.steps, args.payload) for _ in range(args.rounds)]
+    show({"steps": args.steps, "resumeMilliseconds": round(median(ms for ms, _ in rounds), 1),
+          "slowest": round(max(ms for ms, _ in rounds), 1), "requests": max(requests for _, requests in rounds)},
+         args.json, "{steps} steps replayed: {resumeMilliseconds} ms (slowest {slowest}), {requests} request(s)")
+
+
+if __name__ == "__main__":
+    main()
