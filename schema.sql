@@ -321,7 +321,7 @@ create table if not exists tidebase.outbox (
   id              text        not null unique,              -- rec_… or del_…, the same at every try
   kind            text        not null constraint outbox_kind_known check (kind in ('recovery', 'push', 'channel')),
   run_id          text        not null references tidebase.runs on delete cascade,
-  channel_id      text        references tidebase.channels on delete cascade,
+  channel_id      text,                                     -- goes with its run, as the channel does: no foreign key
   gate_id         text,
   event_type      text        not null,                     -- run.resume, run.invoke, or the event's
   reason          text,
@@ -337,6 +337,7 @@ create table if not exists tidebase.outbox (
   created_at      timestamptz not null default tidebase.now(),
   completed_at    timestamptz
 );
+alter table tidebase.outbox drop constraint if exists outbox_channel_id_fkey;  -- read the table for each channel deleted
 -- Serves take_deliveries.
 create index if not exists outbox_due_idx on tidebase.outbox (next_attempt_at) where status = 'pending';
 -- Serves the order of a channel.

@@ -433,6 +433,8 @@ class Receiver:
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.answers: list[int] = [200]
         self.location: str | None = None
+        self.answering = threading.Event()  # cleared, it takes requests and leaves them without an answer
+        self.answering.set()
         receiver = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -443,6 +445,7 @@ class Receiver:
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 status = receiver.answers.pop(0) if len(receiver.answers) > 1 else receiver.answers[0]
                 receiver.requests.append((self.path, headers, body))
+                receiver.answering.wait()
                 self.send_response(status)
                 if receiver.location:
                     self.send_header("location", receiver.location)
@@ -468,6 +471,7 @@ class Receiver:
         return self.bodies()
 
     def close(self) -> None:
+        self.answering.set()
         self.http.shutdown()
         self.http.server_close()
         self.thread.join()

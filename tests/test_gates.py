@@ -338,6 +338,15 @@ def test_the_run_s_channels_hear_of_every_gate_and_a_gate_s_own_of_it_alone(api,
     assert "hush" not in api.get(f"/runs/{run}").text
 
 
+def test_channels_are_shown_in_the_order_they_were_given_in(api):
+    channels = [{"type": "webhook", "url": f"http://127.0.0.1:1/{n}"} for n in (3, 1, 4, 0, 5, 9, 2, 6)]
+    run = api.create(channels=channels)
+    gate = ask(api, run, channels=channels)["gate"]
+    job = api.enqueue(channels=channels)
+    for shown in (api.detail(run)["channels"], gate["channels"], api.detail(job)["channels"]):
+        assert [channel["config"]["url"] for channel in shown] == [channel["url"] for channel in channels]
+
+
 def test_what_was_decided_is_told_without_the_token(api, clock):
     run = api.create(channels=[{"type": "webhook", "url": "http://127.0.0.1:1/"}])
     by_hand, by_time = ask(api, run)["gate"], ask(api, run, "late", timeoutMs=1000)["gate"]

@@ -114,7 +114,8 @@ def test_a_fire_enqueues_a_run_that_tells_its_schedule_and_time(api, set_time):
         f"sched:hourly:{fired}")
     assert api.event_types(run["id"]) == ["run.enqueued"]
     after = shown(api, "hourly")
-    assert (after["nextRunAt"], after["lastEnqueuedAt"]) == ("2024-05-15T12:00:00.000Z", run["createdAt"])
+    assert after["nextRunAt"] == "2024-05-15T12:00:00.000Z"
+    assert fired <= after["lastEnqueuedAt"] <= run["createdAt"]
     assert api.reconcile() == 0
     assert [taken["id"] for taken in api.claim("mail", owner="a")] == [run["id"]]
 
