@@ -105,7 +105,7 @@ STOP_CHECK_S = 0.1  # how soon a worker notices that it is to stop
 GIVE_BACK_S = 5.0  # for giving a run back; else the end of its lease does
 ANNOUNCE_S = 0.25  # a step still at it after this is worth a request that lets it be seen as running
 ANNOUNCE_WAIT_S = 5.0  # for the answer to it; else the step's record will tell
-LANES = 1  # requests with finished steps under way at once, see bench/sdk_flow.py
+LANES = 2  # requests with finished steps under way at once: while Postgres commits one, the server reads the other
 BATCH_RECORDS, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
 HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and what is read at once
 FANOUT = 16  # children that run at once in one process
@@ -412,7 +412,7 @@ def input_hash(value: Any) -> str:
 def _canonical(value: Any) -> str:
     """canonical_json of what a JSON parser returned."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return _json(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return _ecmascript_number(value)
     if isinstance(value, list):
@@ -445,10 +445,13 @@ def _ecmascript_number(value: float) -> str:
     return "-" * sign + number
 
 
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode  # made once: dumps makes it
+
+
 def _encode(value: Any, what: str) -> bytes:
     """JSON text.  TypeError names `what`, its type and the part of it that JSON cannot say."""
     try:  # a lone surrogate has no UTF-8
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return _json(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}") from None
 
@@ -520,6 +523,9 @@ def _jittered(bounds: tuple[float, float], tries: int) -> float:
 
 def _accepts(fn: Callable[..., Any], count: int) -> bool:
     """Whether fn can be called with `count` positional arguments; a builtin that does not tell takes none."""
+    code = getattr(fn, "__code__", None)
+    if code is not None and not (code.co_argcount or code.co_kwonlyargcount or code.co_flags & inspect.CO_VARARGS):
+        return count == 0  # as most steps are; a signature takes as long as all the rest of a step
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
@@ -694,7 +700,7 @@ class _Notice:
     """Tells the server of a step that is still at it after ANNOUNCE_S: begun late is seen late, but seen."""
 
     def __init__(self, run_id: str, begin: Json) -> None:
-        self.path, self.begin = _path("runs", run_id, "steps", "begin"), begin
+        self.run_id, self.begin = run_id, begin
         self.due = math.inf
         self.task: concurrent.futures.Future[Json | None] | None = None  # the request, once it is due
 
@@ -809,8 +815,9 @@ class _Flow:
             answer = yield from self._client._request("POST", path, data, held=leases)
         except TidebaseError as error:
             if error.status in (400, 413) and len(batch) > 1:  # one is at fault, and must not take the others along
-                for record in batch:
-                    yield from self._send([record])
+                half = len(batch) // 2
+                yield from self._send(batch[:half])
+                yield from self._send(batch[half:])
                 return
             results: list[Any] = [error] * len(batch)
         else:
@@ -2484,12 +2491,12 @@ class _Beats:
             if not task.set_running_or_notify_cancel():
                 continue
             try:
-                request = self._client._request("POST", notice.path, notice.begin, once_s=ANNOUNCE_WAIT_S)
+                path = _path("runs", notice.run_id, "steps", "begin")
+                request = self._client._request("POST", path, notice.begin, once_s=ANNOUNCE_WAIT_S)
                 answer = self._client._threads.drive(request)
-            except TidebaseError as error:
+            except Exception as error:  # whatever it is: its record will tell, and others are to be announced
                 logger.info("slow step not announced", extra={"event": "step_unannounced", "error": str(error)})
-            finally:
-                task.set_result(answer)
+            task.set_result(answer)
 
     def add(self, held: _Held) -> None:
         """Keep a lease alive from now on."""
@@ -2525,15 +2532,16 @@ class _Beats:
                 announce, self._announcing = bool(self._late) and not self._announcing, bool(self._late)
                 next_due = next(iter(self._watched)).due if self._watched else math.inf
                 self._rests_until = min(next_due, *(held.beat_at for held in runs))
-            if announce:
-                _in_thread("tidebase-announcements", self._announce)
-            if min(held.beat_at for held in runs) > now:
-                self._wake.wait(max(self._rests_until - now, 0.0))
-            else:
-                try:
+            is_due = min(held.beat_at for held in runs) <= now
+            try:
+                if announce:
+                    _in_thread("tidebase-announcements", self._announce)
+                if is_due:
                     self._beat(runs)
-                except Exception:  # a callback's, or a defect: the other runs must not pay for it
-                    logger.exception("heartbeat failed", extra={"event": "heartbeat_failed"})
+            except Exception:  # a callback's, or a defect: the other runs must not pay for it
+                logger.exception("heartbeat failed", extra={"event": "heartbeat_failed"})
+            if not is_due:
+                self._wake.wait(max(self._rests_until - now, 0.0))
 
     def _beat(self, runs: list[_Held]) -> None:
         """One request for all.  Where it fails, they are due again soon: a restarted server waits for exactly this."""

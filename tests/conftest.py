@@ -220,8 +220,7 @@ def start_server(database: str) -> Iterator[Callable[..., LocalServer]]:
     yield start
     for server in servers:
         server.close()
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("tidebase-")]
-    assert not left, f"threads left behind: {left}"
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("tidebase-")])
 
 
 @pytest.fixture

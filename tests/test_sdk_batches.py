@@ -1,0 +1,592 @@
+"""A step is written once, steps that are ready together go in one request, and a worker's claim is held by the server.
+
+Told on both clients, with the actors of test_sdk.py and a hand on the wire between a client and its server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_sdk
+from conftest import ROOT, Api, eventually
+from test_sdk import completed_twice, in_background
+
+import tidebase_sdk
+from tidebase_sdk import (
+    AsyncTidebase,
+    RunCancelled,
+    StepInputMismatch,
+    StepNeedsReview,
+    TidebaseError,
+    input_hash,
+    new_run_id,
+)
+
+actor, tide, working = test_sdk.actor, test_sdk.tide, test_sdk.working  # fixtures
+NULL = input_hash(None)
+
+
+class Wire:
+    """What a client sends, and a hand on it.
+
+    before(effect) is called ahead of each request and may block it, after(effect, reply) with its answer; what they
+    raise is what the client meets.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.sent: list[tuple[str, Any]] = []  # path, body
+        self.before: Callable[[Any], None] = lambda effect: None
+        self.after: Callable[[Any, Any], None] = lambda effect, reply: None
+        for driver in {client._driver, client._threads}:
+            self._tap(driver)
+
+    def _tap(self, driver: Any) -> None:
+        exchange = driver._exchange
+
+        def blocking(effect: Any) -> Any:
+            self._note(effect)
+            self.before(effect)
+            reply = exchange(effect)
+            self.after(effect, reply)
+            return reply
+
+        async def awaited(effect: Any) -> Any:
+            self._note(effect)
+            await asyncio.to_thread(self.before, effect)
+            reply = await exchange(effect)
+            await asyncio.to_thread(self.after, effect, reply)
+            return reply
+
+        driver._exchange = awaited if driver.awaited else blocking
+
+    def _note(self, effect: Any) -> None:
+        self.sent.append((effect.path, json.loads(effect.body) if effect.body else None))
+
+    def paths(self, part: str) -> list[str]:
+        return [path for path, _ in list(self.sent) if part in path]
+
+    def batches(self) -> list[int]:
+        """How many steps each request with finished steps carried."""
+        return [len(body["records"]) for path, body in list(self.sent) if path == "/steps"]
+
+    def hold(self, part: str) -> threading.Event:
+        """Keep back the next request whose path has this part, until the event is set."""
+        free, taken = threading.Event(), threading.Lock()
+
+        def before(effect: Any) -> None:
+            if part in effect.path and taken.acquire(blocking=False):
+                assert free.wait(30)
+
+        self.before = before
+        return free
+
+
+@pytest.fixture
+def wire(tide: Any) -> Wire:
+    return Wire(tide.client)
+
+
+def run(tide: Any, flow: Callable[..., Any], **options: Any) -> Any:
+    return tide(lambda client: client.run("flow", tide.workflow(flow), **options))
+
+
+def enqueue(tide: Any, count: int, **options: Any) -> list[str]:
+    return [tide(lambda client: client.enqueue("flow", input=n, **options))["run"]["id"] for n in range(count)]  # noqa: B023
+
+
+# ------------------------------------------------------------------------------
+# One write a step.
+# ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"side_effects": "read"}, {"side_effects": []}, {"retries": 2}])
+def test_a_step_without_side_effects_is_one_request_after_it_ran(
+    tide: Any, api: Api, wire: Wire, options: Any
+) -> None:
+    before: list[int] = []
+
+    async def flow(run: Any, input: Any) -> Any:
+        return [await run.step(f"step {n}", lambda: before.append(len(wire.paths("steps"))) or n, **options)  # noqa: B023
+                for n in range(5)]
+
+    run_id = new_run_id()
+    assert run(tide, flow, run_id=run_id) == [0, 1, 2, 3, 4]
+    assert before == [0, 1, 2, 3, 4]
+    assert wire.batches() == [1] * 5
+    assert api.event_types(run_id)[2:-1] == ["step.started", "step.completed"] * 5
+    assert {(step["attempt"], step["status"]) for step in api.detail(run_id)["steps"]} == {(1, "completed")}
+
+
+@pytest.mark.parametrize("options", [{"side_effects": ["email"]}, {"side_effects": ["email"], "idempotency_key": "k"},
+                                     {"side_effects": ["email"], "replay": "auto"}, {"replay": "never"}])
+def test_a_step_that_must_leave_a_trace_is_begun_before_it_runs(tide: Any, api: Api, wire: Wire, options: Any) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        return await run.step("mail", lambda: [step["status"] for step in api.detail(run.run_id)["steps"]], **options)
+
+    assert run(tide, flow) == ["running"]
+    assert [path.rpartition("/")[2] for path in wire.paths("/steps")] == ["begin", "complete"]
+
+
+def test_a_step_that_takes_its_time_is_seen_as_running(tide: Any, api: Api) -> None:
+    go = threading.Event()
+
+    async def flow(run: Any, input: Any) -> Any:
+        return await run.step("slow", lambda: go.wait(20))
+
+    run_id = new_run_id()
+    outcome = in_background(lambda: run(tide, flow, run_id=run_id))
+    eventually(lambda: api.get(f"/runs/{run_id}").status == 200)
+    step = eventually(lambda: next(iter(api.detail(run_id)["steps"]), None))
+    assert (step["status"], step["completedAt"]) == ("running", None)
+    go.set()
+    assert outcome() is True
+    assert api.event_types(run_id)[2:-1] == ["step.started", "step.completed"]
+    assert api.detail(run_id)["steps"][0]["attempt"] == 1
+
+
+def test_a_failure_is_recorded_in_one_request_and_its_repeat_changes_nothing(
+    tide: Any, api: Api, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "STEP_BACKOFF_S", (0.01, 0.01))
+    lost: list[str] = []
+
+    def lose(effect: Any, reply: Any) -> None:
+        if effect.path == "/steps" and len(lost) < 1:
+            lost.append(effect.path)
+            raise ConnectionResetError("the answer is lost")
+
+    wire.after = lose
+    tries: list[int] = []
+
+    async def flow(run: Any, input: Any) -> Any:
+        return await run.step("flaky", lambda: tries.append(1) or 1 // (len(tries) - 1), retries=1)
+
+    run_id = new_run_id()
+    assert run(tide, flow, run_id=run_id) == 1
+    assert (wire.batches(), len(tries)) == ([1, 1, 1], 2)
+    assert api.event_types(run_id)[2:-1] == ["step.started", "step.failed", "step.started", "step.completed"]
+
+
+def other_begins(api: Api, run_id: str, hash: str = NULL) -> Any:
+    return api.begin_step(run_id, "slow", "somebody else", hash=hash)["step"]["id"]
+
+
+def other_fails(api: Api, run_id: str) -> None:
+    api.fail_step(run_id, other_begins(api, run_id), "somebody else", resumeDecision="manual_review")["step"]
+
+
+REFUSALS = {
+    "cancelled": (lambda api, run_id: api.post(f"/runs/{run_id}/cancel")["run"], RunCancelled),
+    "input_mismatch": (lambda api, run_id: other_begins(api, run_id, "another"), StepInputMismatch),
+    "manual_review": (other_fails, StepNeedsReview),
+}
+
+
+@pytest.mark.parametrize("announced", [False, True], ids=["fast", "announced"])
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_the_server_would_have_refused_is_refused_at_the_end_of_the_step(
+    tide: Any, api: Api, wire: Wire, case: str, announced: bool
+) -> None:
+    interfere, error = REFUSALS[case]
+
+    def slow() -> None:
+        interfere(api, run_id)
+        if announced:
+            eventually(lambda: wire.paths("/steps/begin"))
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("slow", slow)
+
+    run_id = new_run_id()
+    with pytest.raises(error):
+        run(tide, flow, run_id=run_id)
+    assert "step.completed" not in api.event_types(run_id)
+
+
+def test_a_step_that_another_owner_is_at_is_waited_for_once_that_is_known(tide: Any, api: Api, wire: Wire) -> None:
+    def slow() -> str:
+        begun.append(other_begins(api, run_id))
+        eventually(lambda: wire.paths("/steps/begin"))
+        return "ours"
+
+    async def flow(run: Any, input: Any) -> Any:
+        return await run.step("slow", slow)
+
+    begun: list[str] = []
+    run_id = new_run_id()
+    outcome = in_background(lambda: run(tide, flow, run_id=run_id))
+    eventually(lambda: len(wire.paths("/steps/begin")) > 1)
+    api.complete_step(run_id, begun[0], "somebody else", "theirs")["step"]
+    assert outcome() == "theirs"
+
+
+def test_what_another_owner_recorded_meanwhile_is_the_truth(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        kept = await run.step("raced", lambda: api.do_step(run_id, "raced", "other", "theirs", hash=NULL) and "ours")
+        failed = await run.step("failing", lambda: api.do_step(run_id, "failing", "other", "well", hash=NULL) and 1 / 0)
+        return [kept, failed]
+
+    run_id = new_run_id()
+    assert run(tide, flow, run_id=run_id) == ["theirs", "well"]
+    assert completed_twice(api, run_id) == []
+
+
+def test_a_name_used_again_gets_the_recorded_output_and_executes_nothing(tide: Any) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        first = await run.step("one", lambda: 1, input={"n": 1})
+        again = await run.step("one", lambda: pytest.fail("executed twice"), input={"n": 1})
+        with pytest.raises(StepInputMismatch):
+            await run.step("one", lambda: pytest.fail("executed twice"), input={"n": 2})
+        return [first, again]
+
+    assert run(tide, flow) == [1, 1]
+
+
+def test_a_step_whose_checkpoint_did_not_come_along_is_asked_for_before_it_runs(tide: Any) -> None:
+    calls: list[str] = []
+
+    async def flow(run: Any, input: Any) -> Any:
+        sizes = [len(await run.step(f"big {n}", lambda n=n: calls.append(f"big {n}") or "x" * 1_700_000))
+                 for n in range(3)]
+        if run.attempt == 1:
+            raise RuntimeError
+        return [*sizes, await run.step("new", lambda: calls.append("new"))]
+
+    run_id = new_run_id()
+    with pytest.raises(RuntimeError):
+        run(tide, flow, run_id=run_id)
+    assert run(tide, flow, run_id=run_id) == [1_700_000] * 3 + [None]
+    assert calls == ["big 0", "big 1", "big 2", "new"]
+
+
+def test_1000_completed_steps_come_with_the_lease_and_are_replayed_without_a_request(
+    tide: Any, api: Api, wire: Wire
+) -> None:
+    run_id = api.create("flow")
+    owner = api.begin(run_id)["leaseOwner"]
+    records = [{"runId": run_id, "name": f"step {n}", "inputHash": NULL, "output": n, "leaseOwner": owner}
+               for n in range(1000)]
+    assert all("step" in result for result in api.post("/steps", {"records": records})["results"])
+    api.post(f"/runs/{run_id}/release", {"leaseOwner": owner})["run"]
+
+    async def flow(run: Any, input: Any) -> Any:
+        total = sum([await run.step(f"step {n}", lambda: pytest.fail("executed again")) for n in range(1000)])
+        return await run.step("sum", lambda: total)
+
+    assert run(tide, flow, run_id=run_id) == sum(range(1000))
+    path = f"/runs/{run_id}"
+    assert [path for path, _ in wire.sent] == ["/runs/flow", f"{path}/begin", "/steps", f"{path}/complete"]
+
+
+# ------------------------------------------------------------------------------
+# Group commit.
+# ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def together(
+    tide: Any, wire: Wire, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[str]]:
+    """Has many runs at a step at once: the first request with a finished step is kept back until the steps of all the
+    others wait for their turn. together(count, act, meanwhile=…) -> the ids of the runs."""
+    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+
+    def start(count: int, act: Callable[[Any], Any] = lambda n: n,
+              meanwhile: Callable[[list[str]], None] = lambda ids: None, **options: Any) -> list[str]:
+        async def flow(run: Any, input: Any) -> Any:
+            name = f"step\0{input}" if input in options.get("nul", ()) else "step"
+            return await run.step(name, lambda: act(input))
+
+        ids = enqueue(tide, count)
+        free = wire.hold("/steps")
+        working(tide, {"flow": flow}, concurrency=count, on_error=options.get("on_error"))
+        eventually(lambda: len(tide.client._flow._waiting) == count - 1)
+        meanwhile(ids)
+        free.set()
+        return ids
+
+    return start
+
+
+def test_what_is_ready_while_a_request_is_under_way_goes_with_the_next(
+    together: Callable[..., list[str]], api: Api, wire: Wire
+) -> None:
+    ids = together(12)
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids))
+    assert [api.run(run)["result"] for run in ids] == list(range(12))
+    assert wire.batches() == [1, 11]
+
+
+def test_in_a_batch_each_step_gets_its_own_refusal_and_the_others_are_recorded(
+    together: Callable[..., list[str]], api: Api
+) -> None:
+    told: list[Any] = []
+
+    def interfere(ids: list[str]) -> None:
+        api.post(f"/runs/{ids[3]}/cancel")["run"]
+        api.begin_step(ids[5], "step", "somebody else", hash="another")["step"]
+
+    ids = together(8, meanwhile=interfere, on_error=lambda error, run: told.append((type(error), run.run_id)))
+    eventually(lambda: all(api.run(run)["leaseOwner"] is None for run in ids))
+    wanted = {ids[3]: "cancelled", ids[5]: "failed"}
+    assert [api.run(run)["status"] for run in ids] == [wanted.get(run, "completed") for run in ids]
+    assert eventually(lambda: told) == [(StepInputMismatch, ids[5])]
+
+
+def test_a_batch_whose_answer_is_lost_is_sent_again_and_nothing_is_recorded_twice(
+    together: Callable[..., list[str]], api: Api, wire: Wire
+) -> None:
+    lost: list[str] = []
+
+    def lose(effect: Any, reply: Any) -> None:
+        if effect.path == "/steps" and len(lost) < 3:
+            lost.append(effect.path)
+            raise ConnectionResetError("the answer is lost")
+
+    wire.after = lose
+    calls: Counter[int] = Counter()
+    ids = together(6, lambda n: calls.update([n]))
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids))
+    assert len(lost) == 3
+    assert calls == dict.fromkeys(range(6), 1)
+    for run_id in ids:
+        assert api.event_types(run_id)[2:-1] == ["step.started", "step.completed"]
+        assert api.detail(run_id)["steps"][0]["attempt"] == 1
+
+
+def test_a_step_that_makes_a_whole_batch_malformed_fails_alone(
+    together: Callable[..., list[str]], api: Api, wire: Wire
+) -> None:
+    told: list[Any] = []
+    ids = together(5, nul=[2, 4], on_error=lambda error, run: told.append((error.status, run.run_id)))
+    eventually(lambda: len(told) == 2)
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in (ids[0], ids[1], ids[3])))
+    assert set(told) == {(400, ids[2]), (400, ids[4])}
+
+
+def test_a_batch_too_large_for_the_server_goes_in_pieces(
+    actor: Callable[..., Any], start_server: Callable[..., Any], working: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    server = start_server(TIDEBASE_MAX_BODY=20_000)
+    api, tide = Api(server.url), actor(server.url)
+    wire = Wire(tide.client)
+
+    async def flow(run: Any, input: Any) -> Any:
+        return len(await run.step("step", lambda: "x" * (30_000 if input == 3 else 12_000)))
+
+    ids, told = enqueue(tide, 6, max_attempts=1), []
+    free = wire.hold("/steps")
+    working(tide, {"flow": flow}, concurrency=6, on_error=lambda error, run: told.append((error.status, run.run_id)))
+    eventually(lambda: len(tide.client._flow._waiting) == 5)
+    free.set()
+    eventually(lambda: all(api.run(run)["status"] in ("completed", "failed") for run in ids))
+    assert [api.run(run)["result"] for run in ids] == [12_000, 12_000, 12_000, None, 12_000, 12_000]
+    assert eventually(lambda: told) == [(413, ids[3])]
+
+
+def test_no_batch_has_more_than_1000_steps_or_4_mib(tide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = tide.client._flow
+
+    def sizes(*lengths: int) -> list[int]:
+        flow._waiting.extend(tidebase_sdk._Record(None, b"x" * length) for length in lengths)  # type: ignore[arg-type]
+        taken = []
+        while flow._waiting:
+            taken.append(len(flow._take()))
+        return taken
+
+    assert sizes(*[10] * 2500) == [1000, 1000, 500]
+    assert sizes(*[1 << 20] * 9) == [4, 4, 1]
+    assert sizes(100, 5 << 20, 100) == [1, 1, 1]
+
+
+def test_of_steps_that_threads_of_one_run_end_at_once_each_gets_its_own_output(server: Any) -> None:
+    tide = tidebase_sdk.Tidebase(server.url)
+    outputs: dict[int, Any] = {}
+
+    def flow(run: Any) -> None:
+        def one(number: int) -> None:
+            outputs[number] = run.step(f"step {number}", lambda: {"n": number})
+
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    tide.run("flow", flow)
+    assert outputs == {number: {"n": number} for number in range(40)}
+    tide.close()
+
+
+def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
+    server: Any, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+
+    async def main() -> None:
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+
+            async def flow(run: Any, input: Any) -> Any:
+                return await run.step("step", lambda: input)
+
+            free = wire.hold("/steps")
+            tasks = [asyncio.ensure_future(tide.run("flow", flow, input=0))]
+            await wait_until(lambda: wire.batches())
+            tasks += [asyncio.ensure_future(tide.run("flow", flow, input=n)) for n in range(1, 6)]
+            await wait_until(lambda: len(tide._flow._waiting) == 5)
+            tasks[0].cancel()
+            tasks[2].cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            free.set()
+            cancelled = [n for n, result in enumerate(results) if isinstance(result, asyncio.CancelledError)]
+            assert cancelled == [0, 2]
+            assert [results[n] for n in (1, 3, 4, 5)] == [1, 3, 4, 5]
+            assert (tide._flow._under_way, len(tide._flow._waiting)) == (0, 0)
+
+    async def wait_until(question: Callable[[], Any]) -> None:
+        await asyncio.to_thread(eventually, question)
+
+    asyncio.run(main())
+
+
+def test_batches_under_way_when_the_server_is_killed_are_recorded_once_it_is_back(
+    spawn_server: Callable[..., Any], actor: Callable[..., Any], working: Callable[..., None]
+) -> None:
+    server = spawn_server(TIDEBASE_LEASE_MS=20_000)
+    api, tide = Api(server.url), actor(server.url)
+    calls: Counter[tuple[int, int]] = Counter()
+
+    async def flow(run: Any, input: Any) -> None:
+        for number in range(60):
+            await run.step(f"step {number}", lambda: calls.update([(input, number)]))  # noqa: B023
+
+    ids = enqueue(tide, 16)
+    working(tide, {"flow": flow}, concurrency=16)
+    for goal in (100, 400):
+        eventually(lambda: calls.total() > goal)  # noqa: B023
+        server.end(signal.SIGKILL)
+        server.start()
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids), 60)
+    assert calls == {(n, number): 1 for n in range(16) for number in range(60)}
+    assert [completed_twice(api, run) for run in ids] == [[]] * 16
+
+
+# ------------------------------------------------------------------------------
+# Held claims.
+# ------------------------------------------------------------------------------
+
+
+def test_an_idle_worker_has_one_claim_that_the_server_holds(
+    tide: Any, api: Api, wire: Wire, server: Any, working: Callable[..., None]
+) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        return input
+
+    working(tide, {"flow": flow}, poll_s=tidebase_sdk.CLAIM_HOLD_S)
+    eventually(lambda: server.watcher.waiters)
+    ids = enqueue(tide, 1)
+    eventually(lambda: api.run(ids[0])["status"] == "completed")
+    eventually(lambda: server.watcher.waiters)
+    claims = [body for path, body in wire.sent if path == "/queues/claim"]
+    assert [claim["waitMs"] for claim in claims] == [20_000, 20_000]
+    assert claims[0]["id"] != claims[1]["id"]
+
+
+def test_a_run_whose_result_is_on_its_way_has_left_its_place(
+    tide: Any, api: Api, wire: Wire, working: Callable[..., None]
+) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        return input
+
+    first, second = enqueue(tide, 2)
+    free = wire.hold("/complete")
+    working(tide, {"flow": flow}, concurrency=1)
+    eventually(lambda: api.run(second)["status"] == "completed")
+    assert api.run(first)["status"] == "running"
+    free.set()
+    eventually(lambda: api.run(first)["status"] == "completed")
+
+
+def test_what_a_claim_took_while_it_was_cut_off_is_given_back(
+    tide: Any, api: Api, wire: Wire, server: Any
+) -> None:
+    stop, taken = threading.Event(), threading.Event()
+
+    def cut_off(effect: Any, reply: Any) -> None:
+        if effect.path == "/queues/claim" and not stop.is_set():
+            taken.set()
+            stop.set()
+            assert eventually(lambda: effect.line.is_cut)
+            raise ConnectionResetError("cut off")
+
+    wire.after = cut_off
+    tide.client.workflow("flow", lambda run: pytest.fail("executed by a worker that stops"))
+    run_id = enqueue(tide, 1)[0]
+    tide(lambda client: client.work(stop=stop.is_set))
+    assert taken.is_set()
+    claims = [body for path, body in wire.sent if path == "/queues/claim"]
+    assert [claim["waitMs"] for claim in claims] == [20_000, 0]
+    assert claims[0]["id"] == claims[1]["id"]
+    assert (api.run(run_id)["status"], api.run(run_id)["attempt"]) == ("queued", 0)
+    assert api.event_types(run_id)[-2:] == ["run.claimed", "run.released"]
+
+
+def test_a_stop_does_not_wait_for_the_claim_that_the_server_holds(tide: Any, server: Any, wire: Wire) -> None:
+    stop = threading.Event()
+    outcome = in_background(lambda: tide(lambda client: client.work(stop=stop.is_set)))
+    eventually(lambda: server.watcher.waiters)
+    stop.set()
+    outcome()
+    assert [body["waitMs"] for _, body in wire.sent] == [20_000, 0]
+    eventually(lambda: not server.watcher.waiters)  # the server noticed
+
+
+def test_sigterm_does_not_wait_for_the_claim_that_the_server_holds(server: Any) -> None:
+    code = "from tidebase_sdk import Tidebase; Tidebase().work(); print('ended cleanly')"
+    environment = {**os.environ, "TIDEBASE_URL": server.url, "PYTHONPATH": str(ROOT)}
+    worker = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE)
+    try:
+        eventually(lambda: server.watcher.waiters)
+        worker.terminate()
+        assert worker.communicate(timeout=15)[0] == "ended cleanly\n"  # the claim was to be held for 20 s
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_a_worker_that_found_no_place_to_wait_in_rests_as_long_as_it_is_asked_to_and_a_little_more(tide: Any) -> None:
+    async def rest(retry_after: str) -> float:
+        worker = tidebase_sdk._Worker(tide.client, ["default"], 20.0, None, 1, None, None)
+        claim = worker._claim_runs(1, 20.0, worker._line)
+        assert next(claim).held
+        try:
+            claim.send(tidebase_sdk.Reply(200, retry_after, b'{"runs": [], "leaseOwner": "me"}'))
+        except StopIteration as end:
+            return float(end.value)
+        raise AssertionError("it asked for more")
+
+    rests = {asyncio.run(rest("3")) for _ in range(20)}
+    assert all(3 < seconds <= 4 for seconds in rests)
+    assert len(rests) > 1  # jittered, so that a crowd spreads
+
+
+def test_a_claim_that_is_refused_ends_the_worker_with_the_refusal(
+    actor: Callable[..., Any], start_server: Callable[..., Any]
+) -> None:
+    tide = actor(start_server(TIDEBASE_API_KEY="k").url, api_key="wrong")
+    with pytest.raises(TidebaseError) as refused:
+        tide(lambda client: client.work())
+    assert refused.value.status == 401
