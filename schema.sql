@@ -122,6 +122,9 @@ create index if not exists runs_ready_idx on tidebase.runs (queue, priority desc
 -- of a claim (by queue and owner).
 create index if not exists runs_running_idx on tidebase.runs (queue, lease_owner)
   where status = 'running' and not stalled;
+-- Serves the concurrency cap of push queues.
+create index if not exists runs_offered_idx on tidebase.runs (queue, offered_at)
+  where status = 'queued' and offered_at is not null;
 -- Serves cancel_overdue.
 create index if not exists runs_deadline_idx on tidebase.runs (deadline_at)
   where deadline_at is not null and status in ('pending', 'queued', 'running', 'waiting');

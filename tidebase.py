@@ -166,10 +166,12 @@ class Config:
                     raise ConfigError(f"{setting.name} is {text!r}; it takes 0 or 1")
                 values[field] = text == "1"
             elif setting.kind is int:
-                if not text.isascii() or not text.isdigit():
+                if not re.fullmatch(r"[0-9]{1,18}", text):
                     raise ConfigError(f"{setting.name} is {text!r}; it takes a whole number")
                 values[field] = int(text)
             else:
+                if not text.isprintable():  # among it what is not UTF-8
+                    raise ConfigError(f"{setting.name} holds characters that cannot be sent")
                 values[field] = text
         for name in environment:
             if name.startswith("TIDEBASE_") and name not in FOREIGN_SETTINGS | {s.name for s in SETTINGS}:
@@ -189,6 +191,11 @@ class Config:
             if not low <= getattr(self, field) <= high:
                 name = next(s.name for s in SETTINGS if s.name.removeprefix("TIDEBASE_").lower() == field)
                 raise ConfigError(f"{name} is {getattr(self, field)}; it takes {low} to {high}")
+        try:
+            psycopg.conninfo.conninfo_to_dict(self.database_url)
+        except psycopg.ProgrammingError:  # its words repeat the password
+            raise ConfigError("DATABASE_URL is no address of a PostgreSQL, such as "
+                              "postgresql://user:password@host:5432/database") from None
         if self.host not in LOOPBACK and not self.api_key and not self.insecure:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
                               "send (or TIDEBASE_INSECURE=1 to let anyone in)")
@@ -878,6 +885,9 @@ class JsonArray(list[str | None]):
 class SchemaBehind(Exception):
     """The database's schema is not this server's, and it may not bring it up to date."""
 
+    def __init__(self) -> None:
+        super().__init__("the database's schema is not this server's: run `python tidebase.py migrate`")
+
 
 class Database:
     """One pool; `call` is the only way from here to the rules."""
@@ -959,7 +969,7 @@ class Database:
             if is_current(connection):
                 return False
             if not allowed:
-                raise SchemaBehind("the database's schema is not this server's: run `python tidebase.py migrate`")
+                raise SchemaBehind
             with connection.transaction():
                 connection.execute("select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0))")
                 if is_current(connection):  # another server was faster
@@ -1080,7 +1090,7 @@ def keep_ticking(job: str, tick: Callable[[], int], rest: Callable[[], None], st
         try:
             done = tick()
         except Exception as error:
-            if not isinstance(error, psycopg.OperationalError):
+            if not isinstance(error, (psycopg.OperationalError, SchemaBehind)):
                 logger.exception("tick failed", extra={"event": "tick_failed", "job": job})
             failed(error)
             done = 0
@@ -1283,10 +1293,13 @@ class Reconciler:
         self.patient_until = time.monotonic() + self.lease_seconds
         if self.away_since is None:
             self.away_since = time.monotonic()
-            logger.warning("the database is away (%s); requests get 503 until it is back", type(error).__name__,
+            logger.warning("the database is away (%s); requests get 503 until it is back", str(error).split("\n")[0],
                            extra={"event": "database_away"})
         elif self.revive and time.monotonic() - self.away_since > REVIVE_SECONDS:
-            self.revive()
+            try:
+                self.revive()
+            except Exception:
+                logger.exception("the embedded PostgreSQL cannot be started", extra={"event": "revive_failed"})
 
 
 # ------------------------------------------------------------------------------
@@ -2043,6 +2056,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     def __init__(self, server: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(Inline(server), *arguments, **options)
 
+    def readable(self) -> bool:
+        return not self.server.attended and bool(super().readable())
+
     def check_client_disconnected(self) -> bool:
         return not self.connected or self._peek() == b""
 
@@ -2057,7 +2073,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     def service(self) -> None:
         """Answer the request that is read, and those that follow it at once."""
-        self.server.attended = True  # the main loop does not read from a channel with a request under way
+        self.server.attended = True
         while True:
             super().service()
             if not self.requests and not self._receive():
@@ -2073,7 +2089,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         """Wait for the next request.  :returns: whether it is there; else the main loop takes over."""
         dispatcher = self.server.task_dispatcher
         idle = self.server.adj.threads - dispatcher.active_count
-        if not self.connected or self.readable() is False or dispatcher.queue or idle < LINGER_SPARE:
+        if not self.connected or not super().readable() or dispatcher.queue or idle < LINGER_SPARE:
             return False
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
@@ -2259,55 +2275,79 @@ class LogFormat(logging.Formatter):
         return " ".join([super().format(record), *extras])
 
 
-def serve_processes(config: Config, conninfo: str, listener: socket.socket,
-                    revive: Callable[[], None] | None) -> None:
-    """Serve in one process, or in WEB_CONCURRENCY that share the socket; SIGTERM and SIGINT end them cleanly."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+BEHIND_STATUS = 3  # of a server process that found SchemaBehind
+
+
+def on_stop(heed: Callable[..., Any]) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, heed)
+
+
+def serve_processes(config: Config, conninfo: str, listener: socket.socket, revive: Callable[[], None] | None,
+                    signals: list[int]) -> None:
+    """Serve in one process, or in WEB_CONCURRENCY that share the socket; SIGTERM and SIGINT end them cleanly, also one
+    that came before and stands in `signals`."""
 
     def serve_one() -> None:
         server = Server(config, conninfo, listener, revive)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.stop())
-        server.serve()
+        on_stop(lambda *_: server.stop())
+        if not signals:
+            server.serve()
 
     if config.web_concurrency == 1:
         serve_one()
         return
-    parent, children = os.getpid(), set[int]()
-    stopping = False
+    parent, children, is_behind = os.getpid(), set[int](), False
 
-    def stop_children(*_: Any) -> None:
-        nonlocal stopping
-        stopping = True
-        for child in children:
-            os.kill(child, signal.SIGTERM)
+    def stop_children(number: int = signal.SIGTERM, _: Any = None) -> None:
+        signals.append(number)
+        for child in list(children):
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGTERM)
 
     def start_child() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until it is known whose a signal is
         child = os.fork()
         if child:
             children.add(child)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            if signals:
+                stop_children()
             return
+        on_stop(lambda *_: os._exit(0))  # nothing is served yet
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         status = 1
         try:
             threading.Thread(target=end_with, args=(parent,), name="tidebase-parent", daemon=True).start()
             serve_one()
             status = 0
+        except SchemaBehind:
+            status = BEHIND_STATUS
         except Exception:
             logger.exception("server process failed", extra={"event": "process_failed"})
         finally:
             os._exit(status)  # what the parent has to clean up at its exit is the parent's
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop_children)
+    on_stop(stop_children)
     for _ in range(config.web_concurrency):
         start_child()
     while children:
-        child, _ = os.wait()
+        child, status = os.wait()
+        if child not in children:  # the first process of a container gets to know of others' children, too
+            continue
         children.discard(child)
-        if not stopping:
+        if os.waitstatus_to_exitcode(status) == BEHIND_STATUS:
+            is_behind = True
+            stop_children()
+        elif not signals:
             logger.error("a server process ended; starting another", extra={"event": "process_ended"})
             time.sleep(1)  # a process that cannot start must not be started as fast as it fails
-            start_child()
+            if not signals:
+                start_child()
     listener.close()
+    if is_behind:
+        raise SchemaBehind
 
 
 def end_with(parent: int) -> None:
@@ -2357,10 +2397,12 @@ def serve(config: Config) -> None:
         if config.host not in LOOPBACK and not config.api_key:
             logger.warning("ANYONE WHO CAN REACH %s MAY READ AND CHANGE EVERY RUN: TIDEBASE_INSECURE=1 and no "
                            "TIDEBASE_API_KEY", config.host, extra={"event": "insecure"})
+        signals: list[int] = []
+        on_stop(lambda number, _: signals.append(number))  # heeded when the database is up, and can be stopped again
         with database_of(config) as (conninfo, revive):
             host, port = listener.getsockname()[:2]
             click.echo(f"Tidebase {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
-            serve_processes(config, conninfo, listener, revive)
+            serve_processes(config, conninfo, listener, revive, signals)
     except (ConfigError, SchemaBehind) as error:
         raise click.ClickException(str(error)) from None
 
@@ -2370,7 +2412,10 @@ def serve(config: Config) -> None:
 def migrate(config: Config) -> None:
     """Bring the database's schema to this version's."""
     with database_of(config) as (conninfo, _):
-        applied = Database(conninfo, 2).migrate()
+        try:
+            applied = Database(conninfo, 2).migrate()
+        except psycopg.OperationalError as error:
+            raise click.ClickException(str(error).split("\n")[0]) from None
     click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
 
 

@@ -71,7 +71,7 @@ def turn(contender, server_url, seconds):
                            check=True, capture_output=True)
             environment = dict(option.split("=") for option in options)
             return [line for c in CONCURRENCY
-                    for line in run([BENCH / program, url, c, seconds], timeout, **environment)]
+                    for line in run([BENCH / program, url, c, max(1, round(seconds))], timeout, **environment)]
         with tidebase(url, processes) as server:
             return run([*python, *options, "--json", "--url", server.url, "-d", seconds, "-c", *concurrency], timeout)
 

@@ -445,15 +445,20 @@ def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
             free = wire.hold("/steps")
             tasks = [asyncio.ensure_future(tide.run("flow", flow, input=0))]
             await wait_until(lambda: wire.batches())
-            tasks += [asyncio.ensure_future(tide.run("flow", flow, input=n)) for n in range(1, 6)]
-            await wait_until(lambda: len(tide._flow._waiting) == 5)
-            tasks[0].cancel()
-            tasks[2].cancel()
+            tasks += [asyncio.ensure_future(tide.run("flow", flow, run_id=f"r{n}", input=n)) for n in range(1, 8)]
+            await wait_until(lambda: len(tide._flow._waiting) == 7)
+            first, other, *_ = [int(record.held.run_id[1:]) for record in tide._flow._waiting]
+            second = wire.hold("/steps")
+            tasks[0].cancel()  # sends alone
+            await wait_until(lambda: wire.batches() == [1, 7])
+            tasks[first].cancel()  # sends for seven
+            tasks[other].cancel()  # one of them
             results = await asyncio.gather(*tasks, return_exceptions=True)
             free.set()
-            cancelled = [n for n, result in enumerate(results) if isinstance(result, asyncio.CancelledError)]
-            assert cancelled == [0, 2]
-            assert [results[n] for n in (1, 3, 4, 5)] == [1, 3, 4, 5]
+            second.set()
+            cancelled = {n for n, result in enumerate(results) if isinstance(result, asyncio.CancelledError)}
+            assert cancelled == {0, first, other}
+            assert [results[n] for n in range(8) if n not in cancelled] == [n for n in range(8) if n not in cancelled]
             assert (tide._flow._under_way, len(tide._flow._waiting)) == (0, 0)
 
     async def wait_until(question: Callable[[], Any]) -> None:

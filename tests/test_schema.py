@@ -1,0 +1,394 @@
+"""schema.sql brings any database to one shape, however often and by however many, and its indexes serve its queries.
+
+What it leaves stands in the schema `tidebase` alone; a server refuses to work on an older one that it may not change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import conftest
+import psycopg
+import pytest
+from conftest import ROOT, Api, LocalServer, config, together
+
+import tidebase
+
+SCHEMA = (ROOT / "schema.sql").read_text()
+
+
+def apply(conninfo: str) -> None:
+    """As `psql -1 -f schema.sql` does."""
+    with psycopg.connect(conninfo) as connection:
+        connection.execute(SCHEMA.encode())
+
+
+def query(conninfo: str, statement: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        return connection.execute(statement.encode()).fetchall()
+
+
+def shape(conninfo: str) -> list[tuple[Any, ...]]:
+    """All that schema.sql defines, as the catalog tells it."""
+    return [*query(conninfo, """
+        select 'column', table_name, column_name, ordinal_position, data_type, is_nullable, column_default,
+               identity_generation
+          from information_schema.columns where table_schema = 'tidebase' order by 2, 4"""), *query(conninfo, """
+        select 'constraint', conrelid::regclass::text, conname, pg_get_constraintdef(oid)
+          from pg_constraint where connamespace = 'tidebase'::regnamespace order by 2, 3"""), *query(conninfo, """
+        select 'index', tablename, indexname, indexdef from pg_indexes where schemaname = 'tidebase' order by 2, 3
+        """), *query(conninfo, """
+        select 'function', oid::regprocedure::text, pg_get_functiondef(oid)
+          from pg_proc where pronamespace = 'tidebase'::regnamespace order by 2"""), *query(conninfo, """
+        select 'table', relname, relkind::text, reloptions
+          from pg_class where relnamespace = 'tidebase'::regnamespace and relkind in ('r', 'S', 'v') order by 2""")]
+
+
+def names(conninfo: str) -> set[tuple[str, str]]:
+    """Everything that has a name in the database, and where."""
+    return set(query(conninfo, """
+        select coalesce(n.nspname, ''), o.name from (
+          select relnamespace as space, 'relation ' || relname as name from pg_class
+          union all select pronamespace, 'function ' || proname from pg_proc
+          union all select typnamespace, 'type ' || typname from pg_type
+          union all select oprnamespace, 'operator ' || oprname from pg_operator
+          union all select collnamespace, 'collation ' || collname from pg_collation
+          union all select null, 'schema ' || nspname from pg_namespace
+          union all select null, 'extension ' || extname from pg_extension
+          union all select null, 'cast ' || oid from pg_cast
+          union all select null, 'event trigger ' || evtname from pg_event_trigger) o
+          left join pg_namespace n on n.oid = o.space"""))
+
+
+def command(conninfo: str, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """`python tidebase.py …` on that database, to its end."""
+    return subprocess.run([sys.executable, str(ROOT / "tidebase.py"), *words], capture_output=True, text=True,
+                          env={"PATH": os.environ["PATH"], "DATABASE_URL": conninfo, "PORT": "0", **settings},
+                          timeout=60, check=False)
+
+
+@contextmanager
+def serving(conninfo: str, **settings: Any) -> Iterator[Api]:
+    server = LocalServer(config(**settings), conninfo).start()
+    try:
+        yield Api(server.url, server)
+    finally:
+        server.close()
+
+
+# --- one shape
+
+
+def test_applied_twice_it_changes_nothing(empty_database):
+    apply(empty_database)
+    once = shape(empty_database)
+    assert len(once) > 200
+    apply(empty_database)
+    assert shape(empty_database) == once
+
+
+def test_applied_to_a_database_in_use_it_keeps_the_rows(empty_database):
+    with serving(empty_database) as api:
+        run = api.enqueue(input={"z": 1, "a": "\x00"})
+        before = api.get(f"/runs/{run}").text
+        apply(empty_database)
+        assert api.get(f"/runs/{run}").text == before
+        assert api.claim()[0]["id"] == run
+
+
+def test_four_connections_at_once_leave_the_same_shape(empty_database, database):
+    with together(*[lambda: apply(empty_database)] * 4):
+        pass
+    assert shape(empty_database) == shape(database)
+
+
+def test_four_servers_that_start_at_once_on_an_empty_database_all_serve(empty_database):
+    servers = [LocalServer(config(), empty_database) for _ in range(4)]
+    try:
+        with together(*[server.start for server in servers]):
+            pass
+        for server in servers:
+            assert Api(server.url).get("/health")["ok"] is True
+    finally:
+        for server in servers:
+            server.close()
+
+
+def test_no_name_is_left_outside_the_schema_tidebase(empty_database):
+    before = names(empty_database)
+    apply(empty_database)
+    new = names(empty_database) - before
+    assert {space for space, _ in new} <= {"tidebase", "", "pg_toast"}
+    assert {name for space, name in new if space == ""} == {"schema tidebase"}
+
+
+def test_it_lives_beside_tables_of_the_same_names_and_needs_no_search_path(empty_database):
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        for table in ("runs", "steps", "events", "outbox", "meta", "queues"):
+            connection.execute(f"create table public.{table} (mine integer)")
+        connection.execute("create function public.now() returns text language sql as $$ select 'mine' $$")
+        name, = connection.execute("select current_database()").fetchone()
+        connection.execute(f"alter database {name} set search_path = ''")
+    with serving(empty_database) as api:
+        run = api.enqueue(channels=[{"type": "webhook", "url": "http://127.0.0.1:1/"}], dedupeKey="k")
+        api.claim(owner="a", checkpoints=True, id="c")
+        api.do_step(run, "one", "a")
+        api.post("/steps", {"records": [{"runId": run, "leaseOwner": "a", "name": "r", "inputHash": "h"}]})["results"]
+        api.put("/queues/default/config", {"concurrency": 1})["config"]
+        api.reconcile()
+        api.complete(run)["run"]
+        assert api.queue("default")["completed"] == 1
+        assert len(api.events(run)) == 7
+        assert api.get("/runs?workflow=report")["runs"][0]["id"] == run
+    assert query(empty_database, "select count(*) from public.runs") == [(0,)]
+
+
+def test_no_function_keeps_state_in_the_session(empty_database):
+    apply(empty_database)
+    kept = query(empty_database, r"""
+        select proname from pg_proc where pronamespace = 'tidebase'::regnamespace
+           and prosrc ~* '\m(set\s+(session|local)|listen|notify|set_config|pg_advisory_lock|temp\s+table)\M'""")
+    assert kept == []
+
+
+# --- versions
+
+
+def test_a_server_that_may_not_migrate_refuses_an_empty_or_older_database_and_says_what_to_do(empty_database):
+    refusal = command(empty_database, TIDEBASE_AUTO_MIGRATE="0")
+    assert refusal.returncode == 1
+    assert "python tidebase.py migrate" in refusal.stderr
+    assert "Traceback" not in refusal.stderr
+    assert query(empty_database, "select to_regclass('tidebase.meta')") == [(None,)]
+    done = command(empty_database, "migrate", TIDEBASE_AUTO_MIGRATE="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    with serving(empty_database, TIDEBASE_AUTO_MIGRATE=0) as api:
+        api.create()
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("update tidebase.meta set version = 0")
+    server = LocalServer(config(TIDEBASE_AUTO_MIGRATE=0), empty_database)
+    with pytest.raises(tidebase.SchemaBehind):
+        server.serve()
+
+
+def test_several_processes_that_may_not_migrate_end_together(empty_database):
+    refusal = command(empty_database, TIDEBASE_AUTO_MIGRATE="0", WEB_CONCURRENCY="2")
+    assert refusal.returncode == 1
+    assert "python tidebase.py migrate" in refusal.stderr
+
+
+def test_migrate_says_whether_there_was_something_to_do(empty_database):
+    assert "brought up to date" in command(empty_database, "migrate").stdout
+    assert "is up to date" in command(empty_database, "migrate").stdout
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("update tidebase.meta set digest = 'of another build'")
+    assert "brought up to date" in command(empty_database, "migrate").stdout
+
+
+def test_migrate_on_a_database_that_is_away_says_so_and_fails():
+    failed = command("postgresql://nobody:hushhush@127.0.0.1:1/none", "migrate")
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert "refused" in failed.stderr
+    assert "hushhush" not in failed.stderr
+
+
+def test_a_newer_schema_is_served_and_never_turned_back(empty_database):
+    apply(empty_database)
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("update tidebase.meta set version = 999, digest = 'of a later one'")
+        connection.execute("alter table tidebase.runs add column later text")
+    with serving(empty_database, TIDEBASE_AUTO_MIGRATE=0) as api:
+        assert api.run(api.enqueue())["status"] == "queued"
+        assert api.claim()[0]["attempt"] == 1
+    assert command(empty_database, "migrate").returncode == 0
+    apply(empty_database)
+    assert query(empty_database, "select version from tidebase.meta") == [(999,)]
+
+
+# --- a million runs
+
+RUNS = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def large(postgres: str) -> Iterator[str]:
+    """A database with a million runs: most ended, a quarter queued (half of them for later), a few running; every tenth
+    has an event, a step and a webhook."""
+    for conninfo in conftest._database(postgres):
+        apply(conninfo)
+        with psycopg.connect(conninfo, autocommit=True) as connection:
+            connection.execute("set session_replication_role = replica")  # foreign keys need no check here
+            indexes = connection.execute(
+                "select indexname from pg_indexes where schemaname = 'tidebase' and right(indexname, 4) = '_idx'"
+            ).fetchall()
+            for index, in indexes:
+                connection.execute(f"drop index tidebase.{index}")
+            connection.execute("""
+                insert into tidebase.runs (id, workflow_name, status, queue, dedupe_key, priority, run_at, deadline_at,
+                                           lease_owner, lease_expires_at, created_at, completed_at, metadata, event_seq)
+                select 'run_' || lpad(n::text, 32, '0'), 'workflow' || n %% 5, status,
+                       case when n %% 10 < 9 then 'queue' || n %% 3 end,
+                       case when n %% 7 = 0 then 'key' || n end, n %% 3,
+                       case when status = 'queued' and n %% 8 = 0 then now() + interval '1 day' else at end,
+                       case when n %% 4 = 0 then at + interval '30 days' end,
+                       case when status = 'running' then 'owner' || n end,
+                       case when status = 'running' then now() + interval '1 hour' end,
+                       at, case when status in ('completed', 'failed', 'cancelled') then at end,
+                       case when n %% 1000 = 0 then jsonb_build_object('user', n) else '{}' end, 1
+                  from (select n, now() - n * interval '1 second' as at,
+                               case when n %% 10000 = 17 then 'running' when n %% 4 = 0 and n %% 10 < 9 then 'queued'
+                                    when n %% 50 = 1 then 'failed' when n %% 50 = 2 then 'cancelled'
+                                    else 'completed' end as status
+                          from generate_series(1, %s) n) drawn""", (RUNS,))
+            connection.execute("insert into tidebase.events (run_id, seq, type, payload)"
+                               " select id, 1, 'run.enqueued', '{}' from tidebase.runs where id like '%5'")
+            connection.execute("""
+                insert into tidebase.steps (id, run_id, name, position, input_hash, contract, status)
+                select 'step_' || id, id, 'one', 1, 'h', '{}', 'completed' from tidebase.runs where id like '%5'""")
+            connection.execute("""
+                insert into tidebase.outbox (id, kind, run_id, event_type, url, status, next_attempt_at)
+                select 'rec_' || id, 'recovery', id, 'run.resume', 'http://127.0.0.1:1/',
+                       case when id like '%005' then 'pending' else 'delivered' end,
+                       case when id like '%005' then now() + interval '1 hour' end
+                  from tidebase.runs where id like '%5'""")
+            connection.execute(SCHEMA.encode())
+            connection.execute("analyze")
+        yield conninfo
+
+
+class Bill:
+    """What a request reads: the rows it was given by sequential scans, and the entries by indexes."""
+
+    def __init__(self, api: Api, connection: psycopg.Connection[Any]) -> None:
+        self.api, self.connection = api, connection
+        connection.execute("set max_parallel_workers_per_gather = 0")  # the counts are those of this one process
+        self.relations = dict(connection.execute(
+            "select oid, relname from pg_class where relnamespace = 'tidebase'::regnamespace and relkind in ('r', 'i')"
+        ).fetchall())
+        self.tables = {name for name, in connection.execute(
+            "select relname from pg_class where relnamespace = 'tidebase'::regnamespace and relkind = 'r'"
+            "   and reltuples > 10000").fetchall()}
+        connection.commit()
+
+    def read(self) -> dict[str, tuple[int, int]]:
+        return {self.relations[oid]: (scans, rows) for oid, scans, rows in self.connection.execute(
+            "select oid, pg_stat_get_xact_numscans(oid), pg_stat_get_xact_tuples_returned(oid) from pg_class"
+            " where oid = any (%s)", (list(self.relations),)).fetchall()}
+
+    def of(self, action: Callable[[], Any]) -> tuple[dict[str, int], int]:
+        """What an action costs when its statements are planned for good; it is undone.
+
+        :returns: the scans of whole tables that are large, and how many rows and index entries were read in all.
+        """
+        for _ in range(7):  # the sixth time a cached plan may be one for all values
+            before = self.read()
+            action()
+            after = self.read()
+            self.connection.rollback()
+        scans = {name: after[name][0] - before[name][0] for name in self.tables}
+        return ({name: count for name, count in scans.items() if count},
+                sum(after[name][1] - before[name][1] for name in after))
+
+
+@pytest.fixture(scope="module")
+def bill(large: str) -> Iterator[Bill]:
+    """A bill for a server on the large database whose requests all run in one transaction, never committed."""
+    server = LocalServer(config(), large).start()
+    with psycopg.connect(large, context=server.database.pool.kwargs["context"]) as connection:
+        pooled = server.database.connection
+
+        @contextmanager
+        def observed() -> Iterator[psycopg.Connection[Any]]:
+            if threading.current_thread().name.startswith("tidebase-"):
+                with pooled() as other:
+                    yield other
+            else:
+                yield connection
+
+        server.database.connection = observed  # type: ignore[method-assign]
+        yield Bill(Api(server.url, server), connection)
+    server.close()
+
+
+def numbered(number: int) -> str:
+    return f"run_{number:032}"
+
+
+def got(found: list[Any], count: int) -> None:
+    assert len(found) == count
+
+
+def due(bill: Bill, days: int, sweep: str, *arguments: Any) -> Any:
+    """What a sweep answers so many days later; the clock goes back when the transaction is undone."""
+    bill.connection.execute(f"""create or replace function tidebase.now() returns timestamptz language sql volatile
+                                as $$ select clock_timestamp() + interval '{days} days' $$""".encode())
+    return json.loads(bill.api.server.database.call(sweep, *arguments)[0])
+
+
+QUEUED, DONE, FAILED, RUNNING = numbered(4 * 1001), numbered(55), numbered(51), numbered(17)
+REQUESTS: dict[str, tuple[int, Callable[[Api], Any]]] = {
+    # what it does: the rows and index entries that it may read, with room for a few more
+    "a claim": (60, lambda api: got(api.claim("queue1"), 1)),
+    "a claim of a hundred": (1000, lambda api: got(api.claim("queue1", "queue0", limit=100, checkpoints=True), 100)),
+    "a claim of an empty queue": (30, lambda api: got(api.claim("nowhere"), 0)),
+    "a repeated claim": (300, lambda api: (
+        got(api.claim("queue1", owner="a", id="c"), 1), got(api.claim("queue1", owner="a", id="c"), 1))),
+    "a claim within caps": (600, lambda api: (
+        api.put("/queues/queue1/config", {"concurrency": 500, "ratePerMinute": 500}), got(api.claim("queue1"), 1))),
+    "a claim at a cap": (600, lambda api: (
+        api.put("/queues/queue1/config", {"concurrency": 1}), got(api.claim("queue1"), 0))),
+    "an enqueue with a dedupe key": (30, lambda api: api.enqueue("queue1", dedupeKey="key7")),
+    "the detail of a run": (60, lambda api: api.detail(DONE)),
+    "a part of it": (30, lambda api: api.get(f"/runs/{DONE}?include=run")["run"]),
+    "a begin, a step and the end": (200, lambda api: (
+        api.begin(QUEUED, "a")["run"], api.do_step(QUEUED, "two", "a"), api.complete(QUEUED, leaseOwner="a")["run"])),
+    "a failure": (100, lambda api: api.fail(RUNNING, retryable=False)["run"]),
+    "a cancellation": (100, lambda api: api.post(f"/runs/{QUEUED}/cancel")["run"]),
+    "a retry": (60, lambda api: api.post(f"/runs/{FAILED}/retry")["run"]),
+    "a heartbeat of many": (60, lambda api: api.post("/heartbeats", {"runs": [
+        {"id": RUNNING, "leaseOwner": "owner17"}]})["results"]),
+    "a record of many": (60, lambda api: api.post("/steps", {"records": [
+        {"runId": RUNNING, "leaseOwner": "owner17", "name": "r", "inputHash": "h"}]})["results"]),
+    "the newest runs": (500, lambda api: got(api.get("/runs")["runs"], 100)),
+    "the next page of them": (500, lambda api: api.get(
+        "/runs?before=" + api.get("/runs?limit=50")["nextCursor"])["runs"]),
+    "the runs of a workflow": (1500, lambda api: got(api.get("/runs?workflow=workflow3")["runs"], 100)),
+    "the runs of no workflow": (30, lambda api: got(api.get("/runs?workflow=nothing")["runs"], 0)),
+    "the runs of a queue": (1500, lambda api: got(api.get("/runs?queue=queue2")["runs"], 100)),
+    "the runs of a status": (500, lambda api: got(api.get("/runs?status=failed")["runs"], 100)),
+    "the runs of a rare status": (1000, lambda api: got(api.get("/runs?status=running")["runs"], 100)),
+    "the runs that completed": (1000, lambda api: got(api.get("/runs?status=completed")["runs"], 100)),
+    "the runs of some metadata": (50, lambda api: got(api.get("/runs?metadata.user=5000")["runs"], 1)),
+    "the runs of no metadata": (50, lambda api: got(api.get("/runs?metadata.nothing=1")["runs"], 0)),
+    "expired leases": (3000, lambda api: due(api, 1, "expire_leases", 100) == 100),
+    "passed deadlines": (3000, lambda api: due(api, 25, "cancel_overdue", 100) == 100),
+    "offers of push queues": (1500, lambda api: (
+        api.put("/queues/queue1/config", {"invokeUrl": "http://127.0.0.1:1/", "concurrency": 200}),
+        due(api, 0, "offer_runs", 100) == 100)),
+    "deliveries": (60, lambda api: got(due(api, 1, "take_deliveries", 8, 1000), 8)),
+    "the settling of a delivery": (60, lambda api: api.server.database.call(
+        "settle_delivery", "rec_" + numbered(1005), 0, True, False, 200, "", None)),
+}
+
+
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_with_a_million_runs_no_request_scans_a_table(bill, request_name):
+    allowed, request = REQUESTS[request_name]
+    scans, read = bill.of(lambda: request(bill.api))
+    assert scans == {}
+    assert read <= allowed
+
+
+def test_the_bill_of_a_scan_is_seen(bill):
+    statement = "select count(*) from tidebase.runs where result is not null"
+    scans, read = bill.of(lambda: bill.connection.execute(statement))
+    assert scans["runs"] >= 1
+    assert read >= RUNS
