@@ -68,7 +68,8 @@ create table if not exists tidebase.meta (
 );
 
 -- Every step updates its run's row (event_seq, the lease), so it must stay a heap-only update: room on the page, and
--- no index on event_seq, updated_at, lease_expires_at.
+-- no index on event_seq, updated_at, lease_expires_at. Of these tables no statistics are taken while they are tiny: from
+-- those, plans that scan them would be made, and kept by each connection while they grow.
 create table if not exists tidebase.runs (
   id                  text        primary key,
   workflow_name       text        not null,
@@ -112,7 +113,7 @@ create table if not exists tidebase.runs (
   constraint runs_lease_whole check ((lease_owner is null) = (lease_expires_at is null)),
   constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null)),
   constraint runs_waiting_whole check ((status = 'waiting') = (waiting_for is not null))
-) with (fillfactor = 70);
+) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
 -- At most one live run per queue and dedupe key; enqueue_runs reads the live one by it.
 create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedupe_key)
   where dedupe_key is not null and status in ('queued', 'running', 'waiting');
@@ -166,7 +167,7 @@ create table if not exists tidebase.steps (
   created_at       timestamptz not null default tidebase.now(),
   updated_at       timestamptz not null default tidebase.now(),
   constraint steps_name_key unique (run_id, name)           -- also serves the run detail and every begin
-) with (fillfactor = 70);
+) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
 
 create table if not exists tidebase.events (
   id         bigint      generated always as identity,
@@ -176,7 +177,7 @@ create table if not exists tidebase.events (
   payload    json        not null,
   created_at timestamptz not null default tidebase.now(),
   constraint events_pkey primary key (run_id, seq)          -- serves the run detail and the streams
-);
+) with (autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
 
 create table if not exists tidebase.channels (
   id         text        primary key,
@@ -785,7 +786,8 @@ end $$;
 -- hundreds pays for one.
 -- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}.
 create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_owners text[])
-  returns json language plpgsql as $$
+  returns json language plpgsql
+  set enable_seqscan = off as $$  -- as claim_runs
 declare
   v_now timestamptz := tidebase.now();
 begin
@@ -2037,7 +2039,8 @@ end $$;
 create or replace function tidebase.claim_runs (p_queues text[], p_owner text, p_claim_id text, p_limit integer,
                                                 p_lease_ms integer, p_checkpoints boolean)
   returns json language plpgsql
-  set plan_cache_mode = force_generic_plan as $$  -- else it is planned anew at every claim, for longer than it runs
+  set plan_cache_mode = force_generic_plan  -- else it is planned anew at every claim, for longer than it runs
+  set enable_seqscan = off as $$            -- a plan made while the table was tiny is kept while it grows
 declare
   v_now      timestamptz;
   v_ids      text[];

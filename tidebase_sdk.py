@@ -544,8 +544,13 @@ def _fit(fn: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
 def _error_json(error: BaseException) -> Json:
     """An exception as it is recorded.  What UTF-8 cannot say is replaced: a failure must always be recordable."""
     told = traceback.TracebackException.from_exception(error)
-    told.stack = traceback.StackSummary.from_list([frame for frame in told.stack if frame.filename != __file__])
-    stack = "".join(told.format())[-STACK_CHARS:]  # the frames of this file say nothing about the failure
+    part: traceback.TracebackException | None = told
+    while part is not None:  # the frames of this file say nothing about the failure
+        # As tuples, without columns: to mark those, CPython 3.11 parses the line, which is not safe in two threads.
+        part.stack = traceback.StackSummary.from_list(
+            [(f.filename, f.lineno or 0, f.name, f.line) for f in part.stack if f.filename != __file__])
+        part = part.__cause__ or part.__context__
+    stack = "".join(told.format())[-STACK_CHARS:]
     parts = {"name": type(error).__name__, "message": str(error)[:MESSAGE_CHARS], "stack": stack}
     return {key: text.encode("utf-8", "replace").decode() for key, text in parts.items()}
 

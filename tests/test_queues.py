@@ -578,7 +578,8 @@ def test_an_offered_run_is_not_claimed_by_a_worker_meanwhile(api, clock, receive
     api.reconcile()
     assert api.claim() == []
     clock.advance(ms=60_000)
-    assert [taken["id"] for taken in api.claim()] == [run]
+    [taken] = eventually(api.claim)  # not at once: while its webhook is being settled, the run is locked and passed over
+    assert taken["id"] == run
 
 
 def test_a_pushed_run_that_is_begun_and_given_back_is_ready_at_once(api, receiver):
