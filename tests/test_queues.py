@@ -578,7 +578,7 @@ def test_an_offered_run_is_not_claimed_by_a_worker_meanwhile(api, clock, receive
     api.reconcile()
     assert api.claim() == []
     clock.advance(ms=60_000)
-    [taken] = eventually(api.claim)  # not at once: while its webhook is being settled, the run is locked and passed over
+    [taken] = eventually(api.claim)  # while its webhook is being settled, it is passed over
     assert taken["id"] == run
 
 
