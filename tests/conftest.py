@@ -208,6 +208,11 @@ class LocalServer(tidebase.Server):
         assert not self.thread.is_alive()
 
 
+# The server's own and its pool's; a client's step that was given up on may still be at work in its thread.
+SERVER_THREADS = ("tidebase-watcher", "tidebase-sender", "tidebase-send_", "tidebase-reconciler", "tidebase-pool-check",
+                  "tidebase-scheduler", "tidebase-worker-")
+
+
 @pytest.fixture
 def start_server(database: str) -> Iterator[Callable[..., LocalServer]]:
     """Starts a server of this process on the test's database: start_server(TIDEBASE_LEASE_MS=1000, …)."""
@@ -220,7 +225,7 @@ def start_server(database: str) -> Iterator[Callable[..., LocalServer]]:
     yield start
     for server in servers:
         server.close()
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("tidebase-")])
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith(SERVER_THREADS)])
 
 
 @pytest.fixture

@@ -989,7 +989,7 @@ def test_a_fanout_lets_all_children_end_and_names_those_that_failed(tide: Any, a
     run_id = new_run_id()
     with pytest.raises(FanoutFailed, match="by 0: ZeroDivisionError") as failed:
         tide(lambda client: client.run("parent", tide.workflow(parent), run_id=run_id))
-    assert list(failed.value.errors) == ["by 0"]
+    assert list(failed.value.errors) == ["by 0"], failed.value.errors
     assert Counter(run["status"] for run in api.detail(run_id)["childRuns"]) == {"completed": 2, "failed": 1}
 
 
