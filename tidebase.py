@@ -1318,23 +1318,25 @@ class Part(BaseConverter):
         return part
 
 
-class RawPath:
-    """Gives Flask the path as it was sent: WSGI servers hand it over decoded, where %2F and / are the same."""
+class Entrance:
+    """A server's way into the app: each request brings along the server it came to, and its path as it was sent, since
+    WSGI servers hand it over decoded, where %2F and / are the same."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, server: Server) -> None:
+        self.server = server
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         target = environ.get("REQUEST_URI", environ["PATH_INFO"])
         if not target.startswith("/"):
             target = urllib.parse.urlsplit(target).path
         environ["PATH_INFO"] = target.split("?")[0]
-        return self.app(environ, start_response)
+        environ["tidebase.server"] = self.server
+        return app(environ, start_response)
 
 
 def core() -> Server:
-    """The server whose app handles this request."""
-    server: Server = flask.current_app.extensions["tidebase"]
+    """The server that this request came to."""
+    server: Server = flask.request.environ["tidebase.server"]
     return server
 
 
@@ -1417,6 +1419,7 @@ WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.re
 def authorize() -> flask.Response | None:
     """Before every request: preflights are answered, the key is checked, and the database must be prepared."""
     config, request = core().config, flask.request
+    request.max_content_length = config.max_body
     if request.method == "OPTIONS" and config.cors_origin:
         return flask.Response(status=204)
     if request.path in ("/health", "/openapi.json", "/docs"):
@@ -1467,20 +1470,20 @@ def health() -> flask.Response:
 
 
 @functools.cache
-def described(app: flask.Flask) -> dict[str, Any]:
+def described() -> dict[str, Any]:
     return openapi.document(app, __version__, WITHOUT_KEY)
 
 
 @routes.get("/openapi.json")
 def openapi_json() -> flask.Response:
     """These routes as OpenAPI 3.1; it holds no secret, so that tools may read it without the key.  200 object."""
-    return reply(json.dumps(described(flask.current_app._get_current_object())))  # type: ignore[attr-defined]
+    return reply(json.dumps(described()))
 
 
 @routes.get("/docs")
 def docs() -> flask.Response:
     """The same as a page for people.  200 page."""
-    response = flask.Response(openapi.page(described(flask.current_app._get_current_object())))  # type: ignore[attr-defined]
+    response = flask.Response(openapi.page(described()))
     response.headers["Content-Security-Policy"] = "default-src 'none'; style-src 'unsafe-inline'"
     return response
 
@@ -2099,10 +2102,15 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         return bool(self.requests)
 
 
-def create_app(server: Server) -> flask.Flask:
+def broken(error: Exception) -> flask.Response:
+    """A defect: told in full to the log, and in one word to the client."""
+    logger.exception("request failed", extra={"event": "request_failed", "path": flask.request.path})
+    return reply('{"error": "internal error", "code": "internal_error"}', 500)
+
+
+def create_app() -> flask.Flask:
+    """The routes, for any server of this process: what a request needs of its server, the request brings along."""
     app = flask.Flask("tidebase", static_folder=None)
-    app.extensions["tidebase"] = server
-    app.config["MAX_CONTENT_LENGTH"] = server.config.max_body
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.converters["part"] = Part
     app.url_map.merge_slashes = False
@@ -2112,14 +2120,10 @@ def create_app(server: Server) -> flask.Flask:
     app.register_error_handler(psycopg.Error, database_refused)
     app.register_error_handler(Exception, broken)
     app.register_blueprint(routes)
-    app.wsgi_app = RawPath(app.wsgi_app)  # type: ignore[method-assign]
     return app
 
 
-def broken(error: Exception) -> flask.Response:
-    """A defect: told in full to the log, and in one word to the client."""
-    logger.exception("request failed", extra={"event": "request_failed", "path": flask.request.path})
-    return reply('{"error": "internal error", "code": "internal_error"}', 500)
+app = create_app()
 
 
 class Server:
@@ -2136,7 +2140,6 @@ class Server:
         self.stopping = threading.Event()
         self.failure: Exception | None = None
         self.listener = listener or listen(config)
-        self.app = create_app(self)
         self._http: Any = None
         self._http_lock = threading.RLock()  # reentrant: a signal may call stop while _drain holds it
 
@@ -2168,7 +2171,7 @@ class Server:
         :raises SchemaBehind: see prepare.
         """
         self._http = waitress.server.create_server(
-            self.app, sockets=[self.listener], threads=self.config.threads, ident=None, connection_limit=10_000,
+            Entrance(self), sockets=[self.listener], threads=self.config.threads, ident=None, connection_limit=10_000,
             max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120, asyncore_use_poll=True,
             clear_untrusted_proxy_headers=True)
         self._http.channel_class = Channel

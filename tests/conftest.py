@@ -219,8 +219,9 @@ def start_server(database: str) -> Iterator[Callable[..., LocalServer]]:
     servers: list[LocalServer] = []
 
     def start(**settings: Any) -> LocalServer:
-        servers.append(LocalServer(config(**settings), database).start())
-        return servers[-1]
+        server = LocalServer(config(**settings), database)
+        servers.append(server)  # before it answers: the test may be over as soon as it does
+        return server.start()
 
     yield start
     for server in servers:

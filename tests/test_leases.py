@@ -42,6 +42,15 @@ def recoveries(api: Api, run: str) -> list[str]:
     return [attempt["reason"] for attempt in api.detail(run)["recoveryAttempts"]]
 
 
+def sweep_until_recoveries(api: Api, run: str, count: int) -> None:
+    """Ticks until there are that many: a run whose webhook is just being posted is busy, and left to the next tick."""
+    def swept() -> bool:
+        api.reconcile()
+        return recoveries(api, run) == ["lease_expired"] * count
+
+    eventually(swept)
+
+
 # ------------------------------------------------------------------------------
 # The lease of a run
 # ------------------------------------------------------------------------------
@@ -346,13 +355,11 @@ def test_a_silent_plain_run_asks_its_webhook_once_per_lease(api: Api, clock: Clo
     run = begun(api, recoveryWebhook=HOOK)
     for _ in range(3):
         clock.advance(ms=LEASE_MS)
-        api.reconcile()
-    assert recoveries(api, run) == ["lease_expired"]
+        sweep_until_recoveries(api, run, 1)
     assert api.run(run)["status"] == "running"
     api.begin(run, "b")
     clock.advance(ms=LEASE_MS)
-    api.reconcile()
-    assert recoveries(api, run) == ["lease_expired"] * 2
+    sweep_until_recoveries(api, run, 2)
 
 
 @pytest.mark.parametrize("sign", ["heartbeat", "batch", "step", "begin"])
@@ -366,8 +373,7 @@ def test_a_worker_that_came_back_and_fell_silent_again_is_noticed_again(api: Api
     assert lease_ms(api.run(run)) == LEASE_MS
     assert api.reconcile() == 0
     clock.advance(ms=LEASE_MS)
-    api.reconcile()
-    assert recoveries(api, run) == ["lease_expired"] * 2
+    sweep_until_recoveries(api, run, 2)
 
 
 def test_a_server_that_has_just_started_leaves_expired_leases_alone_for_one_lease(

@@ -12,6 +12,8 @@ from unittest.mock import MagicMock
 import pytest
 from conftest import Answer, Api, LocalServer, refused
 
+import tidebase
+
 HOOK = "http://127.0.0.1:9/hook"
 Request = tuple[str, str, Any]
 
@@ -187,9 +189,9 @@ def test_what_was_deleted_is_not_there_to_delete(api: Api) -> None:
     refused(send(api, request), 404, "not_found")
 
 
-def test_every_mutating_route_is_sent_twice(server: LocalServer) -> None:
-    urls = server.app.url_map.bind("here")
+def test_every_mutating_route_is_sent_twice() -> None:
+    urls = tidebase.app.url_map.bind("here")
     requests = [make(MagicMock()) for make in (*REQUESTS.values(), resolved, scheduled)]
     sent = {(method, urls.match(path, method)[0]) for method, path, _ in requests}
-    assert sent == {(method, rule.endpoint) for rule in server.app.url_map.iter_rules()
+    assert sent == {(method, rule.endpoint) for rule in tidebase.app.url_map.iter_rules()
                     for method in (rule.methods or set()) & {"POST", "PUT", "PATCH", "DELETE"}}

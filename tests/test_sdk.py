@@ -769,8 +769,10 @@ def test_a_request_reaches_a_server_that_comes_up_meanwhile(
 ) -> None:
     port = free_port()
     tide = actor(f"http://127.0.0.1:{port}", timeout_s=20)
-    threading.Timer(0.5, start_server, kwargs={"PORT": port}).start()
+    coming = threading.Timer(0.5, start_server, kwargs={"PORT": port})
+    coming.start()
     assert tide(lambda client: client.enqueue("flow"))["run"]["status"] == "queued"
+    coming.join()
 
 
 def test_the_key_is_sent_and_shown_nowhere(
