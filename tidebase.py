@@ -2060,7 +2060,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         super().__init__(Inline(server), *arguments, **options)
 
     def readable(self) -> bool:
-        return not self.server.attended and bool(super().readable())
+        return not self.server.attended and self._may_read()
+
+    def _may_read(self) -> bool:
+        return self.connected and not self.server.draining and bool(super().readable())
 
     def check_client_disconnected(self) -> bool:
         return not self.connected or self._peek() == b""
@@ -2092,7 +2095,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         """Wait for the next request.  :returns: whether it is there; else the main loop takes over."""
         dispatcher = self.server.task_dispatcher
         idle = self.server.adj.threads - dispatcher.active_count
-        if not self.connected or not super().readable() or dispatcher.queue or idle < LINGER_SPARE:
+        if not self._may_read() or dispatcher.queue or idle < LINGER_SPARE:
             return False
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
@@ -2175,6 +2178,7 @@ class Server:
             max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120, asyncore_use_poll=True,
             clear_untrusted_proxy_headers=True)
         self._http.channel_class = Channel
+        self._http.draining = False  # then no connection is read from any more
         loops = [
             ("watcher", self._when_prepared(self.watcher.tick), self._rest(
                 lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.poked)),
@@ -2208,7 +2212,8 @@ class Server:
                 self._http.pull_trigger()
 
     def _drain(self) -> None:
-        """Take no more connections, wake those who wait, and let requests under way finish and be sent."""
+        """Take no more connections nor requests, wake those who wait, and let what is under way finish and be sent."""
+        self._http.draining = True
         self._http.del_channel()  # out of the loop first: it takes a closed listener for the end of everything
         self.listener.close()
         self.watcher.stop()

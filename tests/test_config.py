@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import logging
 import os
 import signal
@@ -14,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,31 @@ def test_sigterm_and_sigint_end_it_with_status_0_and_its_postgres_too(own, data_
     assert "Traceback" not in server.log.read_text()
     again = Api(own().url)
     assert [again.run(run)["status"] for run in runs] == ["pending"] * 4
+
+
+def test_a_request_that_was_taken_before_the_end_is_answered(own, data_dir):
+    server, created = own(), []
+
+    def ask_until_it_ends(method, path, note):
+        address = server.url.removeprefix("http://")
+        with closing(http.client.HTTPConnection(address, timeout=60)) as connection, \
+                suppress(OSError, http.client.HTTPException):
+            while True:  # on one connection, as workers do
+                connection.request(method, path)
+                note(json.loads(connection.getresponse().read()))
+
+    with ThreadPoolExecutor(16) as threads:
+        ended = [threads.submit(ask_until_it_ends, *asked) for asked in [
+            ("POST", "/runs/steady", lambda answer: created.append(answer["run"]["id"])),
+            ("GET", "/health", lambda answer: None)] * 8]
+        eventually(lambda: len(created) > 100)
+        assert server.end(signal.SIGTERM) == 0
+    assert [done.exception() for done in ended] == [None] * 16
+    assert "Traceback" not in server.log.read_text()
+    own()
+    with psycopg.connect(f"host={data_dir}/postgres user=postgres") as connection:
+        kept = connection.execute("select id from tidebase.runs where workflow_name = 'steady'").fetchall()
+    assert sorted(run for run, in kept) == sorted(created)
 
 
 def test_a_held_claim_is_answered_before_the_end(own, data_dir):

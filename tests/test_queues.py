@@ -586,6 +586,7 @@ def test_a_pushed_run_that_is_begun_and_given_back_is_ready_at_once(api, receive
     push_queue(api, receiver, concurrency=1)
     run = api.enqueue()
     api.reconcile()
+    receiver.wait_for(1)  # what is offered and begun before it is sent need not be sent
     api.begin(run, "app")["run"]
     api.post(f"/runs/{run}/release", {"leaseOwner": "app"})["run"]
     assert api.reconcile() == 1
