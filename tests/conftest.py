@@ -118,7 +118,8 @@ def database(migrated: tuple[str, str]) -> Iterator[str]:
     yield conninfo
     with psycopg.connect(conninfo, autocommit=True) as connection:
         connection.execute("select pg_terminate_backend(pid) from pg_stat_activity"
-                           " where datname = current_database() and pid <> pg_backend_pid()")
+                           " where datname = current_database() and pid <> pg_backend_pid()"
+                           " and application_name <> 'tidebase'")  # a server's, which the next test may go on with
         for table in ("runs", "queues", "queue_tallies", "queue_claims", "schedules"):  # the rest goes with its run
             connection.execute(f"delete from tidebase.{table}")  # noqa: S608
         connection.execute(clock)
@@ -209,14 +210,19 @@ class LocalServer(tidebase.Server):
 
 
 # The server's own and its pool's; a client's step that was given up on may still be at work in its thread.
-SERVER_THREADS = ("tidebase-watcher", "tidebase-sender", "tidebase-send_", "tidebase-reconciler", "tidebase-pool-check",
-                  "tidebase-scheduler", "tidebase-worker-")
+SERVER_THREADS = ("tidebase-watcher", "tidebase-sender", "tidebase-reconciler", "tidebase-scheduler",
+                  "tidebase-worker-")
+
+
+def server_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith(SERVER_THREADS)}
 
 
 @pytest.fixture
-def start_server(database: str) -> Iterator[Callable[..., LocalServer]]:
+def start_server(lasting_server: LocalServer, database: str) -> Iterator[Callable[..., LocalServer]]:
     """Starts a server of this process on the test's database: start_server(TIDEBASE_LEASE_MS=1000, …)."""
     servers: list[LocalServer] = []
+    before = server_threads()
 
     def start(**settings: Any) -> LocalServer:
         server = LocalServer(config(**settings), database)
@@ -226,13 +232,22 @@ def start_server(database: str) -> Iterator[Callable[..., LocalServer]]:
     yield start
     for server in servers:
         server.close()
-    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith(SERVER_THREADS)])
+    eventually(lambda: server_threads() <= before)
+
+
+@pytest.fixture(scope="session")
+def lasting_server(migrated: tuple[str, str]) -> Iterator[LocalServer]:
+    server = LocalServer(config(), migrated[0]).start()
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def server(start_server: Callable[..., LocalServer]) -> LocalServer:
-    """A server whose reconciler ticks only at api.reconcile()."""
-    return start_server()
+def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
+    """A server whose reconciler ticks only at api.reconcile(). Test after test has the same, at rest."""
+    lasting_server.reconciler.patient_until = 0.0
+    yield lasting_server
+    eventually(lambda: not lasting_server.watcher.waiters and lasting_server.sender.free == tidebase.SEND_SLOTS)
 
 
 def free_port() -> int:

@@ -8,16 +8,22 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from conftest import Api, eventually, refused
+from conftest import Api, LocalServer, eventually, refused
 
 import tidebase
 
 PATHS_OF_BAD_NUMBERS = ["after=x", "after=-1", "after=1.5", "after=", "after=2147483648", "after=%D9%A3"]
+
+
+@pytest.fixture
+def server(start_server: Callable[..., LocalServer]) -> LocalServer:
+    """One for each test: its end is the end of the streams that are left open."""
+    return start_server()
 
 
 class Stream:

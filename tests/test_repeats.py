@@ -5,7 +5,7 @@ The clock stands still in these tests, so that "alike" is to the letter. A test 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -19,12 +19,13 @@ Request = tuple[str, str, Any]
 
 
 @pytest.fixture
-def api(api: Api, server: LocalServer, sql: Callable[..., Any]) -> Api:
+def api(api: Api, server: LocalServer, sql: Callable[..., Any]) -> Iterator[Api]:
     """The verbs, at one instant, and with no webhook under way."""
     server.sender.free = 0
     sql("create or replace function tidebase.now() returns timestamptz language sql volatile as"
         " $$ select timestamptz '2026-06-12 10:31:00Z' $$")
-    return api
+    yield api
+    server.sender.free = tidebase.SEND_SLOTS
 
 
 def send(api: Api, request: Request) -> Answer:
