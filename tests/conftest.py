@@ -237,7 +237,10 @@ def start_server(lasting_server: LocalServer, database: str) -> Iterator[Callabl
 
 @pytest.fixture(scope="session")
 def lasting_server(migrated: tuple[str, str]) -> Iterator[LocalServer]:
-    server = LocalServer(config(), migrated[0]).start()
+    """It does nothing by itself: tests that do without it share its database."""
+    server = LocalServer(config(), migrated[0])
+    server.sender.free = 0
+    server.start()
     yield server
     server.close()
 
@@ -245,9 +248,11 @@ def lasting_server(migrated: tuple[str, str]) -> Iterator[LocalServer]:
 @pytest.fixture
 def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
     """A server whose reconciler ticks only at api.reconcile(). Test after test has the same, at rest."""
-    lasting_server.reconciler.patient_until = 0.0
+    sender = lasting_server.sender
+    lasting_server.reconciler.patient_until, sender.free = 0.0, tidebase.SEND_SLOTS
     yield lasting_server
-    eventually(lambda: not lasting_server.watcher.waiters and lasting_server.sender.free == tidebase.SEND_SLOTS)
+    eventually(lambda: not lasting_server.watcher.waiters and sender.free == tidebase.SEND_SLOTS)
+    sender.free = 0
 
 
 def free_port() -> int:
