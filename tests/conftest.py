@@ -189,6 +189,19 @@ def config(**settings: Any) -> tidebase.Config:
 class LocalServer(tidebase.Server):
     """A server on threads of this process."""
 
+    def __init__(self, config: tidebase.Config, conninfo: str) -> None:
+        super().__init__(config, conninfo)
+        self.sends, self.ticking, self.send = True, threading.Lock(), self.sender.tick
+        self.sender.tick = self._send  # type: ignore[method-assign]
+
+    def _send(self) -> int:
+        with self.ticking:
+            return self.send() if self.sends else 0
+
+    def let_send(self, sends: bool) -> None:
+        with self.ticking:
+            self.sends = sends
+
     def start(self) -> LocalServer:
         self.ticked = threading.Event()
         self.thread = threading.Thread(target=self.serve, name="server-under-test")
@@ -239,20 +252,19 @@ def start_server(lasting_server: LocalServer, database: str) -> Iterator[Callabl
 def lasting_server(migrated: tuple[str, str]) -> Iterator[LocalServer]:
     """It does nothing by itself: tests that do without it share its database."""
     server = LocalServer(config(), migrated[0])
-    server.sender.free = 0
-    server.start()
-    yield server
+    server.let_send(False)
+    yield server.start()
     server.close()
 
 
 @pytest.fixture
 def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
     """A server whose reconciler ticks only at api.reconcile(). Test after test has the same, at rest."""
-    sender = lasting_server.sender
-    lasting_server.reconciler.patient_until, sender.free = 0.0, tidebase.SEND_SLOTS
+    lasting_server.reconciler.patient_until = 0.0
+    lasting_server.let_send(True)
     yield lasting_server
-    eventually(lambda: not lasting_server.watcher.waiters and sender.free == tidebase.SEND_SLOTS)
-    sender.free = 0
+    lasting_server.let_send(False)
+    eventually(lambda: not lasting_server.watcher.waiters and lasting_server.sender.free == tidebase.SEND_SLOTS)
 
 
 def free_port() -> int:
