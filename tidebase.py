@@ -116,12 +116,15 @@ SETTINGS = (
     Setting("TIDEBASE_RECONCILE_MS", "5000", int, "how often expired leases, deadlines and the like are looked for"),
     Setting("TIDEBASE_RETENTION_DAYS", "0", int, "ended runs are deleted after so many days; 0 keeps them for ever"),
     Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int, "the largest request body in bytes; larger ones get 413"),
-    Setting("TIDEBASE_THREADS", "64", int, "request threads per process; at most half of them hold long waits"),
+    Setting("TIDEBASE_THREADS", "64", int, "threads per process for requests that are worked on"),
+    # An idle worker that waits costs next to nothing, one that is turned away comes again every second or two: with 32
+    # places, 200 idle workers cost a quarter of a core.
+    Setting("TIDEBASE_PLACES", "500", int, "claims, gates and streams per process that may wait, each in a thread"),
     Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process"),
     Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port"),
 )
 # Set for the client, the examples or by the platform; not ours to warn about.
-FOREIGN_SETTINGS = {"TIDEBASE_URL", "TIDEBASE_REPORTS_DIR", "TIDEBASE_EXAMPLE_PAUSE_S"}
+FOREIGN_SETTINGS = {"TIDEBASE_URL", "TIDEBASE_REPORTS_DIR"}
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
@@ -148,6 +151,7 @@ class Config:
     retention_days: int
     max_body: int
     threads: int
+    places: int
     pool: int
     web_concurrency: int
 
@@ -185,8 +189,8 @@ class Config:
     def check(self) -> None:
         """Refuse what cannot work, or is not safe.  :raises ConfigError: with the setting and the way out."""
         limits = {"port": (0, 65535), "lease_ms": (100, 86_400_000), "reconcile_ms": (10, 3_600_000),
-                  "retention_days": (0, 36_500), "max_body": (1024, 1 << 30), "threads": (4, 1024), "pool": (2, 1024),
-                  "web_concurrency": (1, 64)}
+                  "retention_days": (0, 36_500), "max_body": (1024, 1 << 30), "threads": (4, 1024), "places": (1, 5000),
+                  "pool": (2, 1024), "web_concurrency": (1, 64)}
         for field, (low, high) in limits.items():
             if not low <= getattr(self, field) <= high:
                 name = next(s.name for s in SETTINGS if s.name.removeprefix("TIDEBASE_").lower() == field)
@@ -1009,6 +1013,7 @@ class Watcher:
     def __init__(self, database: Database, places: int) -> None:
         self.database = database
         self.places = threading.Semaphore(places)
+        self.make_room: Callable[[int], None] = lambda waiting: None  # see to threads beside so many that wait
         self.waiters: list[Waiter] = []
         self.lock = threading.Lock()
         self.poked = threading.Event()
@@ -1054,6 +1059,8 @@ class Watcher:
             raise Busy
         with self.lock:
             self.waiters.append(waiter)
+            waiting = len(self.waiters)
+        self.make_room(waiting)
         self.poked.set()
         try:
             yield
@@ -2094,7 +2101,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     def _receive(self) -> bool:
         """Wait for the next request.  :returns: whether it is there; else the main loop takes over."""
         dispatcher = self.server.task_dispatcher
-        idle = self.server.adj.threads - dispatcher.active_count
+        idle = len(dispatcher.threads) - dispatcher.active_count
         if not self._may_read() or dispatcher.queue or idle < LINGER_SPARE:
             return False
         poll = select.poll()
@@ -2136,7 +2143,7 @@ class Server:
                  revive: Callable[[], None] | None = None) -> None:
         self.config = config
         self.database = Database(conninfo, config.pool)
-        self.watcher = Watcher(self.database, max(1, config.threads // 2))
+        self.watcher = Watcher(self.database, config.places)
         self.sender = Sender(self.database, config.webhook_secret)
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
@@ -2179,6 +2186,10 @@ class Server:
             clear_untrusted_proxy_headers=True)
         self._http.channel_class = Channel
         self._http.draining = False  # then no connection is read from any more
+        dispatcher = self._http.task_dispatcher
+        # Threads that were started for those that wait stay: the next wait comes soon.
+        self.watcher.make_room = lambda waiting: dispatcher.set_thread_count(
+            max(self.config.threads + waiting, len(dispatcher.threads)))
         loops = [
             ("watcher", self._when_prepared(self.watcher.tick), self._rest(
                 lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.poked)),

@@ -1870,7 +1870,7 @@ class Client(Surface[M]):
             if workflow not in self._workflows:
                 raise ValueError(f"workflow {workflow!r} is not registered, but {sorted(self._workflows)} are")
             return self._workflows[workflow], workflow
-        return workflow, next((name for name, fn in self._workflows.items() if fn is workflow), None)
+        return workflow, next((name for name, fn in list(self._workflows.items()) if fn is workflow), None)
 
     def _request(self, method: str, path: str, body: Any = None, *, held: _Held | _Leases | None = None,
                  headers: Mapping[str, str] | None = None, patience_s: float | None = None,

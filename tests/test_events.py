@@ -306,8 +306,8 @@ def test_the_key_may_stand_in_the_query_of_a_stream_and_nowhere_else(start_serve
 # --- places
 
 
-def test_streams_take_half_the_threads_at_most_and_the_next_is_told_to_come_again(start_server, beating):
-    server = start_server(TIDEBASE_THREADS=4)
+def test_streams_take_places_and_one_too_many_is_told_to_come_again(start_server, beating):
+    server = start_server(TIDEBASE_PLACES=2)
     api = Api(server.url, server)
     run = api.create()
     with listening(api, run) as one, listening(api, run) as two:
@@ -321,7 +321,7 @@ def test_streams_take_half_the_threads_at_most_and_the_next_is_told_to_come_agai
 
 
 def test_a_reader_who_vanishes_frees_its_place(start_server, beating):
-    server = start_server(TIDEBASE_THREADS=4)
+    server = start_server(TIDEBASE_PLACES=2)
     api = Api(server.url, server)
     run = api.create()
     for _ in range(3):
@@ -333,7 +333,7 @@ def test_a_reader_who_vanishes_frees_its_place(start_server, beating):
 
 
 def test_what_only_asks_for_the_head_of_a_stream_takes_no_place(start_server):
-    server = start_server(TIDEBASE_THREADS=4)
+    server = start_server(TIDEBASE_PLACES=2)
     api = Api(server.url, server)
     run = api.create()
     for _ in range(4):

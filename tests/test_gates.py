@@ -174,7 +174,7 @@ def test_the_end_of_the_run_unwinds_a_held_reader(api, ending, status):
 
 
 def test_more_readers_than_places_are_answered_at_once_and_told_to_come_again(start_server):
-    server = start_server(TIDEBASE_THREADS=4)
+    server = start_server(TIDEBASE_PLACES=2)
     api = Api(server.url, server)
     gate = ask(api, api.create())["gate"]
     readers = [Reader(api, gate) for _ in range(2)]

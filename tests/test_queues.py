@@ -398,8 +398,20 @@ def test_a_held_claim_is_answered_when_the_server_stops(start_server):
     assert answers[0]["runs"] == []
 
 
+def test_requests_are_answered_while_more_wait_than_there_are_threads(start_server):
+    server = start_server(TIDEBASE_THREADS=4)
+    api = Api(server.url, server)
+    held = [hold(api) for _ in range(20)]
+    waiting(api, 20)
+    assert api.run(api.create())["status"] == "pending"
+    api.post("/queues/default/enqueue", {"runs": [{"workflowName": "w"}] * 20})
+    for thread, answers in held:
+        thread.join(10)
+        assert len(answers[0]["runs"]) == 1
+
+
 def test_without_a_place_to_wait_in_the_answer_comes_at_once_and_says_when_to_ask_again(start_server):
-    server = start_server(TIDEBASE_THREADS=4)  # two places
+    server = start_server(TIDEBASE_PLACES=2)
     api = Api(server.url, server)
     held = [hold(api) for _ in range(2)]
     waiting(api, 2)
