@@ -1423,6 +1423,9 @@ def new_owner() -> str:
 WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate"}
 
 
+PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
+
+
 def authorize() -> flask.Response | None:
     """Before every request: preflights are answered, the key is checked, and the database must be prepared."""
     config, request = core().config, flask.request
@@ -1437,7 +1440,7 @@ def authorize() -> flask.Response | None:
             given = b"Bearer " + request.args["token"].encode()
         if not hmac.compare_digest(given, b"Bearer " + config.api_key.encode()):
             raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
-    if not core().prepared.is_set():
+    if not core().prepared.wait(PREPARE_SECONDS):
         raise psycopg.OperationalError("the schema has not been looked at yet")
     return None
 

@@ -152,8 +152,12 @@ def children(pid: int) -> set[int]:
 def test_sigterm_and_sigint_end_it_with_status_0_and_its_postgres_too(own, data_dir, number, processes):
     server = own(WEB_CONCURRENCY=processes)
     api = Api(server.url)
-    eventually(lambda: all(api.get("/health").status == 200 for _ in range(20)))  # each process prepares itself
-    runs = [api.create() for _ in range(4)]
+
+    def created():  # each process prepares itself: until it has, its answer is to ask again
+        answer = api.post("/runs/report")
+        return answer.status == 200 and answer["run"]["id"]
+
+    runs = [eventually(created) for _ in range(4)]
     log = server.log.read_text()
     assert f"listens on {server.url}" in log
     assert str(data_dir) in log

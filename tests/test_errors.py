@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -470,6 +471,14 @@ def test_health_tells_of_the_database_and_the_version(api: Api) -> None:
     assert answer.json["ok"] is True
     assert isinstance(answer.json["database"], str)
     assert isinstance(answer.json["version"], str)
+
+
+def test_a_request_that_comes_before_the_schema_was_looked_at_waits_for_that(api: Api, server: LocalServer) -> None:
+    server.prepared.clear()
+    looked_at = threading.Timer(0.2, server.prepared.set)
+    looked_at.start()
+    assert api.get("/runs").status == 200
+    looked_at.join()
 
 
 def test_until_the_database_was_looked_at_all_but_health_is_to_be_sent_again(api: Api, server: LocalServer) -> None:
