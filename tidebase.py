@@ -1012,7 +1012,7 @@ class Watcher:
 
     def __init__(self, database: Database, places: int) -> None:
         self.database = database
-        self.places = threading.Semaphore(places)
+        self.places = places
         self.make_room: Callable[[int], None] = lambda waiting: None  # see to threads beside so many that wait
         self.waiters: list[Waiter] = []
         self.lock = threading.Lock()
@@ -1055,19 +1055,22 @@ class Watcher:
     @contextmanager
     def waiting(self, waiter: Waiter) -> Iterator[None]:
         """Set waiter.woken whenever there is news for it, while this lasts.  :raises Busy: no place is free."""
-        if not self.places.acquire(blocking=False):
-            raise Busy
         with self.lock:
+            if len(self.waiters) >= self.places:
+                raise Busy
+            try:
+                self.make_room(len(self.waiters) + 1)
+            except RuntimeError:  # the machine gives no more threads: those that there are must not all wait
+                self.places = len(self.waiters)
+                logger.warning("no thread to be had: %d may wait at once", self.places, extra={"event": "no_thread"})
+                raise Busy from None
             self.waiters.append(waiter)
-            waiting = len(self.waiters)
-        self.make_room(waiting)
         self.poked.set()
         try:
             yield
         finally:
             with self.lock:
                 self.waiters.remove(waiter)
-            self.places.release()
 
     def tick(self) -> int:
         """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to rest."""
@@ -2013,15 +2016,10 @@ def delete_schedule(name: str) -> flask.Response:
 
 
 # ------------------------------------------------------------------------------
-# Wiring: builds the rooms above in order and serves them.
+# Connections: what waitress is made to do otherwise: refuse in the protocol's words, and stay with a busy client.
 # ------------------------------------------------------------------------------
-DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
-UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before they are refused, so that the client,
-                    # still sending, gets to see the answer; above, the connection is closed on it
-
-
-LINGER_MS = 5       # how long a thread stays with a connection for its next request
-LINGER_SPARE = 4    # threads that must be free for other connections, else it does not stay
+LINGER_MS = 5     # how long a thread stays with a connection for its next request
+LINGER_SPARE = 4  # threads that must be free for other connections, else it does not stay
 
 
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress brings no types
@@ -2113,6 +2111,14 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return False
         self.handle_read()
         return bool(self.requests)
+
+
+# ------------------------------------------------------------------------------
+# Wiring: builds the rooms above in order and serves them.
+# ------------------------------------------------------------------------------
+DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
+UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before they are refused, so that the client,
+                    # still sending, gets to see the answer; above, the connection is closed on it
 
 
 def broken(error: Exception) -> flask.Response:

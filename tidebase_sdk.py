@@ -739,10 +739,12 @@ class _Leases:
     until = property(lambda self: max(held.until for held in self._all))
 
     def fence(self) -> None:
+        """Before the request: raise what ended the leases, once all of them are gone."""
         if all(held.gone() for held in self._all):
             self._all[0].fence()
 
     def lose(self, error: TidebaseError) -> None:
+        """All of them are gone, for good."""
         for held in self._all:
             held.lose(error)
 
@@ -1870,7 +1872,8 @@ class Client(Surface[M]):
             if workflow not in self._workflows:
                 raise ValueError(f"workflow {workflow!r} is not registered, but {sorted(self._workflows)} are")
             return self._workflows[workflow], workflow
-        return workflow, next((name for name, fn in list(self._workflows.items()) if fn is workflow), None)
+        known = list(self._workflows.items())  # another thread may be registering one
+        return workflow, next((name for name, fn in known if fn is workflow), None)
 
     def _request(self, method: str, path: str, body: Any = None, *, held: _Held | _Leases | None = None,
                  headers: Mapping[str, str] | None = None, patience_s: float | None = None,
@@ -2342,6 +2345,7 @@ class _BlockingConnection:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """Close it; nobody waits on it."""
         self._socket.close()
 
 
@@ -2580,6 +2584,7 @@ class _AsyncAlarm:
         self._waiting: set[asyncio.Future[None]] = set()
 
     def set(self) -> None:
+        """Wake those who wait, and let nobody wait until it is cleared; from any thread."""
         self._is_set = True
         if threading.get_ident() == self._thread:
             self._wake()
@@ -2590,9 +2595,11 @@ class _AsyncAlarm:
             logger.debug("alarm for a closed loop", extra={"event": "loop_closed"})
 
     def clear(self) -> None:
+        """Let them wait again."""
         self._is_set = False
 
     async def wait(self, seconds: float | None) -> None:
+        """Return when it is set, or after so many seconds."""
         if self._is_set:
             return
         future = self._loop.create_future()
@@ -2666,6 +2673,7 @@ class _AsyncConnection:
         return self.answer.take()
 
     def is_open(self) -> bool:
+        """Whether the other side has not closed it, as far as is known here."""
         return not (self._writer.is_closing() or self._reader.at_eof())
 
     def cut(self) -> None:
@@ -2673,6 +2681,7 @@ class _AsyncConnection:
         self._writer.transport.abort()
 
     def close(self) -> None:
+        """Close it; nobody waits on it."""
         self._writer.close()
 
 

@@ -410,6 +410,27 @@ def test_requests_are_answered_while_more_wait_than_there_are_threads(start_serv
         assert len(answers[0]["runs"]) == 1
 
 
+def test_where_the_machine_gives_no_more_threads_fewer_wait_and_requests_are_answered(start_server):
+    server = start_server(TIDEBASE_THREADS=4)
+    api = Api(server.url, server)
+    held = [hold(api) for _ in range(3)]
+    waiting(api, 3)
+
+    def none_left(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    server._http.task_dispatcher.start_new_thread = none_left
+    for _ in range(8):  # as many as would take all the threads that there are
+        answer = api.post("/queues/claim", {"queues": ["default"], "waitMs": 25_000})
+        assert (answer["runs"], answer.headers["retry-after"]) == ([], "1")
+    waiting(api, 3)
+    assert api.run(api.create())["status"] == "pending"
+    api.post("/queues/default/enqueue", {"runs": [{"workflowName": "w"}] * 3})
+    for thread, answers in held:
+        thread.join(10)
+        assert len(answers[0]["runs"]) == 1
+
+
 def test_without_a_place_to_wait_in_the_answer_comes_at_once_and_says_when_to_ask_again(start_server):
     server = start_server(TIDEBASE_PLACES=2)
     api = Api(server.url, server)

@@ -90,6 +90,18 @@ class Wire:
         self.before = before
         return free
 
+    def lose_answers(self, count: int) -> list[str]:
+        """Lose the answers to the next requests with finished steps.  Returns the paths of those it befell."""
+        lost: list[str] = []
+
+        def after(effect: Any, reply: Any) -> None:
+            if effect.path.endswith("/steps") and len(lost) < count:
+                lost.append(effect.path)
+                raise ConnectionResetError("the answer is lost")
+
+        self.after = after
+        return lost
+
 
 @pytest.fixture
 def wire(tide: Any) -> Wire:
@@ -158,14 +170,7 @@ def test_a_failure_is_recorded_in_one_request_and_its_repeat_changes_nothing(
     tide: Any, api: Api, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tidebase_sdk, "STEP_BACKOFF_S", (0.01, 0.01))
-    lost: list[str] = []
-
-    def lose(effect: Any, reply: Any) -> None:
-        if effect.path.endswith("/steps") and len(lost) < 1:
-            lost.append(effect.path)
-            raise ConnectionResetError("the answer is lost")
-
-    wire.after = lose
+    wire.lose_answers(1)
     tries: list[int] = []
 
     async def flow(run: Any, input: Any) -> Any:
@@ -346,14 +351,7 @@ def test_in_a_batch_each_step_gets_its_own_refusal_and_the_others_are_recorded(
 def test_a_batch_whose_answer_is_lost_is_sent_again_and_nothing_is_recorded_twice(
     together: Callable[..., list[str]], api: Api, wire: Wire
 ) -> None:
-    lost: list[str] = []
-
-    def lose(effect: Any, reply: Any) -> None:
-        if effect.path.endswith("/steps") and len(lost) < 3:
-            lost.append(effect.path)
-            raise ConnectionResetError("the answer is lost")
-
-    wire.after = lose
+    lost = wire.lose_answers(3)
     calls: Counter[int] = Counter()
     ids = together(6, lambda n: calls.update([n]))
     eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids))
