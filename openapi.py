@@ -269,6 +269,9 @@ def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
     if nested := getattr(field, "shape", None):
         known = {"anyOf": [converter.resolve_nested_schema(nested), {"type": "null"}]}
         ret.pop("type", None)
+    if kinds := getattr(field, "kinds", None):
+        known = {"anyOf": [converter.resolve_nested_schema(kind) for kind in kinds.values()]}
+        ret.pop("$ref", None)
     default = None if field.load_default is marshmallow.missing else field.load_default
     if default is None:
         ret.pop("default", None)  # an absent string is not a null that may be sent

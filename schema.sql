@@ -1119,6 +1119,11 @@ create or replace function tidebase._step_started (s tidebase.steps) returns jso
   select json_build_object('stepId', s.id, 'name', s.name, 'attempt', s.attempt, 'resumeContract', s.contract)
 $$;
 
+create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql immutable as $$
+  select json_build_object('stepId', s.id, 'name', s.name, 'checkpointInvariant', s.contract->'checkpointInvariant',
+                           'verifiedBy', s.contract->'verifiedBy')
+$$;
+
 -- Asks what to do about a step, and takes it where the answer is "execute".
 -- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
 -- Needs    p_owner did not lose the run (TB409 lease_lost).
@@ -1188,15 +1193,6 @@ begin
   body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_owner);
 end $$;
 
--- Tells of a step that was just completed; p_started as for _record.
-create or replace function tidebase._tell_completed (p_run tidebase.runs, s tidebase.steps, p_owner text,
-                                                     p_started json default null) returns void language plpgsql as $$
-begin
-  perform tidebase._record(p_run, p_owner, 'step.completed', json_build_object('stepId', s.id, 'name', s.name,
-            'checkpointInvariant', s.contract->'checkpointInvariant', 'verifiedBy', s.contract->'verifiedBy'),
-            p_started);
-end $$;
-
 -- What is decided about a failed step when its owner decided nothing.
 create or replace function tidebase._decision (p_decision text, p_retryable boolean, p_contract json)
   returns text language sql immutable as $$
@@ -1250,7 +1246,7 @@ begin
        set status = 'completed', output = p_output, error = null, settled_by = p_owner, lease_owner = null,
            lease_expires_at = null, completed_at = tidebase.now(), updated_at = tidebase.now()
      where id = p_step_id returning * into v_step;
-    perform tidebase._tell_completed(v_run, v_step, p_owner);
+    perform tidebase._record(v_run, p_owner, 'step.completed', tidebase._step_completed(v_step));
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1333,45 +1329,11 @@ begin
   returning * into v_step;
   v_started := case when not v_begun then tidebase._step_started(v_step) end;
   if p_error is null then
-    perform tidebase._tell_completed(v_run, v_step, p_owner, v_started);
+    perform tidebase._record(v_run, p_owner, 'step.completed', tidebase._step_completed(v_step), v_started);
   else
     perform tidebase._tell_failed(v_run, v_step, p_owner, p_retryable, v_decision, v_started);
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
-end $$;
-
--- Many of these in one transaction, in the order of their runs' ids, so that two batches cannot wait for each other;
--- each stands or falls alone.
--- Returns  {"results": [{"step"} or {"error", "code", "status", …}]}, in the order given.
-create or replace function tidebase.record_steps (p_records jsonb, p_inputs json[], p_outputs json[], p_errors json[])
-  returns json language plpgsql as $$
-declare
-  v_results json[] := array_fill(null::json, array[jsonb_array_length(p_records)]);
-  v_record  record;
-  v_words   text;
-  v_state   text;
-  v_detail  text;
-begin
-  for v_record in
-    select r, n::integer as n from jsonb_array_elements(p_records) with ordinality as given (r, n)
-     order by r->>'runId', n
-  loop
-    begin
-      v_results[v_record.n] := tidebase.record_step(
-        v_record.r->>'runId', v_record.r->>'leaseOwner', v_record.r->>'name', v_record.r->>'inputHash',
-        p_inputs[v_record.n], (v_record.r->'options')::json, p_outputs[v_record.n], p_errors[v_record.n],
-        (v_record.r->>'retryable')::boolean, v_record.r->>'resumeDecision',
-        (v_record.r->>'startedAt')::timestamptz, (v_record.r->>'durationMs')::bigint);
-    exception when others then
-      get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
-      if v_state !~ '^TB' then
-        raise;
-      end if;
-      v_results[v_record.n] := tidebase._joined(
-        json_build_object('error', v_words, 'status', substr(v_state, 3)::integer), v_detail::json);
-    end;
-  end loop;
-  return json_build_object('results', array_to_json(v_results));
 end $$;
 
 -- A person's word on a step that nobody can know the outcome of.
@@ -1401,7 +1363,7 @@ begin
          completed_at = case p_decision when 'retry' then null else tidebase.now() end
    where id = v_step.id returning * into v_step;
   if p_decision = 'complete' then
-    perform tidebase._tell_completed(v_run, v_step, null);
+    perform tidebase._record(v_run, null, 'step.completed', tidebase._step_completed(v_step));
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1946,16 +1908,22 @@ create or replace function tidebase.enqueue_run (p_queue text, p_job jsonb, p_in
     from tidebase._enqueue(p_queue, p_job, p_input) e
 $$;
 
+-- Has batches of jobs that have dedupe keys go one after the other on each of these queues: two that name the same keys
+-- in different orders would wait for each other.
+create or replace function tidebase._lock_keys (p_queues text[], p_jobs jsonb) returns void language plpgsql as $$
+begin
+  if jsonb_path_exists(p_jobs, '$[*].dedupeKey ? (@ != null)') then
+    perform pg_advisory_xact_lock(hashtextextended('tidebase.enqueue.' || queue, 0))
+       from (select distinct queue from unnest(p_queues) as queue order by queue) as queues;
+  end if;
+end $$;
+
 -- Many runs: all or, when one is refused, none.    Returns  {"runs"}, in the order given, each with "deduplicated".
--- Locks    the queue's batches that have dedupe keys go one after the other: two that name the same keys in different
---          orders would wait for each other.
 -- Plans    on a table that was small when it was last looked at, each of thousands of rows would be found by a scan.
 create or replace function tidebase.enqueue_runs (p_queue text, p_jobs jsonb, p_inputs json[])
   returns json language plpgsql set enable_seqscan = off as $$
 begin
-  if jsonb_path_exists(p_jobs, '$[*].dedupeKey ? (@ != null)') then
-    perform pg_advisory_xact_lock(hashtextextended('tidebase.enqueue.' || p_queue, 0));
-  end if;
+  perform tidebase._lock_keys(array[p_queue], p_jobs);
   return (
     select json_build_object('runs', json_agg(tidebase._joined(
              tidebase._run_json(e.run), json_build_object('deduplicated', e.deduplicated)) order by n))
@@ -2138,6 +2106,113 @@ create or replace function tidebase.list_queues () returns json language sql sta
     from names n left join live on live.queue = n.name left join ended on ended.queue = n.name
     left join tidebase.queues q on q.name = n.name
 $$;
+
+-- ------------------------------------------------------------------------------
+-- Many writes in one transaction: what a worker that holds many runs has ready, for one commit.
+-- ------------------------------------------------------------------------------
+
+-- p_writes: [{do, …}], where do names the verb, with its arguments by name; but payloads beside it, in the same order:
+-- a step's or a job's input; a step's output or a run's result; a step's error. Each stands or falls alone.
+-- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
+--          before its child unless somebody chose the ids: so two batches do not wait for each other.
+-- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
+-- Returns  {"results": [the verb's answer or {"error", "code", "status", …}]}, in the order given.
+create or replace function tidebase.write_many (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+  returns json language plpgsql
+  set plan_cache_mode = force_generic_plan
+  set enable_seqscan = off as $$
+declare
+  v_results json[];
+  v_write   record;
+  v_words   text;
+  v_state   text;
+  v_detail  text;
+begin
+  perform tidebase._lock_keys(array(select w->>'queue' from jsonb_array_elements(p_writes) as w
+                                     where w->>'dedupeKey' is not null), p_writes);
+  perform from tidebase.runs
+    where id in (select w->>'runId' from jsonb_array_elements(p_writes) as w
+                 union
+                 select r.parent_run_id from jsonb_array_elements(p_writes) as w
+                   join tidebase.runs r on r.id = w->>'runId' where w->>'do' = 'complete_run')
+    order by id for no key update;
+  v_results := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
+  for v_write in
+    select w, w->>'do' as verb, n::integer as n
+      from jsonb_array_elements(p_writes) with ordinality as given (w, n)
+     where v_results[n] is null order by n
+  loop
+    begin
+      v_results[v_write.n] := case v_write.verb
+        when 'record_step' then tidebase.record_step(
+          v_write.w->>'runId', v_write.w->>'leaseOwner', v_write.w->>'name', v_write.w->>'inputHash',
+          p_inputs[v_write.n], (v_write.w->'options')::json, p_outputs[v_write.n], p_errors[v_write.n],
+          (v_write.w->>'retryable')::boolean, v_write.w->>'resumeDecision',
+          (v_write.w->>'startedAt')::timestamptz, (v_write.w->>'durationMs')::bigint)
+        when 'complete_run' then tidebase.complete_run(
+          v_write.w->>'runId', v_write.w->>'leaseOwner', p_outputs[v_write.n])
+        when 'enqueue_run' then tidebase.enqueue_run(v_write.w->>'queue', v_write.w, p_inputs[v_write.n]) end;
+    exception when others then
+      get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
+      if v_state !~ '^TB' then
+        raise;
+      end if;
+      v_results[v_write.n] := tidebase._joined(
+        json_build_object('error', v_words, 'status', substr(v_state, 3)::integer), v_detail::json);
+    end;
+  end loop;
+  return json_build_object('results', array_to_json(v_results));
+end $$;
+
+-- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, and of a run
+-- that its worker holds; of each run the first. It leaves what record_step would leave, at a third less of its cost.
+-- Needs    the runs locked.    Returns  {"step"} for each of them, in the places of p_writes; null for all others.
+create or replace function tidebase._record_fresh (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+  returns json[] language plpgsql
+  set plan_cache_mode = force_generic_plan
+  set enable_seqscan = off as $$
+declare
+  v_now     timestamptz := tidebase.now();
+  v_results json[] := array_fill(null::json, array[jsonb_array_length(p_writes)]);
+  v_fresh   record;
+begin
+  for v_fresh in
+    with given as (
+      select n::integer, w->>'runId' as run_id, w->>'leaseOwner' as owner, w->>'name' as name,
+             w->>'inputHash' as input_hash, (w->'options')::json as options,
+             coalesce((w->>'startedAt')::timestamptz,
+                      v_now - tidebase._ms(coalesce((w->>'durationMs')::bigint, 0))) as started_at,
+             row_number() over (partition by w->>'runId' order by n) as place
+        from jsonb_array_elements(p_writes) with ordinality as given (w, n) where w->>'do' = 'record_step'
+    ), fresh as materialized (
+      select g.*, r.event_seq, r.fence
+        from given g join tidebase.runs r on r.id = g.run_id
+       where g.place = 1 and p_errors[n] is null and r.status = 'running' and r.lease_owner = g.owner
+         and not exists (select from tidebase.steps s where s.run_id = g.run_id and s.name = g.name)
+    ), counted as (
+      update tidebase.runs r set event_seq = r.event_seq + 2, updated_at = v_now, stalled = false,
+             lease_expires_at = v_now + tidebase._ms(r.lease_ms)
+        from fresh where r.id = fresh.run_id
+    ), stored as (
+      insert into tidebase.steps as s (id, run_id, name, position, input_hash, input, options, contract, status, output,
+                                       settled_by, fence, started_at, completed_at, created_at, updated_at)
+      select tidebase._new_id('step'), run_id, name, event_seq + 1, input_hash, p_inputs[n], options,
+             tidebase._contract(options), 'completed', p_outputs[n], owner, fence, started_at, v_now, v_now, v_now
+        from fresh order by n
+      returning s as step
+    ), told as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select (step).run_id, (step).position, 'step.started', tidebase._step_started(step), v_now from stored
+      union all
+      select (step).run_id, (step).position + 1, 'step.completed', tidebase._step_completed(step), v_now from stored
+    )
+    select n, json_build_object('step', tidebase._step_json(step)) as answer
+      from stored join fresh on fresh.run_id = (step).run_id
+  loop
+    v_results[v_fresh.n] := v_fresh.answer;
+  end loop;
+  return v_results;
+end $$;
 
 -- ------------------------------------------------------------------------------
 -- Schedules: Python knows cron, so it brings the next time along; that a time fires once is decided here.

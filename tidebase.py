@@ -382,6 +382,7 @@ MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits
 MAX_MS = 10 * 365 * 86_400_000  # ten years: longer is a mistake of units
 MAX_WAIT_MS = 25_000  # proxies close what is silent for 30 s
 MAX_BATCH = 10_000
+MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
 ID = validate.Regexp(r"[A-Za-z0-9_.:-]{1,128}\Z", error="must be 1 to 128 of A-Z a-z 0-9 _ . : -")
 
 
@@ -541,6 +542,31 @@ def schema_of(kind: type[Body]) -> Body:
     return kind()
 
 
+class Verb(fields.String):
+    """The member `do` of a write: which of its kinds it is."""
+
+    def __init__(self, verb: str) -> None:
+        self.verb = verb
+        self.json_schema = {"const": verb}
+        super().__init__(required=True, validate=validate.Equal(verb))
+
+
+class OneOf(fields.Nested):
+    """One of several bodies, told apart by their Verb; `read` has the members of all."""
+
+    def __init__(self, read: type[Body], *kinds: type[Body]) -> None:
+        self.kinds = {cast(Verb, kind._declared_fields["do"]).verb: kind for kind in kinds}
+        super().__init__(read)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, partial: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(value, dict):
+            raise self.make_error("type", input=value, type=type(value).__name__)
+        verb = value.get("do")
+        if not isinstance(verb, str) or verb not in self.kinds:
+            raise marshmallow.ValidationError({"do": [f"must be one of {', '.join(self.kinds)}"]})
+        return schema_of(self.kinds[verb]).load(value)
+
+
 class ChannelBody(Body):
     type = fields.Str(required=True, validate=validate.OneOf(["webhook"]))
     url = Url(required=True)
@@ -674,12 +700,12 @@ class RecordStepBody(StepFields, StepFailure):
     duration_ms = Whole(0, MAX_MS, data_key="durationMs", load_default=None)
 
 
-class RecordManyStep(RecordStepBody):
+class RecordOfRun(RecordStepBody):
     run_id = Name(data_key="runId", required=True)
 
 
 class RecordStepsBody(Body):
-    records = fields.List(fields.Nested(RecordManyStep), required=True, validate=validate.Length(1, 1000))
+    records = fields.List(fields.Nested(RecordOfRun), required=True, validate=validate.Length(1, MAX_WRITES))
 
 
 class ReviewBody(Body):
@@ -826,6 +852,31 @@ class ClaimBody(Body):
     limit = Whole(1, 100, load_default=1)
     wait_ms = Whole(0, MAX_WAIT_MS, data_key="waitMs", load_default=0)
     checkpoints = Flag(load_default=False)
+
+
+class RecordWrite(RecordOfRun):
+    do = Verb("record_step")
+
+
+class CompleteWrite(CompleteRunBody):
+    do = Verb("complete_run")
+    run_id = Name(data_key="runId", required=True)
+
+
+class EnqueueWrite(EnqueueBody):
+    do = Verb("enqueue_run")
+    queue = Name(required=True)
+
+
+class AnyWrite(RecordWrite, CompleteWrite, EnqueueWrite):
+    """Any of the three, to read it before it is known which."""
+
+
+class WritesBody(Body):
+    """POST /writes"""
+
+    writes = fields.List(OneOf(AnyWrite, RecordWrite, CompleteWrite, EnqueueWrite), required=True,
+                         validate=validate.Length(1, MAX_WRITES))
 
 
 class QueueConfigBody(Body):
@@ -1705,13 +1756,7 @@ def record_step(run_id: str) -> flask.Response:
 @routes.post("/steps")
 def record_steps() -> flask.Response:
     """Record many, of any runs.  200 {results: [{step} or refusal]}."""
-    records = parse(RecordStepsBody)["records"]
-    heads = [compose({
-        "runId": r["run_id"], "leaseOwner": r["lease_owner"], "name": r["name"], "inputHash": r["input_hash"],
-        "options": r["options"], "retryable": r["retryable"], "resumeDecision": r["resume_decision"],
-        "startedAt": r["started_at"] and r["started_at"].isoformat(), "durationMs": r["duration_ms"]}) for r in records]
-    return call("record_steps", "[" + ", ".join(heads) + "]", JsonArray(r["input"] for r in records),
-                JsonArray(r["output"] for r in records), JsonArray(r["error"] for r in records))
+    return write_many([{"do": "record_step", **record} for record in parse(RecordStepsBody)["records"]])
 
 
 # --- gates
@@ -1926,9 +1971,10 @@ LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
 # --- queues and schedules
 
 
-def job_of(body: dict[str, Any]) -> str:
+def job_of(body: dict[str, Any], **extras: str) -> str:
     """The JSON of a job as enqueue_run takes it: all but the input."""
     return compose({
+        **extras,
         "id": body["id"], "workflowName": body["workflow_name"], "metadata": body["metadata"],
         "recoveryWebhook": body["recovery_webhook"], "channels": body["channels"], "dedupeKey": body["dedupe_key"],
         "delayMs": body["delay_ms"], "runAt": body["run_at"] and body["run_at"].isoformat(),
@@ -1948,6 +1994,33 @@ def enqueue(queue: str) -> flask.Response:
                     JsonArray(job["input"] for job in jobs))
     body = check(EnqueueBody, members)
     return call("enqueue_run", queue, job_of(body), body["input"])
+
+
+def write_of(body: dict[str, Any]) -> str:
+    """The JSON of a write as write_many takes it: all but the payloads."""
+    if body["do"] == "enqueue_run":
+        return job_of(body, do=body["do"], queue=body["queue"])
+    head = {"do": body["do"], "runId": body["run_id"], "leaseOwner": body["lease_owner"]}
+    if body["do"] == "record_step":
+        head |= {"name": body["name"], "inputHash": body["input_hash"], "options": body["options"],
+                 "retryable": body["retryable"], "resumeDecision": body["resume_decision"],
+                 "startedAt": body["started_at"] and body["started_at"].isoformat(), "durationMs": body["duration_ms"]}
+    return compose(head)
+
+
+def write_many(writes: list[dict[str, Any]]) -> flask.Response:
+    return call("write_many", "[" + ", ".join(map(write_of, writes)) + "]",
+                JsonArray(write.get("input") for write in writes),
+                JsonArray(write.get("result") if write["do"] == "complete_run" else write.get("output")
+                          for write in writes),
+                JsonArray(write.get("error") for write in writes))
+
+
+@routes.post("/writes")
+def write() -> flask.Response:
+    """Record finished steps, complete runs and enqueue runs in one commit; what is refused touches no other.
+    200 {results: [{step} or {run, ~deduplicated} or refusal]}."""
+    return write_many(parse(WritesBody)["writes"])
 
 
 @routes.post("/queues/claim")

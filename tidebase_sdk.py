@@ -65,7 +65,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Generator, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, TypeVar, Union, cast, overload
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, Union, cast, overload
 from urllib.parse import quote, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -105,8 +105,8 @@ STOP_CHECK_S = 0.1  # how soon a worker notices that it is to stop
 GIVE_BACK_S = 5.0  # for giving a run back; else the end of its lease does
 ANNOUNCE_S = 0.25  # a step still at it after this is worth a request that lets it be seen as running
 ANNOUNCE_WAIT_S = 5.0  # for the answer to it; else the step's record will tell
-LANES = 2  # requests with finished steps under way at once: while Postgres commits one, the server reads the other
-BATCH_RECORDS, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
+LANES = 2  # requests with writes of many under way at once: while Postgres commits one, the server reads the other
+BATCH_WRITES, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
 HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and what is read at once
 FANOUT = 16  # children that run at once in one process
 STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
@@ -719,128 +719,143 @@ class _Notice:
         return answer is not None and answer["action"] != "execute"
 
 
-class _Record:
-    """A step that ended here, on its way to the server."""
+class _Write:
+    """Something to be made durable, on its way to the server: a finished step, a run's result, a new run."""
 
-    def __init__(self, held: _Held, data: bytes) -> None:
-        self.held, self.data = held, data
-        self.leads = False  # it is this one's turn to send
-        self.turn: Any = None  # the alarm of one that waits: for its turn, or for its outcome
+    def __init__(self, path: str, data: bytes, held: _Held | None, patience_s: float) -> None:
+        self.path, self.data, self.held = path, data, held  # where it goes when it goes alone; of a batch, one of many
+        self._give_up = time.monotonic() + patience_s
+        self.turn: Any = None  # the alarm of one that waits: to look again whether it may send, or has an outcome
+        self.taken = False  # by a request that is under way
         self.outcome: Json | TidebaseError | None = None
 
-
-class _Leases:
-    """The leases of a batch, to _request like one: it is repeated until the last of them is gone."""
-
-    def __init__(self, batch: Sequence[_Record]) -> None:
-        self._all = [record.held for record in batch]
-        self.run_id = ", ".join(sorted({held.run_id for held in self._all}))
-
-    until = property(lambda self: max(held.until for held in self._all))
-
-    def fence(self) -> None:
-        """Before the request: raise what ended the leases, once all of them are gone."""
-        if all(held.gone() for held in self._all):
-            self._all[0].fence()
-
-    def lose(self, error: TidebaseError) -> None:
-        """All of them are gone, for good."""
-        for held in self._all:
-            held.lose(error)
+    @property
+    def until(self) -> float:
+        """The moment until which it is worth trying: the lease's end or, without one, that of the patience."""
+        return self._give_up if self.held is None else self.held.until
 
 
 class _Flow:
-    """Group commit: one request carries the finished steps of all runs that this process holds.
+    """Group commit: one request carries what all runs that this process holds have to write.
 
     Nothing waits for a timer. Who finds fewer than LANES requests under way sends at once; who comes meanwhile waits,
-    and when an answer is there, the first of those sends what all of them have. The server commits it at once.
+    and when an answer is there, the next to look sends what all of them have. The server commits it at once.
     """
 
     def __init__(self, client: Client[Any]) -> None:
         self._client = client
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._waiting: deque[_Record] = deque()
+        self._waiting: deque[_Write] = deque()
         self._under_way = 0
 
-    def record(self, record: _Record) -> Op[Json]:
-        """Returns {"step"} as the server has it, durable.  Raises what this record alone is refused with."""
-        record.held.fence()
+    def write(self, verb: str, path: str, fields: Json, *, held: _Held | None = None, **encoded: bytes) -> Op[Json]:
+        """Returns the verb's answer, durable.  Raises what this write alone is refused with; what ended its lease, or
+        without a lease Unreachable, when there was no answer in time."""
+        if held is not None:
+            held.fence()
         if self._process != os.getpid():  # forked: the threads that were sending are in the other process
             self.__init__(self._client)  # type: ignore[misc]
+        write = _Write(path, _splice({"do": verb, **fields}, **encoded), held, self._client.timeout_s)
         with self._lock:
-            self._waiting.append(record)
-            if self._under_way < LANES:
-                self._under_way += 1
-                record.leads = True
-            else:
-                record.turn = self._client._driver.alarm()
-        batch: list[_Record] = []
+            self._waiting.append(write)
         try:
-            if not record.leads:
-                yield Sleep(None, record.turn)
-            if record.leads:
-                batch = self._take()
-                yield from self._send(batch)
-        finally:  # cancelled or not, nobody else must wait for this one
-            self._pass_on(record, batch)
-        if isinstance(record.outcome, TidebaseError):
-            raise record.outcome
-        return cast(Json, record.outcome)
+            while write.outcome is None:
+                batch = self._take(write)
+                if batch:
+                    try:
+                        yield from self._send(batch)
+                    finally:  # cancelled or not, nobody else must wait for this one
+                        self._end(batch)
+                elif time.monotonic() < write.until:
+                    yield Sleep(write.until - time.monotonic(), write.turn)
+                else:
+                    self._client._give_up(f"no answer to the request that carries {path}", path, held)
+        finally:
+            if write.outcome is None:
+                self._forget(write)
+        if isinstance(write.outcome, TidebaseError):
+            raise write.outcome
+        return write.outcome
 
-    def _take(self) -> list[_Record]:
-        """What the next request carries; the one that sends it comes first."""
-        batch: list[_Record] = []
-        size = 0
+    def _take(self, write: _Write) -> list[_Write]:
+        """What the next request carries, this one first; nothing when it may not send now: then its turn comes."""
         with self._lock:
-            while self._waiting and len(batch) < BATCH_RECORDS:
+            if write.turn is not None:
+                write.turn.clear()
+            if write.taken or write.outcome is not None or self._under_way >= LANES:
+                write.turn = write.turn or self._client._driver.alarm()
+                return []
+            self._under_way += 1
+            self._waiting.remove(write)
+            batch, size = [write], len(write.data)
+            while self._waiting and len(batch) < BATCH_WRITES:
                 size += len(self._waiting[0].data)
-                if batch and size > BATCH_BYTES:
+                if size > BATCH_BYTES:
                     break
                 batch.append(self._waiting.popleft())
+            for each in batch:
+                each.taken = True
         return batch
 
-    def _pass_on(self, record: _Record, batch: list[_Record]) -> None:
+    def _end(self, batch: list[_Write]) -> None:
         """Have the next one send, then tell those that were sent; put back what was not."""
         with self._lock:
-            self._waiting.extendleft(other for other in reversed(batch) if other.outcome is None)
-            if record.outcome is None and record in self._waiting:  # given up
-                self._waiting.remove(record)
-            if record.leads and self._waiting:
-                self._waiting[0].leads = True
-                self._waiting[0].turn.set()
-            elif record.leads:
-                self._under_way -= 1
-        for other in batch:
-            if other.outcome is not None and other.turn is not None:
-                other.turn.set()
+            self._under_way -= 1
+            for write in reversed(batch):
+                if write.outcome is None:
+                    write.taken = False
+                    self._waiting.appendleft(write)
+            self._wake_next()
+        for write in batch:
+            if write.turn is not None:
+                write.turn.set()
 
-    def _send(self, batch: list[_Record]) -> Op[None]:
-        """Send these, again until an answer comes, and note for each what became of it."""
-        if len(batch) == 1:  # a batch costs the server more than its one step
-            path, data = _path("runs", batch[0].held.run_id, "steps"), batch[0].data
+    def _forget(self, write: _Write) -> None:
+        """Nobody waits for this one any more: it must not be the next that is to send."""
+        with self._lock:
+            if write.taken:
+                write.outcome = {}
+            else:
+                self._waiting.remove(write)
+                self._wake_next()
+
+    def _wake_next(self) -> None:
+        if self._waiting and self._waiting[0].turn is not None:  # else it is about to look
+            self._waiting[0].turn.set()
+
+    def _send(self, batch: list[_Write]) -> Op[None]:
+        """Send these, again until an answer comes, and note for each what became of it.
+
+        It is tried as long as the first is worth trying; where that ends, the others are somebody else's to send.
+        """
+        first = batch[0]
+        if len(batch) == 1:  # a batch costs the server more than its one write
+            path, data = first.path, first.data
         else:
-            path, data = "/steps", b'{"records":[%s]}' % b",".join(record.data for record in batch)
+            path, data = "/writes", b'{"writes":[%s]}' % b",".join(write.data for write in batch)
         try:
-            answer = yield from self._client._request("POST", path, data, held=_Leases(batch))
+            answer = yield from self._client._request(
+                "POST", path, data, held=first.held, patience_s=first.until - time.monotonic()
+            )
         except TidebaseError as error:
-            if error.status in (400, 413) and len(batch) > 1:  # one is at fault, and must not take the others along
+            if len(batch) == 1 or error.status is None or error.path != path:  # the latter: there was no answer
+                first.outcome = error
+            elif error.status in (400, 413):  # one is at fault, and must not take the others along
                 half = len(batch) // 2
                 yield from self._send(batch[:half])
                 yield from self._send(batch[half:])
-                return
-            results: list[Any] = [error] * len(batch)
-        else:
-            results = answer["results"] if len(batch) > 1 else [answer]
-        for record, result in zip(batch, results):
-            if isinstance(result, TidebaseError):
-                record.outcome = copy.copy(result)
-            elif "error" not in result:
-                record.outcome = result
             else:
-                record.outcome = refusal = _refusal(result["status"], result, path)
-                if isinstance(refusal, (LeaseLost, RunCancelled)):
-                    record.held.lose(refusal)
+                for write in batch:
+                    write.outcome = copy.copy(error)
+            return
+        for write, result in zip(batch, answer["results"] if len(batch) > 1 else [answer]):
+            if "error" not in result:
+                write.outcome = result
+            else:
+                write.outcome = refusal = _refusal(result["status"], result, path)
+                if write.held is not None and isinstance(refusal, (LeaseLost, RunCancelled)):
+                    write.held.lose(refusal)
 
 
 class _Part(Surface[M]):
@@ -1077,8 +1092,9 @@ class Run(Surface[M]):
                     answer = yield from self._begin_step(begin)
                     if answer["action"] == "return":
                         return answer["output"]
-                told = _splice({"runId": self.run_id, "startedAt": started_at, **begin, **verdict}, **outcome)
-                answer = yield from client._flow.record(_Record(held, told))
+                fields = {"runId": self.run_id, "startedAt": started_at, **begin, **verdict}
+                path = _path("runs", self.run_id, "steps")
+                answer = yield from client._flow.write("record_step", path, fields, held=held, **outcome)
             if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
                 self._recorded.add(name)
                 return answer["step"]["output"]
@@ -1371,17 +1387,16 @@ class Run(Surface[M]):
     def _complete(self, result: Any) -> Op[Any]:
         """Record the result; returns it as JSON gives it back."""
         held = self._held
-        plain = _plain(result, f"the result of workflow {self.name!r}")
+        encoded = _encode(result, f"the result of workflow {self.name!r}")
         held.settling = True
         held.on_through()
         path = _path("runs", self.run_id, "complete")
-        answer = yield from self._client._request(
-            "POST", path, {"result": plain, "leaseOwner": held.owner}, held=held
-        )
+        told = {"runId": self.run_id, "leaseOwner": held.owner}
+        answer = yield from self._client._flow.write("complete_run", path, told, held=held, result=encoded)
         if answer["run"]["status"] == "cancelled":
             held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
             held.fence()
-        return plain
+        return json.loads(encoded)
 
     def _fail(self, failure: Any, error: Any) -> Op[None]:
         """Record what ended the run."""
@@ -1783,7 +1798,7 @@ class Client(Surface[M]):
         Raises TidebaseError 400 with the fields named in its body; Unreachable, then the run may exist.
         """
         body = _body(locals(), "queue", id=new_run_id())
-        return self._request("POST", _path("queues", queue, "enqueue"), body)
+        return self._flow.write("enqueue_run", _path("queues", queue, "enqueue"), {"queue": queue, **body})
 
     @op
     def work(self, queues: Sequence[str] = ("default",), *, poll_s: float = CLAIM_HOLD_S, limit: int | None = None,
@@ -1875,7 +1890,7 @@ class Client(Surface[M]):
         known = list(self._workflows.items())  # another thread may be registering one
         return workflow, next((name for name, fn in known if fn is workflow), None)
 
-    def _request(self, method: str, path: str, body: Any = None, *, held: _Held | _Leases | None = None,
+    def _request(self, method: str, path: str, body: Any = None, *, held: _Held | None = None,
                  headers: Mapping[str, str] | None = None, patience_s: float | None = None,
                  once_s: float | None = None, hold_s: float = 0.0, line: Line | None = None) -> Op[Json]:
         """Send until an answer comes: until the lease is gone for a held run, else for patience_s (timeout_s).
@@ -1906,11 +1921,16 @@ class Client(Surface[M]):
                 trouble, rest_s = f"it answered {reply.status}", asked_s + rest_s
             if time.monotonic() + rest_s > (held.until if held is not None else give_up):
                 words = f"no answer from {self._server.url} to {method} {path}, tried {tries} times: {trouble}"
-                if held is None:
-                    raise Unreachable(words, path=path) from cause
-                held.lose(LeaseLost(f"the lease of run {held.run_id} ran out: {words}", code="lease_lost", path=path))
-                held.fence()
+                self._give_up(words, path, held, cause)
             yield Sleep(rest_s)
+        raise AssertionError("unreachable")
+
+    def _give_up(self, words: str, path: str, held: _Held | None, cause: Exception | None = None) -> NoReturn:
+        """There is no answer in time: for a held run the lease is gone, else Unreachable."""
+        if held is None:
+            raise Unreachable(words, path=path) from cause
+        held.lose(LeaseLost(f"the lease of run {held.run_id} ran out: {words}", code="lease_lost", path=path))
+        held.fence()
         raise AssertionError("unreachable")
 
     def _watch(self, *parts: str, is_over: Callable[[Json], bool], seconds: float | None = None,
@@ -1931,7 +1951,7 @@ class Client(Surface[M]):
             if time.monotonic() - asked < hold_s / 2:  # the server had no place to let us wait
                 yield Sleep(min(1.0, hold_s), held.alarm if held else None)
 
-    def _answer(self, reply: Reply, path: str, held: _Held | _Leases | None) -> Json:
+    def _answer(self, reply: Reply, path: str, held: _Held | None) -> Json:
         """The JSON of a success; else raise, and remember when it was the end of the lease."""
         body = _loads(reply.data)
         if 200 <= reply.status < 300 and isinstance(body, dict):

@@ -256,6 +256,9 @@ def verbs(api: Api, runs: list[str], step: str, gate: Any) -> dict[str, Any]:
         "heartbeats": lambda: api.post("/heartbeats", {"runs": [{"id": each, **owned} for each in runs]}),
         "records": lambda: api.post("/steps", {"records": [
             {"runId": each, "name": "r", "inputHash": "h", **owned} for each in reversed(runs)]}),
+        "writes": lambda: api.post("/writes", {"writes": [
+            *({"do": "record_step", "runId": each, "name": "w", "inputHash": "h", **owned} for each in reversed(runs)),
+            *({"do": "complete_run", "runId": each, **owned} for each in reversed(runs))]}),
         "begin_step": lambda: api.begin_step(run, "one", "a"),
         "complete_step": lambda: api.complete_step(run, step, "a"),
         "fail_step": lambda: api.fail_step(run, step, "a", retryable=True),
@@ -280,9 +283,9 @@ def verbs(api: Api, runs: list[str], step: str, gate: Any) -> dict[str, Any]:
     }
 
 
-NAMES = ["begin", "heartbeats", "records", "begin_step", "complete_step", "fail_step", "complete", "fail", "cancel",
-         "cancel_child", "release", "retry", "recover", "state", "resolve_gate", "child", "claim", "claim_back",
-         "enqueue", "config", "stats", "tick", "send"]
+NAMES = ["begin", "heartbeats", "records", "writes", "begin_step", "complete_step", "fail_step", "complete", "fail",
+         "cancel", "cancel_child", "release", "retry", "recover", "state", "resolve_gate", "child", "claim",
+         "claim_back", "enqueue", "config", "stats", "tick", "send"]
 
 
 @pytest.mark.parametrize("first", NAMES)

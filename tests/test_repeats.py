@@ -132,6 +132,12 @@ REQUESTS: dict[str, Callable[[Api], Request]] = {
             {"runId": begun(api)[6:], **RECORD, "error": {"n": 1.0}, "startedAt": STARTED}]}),
     "record many": lambda api: (
         "POST", "/steps", {"records": [{"runId": begun(api)[6:], **RECORD}, {"runId": "r", **RECORD, "name": "t"}]}),
+    "write many": lambda api: (
+        "POST", "/writes", {"writes": [
+            {"do": "record_step", "runId": begun(api)[6:], **RECORD},
+            {"do": "complete_run", "runId": begun(api)[6:], "leaseOwner": "a", "result": {"n": 1.0}},
+            {"do": "enqueue_run", "queue": "q", "workflowName": "w", "id": "r"},
+            {"do": "complete_run", "runId": "nowhere"}]}),
     "ask a person": lambda api: ("POST", f"{begun(api)}/gates/begin", {"name": "g", "prompt": "?"}),
     "wait": lambda api: ("POST", f"{claimed(api)}/wait", {"leaseOwner": "a", "for": {"event": "e"}}),
     "signal": lambda api: ("POST", f"{begun(api)}/signals", {"name": "s", "payload": 1, "id": "sig"}),

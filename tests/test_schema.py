@@ -354,6 +354,11 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
         {"id": RUNNING, "leaseOwner": "owner17"}]})["results"]),
     "a record of many": (1, lambda bill, api: api.post("/steps", {"records": [
         {"runId": RUNNING, "leaseOwner": "owner17", "name": "r", "inputHash": "h"}]})["results"]),
+    "writes of all kinds": (4, lambda bill, api: api.post("/writes", {"writes": [
+        {"do": "record_step", "runId": RUNNING, "leaseOwner": "owner17", "name": "r", "inputHash": "h"},
+        {"do": "record_step", "runId": RUNNING, "leaseOwner": "owner17", "name": "s", "inputHash": "h"},
+        {"do": "complete_run", "runId": RUNNING, "leaseOwner": "owner17"},
+        {"do": "enqueue_run", "queue": "queue1", "workflowName": "w", "dedupeKey": "key7"}]})["results"]),
     "the newest runs": (100, lambda bill, api: api.get("/runs")["runs"]),
     "the next page of them": (100, lambda bill, api: api.get(
         "/runs?before=" + api.get("/runs?limit=50")["nextCursor"])["runs"]),

@@ -77,7 +77,9 @@ class Wire:
 
     def batches(self) -> list[int]:
         """How many steps each request with finished steps carried."""
-        return [len(body.get("records", [body])) for path, body in list(self.sent) if path.endswith("/steps")]
+        steps = [sum(write["do"] == "record_step" for write in body.get("writes", [body]))
+                 for path, body in list(self.sent) if path.endswith(("/steps", "/writes"))]
+        return [count for count in steps if count]
 
     def hold(self, part: str) -> threading.Event:
         """Keep back the next request whose path has this part, until the event is set."""
@@ -91,11 +93,11 @@ class Wire:
         return free
 
     def lose_answers(self, count: int) -> list[str]:
-        """Lose the answers to the next requests with finished steps.  Returns the paths of those it befell."""
+        """Lose the answers to the next requests with steps or of many.  Returns the paths of those it befell."""
         lost: list[str] = []
 
         def after(effect: Any, reply: Any) -> None:
-            if effect.path.endswith("/steps") and len(lost) < count:
+            if effect.path.endswith(("/steps", "/writes")) and len(lost) < count:
                 lost.append(effect.path)
                 raise ConnectionResetError("the answer is lost")
 
@@ -332,6 +334,63 @@ def test_what_is_ready_while_a_request_is_under_way_goes_with_the_next(
     assert wire.batches() == [1, 11]
 
 
+def test_results_and_new_runs_go_with_what_else_is_ready(
+    tide: Any, wire: Wire, working: Callable[..., None], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+
+    async def flow(run: Any, input: Any) -> Any:
+        if input < 2:
+            return await run.step("step", lambda: input)
+        if input < 4:
+            created = tide.client.enqueue("other", "elsewhere", input=input)
+            return (created if isinstance(created, dict) else await created)["run"]["id"]
+        return input
+
+    free = wire.hold("/steps")
+    ids = enqueue(tide, 1)
+    working(tide, {"flow": flow}, concurrency=6)
+    eventually(wire.batches)
+    ids += [api.enqueue(workflow="flow", input=n) for n in range(1, 6)]
+    eventually(lambda: len(tide.client._flow._waiting) == 5)
+    free.set()
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids))
+    batch = next(body["writes"] for path, body in wire.sent if path == "/writes")
+    carried = Counter(write["do"] for write in batch)
+    assert (carried["record_step"], carried["enqueue_run"]) == (1, 2)
+    assert carried["complete_run"] >= 2  # the first run may be that far, too
+    results = [api.run(run)["result"] for run in ids]
+    assert [results[n] for n in (0, 1, 4, 5)] == [0, 1, 4, 5]
+    assert [api.run(results[n])["input"] for n in (2, 3)] == [2, 3]
+
+
+def test_who_only_enqueues_does_not_wait_longer_than_the_timeout_for_the_request_that_would_carry_it(
+    actor: Callable[..., Any], server: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    tide = actor(server.url, timeout_s=1.0)
+    wire, told = Wire(tide.client), []
+
+    async def flow(run: Any, input: Any) -> Any:
+        if input == 0:
+            return await run.step("step", lambda: input)
+        try:
+            created = tide.client.enqueue("other", "elsewhere")
+            return created if isinstance(created, dict) else await created
+        except tidebase_sdk.Unreachable as error:
+            told.append(error)
+
+    free = wire.hold("/steps")
+    ids = enqueue(tide, 1)
+    working(tide, {"flow": flow}, concurrency=2)
+    eventually(wire.batches)
+    ids.append(api.enqueue(workflow="flow", input=1))
+    eventually(lambda: told)
+    free.set()
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids))
+    assert api.get("/runs?workflow=other")["runs"] == []
+
+
 def test_in_a_batch_each_step_gets_its_own_refusal_and_the_others_are_recorded(
     together: Callable[..., list[str]], api: Api
 ) -> None:
@@ -394,14 +453,15 @@ def test_a_batch_too_large_for_the_server_goes_in_pieces(
     assert eventually(lambda: told) == [(413, ids[3])]
 
 
-def test_no_batch_has_more_than_1000_steps_or_4_mib(tide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_batch_has_more_than_1000_writes_or_4_mib(tide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tidebase_sdk, "LANES", 100)
     flow = tide.client._flow
 
     def sizes(*lengths: int) -> list[int]:
-        flow._waiting.extend(tidebase_sdk._Record(None, b"x" * length) for length in lengths)  # type: ignore[arg-type]
+        flow._waiting.extend(tidebase_sdk._Write("/", b"x" * length, None, 0) for length in lengths)
         taken = []
         while flow._waiting:
-            taken.append(len(flow._take()))
+            taken.append(len(flow._take(flow._waiting[0])))
         return taken
 
     assert sizes(*[10] * 2500) == [1000, 1000, 500]
@@ -423,8 +483,11 @@ def test_of_steps_that_threads_of_one_run_end_at_once_each_gets_its_own_output(s
         for thread in threads:
             thread.join()
 
-    tide.run("flow", flow)
-    assert outputs == {number: {"n": number} for number in range(40)}
+    for _ in range(5):
+        outputs.clear()
+        tide.run("flow", flow)
+        assert outputs == {number: {"n": number} for number in range(40)}
+    assert (tide._flow._under_way, len(tide._flow._waiting)) == (0, 0)
     tide.close()
 
 
@@ -445,8 +508,8 @@ def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
             await wait_until(lambda: wire.batches())
             tasks += [asyncio.ensure_future(tide.run("flow", flow, run_id=f"r{n}", input=n)) for n in range(1, 8)]
             await wait_until(lambda: len(tide._flow._waiting) == 7)
-            first, other, *_ = [int(record.held.run_id[1:]) for record in tide._flow._waiting]
-            second = wire.hold("/steps")
+            first, other, *_ = [int(write.held.run_id[1:]) for write in tide._flow._waiting]
+            second = wire.hold("/writes")
             tasks[0].cancel()  # sends alone
             await wait_until(lambda: wire.batches() == [1, 7])
             tasks[first].cancel()  # sends for seven

@@ -1,0 +1,181 @@
+"""Many writes in one request: each is answered as if it had come alone, and none touches another.
+
+What a worker that holds many runs has ready goes in one transaction: finished steps, results, new runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Answer, Api, Clock, refused, together
+
+STARTED = "2026-06-12T10:31:00.250Z"
+# What is never the same twice.
+GIVEN = ("id", "runId", "createdAt", "updatedAt", "startedAt", "completedAt", "leaseExpiresAt", "stepId")
+
+
+def writes(api: Api, *of_them: Any) -> list[Any]:
+    return api.post("/writes", {"writes": list(of_them)})["results"]
+
+
+def step(run: str, name: str = "s", owner: str = "a", **body: Any) -> Any:
+    return {"do": "record_step", "runId": run, "leaseOwner": owner, "name": name, "inputHash": "h", **body}
+
+
+def completion(run: str, **body: Any) -> Any:
+    return {"do": "complete_run", "runId": run, **body}
+
+
+def job(queue: str = "q", **body: Any) -> Any:
+    return {"do": "enqueue_run", "queue": queue, "workflowName": "w", **body}
+
+
+def held(api: Api, owner: str = "a") -> str:
+    run = api.create()
+    api.begin(run, owner)["run"]
+    return run
+
+
+def codes(results: list[Any]) -> list[Any]:
+    return [result.get("code") for result in results]
+
+
+def same(value: Any) -> Any:
+    """Without what is given anew each time."""
+    if isinstance(value, dict):
+        return {key: same(member) for key, member in value.items() if key not in GIVEN}
+    return [same(member) for member in value] if isinstance(value, list) else value
+
+
+# ------------------------------------------------------------------------------
+# One by one
+# ------------------------------------------------------------------------------
+def test_each_is_answered_in_its_place_as_if_it_had_come_alone(api: Api) -> None:
+    first, second, third, cancelled = (held(api) for _ in range(4))
+    api.post(f"/runs/{cancelled}/cancel")["run"]
+    results = writes(
+        api, completion(first, leaseOwner="a", result={"b": 1.0, "a": "\0"}), step(second, output=[1]),
+        job(id="r", priority=3, input={"n": 1}), step(second, "t", owner="b"), completion(third, leaseOwner="b"),
+        completion("nowhere"), step(cancelled), job(id="r"), job("p", dedupeKey="k"), job("p", dedupeKey="k"),
+        completion(cancelled))
+    assert codes(results) == [None, None, None, "lease_lost", "lease_lost", "not_found", "run_cancelled", None, None,
+                              None, None]
+    assert [result.get("status") for result in results[3:7]] == [409, 409, 404, 409]
+    assert results[0]["run"] == api.run(first)
+    assert api.run(first)["result"] == {"b": 1.0, "a": "\0"}
+    assert results[1]["step"] == api.detail(second)["steps"][0]
+    assert results[2] == {"run": api.run("r"), "deduplicated": False}
+    assert results[7]["run"]["id"] == "r"
+    assert [result["deduplicated"] for result in results[8:10]] == [False, True]
+    assert results[8]["run"]["id"] == results[9]["run"]["id"]
+    assert results[10]["run"]["status"] == "cancelled"
+    assert [api.run(run)["status"] for run in (first, second, third)] == ["completed", "running", "running"]
+
+
+@pytest.mark.parametrize("body", [
+    {"output": {"b": 1.0, "a": "\0"}},
+    {"input": [1.50], "output": None, "startedAt": STARTED},
+    {"output": 0, "durationMs": 5000},
+    {"output": 1, "options": {"sideEffects": ["read"], "verifiedBy": "me", "checkpointInvariant": "it is", "x": 1}},
+    {"error": "boom", "retryable": True}, {"error": {"n": 1.0}, "resumeDecision": "manual_review"},
+])
+def test_a_step_leaves_the_same_whether_it_came_alone_or_with_others(api: Api, body: Any) -> None:
+    alone, among = held(api), held(api)
+    answer = api.post(f"/runs/{alone}/steps", {**step(alone), **body})
+    result = writes(api, step(held(api)), {**step(among), **body}, job())[1]
+    assert same(result) == same(answer.json)
+    one, other = api.detail(alone), api.detail(among)
+    assert same(other) == same(one)
+    assert [event["type"] for event in api.events(among)] == api.event_types(alone)
+    if "startedAt" in body:
+        assert other["steps"][0]["startedAt"] == STARTED
+    if "durationMs" in body:
+        assert other["steps"][0]["startedAt"] < other["steps"][0]["completedAt"]
+
+
+def test_of_one_run_many_steps_are_recorded_in_the_order_given(api: Api) -> None:
+    run = held(api)
+    results = writes(api, *(step(run, f"s{number}", output=number) for number in range(5)), step(run, "s0", output="x"),
+                     step(run, "s1", inputHash="other"))
+    assert codes(results) == [None] * 6 + ["input_mismatch"]
+    assert [result["step"]["output"] for result in results[:6]] == [0, 1, 2, 3, 4, 0]
+    assert [named["name"] for named in api.detail(run)["steps"]] == [f"s{number}" for number in range(5)]
+    assert api.event_types(run)[2:] == ["step.started", "step.completed"] * 5
+
+
+def test_a_step_extends_the_lease_of_its_run_and_of_no_other(api: Api, clock: Clock) -> None:
+    run, other = held(api), held(api)
+    before, others = (api.run(each)["leaseExpiresAt"] for each in (run, other))
+    clock.advance(ms=500)
+    writes(api, step(run), job())
+    assert api.run(run)["leaseExpiresAt"] > before
+    assert api.run(other)["leaseExpiresAt"] == others
+
+
+def test_a_step_that_another_owner_began_is_decided_as_if_it_had_come_alone(api: Api) -> None:
+    run, review = held(api), held(api)
+    api.begin_step(run, "s", "a")["step"]
+    api.begin_step(review, "s", "b", options={"replay": "manual"})["step"]
+    results = writes(api, step(run, output=1), step(review, output=1))
+    assert codes(results) == [None, "manual_review"]
+    assert api.event_types(run)[2:] == ["step.started", "step.completed"]
+    assert api.detail(run)["steps"][0]["attempt"] == 1
+
+
+def test_a_result_among_others_wakes_the_parent_that_waits_for_it(api: Api) -> None:
+    api.enqueue("q")
+    parent = api.claim("q", owner="a")[0]["id"]
+    child = api.post(f"/runs/{parent}/children", {"name": "c", "workflowName": "w"})["run"]["id"]
+    api.begin(child, "b")["run"]
+    api.post(f"/runs/{parent}/wait", {"leaseOwner": "a", "for": {"children": ["c"]}})["run"]
+    writes(api, step(held(api)), completion(child, leaseOwner="b", result=1))
+    assert api.run(parent)["status"] == "queued"
+
+
+# ------------------------------------------------------------------------------
+# None at all
+# ------------------------------------------------------------------------------
+@pytest.mark.parametrize("wrong", [
+    [], {}, None, "x", [5], [{}], [None], [{"do": 5}], [{"do": "cancel_run", "runId": "r"}], [{"runId": "r"}]])
+def test_what_is_no_list_of_writes_is_refused(api: Api, wrong: Any) -> None:
+    refused(api.post("/writes", {"writes": wrong}), 400, "invalid_request")
+
+
+def test_a_malformed_one_is_named_and_nothing_is_written(api: Api) -> None:
+    run = held(api)
+    body = refused(api.post("/writes", {"writes": [step(run), job(priority="high"), step(run, name=5)]}),
+                   400, "invalid_request")
+    assert sorted(issue["path"] for issue in body["issues"]) == ["writes.1.priority", "writes.2.name"]
+    body = refused(api.post("/writes", {"writes": [step(run), {**job(), "do": "enqueue"}]}), 400, "invalid_request")
+    assert [issue["path"] for issue in body["issues"]] == ["writes.1.do"]
+    assert api.detail(run)["steps"] == []
+    assert api.get("/queues")["queues"] == []
+
+
+# ------------------------------------------------------------------------------
+# Crossing
+# ------------------------------------------------------------------------------
+def test_batches_that_cross_each_other_all_get_through(api: Api) -> None:
+    runs = [held(api) for _ in range(12)]
+    keys = [f"k{number}" for number in range(12)]
+
+    def batch(number: int) -> Answer:
+        order = slice(None, None, 1 if number % 2 else -1)
+        return api.post("/writes", {"writes": [
+            *(job(dedupeKey=key) for key in keys[order]),
+            *(step(run, f"s{number}", output=number) for run in runs[order]),
+            *(completion(run, leaseOwner="b") for run in runs[order])]})
+
+    def enqueue(number: int) -> Answer:
+        return api.post("/queues/q/enqueue", {"runs": [
+            {"workflowName": "w", "dedupeKey": key} for key in keys[:: 1 if number % 2 else -1]]})
+
+    with together(*[lambda n=n: batch(n) for n in range(8)], *[lambda n=n: enqueue(n) for n in range(4)]) as answers:
+        pass
+    for answer in answers[:8]:
+        assert codes(answer["results"]) == [None] * 24 + ["lease_lost"] * 12, answer
+    assert all(answer.status == 200 for answer in answers)
+    assert api.queue("q")["queued"] == 12
+    for run in runs:
+        assert len(api.events(run)) == 2 + 16
