@@ -43,6 +43,8 @@ OBJECTS = {
     "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never, checkpointInvariant?,
         verifiedBy?, credentials:[any]}""",
     "checkpoint": "{name, inputHash, output, completedAt}",
+    "briefRun": "{id, status:completed|failed|cancelled}",
+    "briefStep": "{id, name, status:completed|failed_retryable|manual_review|failed, attempt}",
     "claimedRun": "{...run, ~checkpoints, ~checkpointsTruncated}",
     "enqueuedRun": "{...run, deduplicated}",
     "event": "{id:int, runId, seq, type, payload, createdAt}",

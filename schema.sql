@@ -400,6 +400,14 @@ create or replace function tidebase._step_json (s tidebase.steps) returns json l
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
 $$;
 
+-- A step as it is told to who recorded it; p_brief: without what that one sent.
+create or replace function tidebase._step_told (s tidebase.steps, p_brief boolean, p_output json)
+  returns json language sql stable as $$
+  select json_build_object('step', case when p_brief and s.output::text is not distinct from p_output::text
+    then json_build_object('id', s.id, 'name', s.name, 'status', s.status, 'attempt', s.attempt)
+    else tidebase._step_json(s) end)
+$$;
+
 create or replace function tidebase._event_json (e tidebase.events) returns json language sql stable as $$
   select json_build_object('id', e.id, 'runId', e.run_id, 'seq', e.seq, 'type', e.type, 'payload', e.payload,
                            'createdAt', tidebase._iso(e.created_at))
@@ -844,8 +852,10 @@ end $$;
 
 -- Ends a run well.
 -- Needs    p_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
---          a run that already ended, and the owner's repeat, are answered unchanged.    Returns  {"run"}.
-create or replace function tidebase.complete_run (p_run_id text, p_owner text, p_result json)
+--          a run that already ended, and the owner's repeat, are answered unchanged.
+-- Returns  {"run"}; with p_brief its id and status alone.
+create or replace function tidebase.complete_run (p_run_id text, p_owner text, p_result json,
+                                                  p_brief boolean default false)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
@@ -862,7 +872,8 @@ begin
     perform tidebase._tally(v_run.queue, 'completed', 1);
     perform tidebase._wake_parent(v_run);
   end if;
-  return json_build_object('run', tidebase._run_json(v_run));
+  return json_build_object('run', case when p_brief then json_build_object('id', v_run.id, 'status', v_run.status)
+                                       else tidebase._run_json(v_run) end);
 end $$;
 
 -- Puts a queue run back, for another attempt at p_run_at. p_by: who reported the failure, null when its lease expired.
@@ -1281,11 +1292,12 @@ end $$;
 -- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled); the same input (TB409 input_mismatch); no review
 --          pending (TB409 manual_review).
 -- Leaves   the step ended, events step.started (unless p_owner had begun it) and step.completed or step.failed; a
---          completed step, and a failure that began at the same p_started_at, unchanged.    Returns  {"step"}.
+--          completed step, and a failure that began at the same p_started_at, unchanged.
+-- Returns  {"step"}; with p_brief without what was sent, unless another output stands.
 create or replace function tidebase.record_step (p_run_id text, p_owner text, p_name text, p_input_hash text,
                                                  p_input json, p_options json, p_output json, p_error json,
                                                  p_retryable boolean, p_decision text, p_started_at timestamptz,
-                                                 p_duration_ms bigint)
+                                                 p_duration_ms bigint, p_brief boolean default false)
   returns json language plpgsql as $$
 declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
@@ -1305,11 +1317,11 @@ begin
               json_build_object('step', tidebase._step_json(v_step), 'expectedInputHash', v_step.input_hash,
                                 'actualInputHash', p_input_hash));
   elsif v_step.status = 'completed' and (v_step.settled_by = p_owner or v_run.lease_owner = p_owner) then
-    return json_build_object('step', tidebase._step_json(v_step));
+    return tidebase._step_told(v_step, p_brief, p_output);
   elsif v_run.lease_owner is distinct from p_owner then
     perform tidebase._refuse_lost(v_run);
   elsif v_step.settled_by = p_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
-    return json_build_object('step', tidebase._step_json(v_step));
+    return tidebase._step_told(v_step, p_brief, p_output);
   elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
     perform tidebase._refuse(409, 'manual_review', format('step %s may have run: a person must review it', p_name),
                              json_build_object('step', tidebase._step_json(v_step)));
@@ -1333,7 +1345,7 @@ begin
   else
     perform tidebase._tell_failed(v_run, v_step, p_owner, p_retryable, v_decision, v_started);
   end if;
-  return json_build_object('step', tidebase._step_json(v_step));
+  return tidebase._step_told(v_step, p_brief, p_output);
 end $$;
 
 -- A person's word on a step that nobody can know the outcome of.
@@ -2148,9 +2160,9 @@ begin
           v_write.w->>'runId', v_write.w->>'leaseOwner', v_write.w->>'name', v_write.w->>'inputHash',
           p_inputs[v_write.n], (v_write.w->'options')::json, p_outputs[v_write.n], p_errors[v_write.n],
           (v_write.w->>'retryable')::boolean, v_write.w->>'resumeDecision',
-          (v_write.w->>'startedAt')::timestamptz, (v_write.w->>'durationMs')::bigint)
+          (v_write.w->>'startedAt')::timestamptz, (v_write.w->>'durationMs')::bigint, (v_write.w->>'brief')::boolean)
         when 'complete_run' then tidebase.complete_run(
-          v_write.w->>'runId', v_write.w->>'leaseOwner', p_outputs[v_write.n])
+          v_write.w->>'runId', v_write.w->>'leaseOwner', p_outputs[v_write.n], (v_write.w->>'brief')::boolean)
         when 'enqueue_run' then tidebase.enqueue_run(v_write.w->>'queue', v_write.w, p_inputs[v_write.n]) end;
     exception when others then
       get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
@@ -2179,7 +2191,7 @@ begin
   for v_fresh in
     with given as (
       select n::integer, w->>'runId' as run_id, w->>'leaseOwner' as owner, w->>'name' as name,
-             w->>'inputHash' as input_hash, (w->'options')::json as options,
+             w->>'inputHash' as input_hash, (w->'options')::json as options, (w->>'brief')::boolean as brief,
              coalesce((w->>'startedAt')::timestamptz,
                       v_now - tidebase._ms(coalesce((w->>'durationMs')::bigint, 0))) as started_at,
              row_number() over (partition by w->>'runId' order by n) as place
@@ -2206,7 +2218,7 @@ begin
       union all
       select (step).run_id, (step).position + 1, 'step.completed', tidebase._step_completed(step), v_now from stored
     )
-    select n, json_build_object('step', tidebase._step_json(step)) as answer
+    select n, tidebase._step_told(step, brief, (step).output) as answer
       from stored join fresh on fresh.run_id = (step).run_id
   loop
     v_results[v_fresh.n] := v_fresh.answer;

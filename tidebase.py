@@ -647,6 +647,7 @@ class HeartbeatsBody(Body):
 class CompleteRunBody(Body):
     lease_owner = Name(data_key="leaseOwner", load_default=None)
     result = JsonText()
+    brief = Flag(load_default=False)
 
 
 class FailRunBody(Body):
@@ -718,6 +719,7 @@ class RecordStepBody(StepFields, StepFailure):
     error = JsonText()
     started_at = fields.AwareDateTime(format="iso", data_key="startedAt", load_default=None, default_timezone=UTC)
     duration_ms = Whole(0, MAX_MS, data_key="durationMs", load_default=None)
+    brief = Flag(load_default=False)
 
 
 class RecordOfRun(RecordStepBody):
@@ -1735,9 +1737,9 @@ def heartbeats() -> Reply:
 
 @often("/runs/<part:run_id>/complete")
 def complete_run(run_id: str) -> Reply:
-    """End it well.  200 {run}, 404, 409 lease_lost."""
+    """End it well.  200 {run} or {run:briefRun}, 404, 409 lease_lost."""
     body = parse(CompleteRunBody)
-    return call("complete_run", run_id, body["lease_owner"], body["result"])
+    return call("complete_run", run_id, body["lease_owner"], body["result"], body["brief"])
 
 
 @routes.post("/runs/<part:run_id>/fail")
@@ -1827,17 +1829,17 @@ def review_step(run_id: str, step_id: str) -> Reply:
 
 @often("/runs/<part:run_id>/steps")
 def record_step(run_id: str) -> Reply:
-    """Record a step that already ran.  200 {step}, 404, 409 lease_lost, run_cancelled, input_mismatch,
-    manual_review."""
+    """Record a step that already ran.  200 {step} or {step:briefStep}, 404, 409 lease_lost, run_cancelled,
+    input_mismatch, manual_review."""
     body = parse(RecordStepBody)
     return call("record_step", run_id, body["lease_owner"], body["name"], body["input_hash"], body["input"],
                 body["options"], body["output"], body["error"], body["retryable"], body["resume_decision"],
-                body["started_at"], body["duration_ms"])
+                body["started_at"], body["duration_ms"], body["brief"])
 
 
 @often("/steps")
 def record_steps() -> Reply:
-    """Record many, of any runs.  200 {results: [{step} or refusal]}."""
+    """Record many, of any runs.  200 {results: [{step} or {step:briefStep} or refusal]}."""
     return write_many([{"do": "record_step", **record} for record in parse(RecordStepsBody)["records"]])
 
 
@@ -2081,7 +2083,7 @@ def write_of(body: dict[str, Any]) -> str:
     """The JSON of a write as write_many takes it: all but the payloads."""
     if body["do"] == "enqueue_run":
         return job_of(body, do=body["do"], queue=body["queue"])
-    head = {"do": body["do"], "runId": body["run_id"], "leaseOwner": body["lease_owner"]}
+    head = {"do": body["do"], "runId": body["run_id"], "leaseOwner": body["lease_owner"], "brief": body["brief"]}
     if body["do"] == "record_step":
         head |= {"name": body["name"], "inputHash": body["input_hash"], "options": body["options"],
                  "retryable": body["retryable"], "resumeDecision": body["resume_decision"],
@@ -2100,7 +2102,7 @@ def write_many(writes: list[dict[str, Any]]) -> Reply:
 @often("/writes")
 def write() -> Reply:
     """Record finished steps, complete runs and enqueue runs in one commit; what is refused touches no other.
-    200 {results: [{step} or {run, ~deduplicated} or refusal]}."""
+    200 {results: [{step} or {step:briefStep} or {run, ~deduplicated} or {run:briefRun} or refusal]}."""
     return write_many(parse(WritesBody)["writes"])
 
 

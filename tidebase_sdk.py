@@ -1092,12 +1092,13 @@ class Run(Surface[M]):
                     answer = yield from self._begin_step(begin)
                     if answer["action"] == "return":
                         return answer["output"]
-                fields = {"runId": self.run_id, "startedAt": started_at, **begin, **verdict}
+                fields = {"runId": self.run_id, "startedAt": started_at, "brief": True, **begin, **verdict}
                 path = _path("runs", self.run_id, "steps")
                 answer = yield from client._flow.write("record_step", path, fields, held=held, **outcome)
             if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
                 self._recorded.add(name)
-                return answer["step"]["output"]
+                recorded: Json = answer["step"]
+                return recorded["output"] if "output" in recorded else json.loads(outcome.get("output", b"null"))
             if not again:
                 raise cast(Exception, error)
             yield Sleep(_jittered(STEP_BACKOFF_S, tries), held.alarm)
@@ -1391,7 +1392,7 @@ class Run(Surface[M]):
         held.settling = True
         held.on_through()
         path = _path("runs", self.run_id, "complete")
-        told = {"runId": self.run_id, "leaseOwner": held.owner}
+        told = {"runId": self.run_id, "leaseOwner": held.owner, "brief": True}
         answer = yield from self._client._flow.write("complete_run", path, told, held=held, result=encoded)
         if answer["run"]["status"] == "cancelled":
             held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
@@ -1877,6 +1878,7 @@ class Client(Surface[M]):
         yield from self._leave(None)
 
     def _leave(self, error: BaseException | None) -> Op[None]:
+        self._beats.close()
         self._threads.close()
         self._driver.close()
         yield Sleep(0)  # lets an event loop finish what it closes
@@ -2501,10 +2503,7 @@ class _Beats:
         notice.due = time.monotonic() + ANNOUNCE_S
         with self._lock:
             self._watched[notice] = None
-            wake = self._rests_until > notice.due
-            self._rests_until = min(self._rests_until, notice.due)
-        if wake:
-            self._wake.set()
+            self._be_up_at(notice.due)
 
     def forget(self, notice: _Notice) -> None:
         """The step ended: announce it no more, unless that is under way (`notice.task`)."""
@@ -2538,16 +2537,26 @@ class _Beats:
             if self._thread is None or not self._thread.is_alive():  # not alive: this is a forked process
                 self._thread = threading.Thread(target=self._run, name="tidebase-heartbeats", daemon=True)
                 self._thread.start()
+            self._be_up_at(held.beat_at)
         if before is not None:  # taken again by the same worker: what is left of the first execution must not write
             before.lose(LeaseLost(f"run {held.run_id} was taken again", code="lease_lost"))
-        self._wake.set()
 
     def remove(self, held: _Held) -> None:
-        """Let a lease go."""
+        """Let a lease go.  The thread notices when it is up the next time: waking it costs more than its rest."""
         with self._lock:
             if self._held.get(held.run_id) is held:
                 del self._held[held.run_id]
+
+    def close(self) -> None:
+        """Let the thread end now, if no lease is held."""
         self._wake.set()
+
+    def _be_up_at(self, moment: float) -> None:
+        """Have the thread look again at that time at the latest.  It is woken only where it would sleep longer: not by
+        each of many short steps and runs."""
+        if self._rests_until > moment:
+            self._rests_until = moment
+            self._wake.set()
 
     def _run(self) -> None:
         while True:
@@ -2563,7 +2572,8 @@ class _Beats:
                     self._late.append(notice)
                 announce, self._announcing = bool(self._late) and not self._announcing, bool(self._late)
                 next_due = next(iter(self._watched)).due if self._watched else math.inf
-                self._rests_until = min(next_due, *(held.beat_at for held in runs))
+                promised = self._rests_until if self._rests_until > now else math.inf  # of a step that has ended since
+                self._rests_until = min(next_due, promised, *(held.beat_at for held in runs))
             is_due = min(held.beat_at for held in runs) <= now
             try:
                 if announce:

@@ -42,7 +42,7 @@ JOB = {**RUN, "workflowName": "name", "dedupeKey": "name", "delayMs": "whole", "
        "priority": "whole"}
 STEP = {"name": "name", "inputHash": "name", "options": "object", "leaseOwner": "name"}
 FAILURE = {"retryable": "flag", "resumeDecision": "choice"}
-RECORD = {**STEP, **FAILURE, "startedAt": "time", "durationMs": "whole"}
+RECORD = {**STEP, **FAILURE, "startedAt": "time", "durationMs": "whole", "brief": "flag"}
 ABOUT = {"id": "name", "label": "text", "reason": "text", "importance": "choice", "metadata": "object",
          "createdBy": "text", "stepId": "text"}
 OWNER = {"leaseOwner": "a"}
@@ -53,7 +53,7 @@ BODIES = {
     "heartbeat": Sent("POST", "/runs/x/heartbeat", OWNER, {"leaseOwner": "name"}),
     "heartbeats": Sent("POST", "/heartbeats", {"id": "r", **OWNER}, {"id": "name", "leaseOwner": "name"},
                        lambda body: {"runs": [body]}),
-    "complete": Sent("POST", "/runs/x/complete", {}, {"leaseOwner": "name"}),
+    "complete": Sent("POST", "/runs/x/complete", {}, {"leaseOwner": "name", "brief": "flag"}),
     "fail": Sent("POST", "/runs/x/fail", {"error": 1},
                  {"leaseOwner": "name", "failureClass": "name", "retryable": "flag"}),
     "cancel": Sent("POST", "/runs/x/cancel", {}, {"reason": "text", "actor": "text"}),
@@ -75,7 +75,8 @@ BODIES = {
     "write a step": Sent("POST", "/writes", {"do": "record_step", "runId": "r", **A_STEP, **OWNER},
                          {**RECORD, "do": "choice", "runId": "name"}, lambda body: {"writes": [body]}),
     "write a result": Sent("POST", "/writes", {"do": "complete_run", "runId": "r"},
-                           {"do": "choice", "runId": "name", "leaseOwner": "name"}, lambda body: {"writes": [body]}),
+                           {"do": "choice", "runId": "name", "leaseOwner": "name", "brief": "flag"},
+                           lambda body: {"writes": [body]}),
     "write a job": Sent("POST", "/writes", {"do": "enqueue_run", "queue": "q", "workflowName": "w"},
                         {**JOB, "do": "choice", "queue": "name"}, lambda body: {"writes": [body]}),
     "gate begin": Sent("POST", "/runs/x/gates/begin", {"name": "g", "prompt": "?"},

@@ -94,6 +94,22 @@ def test_a_step_leaves_the_same_whether_it_came_alone_or_with_others(api: Api, b
         assert other["steps"][0]["startedAt"] < other["steps"][0]["completedAt"]
 
 
+def test_a_brief_answer_leaves_out_what_was_sent_and_a_repeat_does_too(api: Api) -> None:
+    run, other = held(api), held(api)
+    told = {"step": {"name": "s", "status": "completed", "attempt": 1}}
+    for repeat in range(2):
+        alone = api.post(f"/runs/{run}/steps", {**step(run), "output": {"a": 1.0}, "brief": True}).json
+        among = writes(api, step(other, output={"a": 1.0}, brief=True), job(id=f"r{repeat}"))[0]
+        assert same(alone) == same(among) == told
+        assert alone["step"]["id"] == api.detail(run)["steps"][0]["id"]
+    assert writes(api, step(other, output="another", brief=True))[0]["step"]["output"] == {"a": 1.0}
+    failed = api.post(f"/runs/{run}/steps", {**step(run, "t"), "error": "boom", "brief": True})["step"]
+    assert (failed["status"], "error" in failed) == ("failed", False)
+    done = {"run": {"id": run, "status": "completed"}}
+    assert api.complete(run, leaseOwner="a", brief=True).json == done
+    assert writes(api, completion(run, brief=True)) == [done]
+
+
 def test_of_one_run_many_steps_are_recorded_in_the_order_given(api: Api) -> None:
     run = held(api)
     results = writes(api, *(step(run, f"s{number}", output=number) for number in range(5)), step(run, "s0", output="x"),
