@@ -170,7 +170,7 @@ def shape(text: str) -> Schema:
 # ------------------------------------------------------------------------------
 GROUPS = {  # a route is of the last whose pattern its path has, else of the server
     "Runs": ("/runs|/heartbeats", "One execution of a workflow each: created, leased, ended."),
-    "Steps": ("/steps", "Named pieces of a run: begun under a lease, recorded once, replayed from then on."),
+    "Steps": ("/steps|/writes", "Named pieces of a run: begun under a lease, recorded once, replayed from then on."),
     "Gates": ("/gates", "Questions to a person, each decided once by whoever holds its token."),
     "State and snapshots": ("/state|/snapshots", "What a run shows of itself while it works, version by version."),
     "Usage": ("/usage", "The ledger of what runs cost."),

@@ -1059,7 +1059,7 @@ class Database:
 # ------------------------------------------------------------------------------
 # Waiting: one watcher asks Postgres for all who wait; each of them holds a thread, so their number is bounded.
 # ------------------------------------------------------------------------------
-WATCH_SECONDS = 0.1    # how late a write of another process may be noticed
+WATCH_SECONDS = 0.05   # how late a write of another process may be noticed
 WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many writes this process makes
 
 
@@ -1080,7 +1080,7 @@ class Busy(Exception):
 
 
 class Watcher:
-    """While somebody here waits, asks Postgres every 100 ms what changed for all of them, and at once after a write of
+    """While somebody here waits, asks Postgres every 50 ms what changed for all of them, and at once after a write of
     this process (`poke`). Idle, it asks nothing."""
 
     def __init__(self, database: Database, places: int) -> None:

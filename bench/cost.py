@@ -7,6 +7,7 @@ were heap-only (HOT), which leave no index entry behind, and the dead rows that 
 STEPS steps.
 """
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from common import ROOT, database, postgres
 
 TEXT = '{"text": "' + "x" * 200 + '"}'
 JOB = '{"workflowName": "bench", "metadata": {}, "channels": [], "maxAttempts": 3, "priority": 0}'
+BATCHES = (1, 4, 16)  # steps, each of a run of its own, in one call of write_many
 CALLS = {
     "enqueue_run": "select tidebase.enqueue_run('cost', %(job)s, %(text)s)",
     "claim_runs": "select tidebase.claim_runs(%(queues)s, 'me', null, 1, 60000, %(checkpoints)s)#>>'{runs,0,id}'",
@@ -24,6 +26,7 @@ CALLS = {
     "complete_step": "select tidebase.complete_step(%(run)s, %(step)s, 'me', %(text)s)",
     "heartbeat": "select tidebase.heartbeat(%(run)s, 'me')",
     "complete_run": "select tidebase.complete_run(%(run)s, 'me', %(text)s)",
+    "write_many": "select tidebase.write_many(%(writes)s, %(texts)s::json[], %(texts)s::json[], %(nothing)s::json[])",
     "select 1": "select 1",
 }
 
@@ -62,6 +65,23 @@ def one_run(meter, steps, begin):
     meter.call("heartbeat", run=run)
     meter.call("select 1")
     meter.call("complete_run", run=run)
+
+
+def batches(meter, steps):
+    """The CPU of write_many per step, by the size of its batch."""
+    costs = {}
+    for size in BATCHES:
+        for _ in range(size):
+            meter.call("enqueue_run")
+        runs = [meter.call("claim_runs") for _ in range(size)]
+        meter.costs.pop("write_many", None)
+        for number in range(steps):
+            meter.call("write_many", texts=[TEXT] * size, nothing=[None] * size, writes=json.dumps([
+                {"do": "record_step", "runId": run, "leaseOwner": "me", "name": f"s{number}", "inputHash": "h",
+                 "options": {}, "retryable": False, "durationMs": 5, "brief": True} for run in runs]))
+        spent = sorted(meter.costs.pop("write_many"))
+        costs[size] = spent[len(spent) // 2] / 1e3 / size
+    return costs
 
 
 def rows(connection, runs):
@@ -104,6 +124,8 @@ def main():
                 print("  per run             inserted   updated   of them HOT   dead")
                 for table, inserted, updated, hot, dead in rows(connection, args.runs + 20):
                     print(f"    {table:16s} {inserted:9.1f} {updated:9.1f} {hot or 0:11.0f} % {dead:7.1f}")
+                for size, cost in batches(meter, 200).items() if not begin else ():
+                    print(f"  write_many of {size:2d}: {cost:5.0f} us CPU per step (median)")
 
 
 if __name__ == "__main__":

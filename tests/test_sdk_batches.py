@@ -151,6 +151,24 @@ def test_a_step_that_must_leave_a_trace_is_begun_before_it_runs(tide: Any, api: 
     assert [path.rpartition("/")[2] for path in wire.paths("/steps")] == ["begin", "complete"]
 
 
+def test_short_steps_and_runs_do_not_wake_the_thread_that_looks_after_slow_ones(
+    tide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats, woken = tide.client._beats, Counter[str]()
+    wake = beats._wake.set
+
+    async def flow(run: Any, input: Any) -> None:
+        for number in range(20):
+            await run.step(f"step {number}", lambda: number)  # noqa: B023
+
+    monkeypatch.setattr(tidebase_sdk, "ANNOUNCE_S", 60.0)  # as long as the test may take
+    monkeypatch.setattr(tidebase_sdk, "FIRST_BEAT_S", 60.0)
+    monkeypatch.setattr(beats._wake, "set", lambda: (woken.update(["set"]), wake()))
+    for _ in range(3):
+        run(tide, flow)
+    assert woken["set"] <= 2  # the first lease, the first step
+
+
 def test_a_step_that_takes_its_time_is_seen_as_running(tide: Any, api: Api) -> None:
     go = threading.Event()
 
