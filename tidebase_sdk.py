@@ -839,8 +839,8 @@ class _Flow:
                 "POST", path, data, held=first.held, patience_s=first.until - time.monotonic()
             )
         except TidebaseError as error:
-            if len(batch) == 1 or error.status is None or error.path != path:  # the latter: there was no answer
-                first.outcome = error
+            if len(batch) == 1 or error.status is None or (first.held is not None and first.held.gone()):
+                first.outcome = error  # it was not sent, or not answered: the others are to be sent again
             elif error.status in (400, 413):  # one is at fault, and must not take the others along
                 half = len(batch) // 2
                 yield from self._send(batch[:half])

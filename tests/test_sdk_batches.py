@@ -546,6 +546,35 @@ def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
     asyncio.run(main())
 
 
+def test_a_lease_that_is_lost_when_it_is_its_runs_turn_to_send_for_others_costs_them_nothing(
+    server: Any, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    monkeypatch.setattr(tidebase_sdk, "BATCH_WRITES", 2)
+
+    async def main() -> None:
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+
+            async def flow(run: Any, input: Any) -> Any:
+                return await asyncio.gather(*(run.step(f"step {n}", lambda: input) for n in range(input)))
+
+            free = wire.hold("/steps")
+            tasks = []
+            for name, steps, waiting in (("first", 1, 0), ("second", 1, 1), ("lost", 2, 3), ("last", 1, 4)):
+                tasks.append(asyncio.ensure_future(tide.run("flow", flow, run_id=name, input=steps)))
+                await asyncio.to_thread(eventually, lambda: len(tide._flow._waiting) == waiting and wire.batches())  # noqa: B023
+            api.complete("lost")["run"]  # by somebody else
+            free.set()  # now [second, lost] go, and lost has another at the head of [lost, last]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(results[2], tidebase_sdk.LeaseLost)
+            assert [results[n] for n in (0, 1, 3)] == [[1], [1], [1]]
+            assert wire.batches()[:2] == [1, 2]
+
+    asyncio.run(main())
+    assert [api.run(run)["status"] for run in ("first", "second", "last")] == ["completed"] * 3
+
+
 def test_batches_under_way_when_the_server_is_killed_are_recorded_once_it_is_back(
     spawn_server: Callable[..., Any], actor: Callable[..., Any], working: Callable[..., None]
 ) -> None:
