@@ -2161,6 +2161,13 @@ begin
           p_inputs[v_write.n], (v_write.w->'options')::json, p_outputs[v_write.n], p_errors[v_write.n],
           (v_write.w->>'retryable')::boolean, v_write.w->>'resumeDecision',
           (v_write.w->>'startedAt')::timestamptz, (v_write.w->>'durationMs')::bigint, (v_write.w->>'brief')::boolean)
+        when 'begin_step' then (
+          select case when status = 200 then body else tidebase._joined(body, json_build_object('status', status)) end
+            from tidebase.begin_step(v_write.w->>'runId', v_write.w->>'name', v_write.w->>'inputHash',
+                                     p_inputs[v_write.n], (v_write.w->'options')::json, v_write.w->>'leaseOwner',
+                                     (v_write.w->>'leaseMs')::integer))
+        when 'complete_step' then tidebase.complete_step(
+          v_write.w->>'runId', v_write.w->>'stepId', v_write.w->>'leaseOwner', p_outputs[v_write.n])
         when 'complete_run' then tidebase.complete_run(
           v_write.w->>'runId', v_write.w->>'leaseOwner', p_outputs[v_write.n], (v_write.w->>'brief')::boolean)
         when 'enqueue_run' then tidebase.enqueue_run(v_write.w->>'queue', v_write.w, p_inputs[v_write.n]) end;

@@ -880,7 +880,18 @@ class RecordWrite(RecordOfRun):
     do = Verb("record_step")
 
 
-class CompleteWrite(CompleteRunBody):
+class BeginStepWrite(BeginStepBody):
+    do = Verb("begin_step")
+    run_id = Name(data_key="runId", required=True)
+
+
+class CompleteStepWrite(CompleteStepBody):
+    do = Verb("complete_step")
+    run_id = Name(data_key="runId", required=True)
+    step_id = Name(data_key="stepId", required=True)
+
+
+class CompleteRunWrite(CompleteRunBody):
     do = Verb("complete_run")
     run_id = Name(data_key="runId", required=True)
 
@@ -890,15 +901,16 @@ class EnqueueWrite(EnqueueBody):
     queue = Name(required=True)
 
 
-class AnyWrite(RecordWrite, CompleteWrite, EnqueueWrite):
-    """Any of the three, to read it before it is known which."""
+class AnyWrite(RecordWrite, BeginStepWrite, CompleteStepWrite, CompleteRunWrite, EnqueueWrite):
+    """Any of them, to read it before it is known which."""
 
 
 class WritesBody(Body):
     """POST /writes"""
 
-    writes = fields.List(OneOf(AnyWrite, RecordWrite, CompleteWrite, EnqueueWrite), required=True,
-                         validate=validate.Length(1, MAX_WRITES))
+    writes = fields.List(
+        OneOf(AnyWrite, RecordWrite, BeginStepWrite, CompleteStepWrite, CompleteRunWrite, EnqueueWrite),
+        required=True, validate=validate.Length(1, MAX_WRITES))
 
 
 class QueueConfigBody(Body):
@@ -2079,15 +2091,21 @@ def enqueue(queue: str) -> Reply:
     return call("enqueue_run", queue, job_of(body), body["input"])
 
 
+# What of a write is told beside its payloads: the member of the body, and its name for write_many.
+TOLD = {"do": "do", "run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name",
+        "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
+        "duration_ms": "durationMs", "brief": "brief"}
+
+
 def write_of(body: dict[str, Any]) -> str:
     """The JSON of a write as write_many takes it: all but the payloads."""
     if body["do"] == "enqueue_run":
         return job_of(body, do=body["do"], queue=body["queue"])
-    head = {"do": body["do"], "runId": body["run_id"], "leaseOwner": body["lease_owner"], "brief": body["brief"]}
-    if body["do"] == "record_step":
-        head |= {"name": body["name"], "inputHash": body["input_hash"], "options": body["options"],
-                 "retryable": body["retryable"], "resumeDecision": body["resume_decision"],
-                 "startedAt": body["started_at"] and body["started_at"].isoformat(), "durationMs": body["duration_ms"]}
+    head = {name: body[member] for member, name in TOLD.items() if member in body}
+    if body["do"] == "begin_step":
+        head |= {"leaseMs": core().config.lease_ms, "leaseOwner": body["lease_owner"] or new_owner()}
+    elif body.get("started_at"):
+        head["startedAt"] = body["started_at"].isoformat()
     return compose(head)
 
 
@@ -2101,8 +2119,10 @@ def write_many(writes: list[dict[str, Any]]) -> Reply:
 
 @often("/writes")
 def write() -> Reply:
-    """Record finished steps, complete runs and enqueue runs in one commit; what is refused touches no other.
-    200 {results: [{step} or {step:briefStep} or {run, ~deduplicated} or {run:briefRun} or refusal]}."""
+    """Many writes in one commit: finished steps, begins and outputs of others, results, new runs. Each is answered as
+    if it had come alone, and none touches another.
+    200 {results: [{action, ~step, ~output, ~leaseOwner, ~run, ~expectedInputHash, ~actualInputHash} or {step}
+    or {step:briefStep} or {run, ~deduplicated} or {run:briefRun} or refusal]}."""
     return write_many(parse(WritesBody)["writes"])
 
 

@@ -720,7 +720,7 @@ class _Notice:
 
 
 class _Write:
-    """Something to be made durable, on its way to the server: a finished step, a run's result, a new run."""
+    """Something to be made durable, on its way to the server: a step, a run's result, a new run."""
 
     def __init__(self, path: str, data: bytes, held: _Held | None, patience_s: float) -> None:
         self.path, self.data, self.held = path, data, held  # where it goes when it goes alone; of a batch, one of many
@@ -1084,9 +1084,14 @@ class Run(Surface[M]):
             finally:
                 client._beats.forget(notice)
             if ahead:
-                path = _path("runs", self.run_id, "steps", answer["step"]["id"], "fail" if error else "complete")
-                told = _splice({"leaseOwner": held.owner, **verdict}, **outcome)
-                answer = yield from client._request("POST", path, told, held=held)
+                step_id = answer["step"]["id"]
+                path = _path("runs", self.run_id, "steps", step_id, "fail" if error else "complete")
+                if error:
+                    told = _splice({"leaseOwner": held.owner, **verdict}, **outcome)
+                    answer = yield from client._request("POST", path, told, held=held)
+                else:
+                    fields = {"runId": self.run_id, "stepId": step_id, "leaseOwner": held.owner}
+                    answer = yield from client._flow.write("complete_step", path, fields, held=held, **outcome)
             else:
                 if (yield from notice.refused()):
                     answer = yield from self._begin_step(begin)
@@ -1109,7 +1114,8 @@ class Run(Surface[M]):
         path = _path("runs", self.run_id, "steps", "begin")
         for tries in itertools.count(1):
             self._held.boundary()
-            answer = yield from self._client._request("POST", path, begin, held=self._held)
+            told = {"runId": self.run_id, **begin}
+            answer = yield from self._client._flow.write("begin_step", path, told, held=self._held)
             action = answer["action"]
             if action in ("execute", "return"):
                 return answer

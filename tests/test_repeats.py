@@ -135,6 +135,7 @@ REQUESTS: dict[str, Callable[[Api], Request]] = {
     "write many": lambda api: (
         "POST", "/writes", {"writes": [
             {"do": "record_step", "runId": begun(api)[6:], **RECORD},
+            {"do": "begin_step", "runId": begun(api)[6:], **RECORD},
             {"do": "complete_run", "runId": begun(api)[6:], "leaseOwner": "a", "result": {"n": 1.0}},
             {"do": "enqueue_run", "queue": "q", "workflowName": "w", "id": "r"},
             {"do": "complete_run", "runId": "nowhere"}]}),

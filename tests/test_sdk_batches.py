@@ -382,6 +382,35 @@ def test_results_and_new_runs_go_with_what_else_is_ready(
     assert [api.run(results[n])["input"] for n in (2, 3)] == [2, 3]
 
 
+def test_steps_with_effects_go_together_too_and_each_is_begun_before_it_runs(
+    tide: Any, wire: Wire, working: Callable[..., None], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    begun: dict[str, str] = {}
+
+    async def flow(run: Any, input: Any) -> Any:
+        def act() -> Any:
+            begun[run.run_id] = api.detail(run.run_id)["steps"][0]["status"]
+            return input
+
+        return await run.step("mail", act, side_effects=["email"])
+
+    free = wire.hold("/steps/begin")
+    ids = enqueue(tide, 1)
+    working(tide, {"flow": flow}, concurrency=8)
+    eventually(lambda: wire.paths("/steps/begin"))
+    ids += [api.enqueue(workflow="flow", input=n) for n in range(1, 8)]
+    eventually(lambda: len(tide.client._flow._waiting) == 7)
+    free.set()
+    eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids))
+    assert [api.run(run)["result"] for run in ids] == list(range(8))
+    assert begun == dict.fromkeys(ids, "running")
+    carried = [Counter(write["do"] for write in body["writes"]) for path, body in wire.sent if path == "/writes"]
+    assert carried[0]["begin_step"] == 7
+    for run in ids:
+        assert api.event_types(run)[2:-1] == ["step.started", "step.completed"]
+
+
 def test_who_only_enqueues_does_not_wait_longer_than_the_timeout_for_the_request_that_would_carry_it(
     actor: Callable[..., Any], server: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

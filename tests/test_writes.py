@@ -23,6 +23,14 @@ def step(run: str, name: str = "s", owner: str = "a", **body: Any) -> Any:
     return {"do": "record_step", "runId": run, "leaseOwner": owner, "name": name, "inputHash": "h", **body}
 
 
+def begin(run: str, name: str = "s", owner: str = "a", **body: Any) -> Any:
+    return {"do": "begin_step", "runId": run, "leaseOwner": owner, "name": name, "inputHash": "h", **body}
+
+
+def output(run: str, step: str, owner: str = "a", **body: Any) -> Any:
+    return {"do": "complete_step", "runId": run, "stepId": step, "leaseOwner": owner, **body}
+
+
 def completion(run: str, **body: Any) -> Any:
     return {"do": "complete_run", "runId": run, **body}
 
@@ -137,6 +145,36 @@ def test_a_step_that_another_owner_began_is_decided_as_if_it_had_come_alone(api:
     assert codes(results) == [None, "manual_review"]
     assert api.event_types(run)[2:] == ["step.started", "step.completed"]
     assert api.detail(run)["steps"][0]["attempt"] == 1
+
+
+def test_begins_are_answered_in_batches_as_if_they_had_come_alone(api: Api) -> None:
+    fresh, done, locked, review, cancelled = (held(api) for _ in range(5))
+    api.do_step(done, "s", "a", output="first")
+    api.begin_step(locked, "s", "b")["step"]
+    lost = api.begin_step(review, "s", "a", options={"replay": "manual"})["step"]["id"]
+    api.fail_step(review, lost, "a", resumeDecision="manual_review")["step"]
+    api.post(f"/runs/{cancelled}/cancel")["run"]
+    results = writes(api, begin(fresh, input=[1.0]), begin(done), begin(done, inputHash="other"), begin(review),
+                     begin(cancelled), begin("nowhere"), begin(locked, owner="c"), begin(fresh))
+    assert [result.get("action", result.get("code")) for result in results] == [
+        "execute", "return", "input_mismatch", "manual_review", "cancelled", "not_found", "locked", "execute"]
+    assert results[0]["step"]["input"] == [1]
+    assert results[0]["leaseOwner"] == "a"
+    assert results[1]["output"] == "first"
+    assert (results[3]["status"], results[3]["step"]["status"]) == (409, "manual_review")
+    assert results[7]["step"]["attempt"] == 1
+    assert api.event_types(fresh)[2:] == ["step.started"]
+
+
+def test_outputs_are_recorded_in_batches_as_if_they_had_come_alone(api: Api) -> None:
+    run, other = held(api), held(api)
+    mine, theirs = (api.begin_step(of, "s", "a")["step"]["id"] for of in (run, other))
+    results = writes(api, output(run, mine, output={"a": 1.0}), output(other, theirs, owner="b"), output(run, "none"),
+                     output(run, mine, output="again"))
+    assert codes(results) == [None, "lease_lost", "not_found", None]
+    assert [result["step"]["output"] for result in (results[0], results[3])] == [{"a": 1.0}] * 2
+    assert api.event_types(run)[2:] == ["step.started", "step.completed"]
+    assert api.event_types(other)[2:] == ["step.started"]
 
 
 def test_a_result_among_others_wakes_the_parent_that_waits_for_it(api: Api) -> None:
