@@ -510,21 +510,25 @@ create or replace function tidebase._queue_json (q tidebase.queues) returns json
 $$;
 
 -- The completed steps of a run, for a worker that is to replay them; past 4 MiB of output the rest is asked for step
--- by step.  Returns {"checkpoints": [...], "checkpointsTruncated": bool}.
-create or replace function tidebase._checkpoints (p_run_id text) returns json language plpgsql stable as $$
+-- by step.
+drop function if exists tidebase._checkpoints (text);  -- older databases: it answered one object
+create function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
+  language plpgsql stable as $$
+declare
+  v_limit constant bigint := 4 * 1024 * 1024;
+  v_last  integer := 2147483647;  -- the position of the last that is told
 begin
-  return (
-  with done as (
-    select s.position, json_build_object(
-             'name', s.name, 'inputHash', s.input_hash, 'output', s.output,
-             'completedAt', tidebase._iso(s.completed_at)) as checkpoint,
-           sum(coalesce(octet_length(s.output::text), 4)) over (order by s.position) as bytes
-      from tidebase.steps s where s.run_id = p_run_id and s.status = 'completed'
-  )
-  select json_build_object(
-    'checkpoints', coalesce(json_agg(checkpoint order by position) filter (where bytes <= 4194304), '[]'),
-    'checkpointsTruncated', coalesce(max(bytes), 0) > 4194304)
-    from done);
+  select coalesce(sum(octet_length(output::text)), 0) > v_limit into truncated
+    from tidebase.steps where run_id = p_run_id and status = 'completed';
+  if truncated then  -- seldom: the running sum of a thousand steps takes as long as all the rest
+    select coalesce(max(position) filter (where bytes <= v_limit), 0) into v_last
+      from (select position, sum(coalesce(octet_length(output::text), 4)) over (order by position) as bytes
+              from tidebase.steps where run_id = p_run_id and status = 'completed') as done;
+  end if;
+  select coalesce(json_agg(json_build_object('name', name, 'inputHash', input_hash, 'output', output,
+                                             'completedAt', tidebase._iso(completed_at))), '[]') into checkpoints
+    from (select * from tidebase.steps where run_id = p_run_id and status = 'completed' and position <= v_last
+           order by position) as done;
 end $$;
 
 -- The keys of two objects, both made by json_build_object, in one; as text, so that payloads stay as they came.
@@ -756,9 +760,8 @@ end $$;
 create or replace function tidebase.begin_run (p_run_id text, p_owner text, p_lease_ms integer, p_checkpoints boolean)
   returns json language plpgsql as $$
 declare
-  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now  timestamptz := tidebase.now();
-  v_body json;
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
@@ -784,8 +787,12 @@ begin
     perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.started',
                                    json_build_object('leaseOwner', p_owner, 'attempt', v_run.attempt));
   end if;
-  v_body := json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_owner);
-  return case when p_checkpoints then tidebase._joined(v_body, tidebase._checkpoints(p_run_id)) else v_body end;
+  if not p_checkpoints then
+    return json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_owner);
+  end if;
+  return (select json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_owner,
+                                   'checkpoints', c.checkpoints, 'checkpointsTruncated', c.truncated)
+            from tidebase._checkpoints(p_run_id) c);
 exception when unique_violation then  -- a failed run begun again, while another took its dedupe key
   perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run_id));
 end $$;
@@ -854,6 +861,7 @@ end $$;
 -- Needs    p_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
 --          a run that already ended, and the owner's repeat, are answered unchanged.
 -- Returns  {"run"}; with p_brief its id and status alone.
+drop function if exists tidebase.complete_run (text, text, json);
 create or replace function tidebase.complete_run (p_run_id text, p_owner text, p_result json,
                                                   p_brief boolean default false)
   returns json language plpgsql as $$
@@ -1294,6 +1302,8 @@ end $$;
 -- Leaves   the step ended, events step.started (unless p_owner had begun it) and step.completed or step.failed; a
 --          completed step, and a failure that began at the same p_started_at, unchanged.
 -- Returns  {"step"}; with p_brief without what was sent, unless another output stands.
+drop function if exists tidebase.record_step (text, text, text, text, json, json, json, json, boolean, text,
+                                              timestamptz, bigint);
 create or replace function tidebase.record_step (p_run_id text, p_owner text, p_name text, p_input_hash text,
                                                  p_input json, p_options json, p_output json, p_error json,
                                                  p_retryable boolean, p_decision text, p_started_at timestamptz,
@@ -2071,8 +2081,15 @@ end $$;
 create or replace function tidebase._claimed_json (p_run tidebase.runs, p_checkpoints boolean)
   returns json language plpgsql stable as $$
 begin
-  return case when p_checkpoints then tidebase._joined(tidebase._run_json(p_run), tidebase._checkpoints(p_run.id))
-              else tidebase._run_json(p_run) end;
+  if not p_checkpoints then
+    return tidebase._run_json(p_run);
+  end if;
+  return (select json_object_agg(key, value) from (  -- _joined would read all of it once more
+            select * from json_each(tidebase._run_json(p_run))
+            union all
+            select member.* from tidebase._checkpoints(p_run.id) c,
+                   lateral (values ('checkpoints', c.checkpoints),
+                                   ('checkpointsTruncated', to_json(c.truncated))) as member) as members);
 end $$;
 
 -- Sets what p_config names of {concurrency, ratePerMinute, invokeUrl}; null clears.    Returns  {"config"}.
