@@ -14,6 +14,7 @@ a key holds its name says (see kind_of), or a type after a colon: low..high, a|b
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -255,7 +256,7 @@ def answers_of(tail: str) -> dict[str, Schema]:
 
 def bodies_of(view: Callable[..., Any]) -> list[type[marshmallow.Schema]]:
     """The schemas that a route's code names: what it parses. One that combines others stands for those."""
-    code: Any = view
+    code: Any = inspect.unwrap(view)
     named = [code.__globals__.get(name) for name in code.__code__.co_names]
     kinds = [kind for kind in named if isinstance(kind, type) and issubclass(kind, marshmallow.Schema)
              and kind._declared_fields]

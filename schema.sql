@@ -2137,68 +2137,96 @@ create or replace function tidebase.list_queues () returns json language sql sta
 $$;
 
 -- ------------------------------------------------------------------------------
--- Many writes in one transaction: what a worker that holds many runs has ready, for one commit.
+-- Many writes in one transaction: what workers have ready at the same time, for one commit.
 -- ------------------------------------------------------------------------------
 
--- p_writes: [{do, …}], where do names the verb, with its arguments by name; but payloads beside it, in the same order:
--- a step's or a job's input; a step's output or a run's result; a step's error. Each stands or falls alone.
+-- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: a step's or
+-- a job's input; a step's output or a run's result; a step's error.    Returns  the verb's answer and HTTP status.
+create or replace function tidebase.write_one (p_write jsonb, p_input json, p_output json, p_error json,
+                                               out body json, out status integer) language plpgsql as $$
+begin
+  status := 200;
+  case p_write->>'do'
+    when 'record_step' then
+      body := tidebase.record_step(
+        p_write->>'runId', p_write->>'leaseOwner', p_write->>'name', p_write->>'inputHash', p_input,
+        (p_write->'options')::json, p_output, p_error, (p_write->>'retryable')::boolean, p_write->>'resumeDecision',
+        (p_write->>'startedAt')::timestamptz, (p_write->>'durationMs')::bigint, (p_write->>'brief')::boolean);
+    when 'begin_step' then
+      select b.body, b.status into body, status
+        from tidebase.begin_step(
+               p_write->>'runId', p_write->>'name', p_write->>'inputHash', p_input, (p_write->'options')::json,
+               p_write->>'leaseOwner', (p_write->>'leaseMs')::integer) b;
+    when 'complete_step' then
+      body := tidebase.complete_step(p_write->>'runId', p_write->>'stepId', p_write->>'leaseOwner', p_output);
+    when 'complete_run' then
+      body := tidebase.complete_run(p_write->>'runId', p_write->>'leaseOwner', p_output,
+                                    (p_write->>'brief')::boolean);
+    when 'enqueue_run' then
+      body := tidebase.enqueue_run(p_write->>'queue', p_write, p_input);
+  end case;
+end $$;
+
+-- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
 --          before its child unless somebody chose the ids: so two batches do not wait for each other.
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
--- Returns  {"results": [the verb's answer or {"error", "code", "status", …}]}, in the order given.
-create or replace function tidebase.write_many (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
-  returns json language plpgsql
+-- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status.
+drop function if exists tidebase.write_many (jsonb, json[], json[], json[]);
+create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+  returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
 declare
-  v_results json[];
-  v_write   record;
-  v_words   text;
-  v_state   text;
-  v_detail  text;
+  v_runs     text[];
+  v_bodies   json[];
+  v_statuses integer[] := array_fill(200, array[jsonb_array_length(p_writes)]);
+  v_write    record;
+  v_written  record;
+  v_state    text;
+  v_words    text;
+  v_detail   text;
 begin
   perform tidebase._lock_keys(array(select w->>'queue' from jsonb_array_elements(p_writes) as w
                                      where w->>'dedupeKey' is not null), p_writes);
-  perform from tidebase.runs
-    where id in (select w->>'runId' from jsonb_array_elements(p_writes) as w
-                 union
-                 select r.parent_run_id from jsonb_array_elements(p_writes) as w
-                   join tidebase.runs r on r.id = w->>'runId' where w->>'do' = 'complete_run')
-    order by id for no key update;
-  v_results := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
+  v_runs := array(select w->>'runId' from jsonb_array_elements(p_writes) as w
+                  union
+                  select r.parent_run_id from jsonb_array_elements(p_writes) as w
+                    join tidebase.runs r on r.id = w->>'runId' where w->>'do' = 'complete_run');
+  perform from tidebase.runs where id = any (v_runs) order by id for no key update;
+  v_bodies := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
   for v_write in
-    select w, w->>'do' as verb, n::integer as n
-      from jsonb_array_elements(p_writes) with ordinality as given (w, n)
-     where v_results[n] is null order by n
+    select w, n::integer as n from jsonb_array_elements(p_writes) with ordinality as given (w, n)
+     where v_bodies[n] is null order by n
   loop
     begin
-      v_results[v_write.n] := case v_write.verb
-        when 'record_step' then tidebase.record_step(
-          v_write.w->>'runId', v_write.w->>'leaseOwner', v_write.w->>'name', v_write.w->>'inputHash',
-          p_inputs[v_write.n], (v_write.w->'options')::json, p_outputs[v_write.n], p_errors[v_write.n],
-          (v_write.w->>'retryable')::boolean, v_write.w->>'resumeDecision',
-          (v_write.w->>'startedAt')::timestamptz, (v_write.w->>'durationMs')::bigint, (v_write.w->>'brief')::boolean)
-        when 'begin_step' then (
-          select case when status = 200 then body else tidebase._joined(body, json_build_object('status', status)) end
-            from tidebase.begin_step(v_write.w->>'runId', v_write.w->>'name', v_write.w->>'inputHash',
-                                     p_inputs[v_write.n], (v_write.w->'options')::json, v_write.w->>'leaseOwner',
-                                     (v_write.w->>'leaseMs')::integer))
-        when 'complete_step' then tidebase.complete_step(
-          v_write.w->>'runId', v_write.w->>'stepId', v_write.w->>'leaseOwner', p_outputs[v_write.n])
-        when 'complete_run' then tidebase.complete_run(
-          v_write.w->>'runId', v_write.w->>'leaseOwner', p_outputs[v_write.n], (v_write.w->>'brief')::boolean)
-        when 'enqueue_run' then tidebase.enqueue_run(v_write.w->>'queue', v_write.w, p_inputs[v_write.n]) end;
+      v_written := tidebase.write_one(v_write.w, p_inputs[v_write.n], p_outputs[v_write.n], p_errors[v_write.n]);
+      v_bodies[v_write.n] := v_written.body;
+      v_statuses[v_write.n] := v_written.status;
     exception when others then
       get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
       if v_state !~ '^TB' then
         raise;
       end if;
-      v_results[v_write.n] := tidebase._joined(
-        json_build_object('error', v_words, 'status', substr(v_state, 3)::integer), v_detail::json);
+      v_bodies[v_write.n] := tidebase._joined(json_build_object('error', v_words), v_detail::json);
+      v_statuses[v_write.n] := substr(v_state, 3)::integer;
     end;
   end loop;
-  return json_build_object('results', array_to_json(v_results));
+  return query select * from unnest(v_bodies, v_statuses);
 end $$;
+
+-- Both, but for writes that have others wait for them.
+-- Needs    that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
+create or replace function tidebase.try_one (p_write jsonb, p_input json, p_output json, p_error json,
+                                             out body json, out status integer) language sql
+  set lock_timeout = '20ms' as $$
+  select * from tidebase.write_one(p_write, p_input, p_output, p_error)
+$$;
+create or replace function tidebase.try_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+  returns table (body json, status integer) language sql
+  set lock_timeout = '20ms' as $$
+  select * from tidebase.write_each(p_writes, p_inputs, p_outputs, p_errors)
+$$;
 
 -- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, and of a run
 -- that its worker holds; of each run the first. It leaves what record_step would leave, at a third less of its cost.

@@ -15,7 +15,7 @@ from common import ROOT, database, postgres
 
 TEXT = '{"text": "' + "x" * 200 + '"}'
 JOB = '{"workflowName": "bench", "metadata": {}, "channels": [], "maxAttempts": 3, "priority": 0}'
-BATCHES = (1, 4, 16)  # steps, each of a run of its own, in one call of write_many
+BATCHES = (1, 4, 16)  # steps, each of a run of its own, in one call of write_each
 CALLS = {
     "enqueue_run": "select tidebase.enqueue_run('cost', %(job)s, %(text)s)",
     "claim_runs": "select tidebase.claim_runs(%(queues)s, 'me', null, 1, 60000, %(checkpoints)s)#>>'{runs,0,id}'",
@@ -26,7 +26,7 @@ CALLS = {
     "complete_step": "select tidebase.complete_step(%(run)s, %(step)s, 'me', %(text)s)",
     "heartbeat": "select tidebase.heartbeat(%(run)s, 'me')",
     "complete_run": "select tidebase.complete_run(%(run)s, 'me', %(text)s)",
-    "write_many": "select tidebase.write_many(%(writes)s, %(texts)s::json[], %(texts)s::json[], %(nothing)s::json[])",
+    "write_each": "select tidebase.write_each(%(writes)s, %(texts)s::json[], %(texts)s::json[], %(nothing)s::json[])",
     "select 1": "select 1",
 }
 
@@ -68,18 +68,18 @@ def one_run(meter, steps, begin):
 
 
 def batches(meter, steps):
-    """The CPU of write_many per step, by the size of its batch."""
+    """The CPU of write_each per step, by the size of its batch."""
     costs = {}
     for size in BATCHES:
         for _ in range(size):
             meter.call("enqueue_run")
         runs = [meter.call("claim_runs") for _ in range(size)]
-        meter.costs.pop("write_many", None)
+        meter.costs.pop("write_each", None)
         for number in range(steps):
-            meter.call("write_many", texts=[TEXT] * size, nothing=[None] * size, writes=json.dumps([
+            meter.call("write_each", texts=[TEXT] * size, nothing=[None] * size, writes=json.dumps([
                 {"do": "record_step", "runId": run, "leaseOwner": "me", "name": f"s{number}", "inputHash": "h",
                  "options": {}, "retryable": False, "durationMs": 5, "brief": True} for run in runs]))
-        spent = sorted(meter.costs.pop("write_many"))
+        spent = sorted(meter.costs.pop("write_each"))
         costs[size] = spent[len(spent) // 2] / 1e3 / size
     return costs
 
@@ -125,7 +125,7 @@ def main():
                 for table, inserted, updated, hot, dead in rows(connection, args.runs + 20):
                     print(f"    {table:16s} {inserted:9.1f} {updated:9.1f} {hot or 0:11.0f} % {dead:7.1f}")
                 for size, cost in batches(meter, 200).items() if not begin else ():
-                    print(f"  write_many of {size:2d}: {cost:5.0f} us CPU per step (median)")
+                    print(f"  write_each of {size:2d}: {cost:5.0f} us CPU per step (median)")
 
 
 if __name__ == "__main__":

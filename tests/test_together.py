@@ -1,0 +1,253 @@
+"""Small writes of different clients go together in one transaction, and none of them feels the others.
+
+A write that comes while others are being committed waits, and then goes with all that wait. To see it, a test holds the
+lanes that they wait for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+from conftest import Answer, Api, LocalServer, eventually, refused, together
+
+
+def gathered(server: LocalServer, *requests: Callable[[], Answer]) -> list[Answer]:
+    """The answers to requests that go in one transaction, in the order given."""
+    door = server._http.door
+    answers: dict[int, Answer] = {}
+    threads = [threading.Thread(target=lambda number=number, ask=ask: answers.update({number: ask()}))
+               for number, ask in enumerate(requests)]
+    with ExitStack() as lanes:
+        for _ in range(door.LANES):
+            lanes.enter_context(door.lanes)
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            eventually(lambda number=number: len(door.waiting) == number)
+    for thread in threads:
+        thread.join(30)
+    return [answers[number] for number in range(len(requests))]
+
+
+def held(api: Api, owner: str = "a") -> str:
+    run = api.create()
+    api.begin(run, owner)["run"]
+    return run
+
+
+def record(api: Api, run: str, name: str = "s", owner: str = "a", **body: Any) -> Answer:
+    return api.post(f"/runs/{run}/steps", {"name": name, "inputHash": "h", "leaseOwner": owner, **body})
+
+
+def transactions(sql: Callable[..., list[Any]], runs: list[str]) -> int:
+    return len(sql("select distinct xmin::text from tidebase.steps where run_id = any (%s)", runs))
+
+
+@pytest.fixture
+def on_insert(database: str) -> Iterator[Callable[[str], None]]:
+    """Has the database do something else with each new step: on_insert("… return new;")."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        def do(body: str) -> None:
+            connection.execute(f"""
+                create function public.meddle() returns trigger language plpgsql as $$ begin {body} end $$;
+                create trigger meddle before insert on tidebase.steps for each row execute function public.meddle()""")
+
+        yield do
+        connection.execute("drop function public.meddle cascade")
+
+
+# ------------------------------------------------------------------------------
+# In one transaction, and each as if it had come alone
+# ------------------------------------------------------------------------------
+def test_writes_that_wait_go_in_one_transaction_and_each_client_gets_its_own_answer(
+        api: Api, server: LocalServer, sql: Callable[..., list[Any]]) -> None:
+    runs = [held(api) for _ in range(8)]
+    answers = gathered(
+        server, *[lambda n=n, run=run: record(api, run, f"s{n}", output=n) for n, run in enumerate(runs)])
+    for number, (run, answer) in enumerate(zip(runs, answers, strict=True)):
+        step = answer["step"]
+        assert (step["runId"], step["name"], step["output"]) == (run, f"s{number}", number)
+        assert api.detail(run)["steps"] == [step]
+        assert api.event_types(run)[2:] == ["step.started", "step.completed"]
+    assert transactions(sql, runs) == 1
+
+
+def test_every_verb_and_every_refusal_has_its_own_status_among_the_others(api: Api, server: LocalServer) -> None:
+    first, second, third, ended, cancelled = (held(api) for _ in range(5))
+    step = api.begin_step(second, "open", "a")["step"]["id"]
+    api.post(f"/runs/{cancelled}/cancel")["run"]
+    body = {"leaseOwner": "a", "name": "s", "inputHash": "h"}
+    answers = gathered(
+        server, lambda: record(api, first), lambda: record(api, first, "t", owner="b"),
+        lambda: api.complete_step(second, step, "a", {"b": 1.0, "a": "\0"}), lambda: api.begin_step(third, "s", "a"),
+        lambda: api.complete(ended, leaseOwner="a", result=[1]), lambda: record(api, cancelled),
+        lambda: api.complete("nowhere"), lambda: api.post("/queues/q/enqueue", {"workflowName": "w", "id": "r"}),
+        lambda: api.post("/steps", {"records": [{**body, "runId": third, "name": "t"}, {**body, "runId": "none"}]}))
+    assert [answer.status for answer in answers] == [200, 409, 200, 200, 200, 409, 404, 200, 200]
+    refused(answers[1], 409, "lease_lost")
+    refused(answers[5], 409, "run_cancelled")
+    refused(answers[6], 404, "not_found")
+    assert answers[2]["step"]["output"] == {"b": 1.0, "a": "\0"}
+    assert answers[3]["action"] == "execute"
+    assert answers[4]["run"] == api.run(ended)
+    assert answers[7].json == {"run": api.run("r"), "deduplicated": False}
+    recorded, missing = answers[8]["results"]
+    assert recorded["step"]["name"] == "t"
+    assert (missing["code"], missing["status"]) == ("not_found", 404)
+    assert [step["name"] for step in api.detail(first)["steps"]] == ["s"]
+
+
+def test_a_write_that_the_database_does_not_take_costs_only_its_own_client(
+        api: Api, server: LocalServer, on_insert: Callable[[str], None]) -> None:
+    runs = [held(api) for _ in range(4)]
+    on_insert("if new.name = 'poison' then raise numeric_value_out_of_range; end if; return new;")
+    answers = gathered(
+        server, *[lambda n=n, run=run: record(api, run, "poison" if n == 1 else "s") for n, run in enumerate(runs)])
+    refused(answers[1], 400, "invalid_request")
+    assert [answer.status for answer in answers] == [200, 400, 200, 200]
+    assert [len(api.detail(run)["steps"]) for run in runs] == [1, 0, 1, 1]
+
+
+def test_under_load_all_writes_stand_and_many_share_a_transaction(
+        api: Api, sql: Callable[..., list[Any]]) -> None:
+    runs = [held(api) for _ in range(24)]
+
+    def work(run: str) -> list[int]:
+        return [record(api, run, f"s{number}", output=number)["step"]["output"] for number in range(15)]
+
+    with together(*[lambda run=run: work(run) for run in runs]) as outputs:
+        pass
+    assert outputs == [list(range(15))] * len(runs)
+    for run in runs:
+        assert [step["output"] for step in api.detail(run)["steps"]] == list(range(15))
+        assert len(api.events(run)) == 2 + 2 * 15
+    assert transactions(sql, runs) < len(runs) * 15
+
+
+# ------------------------------------------------------------------------------
+# None waits for another's lock, none is lost with another's connection
+# ------------------------------------------------------------------------------
+def test_a_run_that_somebody_keeps_locked_holds_up_nobody_else(
+        api: Api, server: LocalServer, database: str, blocked: Callable[[int], None]) -> None:
+    locked, *others = [held(api) for _ in range(4)]
+    answered: list[str] = []
+    with psycopg.connect(database) as somebody:
+        somebody.execute("select from tidebase.runs where id = %s for update", (locked,))
+
+        def noted(run: str) -> Answer:
+            answer = record(api, run)
+            answered.append(run)
+            if len(answered) == len(others):
+                blocked(1)  # the write of the locked run waits, and has nobody wait for it
+                for number in range(3):
+                    assert record(api, run, f"t{number}").status == 200
+                somebody.rollback()
+            return answer
+
+        answers = gathered(server, *[lambda run=run: noted(run) for run in (others[0], locked, *others[1:])])
+    assert answered[-1] == locked
+    assert {answer.status for answer in answers} == {200}
+
+
+def test_when_the_connection_is_lost_all_are_told_to_send_again_and_nothing_is_written_twice(
+        api: Api, server: LocalServer, on_insert: Callable[[str], None]) -> None:
+    runs = [held(api) for _ in range(4)]
+    on_insert("if new.name = 'last' then perform pg_terminate_backend(pg_backend_pid()); end if; return new;")
+    answers = gathered(
+        server, *[lambda run=run: record(api, run, "last" if run == runs[2] else "s") for run in runs])
+    for answer in answers:
+        refused(answer, 503, "database_unavailable")
+        assert answer.headers["retry-after"] == "1"
+    for run in runs:
+        assert record(api, run)["step"]["attempt"] == 1
+        assert api.event_types(run)[2:] == ["step.started", "step.completed"]
+
+
+# ------------------------------------------------------------------------------
+# However the bytes come
+# ------------------------------------------------------------------------------
+def request(path: str, body: Any) -> bytes:
+    data = json.dumps(body).encode()
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+def answers_on(connection: socket.socket, count: int) -> list[tuple[int, Any]]:
+    stream, answers = connection.makefile("rb"), []
+    for _ in range(count):
+        status = int(stream.readline().split()[1])
+        fields = dict(line.decode().lower().strip().split(": ", 1) for line in iter(stream.readline, b"\r\n"))
+        answers.append((status, json.loads(stream.read(int(fields["content-length"])))))
+    return answers
+
+
+def connected(api: Api) -> socket.socket:
+    host, port = api.address.split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def test_requests_sent_at_once_on_one_connection_are_answered_in_their_order(api: Api) -> None:
+    run = held(api)
+    body = {"inputHash": "h", "leaseOwner": "a"}
+    paths = [(f"/runs/{run}/steps", {**body, "name": f"s{n}", "output": n}) if n % 3 else (f"/runs/{run}/cancelled", {})
+             for n in range(9)]
+    with connected(api) as connection:
+        for _ in range(5):  # repeats are answered unchanged
+            connection.sendall(b"".join(itertools.starmap(request, paths)))
+            answers = answers_on(connection, len(paths))
+            assert [status for status, _ in answers] == [404, 200, 200] * 3
+            assert [answer["step"]["output"] for status, answer in answers if status == 200] == [1, 2, 4, 5, 7, 8]
+    assert len(api.detail(run)["steps"]) == 6
+
+
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_a_request_that_comes_in_pieces_is_one_request(api: Api, size: int) -> None:
+    run = held(api)
+    with connected(api) as connection:
+        for number in range(3):
+            raw = request(f"/runs/{run}/steps", {"inputHash": "h", "leaseOwner": "a", "name": f"s{number}"})
+            for at in range(0, len(raw), size):
+                connection.sendall(raw[at : at + size])
+            [(status, answer)] = answers_on(connection, 1)
+            assert (status, answer["step"]["name"]) == (200, f"s{number}")
+    assert api.event_types(run)[2:] == ["step.started", "step.completed"] * 3
+
+
+def test_a_client_that_is_slow_to_read_is_answered_in_full_and_goes_on(api: Api, server: LocalServer) -> None:
+    run, channels = held(api), server._http.active_channels
+    record(api, run, output="x" * 3_000_000)["step"]
+    again = request(f"/runs/{run}/steps/begin", {"inputHash": "h", "leaseOwner": "a", "name": "s"})
+    with connected(api) as connection:
+        for count in (4, 1, 4):  # what its buffers do not hold, waitress' main loop sends
+            connection.sendall(again * count)
+            if count > 1:
+                eventually(lambda: any(channel.total_outbufs_len for channel in channels.values()))
+            assert [(status, len(answer["output"])) for status, answer in answers_on(connection, count)] == [
+                (200, 3_000_000)] * count
+
+
+def test_a_client_that_hangs_up_in_the_middle_leaves_nothing_behind(api: Api, server: LocalServer) -> None:
+    run = held(api)
+    before = len(server._http.active_channels)
+    for cut in (10, 60, 120):
+        with connected(api) as connection:
+            connection.sendall(request(f"/runs/{run}/steps", {
+                "inputHash": "h", "leaseOwner": "a", "name": "s", "output": "x" * 200})[:cut])
+    eventually(lambda: len(server._http.active_channels) <= before)
+    assert api.detail(run)["steps"] == []
+
+
+def test_a_target_that_is_no_address_is_refused_and_the_others_are_answered(api: Api) -> None:
+    with connected(api) as connection:
+        connection.sendall(b"POST http://[ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        [(status, _)] = answers_on(connection, 1)
+        assert status == 400
+    assert record(api, held(api)).status == 200
