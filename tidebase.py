@@ -2316,7 +2316,7 @@ def delete_schedule(name: str) -> Reply:
 # Connections: what waitress is made to do otherwise: refuse in the protocol's words, and let small writes go together.
 # ------------------------------------------------------------------------------
 READ_BYTES = 65_536  # at once
-ARMED = select.EPOLLIN | select.EPOLLONESHOT
+ONE_SHOT = 1 << 30   # Linux's EPOLLONESHOT
 
 
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress brings no types
@@ -2380,8 +2380,7 @@ class Quiet:
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-    """A connection. The Door reads from it; waitress' main loop sends what its client is slow to take, and closes it.
-    """
+    """A connection. The Door reads from it; what its client is slow to take, waitress' main loop sends."""
 
     error_task_class = JsonErrorTask
     parser_class = Parser
@@ -2467,6 +2466,47 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             self.http.door.watch(self)
 
 
+class Poll:
+    """What the Door needs of Linux's epoll, for platforms that have none."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[int, int] = {}
+        self.lock = threading.Lock()
+        self.bell = socket.socketpair()  # rung when the numbers change
+        for end in self.bell:
+            end.setblocking(False)
+
+    def register(self, number: int, events: int) -> None:
+        with self.lock:
+            self.numbers[number] = events
+        with suppress(BlockingIOError):  # it rings already
+            self.bell[1].send(b".")
+
+    modify = register
+
+    def poll(self) -> list[tuple[int, int]]:
+        while True:
+            poll = select.poll()
+            poll.register(self.bell[0], select.POLLIN)
+            for number in list(self.numbers):
+                poll.register(number, select.POLLIN)
+            events = dict(poll.poll())
+            if events.pop(self.bell[0].fileno(), None):
+                with suppress(BlockingIOError):  # another thread was faster
+                    self.bell[0].recv(READ_BYTES)
+            with self.lock:
+                ready = [(number, event) for number, event in events.items() if number in self.numbers]
+                for number, _ in ready:
+                    if self.numbers[number] & ONE_SHOT:
+                        del self.numbers[number]
+            if ready:
+                return ready
+
+    def close(self) -> None:
+        for end in self.bell:
+            end.close()
+
+
 class Door:
     """Where requests come in.
 
@@ -2484,9 +2524,9 @@ class Door:
     def __init__(self, http: Any, entrance: Entrance) -> None:
         self.http = http
         self.entrance = entrance
-        self.poll = select.epoll()
-        self.ended = os.eventfd(0)
-        self.poll.register(self.ended, select.EPOLLIN)
+        self.poll = select.epoll() if hasattr(select, "epoll") else Poll()
+        self.end = socket.socketpair()
+        self.poll.register(self.end[0].fileno(), select.POLLIN)
         self.watched: dict[int, Channel] = {}  # by file number: who takes a channel out of here may work on it
         self.watching = 0  # threads
         self.lanes = threading.Semaphore(self.LANES)
@@ -2499,19 +2539,20 @@ class Door:
         number = channel.socket.fileno()
         self.watched[number] = channel
         try:
-            self.poll.modify(number, ARMED)
+            self.poll.modify(number, select.POLLIN | ONE_SHOT)
         except FileNotFoundError:
-            self.poll.register(number, ARMED)
+            self.poll.register(number, select.POLLIN | ONE_SHOT)
 
     def close(self) -> None:
         """Send the threads away: nothing is read any more."""
         self.http.draining = True
-        os.eventfd_write(self.ended, 1)
+        self.end[1].send(b".")  # and stays: all threads are to see it
 
     def free(self) -> None:
         """After the last thread has left."""
         self.poll.close()
-        os.close(self.ended)
+        for end in self.end:
+            end.close()
 
     def service(self) -> None:
         """A thread's time here."""
@@ -2575,9 +2616,10 @@ class Door:
         """The answers; None for requests that are to go alone: one waits for a lock, or cannot be written."""
         try:
             return commit(self.entrance.server, requests, patient=False)
-        except psycopg.Error as error:
-            # Where nobody knows whether they were written, their clients send them again.
-            return [database_refused(error) if is_away(error) else None] * len(requests)
+        except Exception as error:
+            # Where nobody knows whether they were written, their clients are to send them again.
+            unknown = isinstance(error, psycopg.Error) and is_away(error)
+            return [answer_to(error) if unknown else None] * len(requests)
 
 
 # ------------------------------------------------------------------------------

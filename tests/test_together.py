@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -251,3 +252,24 @@ def test_a_target_that_is_no_address_is_refused_and_the_others_are_answered(api:
         [(status, _)] = answers_on(connection, 1)
         assert status == 400
     assert record(api, held(api)).status == 200
+
+
+def test_a_platform_without_epoll_serves_the_same(
+        api: Api, start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "epoll")
+    server = start_server()
+    other = Api(server.url, server)
+    runs = [held(api) for _ in range(8)]
+
+    def work(run: str) -> list[int]:
+        with connected(other) as connection:
+            for number in range(10):
+                connection.sendall(request(f"/runs/{run}/steps", {
+                    "inputHash": "h", "leaseOwner": "a", "name": f"s{number}", "output": number}))
+                assert answers_on(connection, 1)[0][0] == 200
+        return [step["output"] for step in other.detail(run)["steps"]]
+
+    with together(*[lambda run=run: work(run) for run in runs]) as outputs:
+        pass
+    assert outputs == [list(range(10))] * len(runs)
+    eventually(lambda: not server._http.active_channels)
