@@ -2711,7 +2711,7 @@ class Server:
         ]
         threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(
             job, tick, rest, self.stopping, self._tick_failed)) for job, tick, rest in loops]
-        threads.append(threading.Thread(target=door.service, name="tidebase-door"))
+        threads.append(threading.Thread(target=door.service, name="waitress-door"))
         for thread in threads:
             thread.start()
         try:
