@@ -51,11 +51,13 @@ $$ select p_ms * interval '1 millisecond' $$;
 
 -- Time-ordered ids (UUID version 7, RFC 9562, as hex): neighbours in time are neighbours in every index. The 12 bits
 -- after the version go on where the milliseconds end, so that what one transaction makes sorts as it was made.
-create or replace function tidebase._new_id (p_prefix text) returns text language sql volatile as $$
-  select p_prefix || '_' || lpad(to_hex(at / 1000), 12, '0') || '7' || lpad(to_hex(at % 1000 * 4), 3, '0')
-         || substr(replace(gen_random_uuid()::text, '-', ''), 17)
-    from (select (extract(epoch from clock_timestamp()) * 1000000)::bigint as at) as microseconds
-$$;
+create or replace function tidebase._new_id (p_prefix text) returns text language plpgsql volatile as $$
+declare
+  v_us bigint := extract(epoch from clock_timestamp()) * 1000000;
+begin
+  return p_prefix || '_' || lpad(to_hex(v_us / 1000), 12, '0') || '7' || lpad(to_hex(v_us % 1000 * 4), 3, '0')
+         || substr(replace(gen_random_uuid()::text, '-', ''), 17);
+end $$;
 
 -- ------------------------------------------------------------------------------
 -- Tables: states are text with a named check, invariants are constraints, each index names the query it serves.
@@ -876,7 +878,8 @@ begin
           completed_at = v_now, updated_at = v_now, event_seq = event_seq + 1
      where id = p_run_id returning * into v_run;
     perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.completed', json_build_object('result', p_result));
-    perform tidebase._notify(v_run, 'run.completed', json_build_object('run', tidebase._run_json(v_run)));
+    perform tidebase._notify(v_run, 'run.completed', case when v_run.has_channels
+                             then json_build_object('run', tidebase._run_json(v_run)) end);
     perform tidebase._tally(v_run.queue, 'completed', 1);
     perform tidebase._wake_parent(v_run);
   end if;
@@ -1095,22 +1098,22 @@ end $$;
 -- Steps: begun under a lease, ended once; what was completed is returned, never executed again.
 -- ------------------------------------------------------------------------------
 
+create or replace function tidebase._effects (p_options json) returns json language sql stable as $$
+  select coalesce(p_options->'sideEffects', case when p_options->>'sideEffect' <> 'none'
+                  then json_build_array(p_options->'sideEffect') end, '[]')
+$$;
+
 -- What a client promised of a step, from its options, in today's words or the older sideEffect and
 -- onAmbiguousFailure: how safe it is to run it again.
-create or replace function tidebase._contract (p_options json) returns json language sql immutable as $$
-  with promised as (
-    select coalesce(p_options->'sideEffects', case when p_options->>'sideEffect' <> 'none'
-                    then json_build_array(p_options->'sideEffect') end, '[]') as effects,
-           coalesce(p_options->>'replay', case p_options->>'onAmbiguousFailure'
-                    when 'retry' then 'auto' when 'review' then 'manual' when 'fail' then 'never' end) as replay
-  )
+create or replace function tidebase._contract (p_options json) returns json language sql stable as $$
   select json_build_object(
-    'sideEffects', effects, 'idempotencyKey', p_options->>'idempotencyKey',
-    'replay', coalesce(replay, case when p_options->>'idempotencyKey' is not null or effects::jsonb <@ '["read"]'
-                                    then 'auto' else 'manual' end),
+    'sideEffects', tidebase._effects(p_options), 'idempotencyKey', p_options->>'idempotencyKey',
+    'replay', coalesce(p_options->>'replay', case p_options->>'onAmbiguousFailure'
+                       when 'retry' then 'auto' when 'review' then 'manual' when 'fail' then 'never' end,
+                       case when p_options->>'idempotencyKey' is not null
+                                 or tidebase._effects(p_options)::jsonb <@ '["read"]' then 'auto' else 'manual' end),
     'checkpointInvariant', p_options->>'checkpointInvariant', 'verifiedBy', p_options->>'verifiedBy',
     'credentials', coalesce(p_options->'credentials', '[]'))
-    from promised
 $$;
 
 -- Whether a step's row, which its caller does not own, is still somebody's: by its own lease, or by the run's, which
@@ -1134,11 +1137,11 @@ create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step t
       or (p_step.status = 'failed' and p_step.contract->>'replay' = 'never')
 $$;
 
-create or replace function tidebase._step_started (s tidebase.steps) returns json language sql immutable as $$
+create or replace function tidebase._step_started (s tidebase.steps) returns json language sql stable as $$
   select json_build_object('stepId', s.id, 'name', s.name, 'attempt', s.attempt, 'resumeContract', s.contract)
 $$;
 
-create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql immutable as $$
+create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql stable as $$
   select json_build_object('stepId', s.id, 'name', s.name, 'checkpointInvariant', s.contract->'checkpointInvariant',
                            'verifiedBy', s.contract->'verifiedBy')
 $$;
@@ -2141,10 +2144,18 @@ $$;
 -- ------------------------------------------------------------------------------
 
 -- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: a step's or
--- a job's input; a step's output or a run's result; a step's error.    Returns  the verb's answer and HTTP status.
+-- a job's input; a step's output or a run's result; a step's error.
+-- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
+-- Returns  the verb's answer and HTTP status.
+drop function if exists tidebase.try_one (jsonb, json, json, json);
+drop function if exists tidebase.write_one (jsonb, json, json, json);
 create or replace function tidebase.write_one (p_write jsonb, p_input json, p_output json, p_error json,
-                                               out body json, out status integer) language plpgsql as $$
+                                               p_patient boolean, out body json, out status integer)
+  language plpgsql as $$
 begin
+  if not p_patient then
+    perform set_config('lock_timeout', '20ms', true);
+  end if;
   status := 200;
   case p_write->>'do'
     when 'record_step' then
@@ -2167,13 +2178,16 @@ begin
   end case;
 end $$;
 
--- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
+-- Many writes (see write_one; p_patient, too), their payloads in the same order. Each stands or falls alone.
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
 --          before its child unless somebody chose the ids: so two batches do not wait for each other.
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status.
 drop function if exists tidebase.write_many (jsonb, json[], json[], json[]);
-create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+drop function if exists tidebase.try_each (jsonb, json[], json[], json[]);
+drop function if exists tidebase.write_each (jsonb, json[], json[], json[]);
+create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                p_patient boolean)
   returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
@@ -2187,6 +2201,9 @@ declare
   v_words    text;
   v_detail   text;
 begin
+  if not p_patient then
+    perform set_config('lock_timeout', '20ms', true);
+  end if;
   perform tidebase._lock_keys(array(select w->>'queue' from jsonb_array_elements(p_writes) as w
                                      where w->>'dedupeKey' is not null), p_writes);
   v_runs := array(select w->>'runId' from jsonb_array_elements(p_writes) as w
@@ -2200,7 +2217,7 @@ begin
      where v_bodies[n] is null order by n
   loop
     begin
-      v_written := tidebase.write_one(v_write.w, p_inputs[v_write.n], p_outputs[v_write.n], p_errors[v_write.n]);
+      v_written := tidebase.write_one(v_write.w, p_inputs[v_write.n], p_outputs[v_write.n], p_errors[v_write.n], true);
       v_bodies[v_write.n] := v_written.body;
       v_statuses[v_write.n] := v_written.status;
     exception when others then
@@ -2214,19 +2231,6 @@ begin
   end loop;
   return query select * from unnest(v_bodies, v_statuses);
 end $$;
-
--- Both, but for writes that have others wait for them.
--- Needs    that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
-create or replace function tidebase.try_one (p_write jsonb, p_input json, p_output json, p_error json,
-                                             out body json, out status integer) language sql
-  set lock_timeout = '20ms' as $$
-  select * from tidebase.write_one(p_write, p_input, p_output, p_error)
-$$;
-create or replace function tidebase.try_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
-  returns table (body json, status integer) language sql
-  set lock_timeout = '20ms' as $$
-  select * from tidebase.write_each(p_writes, p_inputs, p_outputs, p_errors)
-$$;
 
 -- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, and of a run
 -- that its worker holds; of each run the first. It leaves what record_step would leave, at a third less of its cost.
@@ -2602,6 +2606,9 @@ declare
   v_ids bigint[] := array(select seq from tidebase.outbox where status = 'pending' and next_attempt_at <= v_now
                            order by next_attempt_at limit p_limit for update skip locked);
 begin
+  if cardinality(v_ids) = 0 then  -- mostly: who writes a lot asks often
+    return '[]';
+  end if;
   update tidebase.outbox set attempts = attempts + 1, next_attempt_at = v_now + tidebase._ms(p_hold_ms)
    where seq = any (v_ids);
   return (

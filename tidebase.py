@@ -1589,15 +1589,14 @@ def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]
     :raises psycopg.Error: nothing is written, unless is_away. It may be the fault of any of the requests.
     """
     writes = [write for request in requests for write in request.writes]
-    verb = "write" if patient else "try"
     try:
         if len(writes) == 1:
-            rows = server.database.rows(f"{verb}_one", *writes[0])
+            rows = server.database.rows("write_one", *writes[0], patient)
         else:
             rows = server.database.rows(
-                f"{verb}_each", "[" + ", ".join(write.said for write in writes) + "]",
+                "write_each", "[" + ", ".join(write.said for write in writes) + "]",
                 JsonArray(write.input for write in writes), JsonArray(write.output for write in writes),
-                JsonArray(write.error for write in writes))
+                JsonArray(write.error for write in writes), patient)
     except psycopg.Error as error:
         if len(writes) > 1 or not is_refusal(error):
             raise

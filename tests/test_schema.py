@@ -154,7 +154,8 @@ def test_no_function_keeps_state_in_the_session(empty_database):
     apply(empty_database)
     kept = query(empty_database, r"""
         select proname from pg_proc where pronamespace = 'tidebase'::regnamespace
-           and prosrc ~* '\m(set\s+(session|local)|listen|notify|set_config|pg_advisory_lock|temp\s+table)\M'""")
+           and (prosrc ~* '\m(set\s+(session|local)|listen|notify|pg_advisory_lock|temp\s+table)\M'
+                or prosrc ~* '\mset_config\([^,]*,[^,]*,(?!\s*true\))')  -- true: until the transaction ends""")
     assert kept == []
 
 
