@@ -745,8 +745,9 @@ class _Write:
 class _Flow:
     """Group commit: one request carries what all runs that this process holds have to write.
 
-    Nothing waits for a timer. Who finds fewer than LANES requests under way sends at once; who comes meanwhile waits,
-    and when an answer is there, the next to look sends what all of them have. The server commits it at once.
+    Nothing waits for a timer. Who finds fewer than LANES requests under way sends at once (a task: once the event loop
+    has let the others run that are ready); who comes meanwhile waits, and when an answer is there, the next to look
+    sends what all of them have. The server commits it at once.
     """
 
     def __init__(self, client: Client[Any]) -> None:
@@ -767,6 +768,8 @@ class _Flow:
         with self._lock:
             self._waiting.append(write)
         try:
+            if self._client._driver.awaited:  # first all tasks that are as far: what they have goes along
+                yield Sleep(0.0)
             while write.outcome is None:
                 batch = self._take(write)
                 if batch:
@@ -774,10 +777,10 @@ class _Flow:
                         yield from self._send(batch)
                     finally:  # cancelled or not, nobody else must wait for this one
                         self._end(batch)
-                elif time.monotonic() < write.until:
+                elif write.outcome is None:  # else it went along meanwhile, and nobody will set its turn
+                    if time.monotonic() >= write.until:
+                        self._client._give_up(f"no answer to the request that carries {path}", path, held)
                     yield Sleep(write.until - time.monotonic(), write.turn)
-                else:
-                    self._client._give_up(f"no answer to the request that carries {path}", path, held)
         finally:
             if write.outcome is None:
                 self._forget(write)

@@ -320,7 +320,7 @@ def test_1000_completed_steps_come_with_the_lease_and_are_replayed_without_a_req
 
 @pytest.fixture
 def together(
-    tide: Any, wire: Wire, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    tide: Any, wire: Wire, working: Callable[..., None], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[str]]:
     """Has many runs at a step at once: the first request with a finished step is kept back until the steps of all the
     others wait for their turn. together(count, act, meanwhile=…) -> the ids of the runs."""
@@ -332,9 +332,11 @@ def together(
             name = f"step\0{input}" if input in options.get("nul", ()) else "step"
             return await run.step(name, lambda: act(input))
 
-        ids = enqueue(tide, count)
+        ids = enqueue(tide, 1)
         free = wire.hold("/steps")
         working(tide, {"flow": flow}, concurrency=count, on_error=options.get("on_error"))
+        eventually(wire.batches)
+        ids += [api.enqueue(workflow="flow", input=n) for n in range(1, count)]
         eventually(lambda: len(tide.client._flow._waiting) == count - 1)
         meanwhile(ids)
         free.set()
@@ -490,9 +492,11 @@ def test_a_batch_too_large_for_the_server_goes_in_pieces(
     async def flow(run: Any, input: Any) -> Any:
         return len(await run.step("step", lambda: "x" * (30_000 if input == 3 else 12_000)))
 
-    ids, told = enqueue(tide, 6, max_attempts=1), []
+    ids, told = enqueue(tide, 1), []
     free = wire.hold("/steps")
     working(tide, {"flow": flow}, concurrency=6, on_error=lambda error, run: told.append((error.status, run.run_id)))
+    eventually(wire.batches)
+    ids += [api.enqueue(workflow="flow", input=n, maxAttempts=1) for n in range(1, 6)]
     eventually(lambda: len(tide.client._flow._waiting) == 5)
     free.set()
     eventually(lambda: all(api.run(run)["status"] in ("completed", "failed") for run in ids))
@@ -536,6 +540,45 @@ def test_of_steps_that_threads_of_one_run_end_at_once_each_gets_its_own_output(s
         assert outputs == {number: {"n": number} for number in range(40)}
     assert (tide._flow._under_way, len(tide._flow._waiting)) == (0, 0)
     tide.close()
+
+
+def test_a_step_that_went_along_before_its_thread_looked_whether_it_may_send_is_not_waited_for(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tide = tidebase_sdk.Tidebase(server.url)
+    take, slow = tide._flow._take, threading.Event()
+
+    def take_late(write: Any) -> Any:
+        if b"slow" in write.data and not slow.is_set():
+            slow.set()
+            eventually(lambda: write.outcome is not None)
+        return take(write)
+
+    def flow(run: Any) -> None:
+        behind = threading.Thread(target=run.step, args=("slow", lambda: 1))
+        behind.start()
+        assert slow.wait(10)
+        run.step("fast", lambda: 2)
+        behind.join(10)
+        assert not behind.is_alive()
+
+    monkeypatch.setattr(tide._flow, "_take", take_late)
+    tide.run("flow", flow)
+    tide.close()
+
+
+def test_tasks_that_are_ready_at_the_same_time_send_one_request(server: Any) -> None:
+    async def story() -> list[int]:
+        async def flow(run: Any) -> None:
+            for number in range(3):
+                await asyncio.gather(*(run.step(f"step {number} of {task}", lambda: None) for task in range(8)))
+
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+            await tide.run("flow", flow)
+            return wire.batches()
+
+    assert asyncio.run(story()) == [8, 8, 8]
 
 
 def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
