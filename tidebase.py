@@ -305,8 +305,9 @@ class RawText(str):
 
 def compose(value: dict[str, Any]) -> str:
     """The JSON of a dict, its RawText members unparsed."""
-    return "{" + ", ".join(
-        f"{json.dumps(k)}: {v if isinstance(v, RawText) else json.dumps(v)}" for k, v in value.items()) + "}"
+    members = [f"{json.dumps(k)}: {v}" for k, v in value.items() if isinstance(v, RawText)]
+    rest = json.dumps({k: v for k, v in value.items() if not isinstance(v, RawText)})
+    return "{" + ", ".join([rest[1:-1], *members] if len(rest) > 2 else members) + "}"
 
 
 def _number(convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -327,6 +328,8 @@ _decoder = json.JSONDecoder(parse_int=_number(int), parse_float=_number(float), 
 _scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once  # type: ignore[attr-defined]
 _scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
 _space = re.compile(r"[ \t\n\r]*").match
+_key = re.compile(r'"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*').match  # one without escapes
+_comma = re.compile(r"[ \t\n\r]*,[ \t\n\r]*").match
 
 
 def _skip(text: str, at: int) -> int:
@@ -339,6 +342,17 @@ def _expect(text: str, at: int, allowed: str) -> str:
     return text[at]
 
 
+def _read_key(text: str, at: int) -> tuple[str, int]:
+    """The key at `at`, and where its value begins."""
+    if usual := _key(text, at):
+        return usual[1], usual.end()
+    _expect(text, at, '"')
+    key, at = _scan_string(text, at + 1)
+    at = _skip(text, at)
+    _expect(text, at, ":")
+    return key, _skip(text, at + 1)
+
+
 def _read_object(text: str, at: int, schema: Body) -> tuple[dict[str, Any], int]:
     """The object that begins at `at`, and where it ends. Members that the schema keeps as text become Json; lists of
     objects that have a schema of their own are read with it; the last of two equal keys counts, as everywhere."""
@@ -346,22 +360,18 @@ def _read_object(text: str, at: int, schema: Body) -> tuple[dict[str, Any], int]
     _expect(text, at, "{")
     at = _skip(text, at + 1)
     while text[at : at + 1] != "}" or members:
-        _expect(text, at, '"')
-        key, at = _scan_string(text, at + 1)
-        at = _skip(text, at)
-        _expect(text, at, ":")
-        begin = _skip(text, at + 1)
-        field = schema.by_key.get(key)
-        inner = getattr(field, "inner", None)
-        if isinstance(inner, fields.Nested) and text[begin : begin + 1] == "[":
-            members[key], at = _read_list(text, begin, cast(Body, inner.schema))
+        key, begin = _read_key(text, at)
+        if key in schema.lists and text[begin : begin + 1] == "[":
+            members[key], at = _read_list(text, begin, schema.lists[key])
         else:
             value, at = _scan(text, begin)
-            members[key] = Json(value, text[begin:at]) if isinstance(field, JsonText) else value
-        at = _skip(text, at)
-        if _expect(text, at, ",}") == "}":
+            members[key] = Json(value, text[begin:at]) if key in schema.texts else value
+        comma = _comma(text, at)
+        if comma is None:
+            at = _skip(text, at)
+            _expect(text, at, ",}")
             break
-        at = _skip(text, at + 1)
+        at = comma.end()
     return members, at + 1
 
 
@@ -537,9 +547,8 @@ class JsonObject(JsonValue):
         if not isinstance(value.value, dict):
             raise marshmallow.ValidationError("must be an object")
         super().inspect(value)
-        if self.shape:
-            known = schema_of(self.shape)
-            known.load({k: v for k, v in value.value.items() if k in known.by_key})
+        if self.shape and value.value:
+            schema_of(self.shape).load(value.value, partial=True)
 
 
 class Names(fields.Field[Any]):
@@ -565,6 +574,17 @@ class Body(marshmallow.Schema):
     @functools.cached_property
     def by_key(self) -> dict[str, fields.Field[Any]]:
         return {field.data_key or name: field for name, field in self.fields.items()}
+
+    @functools.cached_property
+    def texts(self) -> set[str]:
+        """The members that stay the text they came as."""
+        return {key for key, field in self.by_key.items() if isinstance(field, JsonText)}
+
+    @functools.cached_property
+    def lists(self) -> dict[str, Body]:
+        """The members that are lists of objects, and what those may hold."""
+        return {key: cast(Body, field.inner.schema) for key, field in self.by_key.items()
+                if isinstance(field, fields.List) and isinstance(field.inner, fields.Nested)}
 
 
 @functools.cache

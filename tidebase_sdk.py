@@ -530,9 +530,9 @@ def _jittered(bounds: tuple[float, float], tries: int) -> float:
 
 def _accepts(fn: Callable[..., Any], count: int) -> bool:
     """Whether fn can be called with `count` positional arguments; a builtin that does not tell takes none."""
-    code = getattr(fn, "__code__", None)
-    if code is not None and not (code.co_argcount or code.co_kwonlyargcount or code.co_flags & inspect.CO_VARARGS):
-        return count == 0  # as most steps are; a signature takes as long as all the rest of a step
+    if isinstance(fn, types.FunctionType) and not (
+            fn.__defaults__ or fn.__code__.co_kwonlyargcount or fn.__code__.co_flags & inspect.CO_VARARGS):
+        return count == fn.__code__.co_argcount  # as most are; a signature takes as long as all the rest of a step
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
@@ -2216,7 +2216,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 def _loads(data: bytes) -> Any:
     """A JSON body, or None when it is none (a proxy's page, say)."""
     try:
-        return json.loads(data)
+        return json.loads(data.decode())
     except (ValueError, RecursionError):
         return None
 
