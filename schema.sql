@@ -2145,7 +2145,8 @@ $$;
 
 -- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: a step's or
 -- a job's input; a step's output or a run's result; a step's error.
--- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
+-- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03) and, of several, that none
+--          has a large answer (P0001); else nothing is written.
 -- Returns  the verb's answer and HTTP status.
 drop function if exists tidebase.try_one (jsonb, json, json, json);
 drop function if exists tidebase.write_one (jsonb, json, json, json);
@@ -2218,6 +2219,9 @@ begin
   loop
     begin
       v_written := tidebase.write_one(v_write.w, p_inputs[v_write.n], p_outputs[v_write.n], p_errors[v_write.n], true);
+      if not p_patient and pg_column_size(v_written.body) > 65536 then
+        raise exception 'who waits for others must not wait for an answer this large';
+      end if;
       v_bodies[v_write.n] := v_written.body;
       v_statuses[v_write.n] := v_written.status;
     exception when others then
@@ -2232,8 +2236,9 @@ begin
   return query select * from unnest(v_bodies, v_statuses);
 end $$;
 
--- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, and of a run
--- that its worker holds; of each run the first. It leaves what record_step would leave, at a third less of its cost.
+-- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, of a run that
+-- its worker holds, and the first that the batch has of it. It leaves what record_step would, at a third less of its
+-- cost.
 -- Needs    the runs locked.    Returns  {"step"} for each of them, in the places of p_writes; null for all others.
 create or replace function tidebase._record_fresh (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
   returns json[] language plpgsql
@@ -2250,12 +2255,12 @@ begin
              w->>'inputHash' as input_hash, (w->'options')::json as options, (w->>'brief')::boolean as brief,
              coalesce((w->>'startedAt')::timestamptz,
                       v_now - tidebase._ms(coalesce((w->>'durationMs')::bigint, 0))) as started_at,
-             row_number() over (partition by w->>'runId' order by n) as place
-        from jsonb_array_elements(p_writes) with ordinality as given (w, n) where w->>'do' = 'record_step'
+             row_number() over (partition by w->>'runId' order by n) as place, w->>'do' as verb
+        from jsonb_array_elements(p_writes) with ordinality as given (w, n) where w->>'do' <> 'complete_run'
     ), fresh as materialized (
       select g.*, r.event_seq, r.fence
         from given g join tidebase.runs r on r.id = g.run_id
-       where g.place = 1 and p_errors[n] is null and r.status = 'running' and r.lease_owner = g.owner
+       where g.place = 1 and g.verb = 'record_step' and p_errors[n] is null and r.status = 'running' and r.lease_owner = g.owner
          and not exists (select from tidebase.steps s where s.run_id = g.run_id and s.name = g.name)
     ), counted as (
       update tidebase.runs r set event_seq = r.event_seq + 2, updated_at = v_now, stalled = false,

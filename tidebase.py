@@ -51,6 +51,7 @@ import threading
 import time
 import urllib.parse
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -1060,7 +1061,8 @@ class Database:
                 yield connection
         except psycopg.OperationalError as error:
             if is_away(error):
-                threading.Thread(target=self._look_at_pool, name="tidebase-pool-check", daemon=True).start()
+                with suppress(RuntimeError):  # the machine gives no more threads: the next failure is another chance
+                    threading.Thread(target=self._look_at_pool, name="tidebase-pool-check", daemon=True).start()
             raise
 
     def _look_at_pool(self) -> None:
@@ -1483,6 +1485,8 @@ class Entrance:
         request = channel.requests[0]
         if request.error or request.command != "POST" or self.server.config.cors_origin:
             return None
+        if not self.server.prepared.is_set():  # to wait is for a thread that has nothing else to do
+            return None
         path = path_of(request.request_uri)
         found = ((view, match.groups()) for pattern, view in OFTEN if (match := pattern.fullmatch(path)))
         view, parts = next(found, (None, ()))
@@ -1505,7 +1509,6 @@ class Entrance:
 
     def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
         check_key()
-        check_prepared()
         return view(*map(part_of, parts))
 
     def _alone(self, environ: dict[str, Any], ask: Callable[[], Asked]) -> Reply:
@@ -2375,8 +2378,9 @@ def send(task: waitress.task.Task, answer: Reply) -> None:
     task.status = f"{status} {http.HTTPStatus(status).phrase}"
     task.response_headers.extend(headers.items())
     task.content_length = len(data)
+    head = task.build_response_header()
     task.wrote_header = True
-    task.channel.write_soon(task.build_response_header() + data)
+    task.channel.write_soon(head + data)
 
 
 class Quiet:
@@ -2385,7 +2389,7 @@ class Quiet:
 
     def __init__(self, server: Any, channel: Channel) -> None:
         self.server = server
-        self.channel = channel
+        self.channel = weakref.ref(channel)  # which has this one: what it received is to go as soon as it goes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.server, name)
@@ -2394,7 +2398,8 @@ class Quiet:
         """Nothing: see Channel.read and Channel.service."""
 
     def pull_trigger(self) -> None:
-        if self.channel.writable():
+        channel = self.channel()
+        if channel and channel.writable():
             self.server.pull_trigger()
 
 
@@ -2455,8 +2460,12 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.http.pull_trigger()
 
     def answer(self, known: Reply) -> None:
+        """Answer the first request; as a task, if more wait behind it: the client may have to read some first."""
         self.ready = lambda: known
-        self.service()
+        if len(self.requests) > 1:
+            self.http.add_task(self)
+        else:
+            self.service()
 
     def service(self) -> None:
         """Answer the first request that was read."""
@@ -2477,12 +2486,21 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     def _be_watched(self) -> None:
         """Have the Door watch for more, unless something must be sent first: then the main loop comes here again."""
-        with self.requests_lock:
-            watched = self.is_left and self.connected and not self.writable() and not self.http.draining
-            if watched:
+        with self.outbuf_lock:  # it must not be closed meanwhile, and its number be another's
+            if self.is_left and self.connected and not self.writable() and not self.http.draining:
                 self.is_left = False
-        if watched:
-            self.http.door.watch(self)
+                self.http.door.watch(self)
+
+    def handle_close(self) -> None:
+        """Close it. Only the main loop does: it may be going through the list of all, and others must not be at it."""
+        if threading.get_ident() != self.http.keeper:
+            self.end()
+            return
+        with self.outbuf_lock:
+            self.http.door.forget(self)
+            if self.request:  # came in part; what is large of it is in a file
+                self.request.close()
+            super().handle_close()
 
 
 class Poll:
@@ -2539,6 +2557,7 @@ class Door:
 
     WATCHERS = 2
     LANES = 2  # transactions of small writes under way at once: with one, 8 clients are a tenth slower, and 32 as fast
+    PATIENCE_SECONDS = 1.0  # for a lane; then each goes alone: what hangs there may hang for long
 
     def __init__(self, http: Any, entrance: Entrance) -> None:
         self.http = http
@@ -2561,6 +2580,11 @@ class Door:
             self.poll.modify(number, select.POLLIN | ONE_SHOT)
         except FileNotFoundError:
             self.poll.register(number, select.POLLIN | ONE_SHOT)
+
+    def forget(self, channel: Channel) -> None:
+        """A connection is about to be closed."""
+        if channel.connected and self.watched.get(number := channel.socket.fileno()) is channel:
+            self.watched.pop(number, None)
 
     def close(self) -> None:
         """Send the threads away: nothing is read any more."""
@@ -2585,7 +2609,8 @@ class Door:
                 self.watching -= 1
                 if not self.watching and not self.http.draining:
                     self.http.add_task(self)
-            self._work([channel for number, _ in events if (channel := self.watched.pop(number, None))])
+            # Not by way of a name, which would keep the last one alive while this polls.
+            self._work(list(filter(None, [self.watched.pop(number, None) for number, _ in events])))
 
     def cancel(self) -> None:
         """Asked of every task that is left when the threads have ended."""
@@ -2621,24 +2646,33 @@ class Door:
             if self.is_next:
                 return
             self.is_next = True
-        with self.lanes:
+        is_free = self.lanes.acquire(timeout=self.PATIENCE_SECONDS)
+        try:
             with self.lock:
                 small, self.waiting, self.is_next = self.waiting, [], False
-            answers = self._commit([writes for _, writes in small])
+            answers = self._commit([writes for _, writes in small]) if is_free else [None] * len(small)
+        finally:
+            if is_free:
+                self.lanes.release()
         for (channel, _), answer in zip(small, answers, strict=True):
-            if answer:
-                channel.answer(answer)
-            else:
-                self.http.add_task(channel)
+            try:
+                if answer:
+                    channel.answer(answer)
+                else:
+                    self.http.add_task(channel)
+            except Exception:  # as in _work
+                logger.exception("request failed", extra={"event": "request_failed"})
+                channel.end()
 
     def _commit(self, requests: list[Writes]) -> Sequence[Reply | None]:
-        """The answers; None for requests that are to go alone: one waits for a lock, or cannot be written."""
+        """The answers; None for requests that are to go alone: one waits for a lock, cannot be written, or is answered
+        with a lot."""
         try:
             return commit(self.entrance.server, requests, patient=False)
         except Exception as error:
             # Where nobody knows whether they were written, their clients are to send them again.
-            unknown = isinstance(error, psycopg.Error) and is_away(error)
-            return [answer_to(error) if unknown else None] * len(requests)
+            known = isinstance(error, psycopg.Error) and not is_away(error)
+            return [None if known else answer_to(error)] * len(requests)
 
 
 # ------------------------------------------------------------------------------
@@ -2715,6 +2749,7 @@ class Server:
             connection_limit=10_000, max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120,
             asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
         self._http.channel_class = Channel
+        self._http.keeper = threading.get_ident()  # the thread of the main loop
         self._http.draining = False
         door = self._http.door = Door(self._http, entrance)
         dispatcher = self._http.task_dispatcher
@@ -2730,9 +2765,9 @@ class Server:
         ]
         threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(
             job, tick, rest, self.stopping, self._tick_failed)) for job, tick, rest in loops]
-        threads.append(threading.Thread(target=door.service, name="waitress-door"))
         for thread in threads:
             thread.start()
+        self._http.add_task(door)
         try:
             while not self.stopping.is_set():
                 self._http.asyncore.loop(timeout=1, use_poll=True, map=self._http._map, count=1)

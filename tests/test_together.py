@@ -6,11 +6,14 @@ lanes that they wait for.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import select
 import socket
+import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +22,8 @@ import psycopg
 import pytest
 from conftest import Answer, Api, LocalServer, eventually, refused, together
 
+import tidebase
+
 
 def gathered(server: LocalServer, *requests: Callable[[], Answer]) -> list[Answer]:
     """The answers to requests that go in one transaction, in the order given."""
@@ -26,7 +31,8 @@ def gathered(server: LocalServer, *requests: Callable[[], Answer]) -> list[Answe
     answers: dict[int, Answer] = {}
     threads = [threading.Thread(target=lambda number=number, ask=ask: answers.update({number: ask()}))
                for number, ask in enumerate(requests)]
-    with ExitStack() as lanes:
+    with ExitStack() as lanes, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(door, "PATIENCE_SECONDS", 60.0, raising=False)
         for _ in range(door.LANES):
             lanes.enter_context(door.lanes)
         for number, thread in enumerate(threads, 1):
@@ -116,6 +122,18 @@ def test_a_write_that_the_database_does_not_take_costs_only_its_own_client(
     assert [len(api.detail(run)["steps"]) for run in runs] == [1, 0, 1, 1]
 
 
+def test_one_batch_writes_each_run_in_the_order_given(api: Api) -> None:
+    run = held(api)
+    body = {"runId": run, "leaseOwner": "a", "inputHash": "h"}
+    begun, recorded = api.post("/writes", {"writes": [
+        {"do": "begin_step", **body, "name": "first"}, {"do": "record_step", **body, "name": "second"}]})["results"]
+    assert (begun["action"], recorded["step"]["status"]) == ("execute", "completed")
+    assert [step["name"] for step in api.detail(run)["steps"]] == ["first", "second"]
+    begun, recorded = api.post("/writes", {"writes": [
+        {"do": "begin_step", **body, "name": "same"}, {"do": "record_step", **body, "name": "same"}]})["results"]
+    assert (begun["action"], recorded["step"]["status"]) == ("execute", "completed")
+
+
 def test_under_load_all_writes_stand_and_many_share_a_transaction(
         api: Api, sql: Callable[..., list[Any]]) -> None:
     runs = [held(api) for _ in range(24)]
@@ -169,6 +187,114 @@ def test_when_the_connection_is_lost_all_are_told_to_send_again_and_nothing_is_w
     for run in runs:
         assert record(api, run)["step"]["attempt"] == 1
         assert api.event_types(run)[2:] == ["step.started", "step.completed"]
+
+
+def test_when_no_thread_can_be_had_to_look_at_the_pool_nothing_is_sent_twice_all_the_same(
+        api: Api, server: LocalServer, on_insert: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = held(api)
+    on_insert("perform pg_terminate_backend(pg_backend_pid()); return new;")
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "tidebase-pool-check":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    refused(record(api, run), 503, "database_unavailable")
+
+
+def test_transactions_that_hang_hold_up_nobody_else(
+        api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    door = server._http.door
+    monkeypatch.setattr(door, "PATIENCE_SECONDS", 0.05, raising=False)
+    runs = [held(api) for _ in range(6)]
+    with ExitStack() as lanes:
+        for _ in range(door.LANES):
+            lanes.enter_context(door.lanes)
+        with together(*[lambda run=run: record(api, run)["step"]["name"] for run in runs]) as names:
+            pass
+    assert names == ["s"] * len(runs)
+
+
+def test_who_does_not_read_a_large_answer_holds_up_nobody_in_the_same_transaction(
+        api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy, *runs = [held(api) for _ in range(4)]
+    record(api, greedy, output="x" * 3_000_000)["step"]
+    door = server._http.door
+    monkeypatch.setattr(server._http.adj, "outbuf_high_watermark", 1000)
+    with connected(api) as connection:
+        again = request(f"/runs/{greedy}/steps/begin", {"inputHash": "h", "leaseOwner": "a", "name": "s"})
+
+        def ask_twice() -> Answer:
+            connection.sendall(again * 2)
+            eventually(lambda: not door.waiting)
+            return api.get("/health")
+
+        answers = gathered(server, ask_twice, *[lambda run=run: record(api, run) for run in runs])
+        assert [answer.status for answer in answers] == [200] * 4
+        assert [status for status, _ in answers_on(connection, 2)] == [200, 200]
+
+
+def test_one_that_cannot_be_answered_costs_the_others_nothing(
+        api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, answer, unlucky = [held(api) for _ in range(4)], tidebase.Channel.answer, []
+
+    def fail(channel: tidebase.Channel, known: Any) -> None:
+        if not unlucky:
+            unlucky.append(channel)
+            raise AttributeError("its socket is closed")
+        answer(channel, known)
+
+    monkeypatch.setattr(tidebase.Channel, "answer", fail)
+
+    def ask(run: str) -> Answer | None:
+        try:
+            return record(api, run)
+        except ConnectionError:  # api's, too, when it is asked to send again: the step is recorded
+            return None
+
+    answers = gathered(server, *[lambda run=run: ask(run) for run in runs])
+    assert [answer.status for answer in answers[1:]] == [200] * 3
+    assert [len(api.detail(run)["steps"]) for run in runs] == [1] * 4
+
+
+def test_requests_that_come_before_the_database_is_prepared_hold_up_no_other(
+        start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tidebase, "PREPARE_SECONDS", 30)
+    server = start_server()
+    api = Api(server.url, server)
+    run, door = held(api), server._http.door
+    server.prepared.clear()
+    with ExitStack() as stack:
+        early, late = ([stack.enter_context(connected(api)) for _ in range(4)] for _ in range(2))
+        with door.lock:  # those who watch have the first, and see all the others at once
+            for connection in early:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            for number, connection in enumerate(late):
+                connection.sendall(request(f"/runs/{run}/steps", {
+                    "inputHash": "h", "leaseOwner": "a", "name": f"s{number}"}))
+        for connection in early:
+            connection.settimeout(10)
+            answers_on(connection, 1)
+        server.prepared.set()
+        assert [answers_on(connection, 1)[0][0] for connection in late] == [200] * 4
+
+
+def test_a_stop_does_not_wait_for_a_lock_that_the_first_request_waits_for(
+        start_server: Callable[..., LocalServer], database: str, blocked: Callable[[int], None],
+        api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tidebase, "DRAIN_SECONDS", 0.2)
+    run = held(api)
+    with psycopg.connect(database) as somebody:
+        somebody.execute("select from tidebase.runs where id = %s for update", (run,))
+        server = start_server()
+        with connected(Api(server.url, server)) as connection:
+            connection.sendall(request(f"/runs/{run}/heartbeat", {"leaseOwner": "a"}))
+            blocked(1)
+            server.stop()
+            server.thread.join(20)
+            assert not server.thread.is_alive()
 
 
 # ------------------------------------------------------------------------------
@@ -244,6 +370,65 @@ def test_a_client_that_hangs_up_in_the_middle_leaves_nothing_behind(api: Api, se
                 "inputHash": "h", "leaseOwner": "a", "name": "s", "output": "x" * 200})[:cut])
     eventually(lambda: len(server._http.active_channels) <= before)
     assert api.detail(run)["steps"] == []
+
+
+def test_a_connection_that_ends_leaves_nothing_behind_for_the_collector(
+        api: Api, start_server: Callable[..., LocalServer]) -> None:
+    server = start_server()
+    other = Api(server.url, server)
+    half = request("/runs/x/steps", {"output": "x" * 1_000_000})[:600_000]
+    gc.disable()
+    try:
+        with connected(other) as connection:
+            connection.sendall(half)
+            eventually(lambda: server._http.active_channels)
+            [gone] = map(weakref.ref, server._http.active_channels.values())
+        eventually(lambda: gone() is None)
+
+        with connected(other) as connection:
+            connection.sendall(half)
+            eventually(lambda: server._http.active_channels)
+            [idle] = map(weakref.ref, server._http.active_channels.values())
+            server._http.adj.channel_timeout, server._http.next_channel_cleanup = -1, 0
+            server._http.pull_trigger()
+            eventually(lambda: idle() is None)
+        assert not server._http.door.watched
+    finally:
+        gc.enable()
+
+
+def test_only_the_main_loop_closes_connections(
+        start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a number could be another connection's before it is taken out of all lists."""
+    server = start_server()
+    closed, received, forget = [], tidebase.Channel.received, tidebase.Channel.del_channel
+
+    def wait(channel: tidebase.Channel, data: bytes) -> bool:
+        eventually(channel.check_client_disconnected)
+        return bool(received(channel, data))
+
+    def note(channel: tidebase.Channel, *arguments: Any) -> None:
+        closed.append(threading.current_thread())
+        forget(channel, *arguments)
+
+    monkeypatch.setattr(tidebase.Channel, "received", wait)
+    monkeypatch.setattr(tidebase.Channel, "del_channel", note)
+    with connected(Api(server.url, server)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it ends with a reset
+        connection.sendall(b"POST /steps HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 50\r\n\r\n")
+    eventually(lambda: closed)
+    eventually(lambda: not server._http.active_channels)
+    assert set(closed) == {server.thread}
+
+
+@pytest.mark.parametrize(("sent", "told"), [
+    (b"HTTP/1.1\r\nConnection: close", b"connection: close"), (b"HTTP/1.0", b"connection: close"),
+    (b"HTTP/1.0\r\nConnection: keep-alive", b"connection: keep-alive")])
+def test_the_answer_says_what_becomes_of_the_connection(api: Api, sent: bytes, told: bytes) -> None:
+    with connected(api) as connection:
+        connection.sendall(request("/runs/none/complete", {}).replace(b"HTTP/1.1", sent))
+        stream = connection.makefile("rb")
+        assert told in [line.strip().lower() for line in iter(stream.readline, b"\r\n")]
 
 
 def test_a_target_that_is_no_address_is_refused_and_the_others_are_answered(api: Api) -> None:
