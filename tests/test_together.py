@@ -32,7 +32,7 @@ def gathered(server: LocalServer, *requests: Callable[[], Answer]) -> list[Answe
     threads = [threading.Thread(target=lambda number=number, ask=ask: answers.update({number: ask()}))
                for number, ask in enumerate(requests)]
     with ExitStack() as lanes, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(door, "PATIENCE_SECONDS", 60.0, raising=False)
+        patch.setattr(door, "PATIENCE_SECONDS", 60.0)
         for _ in range(door.LANES):
             lanes.enter_context(door.lanes)
         for number, thread in enumerate(threads, 1):
@@ -204,10 +204,8 @@ def test_when_no_thread_can_be_had_to_look_at_the_pool_nothing_is_sent_twice_all
     refused(record(api, run), 503, "database_unavailable")
 
 
-def test_transactions_that_hang_hold_up_nobody_else(
-        api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transactions_that_hang_hold_up_nobody_else(api: Api, server: LocalServer) -> None:
     door = server._http.door
-    monkeypatch.setattr(door, "PATIENCE_SECONDS", 0.05, raising=False)
     runs = [held(api) for _ in range(6)]
     with ExitStack() as lanes:
         for _ in range(door.LANES):
