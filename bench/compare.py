@@ -133,11 +133,12 @@ def targets(results):
     """What was aimed for: (what, needed, got), one each; got is None where something was not measured."""
     one, two = "Tidebase, separate clients, one write", "Tidebase, separate clients, two writes"
     for c, then, absurd_then in zip(CONCURRENCY, ORIGINAL, ABSURD_THEN, strict=True):
-        sdk = results.best("tidebase", c, "sdk threads")
         clients = max(filter(None, [results.rate(one, c), results.rate(f"{one}, 2 processes", c)]), default=None)
         absurd = results.rate("Absurd", c)
         original = then * absurd / absurd_then if absurd else None
-        yield f"SDK ÷ best peer, {c} at a time", 1.25, over(sdk, results.best("peer", c))
+        for kind in ("threads", "asyncio"):
+            sdk = results.best("tidebase", c, f"sdk {kind}")
+            yield f"SDK, {kind} ÷ best peer, {c} at a time", 1.25, over(sdk, results.best("peer", c))
         yield f"separate clients ÷ Absurd, {c}", 1.0, over(clients, absurd)
         yield f"separate clients ÷ the original, estimated, {c}", 4.0, over(clients, original)
         yield f"separate clients ÷ pgbench, one write, {c}", 0.6, over(clients, results.rate("pgbench, one write", c))
