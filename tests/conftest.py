@@ -36,11 +36,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the processes that tests star
 
 def eventually(question: Callable[[], Any], seconds: float = 15) -> Any:
     """Wait until question() is truthy, and return its answer; fail with its last answer when it does not become so."""
-    deadline = time.monotonic() + seconds
+    deadline, rest = time.monotonic() + seconds, 0.01
     while not (answer := question()):
         if time.monotonic() > deadline:
             pytest.fail(f"not so within {seconds} s: {question}; last answer {answer!r}")
-        time.sleep(0.01)
+        time.sleep(rest)
+        rest = min(rest * 1.3, 0.1)  # to ask costs the other tests their time
     return answer
 
 
