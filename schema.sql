@@ -1098,6 +1098,7 @@ end $$;
 -- Steps: begun under a lease, ended once; what was completed is returned, never executed again.
 -- ------------------------------------------------------------------------------
 
+-- What a step changes outside, in either spelling.
 create or replace function tidebase._effects (p_options json) returns json language sql stable as $$
   select coalesce(p_options->'sideEffects', case when p_options->>'sideEffect' <> 'none'
                   then json_build_array(p_options->'sideEffect') end, '[]')
@@ -2145,8 +2146,7 @@ $$;
 
 -- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: a step's or
 -- a job's input; a step's output or a run's result; a step's error.
--- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03) and, of several, that none
---          has a large answer (P0001); else nothing is written.
+-- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
 -- Returns  the verb's answer and HTTP status.
 drop function if exists tidebase.try_one (jsonb, json, json, json);
 drop function if exists tidebase.write_one (jsonb, json, json, json);
@@ -2179,7 +2179,8 @@ begin
   end case;
 end $$;
 
--- Many writes (see write_one; p_patient, too), their payloads in the same order. Each stands or falls alone.
+-- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
+-- Needs    unless p_patient, likewise, and that none has a large answer (P0001, and nothing is written).
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
 --          before its child unless somebody chose the ids: so two batches do not wait for each other.
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
@@ -2260,7 +2261,8 @@ begin
     ), fresh as materialized (
       select g.*, r.event_seq, r.fence
         from given g join tidebase.runs r on r.id = g.run_id
-       where g.place = 1 and g.verb = 'record_step' and p_errors[n] is null and r.status = 'running' and r.lease_owner = g.owner
+       where g.place = 1 and g.verb = 'record_step' and p_errors[n] is null
+         and r.status = 'running' and r.lease_owner = g.owner
          and not exists (select from tidebase.steps s where s.run_id = g.run_id and s.name = g.name)
     ), counted as (
       update tidebase.runs r set event_seq = r.event_seq + 2, updated_at = v_now, stalled = false,

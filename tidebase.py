@@ -6,8 +6,9 @@ whoever takes the run over when the worker dies replays it instead of executing 
 it keeps the record, decides when code should run (again), and says so by claim or by signed webhook.
 
 The rules of that life stand in schema.sql, as SQL functions: a request is checked here for its shape, becomes one call
-of one function in one transaction, and the JSON text which that answers is passed on as it is. The wire protocol is
-what the routes below say; errors are {"error": words, "code": snake_case}.
+of one function in one transaction, and the JSON text which that answers is passed on as it is. Only small writes that
+come at the same time share a call, and each is answered as if it had come alone. The wire protocol is what the routes
+below say; errors are {"error": words, "code": snake_case}.
 
 The rooms of this file, each using only those above it:
 
@@ -21,6 +22,7 @@ The rooms of this file, each using only those above it:
     Reconciler            what time alone brings about
     Request plumbing      what a route may take for granted
     Routes                check, call, answer
+    Connections           where requests come in, and small writes go together
     Wiring                the rooms above, built and served; the command line
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
@@ -1027,7 +1029,7 @@ def is_away(error: psycopg.Error) -> bool:
 
 
 class Database:
-    """One pool; `call` is the only way from here to the rules."""
+    """One pool; `call` and, where there are many answers, `rows` are the only ways from here to the rules."""
 
     def __init__(self, conninfo: str, size: int) -> None:
         # Functions answer JSON text, which is passed on: it must not be parsed.
@@ -2355,6 +2357,8 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress 
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+    """Refuses what waitress' own would stumble over."""
+
     def parse_header(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
@@ -2458,6 +2462,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         """Have the main loop close it."""
         self.will_close = True
         self.http.pull_trigger()
+
+    def fail(self) -> None:
+        """End it, for the error at hand: a defect costs one client its connection, not the others their answers."""
+        logger.exception("request failed", extra={"event": "request_failed"})
+        self.end()
 
     def answer(self, known: Reply) -> None:
         """Answer the first request; as a task, if more wait behind it: the client may have to read some first."""
@@ -2623,9 +2632,8 @@ class Door:
                 if not channel.read():
                     continue
                 channel.ready, writes = self.entrance.offer(channel) or (None, None)
-            except Exception:  # a defect costs one client its connection, not the others their answers
-                logger.exception("request failed", extra={"event": "request_failed"})
-                channel.end()
+            except Exception:
+                channel.fail()
                 continue
             if writes:
                 small.append((channel, writes))
@@ -2660,9 +2668,8 @@ class Door:
                     channel.answer(answer)
                 else:
                     self.http.add_task(channel)
-            except Exception:  # as in _work
-                logger.exception("request failed", extra={"event": "request_failed"})
-                channel.end()
+            except Exception:
+                channel.fail()
 
     def _commit(self, requests: list[Writes]) -> Sequence[Reply | None]:
         """The answers; None for requests that are to go alone: one waits for a lock, cannot be written, or is answered
