@@ -133,6 +133,9 @@ create index if not exists runs_deadline_idx on tidebase.runs (deadline_at)
   where deadline_at is not null and status in ('pending', 'queued', 'running', 'waiting');
 -- Serves wake_due.
 create index if not exists runs_wake_idx on tidebase.runs (wake_at) where wake_at is not null and status = 'waiting';
+-- Serves _is_there: the children of a run that have not ended.
+create index if not exists runs_live_children_idx on tidebase.runs (parent_run_id, id)
+  where parent_run_id is not null and status in ('pending', 'queued', 'running', 'waiting');
 -- Serve the list of runs, newest first: all, of a workflow, of a queue, of a status (few are anything but completed),
 -- and by metadata.
 create index if not exists runs_newest_idx on tidebase.runs (created_at desc, id desc);
@@ -1800,18 +1803,27 @@ begin
   perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', p_run.waiting_for));
 end $$;
 
--- Whether what a run would wait for is there already.
+-- Whether what a run would wait for is there already. Each child asks when it ends, so of many only a live one is looked
+-- for: the newest, since what ended before leaves dead entries in the index, which are most among the oldest.
 create or replace function tidebase._is_there (p_run_id text, p_for jsonb, p_now timestamptz)
-  returns boolean language sql stable as $$
-  select case
-    when p_for ? 'gateId' then not exists (select from tidebase.gates
-                                            where run_id = p_run_id and id = p_for->>'gateId' and status = 'pending')
-    when p_for ? 'event' then exists (select from tidebase.signals where run_id = p_run_id and name = p_for->>'event')
-    when p_for ? 'until' then (p_for->>'until')::timestamptz <= p_now
-    else not exists (select from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
-                      where e.parent_run_id = p_run_id and c.status not in ('completed', 'failed', 'cancelled')
-                        and (p_for->'children' = 'true' or p_for->'children' ? e.name)) end
-$$;
+  returns boolean language plpgsql stable as $$
+declare
+  v_children jsonb := p_for->'children';
+begin
+  if v_children is not null then
+    perform from tidebase.runs
+      where parent_run_id = p_run_id and status in ('pending', 'queued', 'running', 'waiting')
+        and (v_children = 'true' or v_children ? (metadata->>'parentEdgeName'))
+      order by id desc limit 1;
+    return not found;
+  elsif p_for ? 'gateId' then
+    return not exists (select from tidebase.gates
+                        where run_id = p_run_id and id = p_for->>'gateId' and status = 'pending');
+  elsif p_for ? 'event' then
+    return exists (select from tidebase.signals where run_id = p_run_id and name = p_for->>'event');
+  end if;
+  return (p_for->>'until')::timestamptz <= p_now;
+end $$;
 
 -- Gives a run's lease up until something is there: {"gateId"}, {"event": a signal's name}, {"until": a time}, or
 -- {"children": names, or true for all} that ended. A signal that is not there after p_timeout_ms is timed out for good.
