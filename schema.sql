@@ -530,9 +530,9 @@ begin
       from (select position, sum(coalesce(octet_length(output::text), 4)) over (order by position) as bytes
               from tidebase.steps where run_id = p_run_id and status = 'completed') as done;
   end if;
-  select coalesce(json_agg(json_build_object('name', name, 'inputHash', input_hash, 'output', output,
-                                             'completedAt', tidebase._iso(completed_at))), '[]') into checkpoints
-    from (select * from tidebase.steps where run_id = p_run_id and status = 'completed' and position <= v_last
+  select coalesce(json_agg(done), '[]') into checkpoints  -- of rows: json_build_object looks its types up in each
+    from (select name, input_hash as "inputHash", output, tidebase._iso(completed_at) as "completedAt"
+            from tidebase.steps where run_id = p_run_id and status = 'completed' and position <= v_last
            order by position) as done;
 end $$;
 

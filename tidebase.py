@@ -44,6 +44,7 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import select
 import signal
@@ -2685,6 +2686,8 @@ class Door:
 # ------------------------------------------------------------------------------
 # Wiring: builds the rooms above in order and serves them.
 # ------------------------------------------------------------------------------
+MOST_CONNECTIONS = 10_000
+OTHER_FILES = 256   # more than the pool, the webhooks under way and large uploads need
 DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
 UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before they are refused, so that the client,
                     # still sending, gets to see the answer; above, the connection is closed on it
@@ -2753,8 +2756,8 @@ class Server:
         entrance = Entrance(self)
         self._http = waitress.server.create_server(
             entrance, sockets=[self.listener], threads=self.config.threads + Door.WATCHERS, ident=None,
-            connection_limit=10_000, max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120,
-            asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
+            connection_limit=connections_at_most(), max_request_body_size=self.config.max_body * UPLOAD_SLACK,
+            channel_timeout=120, asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
         self._http.channel_class = Channel
         self._http.keeper = threading.get_ident()  # the thread of the main loop
         self._http.draining = False
@@ -2842,6 +2845,18 @@ class Server:
             self.stop()
         elif isinstance(error, psycopg.OperationalError) and threading.current_thread().name.endswith("reconciler"):
             self.reconciler.failed(error)
+
+
+def connections_at_most() -> int:
+    """How many clients may be connected at once; others wait until the system lets them in. What is left of the file
+    numbers is for PostgreSQL, webhooks and uploads: without one, taking in a client fails, again and again."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < most:
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return max(soft - OTHER_FILES, soft // 2)
+    return MOST_CONNECTIONS
 
 
 def listen(config: Config) -> socket.socket:

@@ -13,39 +13,47 @@ from common import database, median, postgres, show, sql, tidebase
 
 QUEUE = "growth"
 TEXT = '{"text": "' + "x" * 200 + '"}'
-# A chunk of ended runs, from number {first} to {last}, with random ids, as they are; of their events the last is left
-# out, so that there are 10. The triggers of foreign keys would take most of the time.
+# Ids as _new_id made them at that time: new ones stand beside each other in every index, behind all of these.
+IDS = """
+create function id_of(prefix text, at timestamptz, number bigint) returns text language sql as
+$$ select prefix || lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || substr(md5(number::text), 13) $$;
+"""
+# A chunk of ended runs, from number {first} to {last}; of their events the last is left out, so that there are 10. The
+# triggers of foreign keys would take most of the time.
 PAST = """
 set session_replication_role = replica;
+create temporary table past as
+  select n, at, id_of('run_', at, n) as id
+    from generate_series({first}, {last}) n, lateral (select now() - n * interval '1 second' as at) t;
 insert into tidebase.runs (id, workflow_name, input, status, result, queue, run_at, max_attempts, attempt, settled_by,
                            event_seq, created_at, updated_at, completed_at)
-select 'run_' || md5('past' || n), 'bench', '{text}', 'completed', '{text}', 'past' || n % 10, at, 3, 1, 'somebody',
-       10, at, at, at
-  from generate_series({first}, {last}) n, lateral (select now() - n * interval '1 second' as at) t;
+select id, 'bench', '{text}', 'completed', '{text}', 'past' || n % 10, at, 3, 1, 'somebody', 10, at, at, at from past;
 insert into tidebase.steps (id, run_id, name, position, input_hash, input, contract, status, output, settled_by,
                             started_at, completed_at)
-select 'step_' || md5(n || '/' || s), 'run_' || md5('past' || n), 's' || s, s * 2 + 2, 'h', '{text}', '{{}}',
-       'completed', '{text}', 'somebody', now(), now()
-  from generate_series({first}, {last}) n, generate_series(0, 3) s;
+select id_of('step_', at, n * 10 + s), id, 's' || s, s * 2 + 2, 'h', '{text}', '{{}}', 'completed', '{text}',
+       'somebody', at, at
+  from past, generate_series(0, 3) s;
 insert into tidebase.events (run_id, seq, type, payload)
-select 'run_' || md5('past' || n), s,
+select id, s,
        case s when 1 then 'run.enqueued' when 2 then 'run.claimed' else
          case s % 2 when 1 then 'step.started' else 'step.completed' end end,
-       json_build_object('stepId', 'step_' || md5(n || '/' || s), 'name', 's' || s, 'attempt', 1)
-  from generate_series({first}, {last}) n, generate_series(1, 10) s;
+       json_build_object('stepId', 'step_' || md5(id || s), 'name', 's' || s, 'attempt', 1)
+  from past, generate_series(1, 10) s;
 """
 BACKLOG = """
+create temporary table backlog as
+  select n, at, id_of('run_', at, n) as id
+    from generate_series({first}, {last}) n, lateral (select now() + (n - 2000000) * interval '1 ms' as at) t;
 insert into tidebase.runs (id, workflow_name, input, status, queue, run_at, max_attempts, event_seq)
-select 'run_' || md5('backlog' || n), 'bench', '{text}', 'queued', '{queue}',
-       now() + case n % 2 when 1 then interval '1 day' else interval '-1 day' end + n * interval '1 ms', 3, 1
-  from generate_series({first}, {last}) n;
-insert into tidebase.events (run_id, seq, type, payload)
-select 'run_' || md5('backlog' || n), 1, 'run.enqueued', '{{}}' from generate_series({first}, {last}) n;
+select id, 'bench', '{text}', 'queued', '{queue}', at + case n % 2 when 1 then interval '1 day' else '0' end, 3, 1
+  from backlog;
+insert into tidebase.events (run_id, seq, type, payload) select id, 1, 'run.enqueued', '{{}}' from backlog;
 """
 CHUNK = 20_000
 
 
 def fill(url, script, runs):
+    sql(url, IDS)
     for first in range(0, runs, CHUNK):
         sql(url, script.format(text=TEXT, queue=QUEUE, first=first, last=min(first + CHUNK, runs) - 1))
     sql(url, "vacuum (analyze) tidebase.runs, tidebase.steps, tidebase.events")

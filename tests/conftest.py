@@ -278,7 +278,8 @@ def free_port() -> int:
 class ServerProcess:
     """`python tidebase.py`, to be killed and started again on the same port."""
 
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, environment: dict[str, str], log: Path, files: int | None = None) -> None:
+        self.files = files  # how many it may have open, when it is not as many as here
         self.environment = {**os.environ, **environment}
         self.port = int(environment["PORT"])
         self.url = f"http://127.0.0.1:{self.port}"
@@ -287,8 +288,11 @@ class ServerProcess:
 
     def start(self, wait: bool = True) -> ServerProcess:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen([sys.executable, str(ROOT / "tidebase.py")], env=self.environment,
-                                            stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            command = [sys.executable, str(ROOT / "tidebase.py")]
+            if self.files:
+                command = ["sh", "-c", f'ulimit -n {self.files}; exec "$@"', "sh", *command]
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log,
+                                            stdin=subprocess.DEVNULL)
         if wait:
             eventually(self.is_healthy, 30)
         return self
@@ -310,14 +314,15 @@ class ServerProcess:
 
 @pytest.fixture
 def spawn_server(database: str, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts a server process on the test's database; settings as environment variables, port= to choose one."""
+    """Starts a server process on the test's database; settings as environment variables, PORT= to choose one, files= to
+    limit how many it may have open."""
     servers: list[ServerProcess] = []
 
-    def spawn(**settings: Any) -> ServerProcess:
+    def spawn(files: int | None = None, **settings: Any) -> ServerProcess:
         environment = {"DATABASE_URL": database, "PORT": str(settings.pop("PORT", None) or free_port()),
                        "TIDEBASE_LEASE_MS": "2000", "TIDEBASE_RECONCILE_MS": "100"}
         environment |= {name: str(value) for name, value in settings.items()}
-        servers.append(ServerProcess(environment, tmp_path / f"server-{len(servers)}.log").start())
+        servers.append(ServerProcess(environment, tmp_path / f"server-{len(servers)}.log", files).start())
         return servers[-1]
 
     yield spawn

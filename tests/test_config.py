@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,21 @@ def test_beyond_loopback_with_a_key_nothing_is_warned_of_and_without_one_loudly(
     server = spawn_server(HOST="0.0.0.0", TIDEBASE_INSECURE="1")
     assert "ANYONE WHO CAN REACH" in server.log.read_text()
     assert Api(server.url).get("/runs")["runs"] == []
+
+
+def test_more_clients_than_files_wait_outside_and_are_served_when_others_leave(spawn_server):
+    server = spawn_server(files=100)
+    with ExitStack() as inside:
+        crowd = [inside.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(150)]
+        crowd[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert crowd[0].recv(12) == b"HTTP/1.1 200"
+        late = inside.enter_context(closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)))
+        late.request("POST", "/queues/default/enqueue", '{"workflowName": "report"}')
+        eventually(lambda: "connection limit" in server.log.read_text())
+        for connection in crowd[1:]:
+            connection.close()
+        assert late.getresponse().status == 200
+    assert "Too many open files" not in server.log.read_text()
 
 
 # --- a server with a PostgreSQL of its own
