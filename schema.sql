@@ -2374,53 +2374,71 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The run detail: one statement, so that all of it is of one instant.
+-- The run detail: `stable`, so that all that it reads is of one instant.
 -- ------------------------------------------------------------------------------
 
 -- Returns  the detail with the keys of p_include (null: all); null when there is no such run.
-create or replace function tidebase.run_detail (p_run_id text, p_include text[]) returns json language sql stable as $$
-  select case when exists (select from tidebase.runs where id = p_run_id)
-              then coalesce(json_object_agg(key, value), '{}') end from (
-    select 'run' as key, tidebase._run_json(r) as value
-      from tidebase.runs r where r.id = p_run_id
-    union all
-    select 'steps', coalesce(json_agg(tidebase._step_json(s) order by s.position), '[]')
-      from tidebase.steps s where s.run_id = p_run_id
-    union all
-    select 'state', (select tidebase._state_json(s) from tidebase.states s where s.run_id = p_run_id)
-    union all
-    select 'stateStreams', coalesce(json_agg(tidebase._stream_json(s) order by s.created_at, s.id), '[]')
-      from tidebase.state_streams s where s.run_id = p_run_id
-    union all
-    select 'stateVersions', coalesce(json_agg(tidebase._version_json(v) order by s.created_at, s.id, v.version), '[]')
-      from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id where v.run_id = p_run_id
-    union all
-    select 'runEdges', coalesce(json_agg(tidebase._edge_json(e) order by e.created_at, e.id), '[]')
-      from tidebase.run_edges e where e.parent_run_id = p_run_id
-    union all
-    select 'childRuns', coalesce(json_agg(tidebase._run_json(c) order by e.created_at, e.id), '[]')
-      from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id where e.parent_run_id = p_run_id
-    union all
-    select 'gates', coalesce(json_agg(tidebase._gate_json(g) order by g.created_at, g.id), '[]')
-      from tidebase.gates g where g.run_id = p_run_id
-    union all
-    select 'usage', coalesce(json_agg(tidebase._usage_json(u) order by u.created_at, u.id), '[]')
-      from tidebase.usage u where u.run_id = p_run_id
-    union all
-    select 'recoveryAttempts', coalesce(json_agg(tidebase._recovery_json(o) order by o.seq), '[]')
-      from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'recovery'
-    union all
-    select 'channels', coalesce(json_agg(tidebase._channel_json(c) order by c.id), '[]')
-      from tidebase.channels c where c.run_id = p_run_id and c.gate_id is null
-    union all
-    select 'channelDeliveries', coalesce(json_agg(tidebase._delivery_json(o) order by o.seq), '[]')
-      from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'channel'
-    union all
-    select 'events', coalesce(json_agg(tidebase._event_json(e) order by e.seq), '[]')
-      from tidebase.events e where e.run_id = p_run_id
-  ) as part
-   where p_include is null or key = any (p_include)
-$$;
+-- Plans    one for each part, kept where all runs are alike: to plan all of them at each call takes longer than to read.
+create or replace function tidebase.run_detail (p_run_id text, p_include text[]) returns json
+  language plpgsql stable as $$
+declare
+  v_keys  text[] := array(
+    select key from unnest(array['run', 'steps', 'state', 'stateStreams', 'stateVersions', 'runEdges', 'childRuns',
+                                 'gates', 'usage', 'recoveryAttempts', 'channels', 'channelDeliveries', 'events']) as key
+     where p_include is null or key = any (p_include));
+  v_key   text;
+  v_part  json;
+  v_parts json[] := '{}';
+begin
+  if not exists (select from tidebase.runs where id = p_run_id) then
+    return null;
+  end if;
+  foreach v_key in array v_keys loop
+    case v_key
+      when 'run' then
+        v_part := (select tidebase._run_json(r) from tidebase.runs r where r.id = p_run_id);
+      when 'steps' then
+        v_part := (select json_agg(tidebase._step_json(s) order by s.position)
+                     from tidebase.steps s where s.run_id = p_run_id);
+      when 'state' then
+        v_part := (select tidebase._state_json(s) from tidebase.states s where s.run_id = p_run_id);
+      when 'stateStreams' then
+        v_part := (select json_agg(tidebase._stream_json(s) order by s.created_at, s.id)
+                     from tidebase.state_streams s where s.run_id = p_run_id);
+      when 'stateVersions' then
+        v_part := (select json_agg(tidebase._version_json(v) order by s.created_at, s.id, v.version)
+                     from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
+                    where v.run_id = p_run_id);
+      when 'runEdges' then
+        v_part := (select json_agg(tidebase._edge_json(e) order by e.created_at, e.id)
+                     from tidebase.run_edges e where e.parent_run_id = p_run_id);
+      when 'childRuns' then
+        v_part := (select json_agg(tidebase._run_json(c) order by e.created_at, e.id)
+                     from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
+                    where e.parent_run_id = p_run_id);
+      when 'gates' then
+        v_part := (select json_agg(tidebase._gate_json(g) order by g.created_at, g.id)
+                     from tidebase.gates g where g.run_id = p_run_id);
+      when 'usage' then
+        v_part := (select json_agg(tidebase._usage_json(u) order by u.created_at, u.id)
+                     from tidebase.usage u where u.run_id = p_run_id);
+      when 'recoveryAttempts' then
+        v_part := (select json_agg(tidebase._recovery_json(o) order by o.seq)
+                     from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'recovery');
+      when 'channels' then
+        v_part := (select json_agg(tidebase._channel_json(c) order by c.id)
+                     from tidebase.channels c where c.run_id = p_run_id and c.gate_id is null);
+      when 'channelDeliveries' then
+        v_part := (select json_agg(tidebase._delivery_json(o) order by o.seq)
+                     from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'channel');
+      when 'events' then
+        v_part := (select json_agg(tidebase._event_json(e) order by e.seq)
+                     from tidebase.events e where e.run_id = p_run_id);
+    end case;
+    v_parts := v_parts || coalesce(v_part, case when v_key <> 'state' then '[]'::json end);
+  end loop;
+  return (select coalesce(json_object_agg(key, part), '{}') from unnest(v_keys, v_parts) as told (key, part));
+end $$;
 
 -- Returns  {"run"}, and the run's event number to wait from.    TB404 when there is none.
 create or replace function tidebase.get_run (p_run_id text, out body json, out seq integer)
