@@ -2617,8 +2617,11 @@ $$;
 -- What the watcher asks for those who wait: how many runs of each queue could start now, at most p_limit; and how far
 -- the events of each run have got.    Returns  {"queues": {NAME: n}, "runs": {ID: seq}}.
 create or replace function tidebase.watch (p_queues text[], p_limit integer, p_run_ids text[])
-  returns json language sql volatile as $$
-  select json_build_object(
+  returns json language plpgsql volatile
+  set plan_cache_mode = force_generic_plan  -- as claim_runs
+  set enable_seqscan = off as $$
+begin
+  return json_build_object(
     'queues', coalesce((
       select json_object_agg(name, (
                select count(*) from (
@@ -2627,8 +2630,8 @@ create or replace function tidebase.watch (p_queues text[], p_limit integer, p_r
                                     and priority = level and run_at <= at limit p_limit) due
                   limit tidebase._queue_room(name, p_limit)) ready))
         from unnest(p_queues) as name, tidebase.now() as at), '{}'),
-    'runs', coalesce((select json_object_agg(id, event_seq) from tidebase.runs where id = any (p_run_ids)), '{}'))
-$$;
+    'runs', coalesce((select json_object_agg(id, event_seq) from tidebase.runs where id = any (p_run_ids)), '{}'));
+end $$;
 
 -- ------------------------------------------------------------------------------
 -- The sender's verbs: take what is due, send it, settle it. A sender that dies in between is made up for.
