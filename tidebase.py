@@ -2893,43 +2893,71 @@ def on_stop(heed: Callable[..., Any]) -> None:
         signal.signal(number, heed)
 
 
-def serve_processes(config: Config, conninfo: str, listener: socket.socket, revive: Callable[[], None] | None,
-                    signals: list[int]) -> None:
-    """Serve in one process, or in WEB_CONCURRENCY that share the socket; SIGTERM and SIGINT end them cleanly, also one
-    that came before and stands in `signals`."""
+def serve_one(config: Config, conninfo: str, listener: socket.socket, revive: Callable[[], None] | None,
+              signals: list[int]) -> None:
+    """Serve in this process until SIGTERM or SIGINT, also one that came before and stands in `signals`."""
+    server = Server(config, conninfo, listener, revive)
+    on_stop(lambda *_: server.stop())
+    if not signals:
+        server.serve()
 
-    def serve_one() -> None:
-        server = Server(config, conninfo, listener, revive)
-        on_stop(lambda *_: server.stop())
-        if not signals:
-            server.serve()
 
-    if config.web_concurrency == 1:
-        serve_one()
-        return
-    parent, children, is_behind = os.getpid(), set[int](), False
+class Processes:
+    """Server processes that share one socket. This one starts them, and another for each that ends by itself; told to
+    stop, it ends them all."""
 
-    def stop_children(number: int = signal.SIGTERM, _: Any = None) -> None:
-        signals.append(number)
-        for child in list(children):
+    def __init__(self, serve: Callable[[], None], signals: list[int]) -> None:
+        self.serve = serve  # in a process of its own
+        self.signals = signals
+        self.parent = os.getpid()
+        self.children: set[int] = set()
+
+    def run(self, count: int) -> None:
+        """Until the last has ended.  :raises SchemaBehind: the reason why they did."""
+        on_stop(self.stop)
+        is_behind = False
+        for _ in range(count):
+            self.start()
+        while self.children:
+            child, status = os.wait()
+            if child not in self.children:  # the first process of a container gets to know of others' children, too
+                continue
+            self.children.discard(child)
+            if os.waitstatus_to_exitcode(status) == BEHIND_STATUS:
+                is_behind = True
+                self.stop()
+            elif not self.signals:
+                logger.error("a server process ended; starting another", extra={"event": "process_ended"})
+                time.sleep(1)  # a process that cannot start must not be started as fast as it fails
+                if not self.signals:
+                    self.start()
+        if is_behind:
+            raise SchemaBehind
+
+    def stop(self, number: int = signal.SIGTERM, _: Any = None) -> None:
+        self.signals.append(number)
+        for child in list(self.children):
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)
 
-    def start_child() -> None:
+    def start(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until it is known whose a signal is
         child = os.fork()
-        if child:
-            children.add(child)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            if signals:
-                stop_children()
-            return
+        if not child:
+            self._live()
+        self.children.add(child)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        if self.signals:
+            self.stop()
+
+    def _live(self) -> NoReturn:
+        """A child's life."""
         on_stop(lambda *_: os._exit(0))  # nothing is served yet
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         status = 1
         try:
-            threading.Thread(target=end_with, args=(parent,), name="tidebase-parent", daemon=True).start()
-            serve_one()
+            threading.Thread(target=end_with, args=(self.parent,), name="tidebase-parent", daemon=True).start()
+            self.serve()
             status = 0
         except SchemaBehind:
             status = BEHIND_STATUS
@@ -2937,26 +2965,6 @@ def serve_processes(config: Config, conninfo: str, listener: socket.socket, revi
             logger.exception("server process failed", extra={"event": "process_failed"})
         finally:
             os._exit(status)  # what the parent has to clean up at its exit is the parent's
-
-    on_stop(stop_children)
-    for _ in range(config.web_concurrency):
-        start_child()
-    while children:
-        child, status = os.wait()
-        if child not in children:  # the first process of a container gets to know of others' children, too
-            continue
-        children.discard(child)
-        if os.waitstatus_to_exitcode(status) == BEHIND_STATUS:
-            is_behind = True
-            stop_children()
-        elif not signals:
-            logger.error("a server process ended; starting another", extra={"event": "process_ended"})
-            time.sleep(1)  # a process that cannot start must not be started as fast as it fails
-            if not signals:
-                start_child()
-    listener.close()
-    if is_behind:
-        raise SchemaBehind
 
 
 def end_with(parent: int) -> None:
@@ -3011,7 +3019,12 @@ def serve(config: Config) -> None:
         with database_of(config) as (conninfo, revive):
             host, port = listener.getsockname()[:2]
             click.echo(f"Tidebase {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
-            serve_processes(config, conninfo, listener, revive, signals)
+            one = functools.partial(serve_one, config, conninfo, listener, revive, signals)
+            if config.web_concurrency == 1:
+                one()
+            else:
+                Processes(one, signals).run(config.web_concurrency)
+            listener.close()
     except (ConfigError, SchemaBehind) as error:
         raise click.ClickException(str(error)) from None
 

@@ -373,6 +373,7 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
         {"do": "record_step", "runId": RUNNING, "leaseOwner": "owner17", "name": "s", "inputHash": "h"},
         {"do": "complete_run", "runId": RUNNING, "leaseOwner": "owner17"},
         {"do": "enqueue_run", "queue": "queue1", "workflowName": "w", "dedupeKey": "key7"}]})["results"]),
+    "a look for those who wait": (None, lambda bill, api: bill.later(0, "watch", ["queue1", "queue2"], 9, [RUNNING])),
     "the end of one of many children": (None, lambda bill, api: (
         api.begin(LIVE[0], "a")["run"], api.complete(LIVE[0], leaseOwner="a")["run"])),
     "the newest runs": (100, lambda bill, api: api.get("/runs")["runs"]),
