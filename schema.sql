@@ -530,7 +530,7 @@ begin
       from (select position, sum(coalesce(octet_length(output::text), 4)) over (order by position) as bytes
               from tidebase.steps where run_id = p_run_id and status = 'completed') as done;
   end if;
-  select coalesce(json_agg(done), '[]') into checkpoints  -- of rows: json_build_object looks its types up in each
+  select coalesce(json_agg(done), '[]') into checkpoints  -- of rows: a json_build_object for each takes longer
     from (select name, input_hash as "inputHash", output, tidebase._iso(completed_at) as "completedAt"
             from tidebase.steps where run_id = p_run_id and status = 'completed' and position <= v_last
            order by position) as done;
@@ -1803,8 +1803,8 @@ begin
   perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', p_run.waiting_for));
 end $$;
 
--- Whether what a run would wait for is there already. Each child asks when it ends, so of many only a live one is looked
--- for: the newest, since what ended before leaves dead entries in the index, which are most among the oldest.
+-- Whether what a run would wait for is there already. Each child asks when it ends, so of many only one that is live is
+-- looked for; backwards, since the index has dead entries of those that ended, mostly the oldest.
 create or replace function tidebase._is_there (p_run_id text, p_for jsonb, p_now timestamptz)
   returns boolean language plpgsql stable as $$
 declare
@@ -2378,9 +2378,9 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- Returns  the detail with the keys of p_include (null: all); null when there is no such run.
--- Plans    one for each part, kept where all runs are alike: to plan all of them at each call takes longer than to read.
+-- Plans    each part by itself, so that its plan is kept: to plan them all at each call takes longer than to read.
 create or replace function tidebase.run_detail (p_run_id text, p_include text[]) returns json
-  language plpgsql stable as $$
+  language plpgsql stable set enable_seqscan = off as $$  -- as claim_runs
 declare
   v_keys  text[] := array(
     select key from unnest(array['run', 'steps', 'state', 'stateStreams', 'stateVersions', 'runEdges', 'childRuns',
@@ -2595,9 +2595,11 @@ declare
 begin
   for v_run in delete from tidebase.runs where id = any (array(
                  select id from tidebase.runs where completed_at is not null and completed_at < v_until
-                  order by completed_at limit p_limit for update skip locked)) returning queue, status
+                  order by completed_at limit p_limit for update skip locked)) returning id, queue, status
   loop
     perform tidebase._tally(v_run.queue, v_run.status, -1);
+    update tidebase.runs set parent_run_id = null  -- who gets the id next has no children
+     where parent_run_id = v_run.id and status in ('pending', 'queued', 'running', 'waiting');
     v_count := v_count + 1;
   end loop;
   return v_count;

@@ -2686,8 +2686,8 @@ class Door:
 # ------------------------------------------------------------------------------
 # Wiring: builds the rooms above in order and serves them.
 # ------------------------------------------------------------------------------
-MOST_CONNECTIONS = 10_000
-OTHER_FILES = 256   # more than the pool, the webhooks under way and large uploads need
+MOST_FILES = 10_240  # more, macOS may refuse
+OTHER_FILES = 256    # beside connections and the pool: webhooks under way, large bodies, what Python opens
 DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
 UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before they are refused, so that the client,
                     # still sending, gets to see the answer; above, the connection is closed on it
@@ -2756,8 +2756,9 @@ class Server:
         entrance = Entrance(self)
         self._http = waitress.server.create_server(
             entrance, sockets=[self.listener], threads=self.config.threads + Door.WATCHERS, ident=None,
-            connection_limit=connections_at_most(), max_request_body_size=self.config.max_body * UPLOAD_SLACK,
-            channel_timeout=120, asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
+            connection_limit=make_room_for_connections(OTHER_FILES + self.config.pool),
+            max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120,
+            asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
         self._http.channel_class = Channel
         self._http.keeper = threading.get_ident()  # the thread of the main loop
         self._http.draining = False
@@ -2847,16 +2848,18 @@ class Server:
             self.reconciler.failed(error)
 
 
-def connections_at_most() -> int:
-    """How many clients may be connected at once; others wait until the system lets them in. What is left of the file
-    numbers is for PostgreSQL, webhooks and uploads: without one, taking in a client fails, again and again."""
+def make_room_for_connections(others: int) -> int:
+    """Raise the limit on this process's open files to what it may be.  :returns: how many connections it then has room
+    for beside `others`; further clients wait until one leaves. To take in a client beyond the limit would fail, again
+    and again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_CONNECTIONS + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < most:
-        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        return max(soft - OTHER_FILES, soft // 2)
-    return MOST_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < MOST_FILES:
+        wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+        with suppress(ValueError, OSError):  # the system allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    files = MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, MOST_FILES)
+    return max(files - others, files // 2)
 
 
 def listen(config: Config) -> socket.socket:
@@ -3016,7 +3019,7 @@ def serve(config: Config) -> None:
                            "TIDEBASE_API_KEY", config.host, extra={"event": "insecure"})
         signals: list[int] = []
         on_stop(lambda number, _: signals.append(number))  # heeded when the database is up, and can be stopped again
-        with database_of(config) as (conninfo, revive):
+        with database_of(config) as (conninfo, revive), listener:
             host, port = listener.getsockname()[:2]
             click.echo(f"Tidebase {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
             one = functools.partial(serve_one, config, conninfo, listener, revive, signals)
@@ -3024,7 +3027,6 @@ def serve(config: Config) -> None:
                 one()
             else:
                 Processes(one, signals).run(config.web_concurrency)
-            listener.close()
     except (ConfigError, SchemaBehind) as error:
         raise click.ClickException(str(error)) from None
 

@@ -24,7 +24,7 @@ PAST = """
 set session_replication_role = replica;
 create temporary table past as
   select n, at, id_of('run_', at, n) as id
-    from generate_series({first}, {last}) n, lateral (select now() - n * interval '1 second' as at) t;
+    from generate_series({first}, {last}) n, lateral (select now() + (n - 1000000) * interval '1 second' as at) t;
 insert into tidebase.runs (id, workflow_name, input, status, result, queue, run_at, max_attempts, attempt, settled_by,
                            event_seq, created_at, updated_at, completed_at)
 select id, 'bench', '{text}', 'completed', '{text}', 'past' || n % 10, at, 3, 1, 'somebody', 10, at, at, at from past;

@@ -13,7 +13,7 @@ import time
 
 from common import Connection, client_module, median, show, tidebase_of_our_own
 
-WARM_UP_ROUNDS = 5  # until each of the server's connections to PostgreSQL has answered such a claim
+WARM_UP_ROUNDS = 5  # the server takes another of its connections to PostgreSQL each time
 
 
 async def prepare(url, queue, steps, payload, input_hash):

@@ -255,6 +255,23 @@ def test_a_run_that_was_put_back_is_not_deleted_for_its_old_end(start_server, cl
     assert api.run(run)["status"] == "pending"
 
 
+def test_who_gets_the_id_of_a_deleted_run_does_not_get_its_children(start_server, clock):
+    server = start_server(TIDEBASE_RETENTION_DAYS=1)
+    api = Api(server.url, server)
+    api.create(id="mine")
+    child = api.post("/runs/mine/children", {"name": "part", "workflowName": "w"})["run"]["id"]
+    api.complete("mine")["run"]
+    clock.advance(ms=2 * DAY_MS)
+    api.reconcile()
+    refused(api.get("/runs/mine"), 404, "not_found")
+    api.enqueue(id="mine")
+    api.claim(owner="a")
+    waits = {"leaseOwner": "a", "for": {"children": True}}
+    assert api.post("/runs/mine/wait", waits)["ready"] is True
+    assert api.run(child)["status"] == "pending"
+    api.complete(child)["run"]
+
+
 def test_two_servers_delete_side_by_side_and_in_portions(start_server, clock, sql):
     servers = [start_server(TIDEBASE_RETENTION_DAYS=1) for _ in range(2)]
     sql("insert into tidebase.runs (id, workflow_name, status, queue, run_at, completed_at)"

@@ -83,7 +83,8 @@ class Wire:
 
     def hold(self, part: str) -> threading.Event:
         """Keep back the next request whose path has this part, until the event is set."""
-        free, taken = threading.Event(), threading.Lock()
+        free = threading.Event()
+        taken = self.taken = threading.Lock()  # held once there was such a request
 
         def before(effect: Any) -> None:
             if part in effect.path and taken.acquire(blocking=False):
@@ -601,7 +602,7 @@ def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
             first, other, *_ = [int(write.held.run_id[1:]) for write in tide._flow._waiting]
             second = wire.hold("/writes")
             tasks[0].cancel()  # sends alone
-            await wait_until(lambda: wire.batches() == [1, 7])
+            await wait_until(lambda: wire.batches() == [1, 7] and wire.taken.locked())
             tasks[first].cancel()  # sends for seven
             tasks[other].cancel()  # one of them
             results = await asyncio.gather(*tasks, return_exceptions=True)
