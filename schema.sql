@@ -2629,7 +2629,8 @@ begin
                select count(*) from (
                  select from tidebase._priorities(name) as level,
                         lateral (select from tidebase.runs where queue = name and status = 'queued'
-                                    and priority = level and run_at <= at limit p_limit) due
+                                    and priority = level and run_at <= at
+                                  order by run_at limit p_limit) due  -- ordered, else all are gathered first
                   limit tidebase._queue_room(name, p_limit)) ready))
         from unnest(p_queues) as name, tidebase.now() as at), '{}'),
     'runs', coalesce((select json_object_agg(id, event_seq) from tidebase.runs where id = any (p_run_ids)), '{}'));
