@@ -139,7 +139,7 @@ def _database(postgres: str) -> Iterator[str]:
 @pytest.fixture
 def sql(database: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
     """Runs a statement in the test's database: sql("select …", value, …) -> rows."""
-    with psycopg.connect(database, autocommit=True) as connection:
+    with psycopg.connect(database, autocommit=True, prepare_threshold=None) as connection:  # a pooler may be between
         def run(statement: str, *values: Any) -> list[tuple[Any, ...]]:
             cursor = connection.execute(statement, values)
             return cursor.fetchall() if cursor.description else []
