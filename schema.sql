@@ -1265,12 +1265,13 @@ create or replace function tidebase.complete_step (p_run_id text, p_step_id text
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
+  v_now  timestamptz := tidebase.now();
 begin
   if v_step.status <> 'completed' or v_step.settled_by is distinct from p_owner then
     perform tidebase._refuse_unless_held(v_run, v_step, p_owner);
     update tidebase.steps
        set status = 'completed', output = p_output, error = null, settled_by = p_owner, lease_owner = null,
-           lease_expires_at = null, completed_at = tidebase.now(), updated_at = tidebase.now()
+           lease_expires_at = null, completed_at = v_now, updated_at = v_now
      where id = p_step_id returning * into v_step;
     perform tidebase._record(v_run, p_owner, 'step.completed', tidebase._step_completed(v_step));
   end if;
@@ -1287,6 +1288,7 @@ create or replace function tidebase.fail_step (p_run_id text, p_step_id text, p_
 declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
   v_step     tidebase.steps := tidebase._step(p_run_id, p_step_id);
+  v_now      timestamptz := tidebase.now();
   v_decision text;
 begin
   if v_step.status not in ('failed', 'failed_retryable', 'manual_review')
@@ -1295,7 +1297,7 @@ begin
     v_decision := tidebase._decision(p_decision, p_retryable, v_step.contract);
     update tidebase.steps
        set status = tidebase._failed_status(v_decision, p_retryable), error = p_error, settled_by = p_owner,
-           lease_owner = null, lease_expires_at = null, completed_at = tidebase.now(), updated_at = tidebase.now()
+           lease_owner = null, lease_expires_at = null, completed_at = v_now, updated_at = v_now
      where id = p_step_id returning * into v_step;
     perform tidebase._tell_failed(v_run, v_step, p_owner, p_retryable, v_decision);
   end if;
@@ -1374,6 +1376,7 @@ create or replace function tidebase.review_step (p_run_id text, p_step_id text, 
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
+  v_now  timestamptz := tidebase.now();
 begin
   if v_step.status <> 'manual_review' then
     if v_step.reviewed is distinct from p_decision then
@@ -1385,11 +1388,11 @@ begin
   perform tidebase._record(v_run, null, 'step.reviewed', json_build_object('stepId', v_step.id, 'name', v_step.name,
                            'decision', p_decision, 'actor', p_actor));
   update tidebase.steps
-     set reviewed = p_decision, updated_at = tidebase.now(),
+     set reviewed = p_decision, updated_at = v_now,
          status = case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed' else 'completed' end,
          output = case p_decision when 'complete' then p_output end,
          error = case p_decision when 'complete' then null else error end,
-         completed_at = case p_decision when 'retry' then null else tidebase.now() end
+         completed_at = case p_decision when 'retry' then null else v_now end
    where id = v_step.id returning * into v_step;
   if p_decision = 'complete' then
     perform tidebase._record(v_run, null, 'step.completed', tidebase._step_completed(v_step));
@@ -1542,10 +1545,11 @@ create or replace function tidebase._decide_gate (p_run tidebase.runs, p_gate ti
   returns tidebase.gates language plpgsql as $$
 declare
   v_gate tidebase.gates;
+  v_now  timestamptz := tidebase.now();
 begin
   update tidebase.gates
      set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = p_payload,
-         resolved_at = tidebase.now(), updated_at = tidebase.now()
+         resolved_at = v_now, updated_at = v_now
    where id = p_gate.id returning * into v_gate;
   perform tidebase._record(p_run, null, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)));
   perform tidebase._notify(p_run, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)), v_gate.id);

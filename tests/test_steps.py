@@ -532,3 +532,22 @@ def test_a_review_twice_at_once_is_one_review(api: Api, run: str) -> None:
     with together(*words) as statuses:
         assert sorted(statuses) == [200, 409, 409]
     assert api.event_types(run).count("step.reviewed") == 1
+
+
+def test_what_happens_at_once_has_one_time(api, sql):
+    sql("create sequence if not exists tidebase.ticks")
+    sql("create or replace function tidebase.now() returns timestamptz language sql volatile as $$ select"
+        " date_trunc('milliseconds', clock_timestamp()) + nextval('tidebase.ticks') * interval '1 millisecond' $$")
+    run = api.create()
+    api.begin(run, "owner")["run"]
+    done, failed, reviewed = (api.begin_step(run, name, "owner")["step"]["id"] for name in "abc")
+    api.complete_step(run, done, "owner")["step"]
+    api.fail_step(run, failed, "owner")["step"]
+    api.fail_step(run, reviewed, "owner", resumeDecision="manual_review")["step"]
+    api.post(f"/runs/{run}/steps/{reviewed}/review", {"decision": "complete"})["step"]
+    gate = api.post(f"/runs/{run}/gates/begin", {"name": "ok", "prompt": "Ship?"})["gate"]
+    decision = {"token": gate["resolveToken"], "decision": "approved"}
+    gate = api.post(f"/runs/{run}/gates/{gate['id']}/resolve", decision)["gate"]
+    assert gate["resolvedAt"] == gate["updatedAt"]
+    for step in api.detail(run)["steps"]:
+        assert step["completedAt"] == step["updatedAt"], step["name"]
