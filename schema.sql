@@ -1815,10 +1815,11 @@ declare
   v_children jsonb := p_for->'children';
 begin
   if v_children is not null then
-    perform from tidebase.runs
-      where parent_run_id = p_run_id and status in ('pending', 'queued', 'running', 'waiting')
-        and (v_children = 'true' or v_children ? (metadata->>'parentEdgeName'))
-      order by id desc limit 1;
+    perform from tidebase.runs c
+      where c.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting')
+        and (select v_children = 'true' or v_children ? e.name  -- no join, which could begin with all edges
+               from tidebase.run_edges e where e.child_run_id = c.id and e.parent_run_id = p_run_id)
+      order by c.id desc limit 1;
     return not found;
   elsif p_for ? 'gateId' then
     return not exists (select from tidebase.gates
@@ -2599,11 +2600,9 @@ declare
 begin
   for v_run in delete from tidebase.runs where id = any (array(
                  select id from tidebase.runs where completed_at is not null and completed_at < v_until
-                  order by completed_at limit p_limit for update skip locked)) returning id, queue, status
+                  order by completed_at limit p_limit for update skip locked)) returning queue, status
   loop
     perform tidebase._tally(v_run.queue, v_run.status, -1);
-    update tidebase.runs set parent_run_id = null  -- who gets the id next has no children
-     where parent_run_id = v_run.id and status in ('pending', 'queued', 'running', 'waiting');
     v_count := v_count + 1;
   end loop;
   return v_count;

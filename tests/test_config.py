@@ -163,7 +163,8 @@ def children(pid: int) -> set[int]:
     return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
-@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, "1"), (signal.SIGINT, "2")])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_sigterm_and_sigint_end_it_with_status_0_and_its_postgres_too(own, data_dir, number, processes):
     server = own(WEB_CONCURRENCY=processes)
     api = Api(server.url)

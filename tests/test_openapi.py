@@ -22,7 +22,7 @@ import openapi
 import tidebase
 
 KEY = "the key"
-EXAMPLES = 3  # per route and kind of data: what the coverage phase adds to it is the same every time
+EXAMPLES = 5  # per route and kind of data: what the coverage phase adds to it is the same every time
 SEED = 20260612
 
 

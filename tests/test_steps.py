@@ -535,7 +535,7 @@ def test_a_review_twice_at_once_is_one_review(api: Api, run: str) -> None:
 
 
 def test_what_happens_at_once_has_one_time(api, sql):
-    sql("create sequence if not exists tidebase.ticks")
+    sql("create sequence if not exists tidebase.ticks")  # stays: the server asks the clock until it is put back
     sql("create or replace function tidebase.now() returns timestamptz language sql volatile as $$ select"
         " date_trunc('milliseconds', clock_timestamp()) + nextval('tidebase.ticks') * interval '1 millisecond' $$")
     run = api.create()
