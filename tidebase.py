@@ -22,8 +22,10 @@ The rooms of this file, each using only those above it:
     Reconciler            what time alone brings about
     Request plumbing      what a route may take for granted
     Routes                check, call, answer
-    Connections           where requests come in, and small writes go together
     Wiring                the rooms above, built and served; the command line
+
+Beside it stand connections.py, which brings requests here and lets small writes go together, and openapi.py, which
+describes the routes.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -44,9 +46,7 @@ import json
 import logging
 import os
 import re
-import resource
 import secrets
-import select
 import signal
 import socket
 import sys
@@ -54,7 +54,6 @@ import threading
 import time
 import urllib.parse
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -72,10 +71,6 @@ import psycopg
 import psycopg_pool
 import requests
 import urllib3
-import waitress.channel
-import waitress.parser
-import waitress.server
-import waitress.task
 from cronsim import CronSim, CronSimError
 from marshmallow import fields, validate
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
@@ -83,6 +78,7 @@ from werkzeug.routing import BaseConverter
 
 import openapi
 import tidebase_sdk
+from connections import HttpServer, Later, Reply
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
 
 __version__ = "0.1.0"
@@ -226,9 +222,6 @@ class Refusal(HTTPException):
 def invalid(path: str, message: str) -> Refusal:
     """The 400 for one wrong value; `path` says where it stands, dotted, and is empty for the body as a whole."""
     return Refusal(400, "invalid_request", "invalid request body", issues=[{"path": path, "message": message}])
-
-
-Reply = tuple[str, int, dict[str, str]]  # body, status and headers, as a Flask view may return them
 
 
 def reply(text: str, status: int = 200) -> Reply:
@@ -1467,8 +1460,8 @@ here = Here()
 
 
 class Entrance:
-    """A server's way into the app: each request brings along the server it came to, and its path as it was sent, since
-    WSGI servers hand it over decoded, where %2F and / are the same."""
+    """A server's way into the app, as connections.py asks for it: each request brings along the server it came to, and
+    its path as it was sent, since WSGI servers hand it over decoded, where %2F and / are the same."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -1478,15 +1471,10 @@ class Entrance:
         here.server, here.environ = self.server, environ
         return app(environ, start_response)
 
-    def offer(self, channel: Channel) -> tuple[Later, Writes | None] | None:
+    def offer(self, request: Any, is_gone: Callable[[], bool]) -> tuple[Later, Writes | None] | None:
         """Take a request past Flask: workers send most of theirs to few routes (see `often`), and Flask's way there
-        costs as much as what the views do.
-
-        :returns: what answers it; and, of a small write, what may be written together with others instead. None when
-            the request is for Flask.
-        """
-        request = channel.requests[0]
-        if request.error or request.command != "POST" or self.server.config.cors_origin:
+        costs as much as what the views do."""
+        if request.command != "POST" or self.server.config.cors_origin:
             return None
         if not self.server.prepared.is_set():  # to wait is for a thread that has nothing else to do
             return None
@@ -1498,7 +1486,7 @@ class Entrance:
         environ = {  # as much of it as these views ask for
             "PATH_INFO": path, "HTTP_AUTHORIZATION": request.headers.get("AUTHORIZATION", ""),
             "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH"), "wsgi.input": request.get_body_stream(),
-            "waitress.client_disconnected": channel.check_client_disconnected}
+            "waitress.client_disconnected": is_gone}
         ask = functools.partial(self._ask, view, parts)
         if view not in WRITERS or int(environ["CONTENT_LENGTH"] or 0) > MOST_TOGETHER:
             return functools.partial(self._alone, environ, ask), None
@@ -1509,6 +1497,21 @@ class Entrance:
             refusal = answer_to(error)
             return (lambda: refusal), None
         return functools.partial(self._alone, environ, lambda: asked), asked if isinstance(asked, Writes) else None
+
+    def write(self, small: list[Writes]) -> Sequence[Reply | None]:
+        """Those are left to go alone of which one waits for a lock, cannot be written, or is answered with a lot."""
+        try:
+            return commit(self.server, small, patient=False)
+        except Exception as error:
+            # Where nobody knows whether they were written, their clients are to send them again.
+            known = isinstance(error, psycopg.Error) and not is_away(error)
+            return [None if known else answer_to(error)] * len(small)
+
+    def refuse(self, status: int, words: str) -> Reply:
+        if status == 400:
+            return refused(invalid("", words))
+        code = {413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(status, "internal_error")
+        return refused(Refusal(status, code, http.HTTPStatus(status).phrase.lower()))
 
     def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
         check_key()
@@ -1604,7 +1607,6 @@ class Writes(NamedTuple):
     many: bool = False
 
 
-Later = Callable[[], Reply]
 Asked = Reply | Writes | Later  # what a view that workers call often says: an answer, or what leads to it
 
 
@@ -2338,356 +2340,9 @@ def delete_schedule(name: str) -> Reply:
 
 
 # ------------------------------------------------------------------------------
-# Connections: what waitress is made to do otherwise: refuse in the protocol's words, and let small writes go together.
-# ------------------------------------------------------------------------------
-READ_BYTES = 65_536  # at once
-ONE_SHOT = 1 << 30   # Linux's EPOLLONESHOT
-
-
-class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]  # waitress brings no types
-    """What waitress refuses before anything else sees it, in the protocol's shape."""
-
-    def execute(self) -> None:
-        error = self.request.error
-        code = {413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(
-            error.code, "internal_error")
-        refusal = invalid("", error.body).body if error.code == 400 else {"error": error.reason.lower(), "code": code}
-        self.response_headers.append(("Connection", "close"))
-        self.close_on_finish = True
-        send(self, reply(json.dumps(refusal), error.code))
-
-
-class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
-    """Refuses what waitress' own would stumble over."""
-
-    def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError as error:  # of a target such as http://[: it would go unanswered
-            raise waitress.parser.ParsingError(str(error)) from None
-
-
-class ReadyTask(waitress.task.Task):  # type: ignore[misc]
-    """A request past Flask."""
-
-    complete = True
-
-    def execute(self) -> None:
-        send(self, self.channel.ready())
-
-
-def send(task: waitress.task.Task, answer: Reply) -> None:
-    """Send an answer at once: head and body apart would wake the client twice."""
-    text, status, headers = answer
-    data = text.encode()
-    task.status = f"{status} {http.HTTPStatus(status).phrase}"
-    task.response_headers.extend(headers.items())
-    task.content_length = len(data)
-    head = task.build_response_header()
-    task.wrote_header = True
-    task.channel.write_soon(head + data)
-
-
-class Quiet:
-    """What a Channel sees of its server: the Door looks for itself which requests are there, and the main loop is woken
-    only for what could not be sent at once, and to close."""
-
-    def __init__(self, server: Any, channel: Channel) -> None:
-        self.server = server
-        self.channel = weakref.ref(channel)  # which has this one: what it received is to go as soon as it goes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.server, name)
-
-    def add_task(self, channel: Channel) -> None:
-        """Nothing: see Channel.read and Channel.service."""
-
-    def pull_trigger(self) -> None:
-        channel = self.channel()
-        if channel and channel.writable():
-            self.server.pull_trigger()
-
-
-class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-    """A connection. The Door reads from it; what its client is slow to take, waitress' main loop sends."""
-
-    error_task_class = JsonErrorTask
-    parser_class = Parser
-
-    def __init__(self, server: Any, *arguments: Any, **options: Any) -> None:
-        self.http = server
-        self.ready: Later | None = None  # what answers the request that was read; none: Flask does
-        self.is_left = False  # no thread has it, and the Door does not watch it yet
-        super().__init__(Quiet(server, self), *arguments, **options)
-        server.door.watch(self)
-
-    @property
-    def task_class(self) -> type[waitress.task.Task]:
-        return ReadyTask if self.ready else waitress.task.WSGITask
-
-    def readable(self) -> bool:
-        return False
-
-    def check_client_disconnected(self) -> bool:
-        if not self.connected:
-            return True
-        try:
-            return len(self.socket.recv(1, socket.MSG_PEEK)) == 0
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    def read(self) -> bool:
-        """Read what has come.  :returns: whether there is a whole request now; else the Door goes on watching."""
-        if self.http.draining or self.writable():
-            return False
-        try:
-            data = self.socket.recv(READ_BYTES)
-        except BlockingIOError:
-            self._leave()
-            return False
-        except OSError:
-            data = b""
-        if not data:
-            self.end()
-            return False
-        self.last_activity = time.time()
-        self.received(data)
-        if self.requests:
-            return True
-        self._leave()
-        return False
-
-    def end(self) -> None:
-        """Have the main loop close it."""
-        self.will_close = True
-        self.http.pull_trigger()
-
-    def fail(self) -> None:
-        """End it, for the error at hand: a defect costs one client its connection, not the others their answers."""
-        logger.exception("request failed", extra={"event": "request_failed"})
-        self.end()
-
-    def answer(self, known: Reply) -> None:
-        """Answer the first request; as a task, if more wait behind it: the client may have to read some first."""
-        self.ready = lambda: known
-        if len(self.requests) > 1:
-            self.http.add_task(self)
-        else:
-            self.service()
-
-    def service(self) -> None:
-        """Answer the first request that was read."""
-        super().service()
-        self.ready = None
-        if self.requests:
-            self.http.add_task(self)
-        else:
-            self._leave()
-
-    def handle_write(self) -> None:
-        super().handle_write()
-        self._be_watched()
-
-    def _leave(self) -> None:
-        self.is_left = True
-        self._be_watched()
-
-    def _be_watched(self) -> None:
-        """Have the Door watch for more, unless something must be sent first: then the main loop comes here again."""
-        with self.outbuf_lock:  # it must not be closed meanwhile, and its number be another's
-            if self.is_left and self.connected and not self.writable() and not self.http.draining:
-                self.is_left = False
-                self.http.door.watch(self)
-
-    def handle_close(self) -> None:
-        """Close it. Only the main loop does: it may be going through the list of all, and others must not be at it."""
-        if threading.get_ident() != self.http.keeper:
-            self.end()
-            return
-        with self.outbuf_lock:
-            self.http.door.forget(self)
-            if self.request:  # came in part; what is large of it is in a file
-                self.request.close()
-            super().handle_close()
-
-
-class Poll:
-    """What the Door needs of Linux's epoll, for platforms that have none."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[int, int] = {}
-        self.lock = threading.Lock()
-        self.bell = socket.socketpair()  # rung when the numbers change
-        for end in self.bell:
-            end.setblocking(False)
-
-    def register(self, number: int, events: int) -> None:
-        with self.lock:
-            self.numbers[number] = events
-        with suppress(BlockingIOError):  # it rings already
-            self.bell[1].send(b".")
-
-    modify = register
-
-    def poll(self) -> list[tuple[int, int]]:
-        while True:
-            poll = select.poll()
-            poll.register(self.bell[0], select.POLLIN)
-            for number in list(self.numbers):
-                poll.register(number, select.POLLIN)
-            events = dict(poll.poll())
-            if events.pop(self.bell[0].fileno(), None):
-                with suppress(BlockingIOError):  # another thread was faster
-                    self.bell[0].recv(READ_BYTES)
-            with self.lock:
-                ready = [(number, event) for number, event in events.items() if number in self.numbers]
-                for number, _ in ready:
-                    if self.numbers[number] & ONE_SHOT:
-                        del self.numbers[number]
-            if ready:
-                return ready
-
-    def close(self) -> None:
-        for end in self.bell:
-            end.close()
-
-
-class Door:
-    """Where requests come in.
-
-    Two threads watch the connections. One that sees something goes to work on it, and the other stays; then it comes
-    back, or goes to the threads that wait for tasks if two are here already. So a single client is answered without a
-    change of threads, and many without the main loop.
-
-    Small writes (see `writes`) that come while others are being committed go together in the next transaction. With 32
-    clients PostgreSQL spends less than half on each, and this process, which has one core, a third less.
-    """
-
-    WATCHERS = 2
-    LANES = 2  # transactions of small writes under way at once: with one, 8 clients are a tenth slower, and 32 as fast
-    PATIENCE_SECONDS = 0.005  # for a lane, then without one: where commits take long, more of them at once are faster
-
-    def __init__(self, http: Any, entrance: Entrance) -> None:
-        self.http = http
-        self.entrance = entrance
-        self.poll = select.epoll() if hasattr(select, "epoll") else Poll()
-        self.end = socket.socketpair()
-        self.poll.register(self.end[0].fileno(), select.POLLIN)
-        self.watched: dict[int, Channel] = {}  # by file number: who takes a channel out of here may work on it
-        self.watching = 0  # threads
-        self.lanes = threading.Semaphore(self.LANES)
-        self.waiting: list[tuple[Channel, Writes]] = []  # for a lane
-        self.is_next = False  # a thread waits for a lane, and will take them all
-        self.lock = threading.Lock()
-
-    def watch(self, channel: Channel) -> None:
-        """See to the next request of a connection."""
-        number = channel.socket.fileno()
-        self.watched[number] = channel
-        try:
-            self.poll.modify(number, select.POLLIN | ONE_SHOT)
-        except FileNotFoundError:
-            self.poll.register(number, select.POLLIN | ONE_SHOT)
-
-    def forget(self, channel: Channel) -> None:
-        """A connection is about to be closed."""
-        if channel.connected and self.watched.get(number := channel.socket.fileno()) is channel:
-            self.watched.pop(number, None)
-
-    def close(self) -> None:
-        """Send the threads away: nothing is read any more."""
-        self.http.draining = True
-        self.end[1].send(b".")  # and stays: all threads are to see it
-
-    def free(self) -> None:
-        """After the last thread has left."""
-        self.poll.close()
-        for end in self.end:
-            end.close()
-
-    def service(self) -> None:
-        """A thread's time here."""
-        while not self.http.draining:
-            with self.lock:
-                if self.watching == self.WATCHERS:
-                    return
-                self.watching += 1
-            events = self.poll.poll()
-            with self.lock:
-                self.watching -= 1
-                if not self.watching and not self.http.draining:
-                    self.http.add_task(self)
-            # Not by way of a name, which would keep the last one alive while this polls.
-            self._work(list(filter(None, [self.watched.pop(number, None) for number, _ in events])))
-
-    def cancel(self) -> None:
-        """Asked of every task that is left when the threads have ended."""
-
-    def _work(self, channels: list[Channel]) -> None:
-        small: list[tuple[Channel, Writes]] = []
-        others: list[Channel] = []
-        for channel in channels:
-            try:
-                if not channel.read():
-                    continue
-                channel.ready, writes = self.entrance.offer(channel) or (None, None)
-            except Exception:
-                channel.fail()
-                continue
-            if writes:
-                small.append((channel, writes))
-            else:
-                others.append(channel)
-        mine = others.pop() if others and not small else None
-        for channel in others:
-            self.http.add_task(channel)
-        if small:
-            self._write(small)
-        elif mine:
-            mine.service()
-
-    def _write(self, small: list[tuple[Channel, Writes]]) -> None:
-        """Write these, and what others bring until there is a lane, and answer them."""
-        with self.lock:
-            self.waiting += small
-            if self.is_next:
-                return
-            self.is_next = True
-        has_lane = self.lanes.acquire(timeout=self.PATIENCE_SECONDS)
-        try:
-            with self.lock:
-                small, self.waiting, self.is_next = self.waiting, [], False
-            answers = self._commit([writes for _, writes in small])
-        finally:
-            if has_lane:
-                self.lanes.release()
-        for (channel, _), answer in zip(small, answers, strict=True):
-            try:
-                if answer:
-                    channel.answer(answer)
-                else:
-                    self.http.add_task(channel)
-            except Exception:
-                channel.fail()
-
-    def _commit(self, requests: list[Writes]) -> Sequence[Reply | None]:
-        """The answers; None for requests that are to go alone: one waits for a lock, cannot be written, or is answered
-        with a lot."""
-        try:
-            return commit(self.entrance.server, requests, patient=False)
-        except Exception as error:
-            # Where nobody knows whether they were written, their clients are to send them again.
-            known = isinstance(error, psycopg.Error) and not is_away(error)
-            return [None if known else answer_to(error)] * len(requests)
-
-
-# ------------------------------------------------------------------------------
 # Wiring: builds the rooms above in order and serves them.
 # ------------------------------------------------------------------------------
-MOST_FILES = 10_240  # more, macOS may refuse
-OTHER_FILES = 256    # beside connections and the pool: webhooks under way, large bodies, what Python opens
+OTHER_FILES = 256   # beside connections and the pool: webhooks under way, large bodies, what Python opens
 DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
 UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before they are refused, so that the client,
                     # still sending, gets to see the answer; above, the connection is closed on it
@@ -2723,8 +2378,7 @@ class Server:
         self.stopping = threading.Event()
         self.failure: Exception | None = None
         self.listener = listener or listen(config)
-        self._http: Any = None
-        self._http_lock = threading.RLock()  # reentrant: a signal may call stop while _drain holds it
+        self._http: HttpServer | None = None
 
     @property
     def url(self) -> str:
@@ -2753,20 +2407,9 @@ class Server:
 
         :raises SchemaBehind: see prepare.
         """
-        entrance = Entrance(self)
-        self._http = waitress.server.create_server(
-            entrance, sockets=[self.listener], threads=self.config.threads + Door.WATCHERS, ident=None,
-            connection_limit=make_room_for_connections(OTHER_FILES + self.config.pool),
-            max_request_body_size=self.config.max_body * UPLOAD_SLACK, channel_timeout=120,
-            asyncore_use_poll=True, clear_untrusted_proxy_headers=True)
-        self._http.channel_class = Channel
-        self._http.keeper = threading.get_ident()  # the thread of the main loop
-        self._http.draining = False
-        door = self._http.door = Door(self._http, entrance)
-        dispatcher = self._http.task_dispatcher
-        # Threads that were started for those that wait stay: the next wait comes soon.
-        self.watcher.make_room = lambda waiting: dispatcher.set_thread_count(
-            max(self.config.threads + Door.WATCHERS + waiting, len(dispatcher.threads)))
+        self._http = HttpServer(Entrance(self), self.listener, self.config.threads, self.config.max_body * UPLOAD_SLACK,
+                                OTHER_FILES + self.config.pool)
+        self.watcher.make_room = self._http.make_room
         loops = [
             ("watcher", self._when_prepared(self.watcher.tick), self._rest(
                 lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.poked)),
@@ -2778,16 +2421,16 @@ class Server:
             job, tick, rest, self.stopping, self._tick_failed)) for job, tick, rest in loops]
         for thread in threads:
             thread.start()
-        self._http.add_task(door)
         try:
-            while not self.stopping.is_set():
-                self._http.asyncore.loop(timeout=1, use_poll=True, map=self._http._map, count=1)
+            self._http.serve(self.stopping)
         finally:
             self.stop()
-            self._drain()
+            self._http.drain()
+            self.watcher.stop()
+            self.sender.poked.set()
+            self._http.close(DRAIN_SECONDS)
             for thread in threads:
                 thread.join()
-            door.free()
             self.sender.pool.shutdown()
             self.database.pool.close()
         if self.failure:
@@ -2797,27 +2440,8 @@ class Server:
         """Make `serve` return soon. Safe in a signal handler."""
         self.stopping.set()
         self.watcher.stopping = True
-        with self._http_lock:
-            if self._http:
-                self._http.pull_trigger()
-
-    def _drain(self) -> None:
-        """Take no more connections nor requests, wake those who wait, and let what is under way finish and be sent."""
-        self._http.door.close()
-        self._http.del_channel()  # out of the loop first: it takes a closed listener for the end of everything
-        self.listener.close()
-        self.watcher.stop()
-        self.sender.poked.set()
-        deadline = time.monotonic() + DRAIN_SECONDS
-        channels = self._http.active_channels
-        while time.monotonic() < deadline and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
-            self._http.asyncore.loop(timeout=0.1, use_poll=True, map=self._http._map, count=1)
-        self._http.task_dispatcher.shutdown(timeout=1)
-        for channel in list(channels.values()):  # idle ones, whose clients keep them open
-            channel.handle_close()
-        with self._http_lock:
-            http, self._http = self._http, None  # a later stop must not write to a closed trigger
-        http.close()
+        if self._http:
+            self._http.wake()
 
     def _when_prepared(self, tick: Callable[[], int]) -> Callable[[], int]:
         return lambda: tick() if self.prepared.is_set() else 0
@@ -2846,20 +2470,6 @@ class Server:
             self.stop()
         elif isinstance(error, psycopg.OperationalError) and threading.current_thread().name.endswith("reconciler"):
             self.reconciler.failed(error)
-
-
-def make_room_for_connections(others: int) -> int:
-    """Raise the limit on this process's open files to what it may be.  :returns: how many connections it then has room
-    for beside `others`; further clients wait until one leaves. To take in a client beyond the limit would fail, again
-    and again."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < MOST_FILES:
-        wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
-        with suppress(ValueError, OSError):  # the system allows less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    files = MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, MOST_FILES)
-    return max(files - others, files // 2)
 
 
 def listen(config: Config) -> socket.socket:

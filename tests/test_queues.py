@@ -419,7 +419,7 @@ def test_where_the_machine_gives_no_more_threads_fewer_wait_and_requests_are_ans
     def none_left(*arguments):
         raise RuntimeError("can't start new thread")
 
-    server._http.task_dispatcher.start_new_thread = none_left
+    server._http.waitress.task_dispatcher.start_new_thread = none_left
     for _ in range(8):  # as many as would take all the threads that there are
         answer = api.post("/queues/claim", {"queues": ["default"], "waitMs": 25_000})
         assert (answer["runs"], answer.headers["retry-after"]) == ([], "1")

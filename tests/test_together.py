@@ -22,6 +22,7 @@ import psycopg
 import pytest
 from conftest import Answer, Api, LocalServer, eventually, refused, together
 
+import connections
 import tidebase
 
 
@@ -220,7 +221,7 @@ def test_who_does_not_read_a_large_answer_holds_up_nobody_in_the_same_transactio
     greedy, *runs = [held(api) for _ in range(4)]
     record(api, greedy, output="x" * 3_000_000)["step"]
     door = server._http.door
-    monkeypatch.setattr(server._http.adj, "outbuf_high_watermark", 1000)
+    monkeypatch.setattr(server._http.waitress.adj, "outbuf_high_watermark", 1000)
     with connected(api) as connection:
         again = request(f"/runs/{greedy}/steps/begin", {"inputHash": "h", "leaseOwner": "a", "name": "s"})
 
@@ -236,15 +237,15 @@ def test_who_does_not_read_a_large_answer_holds_up_nobody_in_the_same_transactio
 
 def test_one_that_cannot_be_answered_costs_the_others_nothing(
         api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, answer, unlucky = [held(api) for _ in range(4)], tidebase.Channel.answer, []
+    runs, answer, unlucky = [held(api) for _ in range(4)], connections.Channel.answer, []
 
-    def fail(channel: tidebase.Channel, known: Any) -> None:
+    def fail(channel: connections.Channel, known: Any) -> None:
         if not unlucky:
             unlucky.append(channel)
             raise AttributeError("its socket is closed")
         answer(channel, known)
 
-    monkeypatch.setattr(tidebase.Channel, "answer", fail)
+    monkeypatch.setattr(connections.Channel, "answer", fail)
 
     def ask(run: str) -> Answer | None:
         try:
@@ -347,7 +348,7 @@ def test_a_request_that_comes_in_pieces_is_one_request(api: Api, size: int) -> N
 
 
 def test_a_client_that_is_slow_to_read_is_answered_in_full_and_goes_on(api: Api, server: LocalServer) -> None:
-    run, channels = held(api), server._http.active_channels
+    run, channels = held(api), server._http.waitress.active_channels
     record(api, run, output="x" * 3_000_000)["step"]
     again = request(f"/runs/{run}/steps/begin", {"inputHash": "h", "leaseOwner": "a", "name": "s"})
     with connected(api) as connection:
@@ -362,12 +363,12 @@ def test_a_client_that_is_slow_to_read_is_answered_in_full_and_goes_on(api: Api,
 
 def test_a_client_that_hangs_up_in_the_middle_leaves_nothing_behind(api: Api, server: LocalServer) -> None:
     run = held(api)
-    before = len(server._http.active_channels)
+    before = len(server._http.waitress.active_channels)
     for cut in (10, 60, 120):
         with connected(api) as connection:
             connection.sendall(request(f"/runs/{run}/steps", {
                 "inputHash": "h", "leaseOwner": "a", "name": "s", "output": "x" * 200})[:cut])
-    eventually(lambda: len(server._http.active_channels) <= before)
+    eventually(lambda: len(server._http.waitress.active_channels) <= before)
     assert api.detail(run)["steps"] == []
 
 
@@ -380,43 +381,65 @@ def test_a_connection_that_ends_leaves_nothing_behind_for_the_collector(
     try:
         with connected(other) as connection:
             connection.sendall(half)
-            eventually(lambda: server._http.active_channels)
-            [gone] = map(weakref.ref, server._http.active_channels.values())
+            eventually(lambda: server._http.waitress.active_channels)
+            [gone] = map(weakref.ref, server._http.waitress.active_channels.values())
         eventually(lambda: gone() is None)
 
         with connected(other) as connection:
             connection.sendall(half)
-            eventually(lambda: server._http.active_channels)
-            [idle] = map(weakref.ref, server._http.active_channels.values())
-            server._http.adj.channel_timeout, server._http.next_channel_cleanup = -1, 0
-            server._http.pull_trigger()
+            eventually(lambda: server._http.waitress.active_channels)
+            [idle] = map(weakref.ref, server._http.waitress.active_channels.values())
+            server._http.waitress.adj.channel_timeout, server._http.waitress.next_channel_cleanup = -1, 0
+            server._http.wake()
             eventually(lambda: idle() is None)
         assert not server._http.door.watched
     finally:
         gc.enable()
 
 
+def test_a_connection_may_be_closed_while_a_thread_reads_from_it(
+        start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    server = start_server()
+    received, read = connections.Parser.received, []
+
+    def wait(parser: connections.Parser, data: bytes) -> int:
+        if not read and parser.body_rcv and len(parser.body_rcv):  # the second part of a body
+            [channel] = server._http.waitress.active_channels.values()
+            server._http.waitress.adj.channel_timeout, server._http.waitress.next_channel_cleanup = -1, 0
+            server._http.wake()
+            eventually(lambda: not channel.connected)
+            read.append(channel)
+        return int(received(parser, data))
+
+    monkeypatch.setattr(connections.Parser, "received", wait)
+    with connected(Api(server.url, server)) as connection:
+        connection.sendall(request("/runs/x/steps", {"output": "x" * 1_000_000})[:600_000])
+        eventually(lambda: read and not read[0].request)
+    assert not caplog.records
+
+
 def test_only_the_main_loop_closes_connections(
         start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a number could be another connection's before it is taken out of all lists."""
     server = start_server()
-    closed, received, forget = [], tidebase.Channel.received, tidebase.Channel.del_channel
+    closed, received, forget = [], connections.Channel.received, connections.Channel.del_channel
 
-    def wait(channel: tidebase.Channel, data: bytes) -> bool:
+    def wait(channel: connections.Channel, data: bytes) -> bool:
         eventually(channel.check_client_disconnected)
         return bool(received(channel, data))
 
-    def note(channel: tidebase.Channel, *arguments: Any) -> None:
+    def note(channel: connections.Channel, *arguments: Any) -> None:
         closed.append(threading.current_thread())
         forget(channel, *arguments)
 
-    monkeypatch.setattr(tidebase.Channel, "received", wait)
-    monkeypatch.setattr(tidebase.Channel, "del_channel", note)
+    monkeypatch.setattr(connections.Channel, "received", wait)
+    monkeypatch.setattr(connections.Channel, "del_channel", note)
     with connected(Api(server.url, server)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it ends with a reset
         connection.sendall(b"POST /steps HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 50\r\n\r\n")
     eventually(lambda: closed)
-    eventually(lambda: not server._http.active_channels)
+    eventually(lambda: not server._http.waitress.active_channels)
     assert set(closed) == {server.thread}
 
 
@@ -456,4 +479,4 @@ def test_a_platform_without_epoll_serves_the_same(
     with together(*[lambda run=run: work(run) for run in runs]) as outputs:
         pass
     assert outputs == [list(range(10))] * len(runs)
-    eventually(lambda: not server._http.active_channels)
+    eventually(lambda: not server._http.waitress.active_channels)
