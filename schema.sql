@@ -705,18 +705,20 @@ end $$;
 
 -- Inserts a run without a queue, its channels and its event run.created, to which p_extras adds keys.
 -- Answers  null when the id is taken.
+drop function if exists tidebase._create_run (text, text, json, jsonb, text, jsonb, bigint, json);
 create or replace function tidebase._create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
                                                  p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
-                                                 p_extras json) returns tidebase.runs language plpgsql as $$
+                                                 p_extras json, p_parent_id text default null)
+  returns tidebase.runs language plpgsql as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_run   tidebase.runs;
   v_event json;
 begin
   insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, deadline_at, has_channels,
-                             event_seq, created_at, updated_at)
+                             parent_run_id, event_seq, created_at, updated_at)
   values (coalesce(p_id, tidebase._new_id('run')), p_workflow_name, p_input, p_metadata, 'pending', p_recovery_webhook,
-          v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', 1, v_now, v_now)
+          v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
   on conflict (id) do nothing returning * into v_run;
   if found then
     v_event := json_build_object('workflowName', p_workflow_name, 'input', p_input,
@@ -1419,43 +1421,46 @@ begin
 end $$;
 
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
+-- p_child: {name, workflowName, metadata, channels, edgeType, edgeMetadata, maxAttempts, priority, ~id,
+-- ~recoveryWebhook, ~queue}.
 -- Needs    the parent (TB404), not cancelled (TB409 run_cancelled); an existing child of the name of the same workflow
 --          (TB409 edge_conflict).
 -- Leaves   the child pending, or queued with a p_queue, its metadata with parentRunId and parentEdgeName, events
 --          run.created on it and run.child.created on the parent.    Returns  {"run", "edge", "created"}.
-create or replace function tidebase.create_child (p_parent_id text, p_name text, p_id text, p_workflow_name text,
-                                                  p_input json, p_metadata jsonb, p_recovery_webhook text,
-                                                  p_channels jsonb, p_edge_type text, p_edge_metadata jsonb,
-                                                  p_queue text, p_max_attempts integer, p_priority integer)
+drop function if exists tidebase.create_child (text, text, text, text, json, jsonb, text, jsonb, text, jsonb, text,
+                                               integer, integer);
+create or replace function tidebase.create_child (p_parent_id text, p_child jsonb, p_input json)
   returns json language plpgsql as $$
 declare
   v_parent tidebase.runs := tidebase._lock_run(p_parent_id);
+  v_name   text := p_child->>'name';
   v_run    tidebase.runs;
   v_edge   tidebase.run_edges;
 begin
-  select * into v_edge from tidebase.run_edges where parent_run_id = p_parent_id and name = p_name;
+  select * into v_edge from tidebase.run_edges where parent_run_id = p_parent_id and name = v_name;
   if found then
     select * into v_run from tidebase.runs where id = v_edge.child_run_id;
-    if v_run.workflow_name <> p_workflow_name then
-      perform tidebase._refuse(409, 'edge_conflict', format('child %s is of workflow %s', p_name, v_run.workflow_name));
+    if v_run.workflow_name <> p_child->>'workflowName' then
+      perform tidebase._refuse(409, 'edge_conflict', format('child %s is of workflow %s', v_name, v_run.workflow_name));
     end if;
     return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', false);
   elsif v_parent.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_parent);
   end if;
   v_run := tidebase._create_run(
-    p_id, p_workflow_name, p_input,
-    p_metadata || jsonb_build_object('parentRunId', p_parent_id, 'parentEdgeName', p_name), p_recovery_webhook,
-    p_channels, null, json_build_object('parentRunId', p_parent_id, 'edgeName', p_name));
+    p_child->>'id', p_child->>'workflowName', p_input,
+    p_child->'metadata' || jsonb_build_object('parentRunId', p_parent_id, 'parentEdgeName', v_name),
+    p_child->>'recoveryWebhook', p_child->'channels', null,
+    json_build_object('parentRunId', p_parent_id, 'edgeName', v_name), p_parent_id);
   if v_run.id is null then
-    perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_id));
+    perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_child->>'id'));
   end if;
-  update tidebase.runs set parent_run_id = p_parent_id where id = v_run.id returning * into v_run;
-  if p_queue is not null then
-    v_run := tidebase._put_on_queue(v_run, p_queue, p_max_attempts, p_priority);
+  if p_child->>'queue' is not null then
+    v_run := tidebase._put_on_queue(v_run, p_child->>'queue', (p_child->>'maxAttempts')::integer,
+                                    (p_child->>'priority')::integer);
   end if;
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
-  values (tidebase._new_id('edge'), p_parent_id, v_run.id, p_name, p_edge_type, p_edge_metadata)
+  values (tidebase._new_id('edge'), p_parent_id, v_run.id, v_name, p_child->>'edgeType', p_child->'edgeMetadata')
   returning * into v_edge;
   perform tidebase._record(v_parent, null, 'run.child.created', json_build_object(
             'childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
@@ -2161,8 +2166,8 @@ $$;
 -- Many writes in one transaction: what workers have ready at the same time, for one commit.
 -- ------------------------------------------------------------------------------
 
--- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: a step's or
--- a job's input; a step's output or a run's result; a step's error.
+-- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: the input of
+-- a step or a new run; a step's output or a run's result; a step's error.
 -- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
 -- Returns  the verb's answer and HTTP status.
 drop function if exists tidebase.try_one (jsonb, json, json, json);
@@ -2193,6 +2198,8 @@ begin
                                     (p_write->>'brief')::boolean);
     when 'enqueue_run' then
       body := tidebase.enqueue_run(p_write->>'queue', p_write, p_input);
+    when 'create_child' then
+      body := tidebase.create_child(p_write->>'runId', p_write, p_input);
   end case;
 end $$;
 

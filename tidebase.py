@@ -928,7 +928,12 @@ class EnqueueWrite(EnqueueBody):
     queue = Name(required=True)
 
 
-class AnyWrite(RecordWrite, BeginStepWrite, CompleteStepWrite, CompleteRunWrite, EnqueueWrite):
+class ChildWrite(ChildBody):
+    do = Verb("create_child")
+    run_id = Name(data_key="runId", required=True)
+
+
+class AnyWrite(RecordWrite, BeginStepWrite, CompleteStepWrite, CompleteRunWrite, EnqueueWrite, ChildWrite):
     """Any of them, to read it before it is known which."""
 
 
@@ -936,7 +941,7 @@ class WritesBody(Body):
     """POST /writes"""
 
     writes = fields.List(
-        OneOf(AnyWrite, RecordWrite, BeginStepWrite, CompleteStepWrite, CompleteRunWrite, EnqueueWrite),
+        OneOf(AnyWrite, RecordWrite, BeginStepWrite, CompleteStepWrite, CompleteRunWrite, EnqueueWrite, ChildWrite),
         required=True, validate=validate.Length(1, MAX_WRITES))
 
 
@@ -1954,38 +1959,41 @@ def fork_run(run_id: str) -> Reply:
     return call("fork_run", run_id, body["id"], body["from_step"], body["input"])
 
 
-@routes.post("/runs/<part:run_id>/children")
-def create_child(run_id: str) -> Reply:
+@writes("/runs/<part:run_id>/children")
+def create_child(run_id: str) -> Writes:
     """A run for a part of its work, one per name.  200 {run, edge:runEdge, created}, 404, 409 run_cancelled,
     edge_conflict, run_id_conflict."""
-    body = parse(ChildBody)
-    return call("create_child", run_id, body["name"], body["id"], body["workflow_name"], body["input"],
-                body["metadata"], body["recovery_webhook"], channels_of(body), body["edge_type"], body["edge_metadata"],
-                body["queue"], body["max_attempts"], body["priority"])
+    return Writes([write_of("create_child", parse(ChildBody), run_id=run_id)])
 
 
 # --- steps
 
 
 # What a write says beside its payloads: the member of the body, and its name for write_each.
-SAID = {"run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name", "input_hash": "inputHash",
-        "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
-        "duration_ms": "durationMs", "brief": "brief"}
+SAID = {  # what is told of a write beside its payloads
+    "id": "id", "run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name",
+    "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
+    "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",
+    "queue": "queue", "workflow_name": "workflowName", "metadata": "metadata", "recovery_webhook": "recoveryWebhook",
+    "channels": "channels", "dedupe_key": "dedupeKey", "delay_ms": "delayMs", "run_at": "runAt",
+    "max_attempts": "maxAttempts", "priority": "priority", "deadline_ms": "deadlineMs", "edge_type": "edgeType",
+    "edge_metadata": "edgeMetadata"}
+
+
+def said_of(body: dict[str, Any], **extras: Any) -> str:
+    """The JSON of what a checked body says, all but its payloads."""
+    said = {name: body[member] for member, name in SAID.items() if body.get(member) is not None} | extras
+    return compose({name: value.isoformat() if isinstance(value, datetime) else value for name, value in said.items()})
 
 
 def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
     """The write that a checked body, and parts of the path, ask for."""
     body |= parts
-    if verb == "enqueue_run":
-        said = job_of(body, do=verb, queue=body["queue"])
-    else:
-        says = {"do": verb} | {name: body[member] for member, name in SAID.items() if member in body}
-        if verb == "begin_step":
-            says |= {"leaseMs": core().config.lease_ms, "leaseOwner": body["lease_owner"] or new_owner()}
-        elif body.get("started_at"):
-            says["startedAt"] = body["started_at"].isoformat()
-        said = compose(says)
-    return Write(said, body.get("input"), body.get("result" if verb == "complete_run" else "output"), body.get("error"))
+    extras: dict[str, Any] = {"do": verb}
+    if verb == "begin_step":
+        extras |= {"leaseMs": core().config.lease_ms, "leaseOwner": body["lease_owner"] or new_owner()}
+    return Write(said_of(body, **extras), body.get("input"),
+                 body.get("result" if verb == "complete_run" else "output"), body.get("error"))
 
 
 @writes("/runs/<part:run_id>/steps/begin")
@@ -2242,16 +2250,6 @@ LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
 # --- queues and schedules
 
 
-def job_of(body: dict[str, Any], **extras: str) -> str:
-    """The JSON of a job as enqueue_run takes it: all but the input."""
-    return compose({
-        **extras,
-        "id": body["id"], "workflowName": body["workflow_name"], "metadata": body["metadata"],
-        "recoveryWebhook": body["recovery_webhook"], "channels": body["channels"], "dedupeKey": body["dedupe_key"],
-        "delayMs": body["delay_ms"], "runAt": body["run_at"] and body["run_at"].isoformat(),
-        "maxAttempts": body["max_attempts"], "priority": body["priority"], "deadlineMs": body["deadline_ms"]})
-
-
 @writes("/queues/<part:queue>/enqueue")
 def enqueue(queue: str) -> Writes | Later:
     """Put a run on a queue, or many.  200 {run, deduplicated} or {runs: [enqueuedRun]}, 409 run_id_conflict."""
@@ -2260,17 +2258,17 @@ def enqueue(queue: str) -> Writes | Later:
     members = read_body(received(), schema_of(EnqueueAnyBody))
     if "runs" in members:
         jobs = check(EnqueueManyBody, members)["runs"]
-        return functools.partial(call, "enqueue_runs", queue, "[" + ", ".join(map(job_of, jobs)) + "]",
+        return functools.partial(call, "enqueue_runs", queue, "[" + ", ".join(map(said_of, jobs)) + "]",
                                  JsonArray(job["input"] for job in jobs))
     return Writes([write_of("enqueue_run", check(EnqueueBody, members), queue=queue)])
 
 
 @writes("/writes")
 def write() -> Writes:
-    """Many writes in one commit: finished steps, begins and outputs of others, results, new runs. Each is answered as
-    if it had come alone, and none touches another.
+    """Many writes in one commit: finished steps, begins and outputs of others, results, new runs, children. Each is
+    answered as if it had come alone, and none touches another.
     200 {results: [{action, ~step, ~output, ~leaseOwner, ~run, ~expectedInputHash, ~actualInputHash} or {step}
-    or {step:briefStep} or {run, ~deduplicated} or {run:briefRun} or refusal]}."""
+    or {step:briefStep} or {run, ~deduplicated} or {run, edge:runEdge, created} or {run:briefRun} or refusal]}."""
     return Writes([write_of(body.pop("do"), body) for body in parse(WritesBody)["writes"]], many=True)
 
 

@@ -62,7 +62,7 @@ import traceback
 import types
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, Union, cast, overload
@@ -109,6 +109,7 @@ LANES = 2  # requests with writes of many under way at once: while Postgres comm
 BATCH_WRITES, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
 HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and what is read at once
 FANOUT = 16  # children that run at once in one process
+CHILDREN_AT_ONCE = 100  # are created in one transaction, for whose end all other writes of their parent wait
 STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
 MESSAGE_CHARS = 2_000  # of an exception's words
 
@@ -460,6 +461,18 @@ def _splice(fields: Json, **encoded: bytes) -> bytes:
     """The JSON of an object of `fields`, at least one, and of members that are JSON text already."""
     members = b"".join(b',"%s":%s' % (key.encode(), text) for key, text in encoded.items())
     return _encode(fields, "a request's body")[:-1] + members + b"}"
+
+
+def _batches(texts: Iterable[bytes], most: int) -> Iterator[list[bytes]]:
+    """All of these, at most so many at once, and no more than BATCH_BYTES unless a single one is larger."""
+    batch: list[bytes] = []
+    for text in texts:
+        if batch and (len(batch) == most or sum(map(len, batch)) + len(text) > BATCH_BYTES):
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -1281,7 +1294,10 @@ class Run(Surface[M]):
         when the child failed for good, also in a replay, until `tide.runs.retry` puts it back; RunCancelled.
         """
         arguments = locals()
-        fn, run = yield from Run._open_child(**arguments)
+        self._held.boundary()
+        fn, body = Run._describe_child(**arguments)
+        path = _path("runs", self.run_id, "children")
+        run = (yield from self._client._request("POST", path, body, held=self._held))["run"]
         if queue is not None:
             (outcome,) = yield from self._join_children({name: run})
             if isinstance(outcome, Exception):
@@ -1293,19 +1309,16 @@ class Run(Surface[M]):
         finally:
             self._children.discard(name)
 
-    def _open_child(self, name: str, workflow: str | Callable[..., Any], *, workflow_name: str | None = None,
-                    queue: str | None = None, input: Any = None, metadata: Json | None = None,
-                    recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
-                    edge_type: str | None = None, edge_metadata: Json | None = None,
-                    max_attempts: int | None = None, priority: int | None = None) -> Op[tuple[Any, Json]]:
-        """Create a child or find it: its function, if it is known here, and its run."""
+    def _describe_child(self, name: str, workflow: str | Callable[..., Any], *, workflow_name: str | None = None,
+                        queue: str | None = None, input: Any = None, metadata: Json | None = None,
+                        recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
+                        edge_type: str | None = None, edge_metadata: Json | None = None,
+                        max_attempts: int | None = None, priority: int | None = None) -> tuple[Any, Json]:
+        """A child's function, if it is known here, and what the server is told of it."""
         given = locals()
-        self._held.boundary()
         elsewhere = queue is not None and isinstance(workflow, str) and workflow not in self._client._workflows
         fn, known_as = (None, workflow) if elsewhere else self._client._registered(workflow)
-        body = _body(given, "workflow", workflow_name=workflow_name or known_as or name)
-        path = _path("runs", self.run_id, "children")
-        return fn, (yield from self._client._request("POST", path, body, held=self._held))["run"]
+        return fn, _body(given, "workflow", workflow_name=workflow_name or known_as or name)
 
     @op
     def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: bool = True,
@@ -1350,10 +1363,22 @@ class Run(Surface[M]):
     def _queue_children(self, children: Sequence[Mapping[str, Any]], queue: str) -> Op[list[Any]]:
         """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
         runs = (yield from self._child_runs()) if len(children) > 1 else {}
-        for child in children:
-            if child["name"] not in runs:
-                arguments = {**child, "queue": child.get("queue") or queue}
-                _, runs[child["name"]] = yield from self._open_child(**arguments)
+        missing = [child for child in children if child["name"] not in runs]
+        told = []
+        for child in missing:
+            arguments = {**child, "queue": child.get("queue") or queue}
+            body = {"do": "create_child", "runId": self.run_id, **self._describe_child(**arguments)[1]}
+            told.append(_encode(body, f"child {child['name']!r}"))
+        made: list[Json] = []
+        for batch in _batches(told, CHILDREN_AT_ONCE):
+            self._held.boundary()
+            data = b'{"writes":[%s]}' % b",".join(batch)
+            answer = yield from self._client._request("POST", "/writes", data, held=self._held)
+            for result in answer["results"]:
+                if "error" in result:
+                    raise _refusal(result["status"], result, "/writes")
+                made.append(result["run"])
+        runs.update((child["name"], run) for child, run in zip(missing, made))
         return (yield from self._join_children({child["name"]: runs[child["name"]] for child in children}))
 
     def _join_children(self, runs: dict[str, Json]) -> Op[list[Any]]:

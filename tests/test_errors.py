@@ -38,6 +38,8 @@ class Sent(NamedTuple):
 
 
 RUN = {"id": "name", "metadata": "object", "recoveryWebhook": "url", "channels": "channels", "deadlineMs": "whole"}
+CHILD = {**RUN, "name": "name", "workflowName": "name", "edgeType": "name", "edgeMetadata": "object", "queue": "name",
+         "maxAttempts": "whole", "priority": "whole"}
 JOB = {**RUN, "workflowName": "name", "dedupeKey": "name", "delayMs": "whole", "runAt": "time", "maxAttempts": "whole",
        "priority": "whole"}
 STEP = {"name": "name", "inputHash": "name", "options": "object", "leaseOwner": "name"}
@@ -61,9 +63,7 @@ BODIES = {
     "retry": Sent("POST", "/runs/x/retry", {}, {}),
     "recover": Sent("POST", "/runs/x/recover", {}, {"reason": "name"}),
     "fork": Sent("POST", "/runs/x/fork", {}, {"id": "name", "fromStep": "name"}),
-    "children": Sent("POST", "/runs/x/children", {"name": "c", "workflowName": "w"},
-                     {**RUN, "name": "name", "workflowName": "name", "edgeType": "name", "edgeMetadata": "object",
-                      "queue": "name", "maxAttempts": "whole", "priority": "whole"}),
+    "children": Sent("POST", "/runs/x/children", {"name": "c", "workflowName": "w"}, CHILD),
     "step begin": Sent("POST", "/runs/x/steps/begin", A_STEP, STEP),
     "step complete": Sent("POST", "/runs/x/steps/x/complete", OWNER, {"leaseOwner": "name"}),
     "step fail": Sent("POST", "/runs/x/steps/x/fail", {"error": 1, **OWNER}, {"leaseOwner": "name", **FAILURE}),
@@ -84,6 +84,8 @@ BODIES = {
                            lambda body: {"writes": [body]}),
     "write a job": Sent("POST", "/writes", {"do": "enqueue_run", "queue": "q", "workflowName": "w"},
                         {**JOB, "do": "choice", "queue": "name"}, lambda body: {"writes": [body]}),
+    "write a child": Sent("POST", "/writes", {"do": "create_child", "runId": "r", "name": "c", "workflowName": "w"},
+                          {**CHILD, "do": "choice", "runId": "name"}, lambda body: {"writes": [body]}),
     "gate begin": Sent("POST", "/runs/x/gates/begin", {"name": "g", "prompt": "?"},
                        {"name": "name", "prompt": "text", "channels": "channels", "timeoutMs": "whole"}),
     "gate resolve": Sent("POST", "/runs/x/gates/x/resolve", {"token": "t", "decision": "approved"},

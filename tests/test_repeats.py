@@ -138,6 +138,7 @@ REQUESTS: dict[str, Callable[[Api], Request]] = {
             {"do": "begin_step", "runId": begun(api)[6:], **RECORD},
             {"do": "complete_run", "runId": begun(api)[6:], "leaseOwner": "a", "result": {"n": 1.0}},
             {"do": "enqueue_run", "queue": "q", "workflowName": "w", "id": "r"},
+            {"do": "create_child", "runId": begun(api)[6:], "name": "c", "workflowName": "w", "queue": "q"},
             {"do": "complete_run", "runId": "nowhere"}]}),
     "ask a person": lambda api: ("POST", f"{begun(api)}/gates/begin", {"name": "g", "prompt": "?"}),
     "wait": lambda api: ("POST", f"{claimed(api)}/wait", {"leaseOwner": "a", "for": {"event": "e"}}),
@@ -180,6 +181,9 @@ def test_a_request_that_arrives_twice_counts_once(api: Api, what: str) -> None:
         for key, (at_first, then) in SAYS_SO.items():
             if key in answer and not (what == "enqueue with an id" and key == "deduplicated"):
                 assert (answer.pop(key), repeated.pop(key)) == (at_first, then)
+        for part, again in zip(answer.get("results", ()), repeated.get("results", ()), strict=True):
+            if "created" in part:
+                assert (part.pop("created"), again.pop("created")) == SAYS_SO["created"]
         assert repeated == answer
 
 

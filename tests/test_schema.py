@@ -366,9 +366,10 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
         {"id": RUNNING, "leaseOwner": "owner17"}]})["results"]),
     "a record of many": (1, lambda bill, api: api.post("/steps", {"records": [
         {"runId": RUNNING, "leaseOwner": "owner17", "name": "r", "inputHash": "h"}]})["results"]),
-    "writes of all kinds": (4, lambda bill, api: api.post("/writes", {"writes": [
+    "writes of all kinds": (5, lambda bill, api: api.post("/writes", {"writes": [
         {"do": "record_step", "runId": RUNNING, "leaseOwner": "owner17", "name": "r", "inputHash": "h"},
         {"do": "record_step", "runId": RUNNING, "leaseOwner": "owner17", "name": "s", "inputHash": "h"},
+        {"do": "create_child", "runId": RUNNING, "name": "c", "workflowName": "w", "queue": "queue1"},
         {"do": "complete_run", "runId": RUNNING, "leaseOwner": "owner17"},
         {"do": "enqueue_run", "queue": "queue1", "workflowName": "w", "dedupeKey": "key7"}]})["results"]),
     "a look for those who wait": (None, lambda bill, api: bill.later(0, "watch", ["queue1", "queue2"], 9, [RUNNING])),

@@ -431,7 +431,8 @@ def test_1000_children_are_joined_and_a_replay_asks_for_them_in_one_request(
     assert tide(lambda client: client.runs.wait(run_id, timeout_s=60)) == sum(n * n for n in range(1000))
     replay = paths[paths.index("entered", before):]
     assert len([path for path in replay if f"/runs/{run_id}" in path and "GET" in path]) == 1
-    assert [path for path in replay if path.endswith("/children")] == []
+    assert [path for path in replay if path.endswith(("/children", "/writes"))] == []
+    assert [path for path in paths[:before] if path.endswith(("/children", "/writes"))] == 10 * ["POST /writes"]
     assert sql("select status, attempt, count(*) from tidebase.runs group by 1, 2") == [("completed", 1, 1001)]
 
 

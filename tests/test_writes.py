@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Answer, Api, Clock, refused, together
+from conftest import Answer, Api, Clock, Receiver, refused, together
 
 STARTED = "2026-06-12T10:31:00.250Z"
 # What is never the same twice.
@@ -37,6 +37,10 @@ def completion(run: str, **body: Any) -> Any:
 
 def job(queue: str = "q", **body: Any) -> Any:
     return {"do": "enqueue_run", "queue": queue, "workflowName": "w", **body}
+
+
+def child(run: str, name: str = "c", workflow: str = "w", **body: Any) -> Any:
+    return {"do": "create_child", "runId": run, "name": name, "workflowName": workflow, **body}
 
 
 def held(api: Api, owner: str = "a") -> str:
@@ -79,6 +83,32 @@ def test_each_is_answered_in_its_place_as_if_it_had_come_alone(api: Api) -> None
     assert results[8]["run"]["id"] == results[9]["run"]["id"]
     assert results[10]["run"]["status"] == "cancelled"
     assert [api.run(run)["status"] for run in (first, second, third)] == ["completed", "running", "running"]
+
+
+def test_children_are_made_as_if_each_had_come_alone(api: Api, receiver: Receiver) -> None:
+    alone, among, cancelled = held(api), held(api), held(api)
+    api.post(f"/runs/{cancelled}/cancel")["run"]
+    body = {"input": {"b": 1.0, "a": "\0"}, "metadata": {"m": 1}, "queue": "q", "maxAttempts": 2, "priority": 5,
+            "edgeType": "part", "edgeMetadata": {"e": [1]}, "recoveryWebhook": "http://127.0.0.1:9/",
+            "channels": [{"type": "webhook", "url": receiver.url, "secret": "s", "events": ["run.completed"]}]}
+    answer = api.post(f"/runs/{alone}/children", {"name": "c", "workflowName": "w", **body}).json
+    results = writes(api, child(among, **body), child(cancelled), child(among, "d", id="r"), child("nowhere"),
+                     child(among), child(among, workflow="other"), child(among, "e", id="r"), job(id="j"))
+    assert codes(results) == [None, "run_cancelled", None, "not_found", None, "edge_conflict", "run_id_conflict", None]
+    assert [result.get("created") for result in results[:5:2]] == [True, True, False]
+    assert results[4]["run"]["id"] == results[0]["run"]["id"]
+    for told in (answer, results[0]):
+        assert told["run"]["metadata"].pop("parentRunId") == told["edge"].pop("parentRunId")
+        assert told["edge"].pop("childRunId") == told["run"]["id"]
+        told["run"].pop("runAt")
+    assert same(results[0]) == same(answer)
+    assert [run["id"] for run in api.detail(among)["childRuns"]] == [results[0]["run"]["id"], "r"]
+    assert api.event_types(among)[2:] == ["run.child.created"] * 2
+    assert api.event_types(results[0]["run"]["id"]) == ["run.created", "run.enqueued"]
+    [claimed] = api.claim("q", owner="b")
+    assert claimed["input"] == {"b": 1.0, "a": "\0"}
+    api.complete(claimed["id"], leaseOwner="b")["run"]
+    assert receiver.wait_for(1)[0]["type"] == "run.completed"
 
 
 @pytest.mark.parametrize("body", [
