@@ -809,7 +809,8 @@ end $$;
 -- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}.
 create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_owners text[])
   returns json language plpgsql
-  set enable_seqscan = off as $$  -- as claim_runs
+  set plan_cache_mode = force_generic_plan  -- both as claim_runs
+  set enable_seqscan = off as $$
 declare
   v_now timestamptz := tidebase.now();
 begin

@@ -1127,6 +1127,7 @@ class Database:
 # ------------------------------------------------------------------------------
 WATCH_SECONDS = 0.05   # how late a write of another process may be noticed
 WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many writes this process makes
+LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up while it waited: to look takes a system call
 
 
 class Waiter:
@@ -1156,6 +1157,7 @@ class Watcher:
         self.waiters: list[Waiter] = []
         self.lock = threading.Lock()
         self.poked = threading.Event()
+        self.look_at = 0.0  # the time to see again who is gone
         self.stopping = False
 
     def poke(self) -> None:
@@ -1219,8 +1221,11 @@ class Watcher:
             queues = sorted({queue for waiter in waiters for queue in waiter.queues})
             runs = sorted({waiter.run_id for waiter in waiters if waiter.run_id is not None})
             news = json.loads(self.database.call("watch", queues, len(waiters), runs)[0] or "{}")
+            looks = time.monotonic() >= self.look_at
+            if looks:
+                self.look_at = time.monotonic() + LOOK_SECONDS
             for waiter in waiters:
-                if waiter.is_gone():
+                if looks and waiter.is_gone():
                     waiter.woken.set()
                     continue
                 queue = next((name for name in waiter.queues if news["queues"][name] > 0), None)

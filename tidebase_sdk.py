@@ -490,7 +490,10 @@ def _copied(value: Any) -> Any:
 def _path(*parts: str, **query: Any) -> str:
     """A path whose parts are percent-encoded, `/` too, and a query without what is None."""
     asked = {_camel(key): value for key, value in query.items() if value is not None}
-    return "/" + "/".join(quote(part, safe="") for part in parts) + ("?" + urlencode(asked) if asked else "")
+    return "/" + "/".join(map(_quoted, parts)) + ("?" + urlencode(asked) if asked else "")
+
+
+_quoted = functools.lru_cache(1024)(functools.partial(quote, safe=""))  # a run's id comes again with each of its steps
 
 
 def _body(given: Mapping[str, Any] | None = None, *without: str, **fields: Any) -> Json:

@@ -94,6 +94,7 @@ class Results:
 
     def __init__(self):
         self.steps, self.request, self.resumes, self.errors = {}, {}, {}, {}
+        self.processes = None  # how many times as much two server processes do, where PostgreSQL is not asked
 
     def add(self, name, lines):
         for line in lines:
@@ -145,6 +146,7 @@ def targets(results):
         clients = max(filter(None, [results.rate(two, c), results.rate(f"{two}, 2 processes", c)]), default=None)
         yield f"separate clients ÷ pgbench, two writes, {c}", 0.6, over(clients, results.rate("pgbench, two writes", c))
     yield "two server processes ÷ one, 32", 1.5, over(results.rate(f"{one}, 2 processes", 32), results.rate(one, 32))
+    yield "the same where PostgreSQL is not asked", 1.5, results.processes
     spread = median(results.request.get((one, 32), ()))
     yield "p50 ÷ p99 of a request, 32 (a third)", 0.33, over(1, spread)
     ours = median(results.resumes.get("Tidebase", ()))
@@ -212,6 +214,10 @@ def main():
                     results.errors[f"{contender[0]}, resume"] = line["error"]
                 else:
                     results.resumes.setdefault(contender[0], []).append(line["resumeMilliseconds"])
+        if not args.only:
+            told = run([sys.executable, BENCH / "processes.py", "--json", "--postgres", server_url,
+                        "-d", args.seconds, "--rounds", args.rounds], 600 + 20 * args.seconds * args.rounds)
+            results.processes = next((line["ratio"] for line in told if line.get("request") == "refusals"), None)
         lines = report(results, versions_of(server_url), args)
     print("\n".join(lines))
     with open(BENCH / "RESULTS.md", "w") if args.write else nullcontext() as file:

@@ -226,11 +226,11 @@ def test_what_the_server_would_have_refused_is_refused_at_the_end_of_the_step(
     interfere, error = REFUSALS[case]
 
     def slow() -> None:
-        interfere(api, run_id)
         if announced:
             eventually(lambda: wire.paths("/steps/begin"))
 
     async def flow(run: Any, input: Any) -> None:
+        interfere(api, run_id)  # before the step, which might else be announced first
         await run.step("slow", slow)
 
     run_id = new_run_id()
@@ -241,11 +241,11 @@ def test_what_the_server_would_have_refused_is_refused_at_the_end_of_the_step(
 
 def test_a_step_that_another_owner_is_at_is_waited_for_once_that_is_known(tide: Any, api: Api, wire: Wire) -> None:
     def slow() -> str:
-        begun.append(other_begins(api, run_id))
         eventually(lambda: wire.paths("/steps/begin"))
         return "ours"
 
     async def flow(run: Any, input: Any) -> Any:
+        begun.append(other_begins(api, run_id))  # before the step, which might else be announced first
         return await run.step("slow", slow)
 
     begun: list[str] = []
