@@ -1959,11 +1959,14 @@ $$;
 
 -- Has batches of jobs that have dedupe keys go one after the other on each of these queues: two that name the same keys
 -- in different orders would wait for each other.
-create or replace function tidebase._lock_keys (p_queues text[], p_jobs jsonb) returns void language plpgsql as $$
+drop function if exists tidebase._lock_keys (text[], jsonb);
+create or replace function tidebase._lock_keys (p_jobs jsonb, p_queue text default null)
+  returns void language plpgsql as $$
 begin
   if jsonb_path_exists(p_jobs, '$[*].dedupeKey ? (@ != null)') then
     perform pg_advisory_xact_lock(hashtextextended('tidebase.enqueue.' || queue, 0))
-       from (select distinct queue from unnest(p_queues) as queue order by queue) as queues;
+       from (select distinct coalesce(p_queue, job->>'queue') as queue from jsonb_array_elements(p_jobs) as job
+              where job->>'dedupeKey' is not null order by queue) as queues;
   end if;
 end $$;
 
@@ -1972,7 +1975,7 @@ end $$;
 create or replace function tidebase.enqueue_runs (p_queue text, p_jobs jsonb, p_inputs json[])
   returns json language plpgsql set enable_seqscan = off as $$
 begin
-  perform tidebase._lock_keys(array[p_queue], p_jobs);
+  perform tidebase._lock_keys(p_jobs, p_queue);
   return (
     select json_build_object('runs', json_agg(tidebase._joined(
              tidebase._run_json(e.run), json_build_object('deduplicated', e.deduplicated)) order by n))
@@ -2219,10 +2222,8 @@ create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[],
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
 declare
-  v_runs     text[];
   v_bodies   json[];
   v_statuses integer[] := array_fill(200, array[jsonb_array_length(p_writes)]);
-  v_write    record;
   v_written  record;
   v_state    text;
   v_words    text;
@@ -2231,32 +2232,30 @@ begin
   if not p_patient then
     perform set_config('lock_timeout', '20ms', true);
   end if;
-  perform tidebase._lock_keys(array(select w->>'queue' from jsonb_array_elements(p_writes) as w
-                                     where w->>'dedupeKey' is not null), p_writes);
-  v_runs := array(select w->>'runId' from jsonb_array_elements(p_writes) as w
-                  union
-                  select r.parent_run_id from jsonb_array_elements(p_writes) as w
-                    join tidebase.runs r on r.id = w->>'runId' where w->>'do' = 'complete_run');
-  perform from tidebase.runs where id = any (v_runs) order by id for no key update;
+  perform tidebase._lock_keys(p_writes);
+  perform from tidebase.runs
+    where id = any (array(select w->>'runId' from jsonb_array_elements(p_writes) as w
+                          union
+                          select r.parent_run_id from jsonb_array_elements(p_writes) as w
+                            join tidebase.runs r on r.id = w->>'runId' where w->>'do' = 'complete_run'))
+    order by id for no key update;
   v_bodies := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
-  for v_write in
-    select w, n::integer as n from jsonb_array_elements(p_writes) with ordinality as given (w, n)
-     where v_bodies[n] is null order by n
-  loop
+  for n in 1 .. cardinality(v_bodies) loop
+    continue when v_bodies[n] is not null;
     begin
-      v_written := tidebase.write_one(v_write.w, p_inputs[v_write.n], p_outputs[v_write.n], p_errors[v_write.n], true);
+      v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n], true);
       if not p_patient and pg_column_size(v_written.body) > 65536 then
         raise exception 'who waits for others must not wait for an answer this large';
       end if;
-      v_bodies[v_write.n] := v_written.body;
-      v_statuses[v_write.n] := v_written.status;
+      v_bodies[n] := v_written.body;
+      v_statuses[n] := v_written.status;
     exception when others then
       get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
       if v_state !~ '^TB' then
         raise;
       end if;
-      v_bodies[v_write.n] := tidebase._joined(json_build_object('error', v_words), v_detail::json);
-      v_statuses[v_write.n] := substr(v_state, 3)::integer;
+      v_bodies[n] := tidebase._joined(json_build_object('error', v_words), v_detail::json);
+      v_statuses[n] := substr(v_state, 3)::integer;
     end;
   end loop;
   return query select * from unnest(v_bodies, v_statuses);
