@@ -1987,8 +1987,9 @@ SAID = {  # what is told of a write beside its payloads
 
 def said_of(body: dict[str, Any], **extras: Any) -> str:
     """The JSON of what a checked body says, all but its payloads."""
-    said = {name: body[member] for member, name in SAID.items() if body.get(member) is not None} | extras
-    return compose({name: value.isoformat() if isinstance(value, datetime) else value for name, value in said.items()})
+    said = {SAID[member]: value.isoformat() if isinstance(value, datetime) else value
+            for member, value in body.items() if member in SAID and value is not None}
+    return compose(said | extras)
 
 
 def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
