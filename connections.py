@@ -56,7 +56,10 @@ class App(Protocol):
         """
 
     def write(self, small: list[Small]) -> Sequence[Reply | None]:
-        """Write these together.  :returns: their answers; None for those that are to be answered alone, later."""
+        """Write these together; never raises.
+
+        :returns: their answers; None for those that are to be answered alone, later.
+        """
 
     def refuse(self, status: int, words: str) -> Reply:
         """What waitress refuses before anything else sees it."""
@@ -125,7 +128,7 @@ class Quiet:
     def pull_trigger(self) -> None:
         channel = self.channel()
         if channel and channel.writable():
-            self.server.pull_trigger()
+            self.server.http.wake()
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -150,10 +153,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         return False
 
     def check_client_disconnected(self) -> bool:
-        if not self.connected:
+        connection = self.socket  # which another thread may take away
+        if not self.connected or connection is None:
             return True
         try:
-            return len(self.socket.recv(1, socket.MSG_PEEK)) == 0
+            return len(connection.recv(1, socket.MSG_PEEK)) == 0
         except BlockingIOError:
             return False
         except OSError:
@@ -161,10 +165,12 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     def read(self) -> bool:
         """Read what has come.  :returns: whether there is a whole request now; else the Door goes on watching."""
-        if self.http.draining or self.writable():
+        connection = self.socket
+        if self.http.draining or self.writable() or connection is None:
+            self._leave()
             return False
         try:
-            data = self.socket.recv(READ_BYTES)
+            data = connection.recv(READ_BYTES)
         except BlockingIOError:
             self._leave()
             return False
@@ -246,7 +252,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return
         with self.outbuf_lock:
             if self.http.door.forget(self) or self.is_left:
-                self._discard()  # else the thread that has it does: it may be at it
+                self._discard()  # else a thread is working on it, and discards it when it leaves
             super().handle_close()
 
 

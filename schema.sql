@@ -1426,7 +1426,7 @@ end $$;
 -- ~recoveryWebhook, ~queue}.
 -- Needs    the parent (TB404), not cancelled (TB409 run_cancelled); an existing child of the name of the same workflow
 --          (TB409 edge_conflict).
--- Leaves   the child pending, or queued with a p_queue, its metadata with parentRunId and parentEdgeName, events
+-- Leaves   the child pending, or queued where it has a queue, its metadata with parentRunId and parentEdgeName, events
 --          run.created on it and run.child.created on the parent.    Returns  {"run", "edge", "created"}.
 drop function if exists tidebase.create_child (text, text, text, text, json, jsonb, text, jsonb, text, jsonb, text,
                                                integer, integer);
@@ -2210,7 +2210,8 @@ end $$;
 -- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
 -- Needs    unless p_patient, likewise, and that none has a large answer (P0001, and nothing is written).
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
---          before its child unless somebody chose the ids: so two batches do not wait for each other.
+--          before its child unless somebody chose the ids: so two batches do not wait for each other, unless they make
+--          runs with the same chosen ids in different orders: then one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status.
 drop function if exists tidebase.write_many (jsonb, json[], json[], json[]);

@@ -1127,7 +1127,8 @@ class Database:
 # ------------------------------------------------------------------------------
 WATCH_SECONDS = 0.05   # how late a write of another process may be noticed
 WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many writes this process makes
-LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up while it waited: to look takes a system call
+LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up and waits for nothing that is there: to look
+                       # takes a system call
 
 
 class Waiter:
@@ -1225,15 +1226,15 @@ class Watcher:
             if looks:
                 self.look_at = time.monotonic() + LOOK_SECONDS
             for waiter in waiters:
-                if looks and waiter.is_gone():
-                    waiter.woken.set()
-                    continue
                 queue = next((name for name in waiter.queues if news["queues"][name] > 0), None)
-                if queue is not None:
-                    news["queues"][queue] -= 1
                 # A run that is not there any more is news, too.
-                if queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq):
+                is_told = queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
+                if (looks or is_told) and waiter.is_gone():
                     waiter.woken.set()
+                elif is_told:
+                    waiter.woken.set()
+                    if queue is not None:
+                        news["queues"][queue] -= 1
         return 0
 
 
@@ -1974,8 +1975,8 @@ def create_child(run_id: str) -> Writes:
 # --- steps
 
 
-# What a write says beside its payloads: the member of the body, and its name for write_each.
-SAID = {  # what is told of a write beside its payloads
+# What a write says beside its payloads: the member of the body, and its name for schema.sql.
+SAID = {
     "id": "id", "run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name",
     "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
     "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",

@@ -463,18 +463,6 @@ def _splice(fields: Json, **encoded: bytes) -> bytes:
     return _encode(fields, "a request's body")[:-1] + members + b"}"
 
 
-def _batches(texts: Iterable[bytes], most: int) -> Iterator[list[bytes]]:
-    """All of these, at most so many at once, and no more than BATCH_BYTES unless a single one is larger."""
-    batch: list[bytes] = []
-    for text in texts:
-        if batch and (len(batch) == most or sum(map(len, batch)) + len(text) > BATCH_BYTES):
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch
-
-
 def _plain(value: Any, what: str) -> Any:
     """The value as JSON gives it back."""
     return json.loads(_encode(value, what))
@@ -487,13 +475,13 @@ def _copied(value: Any) -> Any:
     return [_copied(member) for member in value] if isinstance(value, list) else value
 
 
+_quoted = functools.lru_cache(1024)(functools.partial(quote, safe=""))  # a run's id comes again with each of its steps
+
+
 def _path(*parts: str, **query: Any) -> str:
     """A path whose parts are percent-encoded, `/` too, and a query without what is None."""
     asked = {_camel(key): value for key, value in query.items() if value is not None}
     return "/" + "/".join(map(_quoted, parts)) + ("?" + urlencode(asked) if asked else "")
-
-
-_quoted = functools.lru_cache(1024)(functools.partial(quote, safe=""))  # a run's id comes again with each of its steps
 
 
 def _body(given: Mapping[str, Any] | None = None, *without: str, **fields: Any) -> Json:
@@ -758,6 +746,17 @@ class _Write:
         return self._give_up if self.held is None else self.held.until
 
 
+def _fitting(writes: Iterable[_Write], most: int) -> int:
+    """How many of the first of these one request may carry: at least one, at most that many and BATCH_BYTES."""
+    count = size = 0
+    for write in itertools.islice(writes, most):
+        size += len(write.data)
+        if count and size > BATCH_BYTES:
+            break
+        count += 1
+    return count
+
+
 class _Flow:
     """Group commit: one request carries what all runs that this process holds have to write.
 
@@ -804,6 +803,15 @@ class _Flow:
             raise write.outcome
         return write.outcome
 
+    def write_together(self, writes: list[_Write]) -> Op[list[Json]]:
+        """Write these of one run in a request of their own.  Returns their answers.  Raises what the first that is
+        refused is refused with; the others are written all the same."""
+        yield from self._send(writes)
+        for write in writes:
+            if isinstance(write.outcome, TidebaseError):
+                raise write.outcome
+        return [cast(Json, write.outcome) for write in writes]
+
     def _take(self, write: _Write) -> list[_Write]:
         """What the next request carries, this one first; nothing when it may not send now: then its turn comes."""
         with self._lock:
@@ -814,12 +822,8 @@ class _Flow:
                 return []
             self._under_way += 1
             self._waiting.remove(write)
-            batch, size = [write], len(write.data)
-            while self._waiting and len(batch) < BATCH_WRITES:
-                size += len(self._waiting[0].data)
-                if size > BATCH_BYTES:
-                    break
-                batch.append(self._waiting.popleft())
+            self._waiting.appendleft(write)
+            batch = [self._waiting.popleft() for _ in range(_fitting(self._waiting, BATCH_WRITES))]
             for each in batch:
                 each.taken = True
         return batch
@@ -1366,23 +1370,25 @@ class Run(Surface[M]):
     def _queue_children(self, children: Sequence[Mapping[str, Any]], queue: str) -> Op[list[Any]]:
         """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
         runs = (yield from self._child_runs()) if len(children) > 1 else {}
-        missing = [child for child in children if child["name"] not in runs]
-        told = []
-        for child in missing:
-            arguments = {**child, "queue": child.get("queue") or queue}
-            body = {"do": "create_child", "runId": self.run_id, **self._describe_child(**arguments)[1]}
-            told.append(_encode(body, f"child {child['name']!r}"))
-        made: list[Json] = []
-        for batch in _batches(told, CHILDREN_AT_ONCE):
-            self._held.boundary()
-            data = b'{"writes":[%s]}' % b",".join(batch)
-            answer = yield from self._client._request("POST", "/writes", data, held=self._held)
-            for result in answer["results"]:
-                if "error" in result:
-                    raise _refusal(result["status"], result, "/writes")
-                made.append(result["run"])
+        missing = [{**child, "queue": child.get("queue") or queue} for child in children if child["name"] not in runs]
+        made = yield from self._create_children(missing)
         runs.update((child["name"], run) for child, run in zip(missing, made))
         return (yield from self._join_children({child["name"]: runs[child["name"]] for child in children}))
+
+    def _create_children(self, children: Sequence[Mapping[str, Any]]) -> Op[list[Json]]:
+        """The runs of children that workers are to run, created many at once."""
+        path, writes, runs = _path("runs", self.run_id, "children"), [], []
+        for child in children:
+            body = {"do": "create_child", "runId": self.run_id, **self._describe_child(**child)[1]}
+            data = _encode(body, f"what child {child['name']!r} is given")
+            writes.append(_Write(path, data, self._held, self._client.timeout_s))
+        while writes:
+            self._held.boundary()
+            count = _fitting(writes, CHILDREN_AT_ONCE)
+            answers = yield from self._client._flow.write_together(writes[:count])
+            runs += [answer["run"] for answer in answers]
+            writes = writes[count:]
+        return runs
 
     def _join_children(self, runs: dict[str, Json]) -> Op[list[Any]]:
         """Wait until all of these have ended; their results or exceptions, in order."""

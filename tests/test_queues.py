@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from conftest import LEASE_MS, Answer, Api, eventually, refused
 
+import tidebase
+
 ENDINGS = ["complete", "fail", "cancel", "lease"]
 
 
@@ -460,6 +462,25 @@ def test_a_claimer_that_hung_up_while_it_waited_is_given_nothing(api):
     run = api.enqueue()
     assert [taken["attempt"] for taken in api.claim()] == [1]
     assert api.event_types(run) == ["run.enqueued", "run.claimed"]
+
+
+def test_claimers_that_hung_up_keep_no_run_from_those_who_wait(start_server, monkeypatch):
+    monkeypatch.setattr(tidebase, "LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr(tidebase, "WATCH_SECONDS", 3600.0)  # no second look for those the first one passed over
+    server = start_server()
+    api = Api(server.url, server)
+    dead = [http.client.HTTPConnection(api.address) for _ in range(3)]
+    for number, connection in enumerate(dead, 1):
+        connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}))
+        waiting(api, number)
+    thread, answers = hold(api)
+    waiting(api, 4)
+    eventually(lambda: not server.watcher.poked.is_set())  # it has seen them wait
+    for connection in dead:
+        connection.close()
+    run = api.enqueue()
+    thread.join(15)
+    assert [taken["id"] for taken in answers[0]["runs"]] == [run]
 
 
 # --- caps and rates

@@ -6,6 +6,7 @@ The actors, which hold the blocking and the awaited client to one story, are tho
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -21,7 +22,7 @@ from conftest import Api, eventually, together
 from test_sdk import AwaitedActor, in_background, pending_gate
 
 import tidebase_sdk
-from tidebase_sdk import FanoutFailed, RunCancelled, RunFailed, SignalTimeout, WaitTimeout
+from tidebase_sdk import FanoutFailed, RunCancelled, RunFailed, SignalTimeout, TidebaseError, WaitTimeout
 
 actor, tide, working = test_sdk.actor, test_sdk.tide, test_sdk.working  # fixtures
 awaited_only = pytest.mark.parametrize("actor", [AwaitedActor], indirect=True, ids=["awaited"])
@@ -434,6 +435,41 @@ def test_1000_children_are_joined_and_a_replay_asks_for_them_in_one_request(
     assert [path for path in replay if path.endswith(("/children", "/writes"))] == []
     assert [path for path in paths[:before] if path.endswith(("/children", "/writes"))] == 10 * ["POST /writes"]
     assert sql("select status, attempt, count(*) from tidebase.runs group by 1, 2") == [("completed", 1, 1001)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_parent_that_was_cancelled_is_told_by_its_fanout_and_executes_no_further_step(
+    tide: Any, api: Api, count: int
+) -> None:
+    executed: list[str] = []
+
+    async def parent(run: Any, input: Any) -> None:
+        api.post(f"/runs/{run.run_id}/cancel")["run"]
+        children = [{"name": f"c{n}", "workflow": "elsewhere"} for n in range(count)]
+        with contextlib.suppress(RunCancelled):
+            await run.fanout("all", children, queue="default")
+        await run.step("after", lambda: executed.append("after"))
+
+    with pytest.raises(RunCancelled):
+        tide(lambda client: client.run("parent", tide.workflow(parent)))
+    assert executed == []
+
+
+def test_children_that_are_too_large_for_one_request_go_in_several(
+    actor: Callable[..., Any], start_server: Callable[..., Any]
+) -> None:
+    server = start_server(TIDEBASE_MAX_BODY=100_000)
+    tide, api = actor(server.url), Api(server.url, server)
+
+    async def parent(run: Any, input: Any) -> Any:
+        children = [{"name": f"c{n}", "workflow": "elsewhere", "input": "x" * 10_000} for n in range(30)]
+        children[20]["max_attempts"] = 0
+        return await run.fanout("all", children, queue="default")
+
+    with pytest.raises(TidebaseError) as refused:
+        tide(lambda client: client.run("parent", tide.workflow(parent), run_id="p"))
+    assert [issue["path"] for issue in refused.value.body["issues"]] == ["maxAttempts"]
+    assert len(api.detail("p")["childRuns"]) == 29
 
 
 @pytest.mark.parametrize("queue", [None, "default"], ids=["here", "on a queue"])

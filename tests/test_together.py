@@ -15,7 +15,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import psycopg
@@ -397,26 +397,60 @@ def test_a_connection_that_ends_leaves_nothing_behind_for_the_collector(
         gc.enable()
 
 
-def test_a_connection_may_be_closed_while_a_thread_reads_from_it(
-        start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture) -> None:
-    server = start_server()
-    received, read = connections.Parser.received, []
+def half_a_request(server: LocalServer) -> socket.socket:
+    """A connection on which the second half of a large body has not come yet."""
+    connection = connected(Api(server.url, server))
+    connection.sendall(request("/runs/x/steps", {"output": "x" * 1_000_000})[:300_000])
+    return connection
 
-    def wait(parser: connections.Parser, data: bytes) -> int:
-        if not read and parser.body_rcv and len(parser.body_rcv):  # the second part of a body
-            [channel] = server._http.waitress.active_channels.values()
-            server._http.waitress.adj.channel_timeout, server._http.waitress.next_channel_cleanup = -1, 0
-            server._http.wake()
-            eventually(lambda: not channel.connected)
-            read.append(channel)
+
+@pytest.mark.parametrize("when", ["before it reads", "as it takes in what it read"])
+def test_a_connection_may_be_closed_while_a_thread_reads_from_it(
+        start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+        when: str) -> None:
+    server = start_server()
+    received, writable, closed = connections.Parser.received, connections.Channel.writable, []
+
+    def close() -> None:
+        [channel] = server._http.waitress.active_channels.values()
+        closed.append(channel)
+        server._http.waitress.adj.channel_timeout, server._http.waitress.next_channel_cleanup = -1, 0
+        server._http.wake()
+        eventually(lambda: not channel.connected)
+
+    def take_in(parser: connections.Parser, data: bytes) -> int:
+        if not closed and parser.body_rcv and len(parser.body_rcv):  # the second part of a body
+            close()
         return int(received(parser, data))
 
-    monkeypatch.setattr(connections.Parser, "received", wait)
-    with connected(Api(server.url, server)) as connection:
-        connection.sendall(request("/runs/x/steps", {"output": "x" * 1_000_000})[:600_000])
-        eventually(lambda: read and not read[0].request)
+    def look(channel: connections.Channel) -> bool:
+        is_writable = bool(writable(channel))
+        if not closed and channel.request and threading.current_thread() is not server.thread:
+            close()
+        return is_writable
+
+    if when == "before it reads":
+        monkeypatch.setattr(connections.Channel, "writable", look)
+    else:
+        monkeypatch.setattr(connections.Parser, "received", take_in)
+    with half_a_request(server) as connection:
+        eventually(lambda: server._http.waitress.active_channels or closed)
+        with suppress(OSError):
+            connection.sendall(b"x" * 200_000)
+        eventually(lambda: closed and not closed[0].request)
     assert not caplog.records
+
+
+def test_what_came_of_a_request_is_discarded_with_a_connection_that_is_about_to_be_closed(
+        start_server: Callable[..., LocalServer]) -> None:
+    server = start_server()
+    with half_a_request(server) as connection:
+        [channel] = eventually(lambda: list(server._http.waitress.active_channels.values()))
+        eventually(lambda: channel.request and server._http.door.watched)
+        channel.will_close = True  # the main loop has not come to it
+        connection.sendall(b"x")
+        eventually(lambda: not server._http.waitress.active_channels)
+        eventually(lambda: not channel.request)
 
 
 def test_only_the_main_loop_closes_connections(
