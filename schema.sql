@@ -2210,8 +2210,8 @@ end $$;
 -- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
 -- Needs    unless p_patient, likewise, and that none has a large answer (P0001, and nothing is written).
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
---          before its child unless somebody chose the ids: so two batches do not wait for each other, unless they make
---          runs with the same chosen ids in different orders: then one of them is to be sent again (40P01).
+--          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
+--          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status.
 drop function if exists tidebase.write_many (jsonb, json[], json[], json[]);

@@ -1127,8 +1127,7 @@ class Database:
 # ------------------------------------------------------------------------------
 WATCH_SECONDS = 0.05   # how late a write of another process may be noticed
 WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many writes this process makes
-LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up and waits for nothing that is there: to look
-                       # takes a system call
+LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up while there is nothing for it
 
 
 class Waiter:
@@ -1229,12 +1228,11 @@ class Watcher:
                 queue = next((name for name in waiter.queues if news["queues"][name] > 0), None)
                 # A run that is not there any more is news, too.
                 is_told = queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
-                if (looks or is_told) and waiter.is_gone():
+                is_gone = (looks or is_told) and waiter.is_gone()
+                if is_told or is_gone:
                     waiter.woken.set()
-                elif is_told:
-                    waiter.woken.set()
-                    if queue is not None:
-                        news["queues"][queue] -= 1
+                if queue is not None and not is_gone:
+                    news["queues"][queue] -= 1
         return 0
 
 
@@ -1621,6 +1619,34 @@ class Writes(NamedTuple):
 Asked = Reply | Writes | Later  # what a view that workers call often says: an answer, or what leads to it
 
 
+# What a write says beside its payloads: the member of the body, and its name for schema.sql.
+SAID = {
+    "id": "id", "run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name",
+    "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
+    "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",
+    "queue": "queue", "workflow_name": "workflowName", "metadata": "metadata", "recovery_webhook": "recoveryWebhook",
+    "channels": "channels", "dedupe_key": "dedupeKey", "delay_ms": "delayMs", "run_at": "runAt",
+    "max_attempts": "maxAttempts", "priority": "priority", "deadline_ms": "deadlineMs", "edge_type": "edgeType",
+    "edge_metadata": "edgeMetadata"}
+
+
+def said_of(body: dict[str, Any], **extras: Any) -> str:
+    """The JSON of what a checked body says, all but its payloads."""
+    said = {SAID[member]: value.isoformat() if isinstance(value, datetime) else value
+            for member, value in body.items() if member in SAID and value is not None}
+    return compose(said | extras)
+
+
+def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
+    """The write that a checked body, and parts of the path, ask for."""
+    body |= parts
+    extras: dict[str, Any] = {"do": verb}
+    if verb == "begin_step":
+        extras |= {"leaseMs": core().config.lease_ms, "leaseOwner": body["lease_owner"] or new_owner()}
+    return Write(said_of(body, **extras), body.get("input"),
+                 body.get("result" if verb == "complete_run" else "output"), body.get("error"))
+
+
 def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]:
     """Write what requests ask for, in one transaction; of several, each is answered as if it had come alone.
 
@@ -1973,34 +1999,6 @@ def create_child(run_id: str) -> Writes:
 
 
 # --- steps
-
-
-# What a write says beside its payloads: the member of the body, and its name for schema.sql.
-SAID = {
-    "id": "id", "run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name",
-    "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
-    "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",
-    "queue": "queue", "workflow_name": "workflowName", "metadata": "metadata", "recovery_webhook": "recoveryWebhook",
-    "channels": "channels", "dedupe_key": "dedupeKey", "delay_ms": "delayMs", "run_at": "runAt",
-    "max_attempts": "maxAttempts", "priority": "priority", "deadline_ms": "deadlineMs", "edge_type": "edgeType",
-    "edge_metadata": "edgeMetadata"}
-
-
-def said_of(body: dict[str, Any], **extras: Any) -> str:
-    """The JSON of what a checked body says, all but its payloads."""
-    said = {SAID[member]: value.isoformat() if isinstance(value, datetime) else value
-            for member, value in body.items() if member in SAID and value is not None}
-    return compose(said | extras)
-
-
-def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
-    """The write that a checked body, and parts of the path, ask for."""
-    body |= parts
-    extras: dict[str, Any] = {"do": verb}
-    if verb == "begin_step":
-        extras |= {"leaseMs": core().config.lease_ms, "leaseOwner": body["lease_owner"] or new_owner()}
-    return Write(said_of(body, **extras), body.get("input"),
-                 body.get("result" if verb == "complete_run" else "output"), body.get("error"))
 
 
 @writes("/runs/<part:run_id>/steps/begin")

@@ -1301,10 +1301,8 @@ class Run(Surface[M]):
         when the child failed for good, also in a replay, until `tide.runs.retry` puts it back; RunCancelled.
         """
         arguments = locals()
-        self._held.boundary()
         fn, body = Run._describe_child(**arguments)
-        path = _path("runs", self.run_id, "children")
-        run = (yield from self._client._request("POST", path, body, held=self._held))["run"]
+        (run,) = yield from self._create_children([body])
         if queue is not None:
             (outcome,) = yield from self._join_children({name: run})
             if isinstance(outcome, Exception):
@@ -1371,15 +1369,15 @@ class Run(Surface[M]):
         """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
         runs = (yield from self._child_runs()) if len(children) > 1 else {}
         missing = [{**child, "queue": child.get("queue") or queue} for child in children if child["name"] not in runs]
-        made = yield from self._create_children(missing)
+        made = yield from self._create_children([self._describe_child(**child)[1] for child in missing])
         runs.update((child["name"], run) for child, run in zip(missing, made))
         return (yield from self._join_children({child["name"]: runs[child["name"]] for child in children}))
 
-    def _create_children(self, children: Sequence[Mapping[str, Any]]) -> Op[list[Json]]:
-        """The runs of children that workers are to run, created many at once."""
+    def _create_children(self, described: Iterable[Json]) -> Op[list[Json]]:
+        """The runs of these children, created or found, many in one request."""
         path, writes, runs = _path("runs", self.run_id, "children"), [], []
-        for child in children:
-            body = {"do": "create_child", "runId": self.run_id, **self._describe_child(**child)[1]}
+        for child in described:
+            body = {"do": "create_child", "runId": self.run_id, **child}
             data = _encode(body, f"what child {child['name']!r} is given")
             writes.append(_Write(path, data, self._held, self._client.timeout_s))
         while writes:

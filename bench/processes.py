@@ -9,36 +9,32 @@ The load comes from one process that does little else than to send the same byte
 cores: load, server and PostgreSQL share them.
 """
 import argparse
+import asyncio
 import json
 import selectors
 import socket
 import time
-import urllib.request
 
-from common import Window, database, median, postgres, show, tidebase
+from common import Connection, Window, database, median, postgres, show, tidebase
 
 CONNECTIONS = 32
-OWNER = {"leaseOwner": "bench"}
 
 
-def post(url, path, body, **headers):
-    headers = {"content-type": "application/json", **headers}
-    with urllib.request.urlopen(urllib.request.Request(url + path, json.dumps(body).encode(), headers)) as answer:
-        return json.load(answer)
-
-
-def heartbeats(url):
+async def heartbeats(url):
     """A request for each connection: each is of a run of its own."""
+    client, requests = Connection(url), []
     for _ in range(CONNECTIONS):
-        run = post(url, "/runs/bench", {})["run"]["id"]
-        post(url, f"/runs/{run}/begin", {}, **{"x-tidebase-worker": "bench"})
-        yield "/heartbeats", {"runs": [{"id": run, **OWNER}]}
+        run = (await client.call("POST", "/runs/bench"))["run"]["id"]
+        owner = (await client.call("POST", f"/runs/{run}/begin"))["leaseOwner"]
+        requests.append(("/heartbeats", {"runs": [{"id": run, "leaseOwner": owner}]}))
+    client.close()
+    return requests
 
 
-def refusals(url):
+async def refusals(url):
     """A request for each connection: all but one member of it is right."""
-    for _ in range(CONNECTIONS):
-        yield "/runs/bench/steps", {**OWNER, "name": 5, "inputHash": "h", "output": {"text": "x" * 200}}
+    body = {"leaseOwner": "bench", "name": 5, "inputHash": "h", "output": {"text": "x" * 200}}
+    return [("/runs/bench/steps", body)] * CONNECTIONS
 
 
 def rate(url, requests, status, seconds):
@@ -77,7 +73,7 @@ def main():
             for processes in (1, 2):
                 with database(server_url) as database_url, tidebase(database_url, processes) as server:
                     for name, requests, status in (("heartbeats", heartbeats, 200), ("refusals", refusals, 400)):
-                        answered = rate(server.url, list(requests(server.url)), status, args.seconds)
+                        answered = rate(server.url, asyncio.run(requests(server.url)), status, args.seconds)
                         rates.setdefault((name, processes), []).append(answered)
     for name in ("heartbeats", "refusals"):
         one, two = median(rates[name, 1]), median(rates[name, 2])
