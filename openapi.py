@@ -37,12 +37,12 @@ OBJECTS = {
         status:pending|queued|running|waiting|completed|failed|cancelled, result, error, recoveryWebhook?, leaseOwner?,
         leaseExpiresAt?, attempt, queue?, dedupeKey?, priority, runAt?, maxAttempts, deadlineAt?, cancelRequestedAt?,
         cancelledAt?, cancelReason?, cancelActor?, failureClass?, createdAt, updatedAt, completedAt?,
-        waitingFor:object?}""",
+        waitingFor:object?, stalled:bool}""",
     "step": """{id, runId, name, inputHash, input, options, resumeContract,
         status:running|completed|failed_retryable|manual_review|failed, output, error, leaseOwner?, leaseExpiresAt?,
         attempt, startedAt?, completedAt?, createdAt, updatedAt}""",
-    "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never, checkpointInvariant?,
-        verifiedBy?, credentials:[any]}""",
+    "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never,
+        checkpointInvariant:any, verifiedBy:any, credentials:[any]}""",
     "checkpoint": "{name, inputHash, output, completedAt}",
     "briefRun": "{id, status:completed|failed|cancelled}",
     "briefStep": "{id, name, status:completed|failed_retryable|manual_review|failed, attempt}",
@@ -50,8 +50,8 @@ OBJECTS = {
     "enqueuedRun": "{...run, deduplicated}",
     "event": "{id:int, runId, seq, type, payload, createdAt}",
     "gate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels, resolveToken, expiresAt?,
-        createdAt, updatedAt, resolvedAt?}""",
+        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels:[sentChannel], resolveToken,
+        expiresAt?, createdAt, updatedAt, resolvedAt?}""",
     "publicGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
         decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?}""",
     "signal": "{id, runId, name, payload, timedOut, createdAt}",
@@ -61,12 +61,13 @@ OBJECTS = {
     "stateVersion": """{id, streamId, runId, stepId?, version, value, patch, label?, reason?,
         importance:transient|normal|checkpoint|milestone, metadata, createdBy?, createdAt}""",
     "usage": """{id, runId, stepId?, kind, provider?, model?, label?, quantity?, unit?, inputTokens?, outputTokens?,
-        totalTokens, costUsd?, metadata, createdAt}""",
+        totalTokens?, costUsd?, metadata, createdAt}""",
     "usageGroup": """{~model?, ~workflow, ~day, entries, runs:int, inputTokens, outputTokens, totalTokens,
         costUsd}""",
     "runEdge": "{id, parentRunId, childRunId, name, edgeType, metadata, createdAt}",
     "recoveryAttempt": """{id, runId, reason, webhookUrl, status:pending|delivered|failed, httpStatus?, responseBody?,
         errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
+    "sentChannel": "{type, url, events:[string]}",
     "channel": "{id, runId, type, config:{url, secret:null}, events:[string], createdAt}",
     "channelDelivery": """{id, runId, channelId, gateId?, eventType, payload, status:pending|delivered|failed,
         httpStatus?, responseBody?, errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
@@ -78,7 +79,7 @@ OBJECTS = {
     "runDetail": """{~run, ~steps, ~state?, ~stateStreams, ~stateVersions, ~runEdges, ~childRuns:[run],
         ~recoveryAttempts, ~channels, ~channelDeliveries:[channelDelivery], ~gates, ~usage:[usage], ~events}""",
     "error": """{error:string, code, ~issues:[{path, message}], ~run, ~step, ~gate, ~state?, ~leaseOwner,
-        ~expectedInputHash, ~actualInputHash}""",
+        ~expectedInputHash, ~actualInputHash, ~runId, ~workflowName, ~runStatus}""",
     "refusal": "{...error, status:int}",
 }
 
@@ -106,7 +107,7 @@ def kind_of(name: str) -> Schema:
         return {"$ref": f"#/components/schemas/{name}"}
     if name.removesuffix("s") in OBJECTS:
         return {"type": "array", "items": kind_of(name.removesuffix("s"))}
-    if between := re.fullmatch(r"(\d+)\.\.(\d+)", name):
+    if between := re.fullmatch(r"([0-9]+)\.\.([0-9]+)", name):
         return {"type": "integer", "minimum": int(between[1]), "maximum": int(between[2])}
     if "|" in name:
         return {"type": "string", "enum": name.split("|")}
@@ -285,12 +286,14 @@ def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
     return known
 
 
-def document(app: flask.Flask, version: str, without_key: set[str]) -> dict[str, Any]:
-    """All of the app's routes as an OpenAPI 3.1 document; those endpoints answer without the API key."""
+def document(app: flask.Flask, version: str, without_key: set[str], limits: str) -> dict[str, Any]:
+    """All of the app's routes as an OpenAPI 3.1 document; those endpoints answer without the API key. `limits` says
+    what holds for bodies and queries of all routes."""
     marshmallows = MarshmallowPlugin(schema_name_resolver=lambda schema: (
         schema if isinstance(schema, type) else type(schema)).__name__)
-    spec = APISpec("Tidebase", version, "3.1.0", plugins=[marshmallows], info={"description": INTRODUCTION}, tags=[
-        {"name": group, "description": said} for group, (_, said) in GROUPS.items()])
+    spec = APISpec("Tidebase", version, "3.1.0", plugins=[marshmallows],
+                   info={"description": f"{INTRODUCTION} {limits}"},
+                   tags=[{"name": group, "description": said} for group, (_, said) in GROUPS.items()])
     assert marshmallows.converter
     marshmallows.converter.add_attribute_function(property_of)  # type: ignore[no-untyped-call]
     for name, text in OBJECTS.items():
@@ -348,7 +351,7 @@ def kind_words(schema: Schema) -> Markup:
     words = []
     for kind in kinds:
         if kind == "array":
-            words.append(Markup("[{}]").format(kind_words(schema["items"])))
+            words.append(Markup("[{}]").format(kind_words(schema.get("items", {}))))
         elif kind == "object" and "properties" in schema:
             required = schema.get("required", [])
             members = [member(key if key in required else key + "?", one) for key, one in schema["properties"].items()]

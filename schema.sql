@@ -137,12 +137,14 @@ create index if not exists runs_wake_idx on tidebase.runs (wake_at) where wake_a
 create index if not exists runs_live_children_idx on tidebase.runs (parent_run_id, id)
   where parent_run_id is not null and status in ('pending', 'queued', 'running', 'waiting');
 -- Serve the list of runs, newest first: all, of a workflow, of a queue, of a status (few are anything but completed),
--- and by metadata.
+-- of a failure class, and by metadata.
 create index if not exists runs_newest_idx on tidebase.runs (created_at desc, id desc);
 create index if not exists runs_workflow_idx on tidebase.runs (workflow_name, created_at desc, id desc);
 create index if not exists runs_queue_idx on tidebase.runs (queue, created_at desc, id desc) where queue is not null;
 create index if not exists runs_status_idx on tidebase.runs (status, created_at desc, id desc)
   where status <> 'completed';
+create index if not exists runs_failure_idx on tidebase.runs (failure_class, created_at desc, id desc)
+  where failure_class is not null;
 create index if not exists runs_metadata_idx on tidebase.runs using gin (metadata jsonb_path_ops)
   where metadata <> '{}';
 -- Serves purge_runs.
@@ -317,7 +319,7 @@ create table if not exists tidebase.schedules (
   max_attempts     integer     not null,
   enabled          boolean     not null,
   timezone         text        not null,
-  next_run_at      timestamptz,                             -- null while it is not enabled
+  next_run_at      timestamptz,                             -- also while it is disabled; null: that time never comes
   last_enqueued_at timestamptz,
   created_at       timestamptz not null default tidebase.now(),
   updated_at       timestamptz not null default tidebase.now()
@@ -393,7 +395,7 @@ create or replace function tidebase._run_json (r tidebase.runs) returns json lan
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
     'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
-    'completedAt', tidebase._iso(r.completed_at), 'waitingFor', r.waiting_for)
+    'completedAt', tidebase._iso(r.completed_at), 'waitingFor', r.waiting_for, 'stalled', r.stalled)
 $$;
 
 create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
@@ -449,12 +451,15 @@ create or replace function tidebase._gate_json (g tidebase.gates) returns json l
     'resolvedAt', tidebase._iso(g.resolved_at))
 $$;
 
--- As events and webhooks show a gate: with what resolves it, while it is pending.
-create or replace function tidebase._public_gate (g tidebase.gates) returns json language sql stable as $$
+-- As events and webhooks show a gate. p_with_token: with the token that resolves it, while it is pending; for webhooks
+-- alone, since events are handed on to browsers.
+create or replace function tidebase._public_gate (g tidebase.gates, p_with_token boolean)
+  returns json language sql stable as $$
   select json_build_object(
     'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
     'decision', g.decision, 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
-    'resolveUrl', g.resolve_url, 'resolveToken', case when g.status = 'pending' then g.resolve_token end)
+    'resolveUrl', g.resolve_url,
+    'resolveToken', case when p_with_token and g.status = 'pending' then g.resolve_token end)
 $$;
 
 create or replace function tidebase._state_json (s tidebase.states) returns json language sql stable as $$
@@ -668,7 +673,8 @@ begin
   end if;
 end $$;
 
--- Adds channels ([{type, url, secret?, events?}]) to a run or to a gate of it, and answers them without their secrets.
+-- Adds channels ([{type, url, secret?, events?}]) to a run or to a gate of it, and answers them as they were sent, but
+-- without their secrets: [{type, url, events}].
 create or replace function tidebase._add_channels (p_run_id text, p_gate_id text, p_channels jsonb)
   returns json language sql as $$
   with added as (
@@ -678,7 +684,7 @@ create or replace function tidebase._add_channels (p_run_id text, p_gate_id text
       from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n
     returning *
   )
-  select coalesce(json_agg(tidebase._channel_json(added)), '[]') from added
+  select coalesce(json_agg(json_build_object('type', type, 'url', url, 'events', events)), '[]') from added
 $$;
 
 -- Asks the app, through the run's recovery webhook, to resume it.
@@ -879,8 +885,8 @@ declare
 begin
   if not tidebase._is_settled(v_run, p_owner) then
     update tidebase.runs
-       set status = 'completed', result = p_result, settled_by = lease_owner, lease_owner = null,
-           lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
+       set status = 'completed', result = p_result, error = null, failure_class = null, settled_by = lease_owner,
+           lease_owner = null, lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
           completed_at = v_now, updated_at = v_now, event_seq = event_seq + 1
      where id = p_run_id returning * into v_run;
     perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.completed', json_build_object('result', p_result));
@@ -893,9 +899,17 @@ begin
                                        else tidebase._run_json(v_run) end);
 end $$;
 
+-- An event's payload with its reason, when there is one.
+create or replace function tidebase._with_reason (p_event json, p_reason text)
+  returns json language sql immutable as $$
+  select case when p_reason is null then p_event
+              else tidebase._joined(p_event, json_build_object('reason', p_reason)) end
+$$;
+
 -- Puts a queue run back, for another attempt at p_run_at. p_by: who reported the failure, null when its lease expired.
--- Needs it locked.  Leaves it queued, event run.requeued.
-create or replace function tidebase._requeue (p_run tidebase.runs, p_error json, p_run_at timestamptz, p_by text)
+-- p_reason: the event's, when nobody reported it.    Needs it locked.  Leaves it queued, event run.requeued.
+create or replace function tidebase._requeue (p_run tidebase.runs, p_error json, p_run_at timestamptz, p_by text,
+                                              p_reason text default null)
   returns tidebase.runs language plpgsql as $$
 declare
   v_run tidebase.runs;
@@ -905,14 +919,16 @@ begin
          lease_owner = null, lease_expires_at = null, waiting_for = null, wake_at = null,
          updated_at = tidebase.now(), event_seq = event_seq + 1
    where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.requeued', json_build_object('error', p_error,
-            'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts, 'nextRunAt', tidebase._iso(p_run_at)));
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.requeued', tidebase._with_reason(json_build_object(
+            'error', p_error, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts,
+            'nextRunAt', tidebase._iso(p_run_at)), p_reason));
   return v_run;
 end $$;
 
--- Ends a run badly; p_by as above.
+-- Ends a run badly; p_by and p_reason as above.
 -- Needs it locked.  Leaves it failed, event and channels run.failed, the recovery webhook in the outbox.
-create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text)
+create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text,
+                                           p_reason text default null)
   returns tidebase.runs language plpgsql as $$
 declare
   v_run tidebase.runs;
@@ -924,8 +940,8 @@ begin
          waiting_for = null, wake_at = null,  completed_at = v_now,
          updated_at = v_now, event_seq = event_seq + 1
    where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.failed',
-                                 json_build_object('error', p_error, 'failureClass', p_failure_class));
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.failed', tidebase._with_reason(
+                                 json_build_object('error', p_error, 'failureClass', p_failure_class), p_reason));
   perform tidebase._notify(v_run, 'run.failed', json_build_object('run', tidebase._run_json(v_run), 'error', p_error));
   perform tidebase._tally(v_run.queue, 'failed', 1);
   perform tidebase._wake_parent(v_run);
@@ -1104,14 +1120,26 @@ end $$;
 -- Steps: begun under a lease, ended once; what was completed is returned, never executed again.
 -- ------------------------------------------------------------------------------
 
+-- A list of what may stand without its list; null and empty ones are dropped.
+create or replace function tidebase._listed (p_value json) returns json language plpgsql immutable as $$
+begin
+  if json_typeof(p_value) = 'array' then
+    return (select coalesce(json_agg(item), '[]') from json_array_elements(p_value) as item
+             where item::text not in ('null', '""'));
+  elsif p_value is null or p_value::text in ('null', '""') then
+    return '[]';
+  end if;
+  return json_build_array(p_value);
+end $$;
+
 -- What a step changes outside, in either spelling.
-create or replace function tidebase._effects (p_options json) returns json language sql stable as $$
-  select coalesce(p_options->'sideEffects', case when p_options->>'sideEffect' <> 'none'
-                  then json_build_array(p_options->'sideEffect') end, '[]')
+create or replace function tidebase._effects (p_options json) returns json language sql immutable as $$
+  select tidebase._listed(case when p_options->>'sideEffects' is not null then p_options->'sideEffects'
+                               when p_options->>'sideEffect' <> 'none' then p_options->'sideEffect' end)
 $$;
 
 -- What a client promised of a step, from its options, in today's words or the older sideEffect and
--- onAmbiguousFailure: how safe it is to run it again.
+-- onAmbiguousFailure: how safe it is to run it again. An option that is null counts as absent.
 create or replace function tidebase._contract (p_options json) returns json language sql stable as $$
   select json_build_object(
     'sideEffects', tidebase._effects(p_options), 'idempotencyKey', p_options->>'idempotencyKey',
@@ -1119,8 +1147,8 @@ create or replace function tidebase._contract (p_options json) returns json lang
                        when 'retry' then 'auto' when 'review' then 'manual' when 'fail' then 'never' end,
                        case when p_options->>'idempotencyKey' is not null
                                  or tidebase._effects(p_options)::jsonb <@ '["read"]' then 'auto' else 'manual' end),
-    'checkpointInvariant', p_options->>'checkpointInvariant', 'verifiedBy', p_options->>'verifiedBy',
-    'credentials', coalesce(p_options->'credentials', '[]'))
+    'checkpointInvariant', p_options->'checkpointInvariant', 'verifiedBy', p_options->'verifiedBy',
+    'credentials', tidebase._listed(p_options->'credentials'))
 $$;
 
 -- Whether a step's row, which its caller does not own, is still somebody's: by its own lease, or by the run's, which
@@ -1539,8 +1567,10 @@ begin
     if p_channels <> '[]' then
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
-    perform tidebase._record(v_run, null, 'gate.created', json_build_object('gate', tidebase._public_gate(v_gate)));
-    perform tidebase._notify(v_run, 'gate.created', json_build_object('gate', tidebase._public_gate(v_gate)), v_id);
+    perform tidebase._record(v_run, null, 'gate.created',
+                             json_build_object('gate', tidebase._public_gate(v_gate, false)));
+    perform tidebase._notify(v_run, 'gate.created',
+                             json_build_object('gate', tidebase._public_gate(v_gate, true)), v_id);
   end if;
   return json_build_object('action', case v_gate.status when 'pending' then 'wait' else 'return' end,
                            'gate', tidebase._gate_json(v_gate));
@@ -1554,19 +1584,23 @@ declare
   v_now  timestamptz := tidebase.now();
 begin
   update tidebase.gates
-     set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = p_payload,
+     set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'),
          resolved_at = v_now, updated_at = v_now
    where id = p_gate.id returning * into v_gate;
-  perform tidebase._record(p_run, null, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)));
-  perform tidebase._notify(p_run, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)), v_gate.id);
+  perform tidebase._record(p_run, null, 'gate.resolved',
+                           json_build_object('gate', tidebase._public_gate(v_gate, false)));
+  perform tidebase._notify(p_run, 'gate.resolved',
+                           json_build_object('gate', tidebase._public_gate(v_gate, false)), v_gate.id);
   if p_run.status = 'waiting' and p_run.waiting_for->>'gateId' = v_gate.id then
     perform tidebase._wake(p_run);
   end if;
   return v_gate;
 end $$;
 
--- Decides a gate, once. The token is the credential, so an unknown run, an unknown gate and a wrong token look alike.
--- Needs    the token (TB409 gate_token_wrong), a pending gate (TB409 gate_resolved, with gate).
+-- Decides a gate, once. The token is the credential, so an unknown run, an unknown gate and a wrong token look alike;
+-- it is checked before anything is locked, so that whoever lacks it can hold up nobody.
+-- Needs    the token (TB409 gate_token_wrong), a pending gate (TB409 gate_resolved, with gate), a run that has not
+--          ended (TB409 run_ended).
 -- Leaves   the gate decided, event and channels gate.resolved.    Returns  {"gate"}.
 create or replace function tidebase.resolve_gate (p_run_id text, p_gate_id text, p_token text, p_decision text,
                                                   p_actor text, p_payload json) returns json language plpgsql as $$
@@ -1574,14 +1608,19 @@ declare
   v_run  tidebase.runs;
   v_gate tidebase.gates;
 begin
-  select * into v_run from tidebase.runs where id = p_run_id for no key update;
   select * into v_gate from tidebase.gates where id = p_gate_id and run_id = p_run_id;
   -- Digests are compared, so that the time it takes tells nothing of the token.
   if v_gate.id is null or sha256(convert_to(v_gate.resolve_token, 'UTF8')) <> sha256(convert_to(p_token, 'UTF8')) then
     perform tidebase._refuse(409, 'gate_token_wrong', 'there is no such gate, or the token is not its token');
-  elsif v_gate.status <> 'pending' then
+  end if;
+  v_run := tidebase._lock_run(p_run_id);
+  select * into v_gate from tidebase.gates where id = p_gate_id;  -- as it is now that nobody else can decide it
+  if v_gate.status <> 'pending' then
     perform tidebase._refuse(409, 'gate_resolved', format('gate %s was %s', v_gate.name, v_gate.status),
                              json_build_object('gate', tidebase._gate_json(v_gate)));
+  elsif v_run.status in ('completed', 'failed', 'cancelled') then
+    perform tidebase._refuse(409, 'run_ended', format('run %s is %s: gate %s can no longer be decided', p_run_id,
+                             v_run.status, v_gate.name), json_build_object('runStatus', v_run.status));
   end if;
   v_gate := tidebase._decide_gate(v_run, v_gate, p_decision, p_actor, p_payload);
   return json_build_object('gate', tidebase._gate_json(v_gate));
@@ -1687,22 +1726,22 @@ begin
   return json_build_object('state', tidebase._state_json(v_state));
 end $$;
 
--- Labels the current value of a stream, as its next version.
--- Needs    something there (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
+-- Labels the live value, whichever stream wrote it last, as the next version of p_stream.
+-- Needs    a live value (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
 create or replace function tidebase.save_state (p_run_id text, p_stream text, p_about jsonb)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
-  v_stream  tidebase.state_streams;
+  v_state   tidebase.states;
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
 begin
   if v_version.id is null then
-    select * into v_stream from tidebase.state_streams where run_id = p_run_id and name = p_stream;
+    select * into v_state from tidebase.states where run_id = p_run_id;
     if not found then
-      perform tidebase._refuse(404, 'not_found', format('stream %s of run %s has no value yet', p_stream, p_run_id));
+      perform tidebase._refuse(404, 'not_found', format('run %s has no state yet', p_run_id));
     end if;
-    v_version := tidebase._add_version(p_run_id, p_stream, v_stream.target_type, v_stream.target_id,
-                                       v_stream.current_value, null, '{"importance": "milestone"}' || p_about);
+    v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value, null,
+                                       '{"importance": "milestone"}' || p_about);
     perform tidebase._record(v_run, null, 'state.saved',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
@@ -1721,9 +1760,9 @@ declare
 begin
   if v_version.id is null then
     v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
-                                       '{"importance": "checkpoint"}' || p_about);
+                                       '{"importance": "milestone"}' || p_about);
     perform tidebase._record(v_run, null, 'snapshot.created',
-                             json_build_object('snapshot', tidebase._version_event(v_version)));
+                             json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('snapshot', tidebase._version_json(v_version));
 end $$;
@@ -1732,7 +1771,7 @@ end $$;
 create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean)
   returns json language sql stable as $$
   select json_build_object('stateVersions', (
-           select coalesce(json_agg(tidebase._version_json(v) order by s.created_at, s.id, v.version), '[]')
+           select coalesce(json_agg(tidebase._version_json(v) order by s.name collate "C", v.version), '[]')
              from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
             where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
               and (not p_labeled or v.label is not null)))
@@ -1764,7 +1803,7 @@ begin
                                 output_tokens, total_tokens, cost_usd, metadata)
     select coalesce(p_id, tidebase._new_id('use')), p_run_id, "stepId", kind, provider, model, label, quantity, unit,
            "inputTokens", "outputTokens",
-           coalesce("totalTokens", coalesce("inputTokens", 0) + coalesce("outputTokens", 0)), "costUsd", metadata
+           coalesce("totalTokens", "inputTokens" + "outputTokens", "inputTokens", "outputTokens"), "costUsd", metadata
       from jsonb_to_record(p_entry) as entry (
              "stepId" text, kind text, provider text, model text, label text, quantity numeric, unit text,
              "inputTokens" bigint, "outputTokens" bigint, "totalTokens" bigint, "costUsd" numeric, metadata jsonb)
@@ -1912,7 +1951,8 @@ end $$;
 
 -- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, channels, dedupeKey?, delayMs?, runAt?,
 -- maxAttempts, priority, deadlineMs?}.
--- Needs    an id given is not another workflow's (TB409 run_id_conflict).
+-- Needs    an id given is not another workflow's (TB409 run_id_conflict), nor is the live run that has the dedupe key
+--          (TB409 dedupe_conflict).
 -- Leaves   the run queued, event run.enqueued; where its dedupe key or its id is taken, nothing new.
 -- Answers  the new run; or the one that has the id; or, deduplicated, the live one that has the key.
 create or replace function tidebase._enqueue (p_queue text, p_job jsonb, p_input json,
@@ -1938,7 +1978,12 @@ begin
     end if;
     select * into run from tidebase.runs
      where queue = p_queue and dedupe_key = p_job->>'dedupeKey' and status in ('queued', 'running', 'waiting');
-    if found then
+    if found and run.workflow_name <> p_job->>'workflowName' then
+      perform tidebase._refuse(409, 'dedupe_conflict', format(
+                'dedupe key %s of queue %s is held by run %s of workflow %s: it cannot stand for one of workflow %s',
+                run.dedupe_key, p_queue, run.id, run.workflow_name, p_job->>'workflowName'),
+                json_build_object('runId', run.id, 'workflowName', run.workflow_name));
+    elsif found then
       deduplicated := true;
       return;
     end if;  -- else the live one ended in between, and its key is free
@@ -2318,7 +2363,8 @@ end $$;
 -- Schedules: Python knows cron, so it brings the next time along; that a time fires once is decided here.
 -- ------------------------------------------------------------------------------
 
--- Sets a schedule. Its next time moves only when when it fires changed, so that setting it again skips nothing.
+-- Sets a schedule. Its next time moves only when when it fires changed, so that setting it again skips nothing; one
+-- that is disabled shows when it would fire, and enabled again it fires from then on.
 -- Returns  {"schedule"}.
 create or replace function tidebase.set_schedule (p_name text, p_cron text, p_timezone text, p_workflow_name text,
                                                   p_input json, p_queue text, p_max_attempts integer,
@@ -2329,13 +2375,11 @@ declare
 begin
   insert into tidebase.schedules as s (name, cron, timezone, workflow_name, input, queue, max_attempts, enabled,
                                        next_run_at)
-  values (p_name, p_cron, p_timezone, p_workflow_name, p_input, p_queue, p_max_attempts, p_enabled,
-          case when p_enabled then p_next_run_at end)
+  values (p_name, p_cron, p_timezone, p_workflow_name, p_input, p_queue, p_max_attempts, p_enabled, p_next_run_at)
   on conflict (name) do update
      set cron = p_cron, timezone = p_timezone, workflow_name = p_workflow_name, input = p_input, queue = p_queue,
          max_attempts = p_max_attempts, enabled = p_enabled, updated_at = tidebase.now(),
-         next_run_at = case when not p_enabled then null
-                            when s.enabled and s.cron = p_cron and s.timezone = p_timezone then s.next_run_at
+         next_run_at = case when s.enabled and s.cron = p_cron and s.timezone = p_timezone then s.next_run_at
                             else p_next_run_at end
   returning * into v_schedule;
   return json_build_object('schedule', tidebase._schedule_json(v_schedule));
@@ -2356,26 +2400,29 @@ begin
   return json_build_object('deleted', p_name);
 end $$;
 
--- The database's time, and the schedules whose time has come at it.
+-- The database's time, and the schedules, disabled ones among them, whose time has come at it.
 -- Returns  {"now", "schedules": [{"name", "cron", "timezone", "nextRunAt"}]}.
 create or replace function tidebase.due_schedules () returns json language sql volatile as $$
   select json_build_object('now', tidebase._iso(at), 'schedules', (
            select coalesce(json_agg(tidebase._schedule_json(s) order by s.next_run_at), '[]')
-             from tidebase.schedules s where s.enabled and s.next_run_at <= at))
+             from tidebase.schedules s where s.next_run_at <= at))
     from tidebase.now() as at
 $$;
 
--- Fires a schedule for the time it was due at, unless another server did or it was changed meanwhile.
--- Leaves   a run on its queue, with the dedupe key sched:NAME:TIME; the schedule at its next time.
+-- Fires a schedule for the time it was due at, unless another server did or it was changed meanwhile; one that is
+-- disabled only moves on.
+-- Leaves   a run on its queue, with the dedupe key sched:NAME:TIME; the schedule at its next time. A run of another
+--          workflow that somebody gave this very key stands for it.
 -- Returns  how many fired: 1 or 0.
 create or replace function tidebase.fire_schedule (p_name text, p_fire_at timestamptz, p_next_run_at timestamptz)
   returns integer language plpgsql as $$
 declare
   v_schedule tidebase.schedules;
 begin
-  update tidebase.schedules set next_run_at = p_next_run_at, last_enqueued_at = tidebase.now()
-   where name = p_name and enabled and next_run_at = p_fire_at returning * into v_schedule;
-  if not found then
+  update tidebase.schedules set next_run_at = p_next_run_at,
+         last_enqueued_at = case when enabled then tidebase.now() else last_enqueued_at end
+   where name = p_name and next_run_at = p_fire_at returning * into v_schedule;
+  if not found or not v_schedule.enabled then
     return 0;
   end if;
   perform tidebase._enqueue(v_schedule.queue, jsonb_build_object(
@@ -2384,6 +2431,9 @@ begin
             'dedupeKey', 'sched:' || p_name || ':' || tidebase._iso(p_fire_at),
             'maxAttempts', v_schedule.max_attempts), v_schedule.input);
   return 1;
+exception when sqlstate 'TB409' then  -- the key is taken: else the schedule would stand still for as long as that run
+  update tidebase.schedules set next_run_at = p_next_run_at where name = p_name and next_run_at = p_fire_at;
+  return 0;
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -2397,7 +2447,7 @@ create or replace function tidebase.run_detail (p_run_id text, p_include text[])
 declare
   v_keys  text[] := array(
     select key from unnest(array['run', 'steps', 'state', 'stateStreams', 'stateVersions', 'runEdges', 'childRuns',
-                                 'gates', 'usage', 'recoveryAttempts', 'channels', 'channelDeliveries', 'events']) as key
+                                 'recoveryAttempts', 'channels', 'channelDeliveries', 'gates', 'usage', 'events']) as key
      where p_include is null or key = any (p_include));
   v_key   text;
   v_part  json;
@@ -2419,7 +2469,7 @@ begin
         v_part := (select json_agg(tidebase._stream_json(s) order by s.created_at, s.id)
                      from tidebase.state_streams s where s.run_id = p_run_id);
       when 'stateVersions' then
-        v_part := (select json_agg(tidebase._version_json(v) order by s.created_at, s.id, v.version)
+        v_part := (select json_agg(tidebase._version_json(v) order by s.name collate "C", v.version)
                      from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
                     where v.run_id = p_run_id);
       when 'runEdges' then
@@ -2436,13 +2486,13 @@ begin
         v_part := (select json_agg(tidebase._usage_json(u) order by u.created_at, u.id)
                      from tidebase.usage u where u.run_id = p_run_id);
       when 'recoveryAttempts' then
-        v_part := (select json_agg(tidebase._recovery_json(o) order by o.seq)
-                     from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'recovery');
+        v_part := (select json_agg(tidebase._recovery_json(o) order by o.seq desc)
+                     from tidebase.outbox o where o.run_id = p_run_id and o.kind in ('recovery', 'push'));
       when 'channels' then
         v_part := (select json_agg(tidebase._channel_json(c) order by c.id)
                      from tidebase.channels c where c.run_id = p_run_id and c.gate_id is null);
       when 'channelDeliveries' then
-        v_part := (select json_agg(tidebase._delivery_json(o) order by o.seq)
+        v_part := (select json_agg(tidebase._delivery_json(o) order by o.seq desc)
                      from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'channel');
       when 'events' then
         v_part := (select json_agg(tidebase._event_json(e) order by e.seq)
@@ -2469,14 +2519,16 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- Runs whose owner fell silent: a queue run goes back at once while attempts last, else fails; a plain run stays for a
--- manual resume, and its recovery webhook, if any, is posted once per lease.
-create or replace function tidebase.expire_leases (p_limit integer) returns integer language plpgsql as $$
+-- manual resume, event run.stalled, and its recovery webhook, if any, is posted once per lease.
+-- Returns  how many, and for the log [{"runId", "workflowName", "queue", "leaseOwner", "attempt", "maxAttempts"}].
+create or replace function tidebase.expire_leases (p_limit integer, out expired integer, out runs json)
+  language plpgsql as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
   v_run   tidebase.runs;
   v_error json := json_build_object('name', 'LeaseExpired', 'message', 'the worker fell silent and its lease expired');
-  v_count integer := 0;
+  v_runs  json[] := '{}';
 begin
   for v_due in select id, parent_run_id from tidebase.runs
                 where status = 'running' and not stalled and lease_expires_at <= v_now
@@ -2489,18 +2541,25 @@ begin
      where id = v_due.id and status = 'running' and not stalled and lease_expires_at <= v_now
        for no key update skip locked;
     continue when not found;
-    v_count := v_count + 1;
-    update tidebase.runs set former_owners = former_owners || lease_owner, stalled = queue is null
-     where id = v_run.id;
+    v_runs := v_runs || json_build_object('runId', v_run.id, 'workflowName', v_run.workflow_name, 'queue', v_run.queue,
+                'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts);
+    update tidebase.runs set former_owners = former_owners || lease_owner where id = v_run.id;
     if v_run.queue is not null and v_run.attempt < v_run.max_attempts then
-      perform tidebase._requeue(v_run, v_error, v_now, null);
+      perform tidebase._requeue(v_run, v_error, v_now, null, 'lease_expired');
     elsif v_run.queue is not null then
-      perform tidebase._fail(v_run, v_error, 'max_retries', null);
-    elsif v_run.recovery_webhook is not null then
-      perform tidebase._start_recovery(v_run, 'lease_expired');
+      perform tidebase._fail(v_run, v_error, 'max_retries', null, 'lease_expired');
+    else
+      update tidebase.runs set stalled = true, event_seq = event_seq + 1, updated_at = v_now
+       where id = v_run.id returning * into v_run;
+      perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.stalled', json_build_object(
+                'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt));
+      if v_run.recovery_webhook is not null then
+        perform tidebase._start_recovery(v_run, 'lease_expired');
+      end if;
     end if;
   end loop;
-  return v_count;
+  expired := cardinality(v_runs);
+  runs := array_to_json(v_runs);
 end $$;
 
 -- Live runs whose deadline passed are cancelled.
@@ -2526,11 +2585,15 @@ end $$;
 
 -- Offers ready runs of push queues to the app, within the queue's caps. An offered run stays queued; its run_at moves
 -- 60 s on, so that it is neither claimed meanwhile nor offered again before.
+-- Leaves   each offer in the outbox with its event recovery.started, and an older one that still waited failed, event
+--          recovery.failed.
 create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql as $$
 declare
   v_now   timestamptz;
   v_queue tidebase.queues;
   v_id    text;
+  v_run   tidebase.runs;
+  v_old   text;
   v_mine  integer;
   v_count integer := 0;
 begin
@@ -2543,11 +2606,18 @@ begin
     foreach v_id in array
       tidebase._take_ready(v_queue.name, tidebase._queue_room(v_queue.name, p_limit), v_now)
     loop
-      update tidebase.runs set offered_at = v_now, run_at = v_now + interval '60 seconds' where id = v_id;
-      update tidebase.outbox set status = 'failed', error_text = 'offered anew', next_attempt_at = null,
-             completed_at = v_now
-       where run_id = v_id and kind = 'push' and status = 'pending';
-      perform tidebase._post('push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null);
+      update tidebase.runs set offered_at = v_now, run_at = v_now + interval '60 seconds'
+       where id = v_id returning * into v_run;
+      for v_old in update tidebase.outbox set status = 'failed', error_text = 'offered anew', next_attempt_at = null,
+                          completed_at = v_now
+                    where run_id = v_id and kind = 'push' and status = 'pending' returning id
+      loop
+        perform tidebase._record(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
+                  'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
+      end loop;
+      perform tidebase._record(v_run, null, 'recovery.started', json_build_object('recoveryAttemptId', (tidebase._post(
+                'push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null)).id,
+                'reason', 'queue_dispatch'));
       v_mine := v_mine + 1;
     end loop;
     perform tidebase._count_claims(v_queue.name, v_mine);
@@ -2599,7 +2669,8 @@ begin
   return v_count;
 end $$;
 
--- Deletes runs that ended more than p_days ago, with all that belongs to them.
+-- Deletes runs that ended more than p_days ago, with all that belongs to them; a child only once its parent is gone, so
+-- that a parent that is replayed still finds the children that it had.
 create or replace function tidebase.purge_runs (p_days integer, p_limit integer) returns integer language plpgsql as $$
 declare
   v_until timestamptz := tidebase.now() - p_days * interval '1 day';
@@ -2607,7 +2678,8 @@ declare
   v_count integer := 0;
 begin
   for v_run in delete from tidebase.runs where id = any (array(
-                 select id from tidebase.runs where completed_at is not null and completed_at < v_until
+                 select id from tidebase.runs r where completed_at is not null and completed_at < v_until
+                    and (select p.id from tidebase.runs p where p.id = r.parent_run_id) is null  -- no join of all runs
                   order by completed_at limit p_limit for update skip locked)) returning queue, status
   loop
     perform tidebase._tally(v_run.queue, v_run.status, -1);
@@ -2710,7 +2782,7 @@ begin
   if v_post.status <> 'pending' then
     update tidebase.outbox set next_attempt_at = v_now
      where seq = (select min(seq) from tidebase.outbox where channel_id = v_post.channel_id and status = 'pending');
-    if v_post.kind = 'recovery' then
+    if v_post.kind <> 'channel' then
       perform tidebase._record(v_run, null, 'recovery.' || v_post.status, json_build_object(
                 'recoveryAttemptId', p_id, 'reason', v_post.reason, 'httpStatus', p_http_status, 'error', p_error));
     end if;

@@ -388,6 +388,10 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "the runs of no metadata": (0, lambda bill, api: api.get("/runs?metadata.nothing=1")["runs"]),
     "expired leases": (29, lambda bill, api: bill.later(1, "expire_leases", 100)),
     "passed deadlines": (100, lambda bill, api: bill.later(28, "cancel_overdue", 100)),
+    "what is forgotten": (100, lambda bill, api: bill.later(40, "purge_runs", 30, 100)),
+    "the runs of a failure class": (0, lambda bill, api: api.get("/runs?failureClass=nothing")["runs"]),
+    "the runs of sixteen metadata": (0, lambda bill, api: api.get(
+        "/runs?" + "&".join(f"metadata.k{n}={n}" for n in range(16)))["runs"]),
     "offers of push queues": (100, lambda bill, api: (
         api.put("/queues/queue1/config", {"invokeUrl": "http://127.0.0.1:1/", "concurrency": 200})["config"],
         bill.later(0, "offer_runs", 100))[1]),
