@@ -54,7 +54,7 @@ OBJECTS = {
         expiresAt?, createdAt, updatedAt, resolvedAt?}""",
     "publicGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
         decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?}""",
-    "signal": "{id, runId, name, payload, timedOut, createdAt}",
+    "signal": "{id, runId, name, n:int, payload, timedOut, createdAt}",
     "state": "{runId, value, version, updatedAt}",
     "stateStream": """{id, runId, name, targetType, targetId, currentVersion, currentValue, metadata, createdAt,
         updatedAt}""",

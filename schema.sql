@@ -261,8 +261,10 @@ create table if not exists tidebase.state_versions (
   metadata   jsonb       not null default '{}',
   created_by text,
   created_at timestamptz not null default tidebase.now(),
+  live_version integer,                                     -- of a write of the live state: the run's version after it
   constraint state_versions_version_key unique (stream_id, version)
 );
+alter table tidebase.state_versions add column if not exists live_version integer;  -- older databases
 -- Serves the run detail, the versions and the snapshots.
 create index if not exists state_versions_run_idx on tidebase.state_versions (run_id, stream_id, version);
 
@@ -307,8 +309,12 @@ create table if not exists tidebase.signals (
   payload    json,
   timed_out  boolean     not null default false,            -- nobody sent it in time: that is decided, too
   created_at timestamptz not null default tidebase.now(),
-  constraint signals_name_key unique (run_id, name)
+  n          integer     not null default 1                 -- 1, 2, 3 … of a name: the n-th wait takes the n-th signal
 );
+alter table tidebase.signals add column if not exists n integer not null default 1;  -- older databases
+alter table tidebase.signals drop constraint if exists signals_name_key;             -- where one of a name was kept
+-- One signal of a number; serves the next number, and those who wait for one.
+create unique index if not exists signals_number_key on tidebase.signals (run_id, name, n);
 
 create table if not exists tidebase.schedules (
   name             text        primary key,
@@ -502,7 +508,7 @@ create or replace function tidebase._edge_json (e tidebase.run_edges) returns js
 $$;
 
 create or replace function tidebase._signal_json (s tidebase.signals) returns json language sql stable as $$
-  select json_build_object('id', s.id, 'runId', s.run_id, 'name', s.name, 'payload', s.payload,
+  select json_build_object('id', s.id, 'runId', s.run_id, 'name', s.name, 'n', s.n, 'payload', s.payload,
                            'timedOut', s.timed_out, 'createdAt', tidebase._iso(s.created_at))
 $$;
 
@@ -1185,7 +1191,8 @@ $$;
 -- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
 -- Needs    p_owner did not lose the run (TB409 lease_lost).
 -- Leaves   on execute: the step running under p_owner's lease, attempt + 1, event step.started; begun again by its
---          owner: the lease extended and nothing else. On manual_review: the step so marked.
+--          owner, or a step that only waits (option wait) by whoever may: under p_owner's lease and nothing else. On
+--          manual_review: the step so marked.
 -- Returns  {"action", …}, and the HTTP status: 409 for manual_review, which is a refusal that writes.
 create or replace function tidebase.begin_step (p_run_id text, p_name text, p_input_hash text, p_input json,
                                                 p_options json, p_owner text, p_lease_ms integer,
@@ -1233,8 +1240,10 @@ begin
     body := json_build_object('error', format('step %s may have run: a person must review it', p_name),
                               'code', 'manual_review', 'step', tidebase._step_json(v_step));
     return;
-  elsif v_step.status = 'running' and v_step.lease_owner = p_owner and v_step.fence = v_run.fence then
-    update tidebase.steps s set lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
+  elsif v_step.status = 'running'
+        and (v_step.options->>'wait' = 'true' or (v_step.lease_owner = p_owner and v_step.fence = v_run.fence)) then
+    update tidebase.steps s set lease_owner = p_owner, fence = v_run.fence,
+           lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
      where s.id = v_step.id returning * into v_step;
     update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
      where id = p_run_id and lease_owner = p_owner;
@@ -1642,9 +1651,10 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- Appends a version to a stream of a run, which must be locked. p_about: {id?, label?, reason?, importance?, metadata?,
--- createdBy?, stepId?}.
+-- createdBy?, stepId?}. p_live_version: of a write of the live state, its version.
 create or replace function tidebase._add_version (p_run_id text, p_stream text, p_target_type text, p_target_id text,
-                                                  p_value jsonb, p_patch jsonb, p_about jsonb)
+                                                  p_value jsonb, p_patch jsonb, p_about jsonb,
+                                                  p_live_version integer default null)
   returns tidebase.state_versions language plpgsql as $$
 declare
   v_now     timestamptz := tidebase.now();
@@ -1658,10 +1668,11 @@ begin
      set current_version = s.current_version + 1, current_value = p_value, updated_at = v_now
   returning * into v_stream;
   insert into tidebase.state_versions (id, stream_id, run_id, step_id, version, value, patch, label, reason, importance,
-                                       metadata, created_by, created_at)
+                                       metadata, created_by, created_at, live_version)
   values (coalesce(p_about->>'id', tidebase._new_id('ver')), v_stream.id, p_run_id, p_about->>'stepId',
           v_stream.current_version, p_value, p_patch, p_about->>'label', p_about->>'reason',
-          coalesce(p_about->>'importance', 'normal'), coalesce(p_about->'metadata', '{}'), p_about->>'createdBy', v_now)
+          coalesce(p_about->>'importance', 'normal'), coalesce(p_about->'metadata', '{}'), p_about->>'createdBy', v_now,
+          p_live_version)
   on conflict (id) do nothing returning * into v_version;
   if not found then  -- another run's, written since the caller looked
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', p_about->>'id'));
@@ -1686,7 +1697,8 @@ end $$;
 -- version.
 -- Needs    p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
 --          an object on both sides (TB409 state_not_object).
--- Leaves   event and channels state.updated.    Returns  {"state"}.
+-- Leaves   event and channels state.updated; where the id was written before, everything as it was.
+-- Returns  {"state"} as this write, or the one of the same id before, left it.
 create or replace function tidebase.write_state (p_run_id text, p_stream text, p_value jsonb, p_merge boolean,
                                                  p_if_version integer, p_about jsonb)
   returns json language plpgsql as $$
@@ -1697,9 +1709,10 @@ declare
   v_event   json;
 begin
   select * into v_state from tidebase.states where run_id = p_run_id;
-  if v_version.id is not null and v_state.run_id is null then
+  if v_version.id is not null and v_version.live_version is null then
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is a snapshot', v_version.id));
   elsif v_version.id is not null then
+    v_state := (p_run_id, v_version.value, v_version.live_version, v_version.created_at);
     return json_build_object('state', tidebase._state_json(v_state));
   elsif p_if_version <> coalesce(v_state.version, 0) then
     perform tidebase._refuse(409, 'version_conflict',
@@ -1708,13 +1721,15 @@ begin
   elsif p_merge and jsonb_typeof(v_state.value) <> 'object' then
     perform tidebase._refuse(409, 'state_not_object', 'the state is not an object, so nothing can be merged into it');
   end if;
-  insert into tidebase.states as s (run_id, value, version) values (p_run_id, p_value, 1)
+  v_version := tidebase._add_version(
+    p_run_id, p_stream, 'run', p_run_id,
+    case when p_merge then coalesce(v_state.value || p_value, p_value) else p_value end,
+    case when p_merge then p_value end, p_about, p_live_version => coalesce(v_state.version, 0) + 1);
+  insert into tidebase.states (run_id, value, version, updated_at)
+  values (p_run_id, v_version.value, v_version.live_version, v_version.created_at)
   on conflict (run_id) do update
-     set value = case when p_merge then s.value || p_value else p_value end, version = s.version + 1,
-         updated_at = tidebase.now()
+     set value = excluded.value, version = excluded.version, updated_at = excluded.updated_at
   returning * into v_state;
-  v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value,
-                                     case when p_merge then p_value end, p_about);
   v_event := json_build_object('value', v_state.value);
   if p_merge then
     v_event := tidebase._joined(v_event, json_build_object('patch', p_value));
@@ -1840,16 +1855,31 @@ $$;
 -- Waiting: a queued run that waits for a person, a signal, a time or its children holds no worker.
 -- ------------------------------------------------------------------------------
 
--- Puts a waiting run, which must be locked, back on its queue, because what it waits for is there.
+-- Which of the signals of a name is waited for.
+create or replace function tidebase._number (p_for jsonb) returns integer language sql immutable as
+$$ select coalesce((p_for->>'n')::integer, 1) $$;
+
+-- Puts a waiting run, which must be locked, back on its queue, because what it waits for is there. The step of the
+-- wait, where it has one, completes with it: its output is the signal, or null.
 create or replace function tidebase._wake (p_run tidebase.runs) returns void language plpgsql as $$
 declare
-  v_now timestamptz := tidebase.now();
-  v_seq integer;
+  v_now  timestamptz := tidebase.now();
+  v_for  jsonb := p_run.waiting_for;
+  v_step tidebase.steps;
+  v_seq  integer;
 begin
+  update tidebase.steps s
+     set status = 'completed', lease_owner = null, lease_expires_at = null, completed_at = v_now, updated_at = v_now,
+         output = (select tidebase._signal_json(g) from tidebase.signals g
+                    where g.run_id = p_run.id and g.name = v_for->>'event' and g.n = tidebase._number(v_for))
+   where s.id = v_for->>'stepId' and s.run_id = p_run.id and s.status = 'running' returning * into v_step;
+  if found then
+    perform tidebase._record(p_run, null, 'step.completed', tidebase._step_completed(v_step));
+  end if;
   update tidebase.runs set status = 'queued', run_at = v_now, waiting_for = null, wake_at = null, offered_at = null,
          event_seq = event_seq + 1, updated_at = v_now
    where id = p_run.id returning event_seq into v_seq;
-  perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', p_run.waiting_for));
+  perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', v_for));
 end $$;
 
 -- Whether what a run would wait for is there already. Each child asks when it ends, so of many only one that is live is
@@ -1870,15 +1900,18 @@ begin
     return not exists (select from tidebase.gates
                         where run_id = p_run_id and id = p_for->>'gateId' and status = 'pending');
   elsif p_for ? 'event' then
-    return exists (select from tidebase.signals where run_id = p_run_id and name = p_for->>'event');
+    return exists (select from tidebase.signals
+                    where run_id = p_run_id and name = p_for->>'event' and n = tidebase._number(p_for));
   end if;
   return (p_for->>'until')::timestamptz <= p_now;
 end $$;
 
--- Gives a run's lease up until something is there: {"gateId"}, {"event": a signal's name}, {"until": a time}, or
--- {"children": names, or true for all} that ended. A signal that is not there after p_timeout_ms is timed out for good.
--- Needs    p_owner holds it (TB409 lease_lost, run_cancelled); it has a queue (TB409 no_queue).
--- Leaves   it waiting, no attempt spent, event run.waiting; where it is there already, everything as it was.
+-- Gives a run's lease up until something is there: {"gateId"}, {"event": a signal's name, "n": which of them},
+-- {"until": a time}, or {"children": names, or true for all} that ended; and "stepId", the step that records the wait.
+-- A signal that is not there after p_timeout_ms is timed out for good.
+-- Needs    p_owner holds it (TB409 lease_lost, run_cancelled); it has a queue (TB409 no_queue), and the step (TB404).
+-- Leaves   it waiting, no attempt spent, event run.waiting; where it is there already, everything as it was. When the
+--          wait is over, the step is completed (see _wake).
 -- Returns  {"run", "ready"}: ready when there was nothing to wait for, and the owner may go on.
 create or replace function tidebase.wait_run (p_run_id text, p_owner text, p_for jsonb, p_timeout_ms bigint)
   returns json language plpgsql as $$
@@ -1886,6 +1919,9 @@ declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
   v_now timestamptz := tidebase.now();
 begin
+  if p_for ? 'stepId' then
+    perform tidebase._step(p_run_id, p_for->>'stepId');
+  end if;
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
   elsif v_run.lease_owner is null and v_run.settled_by = p_owner and v_run.status in ('waiting', 'queued') then
@@ -1906,38 +1942,77 @@ begin
   return json_build_object('run', tidebase._run_json(v_run), 'ready', false);
 end $$;
 
--- Sends a signal to a run: kept until asked for, the first one of a name wins.
--- Leaves   event signal.received, and a run that waits for it queued.    Returns  {"signal"}.
-create or replace function tidebase.send_signal (p_run_id text, p_id text, p_name text, p_payload json,
-                                                 p_timed_out boolean) returns json language plpgsql as $$
+-- Writes down a signal of a run, which must be locked, or that it did not come in time.
+-- Needs    p_id not another signal's (TB409 signal_id_conflict).
+-- Leaves   event signal.received or signal.timed_out, and a run that waits for this one queued.
+create or replace function tidebase._add_signal (p_run tidebase.runs, p_id text, p_name text, p_n integer,
+                                                 p_payload json, p_timed_out boolean)
+  returns tidebase.signals language plpgsql as $$
+declare
+  v_signal tidebase.signals;
+begin
+  insert into tidebase.signals (id, run_id, name, n, payload, timed_out)
+  values (coalesce(p_id, tidebase._new_id('sig')), p_run.id, p_name, p_n, p_payload, p_timed_out)
+  on conflict (id) do nothing returning * into v_signal;
+  if not found then  -- another run's, written since the caller looked
+    perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
+  end if;
+  perform tidebase._record(p_run, null, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+                           json_build_object('signal', tidebase._signal_json(v_signal)));
+  if p_run.status = 'waiting' and p_run.waiting_for->>'event' = p_name
+     and tidebase._number(p_run.waiting_for) = p_n then
+    perform tidebase._wake(p_run);
+  end if;
+  return v_signal;
+end $$;
+
+-- Sends a signal to a run, kept until asked for: the next of its name.
+-- Needs    p_id not another signal's (TB409 signal_id_conflict).
+-- Leaves   as _add_signal; where the same p_id was sent before, everything as it was.    Returns  {"signal"}.
+create or replace function tidebase.send_signal (p_run_id text, p_id text, p_name text, p_payload json)
+  returns json language plpgsql as $$
+declare
+  v_run    tidebase.runs := tidebase._lock_run(p_run_id);
+  v_signal tidebase.signals;
+  v_last   integer;
+begin
+  select * into v_signal from tidebase.signals where id = p_id;
+  if not found then
+    select max(n) into v_last from tidebase.signals where run_id = p_run_id and name = p_name;
+    v_signal := tidebase._add_signal(v_run, p_id, p_name, coalesce(v_last, 0) + 1, p_payload, false);
+  elsif v_signal.run_id <> p_run_id or v_signal.name <> p_name then
+    perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
+  end if;
+  return json_build_object('signal', tidebase._signal_json(v_signal));
+end $$;
+
+-- Decides that the p_n-th signal of a name did not come in time, unless it did.    Returns  {"signal"}, that counts.
+-- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled).
+create or replace function tidebase.expire_signal (p_run_id text, p_name text, p_n integer, p_owner text)
+  returns json language plpgsql as $$
 declare
   v_run    tidebase.runs := tidebase._lock_run(p_run_id);
   v_signal tidebase.signals;
 begin
-  insert into tidebase.signals (id, run_id, name, payload, timed_out)
-  values (coalesce(p_id, tidebase._new_id('sig')), p_run_id, p_name, p_payload, p_timed_out)
-  on conflict do nothing returning * into v_signal;
-  if found then
-    perform tidebase._record(v_run, null, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
-                             json_build_object('signal', tidebase._signal_json(v_signal)));
-    if v_run.status = 'waiting' and v_run.waiting_for->>'event' = p_name then
-      perform tidebase._wake(v_run);
-    end if;
-  else
-    select * into v_signal from tidebase.signals where run_id = p_run_id and name = p_name;
-    if not found then
-      perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
-    end if;
+  if v_run.status = 'cancelled' then
+    perform tidebase._refuse_cancelled(v_run);
+  elsif v_run.lease_owner is distinct from p_owner then
+    perform tidebase._refuse_lost(v_run);
+  end if;
+  select * into v_signal from tidebase.signals where run_id = p_run_id and name = p_name and n = p_n;
+  if not found then
+    v_signal := tidebase._add_signal(v_run, null, p_name, p_n, null, true);
   end if;
   return json_build_object('signal', tidebase._signal_json(v_signal));
 end $$;
 
 -- Returns  {"signal", "runStatus"}, signal null while there is none, and the run's event number to wait from.
-create or replace function tidebase.get_signal (p_run_id text, p_name text, out body json, out seq integer)
+create or replace function tidebase.get_signal (p_run_id text, p_name text, p_n integer, out body json, out seq integer)
   language plpgsql stable as $$
 begin
   select json_build_object('runStatus', r.status, 'signal', (
-           select tidebase._signal_json(s) from tidebase.signals s where s.run_id = p_run_id and s.name = p_name)),
+           select tidebase._signal_json(s) from tidebase.signals s
+            where s.run_id = p_run_id and s.name = p_name and s.n = p_n)),
          r.event_seq
     into body, seq from tidebase.runs r where r.id = p_run_id;
   if not found then
@@ -2660,7 +2735,8 @@ begin
                 order by wake_at limit p_limit for no key update skip locked
   loop
     if v_run.waiting_for ? 'event' then
-      perform tidebase.send_signal(v_run.id, null, v_run.waiting_for->>'event', null, true);
+      perform tidebase._add_signal(v_run, null, v_run.waiting_for->>'event', tidebase._number(v_run.waiting_for), null,
+                                   true);
     else
       perform tidebase._wake(v_run);
     end if;

@@ -310,7 +310,7 @@ def busy(answer: Reply) -> Reply:
 # ------------------------------------------------------------------------------
 # Reading JSON: a body becomes Python values to check, while its payloads stay the text that came.
 # ------------------------------------------------------------------------------
-MAX_NUMBER = 1000  # characters; a longer number is no number that anybody means, and costs quadratic time
+MAX_SIGNALS = 1000  # characters; a longer number is no number that anybody means, and costs quadratic time
 
 
 class Json(NamedTuple):
@@ -333,7 +333,7 @@ def compose(value: dict[str, Any]) -> str:
 
 def _number(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(digits: str) -> Any:
-        if len(digits) > MAX_NUMBER:
+        if len(digits) > MAX_SIGNALS:
             raise ValueError(f"a number of {len(digits)} characters")
         return convert(digits)
 
@@ -449,6 +449,7 @@ MAX_FILTERS = 16  # metadata filters of a list
 MAX_RUN_CHANNELS = 32
 MAX_GATE_CHANNELS = 8
 MAX_BATCH = 10_000
+MAX_SIGNALS = 1_000_000  # of one name and run
 MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
 # As parts of a URL . and .. are the folder and the one above it.
 ID = validate.Regexp(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z",
@@ -841,16 +842,26 @@ class WaitFor(Body):
     event = Name()
     until = fields.AwareDateTime(format="iso", default_timezone=UTC)
     children = Names()
+    n = Whole(1, MAX_SIGNALS)  # of an event: which of its signals
+    step_id = Name(data_key="stepId")  # the step that records the wait, and ends with it
 
     @marshmallow.validates_schema
     def _one_of_them(self, data: dict[str, Any], **_: Any) -> None:
-        if len(data) != 1:
+        if len(data.keys() - {"n", "step_id"}) != 1:
             raise marshmallow.ValidationError("must be one of gateId, event, until and children")
+        if "n" in data and "event" not in data:
+            raise marshmallow.ValidationError("is the number of an event", "n")
 
 
 class WaitBody(HeartbeatBody):
     wait_for = fields.Nested(WaitFor, data_key="for", required=True)
     timeout_ms = Whole(1, MAX_MS, data_key="timeoutMs", load_default=None)
+
+
+class ExpireSignalBody(HeartbeatBody):
+    """POST /runs/:id/signals/:name/expire"""
+
+    n = Whole(1, MAX_SIGNALS, load_default=1)
 
 
 class SignalBody(Body):
@@ -2228,24 +2239,34 @@ def resolve_gate(run_id: str, gate_id: str) -> Reply:
 def wait_run(run_id: str) -> Reply:
     """Give the lease up until something is there.  200 {run, ready}, 404, 409 lease_lost, run_cancelled, no_queue."""
     body = parse(WaitBody)
-    [(name, value)] = body["wait_for"].items()
-    waiting_for = {"gateId" if name == "gate_id" else name: value.isoformat() if name == "until" else value}
+    keys = {"gate_id": "gateId", "step_id": "stepId"}
+    waiting_for = {keys.get(name, name): value.isoformat() if name == "until" else value
+                   for name, value in body["wait_for"].items()}
     return call("wait_run", run_id, body["lease_owner"], json.dumps(waiting_for), body["timeout_ms"])
 
 
 @routes.post("/runs/<part:run_id>/signals")
 def send_signal(run_id: str) -> Reply:
-    """Send it a signal; the first of a name wins.  200 {signal}, 404, 409 signal_id_conflict."""
+    """Send it a signal, the next of its name.  200 {signal}, 404, 409 signal_id_conflict."""
     body = parse(SignalBody)
-    return call("send_signal", run_id, body["id"], body["name"], body["payload"], False)
+    return call("send_signal", run_id, body["id"], body["name"], body["payload"])
 
 
 @routes.get("/runs/<part:run_id>/signals/<part:name>")
 def get_signal(run_id: str, name: str) -> Reply:
-    """A signal, null while there is none; at once or as soon as it is sent.
-    ?waitMs:0..25000=0 (how long to wait for it)  200 {signal?, runStatus}, 404."""
-    return held(run_id, query("waitMs").get("waitMs", "0"),
-                f"body->>'signal' is not null or body->>'runStatus' in {ENDED}", "get_signal", run_id, name)
+    """The n-th signal of a name, null while there is none; at once or as soon as it is sent.
+    ?n:1..1000000=1 ?waitMs:0..25000=0 (how long to wait for it)  200 {signal?, runStatus}, 404."""
+    asked = query("n", "waitMs")
+    return held(run_id, asked.get("waitMs", "0"), f"body->>'signal' is not null or body->>'runStatus' in {ENDED}",
+                "get_signal", run_id, name, whole_of("n", asked.get("n", "1"), MAX_SIGNALS, low=1))
+
+
+@routes.post("/runs/<part:run_id>/signals/<part:name>/expire")
+def expire_signal(run_id: str, name: str) -> Reply:
+    """Decide that the n-th signal of a name did not come in time, unless it did; the answer is what counts.
+    200 {signal}, 404, 409 lease_lost, run_cancelled."""
+    body = parse(ExpireSignalBody)
+    return call("expire_signal", run_id, name, body["n"], body["lease_owner"])
 
 
 # --- state, snapshots, usage

@@ -61,7 +61,7 @@ import time
 import traceback
 import types
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -109,6 +109,7 @@ LANES = 2  # requests with writes of many under way at once: while Postgres comm
 BATCH_WRITES, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
 HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and what is read at once
 FANOUT = 16  # children that run at once in one process
+CHILDREN_NAMED = 10_000  # in one request to wait for them: the server takes no more
 CHILDREN_AT_ONCE = 100  # are created in one transaction, for whose end all other writes of their parent wait
 STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
 MESSAGE_CHARS = 2_000  # of an exception's words
@@ -552,6 +553,28 @@ def _fit(fn: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
     return args[: next((count for count in range(len(args), 0, -1) if _accepts(fn, count)), 0)]
 
 
+def _captured(fn: Callable[..., Any]) -> tuple[Any, ...]:
+    """A function's code and the values bound to it: the same for a lambda that is made anew by the same line."""
+    if isinstance(fn, functools.partial):
+        return (*_captured(fn.func), *fn.args, *fn.keywords.values())
+    if isinstance(fn, types.MethodType):
+        return fn.__func__, fn.__self__
+    if not isinstance(fn, types.FunctionType):
+        return (fn,)
+    values: list[Any] = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    for cell in fn.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a name that has no value yet
+            values.append(cell.cell_contents)
+    return (fn.__code__, *values)
+
+
+def _alike(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether all of these are the same objects, or equal texts or numbers."""
+    return len(some) == len(others) and all(
+        one is other or (type(one) is type(other) and isinstance(one, (str, bytes, int, float)) and one == other)
+        for one, other in zip(some, others))
+
+
 def _error_json(error: BaseException) -> Json:
     """An exception as it is recorded.  What UTF-8 cannot say is replaced: a failure must always be recordable."""
     told = traceback.TracebackException.from_exception(error)
@@ -582,6 +605,13 @@ def _refusal(status: int, body: Any, path: str) -> TidebaseError:
     return _REFUSALS.get(str(code), TidebaseError)(words, status, body, code, path)
 
 
+def _gate_json(gate: Json) -> Json:
+    """A gate as `run.gates` answers it."""
+    payload = gate["decisionPayload"]
+    return {"gateId": gate["id"], "name": gate["name"], "status": gate["status"], "decision": gate["decision"],
+            "actor": gate["actor"], "payload": {} if payload is None else payload, "gate": gate}
+
+
 def _has_ended(answer: Json) -> bool:
     return answer["run"]["status"] in ("completed", "failed", "cancelled")
 
@@ -596,6 +626,11 @@ def _outcome(run: Json) -> Any:
     told = run["error"] if isinstance(run["error"], dict) else {"message": run["error"]}
     words = ": ".join(str(told[key]) for key in ("name", "message") if told.get(key))
     return RunFailed(f"run {run['id']} failed: {words or 'no error given'}", body=run, code="run_failed")
+
+
+def _child_key(body: Json) -> tuple[Any, ...]:
+    """What a child is called with, by which the same call is known again."""
+    return body["workflowName"], _json(body.get("input"))
 
 
 def _outcome_json(error: Exception) -> Json:
@@ -683,6 +718,12 @@ class _Held:
             if self.on_lost is not None:
                 self.on_lost(*_fit(self.on_lost, error))
 
+    def check_not_cancelled(self, answer: Json) -> None:
+        """Raise RunCancelled when an answer that tells the run's status says so."""
+        if answer.get("runStatus") == "cancelled":
+            self.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled"))
+            self.fence()
+
     def suspend(self) -> None:
         """The worker stops: the next boundary unwinds the run."""
         self.suspended = True
@@ -710,6 +751,108 @@ class _Held:
             if held.suspended or held.leaving.locked():
                 raise RunSuspended
             held = held.parent
+
+
+class _Names:
+    """What the calls of an execution are named in the record, which of them are under way, and the ids of what is
+    written between them.  The rule about names stands here and nowhere else.
+
+    The second call of a name is `name#2`, the third `name#3`, in the order of calls, which a replay repeats; a number
+    is passed over when an earlier call has that name.  Two calls of one name at the same time have no order: refused.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._lock = threading.Lock()
+        self._numbers: Counter[tuple[str, str]] = Counter()  # the last one given, by kind and name as called
+        self._taken: set[tuple[str, str]] = set()  # kind and name as recorded
+        self._under_way: set[tuple[str, str]] = set()  # kind and name as called
+        self._failed: dict[tuple[tuple[str, str], ...], list[tuple[list[str], tuple[Any, ...]]]] = {}
+        self._executing = 0
+        self._last = ""  # the call that began last, and whether it failed
+        self._writes: Counter[tuple[str, str]] = Counter()  # ids given, by last call and verb
+
+    @contextlib.contextmanager
+    def call(self, *asked: tuple[str, str], same: Callable[[], tuple[Any, ...]] | None = None) -> Iterator[list[str]]:
+        """A call is under way.  Yields the names in the record.
+
+        asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
+        good, what it is called with.  A replay executes such a call again, and so does the program that catches the
+        failure and makes the same call once more: it keeps the name, so that the replay finds its output.
+        """
+        with self._lock:
+            for kind, name in asked:
+                if (kind, name) in self._under_way:
+                    raise ValueError(
+                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
+                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
+            names = self._failed_before(asked, same) or [self._next(kind, name) for kind, name in asked]
+            self._under_way.update(asked)
+            self._last = place = f"{asked[0][0]} {names[0]}"
+        try:
+            yield names
+        except Exception:
+            if same is not None:
+                with self._lock:
+                    self._failed.setdefault(asked, []).append((names, same()))
+                    self._last = f"{place} failed" if self._last == place else self._last
+            raise
+        finally:
+            with self._lock:
+                self._under_way.difference_update(asked)
+
+    def _failed_before(self, asked: tuple[tuple[str, str], ...],
+                       same: Callable[[], tuple[Any, ...]] | None) -> list[str] | None:
+        """The names of the same call, if it failed."""
+        for failed in self._failed.get(asked, ()):
+            if same is not None and _alike(failed[1], same()):
+                self._failed[asked].remove(failed)
+                return failed[0]
+        return None
+
+    def _next(self, kind: str, name: str) -> str:
+        for number in itertools.count(self._numbers[kind, name] + 1):
+            numbered = name if number == 1 else f"{name}#{number}"
+            if (kind, numbered) not in self._taken:
+                break
+        self._numbers[kind, name] = number
+        self._taken.add((kind, numbered))
+        return numbered
+
+    def count(self, kind: str, name: str) -> int:
+        """How often this has been asked for, this time included."""
+        with self._lock:
+            self._numbers[kind, name] += 1
+            return self._numbers[kind, name]
+
+    @contextlib.contextmanager
+    def executing(self) -> Iterator[None]:
+        """Something is executed here that the run cannot leave behind."""
+        with self._lock:
+            self._executing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._executing -= 1
+
+    def is_executing(self) -> bool:
+        """Whether a step or a child of the run is executed here."""
+        return self._executing > 0
+
+    def write_id(self, prefix: str, verb: str) -> str:
+        """The id of a write: between calls the same in every execution, so that a replay writes it once.
+
+        It is made of the run, the call before it, and its number among the writes since.  While a call is under way it
+        is a fresh one: within a step because what is executed again was spent again, beside one because the order of
+        the two is not known.
+        """
+        with self._lock:
+            if self._under_way:
+                return _new_id(prefix)
+            self._writes[self._last, verb] += 1
+            place = (self._run_id, self._last, verb, str(self._writes[self._last, verb]))
+        return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
 class _Notice:
@@ -896,11 +1039,17 @@ class _Part(Surface[M]):
 
 
 class _RunPart(Surface[M]):
-    """A namespace of a run: its requests are repeated as long as the run is held."""
+    """A namespace of a run: its requests are repeated as long as the run is held.
+
+    What it writes has an id by which a repeat is known: see _Names.write_id.
+    """
 
     def __init__(self, run: Run[M]) -> None:
         self._client = run._client
         self._run: Run[M] = run
+
+    def _write_id(self, prefix: str, verb: str) -> str:
+        return self._run._names.write_id(prefix, verb)
 
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
         self._run._held.boundary()
@@ -909,7 +1058,12 @@ class _RunPart(Surface[M]):
 
 
 class State(_RunPart[M]):
-    """`run.state`: a live value that your product can show.  Each write is a new version, also when code runs again."""
+    """`run.state`: a live value that your product can show.  Each write is a new version.
+
+    Between steps a write is made once, also when the code runs again, so that the value does not fall back; its repeat
+    answers the state of the first time.  Within a step's function, and while a step, gate, child or the like is under
+    way in another thread or task, it is made in each execution.
+    """
 
     @op
     def set(self, value: Any, *, stream: str | None = None, label: str | None = None,
@@ -920,21 +1074,21 @@ class State(_RunPart[M]):
         importance: transient, normal, checkpoint or milestone.  if_version: refuse (409 version_conflict) when the live
         version is another one.
         """
-        return self._request("PUT", "state", body={**_body(locals(), id=_new_id("ver")), "value": value})
+        return self._request("PUT", "state", body={**_body(locals(), id=self._write_id("ver", "set")), "value": value})
 
     @op
     def patch(self, value: Json, *, stream: str | None = None, label: str | None = None,
               reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
               created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
         """Merge into the top level of the value; else as `set`."""
-        return self._request("PATCH", "state", body=_body(locals(), id=_new_id("ver")))
+        return self._request("PATCH", "state", body=_body(locals(), id=self._write_id("ver", "patch")))
 
     @op
     def save(self, label: str, *, stream: str | None = None, reason: str | None = None,
              importance: str | None = None, metadata: Json | None = None,
              created_by: str | None = None) -> Op[Json]:
         """Label the current value, importance `milestone` unless given.  {"stateVersion": ...}; 404 without a value."""
-        return self._request("POST", "state", "save", body=_body(locals(), id=_new_id("ver")))
+        return self._request("POST", "state", "save", body=_body(locals(), id=self._write_id("ver", "save")))
 
     @op
     def versions(self, *, stream: str | None = None, labeled: bool | None = None) -> Op[Json]:
@@ -944,13 +1098,14 @@ class State(_RunPart[M]):
 
 
 class Snapshots(_RunPart[M]):
-    """`run.snapshots`: labeled states of things that the run works on."""
+    """`run.snapshots`: labeled states of things that the run works on.  Written once between steps, as `run.state`."""
 
     @op
     def create(self, label: str, state: Any, *, target: Json | None = None, reason: str | None = None,
                metadata: Json | None = None, created_by: str | None = None) -> Op[Json]:
         """Keep `state` under a label; durable on return.  target: {"type": ..., "id": ...}, default the run itself."""
-        return self._request("POST", "snapshots", body={**_body(locals(), id=_new_id("ver")), "state": state})
+        body = {**_body(locals(), id=self._write_id("ver", "snapshot")), "state": state}
+        return self._request("POST", "snapshots", body=body)
 
     @op
     def list(self) -> Op[Json]:
@@ -959,7 +1114,13 @@ class Snapshots(_RunPart[M]):
 
 
 class Usage(_RunPart[M]):
-    """`run.usage`: the cost ledger."""
+    """`run.usage`: the cost ledger.
+
+    Between steps an entry is written once, also when the code runs again; if it then has other figures, those recorded
+    first stay, and a warning is logged.  Within a step's function each execution counts, since it was spent: record
+    there what the step itself spends.  Likewise while a step, gate, child or the like is under way in another thread or
+    task, so record what steps side by side have used within them, or after the last of them has ended.
+    """
 
     @op
     def record(self, *, kind: str | None = None, provider: str | None = None, model: str | None = None,
@@ -968,22 +1129,37 @@ class Usage(_RunPart[M]):
                total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
                step_id: str | None = None) -> Op[Json]:
         """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
-        return self._request("POST", "usage", body=_body(locals(), id=_new_id("use")))
+        body = _body(locals(), id=self._write_id("use", "usage"))
+        answer = yield from self._request("POST", "usage", body=body)
+        figures = {key: value for key, value in body.items() if key not in ("metadata", "stepId")}
+        self._run._warn_of_differences("usage", answer["usage"]["id"], answer["usage"], **figures)
+        return answer
 
 
 class RunGates(_RunPart[M]):
-    """`run.gates`: a gate's two halves, for code that does not want to wait in `run.gate`."""
+    """`run.gates`: a gate's two halves, for code that looks again later instead of waiting in `run.gate`.
+
+    Both answer {"gateId", "name", "status", "decision", "actor", "payload", "gate"}; gate: the server's JSON.
+    """
 
     @op
     def begin(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
               capability: Any = None, timeout_s: float | None = None) -> Op[Json]:
-        """Open the gate, or find it: {"action": "wait" | "return", "gate": ...}.  One gate per run and name."""
-        return self._request("POST", "gates", "begin", body=_body(locals()))
+        """Open the gate of exactly this name, or find it, however often it is called: nothing is numbered here.
+
+        What was asked first stays; a warning is logged when prompt or data differ from it.
+        """
+        answer = yield from self._request("POST", "gates", "begin", body=_body(locals()))
+        asked = {} if data is None else _plain(data, f"the data of gate {name!r}")
+        self._run._warn_of_differences("gate", name, answer["gate"], prompt=prompt, data=asked)
+        return _gate_json(answer["gate"])
 
     @op
     def get(self, gate_id: str) -> Op[Json]:
-        """{"gate": ..., "runStatus": ...} as it stands."""
-        return self._request("GET", "gates", gate_id)
+        """The gate as it stands.  Raises RunCancelled when the run is cancelled."""
+        answer = yield from self._request("GET", "gates", gate_id)
+        self._run._held.check_not_cancelled(answer)
+        return _gate_json(answer["gate"])
 
 
 class Run(Surface[M]):
@@ -995,6 +1171,13 @@ class Run(Surface[M]):
     return what they returned, and the wait is over.  So code between steps runs again, more often than once; whatever
     must happen once belongs into a step, and what a `finally` block undoes must be made again on the way back.  Under
     `tide.run` and `attach` a run waits in place, under heartbeats, and so does one that does something else meanwhile.
+
+    Names: each call is its own.  The second `step("page", ...)` of an execution is recorded as `page#2`, the third as
+    `page#3`, in the order of calls, and so are gates, children, fanouts, sleeps and waits for signals; a replay makes
+    the same calls in the same order and finds each.  Where calls come and go between executions, or run side by side,
+    give each a name of its own, such as f"page-{url}": two calls of one name at the same time raise ValueError.  A step
+    that failed and is called again, by `except` and a loop, with the same input (without one: the same function with
+    the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.
 
     run_id, name (of the workflow), attempt (1, 2, 3 ...), input and metadata as the server stores them.
     """
@@ -1014,9 +1197,7 @@ class Run(Surface[M]):
         self.gates: RunGates[M] = RunGates(self)
         self._checkpoints: dict[str, Json] = {step["name"]: step for step in told.get("checkpoints", ())}
         self._all_told = told.get("checkpointsTruncated") is False  # a name that is not among them has no checkpoint
-        self._recorded: set[str] = set()  # names of the steps that completed here
-        self._executing: set[str] = set()  # names of the steps under way here
-        self._children: set[str] = set()  # likewise of children
+        self._names = _Names(self.run_id)
         self._sleeps = itertools.count(1)
         self._step_failures: list[tuple[BaseException, str]] = []
 
@@ -1042,7 +1223,8 @@ class Run(Surface[M]):
         Without side effects a step is written once, at its end, and is seen as running after 0.25 s; with some it is
         written before fn is called as well, so that no try goes unseen.
 
-        name: one step per run and name.  input: what the output depends on; a replay with another input is refused.
+        name: of the second call of a name, `name#2` and so on (see Run).
+        input: what the output depends on; a replay with another input is refused.
         retries: further tries after a failure, each recorded, with growing rests.  timeout_s: then StepTimeout; a sync
         function cannot be stopped and runs on in its thread, unheard.
         side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
@@ -1056,30 +1238,32 @@ class Run(Surface[M]):
         held.boundary()
         plain = None if input is None else _plain(input, f"the input of step {name!r}")
         hashed = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
-        known = self._checkpoints.get(name)
-        if known is not None:
-            if known["inputHash"] != hashed:
-                raise _mismatch(name, known["inputHash"], hashed)
-            return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
-        options, decision = _step_options(
-            retries,
-            side_effects,
-            idempotency_key=idempotency_key,
-            replay=replay,
-            checkpoint_invariant=checkpoint_invariant,
-            verified_by=verified_by,
-            credentials=credentials and list(credentials),
-        )
-        if name in self._executing:
-            raise ValueError(f"step {name!r} is under way in this run already: give each call its own name")
-        self._executing.add(name)
-        try:
+        same: Callable[[], tuple[Any, ...]] = lambda: _captured(fn) if plain is None else (hashed,)  # noqa: E731
+        with self._names.call(("step", name), same=same) as (name,):
+            known = self._checkpoint(name, hashed)
+            if known is not None:
+                return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
+            options, decision = _step_options(
+                retries,
+                side_effects,
+                idempotency_key=idempotency_key,
+                replay=replay,
+                checkpoint_invariant=checkpoint_invariant,
+                verified_by=verified_by,
+                credentials=credentials and list(credentials),
+            )
             begin = _body(name=name, input_hash=hashed, input=plain, options=options, lease_owner=held.owner)
             takes_input = input is not None and not _accepts(fn, 0) and _accepts(fn, 1)
             work = Invoke(fn, (plain,) if takes_input else (), timeout_s)
-            return (yield from self._step(begin, work, retries, decision))
-        finally:
-            self._executing.discard(name)
+            with self._names.executing():
+                return (yield from self._step(begin, work, retries, decision))
+
+    def _checkpoint(self, name: str, hashed: str) -> Json | None:
+        """The checkpoint of a step, if one came with the lease.  Raises StepInputMismatch."""
+        known = self._checkpoints.get(name)
+        if known is not None and known["inputHash"] != hashed:
+            raise _mismatch(name, known["inputHash"], hashed)
+        return known
 
     def _step(self, begin: Json, work: Invoke, retries: int, decision: str) -> Op[Any]:
         """A step that no checkpoint here answers: execute and record; again while tries are left.
@@ -1090,7 +1274,7 @@ class Run(Surface[M]):
         effects = any(effect != "read" for effect in begin["options"].get("sideEffects", ()))
         for tries in itertools.count(1):
             held.boundary()
-            ahead = effects or decision != "auto_retry" or not self._all_told or name in self._recorded
+            ahead = effects or decision != "auto_retry" or not self._all_told
             if ahead:
                 answer = yield from self._begin_step(begin)
                 if answer["action"] == "return":
@@ -1115,13 +1299,12 @@ class Run(Surface[M]):
                 client._beats.forget(notice)
             if ahead:
                 step_id = answer["step"]["id"]
-                path = _path("runs", self.run_id, "steps", step_id, "fail" if error else "complete")
                 if error:
+                    path = _path("runs", self.run_id, "steps", step_id, "fail")
                     told = _splice({"leaseOwner": held.owner, **verdict}, **outcome)
                     answer = yield from client._request("POST", path, told, held=held)
                 else:
-                    fields = {"runId": self.run_id, "stepId": step_id, "leaseOwner": held.owner}
-                    answer = yield from client._flow.write("complete_step", path, fields, held=held, **outcome)
+                    answer = yield from self._complete_step(step_id, **outcome)
             else:
                 if (yield from notice.refused()):
                     answer = yield from self._begin_step(begin)
@@ -1131,7 +1314,6 @@ class Run(Surface[M]):
                 path = _path("runs", self.run_id, "steps")
                 answer = yield from client._flow.write("record_step", path, fields, held=held, **outcome)
             if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
-                self._recorded.add(name)
                 recorded: Json = answer["step"]
                 return recorded["output"] if "output" in recorded else json.loads(outcome.get("output", b"null"))
             if not again:
@@ -1165,88 +1347,121 @@ class Run(Surface[M]):
              poll_s: float = GATE_POLL_S) -> Op[GateDecision]:
         """Wait until a person has decided.  The decision is durable: a replay returns it at once.
 
+        name: each call asks anew; the second gate of a name is `name#2` and so on (see Run).  What was asked first
+        stays: a replay with another prompt or other data logs a warning.
         timeout_s: then the gate is canceled, actor `timeout`.  hold_s: a run from a queue waits this long with its
         worker, then without one (see Run).  poll_s: how long one request of a run that waits in place is held (at most
         25).  Raises RunCancelled, LeaseLost.
         """
-        begun = yield from RunGates.begin(
-            self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
-        )
-        gate_id = begun["gate"]["id"]
-        answer = yield from self._await({"gateId": gate_id}, "gates", gate_id, hold_s=hold_s, poll_s=poll_s,
-                                        known=begun, is_over=lambda answer: answer["gate"]["status"] != "pending")
-        gate = answer["gate"]
-        return GateDecision(
-            gate["id"], gate["name"], gate["status"], gate["decision"], gate["actor"], gate["decisionPayload"]
-        )
+        with self._names.call(("gate", name)) as (name,):
+            begun = yield from RunGates.begin(
+                self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
+            )
+            gate_id = begun["gateId"]
+            answer = yield from self._await({"gateId": gate_id}, "gates", gate_id, hold_s=hold_s, poll_s=poll_s,
+                                            known=begun, is_over=lambda answer: answer["gate"]["status"] != "pending")
+            told = _gate_json(answer["gate"])
+            return GateDecision(
+                told["gateId"], told["name"], told["status"], told["decision"], told["actor"], told["payload"]
+            )
+
+    def _warn_of_differences(self, what: str, name: str, recorded: Json, **given: Any) -> None:
+        """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay."""
+        differing = [key for key, value in given.items() if recorded.get(key) != value]
+        if differing:
+            logger.warning("run %s: %s %r was recorded with another %s, which stays as recorded first",
+                           self.run_id, what, name, " and ".join(differing),
+                           extra={"event": "differs_from_record", "run_id": self.run_id})
 
     @op
     def sleep(self, seconds: float | None = None, *, until: datetime | None = None, name: str | None = None,
               hold_s: float = HOLD_S) -> Op[None]:
         """Sleep for some seconds, or until a time (a datetime without time zone is local).  A replay does not again.
 
-        When it ends is fixed at the first call, by the database's clock, in the step `sleep:NAME`; other seconds in a
-        later version of your code do not move it.  name: default 1, 2, 3 ... in the order of calls, so name sleeps
-        whose order may change.  hold_s: a run from a queue sleeps with its worker when no more than this is left, else
-        without one (see Run).  Raises RunCancelled, LeaseLost.
+        When it ends is fixed at the first call, by the database's clock, in the step `sleep:NAME`, which completes when
+        the sleep is over; other seconds in a later version of your code do not move it.  name: default 1, 2, 3 ... in
+        the order of calls, so name sleeps whose order may change.  hold_s: a run from a queue sleeps with its worker
+        when no more than this is left, else without one (see Run).  Raises RunCancelled, LeaseLost.
         """
         if (seconds is None) == (until is None):
             raise ValueError("sleep() needs either seconds or until")
-        self._held.boundary()
-        begun = yield from self._note(f"sleep:{name or next(self._sleeps)}", {"seconds": seconds, "until": _iso(until)})
-        noted = begun["output"]
-        ends = _moment(noted["until"] or begun["completedAt"]) + timedelta(seconds=noted["seconds"] or 0)
-        while ends > self._held.now():
-            left_s = (ends - self._held.now()).total_seconds()
-            if left_s > hold_s and (yield from self._leave_until({"until": _iso(ends)})):
+        with self._names.call(("step", f"sleep:{name or next(self._sleeps)}")) as (label,):
+            step = yield from self._begin_wait(label, {"seconds": seconds, "until": _iso(until)})
+            if step["status"] == "completed":
                 return
-            yield Sleep(min(left_s, GATE_POLL_S), self._held.alarm)
-            self._held.boundary()
+            asked = step["input"]
+            ends = _moment(asked["until"] or step["createdAt"]) + timedelta(seconds=asked["seconds"] or 0)
+            while ends > self._held.now():
+                left_s = (ends - self._held.now()).total_seconds()
+                wait_for = {"until": _iso(ends), "stepId": step["id"]}
+                if left_s > hold_s and (yield from self._leave_until(wait_for)):
+                    break
+                yield Sleep(min(left_s, GATE_POLL_S), self._held.alarm)
+                self._held.boundary()
+            yield from self._end_wait(step, None)
 
     @op
     def wait_for_signal(self, name: str, timeout_s: float | None = None, *, hold_s: float = HOLD_S) -> Op[Any]:
-        """Wait for the signal of this name (`tide.runs.signal`) and return its payload, in every replay the same.
+        """Wait for a signal of this name (`tide.runs.signal`) and return its payload, in every replay the same.
 
-        A signal sent before it is asked for is kept; the first one of a name wins.  timeout_s: then SignalTimeout, for
-        good.  It counts from the first call, which the step `signal:NAME` records; that it ran out is recorded by the
-        server as the signal's outcome or, of a run that waits in place, by the client in the step `signal:NAME:late`.
+        Signals are kept until asked for: the first wait for a name takes the first signal of that name, the second wait
+        the second.  timeout_s: then SignalTimeout, for good; a signal sent later is for the next wait.  It counts from
+        the first call.  The step `signal:NAME` records the wait and completes when it is over.
         hold_s: a run from a queue waits this long with its worker, then without one (see Run).
         Raises RunCancelled, LeaseLost.
         """
-        self._held.boundary()
-        ends: datetime | None = None
-        if timeout_s is not None:
-            begun = yield from self._note(f"signal:{name}", {"timeoutS": timeout_s})
-            ends = _moment(begun["completedAt"]) + timedelta(seconds=begun["output"]["timeoutS"])
-        answer = yield from self._await({"event": name}, "signals", name, hold_s=hold_s, ends=ends,
-                                        is_over=lambda answer: answer["signal"] is not None)
-        late = answer["signal"] is None or answer["signal"]["timedOut"]
-        if ends is not None and ends <= self._held.now() and not self._may_leave:  # a later signal changes nothing
-            late = (yield from self._note(f"signal:{name}:late", late))["output"]
-        if late:
-            raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
-        return answer["signal"]["payload"]
+        with self._names.call(("step", f"signal:{name}")) as (label,):
+            number = self._names.count("signal", name)
+            step = yield from self._begin_wait(label, {"timeoutS": timeout_s})
+            signal = step["output"]
+            if step["status"] != "completed":
+                timeout_s = step["input"]["timeoutS"]
+                ends = None if timeout_s is None else _moment(step["createdAt"]) + timedelta(seconds=timeout_s)
+                answer = yield from self._await(
+                    {"event": name, "n": number, "stepId": step["id"]}, "signals", name, hold_s=hold_s, ends=ends,
+                    is_over=lambda answer: answer["signal"] is not None, n=number)
+                if answer["signal"] is None:
+                    path = _path("runs", self.run_id, "signals", name, "expire")
+                    body = {"n": number, "leaseOwner": self._held.owner}
+                    answer = yield from self._client._request("POST", path, body, held=self._held)
+                signal = answer["signal"]
+                yield from self._end_wait(step, signal)
+            if signal["timedOut"]:
+                raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
+            return signal["payload"]
 
-    def _note(self, name: str, value: Any) -> Op[Json]:
-        """Record a value as a completed step, once: answers the step of the first time, whoever recorded it."""
-        if name not in self._checkpoints:
-            body = {"name": name, "inputHash": input_hash(None), "output": value, "leaseOwner": self._held.owner}
-            path = _path("runs", self.run_id, "steps")
-            answer = yield from self._client._request("POST", path, body, held=self._held)
-            self._checkpoints[name] = answer["step"]
-        return self._checkpoints[name]
+    def _begin_wait(self, name: str, asked: Json) -> Op[Json]:
+        """The step that records a wait: begun, found under way with what was asked first, or completed."""
+        self._held.boundary()
+        known = self._checkpoint(name, input_hash(None))
+        if known is not None:
+            return {**known, "status": "completed"}
+        answer = yield from self._begin_step(
+            {"name": name, "inputHash": input_hash(None), "input": asked, "options": {"wait": True},
+             "leaseOwner": self._held.owner})
+        return cast(Json, answer["step"])
+
+    def _end_wait(self, step: Json, output: Any) -> Op[None]:
+        """The wait is over, and its run still here.  That of a run which left its worker is ended by the server."""
+        yield from self._complete_step(step["id"], output=_encode(output, "a signal"))
+
+    def _complete_step(self, step_id: str, **encoded: bytes) -> Op[Json]:
+        path = _path("runs", self.run_id, "steps", step_id, "complete")
+        fields = {"runId": self.run_id, "stepId": step_id, "leaseOwner": self._held.owner}
+        return self._client._flow.write("complete_step", path, fields, held=self._held, **encoded)
 
     def _await(self, wait_for: Json, *path: str, is_over: Callable[[Json], bool], hold_s: float,
-               poll_s: float = GATE_POLL_S, known: Json | None = None, ends: datetime | None = None) -> Op[Json]:
+               poll_s: float = GATE_POLL_S, known: Json | None = None, ends: datetime | None = None,
+               **query: Any) -> Op[Json]:
         """The answer of `path` when it is over: hold_s with the worker, then without one, or else in place.
 
-        known: its last answer.  ends: when the wait is given up.
+        known: its last answer.  ends: when the wait is given up; then the last answer, which is not over.
         """
         left_s = math.inf
 
         def watch(seconds: float) -> Op[Json]:
             return self._client._watch("runs", self.run_id, *path, is_over=is_over, seconds=min(seconds, left_s),
-                                       poll_s=poll_s, held=self._held)
+                                       poll_s=poll_s, held=self._held, **query)
 
         answer = known
         while answer is None or not is_over(answer):
@@ -1254,22 +1469,21 @@ class Run(Surface[M]):
                 left_s = (ends - self._held.now()).total_seconds()
             if answer is None or (answer is known and hold_s > 0):
                 answer = yield from watch(hold_s)
+            elif left_s <= 0:
+                return answer
             elif (yield from self._leave_until(wait_for, None if ends is None else max(left_s, 0.001))):
                 answer = yield from watch(0)
-            elif left_s <= 0 and not self._may_leave:
-                return answer
             else:
-                left_s = left_s if left_s > 0 else math.inf  # the server will decide, once the run can leave
                 answer = yield from watch(poll_s)
         return answer
 
     def _leave_until(self, wait_for: Json, timeout_s: float | None = None) -> Op[bool]:
         """Give the run up until something is there, and unwind.  True: it is there; False: it must wait in place."""
         held = self._held
-        if not self._may_leave or self._executing or self._children or not held.leaving.acquire(blocking=False):
+        if not self._may_leave or self._names.is_executing() or not held.leaving.acquire(blocking=False):
             return False
         try:
-            if self._executing or self._children:  # again, now that `leaving` is set: one of us sees the other
+            if self._names.is_executing():  # again, now that `leaving` is set: one of us sees the other
                 return False
             body = {**_body(lease_owner=held.owner, timeout_s=timeout_s), "for": wait_for}
             path = _path("runs", self.run_id, "wait")
@@ -1285,116 +1499,179 @@ class Run(Surface[M]):
         raise RunSuspended
 
     @op
-    def child(self, name: str, workflow: str | Callable[..., Any], *, input: Any = None,
-              workflow_name: str | None = None, metadata: Json | None = None,
-              recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
-              edge_type: str | None = None, edge_metadata: Json | None = None, queue: str | None = None,
-              max_attempts: int | None = None, priority: int | None = None) -> Op[Any]:
-        """Run a workflow as a child run and return its result; one child per run and name.
+    def child(self, workflow_name: str, workflow: str | Callable[..., Any] | None = None, *, name: str | None = None,
+              input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
+              channels: Sequence[Json] | None = None, edge_type: str | None = None,
+              edge_metadata: Json | None = None, queue: str | None = None, max_attempts: int | None = None,
+              priority: int | None = None) -> Op[Any]:
+        """Run a workflow as a child run and return its result.  A child that completed is not run again.
 
-        A child that completed is not run again.  workflow: a function, or the name of a registered one.
-        workflow_name: default the name the function is registered under, else `name`.  Without a queue the child runs
-        here and now; this raises what it raises.
+        workflow: a function, or the name of a registered one; default the one registered as workflow_name.
+        name: the child's name in the record, default workflow_name; of the second call of a name, `name#2` and so on
+        (see Run).  A child keeps the input it was made with: a replay with another one logs a warning.
+        Without a queue the child runs here and now; this raises what it raises.
 
-        queue: any worker that serves it runs the child, up to max_attempts (3) times; workflow may then be a name that
-        only that worker knows, and a run from a queue waits without a worker meanwhile (see Run).  Raises RunFailed
-        when the child failed for good, also in a replay, until `tide.runs.retry` puts it back; RunCancelled.
+        queue: any worker that serves it runs the child, up to max_attempts (3) times; it finds the workflow by
+        workflow_name, which need not be known here, and a run from a queue waits without a worker meanwhile (see Run).
+        Raises RunFailed when the child failed for good, also in a replay, until `tide.runs.retry` puts it back;
+        RunCancelled.
         """
-        arguments = locals()
-        fn, body = Run._describe_child(**arguments)
-        (run,) = yield from self._create_children([body])
-        if queue is not None:
-            (outcome,) = yield from self._join_children({name: run})
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
-        self._children.add(name)
-        try:
-            return (yield from self._client._begin_and_execute(run, fn, parent=self._held))
-        finally:
-            self._children.discard(name)
+        given = locals()
+        given.update(name=name or workflow_name)
+        fn, body = Run._describe_child(**given)
+        same = None if queue is not None else functools.partial(_child_key, body)
+        with self._names.call(("child", body["name"]), same=same) as (label,):
+            return (yield from self._run_child(fn, {**body, "name": label}))
 
-    def _describe_child(self, name: str, workflow: str | Callable[..., Any], *, workflow_name: str | None = None,
-                        queue: str | None = None, input: Any = None, metadata: Json | None = None,
-                        recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
-                        edge_type: str | None = None, edge_metadata: Json | None = None,
-                        max_attempts: int | None = None, priority: int | None = None) -> tuple[Any, Json]:
+    def _describe_child(self, name: str, workflow: str | Callable[..., Any] | None = None, *,
+                        workflow_name: str | None = None, queue: str | None = None, input: Any = None,
+                        metadata: Json | None = None, recovery_webhook: str | None = None,
+                        channels: Sequence[Json] | None = None, edge_type: str | None = None,
+                        edge_metadata: Json | None = None, max_attempts: int | None = None,
+                        priority: int | None = None) -> tuple[Any, Json]:
         """A child's function, if it is known here, and what the server is told of it."""
         given = locals()
-        elsewhere = queue is not None and isinstance(workflow, str) and workflow not in self._client._workflows
-        fn, known_as = (None, workflow) if elsewhere else self._client._registered(workflow)
-        return fn, _body(given, "workflow", workflow_name=workflow_name or known_as or name)
+        if input is not None:
+            given["input"] = _plain(input, f"the input of child {name!r}")
+        fn: Callable[..., Any] | None = None
+        if callable(workflow):
+            fn, registered = self._client._registered(workflow)
+            workflow_name = workflow_name or (registered if queue is not None else None) or name
+        else:
+            known_as = workflow or workflow_name or name
+            if queue is None or known_as in self._client._workflows:
+                fn, _ = self._client._registered(known_as)
+            if queue is not None and workflow_name not in (None, known_as):
+                raise ValueError(f"child {name!r} is run by a worker of queue {queue!r}, which finds its workflow by "
+                                 f"workflow_name={workflow_name!r}, not by {workflow!r}: leave the latter out")
+            workflow_name = workflow_name or known_as
+        return fn, _body(given, "workflow", workflow_name=workflow_name)
+
+    def _run_child(self, fn: Any, body: Json) -> Op[Any]:
+        """The result of a child, executed here or, where it has a queue, waited for."""
+        (run,) = yield from self._create_children([body])
+        if "queue" not in body:
+            with self._names.executing():
+                return (yield from self._client._begin_and_execute(run, fn, parent=self._held))
+        (outcome,) = yield from self._join_children({body["name"]: run})
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     @op
-    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: bool = True,
+    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: str | bool | None = None,
                queue: str | None = None, return_errors: bool = False) -> Op[list[Any]]:
         """Run children side by side and return their results, in order.
 
-        children: mappings with the arguments of `child`, at least {"name", "workflow"}.  queue: they are run by the
-        workers that serve it, as many at once as there are places, while a run from a queue waits without a worker (see
-        Run); one child may name another queue.  Without, they run here, 16 at once.
-        checkpoint: record the joined results in the step `join:NAME`, so that a replay asks for no child.
+        children: mappings of {"name", "workflow", "workflow_name", "input", ...}, the arguments of `child`.
+        workflow_name: default workflow where that is a name, else the child's name or, with a queue, what the function
+        is registered as.  queue: they are run by the workers that serve it, as many at once as there are places, while
+        a run from a queue waits without a worker (see Run); one child may name another queue.  Without, they run here,
+        16 at once.
+        checkpoint: the joined results are recorded in the step `join:CHECKPOINT`, so that a replay asks for no child;
+        default the fanout's name; False: they are not.
+        Names: the second fanout of a name is `name#2`, and a child whose name the run has used is numbered, too, in the
+        order of the list (see Run).
 
         All children end before FanoutFailed is raised, which names each that failed; those that completed are not run
         again.  return_errors: instead, RunFailed or RunCancelled stands in the list where a result would.
         """
         self._held.boundary()
-        names = [child["name"] for child in children]
-        if len(set(names)) < len(names):
-            raise ValueError(f"fanout {name!r} has two children of one name")
-        joined: Any = None
-        if not checkpoint or f"join:{name}" not in self._checkpoints:
-            running = self._run_children(children) if queue is None else self._queue_children(children, queue)
-            results = yield from running
-            for error in results:
-                if isinstance(error, BaseException) and not isinstance(error, Exception):
-                    raise error  # RunSuspended: the children gave themselves back, so does the parent
-            self._held.boundary()
-            failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
-            if failed and not return_errors:
-                words = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
-                raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {words}", {**failed})
-            joined = results if not failed else {
-                "results": [None if child in failed else result for child, result in zip(names, results)],
-                "errors": {child: _outcome_json(error) for child, error in failed.items()},
-            }
-        if checkpoint:
-            joined = yield from Run.step(self, f"join:{name}", lambda: joined, input=names)
+        described = [self._describe_child(**{**child, "queue": child.get("queue") or queue}) for child in children]
+        bodies = [body for _, body in described]
+        same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
+        asked = [("child", body["name"]) for body in bodies]
+        with self._names.call(("fanout", name), *asked, same=same) as (label, *names):
+            for body, child in zip(bodies, names):
+                body.update(name=child, edgeType=body.get("edgeType", "fanout"),
+                            edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
+            if checkpoint is False:
+                return self._unpacked((yield from self._join(name, described, queue, return_errors)), names)
+            wanted = {"fanout": label, "join": "all", "children": names}
+            with self._names.call(("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
+                                  same=same) as (join,):
+                known = self._checkpoint(join, input_hash(wanted))
+                if known is not None:
+                    return self._unpacked(_copied(known["output"]), names)
+                joined = yield from self._join(name, described, queue, return_errors)
+                begin = {"name": join, "inputHash": input_hash(wanted), "input": wanted, "options": {},
+                         "leaseOwner": self._held.owner}
+                with self._names.executing():
+                    recorded = yield from self._step(begin, Invoke(lambda: joined, ()), 0, "auto_retry")
+                return self._unpacked(recorded, names)
+
+    def _join(self, name: str, described: list[tuple[Any, Json]], queue: str | None, return_errors: bool) -> Op[Any]:
+        """What the step that joins a fanout records: the results or, where some failed, these and the errors."""
+        names = [body["name"] for _, body in described]
+        running = self._run_children(described) if queue is None else self._queue_children(described)
+        results = yield from running
+        for error in results:
+            if isinstance(error, BaseException) and not isinstance(error, Exception):
+                raise error  # RunSuspended: the children gave themselves back, so does the parent
+        self._held.boundary()
+        failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
+        if failed and not return_errors:
+            words = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
+            raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {words}", {**failed})
+        return results if not failed else {
+            "results": [None if child in failed else result for child, result in zip(names, results)],
+            "errors": {child: _outcome_json(error) for child, error in failed.items()},
+        }
+
+    @staticmethod
+    def _unpacked(joined: Any, names: Sequence[str]) -> list[Any]:
+        """The results of a fanout from what its step recorded."""
         if isinstance(joined, list):
             return joined
         return [_outcome(joined["errors"][child]) if child in joined["errors"] else result
                 for child, result in zip(names, joined["results"])]
 
-    def _queue_children(self, children: Sequence[Mapping[str, Any]], queue: str) -> Op[list[Any]]:
+    def _queue_children(self, described: list[tuple[Any, Json]]) -> Op[list[Any]]:
         """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
-        runs = (yield from self._child_runs()) if len(children) > 1 else {}
-        missing = [{**child, "queue": child.get("queue") or queue} for child in children if child["name"] not in runs]
-        made = yield from self._create_children([self._describe_child(**child)[1] for child in missing])
-        runs.update((child["name"], run) for child, run in zip(missing, made))
-        return (yield from self._join_children({child["name"]: runs[child["name"]] for child in children}))
+        bodies = {body["name"]: body for _, body in described}
+        existing = (yield from self._child_runs()) if len(bodies) > 1 else {}
+        runs = {name: existing[name] for name, body in bodies.items() if name in existing
+                and existing[name]["workflowName"] == body["workflowName"]}  # else the server says what is wrong
+        for name, run in runs.items():
+            self._warn_of_input(bodies[name], run)
+        missing = [body for name, body in bodies.items() if name not in runs]
+        made = yield from self._create_children(missing)
+        runs.update((body["name"], run) for body, run in zip(missing, made))
+        alone = len(bodies) > 1 and all(name in bodies or _has_ended({"run": run}) for name, run in existing.items())
+        return (yield from self._join_children({name: runs[name] for name in bodies}, alone))
 
-    def _create_children(self, described: Iterable[Json]) -> Op[list[Json]]:
+    def _create_children(self, bodies: Iterable[Json]) -> Op[list[Json]]:
         """The runs of these children, created or found, many in one request."""
-        path, writes, runs = _path("runs", self.run_id, "children"), [], []
-        for child in described:
-            body = {"do": "create_child", "runId": self.run_id, **child}
-            data = _encode(body, f"what child {child['name']!r} is given")
+        path, bodies = _path("runs", self.run_id, "children"), list(bodies)
+        writes: list[_Write] = []
+        runs: list[Json] = []
+        for body in bodies:
+            data = _encode({"do": "create_child", "runId": self.run_id, **body}, "a child")
             writes.append(_Write(path, data, self._held, self._client.timeout_s))
         while writes:
             self._held.boundary()
             count = _fitting(writes, CHILDREN_AT_ONCE)
             answers = yield from self._client._flow.write_together(writes[:count])
+            for body, answer in zip(bodies[len(runs):], answers):
+                if not answer["created"]:
+                    self._warn_of_input(body, answer["run"])
             runs += [answer["run"] for answer in answers]
             writes = writes[count:]
         return runs
 
-    def _join_children(self, runs: dict[str, Json]) -> Op[list[Any]]:
-        """Wait until all of these have ended; their results or exceptions, in order."""
+    def _warn_of_input(self, body: Json, run: Json) -> None:
+        self._warn_of_differences("child", body["name"], run, input=body.get("input", {}))
+
+    def _join_children(self, runs: dict[str, Json], alone: bool = False) -> Op[list[Any]]:
+        """Wait until all of these have ended; their results or exceptions, in order.
+
+        alone: the run has no other child that lives, so they need not be named.
+        """
         while True:
             live = [name for name, run in runs.items() if not _has_ended({"run": run})]
             if not live:
                 return [_outcome(run) for run in runs.values()]
-            ready = yield from self._leave_until({"children": live})
+            ready = yield from self._leave_until({"children": True if alone else live[:CHILDREN_NAMED]})
             if ready and len(live) > 1:
                 told = yield from self._child_runs()
                 runs.update((name, told[name]) for name in live)
@@ -1409,22 +1686,22 @@ class Run(Surface[M]):
         answer = yield from self._client._request("GET", path, held=self._held)
         return {run["metadata"]["parentEdgeName"]: run for run in answer["childRuns"]}
 
-    def _run_children(self, children: Sequence[Mapping[str, Any]]) -> Op[list[Any]]:
+    def _run_children(self, described: list[tuple[Any, Json]]) -> Op[list[Any]]:
         """Results or exceptions of the children, at most FANOUT under way at once."""
-        results: list[Any] = [None] * len(children)
+        results: list[Any] = [None] * len(described)
 
-        def one(index: int, arguments: Json) -> Op[None]:
+        def one(index: int) -> Op[None]:
             try:
-                results[index] = yield from Run.child(self, **arguments)
+                results[index] = yield from self._run_child(*described[index])
             except (Exception, RunSuspended) as error:
                 results[index] = error
 
         tasks: list[Any] = []
         try:
-            for index, child in enumerate(children):
+            for index, (_, body) in enumerate(described):
                 if index >= FANOUT:
                     yield Join(tasks[index - FANOUT])
-                tasks.append((yield Start(one(index, dict(child)), f"tidebase-child-{child['name']}")))
+                tasks.append((yield Start(one(index), f"tidebase-child-{body['name']}")))
             for task in tasks:
                 yield Join(task)
         except (asyncio.CancelledError, KeyboardInterrupt):
@@ -1587,7 +1864,7 @@ class Runs(_Part[M]):
     def signal(self, run_id: str, name: str, payload: Any = None) -> Op[Json]:
         """Send a signal to a run, for its `wait_for_signal`; durable on return.  {"signal": ...}.
 
-        The first one of a name wins: the answer shows that one.  Its `timedOut` is true when the run gave up before.
+        Its `n` is its number among those of its name: the n-th wait for the name takes it.
         """
         body = _body(name=name, payload=payload, id=_new_id("sig"))
         return self._client._request("POST", _path("runs", run_id, "signals"), body)
@@ -1984,17 +2261,16 @@ class Client(Surface[M]):
         raise AssertionError("unreachable")
 
     def _watch(self, *parts: str, is_over: Callable[[Json], bool], seconds: float | None = None,
-               poll_s: float = HOLD_CAP_S, held: _Held | None = None) -> Op[Json]:
+               poll_s: float = HOLD_CAP_S, held: _Held | None = None, **query: Any) -> Op[Json]:
         """GET until the answer is over, for some seconds at most (default: for ever); the server holds the requests."""
         ends = math.inf if seconds is None else time.monotonic() + seconds
         while True:
             asked = time.monotonic()
             hold_s = max(min(poll_s, HOLD_CAP_S, ends - asked), 0.0)
-            path = _path(*parts, wait_ms=_ms(hold_s))
+            path = _path(*parts, wait_ms=_ms(hold_s), **query)
             answer = yield from self._request("GET", path, held=held, hold_s=hold_s)
             if held is not None:
-                if answer.get("runStatus") == "cancelled":
-                    held.lose(RunCancelled(f"run {held.run_id} is cancelled", 200, answer, "run_cancelled", path))
+                held.check_not_cancelled(answer)
                 held.boundary()
             if is_over(answer) or time.monotonic() >= ends:
                 return answer
