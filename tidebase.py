@@ -1851,7 +1851,8 @@ def whole_of(name: str, text: str, high: int, low: int = 0) -> int:
     return int(text)
 
 
-def held(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString, *arguments: str) -> Reply:
+def held(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString,
+         *arguments: str | int) -> Reply:
     """What a function of schema.sql answers, held back for `wait_ms`, as the query string has it, until it is over.
 
     :param is_over: the condition for that, in SQL, of its `body`.

@@ -94,6 +94,7 @@ BODIES = {
     "wait": Sent("POST", "/runs/x/wait", {**OWNER, "for": {"event": "e"}},
                  {"leaseOwner": "name", "for": "object", "timeoutMs": "whole"}),
     "signal": Sent("POST", "/runs/x/signals", {"name": "s"}, {"id": "name", "name": "name"}),
+    "signal expire": Sent("POST", "/runs/x/signals/x/expire", OWNER, {"leaseOwner": "name", "n": "whole"}),
     "state put": Sent("PUT", "/runs/x/state", {}, {**ABOUT, "stream": "name", "ifVersion": "whole"}),
     "state patch": Sent("PATCH", "/runs/x/state", {},
                         {**ABOUT, "stream": "name", "ifVersion": "whole", "value": "object"}),

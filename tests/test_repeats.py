@@ -142,7 +142,10 @@ REQUESTS: dict[str, Callable[[Api], Request]] = {
             {"do": "complete_run", "runId": "nowhere"}]}),
     "ask a person": lambda api: ("POST", f"{begun(api)}/gates/begin", {"name": "g", "prompt": "?"}),
     "wait": lambda api: ("POST", f"{claimed(api)}/wait", {"leaseOwner": "a", "for": {"event": "e"}}),
+    "begin to wait": lambda api: ("POST", f"{begun(api)}/steps/begin", {
+        "name": "sleep:1", "inputHash": "h", "leaseOwner": "a", "input": {"seconds": 5}, "options": {"wait": True}}),
     "signal": lambda api: ("POST", f"{begun(api)}/signals", {"name": "s", "payload": 1, "id": "sig"}),
+    "expire a signal": lambda api: ("POST", f"{begun(api)}/signals/s/expire", {"leaseOwner": "a"}),
     "set the state": lambda api: ("PUT", f"{begun(api)}/state", {"id": VERSION, "value": {"n": 1}}),
     "merge into the state": lambda api: ("PATCH", f"{begun(api)}/state", {"id": VERSION, "value": {"n": 1}}),
     "save the state": saved,

@@ -962,7 +962,7 @@ def test_a_fanout_runs_children_once_and_joins_them_in_a_step(tide: Any, api: Ap
         return int(input["n"]) * 2
 
     async def parent(run: Any, input: Any) -> Any:
-        first = await run.child("first", tide.workflow(child), input={"n": 100}, workflow_name="doubled")
+        first = await run.child("doubled", tide.workflow(child), name="first", input={"n": 100})
         rest = await run.fanout("all", [{"name": f"n{n}", "workflow": tide.workflow(child), "input": {"n": n},
                                          "workflow_name": "doubled"} for n in range(20)])
         if run.attempt == 1:

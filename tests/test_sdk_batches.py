@@ -267,17 +267,6 @@ def test_what_another_owner_recorded_meanwhile_is_the_truth(tide: Any, api: Api)
     assert completed_twice(api, run_id) == []
 
 
-def test_a_name_used_again_gets_the_recorded_output_and_executes_nothing(tide: Any) -> None:
-    async def flow(run: Any, input: Any) -> Any:
-        first = await run.step("one", lambda: 1, input={"n": 1})
-        again = await run.step("one", lambda: pytest.fail("executed twice"), input={"n": 1})
-        with pytest.raises(StepInputMismatch):
-            await run.step("one", lambda: pytest.fail("executed twice"), input={"n": 2})
-        return [first, again]
-
-    assert run(tide, flow) == [1, 1]
-
-
 def test_a_step_whose_checkpoint_did_not_come_along_is_asked_for_before_it_runs(tide: Any) -> None:
     calls: list[str] = []
 

@@ -233,6 +233,24 @@ def test_a_write_that_arrives_twice_is_written_once(api):
     assert (len(detail["stateVersions"]), len(detail["usage"])) == (5, 1)
 
 
+def test_a_repeated_write_is_answered_as_the_first_time_whatever_was_written_since(api):
+    run = api.create()
+    first = put(api, run, {"a": 1}, id=version_id(1), ifVersion=0)["state"]
+    merged = patch(api, run, {"b": 2}, id=version_id(2), stream="plan", ifVersion=1)["state"]
+    saved, snapped = save(api, run, id=version_id(3)), snap(api, run, id=version_id(4))
+    put(api, run, {"c": 3})["state"]
+    before = api.detail(run)
+    assert put(api, run, {"another": 1}, id=version_id(1), ifVersion=0)["state"] == first
+    assert put(api, run, {"a": 1}, id=version_id(1), ifVersion=7)["state"] == first  # it was written, at its time
+    assert patch(api, run, {"another": 1}, id=version_id(2), stream="plan", ifVersion=1)["state"] == merged
+    assert (merged["value"], merged["version"]) == ({"a": 1, "b": 2}, 2)
+    assert save(api, run, "another", id=version_id(3)).json == saved.json
+    assert snap(api, run, "another", id=version_id(4)).json == snapped.json
+    assert api.detail(run) == before
+    for written in (3, 4):  # these did not write the live state
+        refused(put(api, run, {}, id=version_id(written)), 409, "version_id_conflict")
+
+
 def test_the_id_of_another_run_s_version_or_entry_is_refused(api):
     run, other = api.create(), api.create()
     put(api, run, {}, id=version_id(1))["state"]
