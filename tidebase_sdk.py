@@ -759,7 +759,10 @@ class _Names:
 
     The second call of a name is `name#2`, the third `name#3`, in the order of calls, which a replay repeats; a number
     is passed over when an earlier call has that name.  Two calls of one name at the same time have no order: refused.
+    A call from within a step's function is `step/name`: a replay does not make it, as the step's output is there.
     """
+
+    _within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
@@ -780,6 +783,10 @@ class _Names:
         good, what it is called with.  A replay executes such a call again, and so does the program that catches the
         failure and makes the same call once more: it keeps the name, so that the replay finds its output.
         """
+        within = self._within.get()
+        nested = within is not None and within[0] is self
+        if within is not None and nested:
+            asked = tuple((kind, f"{within[1]}/{name}") for kind, name in asked)
         with self._lock:
             for kind, name in asked:
                 if (kind, name) in self._under_way:
@@ -788,7 +795,8 @@ class _Names:
                         f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
             names = self._failed_before(asked, same) or [self._next(kind, name) for kind, name in asked]
             self._under_way.update(asked)
-            self._last = place = f"{asked[0][0]} {names[0]}"
+            place = f"{asked[0][0]} {names[0]}"
+            self._last = self._last if nested else place
         try:
             yield names
         except Exception:
@@ -811,10 +819,9 @@ class _Names:
         return None
 
     def _next(self, kind: str, name: str) -> str:
-        for number in itertools.count(self._numbers[kind, name] + 1):
-            numbered = name if number == 1 else f"{name}#{number}"
-            if (kind, numbered) not in self._taken:
-                break
+        number = self._numbers[kind, name] + 1
+        while (kind, numbered := name if number == 1 else f"{name}#{number}") in self._taken:
+            number += 1
         self._numbers[kind, name] = number
         self._taken.add((kind, numbered))
         return numbered
@@ -824,6 +831,16 @@ class _Names:
         with self._lock:
             self._numbers[kind, name] += 1
             return self._numbers[kind, name]
+
+    @contextlib.contextmanager
+    def within(self, step: str) -> Iterator[None]:
+        """The step's function is called."""
+        before = self._within.get()
+        self._within.set((self, step))
+        try:
+            yield
+        finally:
+            self._within.set(before)
 
     @contextlib.contextmanager
     def executing(self) -> Iterator[None]:
@@ -1177,7 +1194,8 @@ class Run(Surface[M]):
     the same calls in the same order and finds each.  Where calls come and go between executions, or run side by side,
     give each a name of its own, such as f"page-{url}": two calls of one name at the same time raise ValueError.  A step
     that failed and is called again, by `except` and a loop, with the same input (without one: the same function with
-    the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.
+    the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.  A call
+    from within the function of a step is recorded as `STEP/name`.
 
     run_id, name (of the workflow), attempt (1, 2, 3 ...), input and metadata as the server stores them.
     """
@@ -1286,7 +1304,9 @@ class Run(Surface[M]):
             if not ahead:
                 client._beats.watch(notice)
             try:
-                outcome: Json = {"output": _encode((yield work), f"the output of step {name!r}")}
+                with self._names.within(name):
+                    output = yield work
+                outcome: Json = {"output": _encode(output, f"the output of step {name!r}")}
                 verdict: Json = {}
             except Exception as raised:
                 if held.gone() is not None:

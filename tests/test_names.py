@@ -268,6 +268,26 @@ def test_failures_that_are_made_up_for_at_the_end_are_found_by_the_replay(tide: 
     assert executed == ["a", "b", "c", "d", "b", "d"]
 
 
+def test_a_call_within_a_step_does_not_take_the_name_of_one_that_the_replay_makes(tide: Any, api: Api) -> None:
+    async def flow(run: Any) -> Any:
+        plain = getattr(run, "_run", run)
+
+        def inside_blocking() -> list[str]:
+            return [plain.step("page", lambda n=n: f"inside {n}") for n in range(2)]
+
+        async def inside() -> list[str]:
+            return [await run.step("page", lambda n=n: f"inside {n}") for n in range(2)]
+
+        outer = await run.step("all", inside if plain is run else inside_blocking)
+        await run.usage.record(input_tokens=1)
+        return [*outer, await run.step("page", lambda: "outside")]
+
+    run_id = new_run_id()
+    assert replayed(tide, flow, run_id) == [["inside 0", "inside 1", "outside"]] * 2
+    assert sorted(step_names(api, run_id)) == ["all", "all/page", "all/page#2", "page"]
+    assert len(api.detail(run_id)["usage"]) == 1
+
+
 # ------------------------------------------------------------------------------
 # Gates.
 # ------------------------------------------------------------------------------
