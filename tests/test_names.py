@@ -649,6 +649,44 @@ def test_the_end_of_a_sleep_is_moved_neither_by_a_takeover_nor_by_other_seconds(
     assert "step.failed" not in types
 
 
+@pytest.mark.parametrize("died", ["as it began", "as it came", "as it was given up", "as it was over"])
+def test_a_wait_whose_worker_died_is_gone_on_with_by_the_next_wherever_that_was(
+    tide: Any, api: Api, clock: Any, working: Callable[..., None], died: str
+) -> None:
+    run_id = api.enqueue(workflow="flow")
+    api.claim(owner="dead")
+    begun = api.begin_step(run_id, "signal:paid", "dead", tidebase_sdk.input_hash(None),
+                           input={"timeoutS": 3600}, options={"wait": True})["step"]
+    if died == "as it came":
+        tide(lambda client: client.runs.signal(run_id, "paid", "in time"))
+    elif died != "as it began":
+        late = api.post(f"/runs/{run_id}/signals/paid/expire", {"leaseOwner": "dead"})["signal"]
+        if died == "as it was over":
+            api.complete_step(run_id, begun["id"], "dead", late)["step"]
+    clock.advance(ms=60_001)
+    api.reconcile()
+    clock.advance(ms=10_000)
+
+    async def flow(run: Any, input: Any) -> Any:
+        try:
+            return await run.wait_for_signal("paid", timeout_s=1, hold_s=0)
+        except SignalTimeout:
+            return "too late"
+
+    working(tide, {"flow": flow})
+    if died == "as it began":
+        eventually(lambda: api.run(run_id)["status"] == "waiting")
+        clock.advance(ms=3_600_000)
+        api.reconcile()
+    assert tide(lambda client: client.runs.wait(run_id, timeout_s=30)) == (
+        "in time" if died == "as it came" else "too late")
+    [step] = api.detail(run_id)["steps"]
+    assert (step["status"], step["attempt"], step["output"]["n"]) == ("completed", 1, 1)
+    types = api.event_types(run_id)
+    assert (types.count("step.started"), types.count("step.completed"), types.count("signal.timed_out")) == (
+        1, 1, died != "as it came")
+
+
 def test_a_fork_does_not_wait_again_for_what_came_before_it(tide: Any, api: Api) -> None:
     async def flow(run: Any, input: Any) -> Any:
         await run.sleep(0.01)
