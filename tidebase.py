@@ -310,7 +310,7 @@ def busy(answer: Reply) -> Reply:
 # ------------------------------------------------------------------------------
 # Reading JSON: a body becomes Python values to check, while its payloads stay the text that came.
 # ------------------------------------------------------------------------------
-MAX_SIGNALS = 1000  # characters; a longer number is no number that anybody means, and costs quadratic time
+MAX_NUMBER = 1000  # characters; a longer number is no number that anybody means, and costs quadratic time
 
 
 class Json(NamedTuple):
@@ -333,7 +333,7 @@ def compose(value: dict[str, Any]) -> str:
 
 def _number(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(digits: str) -> Any:
-        if len(digits) > MAX_SIGNALS:
+        if len(digits) > MAX_NUMBER:
             raise ValueError(f"a number of {len(digits)} characters")
         return convert(digits)
 
