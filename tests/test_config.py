@@ -121,7 +121,7 @@ def test_more_clients_than_files_wait_outside_and_are_served_when_others_leave(s
 
 @pytest.fixture(scope="module")
 def data_dir() -> Iterator[Path]:
-    """A data directory, which the first server on it fills; not in pytest's folder, see an_embedded_postgres."""
+    """A data directory, which the first server on it fills."""
     with tempfile.TemporaryDirectory(prefix="tidebase-test-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -141,6 +141,11 @@ def own(data_dir: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]
     for server in servers:
         server.end(signal.SIGTERM)
     assert postmaster(data_dir) is None
+
+
+def address_in(data_dir: Path) -> str:
+    """The address of the embedded PostgreSQL."""
+    return f"host={data_dir}/postgres user=postgres password={(data_dir / 'postgres.password').read_text()}"
 
 
 def postmaster(data_dir: Path) -> int | None:
@@ -205,7 +210,7 @@ def test_a_request_that_was_taken_before_the_end_is_answered(own, data_dir):
     assert [done.exception() for done in ended] == [None] * 16
     assert "Traceback" not in server.log.read_text()
     own()
-    with psycopg.connect(f"host={data_dir}/postgres user=postgres") as connection:
+    with psycopg.connect(address_in(data_dir)) as connection:
         kept = connection.execute("select id from tidebase.runs where workflow_name = 'steady'").fetchall()
     assert sorted(run for run, in kept) == sorted(created)
 
@@ -216,7 +221,7 @@ def test_a_held_claim_is_answered_before_the_end(own, data_dir):
     with ThreadPoolExecutor(1) as threads:
         held = threads.submit(api.claim, waitMs=25_000)
         watching = "select from pg_stat_activity where query like '%tidebase.watch(%' and pid <> pg_backend_pid()"
-        with psycopg.connect(f"host={data_dir}/postgres user=postgres", autocommit=True) as connection:
+        with psycopg.connect(address_in(data_dir), autocommit=True) as connection:
             eventually(lambda: connection.execute(watching.encode()).fetchall())
         assert server.end(signal.SIGTERM) == 0
         assert held.result(10) == []
@@ -226,7 +231,7 @@ def test_killed_it_loses_nothing_and_the_next_start_just_works(own, data_dir):
     server = own()
     run = Api(server.url).create()
     server.end(signal.SIGKILL)
-    assert postmaster(data_dir)  # nobody was left to stop it
+    eventually(lambda: postmaster(data_dir) is None, 30)  # its keeper stops it
     server.start()
     assert Api(server.url).run(run)["status"] == "pending"
     assert server.end(signal.SIGTERM) == 0
@@ -236,11 +241,11 @@ def test_killed_it_loses_nothing_and_the_next_start_just_works(own, data_dir):
 def test_killed_with_its_postgres_it_loses_nothing_and_the_next_start_just_works(own, data_dir):
     server = own()
     run = Api(server.url).create()
-    server.end(signal.SIGKILL)
     pid = postmaster(data_dir)
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not Path(f"/proc/{pid}").exists(), 30)
+    server.end(signal.SIGKILL)
     server.start()
+    assert postmaster(data_dir) != pid
     assert Api(server.url).run(run)["status"] == "pending"
 
 
@@ -308,7 +313,7 @@ def test_processes_whose_parent_was_killed_end(spawn_server):
 
 
 def end(embedded: tidebase.EmbeddedPostgres, number: int) -> None:
-    pid = embedded._postgres.get_pid()
+    pid = embedded.pid()
     os.kill(pid, number)
     eventually(lambda: not Path(f"/proc/{pid}").exists(), 30)  # reaped, too: till then it counts as running
 
