@@ -25,7 +25,7 @@ The rooms of this file, each using only those above it:
     Wiring                the rooms above, built and served; the command line
 
 Beside it stand connections.py, which brings requests here and lets small writes go together, openapi.py, which
-describes the routes, and tidebase_server/, with the embedded PostgreSQL.
+describes the routes, and tidebase_server/: who may ask, and the embedded PostgreSQL.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -79,6 +79,7 @@ import openapi
 import tidebase_sdk
 from connections import HttpServer, Later, Reply
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
+from tidebase_server.access import LOOPBACK, Access
 from tidebase_server.database import EmbeddedError, EmbeddedPostgres
 
 __version__ = "0.1.0"
@@ -128,7 +129,8 @@ SETTINGS = (
 )
 # Set for the client, the examples or by the platform; not ours to warn about.
 FOREIGN_SETTINGS = {"TIDEBASE_URL", "TIDEBASE_REPORTS_DIR"}
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+SHORTEST_KEY = 16  # characters, once others can connect, and try
+MAKE_KEY = 'this makes one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 
 
 class ConfigError(Exception):
@@ -206,7 +208,10 @@ class Config:
                               "postgresql://user:password@host:5432/database") from None
         if self.host not in LOOPBACK and not self.api_key and not self.insecure:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
-                              "send (or TIDEBASE_INSECURE=1 to let anyone in)")
+                              f"send (or TIDEBASE_INSECURE=1 to let anyone in); {MAKE_KEY}")
+        if self.host not in LOOPBACK and 0 < len(self.api_key) < SHORTEST_KEY:
+            raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: TIDEBASE_API_KEY must have at "
+                              f"least {SHORTEST_KEY} characters; {MAKE_KEY}")
 
 
 # ------------------------------------------------------------------------------
@@ -1522,6 +1527,9 @@ class Here(threading.local):
 here = Here()
 
 
+HEADERS_LOOKED_AT = ("HOST", "ORIGIN", "SEC_FETCH_SITE", "CONTENT_ENCODING", "AUTHORIZATION")
+
+
 class Entrance:
     """A server's way into the app, as connections.py asks for it: each request brings along the server it came to, and
     its path as it was sent, since WSGI servers hand it over decoded, where %2F and / are the same."""
@@ -1546,9 +1554,11 @@ class Entrance:
         view, parts = next(found, (None, ()))
         if view is None:
             return None
-        environ = {  # as much of it as these views ask for
-            "PATH_INFO": path, "HTTP_AUTHORIZATION": request.headers.get("AUTHORIZATION", ""),
-            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH"), "wsgi.input": request.get_body_stream(),
+        environ = {  # as much of it as these views, and the check of who asks, look at
+            **{f"HTTP_{name}": request.headers[name] for name in HEADERS_LOOKED_AT if name in request.headers},
+            "REQUEST_METHOD": request.command, "REQUEST_URI": request.request_uri, "PATH_INFO": path,
+            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH"),
+            "CONTENT_TYPE": request.headers.get("CONTENT_TYPE"), "wsgi.input": request.get_body_stream(),
             "waitress.client_disconnected": is_gone}
         ask = functools.partial(self._ask, view, parts)
         if view not in WRITERS or int(environ["CONTENT_LENGTH"] or 0) > MOST_TOGETHER:
@@ -1577,6 +1587,7 @@ class Entrance:
         return refused(Refusal(status, code, http.HTTPStatus(status).phrase.lower()))
 
     def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
+        check_sender()
         check_key()
         return view(*map(part_of, parts))
 
@@ -1829,16 +1840,25 @@ def new_owner() -> str:
 WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate"}
 
 
+# For people, who may follow a link to them from anywhere.
+PAGES = frozenset({"/docs"})
+
+
 PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
+
+
+def check_sender() -> None:
+    """:raises Refusal: 403 for a web page's request that is not this server's own, 415 for a body that is not JSON."""
+    if denial := core().access.denial(here.environ):
+        raise Refusal(*denial)
 
 
 def check_key(given: str | None = None) -> None:
     """:raises Refusal: 401, unless `given` or, without it, the Authorization header is the key."""
-    if key := core().config.api_key:
-        sent = here.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace") if given is None else (
-            f"Bearer {given}".encode())
-        if not hmac.compare_digest(sent, b"Bearer " + key.encode()):
-            raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+    access = core().access
+    if access.api_key and not (
+            access.has_key(here.environ.get("HTTP_AUTHORIZATION", "")) if given is None else access.is_key(given)):
+        raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
 
 
 def check_prepared() -> None:
@@ -1848,7 +1868,8 @@ def check_prepared() -> None:
 
 
 def authorize() -> flask.Response | None:
-    """Before every request that goes through Flask: preflights are answered, key and database checked."""
+    """Before every request that goes through Flask: preflights are answered, sender, key and database checked."""
+    check_sender()
     request = flask.request
     if request.method == "OPTIONS" and core().config.cors_origin:
         return flask.Response(status=204)
@@ -1876,7 +1897,8 @@ def add_headers(response: flask.Response) -> flask.Response:
 
 
 # ------------------------------------------------------------------------------
-# Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 413 and 503.
+# Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 403, 413, 415
+# and 503.
 # ------------------------------------------------------------------------------
 routes = flask.Blueprint("routes", __name__)
 OFTEN: list[tuple[re.Pattern[str], Callable[..., Asked]]] = []  # a path's pattern, and its view
@@ -2482,6 +2504,8 @@ class Server:
     def __init__(self, config: Config, conninfo: str, listener: socket.socket | None = None,
                  revive: Callable[[], None] | None = None) -> None:
         self.config = config
+        self.access = Access(host=config.host, api_key=config.api_key, public_url=config.public_url,
+                             cors_origin=config.cors_origin, pages=PAGES)
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.places)
         self.sender = Sender(self.database, config.webhook_secret)

@@ -40,6 +40,8 @@ import tidebase
     ({"TIDEBASE_INSECURE": "true"}, "0 or 1"), ({"HOST": "0.0.0.0"}, "TIDEBASE_API_KEY"),
     ({"HOST": "::"}, "TIDEBASE_INSECURE=1"), ({"HOST": "example.test"}, "TIDEBASE_API_KEY"),
     ({"HOST": "0.0.0.0", "TIDEBASE_API_KEY": ""}, "TIDEBASE_API_KEY"),
+    ({"HOST": "0.0.0.0", "TIDEBASE_API_KEY": "hushhush1234567"}, "secrets.token_urlsafe(32)"),
+    ({"HOST": "::", "TIDEBASE_API_KEY": "hushhush", "TIDEBASE_INSECURE": "1"}, "at least 16 characters"),
     ({"DATABASE_URL": "mysql://me:hushhush@db/x"}, "DATABASE_URL"), ({"DATABASE_URL": "hushhush"}, "postgresql://"),
     ({"DATABASE_URL": "postgresql://me:hushhush@db:port:/x?a=b"}, "DATABASE_URL"),
     ({"TIDEBASE_API_KEY": "hushhush\udcff"}, "TIDEBASE_API_KEY"),
@@ -53,7 +55,9 @@ def test_a_setting_that_cannot_be_is_refused_with_its_name_and_the_way_out(setti
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"HOST": "127.0.0.1"}, {"HOST": "localhost"}, {"HOST": "::1"}, {"HOST": "0.0.0.0", "TIDEBASE_API_KEY": "k"},
+    {}, {"HOST": "127.0.0.1"}, {"HOST": "localhost"}, {"HOST": "::1"},
+    {"HOST": "0.0.0.0", "TIDEBASE_API_KEY": "k" * 16},
+    {"TIDEBASE_API_KEY": "k"},
     {"HOST": "0.0.0.0", "TIDEBASE_INSECURE": "1"}, {"PORT": "", "DATABASE_URL": ""},
     {"DATABASE_URL": "postgres://me:pw@db.test/x?sslmode=require"}, {"DATABASE_URL": "host=/tmp dbname=x"},
 ])
@@ -92,10 +96,10 @@ def test_a_refused_setting_ends_the_process_with_one_line(tmp_path):
 
 
 def test_beyond_loopback_with_a_key_nothing_is_warned_of_and_without_one_loudly(spawn_server):
-    server = spawn_server(HOST="0.0.0.0", TIDEBASE_API_KEY="k")
+    server = spawn_server(HOST="0.0.0.0", TIDEBASE_API_KEY="k" * 16)
     assert "TIDEBASE_INSECURE" not in server.log.read_text()
     refused(Api(server.url).get("/runs"), 401, "unauthorized")
-    assert Api(server.url, key="k").get("/runs")["runs"] == []
+    assert Api(server.url, key="k" * 16).get("/runs")["runs"] == []
     server = spawn_server(HOST="0.0.0.0", TIDEBASE_INSECURE="1")
     assert "ANYONE WHO CAN REACH" in server.log.read_text()
     assert Api(server.url).get("/runs")["runs"] == []
@@ -105,10 +109,11 @@ def test_more_clients_than_files_wait_outside_and_are_served_when_others_leave(s
     server = spawn_server(files=100)
     with ExitStack() as inside:
         crowd = [inside.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(150)]
-        crowd[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        crowd[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert crowd[0].recv(12) == b"HTTP/1.1 200"
         late = inside.enter_context(closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)))
-        late.request("POST", "/queues/default/enqueue", '{"workflowName": "report"}')
+        late.request("POST", "/queues/default/enqueue", '{"workflowName": "report"}',
+                     {"content-type": "application/json"})
         eventually(lambda: "connection limit" in server.log.read_text())
         for connection in crowd[1:]:
             connection.close()
