@@ -237,9 +237,13 @@ def test_programs_that_only_root_can_reach_are_copied_to_where_postgresql_may_ru
     here = closed / versions[version].relative_to(package.parent)
     monkeypatch.setattr(database, "wheel", lambda: ({version: here}, version))
     monkeypatch.setattr(database, "INSTALLED", outside / "installed")
-    for _ in range(2):
-        with started(data_dir) as (_, conninfo):
-            assert answer_of(conninfo) == 1
+    before = os.umask(0o077)
+    try:
+        for _ in range(2):
+            with started(data_dir) as (_, conninfo):
+                assert answer_of(conninfo) == 1
+    finally:
+        os.umask(before)
     [copy] = (outside / "installed").iterdir()
     assert copy.stat().st_uid == 0
     assert not [path for path in copy.rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o022]

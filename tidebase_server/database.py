@@ -30,7 +30,7 @@ import time
 import urllib.parse
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -428,7 +428,9 @@ def copied(programs: Path) -> Path:
     target = INSTALLED / f"pgserver-{version}-{programs.parent.name}"
     here = target / package.name / programs.parent.name
     if not here.exists():
-        INSTALLED.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            INSTALLED.mkdir()
+            INSTALLED.chmod(0o755)  # whatever the umask
         with tempfile.TemporaryDirectory(dir=INSTALLED) as folder:
             new = Path(folder) / "new"
             for part in (package / programs.parent.name, package.with_name(f"{package.name}.libs")):
