@@ -189,7 +189,9 @@ INTRODUCTION = (
 REFUSED = {  # what any route may answer, beside what it says of itself
     "400": ("invalid_request", "A value has the wrong form: issues says which, in the body, the path or the query."),
     "401": ("unauthorized", "The API key is missing or wrong."),
+    "403": ("foreign_origin", "A web page asks that is not this server's own; or, without a key, the Host is not."),
     "413": ("body_too_large", "The body is larger than TIDEBASE_MAX_BODY allows."),
+    "415": ("unsupported_media_type", "The body is not application/json, or has a Content-Encoding."),
     "503": ("database_unavailable", "PostgreSQL is away or busy: send this again, after Retry-After seconds."),
 }
 MEDIA = {"stream": "text/event-stream", "page": "text/html", "text": "text/plain"}
@@ -316,7 +318,8 @@ def document(app: flask.Flask, version: str, without_key: set[str], limits: str)
             "tags": [*(group for group, (pattern, _) in GROUPS.items() if re.search(pattern, path)), "Server"][-2:][:1],
             "parameters": parameters,
         }
-        also = [("400", bool(parameters or bodies)), ("401", rule.endpoint not in without_key), ("413", bool(bodies)),
+        also = [("400", bool(parameters or bodies)), ("401", rule.endpoint not in without_key), ("403", True),
+                ("413", bool(bodies)), ("415", bool(bodies)),
                 ("503", rule.endpoint not in without_key or bool(bodies))]
         operation["responses"] = dict(sorted((answers | {
             status: REFUSED[status][0] for status, applies in also if applies and status not in answers}).items()))

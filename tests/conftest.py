@@ -70,8 +70,7 @@ def postgres() -> Iterator[str]:
 
 @contextmanager
 def an_embedded_postgres() -> Iterator[tuple[tidebase.EmbeddedPostgres, str]]:
-    """A PostgreSQL of the test's own, and its address. Not below pytest's folder, which each pytest that starts on the
-    machine closes to other users, as whom PostgreSQL runs when the tests are run by root."""
+    """A PostgreSQL of the test's own, and its address."""
     with tempfile.TemporaryDirectory(prefix="tidebase-test-", ignore_cleanup_errors=True) as folder:
         embedded = tidebase.EmbeddedPostgres(folder)
         try:
@@ -86,7 +85,7 @@ def _tune(embedded: tidebase.EmbeddedPostgres, conninfo: str) -> None:
         connection.execute("alter system set fsync = off")
         connection.execute("alter system set max_connections = 400")
         connection.execute("alter system set autovacuum_naptime = '5s'")
-    embedded._postgres.stop()
+    embedded.halt()
     embedded.revive()
 
 

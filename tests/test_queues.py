@@ -487,7 +487,8 @@ def test_without_a_place_to_wait_in_the_answer_comes_at_once_and_says_when_to_as
 
 def test_a_claimer_that_hung_up_while_it_waited_is_given_nothing(api):
     connection = http.client.HTTPConnection(api.address)
-    connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}))
+    connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}),
+                       {"content-type": "application/json"})
     waiting(api, 1)
     connection.close()
     waiting(api, 0)
@@ -503,7 +504,8 @@ def test_claimers_that_hung_up_keep_no_run_from_those_who_wait(start_server, mon
     api = Api(server.url, server)
     dead = [http.client.HTTPConnection(api.address) for _ in range(3)]
     for number, connection in enumerate(dead, 1):
-        connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}))
+        connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}),
+                           {"content-type": "application/json"})
         waiting(api, number)
     thread, answers = hold(api)
     waiting(api, 4)

@@ -1114,14 +1114,22 @@ def test_the_blocking_and_the_awaited_client_have_one_surface() -> None:
     assert not inspect.iscoroutinefunction(Tidebase("http://localhost:1").run)
 
 
+def interpreter(version: str) -> str:
+    """A Python of that version that runs: a version manager's shim may stand for one that is not in use."""
+    on_path = shutil.which(f"python{version}")
+    managed = map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for python in [*managed, *([on_path] if on_path else [])]:
+        told = subprocess.run([python, "--version"], capture_output=True, text=True, check=False)
+        if told.returncode == 0 and told.stdout.startswith(f"Python {version}."):
+            return python
+    pytest.skip(f"CPython {version} is not on this machine")
+
+
 @pytest.mark.parametrize("version", ["3.9", "3.13"])
 def test_the_file_copied_as_tidebase_py_imports_on_an_interpreter_with_nothing_installed(
     version: str, tmp_path: Path
 ) -> None:
-    found = [*Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
-    python = str(found[0]) if found else shutil.which(f"python{version}")
-    if python is None:
-        pytest.skip(f"CPython {version} is not on this machine")
+    python = interpreter(version)
     shutil.copy(ROOT / "tidebase_sdk.py", tmp_path / "tidebase.py")
     code = ("import tidebase; tidebase.aio.AsyncTidebase; from tidebase.aio import AsyncTidebase, LeaseLost; "
             "from tidebase import Tidebase, verify_webhook_signature; import asyncio; "
