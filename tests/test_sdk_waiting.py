@@ -329,7 +329,7 @@ def test_a_signal_wakes_its_run_once_and_one_sent_early_is_kept(
         return [first, await run.wait_for_signal("paid", timeout_s=3600, hold_s=0), run.attempt]
 
     run_id = enqueue(tide, "order")
-    told = [tide(lambda client: client.runs.signal(run_id, "early", n))["signal"]["payload"] for n in (1, 2)]  # noqa: B023
+    told = [tide(lambda client: client.runs.signal(run_id, "early", n))["payload"] for n in (1, 2)]  # noqa: B023
     assert told == [1, 1]  # the first one wins
     working(tide, {"order": order})
     is_waiting(api, run_id)
@@ -353,7 +353,7 @@ def test_a_signal_that_does_not_come_in_time_is_timed_out_for_every_replay(
     clock.advance(ms=3_600_000)
     api.reconcile()
     eventually(lambda: (api.run(run_id)["waitingFor"] or {}).get("event") == "go")
-    assert tide(lambda client: client.runs.signal(run_id, "paid", 1))["signal"]["timedOut"] is True
+    assert tide(lambda client: client.runs.signal(run_id, "paid", 1))["timedOut"] is True
     tide(lambda client: client.runs.signal(run_id, "go", "on"))
     assert result(tide, run_id) == ["on", "unpaid"]
 
