@@ -412,16 +412,16 @@ def test_a_worker_without_queues_serves_the_default_one(tide: Any, api: Api) -> 
 
 def test_a_steps_record_holds_what_it_was_called_with_and_how_it_ended(tide: Any, api: Api) -> None:
     async def flow(run: Any, input: Any) -> None:
-        await run.step("note", lambda: 1, retries=2, timeout_s=1.5, verified_by="ada", checkpoint_invariant="one row",
-                       credentials="mailbox")
+        await run.step("note", lambda: 1, retries=2, timeout_s=1.5, verified_by={"test": ["a", 1]},
+                       checkpoint_invariant=["one row", None], credentials="mailbox")
         await run.step("fail", lambda: 1 / 0)
 
     run_id = new_run_id()
     with pytest.raises(ZeroDivisionError):
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id))
     note, failed = api.detail(run_id)["steps"]
-    assert note["options"] == {"retries": 2, "timeoutMs": 1500, "verifiedBy": "ada", "checkpointInvariant": "one row",
-                               "credentials": ["mailbox"]}
+    assert note["options"] == {"retries": 2, "timeoutMs": 1500, "verifiedBy": {"test": ["a", 1]},
+                               "checkpointInvariant": ["one row", None], "credentials": ["mailbox"]}
     assert (failed["status"], failed["options"]) == ("failed", {})
     event = next(event["payload"] for event in api.events(run_id) if event["type"] == "step.failed")
     assert (event["resumeDecision"], event["retryable"]) == ("safe_replay", False)
