@@ -20,12 +20,15 @@ Copy this one file into your app as `tidebase.py`.  CPython 3.9 to 3.13, standar
 
 The same awaited; steps may be sync or async functions:
 
-    from tidebase.aio import AsyncTidebase         # or: from tidebase import AsyncTidebase
+    from tidebase import AsyncTidebase             # or, as in the package of that name: from tidebase.aio import ...
 
     async def main():
         async with AsyncTidebase() as tide:
             tide.workflow("fetch", fetch)          # async def fetch(run, input): await run.step("get", get_page)
             await tide.work(concurrency=200)
+
+Type checkers see no submodule in a single file.  Where your code says `from tidebase.aio import ...`, copy this file as
+`tidebase/__init__.py` and put `from tidebase import *` into `tidebase/aio.py`; at run time a single file does as well.
 
 Rooms: constants, errors, effects and types, pure helpers, logic (written once, as generators), drivers (blocking and
 asyncio), Tidebase and AsyncTidebase.  All times in arguments are seconds; JSON from the server is passed on as it came.
@@ -62,21 +65,23 @@ import traceback
 import types
 import weakref
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, Union, cast, overload
-from urllib.parse import quote, urlencode, urlsplit
+from opcode import opname
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast, overload
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
 __all__ = [  # what tidebase.py and tidebase.aio hand on
-    "AsyncRunContext", "AsyncTidebase", "Events", "FanoutFailed", "GateDecision", "LeaseLost", "RunCancelled",
-    "RunContext", "RunFailed", "RunSession", "RunSuspended", "SignalTimeout", "StepInputMismatch", "StepNeedsReview",
-    "StepTimeout", "Tidebase", "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash",
-    "new_run_id", "verify_webhook_signature",
+    "AsyncRunContext", "AsyncRunSession", "AsyncTidebase", "BodyTooLarge", "Events", "FanoutFailed", "GateDecision",
+    "LeaseLost", "RunCancelled", "RunCompleted", "RunContext", "RunFailed", "RunIdConflict", "RunPage", "RunSession",
+    "RunSuspended", "SignalTimeout", "StepInputMismatch", "StepNeedsReview", "StepTimeout", "Tidebase",
+    "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash", "new_run_id",
+    "verify_webhook_signature",
 ]
 
-logger = logging.getLogger("tidebase")  # fixed sentences; what happened is in the extras `event` and `run_id`
+logger = logging.getLogger("tidebase")  # sentences for a person; for programs the extras `event`, `run_id` and others
 
 # ------------------------------------------------------------------------------
 # Constants: times in seconds, and why each.
@@ -94,7 +99,7 @@ LOCKED_POLL_S = (0.1, 2.0)  # first and longest rest before asking again for a s
 STEP_BACKOFF_S = (0.5, 60.0)  # first and longest rest between the tries of a step with `retries`
 GATE_POLL_S = 5.0  # one held request: also the longest a stopping worker waits for a run at a gate
 HOLD_S = 5.0  # a run keeps its worker this long while it waits: giving it up costs a claim and a replay
-UNKNOWN_REST_S = 10.0  # a run of a workflow that is not registered here is kept from the queue's head this long
+UNKNOWN_REST_S = 10.0  # after an older server gave a run of a workflow that is not registered here: others claim it
 SHUTDOWN_S = 25.0  # platforms send SIGKILL 30 s after SIGTERM
 STREAM_SILENCE_S = 45.0  # an event stream sends a comment every 15 s: three missed, and the connection is dead
 CONNECTIONS = 32  # requests of one event loop under way at once, held ones apart: more would only queue in the server
@@ -113,6 +118,7 @@ CHILDREN_NAMED = 10_000  # in one request to wait for them: the server takes no 
 CHILDREN_AT_ONCE = 100  # are created in one transaction, for whose end all other writes of their parent wait
 STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
 MESSAGE_CHARS = 2_000  # of an exception's words
+EXCERPT_CHARS = 200  # of an input, where two are compared
 
 
 # ------------------------------------------------------------------------------
@@ -120,12 +126,12 @@ MESSAGE_CHARS = 2_000  # of an exception's words
 # ------------------------------------------------------------------------------
 
 
-class TidebaseError(Exception):
+class TidebaseError(RuntimeError):
     """The root: the server refused (`status` is set), or an answer never came.
 
     status: HTTP status or None.  code: the server's word for the case, for instance `not_found`.  path: of the request.
-    body: the server's JSON, None when there was none.  Any exception, yours too, with an attribute `retryable = False`
-    ends a step's retries and a queue's attempts at once.
+    body: the server's JSON, its text where that is no JSON, None when there was no answer.
+    Any exception, yours too, with an attribute `retryable = False` ends a step's retries and a queue's attempts.
     """
 
     retryable = True
@@ -149,9 +155,37 @@ class RunCancelled(TidebaseError):
 
     retryable = False
 
+    @property
+    def run_id(self) -> str | None:
+        """The run, as the answer or else the request's path names it."""
+        body = self.body if isinstance(self.body, dict) else {}
+        run = body["run"] if isinstance(body.get("run"), dict) else body
+        named = re.match("/runs/([^/?]+)", self.path or "")
+        return run.get("id") or (unquote(named[1]) if named else None)
 
-class StepInputMismatch(TidebaseError):
-    """A completed step of this name has another input.  Give each call its own name, or fork the run before it."""
+
+class RunIdConflict(TidebaseError, ValueError):
+    """The run id belongs to a run of another workflow."""
+
+    retryable = False
+
+
+class RunCompleted(TidebaseError):
+    """`attach` found that the run has completed: there is nothing left to drive.  `result`: what it returned."""
+
+    retryable = False
+    run_id = property(lambda self: self.body["id"])
+    result = property(lambda self: self.body["result"])
+
+
+class BodyTooLarge(TidebaseError):
+    """A step's output, a result or an input is beyond what the server takes: its setting TIDEBASE_MAX_BODY."""
+
+    retryable = False
+
+
+class StepInputMismatch(TidebaseError, ValueError):
+    """A step of this name is recorded with another input.  Give each call its own name, or fork the run before it."""
 
     retryable = False
 
@@ -206,6 +240,15 @@ class RunSuspended(BaseException):
 # ------------------------------------------------------------------------------
 
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
+JsonList = list[Json]
+
+
+class RunPage(JsonList):
+    """A list of runs, and `next_cursor`: what to pass as `before` for the runs that follow; None at the end."""
+
+    next_cursor: str | None = None
+
+
 T = TypeVar("T")
 
 
@@ -345,13 +388,51 @@ class op(Generic[P, T]):
         self.__doc__ = logic.__doc__
 
     @overload
-    def __get__(self, surface: None, owner: object = None) -> Callable[..., Op[T]]: ...
+    def __get__(self, surface: None, owner: object = None) -> Callable[Concatenate[Any, P], Op[T]]: ...
     @overload
     def __get__(self, surface: Surface[Blocking], owner: object = None) -> Callable[P, T]: ...
     @overload
     def __get__(self, surface: Surface[Awaited], owner: object = None) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(self, surface: Any, owner: object = None) -> Any:
         return self._logic if surface is None else surface._client._driver.bind(self._logic, surface)
+
+
+if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: what fn returns, and which client asks
+
+    class _Step(Protocol[P]):
+        def __call__(self, name: str, fn: Callable[..., T], *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+    class _AwaitedStep(Protocol[P]):
+        @overload
+        def __call__(self, name: str, fn: Callable[..., Awaitable[T]], *args: P.args,
+                     **kwargs: P.kwargs) -> Coroutine[Any, Any, T]: ...
+        @overload
+        def __call__(self, name: str, fn: Callable[..., T], *args: P.args,
+                     **kwargs: P.kwargs) -> Coroutine[Any, Any, T]: ...
+
+    class step_op(Generic[P]):
+        def __init__(self, logic: Callable[Concatenate[Any, str, Callable[..., Any], P], Op[Any]]) -> None: ...
+        @overload
+        def __get__(self, surface: None, owner: object = None) -> (
+            Callable[Concatenate[Any, str, Callable[..., Any], P], Op[Any]]): ...
+        @overload
+        def __get__(self, surface: Surface[Blocking], owner: object = None) -> _Step[P]: ...
+        @overload
+        def __get__(self, surface: Surface[Awaited], owner: object = None) -> _AwaitedStep[P]: ...
+        def __get__(self, surface: Any, owner: object = None) -> Any: ...
+
+    class session_op(Generic[P]):
+        def __init__(self, logic: Callable[Concatenate[Any, P], Op[Any]]) -> None: ...
+        @overload
+        def __get__(self, surface: None, owner: object = None) -> Callable[Concatenate[Any, P], Op[Any]]: ...
+        @overload
+        def __get__(self, surface: Surface[Blocking], owner: object = None) -> Callable[P, RunSession]: ...
+        @overload
+        def __get__(self, surface: Surface[Awaited], owner: object = None) -> (
+            Callable[P, Coroutine[Any, Any, AsyncRunSession]]): ...
+        def __get__(self, surface: Any, owner: object = None) -> Any: ...
+else:
+    step_op = session_op = op
 
 
 class GateDecision(NamedTuple):
@@ -387,15 +468,18 @@ def _new_id(prefix: str) -> str:
     return f"{prefix}_{number:032x}"
 
 
-def verify_webhook_signature(body: bytes, header: str | None, secret: str) -> bool:
-    """Whether `header` (x-tidebase-signature: sha256=HEX) is the HMAC-SHA256 of exactly these bytes.
+def verify_webhook_signature(body: bytes, signature_header: str | None, secret: str) -> bool:
+    """Whether the header x-tidebase-signature (sha256=HEX, or HEX alone) is the HMAC-SHA256 of exactly these bytes.
 
     Constant time; False for anything malformed, missing, or an empty secret.  Never raises on what a stranger sent.
     """
-    if not secret or not isinstance(header, str) or not isinstance(body, (bytes, bytearray, memoryview)):
+    if not (secret and isinstance(secret, str) and isinstance(signature_header, str)
+            and isinstance(body, (bytes, bytearray, memoryview))):
         return False
-    expected = "sha256=" + hmac.new(secret.encode("utf-8", "surrogatepass"), body, hashlib.sha256).hexdigest()
-    return hmac.compare_digest(expected.encode(), header.strip().encode("utf-8", "surrogatepass"))
+    expected = hmac.new(secret.encode("utf-8", "surrogatepass"), body, hashlib.sha256).hexdigest()
+    given = signature_header.strip()
+    given = given[len("sha256="):] if given.startswith("sha256=") else given
+    return hmac.compare_digest(expected.encode(), given.encode("utf-8", "surrogatepass"))
 
 
 def canonical_json(value: Any) -> str:
@@ -589,20 +673,83 @@ def _error_json(error: BaseException) -> Json:
     return {key: text.encode("utf-8", "replace").decode() for key, text in parts.items()}
 
 
+def _hide_frames(error: BaseException) -> None:
+    """Take this file's frames, and those of the libraries under it, out of a traceback: it shows where a caller's code
+    called and where the caller's function raised.  A defect of this file is left to be seen."""
+    seen: set[int] = set()
+    part: BaseException | None = error
+    while part is not None and id(part) not in seen:
+        seen.add(id(part))
+        frames, kept, ours = [], [], False
+        trace = part.__traceback__
+        while trace is not None:
+            frames.append(trace)
+            module = trace.tb_frame.f_globals.get("__name__", "")
+            ours = trace.tb_frame.f_code.co_filename == __file__ or (
+                ours and module.partition(".")[0] in ("asyncio", "concurrent", "contextlib"))
+            if not ours:
+                kept.append(trace)
+            trace = trace.tb_next
+        last = frames[-1] if frames else None
+        raised = last is None or opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+        if not ours or raised or not isinstance(part, Exception):  # else something here broke
+            shown: types.TracebackType | None = None
+            for trace in reversed(kept):
+                shown = types.TracebackType(shown, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+            part.__traceback__ = shown
+        part = part.__cause__ or part.__context__
+
+
 _REFUSALS: dict[str, type[TidebaseError]] = {
     "lease_lost": LeaseLost,
     "run_cancelled": RunCancelled,
     "input_mismatch": StepInputMismatch,
     "manual_review": StepNeedsReview,
+    "run_id_conflict": RunIdConflict,
+    "body_too_large": BodyTooLarge,
 }
 
 
-def _refusal(status: int, body: Any, path: str) -> TidebaseError:
-    """The exception for an answer that is no success."""
-    told = body if isinstance(body, dict) else {}
-    code = told.get("code")
-    words = f"{told.get('error') or http.client.responses.get(status, 'no success')} ({status}, {path})"
-    return _REFUSALS.get(str(code), TidebaseError)(words, status, body, code, path)
+def _refusal(status: int, body: Any, path: str, size: int = 0) -> TidebaseError:
+    """The exception for an answer that is no success.  size: of the request's body, in bytes."""
+    fields = body if isinstance(body, dict) else {}
+    code, words = fields.get("code"), str(fields.get("error") or http.client.responses.get(status, "no success"))
+    issues = fields.get("issues")
+    if isinstance(issues, list):  # of a 400: what is wrong with which field
+        words += ": " + "; ".join(f"{issue['path']}: {issue['message']}" for issue in issues)[:MESSAGE_CHARS]
+    if status == 413:
+        words = f"{size:,} bytes are more than the server takes, see its setting TIDEBASE_MAX_BODY"
+        code = "body_too_large"
+    return _REFUSALS.get(str(code), TidebaseError)(f"{words} ({status}, {path})", status, body, code, path)
+
+
+def _mismatch(run_id: str, begin: Json, answer: Json) -> StepInputMismatch:
+    """begin: what the step was asked for with.  answer: the server's, with the step as it is recorded."""
+    name, recorded = begin["name"], answer.get("step") or {}
+    before, now = _excerpts(_json(recorded.get("input")), _json(begin.get("input")))
+    if before == now:  # only their hashes are known, or differ
+        before, now = (f"{text} (hash {str(answer.get(key))[:12]}...)"
+                       for text, key in ((before, "expectedInputHash"), (now, "actualInputHash")))
+    words = (f"step {name!r} of run {run_id} is recorded with the input {before} and is now called with {now}. "
+             f"Either give this call a name of its own, or fork the run before this step and run the fork: "
+             f"tide.runs.fork({run_id!r}, from_step={name!r})")
+    return StepInputMismatch(words, body=answer, code="input_mismatch")
+
+
+def _excerpts(one: str, other: str) -> Iterator[str]:
+    """Two texts, shortened where they are long to the part in which they begin to differ."""
+    start = 0
+    if max(len(one), len(other)) > EXCERPT_CHARS:
+        pairs = enumerate(zip(one, other))
+        differ = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+        start = max(differ - EXCERPT_CHARS // 4, 0)
+    for text in (one, other):
+        yield "..." * (start > 0) + text[start : start + EXCERPT_CHARS] + "..." * (len(text) > start + EXCERPT_CHARS)
+
+
+def _member(op: Op[Json], key: str) -> Op[Any]:
+    """One member of an operation's answer."""
+    return (yield from op)[key]
 
 
 def _gate_json(gate: Json) -> Json:
@@ -649,10 +796,12 @@ def _contract(options: Json) -> str:
     return "manual" if acts and "idempotencyKey" not in options else "auto"
 
 
-def _step_options(retries: int, side_effects: str | Sequence[str] | None, **declared: Any) -> tuple[Json, str]:
-    """A step's options as they are recorded, and the decision that a failure of it is recorded with."""
-    effects = [side_effects] if isinstance(side_effects, str) else side_effects and list(side_effects)
-    options = _body(side_effects=effects, **declared)
+def _step_options(retries: int, side_effects: str | Sequence[str] | None, credentials: Any,
+                  **declared: Any) -> tuple[Json, str]:
+    """A step's options as they are recorded, and the decision that its last failure is recorded with."""
+    effects = [side_effects] if isinstance(side_effects, str) else list(side_effects or ())
+    credentials = [credentials] if isinstance(credentials, str) else credentials
+    options = _body(side_effects=effects or None, credentials=credentials, retries=retries or None, **declared)
     replay = _contract(options)
     if replay not in ("auto", "manual", "never"):
         raise ValueError(f"replay must be 'auto', 'manual' or 'never', not {replay!r}")
@@ -660,8 +809,7 @@ def _step_options(retries: int, side_effects: str | Sequence[str] | None, **decl
         raise ValueError(
             f"retries need replay='auto', but this step's is {replay!r}: declare an idempotency_key, or replay='auto'"
         )
-    safe = "safe_replay" if "idempotencyKey" in options else "auto_retry"
-    return options, {"never": "fail_hard", "manual": "manual_review"}.get(replay, safe)
+    return options, {"never": "fail_hard", "manual": "manual_review", "auto": "safe_replay"}[replay]
 
 
 def _events_in(data: bytes) -> tuple[list[Json], bytes]:
@@ -685,6 +833,7 @@ class _Held:
 
     def __init__(self, run: Json, owner: str, alarm: Any, parent: _Held | None = None) -> None:
         self.run_id, self.owner, self.alarm, self.parent = cast(str, run["id"]), owner, alarm, parent
+        self.workflow_name = str(run.get("workflowName"))  # for messages
         self.lease_s = _lease_seconds(run)
         self.beat_s = self.lease_s / BEATS_PER_LEASE
         self.on_lost: Callable[..., Any] | None = None
@@ -705,15 +854,20 @@ class _Held:
         return _moment(told) + timedelta(seconds=time.monotonic() - heard_at)
 
     def renew(self, since: float) -> None:
-        """The server extended the lease at a moment after `since`."""
+        """A heartbeat extended the lease at a moment after `since`."""
         self.until = since + self.lease_s
         self.beat_at = since + self.beat_s
+
+    def extend(self, since: float) -> None:
+        """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
+        self.until = max(self.until, since + self.lease_s)
 
     def lose(self, error: TidebaseError) -> None:
         """The lease is gone, for good: every later boundary raises `error`."""
         if self.lost is None:
             self.lost = error
-            logger.warning("run is no longer held", extra={"event": error.code or "lease_lost", "run_id": self.run_id})
+            logger.warning("run %s of workflow %s is no longer held here: %s", self.run_id, self.workflow_name, error,
+                           extra={"event": error.code or "lease_lost", "run_id": self.run_id})
             self.alarm.set()
             if self.on_lost is not None:
                 self.on_lost(*_fit(self.on_lost, error))
@@ -723,6 +877,16 @@ class _Held:
         if answer.get("runStatus") == "cancelled":
             self.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled"))
             self.fence()
+
+    @contextlib.contextmanager
+    def settling_now(self) -> Iterator[None]:
+        """Around the request that ends the run, or its stay here: see `settling`.  Where it fails, all is as before."""
+        self.settling = True
+        try:
+            yield
+        except BaseException:
+            self.settling = False
+            raise
 
     def suspend(self) -> None:
         """The worker stops: the next boundary unwinds the run."""
@@ -735,10 +899,20 @@ class _Held:
             return LeaseLost(f"run {self.run_id} has ended here", code="lease_lost")
         return self.lost or (self.parent.gone() if self.parent else None)
 
+    def check_clock(self) -> None:
+        """Lose a lease that was not renewed in time by this process's clock: another worker may hold the run by now,
+        after a freeze of this process, say."""
+        if not self.ended and time.monotonic() >= self.until:
+            words = f"the lease of run {self.run_id} ran out: it was not renewed within {self.lease_s:g} s"
+            self.lose(LeaseLost(words, code="lease_lost"))
+        if self.parent is not None:
+            self.parent.check_clock()
+
     def fence(self) -> None:
         """Before a write: raise what ended the lease.  A copy, since threads may raise it side by side."""
         if self.waiting:
             raise RunSuspended
+        self.check_clock()
         gone = self.gone()
         if gone is not None:
             raise copy.copy(gone)
@@ -961,6 +1135,7 @@ class _Flow:
                 self._forget(write)
         if isinstance(write.outcome, TidebaseError):
             raise write.outcome
+        assert write.outcome is not None
         return write.outcome
 
     def write_together(self, writes: list[_Write]) -> Op[list[Json]]:
@@ -1019,7 +1194,7 @@ class _Flow:
 
         It is tried as long as the first is worth trying; where that ends, the others are somebody else's to send.
         """
-        first = batch[0]
+        first, sent = batch[0], time.monotonic()
         if len(batch) == 1:  # a batch costs the server more than its one write
             path, data = first.path, first.data
         else:
@@ -1042,8 +1217,10 @@ class _Flow:
         for write, result in zip(batch, answer["results"] if len(batch) > 1 else [answer]):
             if "error" not in result:
                 write.outcome = result
+                if write.held is not None:
+                    write.held.extend(sent)
             else:
-                write.outcome = refusal = _refusal(result["status"], result, path)
+                write.outcome = refusal = _refusal(result["status"], result, path, len(write.data))
                 if write.held is not None and isinstance(refusal, (LeaseLost, RunCancelled)):
                     write.held.lose(refusal)
 
@@ -1069,9 +1246,11 @@ class _RunPart(Surface[M]):
         return self._run._names.write_id(prefix, verb)
 
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
-        self._run._held.boundary()
+        held = self._run._held
+        held.boundary()
         path = _path("runs", self._run.run_id, *parts, **query)
-        return (yield from self._client._request(method, path, body, held=self._run._held))
+        body = body and {**body, "leaseOwner": held.owner}  # a former owner's write is refused
+        return (yield from self._client._request(method, path, body, held=held))
 
 
 class State(_RunPart[M]):
@@ -1108,10 +1287,10 @@ class State(_RunPart[M]):
         return self._request("POST", "state", "save", body=_body(locals(), id=self._write_id("ver", "save")))
 
     @op
-    def versions(self, *, stream: str | None = None, labeled: bool | None = None) -> Op[Json]:
-        """{"stateVersions": [...]} by stream and version."""
+    def versions(self, stream: str | None = None, labeled: bool | None = None) -> Op[JsonList]:
+        """The versions, by stream and number; of one stream, or only those with a label."""
         only = None if labeled is None else str(labeled).lower()
-        return self._request("GET", "state", "versions", stream=stream, labeled=only)
+        return _member(self._request("GET", "state", "versions", stream=stream, labeled=only), "stateVersions")
 
 
 class Snapshots(_RunPart[M]):
@@ -1125,9 +1304,9 @@ class Snapshots(_RunPart[M]):
         return self._request("POST", "snapshots", body=body)
 
     @op
-    def list(self) -> Op[Json]:
-        """{"snapshots": [...]}, newest first."""
-        return self._request("GET", "snapshots")
+    def list(self) -> Op[JsonList]:
+        """The run's labeled versions, newest first."""
+        return _member(self._request("GET", "snapshots"), "snapshots")
 
 
 class Usage(_RunPart[M]):
@@ -1202,7 +1381,7 @@ class Run(Surface[M]):
 
     def __init__(self, client: Client[M], run: Json, held: _Held, told: Mapping[str, Any],
                  may_leave: bool = False) -> None:
-        self._client, self._held = client, held
+        self._client, self._held, self._record = client, held, run
         self._may_leave = may_leave and run.get("queue") is not None  # else nobody would bring it back
         self.run_id: str = run["id"]
         self.name: str = run["workflowName"]
@@ -1227,13 +1406,14 @@ class Run(Surface[M]):
     state_patch = property(lambda self: self.state.patch)
     state_save = property(lambda self: self.state.save)
     usage_record = property(lambda self: self.usage.record)
+    gates_begin = property(lambda self: self.gates.begin)
+    gates_get = property(lambda self: self.gates.get)
 
-    @op
+    @step_op
     def step(self, name: str, fn: Callable[..., Any], *, input: Any = None, input_hash: str | None = None,
              retries: int = 0, timeout_s: float | None = None, side_effects: str | Sequence[str] | None = None,
-             idempotency_key: str | None = None, replay: str | None = None,
-             checkpoint_invariant: str | None = None, verified_by: str | None = None,
-             credentials: Sequence[str] | None = None) -> Op[Any]:
+             idempotency_key: str | None = None, replay: str | None = None, checkpoint_invariant: Any = None,
+             verified_by: Any = None, credentials: Any = None) -> Op[Any]:
         """Execute fn once and return its output; where the step completed before, return that output instead.
 
         On return the output is in Postgres.  It is what JSON gives back, the first time as in every replay: a tuple
@@ -1243,14 +1423,17 @@ class Run(Surface[M]):
 
         name: of the second call of a name, `name#2` and so on (see Run).
         input: what the output depends on; a replay with another input is refused.
-        retries: further tries after a failure, each recorded, with growing rests.  timeout_s: then StepTimeout; a sync
-        function cannot be stopped and runs on in its thread, unheard.
+        retries: further tries after a failure, each recorded, with growing rests; ValueError unless replay is "auto".
+        timeout_s: then StepTimeout; a sync function cannot be stopped and runs on in its thread, unheard.  A step that
+        another owner is at is waited for.
         side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
+        checkpoint_invariant, verified_by, credentials: notes for whoever looks at the run, any JSON.
 
-        Raises what fn raised; TypeError for an output JSON cannot say; StepInputMismatch, StepNeedsReview; LeaseLost
-        and RunCancelled, then again at every later boundary, so that `except Exception` around a step holds up nothing.
+        Raises what fn raised; TypeError for an output JSON cannot say, BodyTooLarge for one that the server does not
+        take; StepInputMismatch, which is a ValueError, too; StepNeedsReview; LeaseLost and RunCancelled, then again at
+        every later boundary, so that `except Exception` around a step holds up nothing.
         """
         held = self._held
         held.boundary()
@@ -1264,11 +1447,12 @@ class Run(Surface[M]):
             options, decision = _step_options(
                 retries,
                 side_effects,
+                credentials,
+                timeout_s=timeout_s,
                 idempotency_key=idempotency_key,
                 replay=replay,
                 checkpoint_invariant=checkpoint_invariant,
                 verified_by=verified_by,
-                credentials=credentials and list(credentials),
             )
             begin = _body(name=name, input_hash=hashed, input=plain, options=options, lease_owner=held.owner)
             takes_input = input is not None and not _accepts(fn, 0) and _accepts(fn, 1)
@@ -1277,82 +1461,108 @@ class Run(Surface[M]):
                 return (yield from self._step(begin, work, retries, decision))
 
     def _checkpoint(self, name: str, hashed: str) -> Json | None:
-        """The checkpoint of a step, if one came with the lease.  Raises StepInputMismatch."""
+        """The checkpoint of a step, if one came with the lease; of another input, the server tells what it was."""
         known = self._checkpoints.get(name)
-        if known is not None and known["inputHash"] != hashed:
-            raise _mismatch(name, known["inputHash"], hashed)
-        return known
+        return known if known is not None and known["inputHash"] == hashed else None
 
     def _step(self, begin: Json, work: Invoke, retries: int, decision: str) -> Op[Any]:
         """A step that no checkpoint here answers: execute and record; again while tries are left.
 
         It is begun before where a try must leave a trace, or where the server may have its output.
         """
-        name, held, client = begin["name"], self._held, self._client
-        effects = any(effect != "read" for effect in begin["options"].get("sideEffects", ()))
+        name, held, client, options = begin["name"], self._held, self._client, begin["options"]
+        traced = (decision != "safe_replay" or "idempotencyKey" in options
+                  or any(effect != "read" for effect in options.get("sideEffects", ())))
         for tries in itertools.count(1):
             held.boundary()
-            ahead = effects or decision != "auto_retry" or not self._all_told
+            ahead = traced or not self._all_told or name in self._checkpoints
+            step_id: str | None = None
+            answer: Json = {}
             if ahead:
                 answer = yield from self._begin_step(begin)
                 if answer["action"] == "return":
                     return answer["output"]
+                step_id = answer["step"]["id"]
             notice = _Notice(self.run_id, begin)
             error: Exception | None = None
-            again = False
+            again, output = False, b"null"
             started_at = held.now().isoformat()
             if not ahead:
                 client._beats.watch(notice)
             try:
                 with self._names.within(name):
-                    output = yield work
-                outcome: Json = {"output": _encode(output, f"the output of step {name!r}")}
-                verdict: Json = {}
+                    output = _encode((yield work), f"the output of step {name!r}")
             except Exception as raised:
                 if held.gone() is not None:
                     raise  # from a boundary inside the function: there is nobody to record it for
                 error, again = raised, tries <= retries and getattr(raised, "retryable", True) is not False
-                outcome = {"error": _encode(_error_json(raised), "an error")}
-                verdict = {"resumeDecision": decision, "retryable": again}
-                self._step_failures.append((raised, name))
             finally:
                 client._beats.forget(notice)
-            if ahead:
-                step_id = answer["step"]["id"]
-                if error:
-                    path = _path("runs", self.run_id, "steps", step_id, "fail")
-                    told = _splice({"leaseOwner": held.owner, **verdict}, **outcome)
-                    answer = yield from client._request("POST", path, told, held=held)
-                else:
-                    answer = yield from self._complete_step(step_id, **outcome)
-            else:
-                if (yield from notice.refused()):
-                    answer = yield from self._begin_step(begin)
-                    if answer["action"] == "return":
-                        return answer["output"]
-                fields = {"runId": self.run_id, "startedAt": started_at, "brief": True, **begin, **verdict}
-                path = _path("runs", self.run_id, "steps")
-                answer = yield from client._flow.write("record_step", path, fields, held=held, **outcome)
+            if not ahead and (yield from notice.refused()):
+                answer = yield from self._begin_step(begin)
+                if answer["action"] == "return":
+                    return answer["output"]
+            if error is None:
+                try:
+                    answer = yield from self._record_step(begin, step_id, started_at, {}, output=output)
+                except BodyTooLarge:  # it will not be shorter the next time
+                    error = self._too_large(begin, len(output))
+            if error is not None:
+                self._step_failures.append((error, name))
+                verdict = {"resumeDecision": "auto_retry" if again else decision, "retryable": again}
+                try:
+                    failure = _encode(_error_json(error), "an error")
+                    answer = yield from self._record_step(begin, step_id, started_at, verdict, error=failure)
+                except BodyTooLarge:  # its input is
+                    error = self._too_large(begin, len(output))
+                    raise error from None
             if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
                 recorded: Json = answer["step"]
-                return recorded["output"] if "output" in recorded else json.loads(outcome.get("output", b"null"))
+                return recorded["output"] if "output" in recorded else json.loads(output)
             if not again:
                 raise cast(Exception, error)
             yield Sleep(_jittered(STEP_BACKOFF_S, tries), held.alarm)
         raise AssertionError("unreachable")
+
+    def _record_step(self, begin: Json, step_id: str | None, started_at: str, verdict: Json,
+                     **outcome: bytes) -> Op[Json]:
+        """Write how a step ended, its output or error: of one that was begun as step_id, or all of it at once."""
+        flow, owner = self._client._flow, {"leaseOwner": self._held.owner}
+        if step_id is None:
+            fields = {"runId": self.run_id, "startedAt": started_at, "brief": True, **begin, **verdict}
+            path = _path("runs", self.run_id, "steps")
+            try:
+                return (yield from flow.write("record_step", path, fields, held=self._held, **outcome))
+            except StepInputMismatch as refused:
+                raise _mismatch(self.run_id, begin, refused.body) from None
+        if "error" in outcome:
+            path = _path("runs", self.run_id, "steps", step_id, "fail")
+            body = _splice({**owner, **verdict}, **outcome)
+            return (yield from self._client._request("POST", path, body, held=self._held))
+        return (yield from self._complete_step(step_id, **outcome))
+
+    def _too_large(self, begin: Json, output_bytes: int) -> BodyTooLarge:
+        input_bytes = len(_encode(begin.get("input"), "an input"))
+        sizes = f"its output has {output_bytes:,} bytes" + (f", its input {input_bytes:,}" if "input" in begin else "")
+        words = (f"step {begin['name']!r} of run {self.run_id}: {sizes}, more than the server takes in one request, "
+                 "see its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
+        return BodyTooLarge(words, 413, code="body_too_large")
 
     def _begin_step(self, begin: Json) -> Op[Json]:
         """Ask for the step until the answer is `execute` or `return`; while another owner is at it, wait."""
         path = _path("runs", self.run_id, "steps", "begin")
         for tries in itertools.count(1):
             self._held.boundary()
-            told = {"runId": self.run_id, **begin}
-            answer = yield from self._client._flow.write("begin_step", path, told, held=self._held)
+            fields = {"runId": self.run_id, **begin}
+            try:
+                answer = yield from self._client._flow.write("begin_step", path, fields, held=self._held)
+            except BodyTooLarge:
+                raise self._too_large(begin, 0) from None
             action = answer["action"]
             if action in ("execute", "return"):
                 return answer
             if action == "input_mismatch":
-                raise _mismatch(begin["name"], answer.get("expectedInputHash"), answer.get("actualInputHash"))
+                raise _mismatch(self.run_id, begin, answer)
             if action == "cancelled":
                 self._held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
             elif action != "locked":
@@ -1507,10 +1717,10 @@ class Run(Surface[M]):
                 return False
             body = {**_body(lease_owner=held.owner, timeout_s=timeout_s), "for": wait_for}
             path = _path("runs", self.run_id, "wait")
-            held.settling = True
-            answer = yield from self._client._request("POST", path, body, held=held)
-            held.settling = False
+            with held.settling_now():
+                answer = yield from self._client._request("POST", path, body, held=held)
             if answer["ready"]:
+                held.settling = False
                 return True
             held.waiting = True
             self._client._beats.remove(held)
@@ -1730,87 +1940,101 @@ class Run(Surface[M]):
             raise
         return results
 
-    def _complete(self, result: Any) -> Op[Any]:
-        """Record the result; returns it as JSON gives it back."""
+    def _complete(self, result: Any, brief: bool = True) -> Op[tuple[Any, Json]]:
+        """Record the result.  Returns it as JSON gives it back, and the answer; brief: without all of the run."""
         held = self._held
         encoded = _encode(result, f"the result of workflow {self.name!r}")
-        held.settling = True
-        held.on_through()
         path = _path("runs", self.run_id, "complete")
-        told = {"runId": self.run_id, "leaseOwner": held.owner, "brief": True}
-        answer = yield from self._client._flow.write("complete_run", path, told, held=held, result=encoded)
+        fields = {"runId": self.run_id, "leaseOwner": held.owner, "brief": brief}
+        with held.settling_now():
+            held.on_through()
+            try:
+                answer = yield from self._client._flow.write("complete_run", path, fields, held=held, result=encoded)
+            except BodyTooLarge as refused:
+                words = (f"the result of run {self.run_id} of workflow {self.name!r} has {len(encoded):,} bytes, more "
+                         "than the server takes: see its setting TIDEBASE_MAX_BODY")
+                raise BodyTooLarge(words, 413, refused.body, refused.code, path) from None
         if answer["run"]["status"] == "cancelled":
             held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
             held.fence()
-        return json.loads(encoded)
+        return json.loads(encoded), answer
 
-    def _fail(self, failure: Any, error: Any) -> Op[None]:
-        """Record what ended the run."""
+    def _fail(self, failure: Any, error: Any) -> Op[Json]:
+        """Record what ended the run.  Returns the answer."""
         step = next((name for raised, name in self._step_failures if raised is error), None)
         if step is not None:
             failure["step"] = step
         body: Json = {"error": failure, "leaseOwner": self._held.owner}
         if getattr(error, "retryable", True) is False:
             body["retryable"] = False
-        yield from self._settle("fail", body, max(self._held.until - time.monotonic(), 0.0))
+        return self._settle("fail", body, max(self._held.until - time.monotonic(), 0.0))
 
     def _give_back(self) -> Op[None]:
-        """Release the run, so that another worker gets it now and no attempt is spent; one that waits is released."""
+        """Release the run, so that another worker gets it now and no attempt is spent; one that waits is released.
+
+        Where the server does not answer, the end of the lease does the same, later.
+        """
         if not self._held.waiting:
-            yield from self._settle("release", {"leaseOwner": self._held.owner}, GIVE_BACK_S)
+            with self._logged("release"):
+                yield from self._settle("release", {"leaseOwner": self._held.owner}, GIVE_BACK_S)
 
-    def _settle(self, verb: str, body: Json, patience_s: float) -> Op[None]:
-        """Tell how the run ends.  Where nobody hears it, the end of the lease will tell: it is over here anyway."""
-        self._held.settling = True
+    def _settle(self, verb: str, body: Json, patience_s: float) -> Op[Json]:
+        """Tell the server how the run's stay here ends."""
+        with self._held.settling_now():
+            path = _path("runs", self.run_id, verb)
+            return (yield from self._client._request("POST", path, body, patience_s=patience_s))
+
+    @contextlib.contextmanager
+    def _logged(self, verb: str) -> Iterator[None]:
+        """For a run that is over here, whatever the server answers: a refusal is logged, not raised."""
         try:
-            yield from self._client._request("POST", _path("runs", self.run_id, verb), body, patience_s=patience_s)
+            yield
         except TidebaseError as refused:
-            extra = {"event": "settle_refused", "run_id": self.run_id, "verb": verb, "code": refused.code}
-            logger.warning("how a run ended could not be recorded", extra=extra)
+            logger.warning("run %s of workflow %s: its %s could not be recorded: %s", self.run_id, self.name, verb,
+                           refused, extra={"event": "settle_refused", "run_id": self.run_id, "verb": verb,
+                                           "code": refused.code})
 
 
-def _mismatch(name: str, recorded: Any, given: Any) -> StepInputMismatch:
-    words = f"step {name!r} was recorded with input {recorded} and is now called with input {given}"
-    return StepInputMismatch(words, code="input_mismatch")
+class Session(Run[M]):
+    """What RunSession and AsyncRunSession share."""
 
-
-RunContext = Run[Blocking]  # what a workflow of Tidebase is given
-AsyncRunContext = Run[Awaited]  # what a workflow of AsyncTidebase is given
-
-
-class RunSession(Run[M]):
-    """A run driven by your own code, from `tide.runs.attach`: steps as in a workflow, and you say how it ends.
-
-    In `with`: an exception fails the run, and leaving without `complete` or `fail` gives it back.
-    `completed` and `result`: a run that completed before is attached without a lease, for its result.
-    """
-
-    completed = False
-    result: Any = None
+    @property
+    def run(self) -> Json:
+        """The run, as the server answered last."""
+        return self._record
 
     @op
-    def heartbeat(self) -> Op[None]:
-        """Renew the lease now; a background thread does it anyway.  Raises LeaseLost, RunCancelled."""
+    def heartbeat(self) -> Op[Json]:
+        """Renew the lease now; a background thread does it anyway, see `heartbeat_s`.  {"run"}.
+
+        Raises LeaseLost, RunCancelled.
+        """
         self._held.fence()
         sent, body = time.monotonic(), {"leaseOwner": self._held.owner}
-        yield from self._client._request("POST", _path("runs", self.run_id, "heartbeat"), body, held=self._held)
+        path = _path("runs", self.run_id, "heartbeat")
+        answer = yield from self._client._request("POST", path, body, held=self._held)
         self._held.renew(sent)
+        self._record = answer["run"]
+        return answer
 
     @op
-    def complete(self, result: Any = None) -> Op[Any]:
-        """End the run well; durable on return.  Returns the result as JSON gives it back."""
-        if not self.completed:
-            self.result = yield from self._complete(result)
-            self.completed = True
-            self._let_go()
-        return self.result
+    def complete(self, result: Any = None) -> Op[Json]:
+        """End the run well; durable on return.  {"run"}.  Raises LeaseLost, RunCancelled, BodyTooLarge."""
+        _, answer = yield from self._complete(result, brief=False)
+        self._let_go(answer["run"])
+        return answer
 
     @op
-    def fail(self, error: BaseException | Json | str) -> Op[None]:
-        """End the run badly: a queue run with attempts left is queued again."""
+    def fail(self, error: BaseException | Json | str) -> Op[Json]:
+        """End the run badly, with an exception, words or JSON; durable on return.  {"run", "requeued"}.
+
+        A queue run with attempts left is queued again.  Raises LeaseLost, RunCancelled.
+        """
         self._held.fence()
-        yield from self._fail(_error_json(error) if isinstance(error, BaseException) else error, error)
-        self._let_go()
+        failure = _error_json(error) if isinstance(error, BaseException) else error
+        answer = yield from self._fail({"message": failure} if isinstance(failure, str) else failure, error)
+        self._let_go(answer["run"])
+        return answer
 
     @op
     def close(self) -> Op[None]:
@@ -1819,30 +2043,52 @@ class RunSession(Run[M]):
             yield from self._give_back()
         self._let_go()
 
-    def _let_go(self) -> None:
+    def _let_go(self, run: Json | None = None) -> None:
+        self._record = run or self._record
         self._client._beats.remove(self._held)
         self._held.ended = True
 
     def _leave(self, error: BaseException | None) -> Op[None]:
         if isinstance(error, Exception) and self._held.gone() is None:
-            yield from RunSession.fail(self, error)
-        yield from RunSession.close(self)
+            with self._logged("failure"):
+                yield from Session.fail(self, error)
+        yield from Session.close(self)
+
+
+class RunContext(Run[Blocking]):
+    """What a workflow of Tidebase is given: see Run."""
+
+
+class AsyncRunContext(Run[Awaited]):
+    """What a workflow of AsyncTidebase is given: see Run.  Its methods are awaited."""
+
+
+class RunSession(Session[Blocking], RunContext):
+    """A run driven by your own code, from `tide.attach`: steps as in a workflow, and you say how it ends.
+
+    In `with`: an exception fails the run, and leaving without `complete` or `fail` gives it back.
+    """
+
+
+class AsyncRunSession(Session[Awaited], AsyncRunContext):
+    """The same for `async with`, from `AsyncTidebase.attach`; its methods are awaited."""
 
 
 class Runs(_Part[M]):
     """`tide.runs`: create, look at and steer runs.  All answers are the server's JSON."""
 
     @op
-    def create(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
-               metadata: Json | None = None, recovery_webhook: str | None = None,
-               channels: Sequence[Json] | None = None, deadline_s: float | None = None) -> Op[Json]:
-        """Create a run without a queue, or get the one of this run_id; durable on return.  {"run", "created"}.
+    def create(self, workflow_name: str, input: Any = None, metadata: Json | None = None,
+               recovery_webhook: str | None = None, channels: Sequence[Json] | None = None, *,
+               run_id: str | None = None, deadline_s: float | None = None) -> Op[Json]:
+        """Create a run without a queue, or get the one of this run_id; durable on return.  Returns the run.
 
-        Raises TidebaseError 409 run_id_conflict when run_id is of another workflow.
+        deadline_s: cancelled when it has not ended by then.  Raises RunIdConflict, which is a ValueError, too, when
+        run_id is of another workflow.
         """
         given = locals()
         path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
-        return self._client._request("POST", path, body)
+        return _member(self._client._request("POST", path, body), "run")
 
     @op
     def get(self, run_id: str, *, include: Sequence[str] | None = None) -> Op[Json]:
@@ -1853,17 +2099,26 @@ class Runs(_Part[M]):
     @op
     def list(self, *, status: str | None = None, workflow: str | None = None, queue: str | None = None,
              metadata: Mapping[str, str] | None = None, before: str | None = None,
-             limit: int | None = None) -> Op[Json]:
-        """{"runs": [...], "nextCursor"}, newest first, 100 unless limit; pass nextCursor as `before` for the next."""
+             limit: int | None = None) -> Op[RunPage]:
+        """The runs, newest first, 100 unless limit.  The list's `next_cursor` is the `before` of the runs that follow.
+
+        Only those of a status, workflow or queue, or with these metadata.
+        """
         marks = {f"metadata.{key}": value for key, value in (metadata or {}).items()}
         path = _path("runs", status=status, workflow=workflow, queue=queue, before=before, limit=limit, **marks)
-        return self._client._request("GET", path)
+        answer = yield from self._client._request("GET", path)
+        page = RunPage(answer["runs"])
+        page.next_cursor = answer["nextCursor"]
+        return page
 
     @op
-    def cancel(self, run_id: str, *, reason: str | None = None, actor: str | None = None) -> Op[Json]:
-        """Cancel at once; whoever executes it is unwound at its next boundary.  409 for a completed run.  {"run"}."""
+    def cancel(self, run_id: str, reason: str | None = None, actor: str | None = None) -> Op[Json]:
+        """Cancel at once, from any state but completed (TidebaseError 409).  Returns the run, cancelled.
+
+        Whoever executes it is unwound at its next boundary.
+        """
         body = _body(locals(), "run_id")
-        return self._client._request("POST", _path("runs", run_id, "cancel"), body)
+        return _member(self._client._request("POST", _path("runs", run_id, "cancel"), body), "run")
 
     @op
     def wait(self, run_id: str, timeout_s: float | None = None) -> Op[Any]:
@@ -1882,76 +2137,81 @@ class Runs(_Part[M]):
 
     @op
     def signal(self, run_id: str, name: str, payload: Any = None) -> Op[Json]:
-        """Send a signal to a run, for its `wait_for_signal`; durable on return.  {"signal": ...}.
+        """Send a signal to a run, for its `wait_for_signal`; durable on return.  Returns the signal.
 
         Its `n` is its number among those of its name: the n-th wait for the name takes it.
         """
         body = _body(name=name, payload=payload, id=_new_id("sig"))
-        return self._client._request("POST", _path("runs", run_id, "signals"), body)
+        return _member(self._client._request("POST", _path("runs", run_id, "signals"), body), "signal")
 
     @op
     def retry(self, run_id: str) -> Op[Json]:
-        """Put a failed or cancelled run back, its checkpoints kept.  {"run"}."""
-        return self._client._request("POST", _path("runs", run_id, "retry"), {})
+        """Put a failed or cancelled run back, its checkpoints kept.  Returns the run, queued or pending."""
+        return _member(self._client._request("POST", _path("runs", run_id, "retry"), {}), "run")
 
     @op
-    def recover(self, run_id: str, *, reason: str | None = None) -> Op[Json]:
-        """Have the run's recovery webhook called.  {"recoveryAttempt"}; 422 without one."""
-        return self._client._request("POST", _path("runs", run_id, "recover"), _body(reason=reason))
+    def recover(self, run_id: str, reason: str = "manual") -> Op[Json]:
+        """Have the run's recovery webhook called.  {"recoveryAttempt"}; TidebaseError 422 without one."""
+        return self._client._request("POST", _path("runs", run_id, "recover"), {"reason": reason})
 
     @op
     def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None) -> Op[Json]:
-        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  {"run"}."""
+        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  Returns it."""
         body = _body(locals(), "run_id", id=new_run_id())
-        return self._client._request("POST", _path("runs", run_id, "fork"), body)
+        return _member(self._client._request("POST", _path("runs", run_id, "fork"), body), "run")
 
     @op
     def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
                     actor: str | None = None) -> Op[Json]:
-        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail".  {"step"}."""
+        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail".  Returns the step."""
         body = _body(locals(), "run_id", "step_id")
-        return self._client._request("POST", _path("runs", run_id, "steps", step_id, "review"), body)
+        path = _path("runs", run_id, "steps", step_id, "review")
+        return _member(self._client._request("POST", path, body), "step")
 
-    @op
+    @session_op
     def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
                metadata: Json | None = None, recovery_webhook: str | None = None,
-               channels: Sequence[Json] | None = None, heartbeat_s: float = 20.0,
-               on_lease_lost: Callable[..., Any] | None = None) -> Op[RunSession[M]]:
-        """Create or resume a run that your own code drives, and hold it: see RunSession.
+               channels: Sequence[Json] | None = None, heartbeat_s: float | None = 20.0,
+               on_lease_lost: Callable[..., Any] | None = None) -> Op[Any]:
+        """Create or resume a run that your own code drives, and hold it: a RunSession, or an AsyncRunSession.
 
-        heartbeat_s: at most this long between heartbeats; never longer than a third of the lease.
+        heartbeat_s: at most this long between heartbeats, never longer than a third of the lease; None or 0: none, and
+        the lease ends unless your writes and `session.heartbeat()` renew it.
         on_lease_lost: called once, with the error, from the thread that noticed.
-        Raises TidebaseError 409 run_leased while another owner holds it, RunCancelled.
+        Raises RunCompleted, which has the result; RunIdConflict; RunCancelled; TidebaseError 409 run_leased while
+        another owner holds the run.
         """
-        made = yield from Runs.create(self, workflow_name, run_id=run_id, input=input, metadata=metadata,
-                                      recovery_webhook=recovery_webhook, channels=channels)
-        answer = yield from self._client._begin(made["run"]["id"])
+        run = yield from Runs.create(self, workflow_name, input, metadata, recovery_webhook, channels, run_id=run_id)
+        answer = yield from self._client._begin(run["id"])
         run, owner = answer["run"], answer["leaseOwner"]
-        held = _Held(run, owner or "", self._client._driver.alarm())
-        session: RunSession[M] = RunSession(self._client, run, held, answer)
         if owner is None:
-            session.completed, session.result, held.ended = True, run["result"], True
-        else:
-            held.on_lost = on_lease_lost
+            words = f"run {run['id']} of workflow {workflow_name!r} has completed"
+            raise RunCompleted(words, body=run, code="run_completed")
+        held = _Held(run, owner, self._client._driver.alarm())
+        held.on_lost = on_lease_lost
+        if heartbeat_s:
             held.beat_s = min(held.beat_s, heartbeat_s)
             self._client._beats.add(held)
-        return session
+        return self._client._session(self._client, run, held, answer)
 
-    def subscribe(self, run_id: str, after: int = 0) -> Events[M]:
+    def subscribe(self, run_id: str, after: int = 0, *, kinds: str | Sequence[str] | None = None) -> Events[M]:
         """The run's events after number `after`: history first, then live, until the run has ended.
 
-        For `for` or `async for`.  Reconnects by itself; no event is lost or repeated.  Raises TidebaseError 404, and
-        Unreachable when the server is away for longer than timeout_s.
+        For `for`, `async for` or next().  Reconnects by itself; no event is lost or repeated.
+        kinds: only events of these types, "step.failed" say, or "step" for all that begin so.
+        Raises TidebaseError 404, and Unreachable when the server is away for longer than timeout_s.
         """
-        return Events(self._client, run_id, after)
+        return Events(self._client, run_id, after, [kinds] if isinstance(kinds, str) else kinds)
 
 
 class Events(Surface[M]):
-    """The events of a run, to be iterated over; `seq` is the number of the last one seen."""
+    """The events of a run, an iterator; `seq` is the number of the last one read.  In `with`, or with `close()`, the
+    connection ends before the run does."""
 
-    def __init__(self, client: Client[M], run_id: str, seq: int) -> None:
+    def __init__(self, client: Client[M], run_id: str, seq: int, kinds: Sequence[str] | None) -> None:
         self._client = client
         self.run_id, self.seq, self.ended = run_id, seq, False
+        self._kinds = None if kinds is None else frozenset(kinds)
         self._stream: Any = None
         self._bytes = b""
         self._ready: deque[Json] = deque()
@@ -1991,7 +2251,8 @@ class Events(Surface[M]):
         for event in events:
             if event["seq"] > self.seq:
                 self.seq = event["seq"]
-                self._ready.append(event)
+                if self._kinds is None or self._kinds & {event["type"], event["type"].partition(".")[0]}:
+                    self._ready.append(event)
                 self.ended = event["type"] in ("run.completed", "run.failed", "run.cancelled")
         if self.ended:
             self.close()
@@ -2002,7 +2263,23 @@ class Events(Surface[M]):
             self._stream.close()
             self._stream = None
 
-    def __iter__(self: Events[Blocking]) -> Iterator[Json]:
+    def _leave(self, error: BaseException | None) -> Op[None]:
+        self.close()
+        yield from ()
+
+    def __next__(self: Events[Blocking]) -> Json:
+        event = self.next()
+        if event is None:
+            raise StopIteration
+        return event
+
+    async def __anext__(self: Events[Awaited]) -> Json:
+        event = await self.next()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    def __iter__(self: Events[Blocking]) -> Iterator[Json]:  # a loop that is left closes the connection
         try:
             yield from iter(self.next, None)
         finally:
@@ -2033,41 +2310,46 @@ class Gates(_Part[M]):
         return self._client._request("POST", _path("runs", run_id, "gates", gate_id, "resolve"), body)
 
 
-_KEEP: Any = type("_Keep", (), {"__repr__": lambda self: "<keep>"})()  # an argument left out, where None has a meaning
-
-
 class Queues(_Part[M]):
     """`tide.queues`: limits of queues, and how full they are."""
 
     @op
-    def configure(self, name: str, *, concurrency: int | None = _KEEP, rate_per_minute: int | None = _KEEP,
-                  invoke_url: str | None = _KEEP) -> Op[Json]:
-        """Set limits that hold across all workers.  What is left out keeps its value, None clears it.  {"config"}."""
-        wanted = {"concurrency": concurrency, "ratePerMinute": rate_per_minute, "invokeUrl": invoke_url}
-        body = {key: value for key, value in wanted.items() if value is not _KEEP}
+    def configure(self, name: str, *, concurrency: int | None = None, rate_per_minute: int | None = None,
+                  invoke_url: str | None = None, clear: str | Sequence[str] = ()) -> Op[Json]:
+        """Set limits that hold across all workers.  {"config"}.
+
+        What is None stays as it is.  clear: what is to have no limit, or no address, from now on: ["concurrency"].
+        """
+        body = _body(locals(), "name", "clear")
+        for setting in [clear] if isinstance(clear, str) else clear:
+            if setting not in ("concurrency", "rate_per_minute", "invoke_url") or _camel(setting) in body:
+                raise ValueError(f"clear takes settings that are not given a value here, not {setting!r}")
+            body[_camel(setting)] = None
         return self._client._request("PUT", _path("queues", name, "config"), body)
 
     @op
-    def list(self) -> Op[Json]:
-        """{"queues": [...]} with their counts and configuration."""
-        return self._client._request("GET", "/queues")
+    def list(self) -> Op[JsonList]:
+        """The queues, with their counts and configuration."""
+        return _member(self._client._request("GET", "/queues"), "queues")
 
 
 class Schedules(_Part[M]):
     """`tide.schedules`: runs enqueued by the clock."""
 
     @op
-    def set(self, name: str, *, cron: str, workflow_name: str, input: Any = None, queue: str | None = None,
-            max_attempts: int | None = None, enabled: bool | None = None,
-            timezone: str | None = None) -> Op[Json]:
-        """Create or change a schedule.  cron: five fields, in `timezone` (IANA name, default UTC).  {"schedule"}."""
+    def set(self, name: str, *, cron: str, workflow_name: str, input: Any = None, queue: str = "default",
+            max_attempts: int | None = None, enabled: bool = True, timezone: str | None = None) -> Op[Json]:
+        """Create a schedule, or replace the one of this name.  Returns it.
+
+        cron: five fields, in `timezone` (IANA name, default UTC); TidebaseError 400 names what is wrong with it.
+        """
         body = _body(locals(), "name")
-        return self._client._request("PUT", _path("schedules", name), body)
+        return _member(self._client._request("PUT", _path("schedules", name), body), "schedule")
 
     @op
-    def list(self) -> Op[Json]:
-        """{"schedules": [...]}."""
-        return self._client._request("GET", "/schedules")
+    def list(self) -> Op[JsonList]:
+        """The schedules."""
+        return _member(self._client._request("GET", "/schedules"), "schedules")
 
     @op
     def delete(self, name: str) -> Op[Json]:
@@ -2079,6 +2361,8 @@ class Client(Surface[M]):
     """What Tidebase and AsyncTidebase share: everything but the driver.  `close()` it, or use it in `with`."""
 
     _driver: Any
+    _context: Any  # the class of what a workflow is given
+    _session: Any  # the class of what `attach` returns
 
     def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
                  *, timeout_s: float = TIMEOUT_S) -> None:
@@ -2090,7 +2374,7 @@ class Client(Surface[M]):
             url or os.environ.get("TIDEBASE_URL") or DEFAULT_URL,
             (api_key if api_key is not None else os.environ.get("TIDEBASE_API_KEY", "")).strip(),
         )
-        self._webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or ""
+        self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
         self.timeout_s = timeout_s
         self._workflows: dict[str, Callable[..., Any]] = {}
         self._threads = _BlockingDriver(self._server)
@@ -2105,11 +2389,21 @@ class Client(Surface[M]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._server.url}>"
 
+    @property
+    def url(self) -> str:
+        """The server's address, without a slash at its end."""
+        return self._server.url
+
+    @property
+    def api_key(self) -> str | None:
+        """The key that is sent, None without one."""
+        return self._server.api_key
+
     @overload
     def workflow(self, name: str) -> Callable[[F], F]: ...
     @overload
     def workflow(self, name: str, fn: F) -> F: ...
-    def workflow(self, name: str, fn: F | None = None) -> Any:
+    def workflow(self, name: str, fn: Callable[..., Any] | None = None) -> Any:
         """Register workflow(run, input) or workflow(run) under a name: called, or as decorator @tide.workflow(NAME)."""
         if fn is None:
             return functools.partial(self.workflow, name)
@@ -2117,21 +2411,38 @@ class Client(Surface[M]):
         return fn
 
     @op
-    def run(self, workflow_name: str, workflow: Callable[..., Any], *, run_id: str | None = None, input: Any = None,
-            metadata: Json | None = None, recovery_webhook: str | None = None,
-            channels: Sequence[Json] | None = None) -> Op[Any]:
-        """Create a run, or resume the one of this run_id, execute it here and return its result.
+    def request(self, method: str, path: str, body: Any = None) -> Op[Json]:
+        """Send a request of the protocol that has no method here, and return the answer's JSON.
 
-        A completed run returns its stored result, nothing is executed.  workflow is given what the server has stored as
-        input.  Raises what the workflow raises, recorded before; TidebaseError 409 run_leased while another owner holds
-        the run; RunCancelled, LeaseLost, Unreachable.
+        path: percent-encoded, with its query.  A POST is sent once, since only you know whether a repeat does no harm;
+        others are repeated until there is an answer.  Raises TidebaseError for an answer that is no success;
+        Unreachable.
         """
-        made = yield from Runs.create(self.runs, workflow_name, run_id=run_id, input=input, metadata=metadata,
-                                      recovery_webhook=recovery_webhook, channels=channels)
-        return (yield from self._begin_and_execute(made["run"], workflow))
+        if not (path.startswith("/") and all("!" <= letter <= "~" for letter in path) and method.isalpha()):
+            raise ValueError(f"a method and a percent-encoded path are needed, not {method!r} and {path!r}")
+        once_s = self.timeout_s if method.upper() == "POST" else None
+        return self._request(method.upper(), path, body, once_s=once_s)
 
     @op
-    def enqueue(self, workflow_name: str, queue: str = "default", *, input: Any = None, metadata: Json | None = None,
+    def run(self, workflow_name: str, workflow: Callable[..., Any] | None = None, run_id: str | None = None,
+            input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
+            channels: Sequence[Json] | None = None, *, deadline_s: float | None = None) -> Op[Any]:
+        """Create a run, or resume the one of this run_id, execute it here under heartbeats and return its result.
+
+        workflow: the function, default the one registered under workflow_name; it is given what the server has stored
+        as input.  A run_id that nobody knows is created; a completed run returns its stored result, and nothing is
+        executed.  deadline_s: cancelled when it has not ended by then.
+
+        Raises what the workflow raises, recorded before; RunIdConflict, a ValueError, when run_id is of another
+        workflow; TidebaseError 409 run_leased while another owner holds the run; RunCancelled, LeaseLost, Unreachable.
+        """
+        fn = self._registered(workflow_name)[0] if workflow is None else workflow
+        run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
+                                     run_id=run_id, deadline_s=deadline_s)
+        return (yield from self._begin_and_execute(run, fn))
+
+    @op
+    def enqueue(self, workflow_name: str, *, queue: str = "default", input: Any = None, metadata: Json | None = None,
                 dedupe_key: str | None = None, delay_s: float | None = None,
                 run_at: datetime | str | None = None, max_attempts: int | None = None,
                 priority: int | None = None, deadline_s: float | None = None,
@@ -2147,22 +2458,28 @@ class Client(Surface[M]):
         return self._flow.write("enqueue_run", _path("queues", queue, "enqueue"), {"queue": queue, **body})
 
     @op
-    def work(self, queues: Sequence[str] = ("default",), *, poll_s: float = CLAIM_HOLD_S, limit: int | None = None,
-             concurrency: int = 1, lease_owner: str | None = None, stop: Callable[[], bool] | None = None,
-             on_error: Callable[..., Any] | None = None, shutdown_s: float = SHUTDOWN_S) -> Op[None]:
-        """Claim runs and execute them, each in a thread or task of its own, until told to stop.
+    def work(self, queues: str | Sequence[str] | None = None, *, poll_s: float = CLAIM_HOLD_S,
+             limit: int | None = None, concurrency: int = 1, lease_owner: str | None = None,
+             stop: Callable[[], bool] | None = None, on_error: Callable[..., Any] | None = None,
+             shutdown_s: float = SHUTDOWN_S) -> Op[None]:
+        """Claim runs of the registered workflows and execute them, each in a thread or task of its own.
 
         Stops on SIGTERM or SIGINT (called from the main thread; a second signal acts as usual) or when stop(), asked
         ten times a second, is true: runs go on to their next boundary and are given back, no attempt spent; after
         shutdown_s this returns anyway, and what is left is taken over when its lease ends.
 
-        queues: served in this order.  poll_s: how long the server holds a claim when there is no work (at most 25).
-        limit: runs per claim, default as many as have a place.  concurrency: runs at once; a run whose result is on its
-        way to the server has left its place.  lease_owner: default a new name per claim; one of your own must be unique
-        among processes.  on_error(exception, run): told of every run that failed; failures never end the loop, nor does
-        a server that is away.  Raises TidebaseError when the server refuses the claim itself (401, 400).
+        queues: served in this order, or one; default "default".  poll_s: how long the server holds a claim when there
+        is no work (at most 25).  limit: runs per claim, default as many as have a place.  concurrency: runs at once; a
+        run whose result is on its way to the server has left its place.  lease_owner: default a new name per claim; one
+        of your own must be unique among processes.  on_error(exception, run): called for every run that failed or was
+        cancelled here, with the run as JSON; failures never end the loop, nor does a server that is away.
+
+        Only runs of workflows registered with this client when it asks are claimed; others stay in their queue for a
+        worker that knows them.  Raises TidebaseError when the server refuses the claim itself (401, 400).
         """
-        worker = _Worker(self, list(queues), min(poll_s, HOLD_CAP_S), limit, concurrency, lease_owner, on_error)
+        names = [queues] if isinstance(queues, str) else ["default"] if queues is None else list(queues)
+        worker = _Worker(self, names, min(poll_s, HOLD_CAP_S), limit, concurrency, lease_owner, on_error)
+        worker.announce()
         with _stop_signals() as signalled:
             claiming = yield Start(worker.claims(), "tidebase-claims")
             try:
@@ -2184,8 +2501,8 @@ class Client(Surface[M]):
         """The cost ledger summed up: {"groups": [...]}.  by: model, workflow or day."""
         return self._request("GET", _path("usage", by=by, since=_iso(since), until=_iso(until)))
 
-    attach = property(lambda self: self.runs.attach, doc="The same as `runs.attach`.")
-    cancel = property(lambda self: self.runs.cancel, doc="The same as `runs.cancel`.")
+    attach = session_op(Runs.attach)  # the same as `runs.attach`
+    cancel = op(Runs.cancel)  # the same as `runs.cancel`
 
     @op
     def handle_webhook(self, body: bytes, signature: str | None) -> Op[tuple[int, Json]]:
@@ -2195,7 +2512,7 @@ class Client(Surface[M]):
         outcome is the server's to handle: completed, failed (recorded), cancelled, or held by somebody else already;
         and at once when the run begins to wait (see Run), whose wake-up is another webhook.
         """
-        if not verify_webhook_signature(body, signature, self._webhook_secret):
+        if not verify_webhook_signature(body, signature, self.webhook_secret or ""):
             return 401, {"error": "invalid signature", "code": "unauthorized"}
         told = _loads(body)
         if not isinstance(told, dict) or told.get("type") not in ("run.resume", "run.invoke") or "runId" not in told:
@@ -2212,8 +2529,10 @@ class Client(Surface[M]):
         except TidebaseError as error:
             status = "cancelled" if isinstance(error, RunCancelled) else error.code or "failed"
             return (404 if error.status == 404 else 200), {"runId": run_id, "status": status}
-        except Exception:
-            logger.exception("run failed", extra={"event": "run_failed", "run_id": run_id})
+        except Exception as error:
+            _hide_frames(error)
+            logger.exception("run %s of workflow %s failed", run_id, told["workflowName"],
+                             extra={"event": "run_failed", "run_id": run_id})
             return 200, {"runId": run_id, "status": "failed"}
         return 200, {"runId": run_id, "status": "completed"}
 
@@ -2251,6 +2570,7 @@ class Client(Surface[M]):
         for tries in itertools.count(1):
             if held is not None:
                 held.fence()
+            sent = time.monotonic()
             give_up = held.until if held is not None else started + patience_s
             timeout_s = once_s or max(1.0, min(self.timeout_s, give_up - time.monotonic()))
             rest_s = _jittered(BACKOFF_S, tries)
@@ -2264,7 +2584,10 @@ class Client(Surface[M]):
                 if line is not None:
                     line.retry_after_s = asked_s
                 if reply.status not in (429, 502, 503, 504):
-                    return self._answer(reply, path, held)
+                    answer = self._answer(reply, path, held, len(data or b""))
+                    if held is not None and method != "GET":  # a write by the owner
+                        held.extend(sent)
+                    return answer
                 trouble, rest_s = f"it answered {reply.status}", asked_s + rest_s
             if time.monotonic() + rest_s > (held.until if held is not None else give_up):
                 words = f"no answer from {self._server.url} to {method} {path}, tried {tries} times: {trouble}"
@@ -2275,7 +2598,7 @@ class Client(Surface[M]):
     def _give_up(self, words: str, path: str, held: _Held | None, cause: Exception | None = None) -> NoReturn:
         """There is no answer in time: for a held run the lease is gone, else Unreachable."""
         if held is None:
-            raise Unreachable(words, path=path) from cause
+            raise Unreachable(words, path=path) from cause and cause.with_traceback(None)  # the words say it all
         held.lose(LeaseLost(f"the lease of run {held.run_id} ran out: {words}", code="lease_lost", path=path))
         held.fence()
         raise AssertionError("unreachable")
@@ -2297,12 +2620,12 @@ class Client(Surface[M]):
             if time.monotonic() - asked < hold_s / 2:  # the server had no place to let us wait
                 yield Sleep(min(1.0, hold_s), held.alarm if held else None)
 
-    def _answer(self, reply: Reply, path: str, held: _Held | None) -> Json:
+    def _answer(self, reply: Reply, path: str, held: _Held | None, size: int) -> Json:
         """The JSON of a success; else raise, and remember when it was the end of the lease."""
         body = _loads(reply.data)
         if 200 <= reply.status < 300 and isinstance(body, dict):
             return body
-        error = _refusal(reply.status, body, path)
+        error = _refusal(reply.status, reply.data.decode("utf-8", "replace") if body is None else body, path, size)
         if held is not None and isinstance(error, (LeaseLost, RunCancelled)):
             held.lose(error)
         raise error
@@ -2335,7 +2658,7 @@ class Client(Surface[M]):
         if answer["leaseOwner"] is None:
             return answer["run"]["result"]
         held = _Held(answer["run"], answer["leaseOwner"], self._driver.alarm(), parent)
-        begun: Run[M] = Run(self, answer["run"], held, answer, may_leave)
+        begun: Run[M] = self._context(self, answer["run"], held, answer, may_leave)
         return (yield from self._execute(begun, workflow))
 
     def _execute(self, run: Run[M], workflow: Callable[..., Any]) -> Op[Any]:
@@ -2345,13 +2668,14 @@ class Client(Surface[M]):
         try:
             result = yield Invoke(workflow, _fit(workflow, run, run.input))
             held.fence()  # user code may have swallowed it
-            return (yield from run._complete(result))
+            return (yield from run._complete(result))[0]
         except (Exception, SystemExit) as error:
             if held.waiting:
                 raise RunSuspended from error
             gone = held.gone()
             if gone is None:
-                yield from run._fail(_error_json(error), error)
+                with run._logged("failure"):
+                    yield from run._fail(_error_json(error), error)
                 raise
             if held.lost is None:  # the parent's lease ended, this one is still ours
                 yield from run._give_back()
@@ -2387,10 +2711,20 @@ class _Worker:
         self._stopping = False
         self._line = Line()  # of the claim that waits
         self._busy: set[_Held] = set()
-        self._parked: set[_Held] = set()  # of unknown workflows: they take no place
         self._tasks: list[Any] = []
         self._claim: Json | None = None  # repeated as it is until it is answered, so that no claimed run is lost
         self._failures = 0
+
+    def announce(self) -> None:
+        """Log what this worker serves, and where."""
+        workflows, url = sorted(self._client._workflows), self._client.url
+        logger.info("worker serves the workflows %s from the queues %s at %s, %s at once",
+                    ", ".join(workflows) or "none", ", ".join(self._queues), url, self._concurrency,
+                    extra={"event": "worker_started", "workflows": workflows, "queues": self._queues, "url": url})
+        if not workflows:
+            logger.warning("no workflow is registered, so the worker at %s claims nothing: register one with "
+                           "tide.workflow(name, fn), on the same client, before tide.work()", url,
+                           extra={"event": "no_workflows", "url": url})
 
     def claims(self) -> Op[None]:
         """Claim runs and start them whenever there are free places, until the worker stops."""
@@ -2398,7 +2732,9 @@ class _Worker:
             self._tasks = [task for task in self._tasks if not task.done()]
             self._places.clear()
             free = self._concurrency - len(self._busy)
-            if free > 0:
+            if not self._client._workflows:
+                yield Sleep(CLAIM_REST_S, self._stopped)  # another thread may register one
+            elif free > 0:
                 rest_s = yield from self._claim_runs(free, self._poll_s, self._line)
                 yield Sleep(rest_s, self._stopped)
             elif not self._stopping:
@@ -2410,7 +2746,8 @@ class _Worker:
         """Claim once and start what came.  Returns how long to rest before the next claim."""
         if self._claim is None:
             owner = self._owner or f"{platform.node()}-{os.getpid()}-{_new_id('worker')}"
-            self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True)
+            self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True,
+                                workflows=sorted(self._client._workflows))
             self._claim["limit"] = min(self._limit or free, free, 100)
         asked, body = time.monotonic(), {**self._claim, "waitMs": _ms(wait_s)}
         try:
@@ -2424,30 +2761,36 @@ class _Worker:
                 raise
             self._failures += 1
             if self._failures == 1:
-                logger.warning("server is away", extra={"event": "server_away", "error": str(error)})
+                logger.warning("the worker goes on asking, but the server is away: %s", error,
+                               extra={"event": "server_away", "error": str(error), "url": self._client.url})
             return _jittered(BACKOFF_S, self._failures)
         if self._failures:
-            logger.info("server is back", extra={"event": "server_back"})
+            logger.info("the server at %s is back", self._client.url,
+                        extra={"event": "server_back", "url": self._client.url})
         self._claim, self._failures = None, 0
         for run in answer["runs"]:
             yield from self._start(run, answer["leaseOwner"])
         if any(run["workflowName"] not in self._client._workflows for run in answer["runs"]):
-            return UNKNOWN_REST_S / 10  # ten are kept from the queue's head, not all that there are
+            return UNKNOWN_REST_S
         if not answer["runs"] and time.monotonic() - asked < wait_s / 2:  # it had no place to let us wait
             return self._line.retry_after_s + _jittered((CLAIM_REST_S, CLAIM_REST_S), 1)
         return 0.0
 
     def _start(self, claimed: Json, owner: str) -> Op[None]:
         held = _Held(claimed, owner, self._client._driver.alarm())
-        run: Run[Any] = Run(self._client, claimed, held, claimed, may_leave=True)
-        if self._stopping:
+        run: Run[Any] = self._client._context(self._client, claimed, held, claimed, may_leave=True)
+        workflow = self._client._workflows.get(run.name)
+        if workflow is None:  # an older server does not look at what a claim asks for
+            logger.error("run %s is of workflow %s, which is not registered with this worker: it is given back; the "
+                         "server at %s is too old to keep it for a worker that knows it", run.run_id, run.name,
+                         self._client.url,
+                         extra={"event": "workflow_unknown", "run_id": run.run_id, "workflow": run.name})
+        if workflow is None or self._stopping:
             yield from run._give_back()
             return
         held.on_through = functools.partial(self._free, held)
-        workflow = self._client._workflows.get(run.name)
-        (self._parked if workflow is None else self._busy).add(held)
-        life = self._park(run) if workflow is None else self._live(run, workflow)
-        self._tasks.append((yield Start(life, f"tidebase-{run.run_id}")))
+        self._busy.add(held)
+        self._tasks.append((yield Start(self._live(run, workflow), f"tidebase-{run.run_id}")))
 
     def _live(self, run: Run[Any], workflow: Callable[..., Any]) -> Op[None]:
         """A run's life here; however it ends, the worker goes on."""
@@ -2455,17 +2798,24 @@ class _Worker:
         try:
             yield from self._client._execute(run, workflow)
         except RunSuspended:
-            event = "run_waiting" if run._held.waiting else "run_released"
-            logger.info("run left its worker", extra={**extra, "event": event})
+            waits = run._held.waiting
+            logger.info("run %s of workflow %s left its worker%s", run.run_id, run.name, " to wait" if waits else "",
+                        extra={**extra, "event": "run_waiting" if waits else "run_released"})
         except (Exception, SystemExit) as error:
-            if run._held.lost is not None:
-                return  # lost or cancelled: told when it was noticed, and nobody's failure
-            logger.warning("run failed", exc_info=True, extra=extra)
+            lost = run._held.lost
+            if lost is not None and not isinstance(lost, RunCancelled):
+                return  # it goes on elsewhere; logged when it was noticed
+            _hide_frames(error)
+            if lost is None:
+                logger.warning("run %s of workflow %s failed, attempt %s", run.run_id, run.name, run.attempt,
+                               exc_info=True, extra=extra)
             if self._on_error is not None:
                 try:
-                    yield Invoke(self._on_error, _fit(self._on_error, error, run))
-                except Exception:
-                    logger.exception("on_error itself failed", extra={**extra, "event": "on_error_failed"})
+                    yield Invoke(self._on_error, _fit(self._on_error, error, run._record))
+                except Exception as raised:
+                    _hide_frames(raised)
+                    logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
+                                     extra={**extra, "event": "on_error_failed"})
         finally:
             self._free(run._held)
 
@@ -2473,18 +2823,6 @@ class _Worker:
         """The run's place is free: the next may be claimed while the outcome of this one is still on its way."""
         self._busy.discard(held)
         self._places.set()
-
-    def _park(self, run: Run[Any]) -> Op[None]:
-        """Keep a run of a workflow unknown here from the queue's head for a while, then give it back unspent."""
-        extra = {"event": "workflow_unknown", "run_id": run.run_id, "workflow": run.name}
-        logger.error("claimed a run of a workflow that is not registered in this worker", extra=extra)
-        self._client._beats.add(run._held)
-        try:
-            yield Sleep(UNKNOWN_REST_S, run._held.alarm)
-        finally:
-            self._client._beats.remove(run._held)
-            self._parked.discard(run._held)
-        yield from run._give_back()
 
     def cancel(self) -> None:
         """Cancel the tasks (a thread cannot be)."""
@@ -2503,12 +2841,14 @@ class _Worker:
         self.stop()
         deadline = time.monotonic() + shutdown_s
         while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
-            for held in [*self._busy, *self._parked]:
+            for held in list(self._busy):
                 held.suspend()
             yield Sleep(0.05)
         left = [held.run_id for held in list(self._busy)]
         if left:
-            logger.warning("stopped with runs under way", extra={"event": "shutdown_overdue", "run_ids": left})
+            logger.warning("the worker stopped with runs under way after %g s; they are taken over when their leases "
+                           "end: %s", shutdown_s, ", ".join(left),
+                           extra={"event": "shutdown_overdue", "run_ids": left})
             self.cancel()
 
 
@@ -2558,7 +2898,7 @@ class _Server:
             raise ValueError("the Tidebase URL must look like http://host:7373 or https://host/prefix")
         if not all(" " < letter < "\x7f" for letter in api_key):
             raise ValueError("the Tidebase API key has characters that no header can carry")
-        self.url = url.rstrip("/")
+        self.url, self.api_key = url.rstrip("/"), api_key or None
         self.host, self.prefix = parts.hostname, parts.path.rstrip("/")
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.authority = parts.netloc
@@ -2736,7 +3076,13 @@ class _BlockingDriver:
 
             @functools.wraps(logic)
             def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                return self.drive(logic(self_, *args, **kwargs))
+                try:
+                    return self.drive(logic(self_, *args, **kwargs))
+                except BaseException as error:
+                    _hide_frames(error)
+                    if sys.version_info < (3, 11):
+                        raise error  # where a bare `raise` would bring the hidden frames back; it adds one of its own
+                    raise
 
             self._methods[logic] = method
         return types.MethodType(self._methods[logic], surface)
@@ -2797,11 +3143,11 @@ class _BlockingDriver:
         if self._process != os.getpid():  # forked: the parent goes on using its connections
             self._idle, self._process = deque(), os.getpid()
         while True:
-            used = True
-            try:
+            connection = None
+            with contextlib.suppress(IndexError):  # not `if self._idle`: other threads take from it, too
                 connection = self._idle.pop()
-            except IndexError:
-                connection, used = _BlockingConnection(self._server, effect.timeout_s), False
+            used = connection is not None
+            connection = connection or _BlockingConnection(self._server, effect.timeout_s)
             try:
                 if effect.line is not None:
                     effect.line.open(connection.cut)
@@ -2873,7 +3219,9 @@ class _Beats:
                 request = self._client._request("POST", path, notice.begin, once_s=ANNOUNCE_WAIT_S)
                 answer = self._client._threads.drive(request)
             except Exception as error:  # whatever it is: its record will tell, and others are to be announced
-                logger.info("slow step not announced", extra={"event": "step_unannounced", "error": str(error)})
+                logger.info("step %s of run %s takes its time, and could not be shown as running: %s",
+                            notice.begin["name"], notice.run_id, error,
+                            extra={"event": "step_unannounced", "run_id": notice.run_id, "error": str(error)})
             task.set_result(answer)
 
     def add(self, held: _Held) -> None:
@@ -2909,6 +3257,7 @@ class _Beats:
         while True:
             self._wake.clear()
             with self._lock:
+                self._held = {run_id: held for run_id, held in self._held.items() if held.lost is None}
                 if not self._held:
                     self._thread = None
                     return
@@ -2928,7 +3277,7 @@ class _Beats:
                 if is_due:
                     self._beat(runs)
             except Exception:  # a callback's, or a defect: the other runs must not pay for it
-                logger.exception("heartbeat failed", extra={"event": "heartbeat_failed"})
+                logger.exception("a heartbeat to %s failed", self._client.url, extra={"event": "heartbeat_failed"})
             if not is_due:
                 self._wake.wait(max(self._rests_until - now, 0.0))
 
@@ -2942,10 +3291,12 @@ class _Beats:
         try:
             answer = self._client._threads.drive(self._client._request("POST", path, body, once_s=once_s))
         except TidebaseError as error:
-            logger.info("heartbeat not answered", extra={"event": "heartbeat_unanswered", "error": str(error)})
+            names = ", ".join(held.run_id for held in runs)
+            logger.info("a heartbeat for the runs %s was not answered: %s", names, error,
+                        extra={"event": "heartbeat_unanswered", "error": str(error)})
             return
         for held, result in zip(runs, answer["results"]):
-            if "run" in result and "error" not in result:
+            if "error" not in result:
                 held.renew(sent)
             elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and not held.settling:
                 told = _refusal(409, result, path)
@@ -3087,7 +3438,13 @@ class _AsyncDriver:
 
             @functools.wraps(logic)
             async def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                return await self.drive(logic(self_, *args, **kwargs))
+                try:
+                    return await self.drive(logic(self_, *args, **kwargs))
+                except BaseException as error:
+                    _hide_frames(error)
+                    if sys.version_info < (3, 11):
+                        raise error  # see _BlockingDriver
+                    raise
 
             self._methods[logic] = method
         return types.MethodType(self._methods[logic], surface)
@@ -3211,9 +3568,17 @@ class _AsyncDriver:
 class Tidebase(Client[Blocking]):
     """The client whose methods block.  One object serves a whole process, from any number of threads."""
 
+    _context, _session = RunContext, RunSession
+
 
 class AsyncTidebase(Client[Awaited]):
-    """The client whose methods are awaited; workflows and steps may be `async def`.  One object serves a process."""
+    """The client whose methods are awaited; workflows and steps may be `async def`.  One object serves a process.
+
+    So are those of `runs`, `queues`, `schedules` and `gates`, and those of the runs and sessions that it gives; only
+    `workflow` and `runs.subscribe`, for `async for`, are called as they are.
+    """
+
+    _context, _session = AsyncRunContext, AsyncRunSession
 
     def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
                  *, timeout_s: float = TIMEOUT_S) -> None:

@@ -352,7 +352,7 @@ def test_a_signal_that_does_not_come_in_time_is_timed_out_for_every_replay(
     clock.advance(ms=3_600_000)
     api.reconcile()
     eventually(lambda: (api.run(run_id)["waitingFor"] or {}).get("event") == "go")
-    late = tide(lambda client: client.runs.signal(run_id, "paid", 1))["signal"]
+    late = tide(lambda client: client.runs.signal(run_id, "paid", 1))
     assert (late["n"], late["timedOut"]) == (2, False)  # for the next wait, where there is one
     tide(lambda client: client.runs.signal(run_id, "go", "on"))
     assert result(tide, run_id) == ["on", "unpaid"]
