@@ -839,7 +839,6 @@ FROZEN = """
 import os, signal, time
 from tidebase_sdk import Tidebase
 def flow(run, input):
-    run.state.set({"by": os.getpid(), "attempt": run.attempt})
     if run.attempt == 1:
         frozen_at = time.monotonic()
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -851,6 +850,7 @@ def flow(run, input):
                 write()
             except Exception as error:
                 print(type(error).__name__, flush=True)
+    run.state.set({"by": os.getpid(), "attempt": run.attempt})
     return run.attempt
 tide = Tidebase()
 tide.workflow("flow", flow)
