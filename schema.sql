@@ -31,8 +31,9 @@
 --
 -- HOW IT EVOLVES
 --   Apply it with `python tidebase.py migrate` or `psql -1 -f schema.sql`: one transaction, any number of times, to an
---   empty or an older database. Changes are additive: "create table" shows today's shape and below it stands
---   "add column if not exists" for older databases. A changed signature needs "drop function if exists" above it.
+--   empty or an older database. Changes of tables are additive: "create table" shows today's shape and below it stands
+--   "add column if not exists" for older databases. All functions are dropped and made anew. Every change raises the
+--   version at the end: a server applies this file only to a database whose version is lower.
 
 -- ------------------------------------------------------------------------------
 -- Preamble: one lock for all who apply this file, else concurrent "if not exists" collide on the catalog.
@@ -45,6 +46,19 @@ create schema if not exists tidebase;
 -- ------------------------------------------------------------------------------
 create or replace function tidebase.now() returns timestamptz language sql volatile as
 $$ select date_trunc('milliseconds', clock_timestamp()) $$;
+
+-- Functions of an older build are dropped, whatever their signatures, so that no overload of one is left; all but now(),
+-- which column defaults need.
+do $$
+declare
+  v_function regprocedure;
+begin
+  for v_function in select oid from pg_proc where pronamespace = 'tidebase'::regnamespace
+                       and oid <> 'tidebase.now()'::regprocedure
+  loop
+    execute format('drop routine %s', v_function);
+  end loop;
+end $$;
 
 create or replace function tidebase._ms (p_ms bigint) returns interval language sql immutable as
 $$ select p_ms * interval '1 millisecond' $$;
@@ -521,8 +535,7 @@ $$;
 
 -- The completed steps of a run, for a worker that is to replay them; past 4 MiB of output the rest is asked for step
 -- by step.
-drop function if exists tidebase._checkpoints (text);  -- older databases: it answered one object
-create function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
+create or replace function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
   language plpgsql stable as $$
 declare
   v_limit constant bigint := 4 * 1024 * 1024;
@@ -711,7 +724,6 @@ end $$;
 
 -- Inserts a run without a queue, its channels and its event run.created, to which p_extras adds keys.
 -- Answers  null when the id is taken.
-drop function if exists tidebase._create_run (text, text, json, jsonb, text, jsonb, bigint, json);
 create or replace function tidebase._create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
                                                  p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
                                                  p_extras json, p_parent_id text default null)
@@ -875,7 +887,6 @@ end $$;
 -- Needs    p_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
 --          a run that already ended, and the owner's repeat, are answered unchanged.
 -- Returns  {"run"}; with p_brief its id and status alone.
-drop function if exists tidebase.complete_run (text, text, json);
 create or replace function tidebase.complete_run (p_run_id text, p_owner text, p_result json,
                                                   p_brief boolean default false)
   returns json language plpgsql as $$
@@ -1342,8 +1353,6 @@ end $$;
 -- Leaves   the step ended, events step.started (unless p_owner had begun it) and step.completed or step.failed; a
 --          completed step, and a failure that began at the same p_started_at, unchanged.
 -- Returns  {"step"}; with p_brief without what was sent, unless another output stands.
-drop function if exists tidebase.record_step (text, text, text, text, json, json, json, json, boolean, text,
-                                              timestamptz, bigint);
 create or replace function tidebase.record_step (p_run_id text, p_owner text, p_name text, p_input_hash text,
                                                  p_input json, p_options json, p_output json, p_error json,
                                                  p_retryable boolean, p_decision text, p_started_at timestamptz,
@@ -1456,8 +1465,6 @@ end $$;
 --          (TB409 edge_conflict).
 -- Leaves   the child pending, or queued where it has a queue, its metadata with parentRunId and parentEdgeName, events
 --          run.created on it and run.child.created on the parent.    Returns  {"run", "edge", "created"}.
-drop function if exists tidebase.create_child (text, text, text, text, json, jsonb, text, jsonb, text, jsonb, text,
-                                               integer, integer);
 create or replace function tidebase.create_child (p_parent_id text, p_child jsonb, p_input json)
   returns json language plpgsql as $$
 declare
@@ -2004,7 +2011,6 @@ $$;
 
 -- Has batches of jobs that have dedupe keys go one after the other on each of these queues: two that name the same keys
 -- in different orders would wait for each other.
-drop function if exists tidebase._lock_keys (text[], jsonb);
 create or replace function tidebase._lock_keys (p_jobs jsonb, p_queue text default null)
   returns void language plpgsql as $$
 begin
@@ -2219,8 +2225,6 @@ $$;
 -- a step or a new run; a step's output or a run's result; a step's error.
 -- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
 -- Returns  the verb's answer and HTTP status.
-drop function if exists tidebase.try_one (jsonb, json, json, json);
-drop function if exists tidebase.write_one (jsonb, json, json, json);
 create or replace function tidebase.write_one (p_write jsonb, p_input json, p_output json, p_error json,
                                                p_patient boolean, out body json, out status integer)
   language plpgsql as $$
@@ -2259,9 +2263,6 @@ end $$;
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status.
-drop function if exists tidebase.write_many (jsonb, json[], json[], json[]);
-drop function if exists tidebase.try_each (jsonb, json[], json[], json[]);
-drop function if exists tidebase.write_each (jsonb, json[], json[], json[]);
 create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
                                                 p_patient boolean)
   returns table (body json, status integer) language plpgsql
@@ -2791,8 +2792,16 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- Version: what this file leaves behind. A server refuses to work on an older one.
+-- Version: what this file leaves behind. A server refuses to work on an older one; a newer one is never turned back.
 -- ------------------------------------------------------------------------------
-insert into tidebase.meta (version) values (1)
-on conflict (only_row) do update set version = excluded.version, applied_at = excluded.applied_at
-  where tidebase.meta.version <= excluded.version;
+do $$
+declare
+  v_version constant integer := 2;  -- tidebase.py's SCHEMA_VERSION; tests/test_schema.py pins it
+begin
+  insert into tidebase.meta (version) values (v_version)
+  on conflict (only_row) do update set version = v_version, digest = null, applied_at = tidebase.now()
+    where tidebase.meta.version <= v_version;
+  if not found then
+    raise exception 'the database has a newer schema than version %, and it is left alone', v_version;
+  end if;
+end $$;

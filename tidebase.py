@@ -270,6 +270,13 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     if isinstance(error, psycopg.errors.QueryCanceled):
         return busy(reply('{"error": "the database took too long to answer this: ask for less, or send it again later",'
                           ' "code": "query_timeout"}', 503))
+    # A function is not there, or was replaced as it was called: the schema is being, or has been, brought to another
+    # build's version, whose servers can answer this.
+    if state == "42883" or (state == "XX000" and "cache lookup failed" in (error.diag.message_primary or "")):
+        logger.error("the database's schema is another build's: %s", error.diag.message_primary,
+                     extra={"event": "schema_differs", "path": here.environ["PATH_INFO"]})
+        return busy(reply('{"error": "the database\'s schema is another build\'s: send this again", '
+                          '"code": "database_unavailable"}', 503))
     # 25006: a standby after a failover. The rest of these classes are connections, locks, resources, shutdown.
     if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)) or state == "25006":
         return busy(reply('{"error": "the database is away: send this again", "code": "database_unavailable"}', 503))
@@ -1013,7 +1020,7 @@ class QueueConfigBody(Body):
 # ------------------------------------------------------------------------------
 # Database: the embedded PostgreSQL, the schema, one pool, and one call: a function of schema.sql, one transaction.
 # ------------------------------------------------------------------------------
-SCHEMA_VERSION = 1  # what schema.sql records at its end
+SCHEMA_VERSION = 2  # what schema.sql records at its end; both are raised with every change of that file
 CONNECT_SECONDS = 5
 
 
@@ -1074,10 +1081,18 @@ class JsonArrayDumper(psycopg.adapt.Dumper):
 
 
 class SchemaBehind(Exception):
-    """The database's schema is not this server's, and it may not bring it up to date."""
+    """The database's schema is older than this server's, and it may not bring it up to date."""
 
     def __init__(self) -> None:
-        super().__init__("the database's schema is not this server's: run `python tidebase.py migrate`")
+        super().__init__("the database's schema is older than this server's: run `python tidebase.py migrate`")
+
+
+class SchemaAhead(Exception):
+    """The database's schema is newer than this build's, and is left alone."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"the database's schema has version {version}, newer than {SCHEMA_VERSION}, which this build "
+                         "has: it is left alone; migrate with the newer build")
 
 
 def is_away(error: psycopg.Error) -> bool:
@@ -1172,31 +1187,44 @@ class Database:
         """Call a function that answers how much it did."""
         return int(self.call(function, *arguments)[0] or 0)
 
-    def migrate(self, allowed: bool = True) -> bool:
-        """Bring the schema to this server's shape, if it is not.
+    def migrate(self, allowed: bool = True, by_hand: bool = False) -> bool:
+        """Bring an older schema to this build's version. One of this version that another build applied is left alone,
+        unless somebody asks for it by hand: two builds side by side must not replace each other's functions in turns.
 
         :returns: whether anything was applied.
-        :raises SchemaBehind: it is older, or of another build, and `allowed` is false.
+        :raises SchemaBehind: it is older, and `allowed` is false.
+        :raises SchemaAhead: it is newer, and was asked for by hand; a server works on a newer one as it is.
         """
         script = (HERE / "schema.sql").read_text()
         digest = hashlib.sha256(script.encode()).hexdigest()
 
-        def is_current(connection: psycopg.Connection[Any]) -> bool:
+        def is_to_be_applied(connection: psycopg.Connection[Any]) -> bool:
             # to_regclass, since to select from a table that is not there would be an error.
             known = connection.execute("select to_regclass('tidebase.meta')").fetchone()
-            if not known or known[0] is None:
-                return False
-            row = connection.execute("select version, digest from tidebase.meta").fetchone()
-            return row is not None and (row[0] > SCHEMA_VERSION or tuple(row) == (SCHEMA_VERSION, digest))
+            row = known and known[0] and connection.execute("select version, digest from tidebase.meta").fetchone()
+            if not row or row[0] < SCHEMA_VERSION:
+                return True
+            if by_hand and row[0] > SCHEMA_VERSION:
+                raise SchemaAhead(row[0])
+            if by_hand:
+                return bool(row[1] != digest)
+            if row[0] > SCHEMA_VERSION:
+                logger.warning("the database's schema has version %d, newer than this server's %d: it is left alone",
+                               row[0], SCHEMA_VERSION, extra={"event": "schema_newer"})
+            elif row[1] not in (None, digest):  # None: psql applied it
+                logger.warning("the database's schema has version %d, as this server's, but is of another build: it is "
+                               "left alone; `python tidebase.py migrate` applies this one", SCHEMA_VERSION,
+                               extra={"event": "schema_differs"})
+            return False
 
         with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
-            if is_current(connection):
+            if not is_to_be_applied(connection):
                 return False
             if not allowed:
                 raise SchemaBehind
             with connection.transaction():
                 connection.execute("select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0))")
-                if is_current(connection):  # another server was faster
+                if not is_to_be_applied(connection):  # another server was faster
                     return False
                 connection.execute(script.encode())
                 connection.execute("update tidebase.meta set digest = %s", (digest,))
@@ -2806,11 +2834,11 @@ def serve(config: Config) -> None:
 @main.command()
 @click.pass_obj
 def migrate(config: Config) -> None:
-    """Bring the database's schema to this version's."""
+    """Bring the database's schema to this build's; a newer one is left alone."""
     with database_of(config) as (conninfo, _):
         try:
-            applied = Database(conninfo, 2).migrate()
-        except psycopg.OperationalError as error:
+            applied = Database(conninfo, 2).migrate(by_hand=True)
+        except (psycopg.OperationalError, SchemaAhead) as error:
             raise click.ClickException(str(error).split("\n")[0]) from None
     click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
 
