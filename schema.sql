@@ -562,7 +562,9 @@ $$ select (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json $
 -- Private helpers: locking, refusing and recording, the same way for every verb.
 -- ------------------------------------------------------------------------------
 
--- Ends the verb with nothing written: HTTP status, words, and {"code": …} with the case's extras for the answer.
+-- Ends the verb with nothing written: HTTP status, words, and {"code": …} with the case's extras for the answer. Postgres
+-- logs them: so of a run, step, gate or state they name the id ("run": ID; "state": the run's), and refusal_body puts
+-- the object in its place afterwards.
 create or replace function tidebase._refuse (p_status integer, p_code text, p_words text, p_extras json default null)
   returns void language plpgsql as $$
 begin
@@ -570,6 +572,17 @@ begin
     detail = case when p_extras is null then json_build_object('code', p_code)
                   else tidebase._joined(json_build_object('code', p_code), p_extras) end;
 end $$;
+
+-- The rest of a refusal's answer: its detail, with the objects that it names as they are now.
+create or replace function tidebase.refusal_body (p_detail json) returns json language sql stable as $$
+  select json_object_agg(m.key, case m.key
+           when 'run' then (select tidebase._run_json(r) from tidebase.runs r where r.id = m.value #>> '{}')
+           when 'step' then (select tidebase._step_json(s) from tidebase.steps s where s.id = m.value #>> '{}')
+           when 'gate' then (select tidebase._gate_json(g) from tidebase.gates g where g.id = m.value #>> '{}')
+           when 'state' then (select tidebase._state_json(s) from tidebase.states s where s.run_id = m.value #>> '{}')
+           else m.value end)
+    from json_each(p_detail) as m
+$$;
 
 create or replace function tidebase._lock_run (p_run_id text) returns tidebase.runs language plpgsql as $$
 declare
@@ -618,12 +631,12 @@ end $$;
 
 create or replace function tidebase._refuse_lost (p_run tidebase.runs) returns void language sql as $$
   select tidebase._refuse(409, 'lease_lost', format('the lease of run %s is not yours', p_run.id),
-                          json_build_object('run', tidebase._run_json(p_run)))
+                          json_build_object('run', p_run.id))
 $$;
 
 create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) returns void language sql as $$
   select tidebase._refuse(409, 'run_cancelled', format('run %s is cancelled', p_run.id),
-                          json_build_object('run', tidebase._run_json(p_run)))
+                          json_build_object('run', p_run.id))
 $$;
 
 -- A worker that was silent until its run went to another may still be at work: whatever it writes is refused.
@@ -1049,7 +1062,7 @@ declare
 begin
   if v_run.status = 'completed' then
     perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
-                             json_build_object('run', tidebase._run_json(v_run)));
+                             json_build_object('run', p_run_id));
   elsif v_run.status <> 'cancelled' then
     v_run := tidebase._cancel(v_run, p_reason, p_actor);
   end if;
@@ -1089,7 +1102,7 @@ declare
 begin
   if v_run.status = 'completed' then
     perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
-                             json_build_object('run', tidebase._run_json(v_run)));
+                             json_build_object('run', p_run_id));
   elsif v_run.status in ('failed', 'cancelled') then
     perform tidebase._tally(v_run.queue, v_run.status, -1);
     update tidebase.runs
@@ -1294,7 +1307,7 @@ begin
   perform tidebase._fence_off(p_run, p_owner);
   if p_step.status <> 'running' or p_step.lease_owner <> p_owner then
     perform tidebase._refuse(409, 'lease_lost', format('step %s is not held by you', p_step.name),
-                             json_build_object('step', tidebase._step_json(p_step)));
+                             json_build_object('step', p_step.id));
   end if;
 end $$;
 
@@ -1373,7 +1386,7 @@ begin
   select * into v_step from tidebase.steps where run_id = p_run_id and name = p_name;
   if v_step.input_hash <> p_input_hash then
     perform tidebase._refuse(409, 'input_mismatch', format('step %s was recorded with another input', p_name),
-              json_build_object('step', tidebase._step_json(v_step), 'expectedInputHash', v_step.input_hash,
+              json_build_object('step', v_step.id, 'expectedInputHash', v_step.input_hash,
                                 'actualInputHash', p_input_hash));
   elsif v_step.status = 'completed' and (v_step.settled_by = p_owner or v_run.lease_owner = p_owner) then
     return tidebase._step_told(v_step, p_brief, p_output);
@@ -1383,7 +1396,7 @@ begin
     return tidebase._step_told(v_step, p_brief, p_output);
   elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
     perform tidebase._refuse(409, 'manual_review', format('step %s may have run: a person must review it', p_name),
-                             json_build_object('step', tidebase._step_json(v_step)));
+                             json_build_object('step', v_step.id));
   end if;
   v_begun := coalesce(v_step.status = 'running' and v_step.lease_owner = p_owner, false);
   insert into tidebase.steps as s (id, run_id, name, position, input_hash, input, options, contract, status, output,
@@ -1421,7 +1434,7 @@ begin
   if v_step.status <> 'manual_review' then
     if v_step.reviewed is distinct from p_decision then
       perform tidebase._refuse(409, 'not_in_review', format('step %s is %s', v_step.name, v_step.status),
-                               json_build_object('step', tidebase._step_json(v_step)));
+                               json_build_object('step', v_step.id));
     end if;
     return json_build_object('step', tidebase._step_json(v_step));
   end if;
@@ -1624,7 +1637,7 @@ begin
   select * into v_gate from tidebase.gates where id = p_gate_id;  -- as it is now that nobody else can decide it
   if v_gate.status <> 'pending' then
     perform tidebase._refuse(409, 'gate_resolved', format('gate %s was %s', v_gate.name, v_gate.status),
-                             json_build_object('gate', tidebase._gate_json(v_gate)));
+                             json_build_object('gate', v_gate.id));
   elsif v_run.status in ('completed', 'failed', 'cancelled') then
     perform tidebase._refuse(409, 'run_ended', format('run %s is %s: gate %s can no longer be decided', p_run_id,
                              v_run.status, v_gate.name), json_build_object('runStatus', v_run.status));
@@ -1711,7 +1724,7 @@ begin
   elsif p_if_version <> coalesce(v_state.version, 0) then
     perform tidebase._refuse(409, 'version_conflict',
               format('the state is at version %s', coalesce(v_state.version, 0)),
-              json_build_object('state', case when v_state.run_id is not null then tidebase._state_json(v_state) end));
+              json_build_object('state', v_state.run_id));
   elsif p_merge and jsonb_typeof(v_state.value) <> 'object' then
     perform tidebase._refuse(409, 'state_not_object', 'the state is not an object, so nothing can be merged into it');
   end if;
@@ -2301,7 +2314,7 @@ begin
       if v_state !~ '^TB' then
         raise;
       end if;
-      v_bodies[n] := tidebase._joined(json_build_object('error', v_words), v_detail::json);
+      v_bodies[n] := tidebase._joined(json_build_object('error', v_words), tidebase.refusal_body(v_detail::json));
       v_statuses[n] := substr(v_state, 3)::integer;
     end;
   end loop;

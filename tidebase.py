@@ -239,7 +239,12 @@ def answer_to(error: Exception) -> Reply:
     client."""
     if isinstance(error, HTTPException):
         return refused(error)
-    known = database_refused(error) if isinstance(error, psycopg.Error) else None
+    known = None
+    if isinstance(error, psycopg.Error):
+        try:
+            known = database_refused(error)
+        except psycopg.Error as later:  # the database went away before the objects of a refusal were read
+            known = database_refused(later)
     if known is None:
         logger.error("request failed", exc_info=error, extra={
             "event": "request_failed", "path": here.environ["PATH_INFO"]})
@@ -263,7 +268,7 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     a value that Postgres cannot take (400), or a database that is away or busy (503, to be sent again)."""
     state = error.sqlstate or ""
     if is_refusal(error):
-        return reply(*refusal_of(error))
+        return reply(*refusal_of(error, core().database))
     # 22: a value out of range or not JSON for Postgres; 54: too long for an index, or nested too deeply.
     if state.startswith(("22", "54")):
         return refused(invalid("", (error.diag.message_primary or "a value was refused").split("\n")[0]))
@@ -283,13 +288,21 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     return None
 
 
+REFERENCES = {"run", "step", "gate", "state"}  # members of a refusal's detail that name an object
+
+
 def is_refusal(error: psycopg.Error) -> bool:
     return (error.sqlstate or "").startswith("TB")
 
 
-def refusal_of(error: psycopg.Error) -> tuple[str, int]:
-    """The body and the status of a refusal of schema.sql."""
+def refusal_of(error: psycopg.Error, database: Database) -> tuple[str, int]:
+    """The body and the status of a refusal of schema.sql; the objects that its detail names are read now.
+
+    :raises psycopg.Error: they cannot be.
+    """
     words, detail = json.dumps(error.diag.message_primary), error.diag.message_detail or ""
+    if not REFERENCES.isdisjoint(json.loads(detail)):
+        detail = database.call("refusal_body", detail)[0] or ""
     return '{"error": ' + words + ", " + detail[1:], int((error.sqlstate or "")[2:])
 
 
@@ -1788,7 +1801,7 @@ def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]
     except psycopg.Error as error:
         if len(writes) > 1 or not is_refusal(error):
             raise
-        rows = [refusal_of(error)]
+        rows = [refusal_of(error, server.database)]
     server.wrote()
     each = iter(rows)
     return [results_of(itertools.islice(each, len(request.writes))) if request.many else reply(*next(each))

@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 import tidebase
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (2, "9878520724d578ed635dc49bd13adf31a4a510781698557dcd3fae7b38d038e0")
+PINNED = (2, "b3c8377c46f55657b6c438de13aa76b0b1a6f26c93f7e7ddff4fc398a8f27c19")
 
 
 def apply(conninfo: str) -> None:
