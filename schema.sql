@@ -975,6 +975,14 @@ begin
   return v_run;
 end $$;
 
+-- The class of a failure for which its reporter gave none. p_tried: all attempts were made.
+create or replace function tidebase._failure_class (p_run tidebase.runs, p_tried boolean)
+  returns text language sql stable as $$
+  select case when exists (select from tidebase.steps where run_id = p_run.id and status = 'manual_review')
+                then 'manual_review'
+              when p_tried then 'max_retries' end
+$$;
+
 -- Reports that an attempt at a run failed.
 -- Needs    p_owner, when given, holds it (TB409 lease_lost).
 -- Leaves   a queue run with attempts left queued, after 5 s · 2^(attempt-1), at most 5 min; else _fail. A run that
@@ -997,7 +1005,7 @@ begin
     return json_build_object('run', tidebase._run_json(v_run), 'requeued', true);
   end if;
   v_run := tidebase._fail(v_run, p_error, coalesce(p_failure_class,
-             case when p_retryable and v_run.max_attempts > 1 then 'max_retries' end), v_run.lease_owner);
+             tidebase._failure_class(v_run, p_retryable and v_run.max_attempts > 1)), v_run.lease_owner);
   return json_build_object('run', tidebase._run_json(v_run), 'requeued', false);
 end $$;
 
@@ -1092,32 +1100,42 @@ begin
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
 
--- Puts a failed or cancelled run back, with its checkpoints and all its attempts.
--- Needs    not completed (TB409 run_completed); its dedupe key free (TB409 dedupe_conflict).
--- Leaves   it queued, or pending without a queue, event run.retried; a live run unchanged.    Returns  {"run"}.
+-- Puts a failed or cancelled run, which must be locked, back: with its checkpoints and all its attempts.
+-- Needs    its dedupe key free (TB409 dedupe_conflict).
+-- Leaves   it queued, or pending without a queue, event run.retried.
+create or replace function tidebase._put_back (p_run tidebase.runs) returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs;
+  v_now timestamptz := tidebase.now();
+begin
+  perform tidebase._tally(p_run.queue, p_run.status, -1);
+  update tidebase.runs
+     set status = case when queue is null then 'pending' else 'queued' end, run_at = v_now, attempt = 0,
+         failed_attempt = null, former_owners = array_remove(former_owners || settled_by, null), settled_by = null,
+         error = null, failure_class = null, cancel_reason = null,
+         cancel_actor = null, cancel_requested_at = null, cancelled_at = null, completed_at = null,
+         deadline_at = case when deadline_at > v_now then deadline_at end,
+         updated_at = v_now, event_seq = event_seq + 1
+   where id = p_run.id returning * into v_run;
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.retried', '{}');
+  return v_run;
+exception when unique_violation then
+  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run.id));
+end $$;
+
+-- Puts a failed or cancelled run back, likewise.
+-- Needs    not completed (TB409 run_completed).    Leaves  a live run unchanged.    Returns  {"run"}.
 create or replace function tidebase.retry_run (p_run_id text) returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'completed' then
     perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
                              json_build_object('run', p_run_id));
   elsif v_run.status in ('failed', 'cancelled') then
-    perform tidebase._tally(v_run.queue, v_run.status, -1);
-    update tidebase.runs
-       set status = case when queue is null then 'pending' else 'queued' end, run_at = v_now, attempt = 0,
-           failed_attempt = null, former_owners = array_remove(former_owners || settled_by, null), settled_by = null,
-           error = null, failure_class = null, cancel_reason = null,
-           cancel_actor = null, cancel_requested_at = null, cancelled_at = null, completed_at = null,
-           deadline_at = case when deadline_at > v_now then deadline_at end,
-           updated_at = v_now, event_seq = event_seq + 1
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.retried', '{}');
+    v_run := tidebase._put_back(v_run);
   end if;
   return json_build_object('run', tidebase._run_json(v_run));
-exception when unique_violation then
-  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run_id));
 end $$;
 
 -- Posts the recovery webhook now.
@@ -1125,19 +1143,27 @@ end $$;
 --          it is sent adds none.    Returns  {"recoveryAttempt"}.
 create or replace function tidebase.recover_run (p_run_id text, p_reason text) returns json language plpgsql as $$
 declare
-  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
-  v_post tidebase.outbox;
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
 begin
   if v_run.recovery_webhook is null then
     perform tidebase._refuse(422, 'no_recovery_webhook', format('run %s has no recoveryWebhook', p_run_id));
   end if;
+  return json_build_object('recoveryAttempt', tidebase._recovery_json(tidebase._recover(v_run, p_reason)));
+end $$;
+
+-- The attempt that is posted, or was and has not been sent. Needs the run locked.
+create or replace function tidebase._recover (p_run tidebase.runs, p_reason text)
+  returns tidebase.outbox language plpgsql as $$
+declare
+  v_post tidebase.outbox;
+begin
   select * into v_post from tidebase.outbox
-   where run_id = p_run_id and kind = 'recovery' and reason = p_reason and status = 'pending' and attempts = 0
+   where run_id = p_run.id and kind = 'recovery' and reason = p_reason and status = 'pending' and attempts = 0
    order by seq limit 1;
   if not found then
-    v_post := tidebase._start_recovery(v_run, p_reason);
+    v_post := tidebase._start_recovery(p_run, p_reason);
   end if;
-  return json_build_object('recoveryAttempt', tidebase._recovery_json(v_post));
+  return v_post;
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -1188,12 +1214,20 @@ $$;
 
 -- Whether only a person can tell if a step may run (again): an earlier owner began it, recorded no outcome and is
 -- gone, and its contract leaves replay to a person; or that was found before; or it failed and must never run again.
-create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_owner text)
-  returns boolean language sql immutable as $$
-  select p_step.status = 'manual_review'
+-- p_options: of the try that is to come. With an idempotency key it may follow one that failed into review (which has
+-- its end recorded), since the key was found missing there.
+create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
+                                                   p_options json) returns boolean language sql immutable as $$
+  select (p_step.status = 'manual_review'
+          and not (p_step.completed_at is not null and p_options->>'idempotencyKey' is not null))
       or (p_step.status = 'running' and p_step.contract->>'replay' in ('manual', 'never')
           and (p_step.lease_owner is distinct from p_owner or p_step.fence <> p_run.fence))
       or (p_step.status = 'failed' and p_step.contract->>'replay' = 'never')
+$$;
+
+create or replace function tidebase._refuse_failed (p_step tidebase.steps) returns void language sql as $$
+  select tidebase._refuse(409, 'step_failed', format('step %s has failed for good: a person decided so', p_step.name),
+                          json_build_object('step', p_step.id))
 $$;
 
 create or replace function tidebase._step_started (s tidebase.steps) returns json language sql stable as $$
@@ -1207,7 +1241,7 @@ $$;
 
 -- Asks what to do about a step, and takes it where the answer is "execute".
 -- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
--- Needs    p_owner did not lose the run (TB409 lease_lost).
+-- Needs    p_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409 step_failed).
 -- Leaves   on execute: the step running under p_owner's lease, attempt + 1, event step.started; begun again by its
 --          owner: the lease extended and nothing else. On manual_review: the step so marked.
 -- Returns  {"action", …}, and the HTTP status: 409 for manual_review, which is a refusal that writes.
@@ -1245,7 +1279,9 @@ begin
   elsif tidebase._is_locked(v_run, v_step, p_owner, v_now) then
     body := json_build_object('action', 'locked', 'step', tidebase._step_json(v_step));
     return;
-  elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
+  elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
+    perform tidebase._refuse_failed(v_step);
+  elsif tidebase._is_ambiguous(v_run, v_step, p_owner, p_options) then
     if v_step.status <> 'manual_review' then  -- so that it can be reviewed
       update tidebase.steps s set status = 'manual_review', lease_owner = null, lease_expires_at = null,
              updated_at = v_now
@@ -1362,7 +1398,7 @@ end $$;
 -- Records a step that already ran, in one write; for steps without external side effects, since a worker that dies
 -- before it leaves no trace.
 -- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled); the same input (TB409 input_mismatch); no review
---          pending (TB409 manual_review).
+--          pending (TB409 manual_review), and none that decided that it failed (TB409 step_failed).
 -- Leaves   the step ended, events step.started (unless p_owner had begun it) and step.completed or step.failed; a
 --          completed step, and a failure that began at the same p_started_at, unchanged.
 -- Returns  {"step"}; with p_brief without what was sent, unless another output stands.
@@ -1394,7 +1430,9 @@ begin
     perform tidebase._refuse_lost(v_run);
   elsif v_step.settled_by = p_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
     return tidebase._step_told(v_step, p_brief, p_output);
-  elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
+  elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
+    perform tidebase._refuse_failed(v_step);
+  elsif tidebase._is_ambiguous(v_run, v_step, p_owner, p_options) then
     perform tidebase._refuse(409, 'manual_review', format('step %s may have run: a person must review it', p_name),
                              json_build_object('step', v_step.id));
   end if;
@@ -1422,8 +1460,10 @@ end $$;
 
 -- A person's word on a step that nobody can know the outcome of.
 -- Needs    the step in manual_review (TB409 not_in_review).
--- Leaves   retry: failed_retryable; complete: completed with p_output; fail: failed. Event step.reviewed; the same
---          decision again is answered unchanged.    Returns  {"step"}.
+-- Leaves   retry: failed_retryable; complete: completed with p_output; fail: failed for good. Event step.reviewed. The run
+--          goes on: a failed one with a queue is put back (TB409 dedupe_conflict), another that nobody holds gets its
+--          recovery webhook, if any, with the reason manual. The same decision again is answered unchanged.
+-- Returns  {"step"}.
 create or replace function tidebase.review_step (p_run_id text, p_step_id text, p_decision text, p_output json,
                                                  p_actor text) returns json language plpgsql as $$
 declare
@@ -1449,6 +1489,13 @@ begin
    where id = v_step.id returning * into v_step;
   if p_decision = 'complete' then
     perform tidebase._record(v_run, null, 'step.completed', tidebase._step_completed(v_step));
+  end if;
+  if v_run.status = 'failed' and v_run.queue is not null then
+    perform tidebase._put_back(v_run);
+  elsif v_run.recovery_webhook is not null
+        and (v_run.status in ('pending', 'failed')
+             or (v_run.status = 'running' and v_run.queue is null and v_run.lease_expires_at <= v_now)) then
+    perform tidebase._recover(v_run, 'manual');
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -2561,7 +2608,7 @@ begin
     if v_run.queue is not null and v_run.attempt < v_run.max_attempts then
       perform tidebase._requeue(v_run, v_error, v_now, null, 'lease_expired');
     elsif v_run.queue is not null then
-      perform tidebase._fail(v_run, v_error, 'max_retries', null, 'lease_expired');
+      perform tidebase._fail(v_run, v_error, tidebase._failure_class(v_run, true), null, 'lease_expired');
     else
       update tidebase.runs set stalled = true, event_seq = event_seq + 1, updated_at = v_now
        where id = v_run.id returning * into v_run;

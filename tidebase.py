@@ -2198,7 +2198,7 @@ def create_child(run_id: str) -> Writes:
 def begin_step(run_id: str) -> Writes:
     """Ask what to do about a step.  200 {action=execute, step, leaseOwner} or {action=return, step, output}
     or {action=locked, step} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
-    or {action=cancelled, run}, 404, 409 manual_review, lease_lost."""
+    or {action=cancelled, run}, 404, 409 manual_review, step_failed, lease_lost."""
     return Writes([write_of("begin_step", parse(BeginStepBody), run_id=run_id)])
 
 
@@ -2218,7 +2218,8 @@ def fail_step(run_id: str, step_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/review")
 def review_step(run_id: str, step_id: str) -> Reply:
-    """A person's word on an ambiguous step.  200 {step}, 404, 409 not_in_review."""
+    """A person's decision on an ambiguous step; the run goes on.  200 {step}, 404, 409 not_in_review,
+    dedupe_conflict."""
     body = parse(ReviewBody)
     return call("review_step", run_id, step_id, body["decision"], body["output"], body["actor"])
 
@@ -2226,7 +2227,7 @@ def review_step(run_id: str, step_id: str) -> Reply:
 @writes("/runs/<part:run_id>/steps")
 def record_step(run_id: str) -> Writes:
     """Record a step that already ran.  200 {step} or {step:briefStep}, 404, 409 lease_lost, run_cancelled,
-    input_mismatch, manual_review."""
+    input_mismatch, manual_review, step_failed."""
     return Writes([write_of("record_step", parse(RecordStepBody), run_id=run_id)])
 
 

@@ -71,9 +71,9 @@ from urllib.parse import quote, urlencode, urlsplit
 __version__ = "0.1.0"
 __all__ = [  # what tidebase.py and tidebase.aio hand on
     "AsyncRunContext", "AsyncTidebase", "Events", "FanoutFailed", "GateDecision", "LeaseLost", "RunCancelled",
-    "RunContext", "RunFailed", "RunSession", "RunSuspended", "SignalTimeout", "StepInputMismatch", "StepNeedsReview",
-    "StepTimeout", "Tidebase", "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash",
-    "new_run_id", "verify_webhook_signature",
+    "RunContext", "RunFailed", "RunSession", "RunSuspended", "SignalTimeout", "StepFailed", "StepInputMismatch",
+    "StepNeedsReview", "StepTimeout", "Tidebase", "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json",
+    "input_hash", "new_run_id", "verify_webhook_signature",
 ]
 
 logger = logging.getLogger("tidebase")  # fixed sentences; what happened is in the extras `event` and `run_id`
@@ -157,6 +157,12 @@ class StepInputMismatch(TidebaseError):
 
 class StepNeedsReview(TidebaseError):
     """A step may have had its effect without leaving a record.  A person decides: `tide.runs.review_step`."""
+
+    retryable = False
+
+
+class StepFailed(TidebaseError):
+    """A person reviewed a step and decided that it has failed for good.  `body["step"]`: the step, with its error."""
 
     retryable = False
 
@@ -571,6 +577,7 @@ _REFUSALS: dict[str, type[TidebaseError]] = {
     "run_cancelled": RunCancelled,
     "input_mismatch": StepInputMismatch,
     "manual_review": StepNeedsReview,
+    "step_failed": StepFailed,
 }
 
 
@@ -1049,8 +1056,9 @@ class Run(Surface[M]):
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
 
-        Raises what fn raised; TypeError for an output JSON cannot say; StepInputMismatch, StepNeedsReview; LeaseLost
-        and RunCancelled, then again at every later boundary, so that `except Exception` around a step holds up nothing.
+        Raises what fn raised; TypeError for an output JSON cannot say; StepInputMismatch, StepNeedsReview, StepFailed;
+        LeaseLost and RunCancelled, then again at every later boundary, so that `except Exception` around a step holds
+        up nothing.
         """
         held = self._held
         held.boundary()
@@ -1611,7 +1619,10 @@ class Runs(_Part[M]):
     @op
     def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
                     actor: str | None = None) -> Op[Json]:
-        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail".  {"step"}."""
+        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail" (it raises StepFailed).  {"step"}.
+
+        The run goes on: a failed one from a queue is queued again, another gets its recovery webhook, if it has one.
+        """
         body = _body(locals(), "run_id", "step_id")
         return self._client._request("POST", _path("runs", run_id, "steps", step_id, "review"), body)
 

@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 import tidebase
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (2, "b3c8377c46f55657b6c438de13aa76b0b1a6f26c93f7e7ddff4fc398a8f27c19")
+PINNED = (2, "39189b1beb669a68883768e52489a78e377bfc66c902218e1f7988a60565f4ca")
 
 
 def apply(conninfo: str) -> None:

@@ -35,6 +35,7 @@ from tidebase_sdk import (
     FanoutFailed,
     LeaseLost,
     RunCancelled,
+    StepFailed,
     StepInputMismatch,
     StepNeedsReview,
     StepTimeout,
@@ -337,6 +338,25 @@ def test_an_ambiguous_step_waits_for_a_person(tide: Any, api: Api) -> None:
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
     tide(lambda client: client.runs.review_step(run_id, step_id, "complete", output="seen in the outbox", actor="ada"))
     assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == "seen in the outbox"
+
+
+def test_a_step_that_a_person_declared_failed_raises_and_is_not_executed_again(tide: Any, api: Api) -> None:
+    executed = []
+
+    async def flow(run: Any, input: Any) -> Any:
+        try:
+            return await run.step("mail", lambda: executed.append(run.attempt) or 1 / 0, side_effects=["email"])
+        except StepFailed as failed:
+            return failed.retryable, failed.body["step"]["error"]["name"]
+
+    run_id = new_run_id()
+    with pytest.raises(ZeroDivisionError):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    [step] = api.detail(run_id)["steps"]
+    assert api.run(run_id)["failureClass"] == "manual_review"
+    tide(lambda client: client.runs.review_step(run_id, step["id"], "fail"))
+    assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == [False, "ZeroDivisionError"]
+    assert executed == [1]
 
 
 def test_a_step_that_takes_too_long_raises_step_timeout(tide: Any) -> None:
