@@ -43,7 +43,7 @@ OBJECTS = {
         attempt, startedAt?, completedAt?, createdAt, updatedAt}""",
     "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never,
         checkpointInvariant:any, verifiedBy:any, credentials:[any]}""",
-    "checkpoint": "{name, inputHash, output, completedAt}",
+    "checkpoint": "{name, inputHash, output, copied, completedAt}",
     "briefRun": "{id, status:completed|failed|cancelled}",
     "briefStep": "{id, name, status:completed|failed_retryable|manual_review|failed, attempt}",
     "claimedRun": "{...run, ~checkpoints, ~checkpointsTruncated}",
@@ -91,7 +91,7 @@ BY_NAME: dict[str, Schema] = {
          " running waiting failed completed cancelled oldestReadyMs inputTokens outputTokens totalTokens entries int",
          {"type": "integer"}),
         ("quantity costUsd number", {"type": "number"}),
-        ("created deduplicated requeued enabled checkpointsTruncated ok ready timedOut bool", {"type": "boolean"}),
+        ("created deduplicated requeued enabled checkpointsTruncated copied ok ready timedOut bool", {"type": "boolean"}),
         ("time", {"type": "string", "format": "date-time"}),
         ("null", {"type": "null"}),
     ) for key in keys.split()

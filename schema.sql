@@ -182,6 +182,7 @@ create table if not exists tidebase.steps (
   fence            integer     not null default 0,         -- the run's fence when it was begun
   settled_by       text,                                   -- whose complete or fail came last: a repeat is known by it
   reviewed         text,                                   -- the last review's decision: likewise
+  copied           boolean     not null default false,     -- from the run that this one is a fork of
   attempt          integer     not null default 1,
   started_at       timestamptz,
   completed_at     timestamptz,
@@ -189,6 +190,7 @@ create table if not exists tidebase.steps (
   updated_at       timestamptz not null default tidebase.now(),
   constraint steps_name_key unique (run_id, name)           -- also serves the run detail and every begin
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
+alter table tidebase.steps add column if not exists copied boolean not null default false;
 
 create table if not exists tidebase.events (
   id         bigint      generated always as identity,
@@ -533,7 +535,7 @@ create or replace function tidebase._queue_json (q tidebase.queues) returns json
                            'invokeUrl', q.invoke_url)
 $$;
 
--- The completed steps of a run, for a worker that is to replay them; past 4 MiB of output the rest is asked for step
+-- The completed steps of a run, for a worker that is to replay them (those copied whatever their input); past 4 MiB of output the rest is asked for step
 -- by step.
 create or replace function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
   language plpgsql stable as $$
@@ -549,7 +551,7 @@ begin
               from tidebase.steps where run_id = p_run_id and status = 'completed') as done;
   end if;
   select coalesce(json_agg(done), '[]') into checkpoints  -- of rows: a json_build_object for each takes longer
-    from (select name, input_hash as "inputHash", output, tidebase._iso(completed_at) as "completedAt"
+    from (select name, input_hash as "inputHash", output, copied, tidebase._iso(completed_at) as "completedAt"
             from tidebase.steps where run_id = p_run_id and status = 'completed' and position <= v_last
            order by position) as done;
 end $$;
@@ -1269,7 +1271,7 @@ begin
             v_now, v_now, v_now)
     returning * into v_step;
     perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
-  elsif v_step.input_hash <> p_input_hash then
+  elsif v_step.input_hash <> p_input_hash and not v_step.copied then
     body := json_build_object('action', 'input_mismatch', 'step', tidebase._step_json(v_step),
                               'expectedInputHash', v_step.input_hash, 'actualInputHash', p_input_hash);
     return;
@@ -1420,7 +1422,7 @@ begin
     perform tidebase._refuse_cancelled(v_run);
   end if;
   select * into v_step from tidebase.steps where run_id = p_run_id and name = p_name;
-  if v_step.input_hash <> p_input_hash then
+  if v_step.input_hash <> p_input_hash and not v_step.copied then
     perform tidebase._refuse(409, 'input_mismatch', format('step %s was recorded with another input', p_name),
               json_build_object('step', v_step.id, 'expectedInputHash', v_step.input_hash,
                                 'actualInputHash', p_input_hash));
@@ -1564,10 +1566,12 @@ begin
 end $$;
 
 -- Makes a new run of the same workflow that starts with copies of the checkpoints of another: of those begun before
--- p_from_step, or of all. p_input null: the same input. The same p_id again answers the run that is there.
+-- p_from_step, or of all. They answer whatever input changed code gives them. p_input null: the same input. The same
+-- p_id again answers the run that is there.
 -- Needs    the step, when named (TB404).
--- Leaves   the new run queued, where the other has a queue, else pending.    Returns  {"run", "created"}.
-create or replace function tidebase.fork_run (p_run_id text, p_id text, p_from_step text, p_input json)
+-- Leaves   the new run queued on p_queue, else on the other's queue; without either pending.
+-- Returns  {"run", "created"}.
+create or replace function tidebase.fork_run (p_run_id text, p_id text, p_from_step text, p_input json, p_queue text)
   returns json language plpgsql as $$
 declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
@@ -1589,14 +1593,15 @@ begin
                              'created', false);
   end if;
   insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output, attempt,
-                              started_at, completed_at)
+                              copied, started_at, completed_at)
   select tidebase._new_id('step'), v_fork.id, name, position - v_run.event_seq - 1, input_hash, input, options,
-         contract, status, output, attempt, started_at, completed_at
+         contract, status, output, attempt, true, started_at, completed_at
     from tidebase.steps
    where run_id = p_run_id and status = 'completed' and (v_position is null or position < v_position)
    order by position;
-  if v_run.queue is not null then
-    v_fork := tidebase._put_on_queue(v_fork, v_run.queue, v_run.max_attempts, v_run.priority);
+  if coalesce(p_queue, v_run.queue) is not null then
+    v_fork := tidebase._put_on_queue(v_fork, coalesce(p_queue, v_run.queue),
+                                     case when v_run.queue is null then 3 else v_run.max_attempts end, v_run.priority);
   end if;
   return json_build_object('run', tidebase._run_json(v_fork), 'created', true);
 end $$;

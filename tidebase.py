@@ -883,6 +883,7 @@ class ForkBody(Body):
     id = Text(ID, load_default=None)
     from_step = Name(data_key="fromStep", load_default=None)
     input = JsonText()
+    queue = Name(load_default=None)
 
 
 class BeginGateBody(Body):
@@ -2181,7 +2182,7 @@ def recover_run(run_id: str) -> Reply:
 def fork_run(run_id: str) -> Reply:
     """A new run that starts with copies of its checkpoints.  200 {run, created}, 404, 409 run_id_conflict."""
     body = parse(ForkBody)
-    return call("fork_run", run_id, body["id"], body["from_step"], body["input"])
+    return call("fork_run", run_id, body["id"], body["from_step"], body["input"], body["queue"])
 
 
 @writes("/runs/<part:run_id>/children")

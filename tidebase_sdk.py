@@ -1066,7 +1066,7 @@ class Run(Surface[M]):
         hashed = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
         known = self._checkpoints.get(name)
         if known is not None:
-            if known["inputHash"] != hashed:
+            if known["inputHash"] != hashed and not known.get("copied"):  # a fork may be of changed code
                 raise _mismatch(name, known["inputHash"], hashed)
             return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
         options, decision = _step_options(
@@ -1611,8 +1611,15 @@ class Runs(_Part[M]):
         return self._client._request("POST", _path("runs", run_id, "recover"), _body(reason=reason))
 
     @op
-    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None) -> Op[Json]:
-        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  {"run"}."""
+    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None,
+             queue: str | None = None) -> Op[Json]:
+        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  {"run"}.
+
+        They answer whatever input the workflow's steps are called with in the fork.  input: the fork's; None: the same.
+        queue: where it waits for a worker; None: the queue of the run it is forked from.  Where that has none either,
+        nothing runs the fork by itself: `tide.run(name, workflow, run_id=...)` with its id does, or its recovery
+        webhook (`tide.runs.recover`), which it has from the other run.
+        """
         body = _body(locals(), "run_id", id=new_run_id())
         return self._client._request("POST", _path("runs", run_id, "fork"), body)
 

@@ -67,7 +67,7 @@ BODIES = {
     "release": Sent("POST", "/runs/x/release", OWNER, {"leaseOwner": "name"}),
     "retry": Sent("POST", "/runs/x/retry", {}, {}),
     "recover": Sent("POST", "/runs/x/recover", {}, {"reason": "name"}),
-    "fork": Sent("POST", "/runs/x/fork", {}, {"id": "name", "fromStep": "name"}),
+    "fork": Sent("POST", "/runs/x/fork", {}, {"id": "name", "fromStep": "name", "queue": "name"}),
     "children": Sent("POST", "/runs/x/children", {"name": "c", "workflowName": "w"}, CHILD),
     "step begin": Sent("POST", "/runs/x/steps/begin", A_STEP, STEP),
     "step complete": Sent("POST", "/runs/x/steps/x/complete", OWNER, {"leaseOwner": "name"}),

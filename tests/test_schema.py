@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 import tidebase
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (2, "39189b1beb669a68883768e52489a78e377bfc66c902218e1f7988a60565f4ca")
+PINNED = (2, "0ddcae0fead2215272c7265e0a6361e21e19ca85e0ebd0d10723b3f5e71e2d4c")
 
 
 def apply(conninfo: str) -> None:

@@ -1025,6 +1025,23 @@ def test_a_fork_starts_with_the_checkpoints_before_the_step(tide: Any) -> None:
     assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=forked)) == [first, forked]
 
 
+def test_a_fork_runs_changed_code_on_the_checkpoints_that_it_copied(tide: Any, api: Api) -> None:
+    """The README's example: the fork has another input, which the copied step is called with, too."""
+    async def campaign(run: Any, input: Any) -> Any:
+        draft = await run.step("draft", lambda: f"draft for {input['to']}", input=input, retries=3)
+        return await run.step("send", lambda: f"{draft}, sent to {input['to']}", side_effects=["email"],
+                              idempotency_key=run.run_id)
+
+    first = new_run_id()
+    tide(lambda client: client.run("campaign", tide.workflow(campaign), run_id=first, input={"to": "Ada"}))
+    for queue in (None, "mail"):
+        forked = tide(lambda client: client.runs.fork(
+            first, from_step="send", input={"to": "someone else"}, queue=queue))["run"]  # noqa: B023
+        assert (forked["queue"], forked["status"]) == (queue, "queued" if queue else "pending")
+        assert tide(lambda client: client.run("campaign", tide.workflow(campaign), run_id=forked["id"])) == (  # noqa: B023
+            "draft for Ada, sent to someone else")
+
+
 def test_schedules_are_set_listed_and_deleted(tide: Any) -> None:
     made = tide(lambda client: client.schedules.set("nightly", cron="0 3 * * *", workflow_name="report",
                                                     input={"a": 1}, timezone="Europe/Berlin"))["schedule"]
