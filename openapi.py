@@ -91,7 +91,8 @@ BY_NAME: dict[str, Schema] = {
          " running waiting failed completed cancelled oldestReadyMs inputTokens outputTokens totalTokens entries int",
          {"type": "integer"}),
         ("quantity costUsd number", {"type": "number"}),
-        ("created deduplicated requeued enabled checkpointsTruncated copied ok ready timedOut bool", {"type": "boolean"}),
+        ("created deduplicated requeued enabled checkpointsTruncated copied ok ready timedOut bool",
+         {"type": "boolean"}),
         ("time", {"type": "string", "format": "date-time"}),
         ("null", {"type": "null"}),
     ) for key in keys.split()

@@ -649,6 +649,18 @@ begin
   end if;
 end $$;
 
+-- What a worker writes beside its steps names its owner, where it can; people and apps that look after a run name none.
+-- Refuses  an owner that is given and does not hold the run (TB409 lease_lost, run_cancelled).
+create or replace function tidebase._check_owner (p_run tidebase.runs, p_owner text) returns void language plpgsql as $$
+begin
+  if p_owner is not null and p_run.lease_owner is distinct from p_owner then
+    if p_run.status = 'cancelled' then
+      perform tidebase._refuse_cancelled(p_run);
+    end if;
+    perform tidebase._refuse_lost(p_run);
+  end if;
+end $$;
+
 -- Writes down an event that the run's update has counted.
 create or replace function tidebase._append_event (p_run_id text, p_seq integer, p_type text, p_payload json)
   returns void language plpgsql as $$
@@ -1203,15 +1215,15 @@ create or replace function tidebase._contract (p_options json) returns json lang
     'credentials', tidebase._listed(p_options->'credentials'))
 $$;
 
--- Whether a step's row, which its caller does not own, is still somebody's: by its own lease, or by the run's, which
--- the owner's heartbeats keep. The run's holder need not heed a step begun before it took the run over: that owner is
--- gone.
+-- Whether a step is not p_owner's to begin. While somebody holds the run, its steps are that one's. A step that was
+-- begun while nobody did is its owner's, by its own lease, or by the run's, which heartbeats extend; but the run's holder
+-- need not heed a step begun before it took the run over: that owner is gone.
 create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
                                                 p_now timestamptz) returns boolean language sql immutable as $$
-  select p_step.status = 'running' and p_step.lease_owner is distinct from p_owner
-     and (p_step.lease_expires_at > p_now
-          or (p_run.lease_owner = p_step.lease_owner and p_run.lease_expires_at > p_now))
-     and not (p_run.lease_owner = p_owner and p_step.fence < p_run.fence)
+  select coalesce(p_run.lease_owner <> p_owner and p_run.lease_expires_at > p_now, false)
+      or coalesce(p_step.status = 'running' and p_step.lease_owner is distinct from p_owner
+                  and p_step.lease_expires_at > p_now
+                  and not (coalesce(p_run.lease_owner = p_owner, false) and p_step.fence < p_run.fence), false)
 $$;
 
 -- Whether only a person can tell if a step may run (again): an earlier owner began it, recorded no outcome and is
@@ -1263,15 +1275,7 @@ begin
   perform tidebase._fence_off(v_run, p_owner);
   select * into v_step from tidebase.steps s where s.run_id = p_run_id and s.name = p_name;
 
-  if v_step.id is null then
-    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
-                                lease_expires_at, fence, started_at, created_at, updated_at)
-    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
-            tidebase._contract(p_options), 'running', p_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
-            v_now, v_now, v_now)
-    returning * into v_step;
-    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
-  elsif v_step.input_hash <> p_input_hash and not v_step.copied then
+  if v_step.input_hash <> p_input_hash and not v_step.copied then
     body := json_build_object('action', 'input_mismatch', 'step', tidebase._step_json(v_step),
                               'expectedInputHash', v_step.input_hash, 'actualInputHash', p_input_hash);
     return;
@@ -1279,8 +1283,17 @@ begin
     body := json_build_object('action', 'return', 'step', tidebase._step_json(v_step), 'output', v_step.output);
     return;
   elsif tidebase._is_locked(v_run, v_step, p_owner, v_now) then
-    body := json_build_object('action', 'locked', 'step', tidebase._step_json(v_step));
+    body := json_build_object('action', 'locked', 'step', case when v_step.id is not null
+                                                          then tidebase._step_json(v_step) end);
     return;
+  elsif v_step.id is null then
+    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
+                                lease_expires_at, fence, started_at, created_at, updated_at)
+    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
+            tidebase._contract(p_options), 'running', p_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
+            v_now, v_now, v_now)
+    returning * into v_step;
+    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_owner, p_options) then
@@ -1522,8 +1535,9 @@ end $$;
 
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
 -- p_child: {name, workflowName, metadata, channels, edgeType, edgeMetadata, maxAttempts, priority, ~id,
--- ~recoveryWebhook, ~queue}.
--- Needs    the parent (TB404), not cancelled (TB409 run_cancelled); an existing child of the name of the same workflow
+-- ~recoveryWebhook, ~queue, ~leaseOwner}.
+-- Needs    the parent (TB404), not cancelled (TB409 run_cancelled), held by the leaseOwner given (_check_owner); an
+--          existing child of the name of the same workflow
 --          (TB409 edge_conflict).
 -- Leaves   the child pending, or queued where it has a queue, its metadata with parentRunId and parentEdgeName, events
 --          run.created on it and run.child.created on the parent.    Returns  {"run", "edge", "created"}.
@@ -1535,6 +1549,7 @@ declare
   v_run    tidebase.runs;
   v_edge   tidebase.run_edges;
 begin
+  perform tidebase._check_owner(v_parent, p_child->>'leaseOwner');
   select * into v_edge from tidebase.run_edges where parent_run_id = p_parent_id and name = v_name;
   if found then
     select * into v_run from tidebase.runs where id = v_edge.child_run_id;
@@ -1560,7 +1575,7 @@ begin
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
   values (tidebase._new_id('edge'), p_parent_id, v_run.id, v_name, p_child->>'edgeType', p_child->'edgeMetadata')
   returning * into v_edge;
-  perform tidebase._record(v_parent, null, 'run.child.created', json_build_object(
+  perform tidebase._record(v_parent, p_child->>'leaseOwner', 'run.child.created', json_build_object(
             'childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
   return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', true);
 end $$;
@@ -1611,12 +1626,12 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- Asks, or looks at what was asked before under this name.
--- Needs    the run not cancelled (TB409 run_cancelled).
+-- Needs    the run not cancelled (TB409 run_cancelled), and p_owner, when given, to hold it (_check_owner).
 -- Leaves   the gate pending, with channels of its own; event and channels gate.created.
 -- Returns  {"action": "wait" while it is pending, else "return", "gate"}.
 create or replace function tidebase.begin_gate (p_run_id text, p_name text, p_prompt text, p_data json,
                                                 p_channels jsonb, p_capability json, p_timeout_ms bigint,
-                                                p_base_url text) returns json language plpgsql as $$
+                                                p_base_url text, p_owner text default null) returns json language plpgsql as $$
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_now  timestamptz := tidebase.now();
@@ -1626,6 +1641,7 @@ begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
   end if;
+  perform tidebase._check_owner(v_run, p_owner);
   select * into v_gate from tidebase.gates where run_id = p_run_id and name = p_name;
   if not found then
     insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
@@ -1639,7 +1655,7 @@ begin
     if p_channels <> '[]' then
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
-    perform tidebase._record(v_run, null, 'gate.created',
+    perform tidebase._record(v_run, p_owner, 'gate.created',
                              json_build_object('gate', tidebase._public_gate(v_gate, false)));
     perform tidebase._notify(v_run, 'gate.created',
                              json_build_object('gate', tidebase._public_gate(v_gate, true)), v_id);
@@ -1756,11 +1772,11 @@ end $$;
 
 -- Replaces the run's live value, or merges the top level of p_value into it, and records it as the stream's next
 -- version.
--- Needs    p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
+-- Needs    p_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
 --          an object on both sides (TB409 state_not_object).
 -- Leaves   event and channels state.updated.    Returns  {"state"}.
 create or replace function tidebase.write_state (p_run_id text, p_stream text, p_value jsonb, p_merge boolean,
-                                                 p_if_version integer, p_about jsonb)
+                                                 p_if_version integer, p_about jsonb, p_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
@@ -1768,6 +1784,7 @@ declare
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
   v_event   json;
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   select * into v_state from tidebase.states where run_id = p_run_id;
   if v_version.id is not null and v_state.run_id is null then
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is a snapshot', v_version.id));
@@ -1791,7 +1808,7 @@ begin
   if p_merge then
     v_event := tidebase._joined(v_event, json_build_object('patch', p_value));
   end if;
-  perform tidebase._record(v_run, null, 'state.updated', tidebase._joined(
+  perform tidebase._record(v_run, p_owner, 'state.updated', tidebase._joined(
             v_event, json_build_object('stateVersion', tidebase._version_event(v_version))));
   perform tidebase._notify(v_run, 'state.updated', json_build_object(
             'state', tidebase._state_json(v_state), 'stateVersion', tidebase._version_event(v_version)));
@@ -1800,13 +1817,14 @@ end $$;
 
 -- Labels the live value, whichever stream wrote it last, as the next version of p_stream.
 -- Needs    a live value (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
-create or replace function tidebase.save_state (p_run_id text, p_stream text, p_about jsonb)
+create or replace function tidebase.save_state (p_run_id text, p_stream text, p_about jsonb, p_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
   v_state   tidebase.states;
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   if v_version.id is null then
     select * into v_state from tidebase.states where run_id = p_run_id;
     if not found then
@@ -1814,7 +1832,7 @@ begin
     end if;
     v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value, null,
                                        '{"importance": "milestone"}' || p_about);
-    perform tidebase._record(v_run, null, 'state.saved',
+    perform tidebase._record(v_run, p_owner, 'state.saved',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('stateVersion', tidebase._version_json(v_version));
@@ -1823,17 +1841,19 @@ end $$;
 -- Keeps a labelled picture of something, beside the live state: in the stream type:id of what it is of.
 -- Leaves   event snapshot.created.    Returns  {"snapshot"}.
 create or replace function tidebase.create_snapshot (p_run_id text, p_target_type text, p_target_id text, p_state jsonb,
-                                                     p_about jsonb) returns json language plpgsql as $$
+                                                     p_about jsonb, p_owner text default null)
+  returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
   v_type    text := coalesce(p_target_type, 'run');
   v_target  text := coalesce(p_target_id, p_run_id);
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   if v_version.id is null then
     v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
                                        '{"importance": "milestone"}' || p_about);
-    perform tidebase._record(v_run, null, 'snapshot.created',
+    perform tidebase._record(v_run, p_owner, 'snapshot.created',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('snapshot', tidebase._version_json(v_version));
@@ -1861,12 +1881,13 @@ $$;
 -- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
 -- Needs    p_id not another run's (TB409 usage_id_conflict).
 -- Leaves   event and channels usage.recorded.    Returns  {"usage"}.
-create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb)
+create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb, p_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run   tidebase.runs := tidebase._lock_run(p_run_id);
   v_usage tidebase.usage;
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   select * into v_usage from tidebase.usage where id = p_id;
   if v_usage.run_id <> p_run_id then
     perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
@@ -1883,7 +1904,7 @@ begin
     if not found then  -- another run's, written since it was looked for
       perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
     end if;
-    perform tidebase._record(v_run, null, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+    perform tidebase._record(v_run, p_owner, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
     perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
   end if;
   return json_build_object('usage', tidebase._usage_json(v_usage));
@@ -1979,18 +2000,21 @@ begin
 end $$;
 
 -- Sends a signal to a run: kept until asked for, the first one of a name wins.
+-- Needs    p_owner, when given, to hold the run (_check_owner).
 -- Leaves   event signal.received, and a run that waits for it queued.    Returns  {"signal"}.
 create or replace function tidebase.send_signal (p_run_id text, p_id text, p_name text, p_payload json,
-                                                 p_timed_out boolean) returns json language plpgsql as $$
+                                                 p_timed_out boolean, p_owner text default null)
+  returns json language plpgsql as $$
 declare
   v_run    tidebase.runs := tidebase._lock_run(p_run_id);
   v_signal tidebase.signals;
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   insert into tidebase.signals (id, run_id, name, payload, timed_out)
   values (coalesce(p_id, tidebase._new_id('sig')), p_run_id, p_name, p_payload, p_timed_out)
   on conflict do nothing returning * into v_signal;
   if found then
-    perform tidebase._record(v_run, null, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+    perform tidebase._record(v_run, p_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
                              json_build_object('signal', tidebase._signal_json(v_signal)));
     if v_run.status = 'waiting' and v_run.waiting_for->>'event' = p_name then
       perform tidebase._wake(v_run);

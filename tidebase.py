@@ -741,6 +741,12 @@ class HeartbeatBody(Body):
     lease_owner = Name(data_key="leaseOwner", required=True)
 
 
+class OwnerFields(Body):
+    """Who writes: a worker that lost its run is refused; one that names no owner is not looked at."""
+
+    lease_owner = Name(data_key="leaseOwner", load_default=None)
+
+
 class BeatBody(HeartbeatBody):
     id = Name(required=True)
 
@@ -749,14 +755,12 @@ class HeartbeatsBody(Body):
     runs = fields.List(fields.Nested(BeatBody), required=True, validate=validate.Length(1, MAX_BATCH))
 
 
-class CompleteRunBody(Body):
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
+class CompleteRunBody(OwnerFields):
     result = JsonText()
     brief = Flag(load_default=False)
 
 
-class FailRunBody(Body):
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
+class FailRunBody(OwnerFields):
     error = JsonText()
     failure_class = Name(data_key="failureClass", load_default=None)
     retryable = Flag(load_default=True)
@@ -793,10 +797,8 @@ class StepFields(Body):
     options = JsonObject(StepOptions)
 
 
-class BeginStepBody(StepFields):
+class BeginStepBody(StepFields, OwnerFields):
     """POST /runs/:id/steps/begin"""
-
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
 
 
 class CompleteStepBody(Body):
@@ -842,7 +844,7 @@ class ReviewBody(Body):
     actor = Text(load_default=None)
 
 
-class ChildBody(RunFields):
+class ChildBody(RunFields, OwnerFields):
     """POST /runs/:id/children"""
 
     name = Name(required=True)
@@ -873,7 +875,7 @@ class WaitBody(HeartbeatBody):
     timeout_ms = Whole(1, MAX_MS, data_key="timeoutMs", load_default=None)
 
 
-class SignalBody(Body):
+class SignalBody(OwnerFields):
     id = Text(ID, load_default=None)
     name = Name(required=True)
     payload = JsonText()
@@ -886,7 +888,7 @@ class ForkBody(Body):
     queue = Name(load_default=None)
 
 
-class BeginGateBody(Body):
+class BeginGateBody(OwnerFields):
     """POST /runs/:id/gates/begin"""
 
     name = Name(required=True)
@@ -916,7 +918,7 @@ class About(Body):
     step_id = Text(data_key="stepId")
 
 
-class PutStateBody(About):
+class PutStateBody(About, OwnerFields):
     value = JsonValue()
     stream = Name(load_default="run")
     if_version = Whole(0, 2**31 - 1, data_key="ifVersion", load_default=None)
@@ -926,7 +928,7 @@ class PatchStateBody(PutStateBody):
     value = JsonObject()
 
 
-class SaveStateBody(About):
+class SaveStateBody(About, OwnerFields):
     label = Name(required=True)
     stream = Name(load_default="run")
 
@@ -936,13 +938,13 @@ class SnapshotTarget(Body):
     id = Name(required=True)
 
 
-class SnapshotBody(About):
+class SnapshotBody(About, OwnerFields):
     label = Name(required=True)
     state = JsonValue()
     target = fields.Nested(SnapshotTarget, load_default=None)
 
 
-class UsageBody(Body):
+class UsageBody(OwnerFields):
     """POST /runs/:id/usage"""
 
     id = Text(ID, load_default=None)
@@ -2188,7 +2190,7 @@ def fork_run(run_id: str) -> Reply:
 @writes("/runs/<part:run_id>/children")
 def create_child(run_id: str) -> Writes:
     """A run for a part of its work, one per name.  200 {run, edge:runEdge, created}, 404, 409 run_cancelled,
-    edge_conflict, run_id_conflict."""
+    lease_lost, edge_conflict, run_id_conflict."""
     return Writes([write_of("create_child", parse(ChildBody), run_id=run_id)])
 
 
@@ -2198,7 +2200,7 @@ def create_child(run_id: str) -> Writes:
 @writes("/runs/<part:run_id>/steps/begin")
 def begin_step(run_id: str) -> Writes:
     """Ask what to do about a step.  200 {action=execute, step, leaseOwner} or {action=return, step, output}
-    or {action=locked, step} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
+    or {action=locked, step?} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
     or {action=cancelled, run}, 404, 409 manual_review, step_failed, lease_lost."""
     return Writes([write_of("begin_step", parse(BeginStepBody), run_id=run_id)])
 
@@ -2243,10 +2245,10 @@ def record_steps() -> Writes:
 
 @routes.post("/runs/<part:run_id>/gates/begin")
 def begin_gate(run_id: str) -> Reply:
-    """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled."""
+    """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled, lease_lost."""
     body = parse(BeginGateBody)
     return call("begin_gate", run_id, body["name"], body["prompt"], body["data"], channels_of(body),
-                body["capability"], body["timeout_ms"], core().public_url)
+                body["capability"], body["timeout_ms"], core().public_url, body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/gates/<part:gate_id>")
@@ -2278,9 +2280,10 @@ def wait_run(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/signals")
 def send_signal(run_id: str) -> Reply:
-    """Send it a signal; the first of a name wins.  200 {signal}, 404, 409 signal_id_conflict."""
+    """Send it a signal; the first of a name wins.  200 {signal}, 404, 409 lease_lost, run_cancelled,
+    signal_id_conflict."""
     body = parse(SignalBody)
-    return call("send_signal", run_id, body["id"], body["name"], body["payload"], False)
+    return call("send_signal", run_id, body["id"], body["name"], body["payload"], False, body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/signals/<part:name>")
@@ -2303,24 +2306,28 @@ def about(body: dict[str, Any]) -> str:
 
 @routes.put("/runs/<part:run_id>/state")
 def put_state(run_id: str) -> Reply:
-    """Replace the live value.  200 {state}, 404, 409 version_conflict, version_id_conflict."""
+    """Replace the live value.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
+    version_id_conflict."""
     body = parse(PutStateBody)
-    return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body))
+    return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body),
+                body["lease_owner"])
 
 
 @routes.patch("/runs/<part:run_id>/state")
 def patch_state(run_id: str) -> Reply:
-    """Merge into its top level.  200 {state}, 404, 409 version_conflict, version_id_conflict,
-    state_not_object."""
+    """Merge into its top level.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
+    version_id_conflict, state_not_object."""
     body = parse(PatchStateBody)
-    return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body))
+    return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body),
+                body["lease_owner"])
 
 
 @routes.post("/runs/<part:run_id>/state/save")
 def save_state(run_id: str) -> Reply:
-    """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 version_id_conflict."""
+    """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 lease_lost, run_cancelled,
+    version_id_conflict."""
     body = parse(SaveStateBody)
-    return call("save_state", run_id, body["stream"], about(body))
+    return call("save_state", run_id, body["stream"], about(body), body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/state/versions")
@@ -2334,10 +2341,12 @@ def list_versions(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/snapshots")
 def create_snapshot(run_id: str) -> Reply:
-    """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 version_id_conflict."""
+    """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 lease_lost, run_cancelled,
+    version_id_conflict."""
     body = parse(SnapshotBody)
     target = body["target"] or {"type": None, "id": None}
-    return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body))
+    return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body),
+                body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/snapshots")
@@ -2349,11 +2358,11 @@ def list_snapshots(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/usage")
 def record_usage(run_id: str) -> Reply:
-    """Write into the cost ledger.  200 {usage}, 404, 409 usage_id_conflict."""
+    """Write into the cost ledger.  200 {usage}, 404, 409 lease_lost, run_cancelled, usage_id_conflict."""
     body = parse(UsageBody)
     keys = {name: field.data_key or name for name, field in schema_of(UsageBody).fields.items()}
     entry = {keys[name]: RawText(value) if isinstance(value, Decimal) else value for name, value in body.items()}
-    return call("record_usage", run_id, body["id"], compose(entry))
+    return call("record_usage", run_id, body["id"], compose(entry), body["lease_owner"])
 
 
 @routes.get("/usage")

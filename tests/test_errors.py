@@ -43,15 +43,15 @@ class Sent(NamedTuple):
 
 
 RUN = {"id": "name", "metadata": "object", "recoveryWebhook": "url", "channels": "channels", "deadlineMs": "whole"}
-CHILD = {**RUN, "name": "name", "workflowName": "name", "edgeType": "name", "edgeMetadata": "object", "queue": "name",
-         "maxAttempts": "whole", "priority": "whole"}
+CHILD = {**RUN, "leaseOwner": "name", "name": "name", "workflowName": "name", "edgeType": "name",
+         "edgeMetadata": "object", "queue": "name", "maxAttempts": "whole", "priority": "whole"}
 JOB = {**RUN, "workflowName": "name", "dedupeKey": "name", "delayMs": "whole", "runAt": "time", "maxAttempts": "whole",
        "priority": "whole"}
 STEP = {"name": "name", "inputHash": "name", "options": "object", "leaseOwner": "name"}
 FAILURE = {"retryable": "flag", "resumeDecision": "choice"}
 RECORD = {**STEP, **FAILURE, "startedAt": "time", "durationMs": "whole", "brief": "flag"}
-ABOUT = {"id": "name", "label": "name", "reason": "text", "importance": "choice", "metadata": "object",
-         "createdBy": "text", "stepId": "text"}
+ABOUT = {"id": "name", "leaseOwner": "name", "label": "name", "reason": "text", "importance": "choice",
+         "metadata": "object", "createdBy": "text", "stepId": "text"}
 OWNER = {"leaseOwner": "a"}
 A_STEP = {"name": "s", "inputHash": "h"}
 BODIES = {
@@ -92,20 +92,21 @@ BODIES = {
     "write a child": Sent("POST", "/writes", {"do": "create_child", "runId": "r", "name": "c", "workflowName": "w"},
                           {**CHILD, "do": "choice", "runId": "name"}, lambda body: {"writes": [body]}),
     "gate begin": Sent("POST", "/runs/x/gates/begin", {"name": "g", "prompt": "?"},
-                       {"name": "name", "prompt": "text", "channels": "channels", "timeoutMs": "whole"}),
+                       {"name": "name", "prompt": "text", "channels": "channels", "timeoutMs": "whole",
+                        "leaseOwner": "name"}),
     "gate resolve": Sent("POST", "/runs/x/gates/x/resolve", {"token": "t", "decision": "approved"},
                          {"token": "text", "decision": "choice", "actor": "text"}),
     "wait": Sent("POST", "/runs/x/wait", {**OWNER, "for": {"event": "e"}},
                  {"leaseOwner": "name", "for": "object", "timeoutMs": "whole"}),
-    "signal": Sent("POST", "/runs/x/signals", {"name": "s"}, {"id": "name", "name": "name"}),
+    "signal": Sent("POST", "/runs/x/signals", {"name": "s"}, {"id": "name", "name": "name", "leaseOwner": "name"}),
     "state put": Sent("PUT", "/runs/x/state", {}, {**ABOUT, "stream": "name", "ifVersion": "whole"}),
     "state patch": Sent("PATCH", "/runs/x/state", {},
                         {**ABOUT, "stream": "name", "ifVersion": "whole", "value": "object"}),
     "state save": Sent("POST", "/runs/x/state/save", {"label": "l"}, {**ABOUT, "stream": "name"}),
     "snapshot": Sent("POST", "/runs/x/snapshots", {"label": "l"}, {**ABOUT, "target": "object"}),
     "usage": Sent("POST", "/runs/x/usage", {}, {
-        **dict.fromkeys(("id", "kind"), "name"), "metadata": "object", "quantity": "amount", "costUsd": "amount",
-        **dict.fromkeys(("stepId", "provider", "model", "label", "unit"), "text"),
+        **dict.fromkeys(("id", "kind", "leaseOwner"), "name"), "metadata": "object", "quantity": "amount",
+        "costUsd": "amount", **dict.fromkeys(("stepId", "provider", "model", "label", "unit"), "text"),
         **dict.fromkeys(("inputTokens", "outputTokens", "totalTokens"), "whole")}),
     "enqueue": Sent("POST", "/queues/x/enqueue", {"workflowName": "w"}, JOB),
     "enqueue many": Sent("POST", "/queues/x/enqueue", {"workflowName": "w"}, JOB, lambda body: {"runs": [body]}),

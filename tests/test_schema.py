@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 import tidebase
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (2, "0ddcae0fead2215272c7265e0a6361e21e19ca85e0ebd0d10723b3f5e71e2d4c")
+PINNED = (2, "2a4ac6bfbd8c5ed00dd2abfe189ae0af7e0c22edfd17edffb9946c1b9bc0e838")
 
 
 def apply(conninfo: str) -> None:

@@ -98,7 +98,8 @@ def test_the_events_of_a_step_say_which_and_what_was_promised(api: Api, run: str
                                  "resumeContract": CONTRACT, "error": {"message": "boom"}}
 
 
-def test_a_begin_without_an_owner_makes_one_that_completes_the_step(api: Api, run: str) -> None:
+def test_a_begin_without_an_owner_makes_one_that_completes_the_step(api: Api) -> None:
+    run = api.create()
     begun = api.begin_step(run, "s")
     assert begun["leaseOwner"] == begun["step"]["leaseOwner"] is not None
     assert api.complete_step(run, begun["step"]["id"], begun["leaseOwner"], 1)["step"]["output"] == 1
@@ -164,8 +165,8 @@ def test_another_input_is_a_mismatch_whatever_became_of_the_step(api: Api, run: 
 
 
 def test_return_comes_before_locked(api: Api, run: str) -> None:
-    api.do_step(run, "s", "helper", output=1)
-    assert api.begin_step(run, "s", "a")["action"] == "return"
+    api.do_step(run, "s", "a", output=1)
+    assert api.begin_step(run, "s", "b")["action"] == "return"
 
 
 def test_locked_comes_before_ambiguous(api: Api, run: str) -> None:
@@ -655,7 +656,8 @@ def test_of_eight_takeovers_of_an_expired_step_exactly_one_executes(api: Api, cl
     assert only_step(api, run)["attempt"] == 2
 
 
-def test_a_late_completion_and_a_takeover_at_once_leave_one_output(api: Api, run: str, clock: Clock) -> None:
+def test_a_late_completion_and_a_takeover_at_once_leave_one_output(api: Api, clock: Clock) -> None:
+    run = api.create()
     for number in range(3):
         name = f"s{number}"
         step = begin(api, run, name, owner="helper")

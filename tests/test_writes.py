@@ -168,9 +168,10 @@ def test_a_step_extends_the_lease_of_its_run_and_of_no_other(api: Api, clock: Cl
 
 
 def test_a_step_that_another_owner_began_is_decided_as_if_it_had_come_alone(api: Api) -> None:
-    run, review = held(api), held(api)
+    run, review = held(api), api.create()
     api.begin_step(run, "s", "a")["step"]
     api.begin_step(review, "s", "b", options={"replay": "manual"})["step"]
+    api.begin(review, "a")["run"]
     results = writes(api, step(run, output=1), step(review, output=1))
     assert codes(results) == [None, "manual_review"]
     assert api.event_types(run)[2:] == ["step.started", "step.completed"]
