@@ -135,6 +135,9 @@ create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedup
   where dedupe_key is not null and status in ('queued', 'running', 'waiting');
 -- Serves claim_runs: the ready runs of a queue and priority, by run_at; and the priorities in use.
 create index if not exists runs_ready_idx on tidebase.runs (queue, priority desc, run_at) where status = 'queued';
+-- Serves claims for some workflows, however many runs of others stand before theirs.
+create index if not exists runs_ready_workflow_idx on tidebase.runs (queue, workflow_name, priority desc, run_at)
+  where status = 'queued';
 -- Serves expire_leases (all of it: as many rows as there are workers), the concurrency cap (by queue) and the repeat
 -- of a claim (by queue and owner).
 create index if not exists runs_running_idx on tidebase.runs (queue, lease_owner)
@@ -2164,18 +2167,76 @@ create or replace function tidebase._priorities (p_queue text) returns setof int
   select priority from levels where priority is not null
 $$;
 
--- Locks and answers at most p_limit ready runs that nobody else is just taking, by priority, then run_at. A priority at
--- a time: within one the index is ordered by run_at, so the scan ends at the first run that is not due, however many
--- are delayed.
-create or replace function tidebase._take_ready (p_queue text, p_limit integer, p_now timestamptz)
+-- Likewise of one workflow.
+create or replace function tidebase._priorities (p_queue text, p_workflow text)
+  returns setof integer language sql stable as $$
+  with recursive levels (priority) as (
+    select max(priority) from tidebase.runs
+     where queue = p_queue and workflow_name = p_workflow and status = 'queued'
+    union all
+    select (select max(r.priority) from tidebase.runs r where r.queue = p_queue and r.workflow_name = p_workflow
+               and r.status = 'queued' and r.priority < levels.priority)
+      from levels where levels.priority is not null
+  )
+  select priority from levels where priority is not null
+$$;
+
+-- The first p_limit ready runs of these workflows, by priority, then run_at: the first of each, merged.
+create or replace function tidebase._ready_of (p_queue text, p_workflows text[], p_limit integer, p_now timestamptz)
+  returns setof text language sql stable as $$
+  select ready.id from unnest(p_workflows) as workflow, tidebase._priorities(p_queue, workflow) as level,
+         lateral (select id, run_at from tidebase.runs
+                   where queue = p_queue and workflow_name = workflow and status = 'queued' and priority = level
+                     and run_at <= p_now
+                   order by run_at limit p_limit) ready
+   order by level desc, ready.run_at limit p_limit
+$$;
+
+-- Locks and answers at most p_limit ready runs that nobody else is just taking, by priority, then run_at; of these
+-- workflows, or of all. A priority at a time: within one the index is ordered by run_at, so the scan ends at the first
+-- run that is not due, however many are delayed.
+create or replace function tidebase._take_ready (p_queue text, p_limit integer, p_now timestamptz,
+                                                 p_workflows text[] default null)
   returns text[] language plpgsql as $$
+declare
+  v_look  integer := p_limit + 20;  -- more than are to be taken, since others may be taking the first
+  v_ready text[];
+  v_ids   text[] := '{}';
 begin
-  return array(
-    select ready.id from tidebase._priorities(p_queue) as level,
-           lateral (select id from tidebase.runs
-                     where queue = p_queue and status = 'queued' and priority = level and run_at <= p_now
-                     order by run_at limit p_limit for no key update skip locked) ready
-     limit p_limit);
+  if p_workflows is null then
+    return array(
+      select ready.id from tidebase._priorities(p_queue) as level,
+             lateral (select id from tidebase.runs
+                       where queue = p_queue and status = 'queued' and priority = level and run_at <= p_now
+                       order by run_at limit p_limit for no key update skip locked) ready
+       limit p_limit);
+  end if;
+  while cardinality(v_ids) < p_limit loop
+    v_ready := array(select * from tidebase._ready_of(p_queue, p_workflows, v_look, p_now));
+    v_ids := array(select id from tidebase.runs where id = any (v_ready) and status = 'queued' and run_at <= p_now
+                    order by priority desc, run_at limit p_limit for no key update skip locked);
+    exit when cardinality(v_ready) < v_look;
+    v_look := v_look * 4;
+  end loop;
+  return v_ids;
+end $$;
+
+-- Of runs that are to be claimed, the first whose answers together stay below about 8 MiB; at least one, unless others
+-- were claimed before. p_bytes: what those others come to, then these too.
+create or replace function tidebase._fitting (p_ids text[], p_checkpoints boolean, inout p_bytes bigint, out ids text[])
+  language plpgsql stable as $$
+declare
+  v_limit constant bigint := 8 * 1024 * 1024;
+begin
+  select coalesce(array_agg(id order by n), '{}'), p_bytes + coalesce(max(total), 0) into ids, p_bytes
+    from (select id, n, sum(bytes) over (order by n) as total
+            from (select taken.id, n, octet_length(r.input::text) + coalesce(octet_length(r.error::text), 0)
+                         + octet_length(r.metadata::text) + case when p_checkpoints then (
+                           select coalesce(sum(octet_length(s.output::text)), 0) from tidebase.steps s
+                            where s.run_id = taken.id and s.status = 'completed') else 0 end as bytes
+                    from unnest(p_ids) with ordinality as taken (id, n) join tidebase.runs r on r.id = taken.id
+                 ) as measured) as summed
+   where p_bytes + total <= v_limit or (n = 1 and p_bytes = 0);
 end $$;
 
 -- Takes the locks of those queues that have a cap, in the order of their names, so that two claimers that list them
@@ -2191,24 +2252,28 @@ begin
   end loop;
 end $$;
 
--- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two.
+-- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two. Of these
+-- workflows, or of all; no more than one answer should carry (_fitting).
 -- A repeat with the same p_claim_id answers what the first call took and the owner still holds.
 -- Leaves   each run running under p_owner's lease, attempt + 1, event run.claimed.
 -- Returns  {"runs", "leaseOwner"}, null when nothing is ready or the caps are reached. With p_checkpoints each run
 --          carries its "checkpoints" and "checkpointsTruncated".
 create or replace function tidebase.claim_runs (p_queues text[], p_owner text, p_claim_id text, p_limit integer,
-                                                p_lease_ms integer, p_checkpoints boolean)
+                                                p_lease_ms integer, p_checkpoints boolean,
+                                                p_workflows text[] default null)
   returns json language plpgsql
   set plan_cache_mode = force_generic_plan  -- else it is planned anew at every claim, for longer than it runs
   set enable_seqscan = off as $$            -- a plan made while the table was tiny is kept while it grows
 declare
   v_now      timestamptz;
+  v_ready    text[];
   v_ids      text[];
   v_run      tidebase.runs;
   v_runs     json[] := '{}';
   v_queue    text;
   v_room     integer;
   v_before   integer;
+  v_bytes    bigint := 0;
 begin
   if p_claim_id is not null then
     for v_run in select * from tidebase.runs where queue = any (p_queues) and lease_owner = p_owner
@@ -2227,7 +2292,11 @@ begin
     exit when cardinality(v_runs) >= p_limit;
     v_room := tidebase._queue_room(v_queue, p_limit - cardinality(v_runs));
     v_before := cardinality(v_runs);
-    v_ids := tidebase._take_ready(v_queue, v_room, v_now);
+    v_ready := tidebase._take_ready(v_queue, v_room, v_now, p_workflows);
+    v_ids := v_ready;
+    if p_limit > 1 then
+      select f.ids, f.p_bytes into v_ids, v_bytes from tidebase._fitting(v_ready, p_checkpoints, v_bytes) f;
+    end if;
     for v_run in
       with claimed as (
         update tidebase.runs
@@ -2243,6 +2312,7 @@ begin
       v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
     end loop;
     perform tidebase._count_claims(v_queue, cardinality(v_runs) - v_before);
+    exit when cardinality(v_ids) < cardinality(v_ready);
   end loop;
   return case when cardinality(v_runs) > 0
          then json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_owner) end;
@@ -2789,23 +2859,37 @@ create or replace function tidebase.fold_tallies (p_rows integer) returns intege
   select 0
 $$;
 
--- What the watcher asks for those who wait: how many runs of each queue could start now, at most p_limit; and how far
--- the events of each run have got.    Returns  {"queues": {NAME: n}, "runs": {ID: seq}}.
-create or replace function tidebase.watch (p_queues text[], p_limit integer, p_run_ids text[])
+-- What the watcher asks for those who wait: of each pair of a queue and what is claimed from it (a list of workflows, or
+-- null for all) how many runs could start now, at most p_limit; and how far the events of each run have got.
+-- Returns  {"claims": [n, …], "runs": {ID: seq}}.
+create or replace function tidebase.watch (p_queues text[], p_workflows jsonb, p_limit integer, p_run_ids text[])
   returns json language plpgsql volatile
   set plan_cache_mode = force_generic_plan  -- as claim_runs
   set enable_seqscan = off as $$
+declare
+  v_now    timestamptz := tidebase.now();
+  v_claims integer[] := '{}';
+  v_room   integer;
 begin
+  for n in 1 .. cardinality(p_queues) loop
+    v_room := tidebase._queue_room(p_queues[n], p_limit);
+    if jsonb_typeof(p_workflows->(n - 1)) = 'null' then
+      v_claims := v_claims || (
+        select count(*)::integer from (
+          select from tidebase._priorities(p_queues[n]) as level,
+                 lateral (select from tidebase.runs where queue = p_queues[n] and status = 'queued'
+                             and priority = level and run_at <= v_now
+                           order by run_at limit p_limit) due  -- ordered, else all are gathered first
+           limit v_room) ready);
+    else
+      v_claims := v_claims || (
+        select count(*)::integer
+          from tidebase._ready_of(p_queues[n], array(select jsonb_array_elements_text(p_workflows->(n - 1))), v_room,
+                                  v_now));
+    end if;
+  end loop;
   return json_build_object(
-    'queues', coalesce((
-      select json_object_agg(name, (
-               select count(*) from (
-                 select from tidebase._priorities(name) as level,
-                        lateral (select from tidebase.runs where queue = name and status = 'queued'
-                                    and priority = level and run_at <= at
-                                  order by run_at limit p_limit) due  -- ordered, else all are gathered first
-                  limit tidebase._queue_room(name, p_limit)) ready))
-        from unnest(p_queues) as name, tidebase.now() as at), '{}'),
+    'claims', v_claims,
     'runs', coalesce((select json_object_agg(id, event_seq) from tidebase.runs where id = any (p_run_ids)), '{}'));
 end $$;
 

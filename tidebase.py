@@ -469,6 +469,7 @@ MAX_FILTERS = 16  # metadata filters of a list
 MAX_RUN_CHANNELS = 32
 MAX_GATE_CHANNELS = 8
 MAX_BATCH = 10_000
+MAX_WORKFLOWS = 1000  # of a claim: each is looked for by itself
 MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
 # As parts of a URL . and .. are the folder and the one above it.
 ID = validate.Regexp(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z",
@@ -981,6 +982,7 @@ class ClaimBody(Body):
     id = Text(ID, load_default=None)
     lease_owner = Name(data_key="leaseOwner", load_default=None)
     limit = Whole(1, 100, load_default=1)
+    workflows = fields.List(Name(), load_default=None, validate=validate.Length(0, MAX_WORKFLOWS))
     wait_ms = Whole(0, MAX_WAIT_MS, data_key="waitMs", load_default=0)
     checkpoints = Flag(load_default=False)
 
@@ -1256,11 +1258,13 @@ LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up while ther
 
 
 class Waiter:
-    """Somebody who waits: for runs of some queues, or for an event of a run after number `seq`."""
+    """Somebody who waits: for runs of some queues (`workflows`: of these alone), or for an event of a run after number
+    `seq`."""
 
     def __init__(self, queues: Iterable[str] = (), run_id: str | None = None, seq: int = 0,
-                 is_gone: Callable[[], bool] = lambda: False) -> None:
-        self.queues = tuple(queues)
+                 is_gone: Callable[[], bool] = lambda: False, workflows: Iterable[str] | None = None) -> None:
+        only = None if workflows is None else tuple(workflows)
+        self.claims = [(queue, only) for queue in queues]
         self.run_id = run_id
         self.seq = seq
         self.is_gone = is_gone
@@ -1343,21 +1347,24 @@ class Watcher:
         with self.lock:
             waiters = list(self.waiters)
         if waiters:
-            queues = sorted({queue for waiter in waiters for queue in waiter.queues})
+            claims = list(dict.fromkeys(claim for waiter in waiters for claim in waiter.claims))
             runs = sorted({waiter.run_id for waiter in waiters if waiter.run_id is not None})
-            news = json.loads(self.database.call("watch", queues, len(waiters), runs)[0] or "{}")
+            news = json.loads(self.database.call(
+                "watch", [queue for queue, _ in claims], json.dumps([workflows for _, workflows in claims]),
+                len(waiters), runs)[0] or "{}")
+            ready = dict(zip(claims, news["claims"], strict=True))
             looks = time.monotonic() >= self.look_at
             if looks:
                 self.look_at = time.monotonic() + LOOK_SECONDS
             for waiter in waiters:
-                queue = next((name for name in waiter.queues if news["queues"][name] > 0), None)
+                claim = next((claim for claim in waiter.claims if ready[claim] > 0), None)
                 # A run that is not there any more is news, too.
-                is_told = queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
+                is_told = claim is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
                 is_gone = (looks or is_told) and waiter.is_gone()
                 if is_told or is_gone:
                     waiter.woken.set()
-                if queue is not None and not is_gone:
-                    news["queues"][queue] -= 1
+                if claim is not None and not is_gone:
+                    ready[claim] -= 1
         return 0
 
 
@@ -2479,19 +2486,21 @@ def write() -> Writes:
 
 @often("/queues/claim")
 def claim() -> Reply:
-    """Take ready runs, waiting up to waitMs for one; with Retry-After when it may not wait.
-    200 {runs: [claimedRun], leaseOwner}."""
+    """Take ready runs, of these workflows or of all, waiting up to waitMs for one; with Retry-After when it may not
+    wait.  200 {runs: [claimedRun], leaseOwner}."""
     body = parse(ClaimBody)
     server, owner = core(), body["lease_owner"] or new_owner()
+    workflows = None if body["workflows"] is None else sorted(set(body["workflows"]))
 
     def ask() -> str | None:
         return server.database.call("claim_runs", body["queues"], owner, body["id"], body["limit"],
-                                    server.config.lease_ms, body["checkpoints"])[0]
+                                    server.config.lease_ms, body["checkpoints"], workflows)[0]
 
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
         is_gone = here.environ.get("waitress.client_disconnected", lambda: False)
-        text = server.watcher.hold(Waiter(body["queues"], is_gone=is_gone), ask, body["wait_ms"] / 1000)
+        waiter = Waiter(body["queues"], is_gone=is_gone, workflows=workflows)
+        text = server.watcher.hold(waiter, ask, body["wait_ms"] / 1000)
     except Busy:
         return busy(reply(nothing))
     if text is not None:

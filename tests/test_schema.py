@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 import tidebase
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (2, "2a4ac6bfbd8c5ed00dd2abfe189ae0af7e0c22edfd17edffb9946c1b9bc0e838")
+PINNED = (2, "1d4a1cfda451e0dfee1a6ef503c6dc38ff621a6f3592252ae84a1db56c3c9d04")
 
 
 def apply(conninfo: str) -> None:
@@ -413,6 +413,9 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "a claim": (1, lambda bill, api: api.claim("queue1")),
     "a claim of a hundred": (100, lambda bill, api: api.claim("queue1", "queue0", limit=100, checkpoints=True)),
     "a claim of an empty queue": (0, lambda bill, api: api.claim("nowhere")),
+    "a claim for some workflows": (3, lambda bill, api: api.claim(
+        "queue1", limit=3, workflows=["workflow3", "workflow1", "nothing"])),
+    "a claim for workflows that have no run": (0, lambda bill, api: api.claim("queue1", workflows=["nothing", "none"])),
     "a repeated claim": (1, lambda bill, api: [api.claim("queue1", owner="a", id="c") for _ in range(2)][1]),
     "a claim within caps": (1, lambda bill, api: (
         api.put("/queues/queue1/config", {"concurrency": 500, "ratePerMinute": 500})["config"],
@@ -437,7 +440,8 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
         {"do": "create_child", "runId": RUNNING, "name": "c", "workflowName": "w", "queue": "queue1"},
         {"do": "complete_run", "runId": RUNNING, "leaseOwner": "owner17"},
         {"do": "enqueue_run", "queue": "queue1", "workflowName": "w", "dedupeKey": "key7"}]})["results"]),
-    "a look for those who wait": (None, lambda bill, api: bill.later(0, "watch", ["queue1", "queue2"], 9, [RUNNING])),
+    "a look for those who wait": (None, lambda bill, api: bill.later(
+        0, "watch", ["queue1", "queue2", "queue1"], '[null, null, ["workflow3", "nothing"]]', 9, [RUNNING])),
     "the end of one of many children": (None, lambda bill, api: (
         api.begin(LIVE[0], "a")["run"], api.complete(LIVE[0], leaseOwner="a")["run"])),
     "the newest runs": (100, lambda bill, api: api.get("/runs")["runs"]),
