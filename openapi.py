@@ -44,6 +44,8 @@ OBJECTS = {
     "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never,
         checkpointInvariant:any, verifiedBy:any, credentials:[any]}""",
     "checkpoint": "{name, inputHash, output, copied, completedAt}",
+    "heldRun": """{id, status:pending|queued|running|waiting|completed|failed|cancelled, leaseOwner?, leaseExpiresAt?,
+        updatedAt}""",
     "briefRun": "{id, status:completed|failed|cancelled}",
     "briefStep": "{id, name, status:completed|failed_retryable|manual_review|failed, attempt}",
     "claimedRun": "{...run, ~checkpoints, ~checkpointsTruncated}",
@@ -81,6 +83,7 @@ OBJECTS = {
     "error": """{error:string, code, ~issues:[{path, message}], ~run, ~step, ~gate, ~state?, ~leaseOwner,
         ~expectedInputHash, ~actualInputHash, ~runId, ~workflowName, ~runStatus}""",
     "refusal": "{...error, status:int}",
+    "heldRefusal": "{error:string, code, ~run:heldRun, status:int}",
 }
 
 BY_NAME: dict[str, Schema] = {

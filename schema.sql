@@ -417,6 +417,12 @@ create or replace function tidebase._run_json (r tidebase.runs) returns json lan
     'completedAt', tidebase._iso(r.completed_at), 'waitingFor', r.waiting_for, 'stalled', r.stalled)
 $$;
 
+-- A run for who only asks whether it is still held.
+create or replace function tidebase._lease_json (r tidebase.runs) returns json language sql stable as $$
+  select json_build_object('id', r.id, 'status', r.status, 'leaseOwner', r.lease_owner,
+                           'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'updatedAt', tidebase._iso(r.updated_at))
+$$;
+
 create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
   select json_build_object(
     'id', s.id, 'runId', s.run_id, 'name', s.name, 'inputHash', s.input_hash, 'input', s.input, 'options', s.options,
@@ -854,7 +860,7 @@ end $$;
 
 -- Extends the leases of runs that their owners hold: no event, no attempt. One statement, so that a worker that holds
 -- hundreds pays for one.
--- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}.
+-- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}, of a run its lease alone.
 create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_owners text[])
   returns json language plpgsql
   set plan_cache_mode = force_generic_plan  -- both as claim_runs
@@ -874,11 +880,11 @@ begin
                                  'status', 404)
              when r.status = 'cancelled' then
                json_build_object('error', format('run %s is cancelled', r.id), 'code', 'run_cancelled',
-                                 'status', 409, 'run', tidebase._run_json(r))
+                                 'status', 409, 'run', tidebase._lease_json(r))
              when r.lease_owner is distinct from beat.owner then
                json_build_object('error', format('the lease of run %s is not yours', r.id), 'code', 'lease_lost',
-                                 'status', 409, 'run', tidebase._run_json(r))
-             else json_build_object('run', tidebase._run_json(r)) end order by n))
+                                 'status', 409, 'run', tidebase._lease_json(r))
+             else json_build_object('run', tidebase._lease_json(r)) end order by n))
       from unnest(p_run_ids, p_owners) with ordinality as beat (run_id, owner, n)
       left join tidebase.runs r on r.id = beat.run_id);
 end $$;

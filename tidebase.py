@@ -469,6 +469,7 @@ MAX_FILTERS = 16  # metadata filters of a list
 MAX_RUN_CHANNELS = 32
 MAX_GATE_CHANNELS = 8
 MAX_BATCH = 10_000
+MAX_AMOUNT = 10**15
 MAX_WORKFLOWS = 1000  # of a claim: each is looked for by itself
 MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
 # As parts of a URL . and .. are the folder and the one above it.
@@ -510,18 +511,6 @@ class Whole(fields.Integer):
 
     def _validated(self, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
-
-
-class Amount(fields.Decimal):
-    """A number from 0 on, kept to the digit; true and "5" are none."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(validate=validate.Range(0, 10**15), **options)
-
-    def _validated(self, value: Any) -> Decimal:
-        if isinstance(value, (bool, str)):
             raise self.make_error("invalid", input=value)
         return super()._validated(value)
 
@@ -571,6 +560,23 @@ class JsonText(fields.Field[RawText | None]):
 
     def inspect(self, value: Json) -> None:
         """Nothing to object to: a payload is the user's."""
+
+
+class Amount(JsonText):
+    """A number from 0 on. It goes to Postgres as it is spelled, so that no digit is lost; null, true and "5" are
+    none."""
+
+    json_schema: ClassVar[dict[str, Any]] = {"type": "number", "minimum": 0, "maximum": MAX_AMOUNT}
+
+    def _deserialize(self, value: Json, attr: str | None, data: Any, **kwargs: Any) -> RawText:
+        if type(value.value) not in (int, float):
+            raise marshmallow.ValidationError("must be a number")
+        amount = Decimal(value.text)
+        if not 0 <= amount <= MAX_AMOUNT:
+            raise marshmallow.ValidationError(f"must be 0 to {MAX_AMOUNT}")
+        if cast(int, amount.as_tuple().exponent) < -MAX_NUMBER:
+            raise marshmallow.ValidationError(f"must have at most {MAX_NUMBER} decimals")
+        return RawText(value.text)
 
 
 class JsonValue(JsonText):
@@ -2141,7 +2147,7 @@ def heartbeat(run_id: str) -> Reply:
 
 @often("/heartbeats")
 def heartbeats() -> Reply:
-    """Extend many leases.  200 {results: [{run} or refusal]}."""
+    """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
     beats = parse(HeartbeatsBody)["runs"]
     return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
 
@@ -2368,8 +2374,8 @@ def record_usage(run_id: str) -> Reply:
     """Write into the cost ledger.  200 {usage}, 404, 409 lease_lost, run_cancelled, usage_id_conflict."""
     body = parse(UsageBody)
     keys = {name: field.data_key or name for name, field in schema_of(UsageBody).fields.items()}
-    entry = {keys[name]: RawText(value) if isinstance(value, Decimal) else value for name, value in body.items()}
-    return call("record_usage", run_id, body["id"], compose(entry), body["lease_owner"])
+    entry = compose({keys[name]: value for name, value in body.items()})
+    return call("record_usage", run_id, body["id"], entry, body["lease_owner"])
 
 
 @routes.get("/usage")

@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 import tidebase
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (2, "1d4a1cfda451e0dfee1a6ef503c6dc38ff621a6f3592252ae84a1db56c3c9d04")
+PINNED = (2, "b5e0666ecc9d8c6b6321d348a2d618221c8391f70414c7b8eb9c82d73d262c17")
 
 
 def apply(conninfo: str) -> None:
