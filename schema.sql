@@ -2422,21 +2422,32 @@ begin
 end $$;
 
 -- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
--- Needs    unless p_patient, likewise, and that none has a large answer (P0001, and nothing is written).
+-- Needs    unless p_patient, likewise, and that none has a large answer and few are refused (P0001, and nothing is
+--          written).
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
 --          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
--- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status.
+-- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
+--          many refuse, only as many rows as were written: the rest are for another call.
+-- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
+-- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
+-- PostgreSQL keeps 64 of a transaction in memory, and beyond them all other transactions get slower.
 create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
                                                 p_patient boolean)
   returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
 declare
+  v_count    constant integer := jsonb_array_length(p_writes);
+  v_fresh    json[];
   v_bodies   json[];
-  v_statuses integer[] := array_fill(200, array[jsonb_array_length(p_writes)]);
+  v_statuses integer[] := array_fill(200, array[v_count]);
   v_written  record;
+  v_from     integer := 1;        -- where the part begins,
+  v_until    integer := v_count;  -- ends,
+  v_at       integer;             -- and has got to
+  v_parts    integer := 0;
   v_state    text;
   v_words    text;
   v_detail   text;
@@ -2451,26 +2462,40 @@ begin
                           select r.parent_run_id from jsonb_array_elements(p_writes) as w
                             join tidebase.runs r on r.id = w->>'runId' where w->>'do' = 'complete_run'))
     order by id for no key update;
-  v_bodies := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
-  for n in 1 .. cardinality(v_bodies) loop
-    continue when v_bodies[n] is not null;
+  v_fresh := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
+  v_bodies := v_fresh;
+  while v_from <= v_count and v_parts < 60 loop
     begin
-      v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n], true);
-      if not p_patient and pg_column_size(v_written.body) > 65536 then
-        raise exception 'who waits for others must not wait for an answer this large';
-      end if;
-      v_bodies[n] := v_written.body;
-      v_statuses[n] := v_written.status;
+      for n in v_from .. v_until loop
+        continue when v_fresh[n] is not null;
+        v_at := n;
+        v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n], true);
+        v_bodies[n] := v_written.body;
+        v_statuses[n] := v_written.status;
+      end loop;
+      v_parts := v_parts + 1;
+      v_from := v_until + 1;
+      v_until := v_count;
     exception when others then
       get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
       if v_state !~ '^TB' then
         raise;
+      elsif v_at > v_from then
+        v_until := v_at - 1;
+      else
+        v_bodies[v_at] := tidebase._joined(json_build_object('error', v_words),
+                                           tidebase.refusal_body(v_detail::json));
+        v_statuses[v_at] := substr(v_state, 3)::integer;
+        v_from := v_at + 1;
+        v_until := v_count;
       end if;
-      v_bodies[n] := tidebase._joined(json_build_object('error', v_words), tidebase.refusal_body(v_detail::json));
-      v_statuses[n] := substr(v_state, 3)::integer;
     end;
   end loop;
-  return query select * from unnest(v_bodies, v_statuses);
+  if not p_patient and (v_from <= v_count
+                        or exists (select from unnest(v_bodies) as answer where pg_column_size(answer) > 65536)) then
+    raise exception 'a batch of several clients has an answer this large, or this many refusals';
+  end if;
+  return query select * from unnest(v_bodies[:v_from - 1], v_statuses[:v_from - 1]);
 end $$;
 
 -- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, of a run that

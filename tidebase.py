@@ -1800,7 +1800,8 @@ def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
 
 
 def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]:
-    """Write what requests ask for, in one transaction; of several, each is answered as if it had come alone.
+    """Write what requests ask for, in one transaction unless many are refused; of several, each is answered as if it
+    had come alone.
 
     :param patient: wait for locks that others hold, as long as it takes.
     :raises psycopg.Error: nothing is written, unless is_away. It may be the fault of any of the requests.
@@ -1810,10 +1811,12 @@ def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]
         if len(writes) == 1:
             rows = server.database.rows("write_one", *writes[0], patient)
         else:
-            rows = server.database.rows(
-                "write_each", "[" + ", ".join(write.said for write in writes) + "]",
-                JsonArray(write.input for write in writes), JsonArray(write.output for write in writes),
-                JsonArray(write.error for write in writes), patient)
+            rows = []
+            while rest := writes[len(rows):]:  # where many are refused, it takes more than one transaction
+                rows += server.database.rows(
+                    "write_each", "[" + ", ".join(write.said for write in rest) + "]",
+                    JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
+                    JsonArray(write.error for write in rest), patient)
     except psycopg.Error as error:
         if len(writes) > 1 or not is_refusal(error):
             raise

@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 import tidebase
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (2, "b5e0666ecc9d8c6b6321d348a2d618221c8391f70414c7b8eb9c82d73d262c17")
+PINNED = (2, "b6d114d208f697662e58c026c436219a01cada03964c899932023164b9e8ea5f")
 
 
 def apply(conninfo: str) -> None:
