@@ -43,7 +43,9 @@ OBJECTS = {
         attempt, startedAt?, completedAt?, createdAt, updatedAt}""",
     "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never,
         checkpointInvariant:any, verifiedBy:any, credentials:[any]}""",
-    "checkpoint": "{name, inputHash, output, completedAt}",
+    "checkpoint": "{name, inputHash, output, copied, completedAt}",
+    "heldRun": """{id, status:pending|queued|running|waiting|completed|failed|cancelled, leaseOwner?, leaseExpiresAt?,
+        updatedAt}""",
     "briefRun": "{id, status:completed|failed|cancelled}",
     "briefStep": "{id, name, status:completed|failed_retryable|manual_review|failed, attempt}",
     "claimedRun": "{...run, ~checkpoints, ~checkpointsTruncated}",
@@ -81,6 +83,7 @@ OBJECTS = {
     "error": """{error:string, code, ~issues:[{path, message}], ~run, ~step, ~gate, ~state?, ~leaseOwner,
         ~expectedInputHash, ~actualInputHash, ~runId, ~workflowName, ~runStatus}""",
     "refusal": "{...error, status:int}",
+    "heldRefusal": "{error:string, code, ~run:heldRun, status:int}",
 }
 
 BY_NAME: dict[str, Schema] = {
@@ -91,7 +94,8 @@ BY_NAME: dict[str, Schema] = {
          " running waiting failed completed cancelled oldestReadyMs inputTokens outputTokens totalTokens entries int",
          {"type": "integer"}),
         ("quantity costUsd number", {"type": "number"}),
-        ("created deduplicated requeued enabled checkpointsTruncated ok ready timedOut bool", {"type": "boolean"}),
+        ("created deduplicated requeued enabled checkpointsTruncated copied ok ready timedOut bool",
+         {"type": "boolean"}),
         ("time", {"type": "string", "format": "date-time"}),
         ("null", {"type": "null"}),
     ) for key in keys.split()

@@ -244,7 +244,12 @@ def answer_to(error: Exception) -> Reply:
     client."""
     if isinstance(error, HTTPException):
         return refused(error)
-    known = database_refused(error) if isinstance(error, psycopg.Error) else None
+    known = None
+    if isinstance(error, psycopg.Error):
+        try:
+            known = database_refused(error)
+        except psycopg.Error as later:  # the database went away before the objects of a refusal were read
+            known = database_refused(later)
     if known is None:
         logger.error("request failed", exc_info=error, extra={
             "event": "request_failed", "path": here.environ["PATH_INFO"]})
@@ -268,26 +273,41 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     a value that Postgres cannot take (400), or a database that is away or busy (503, to be sent again)."""
     state = error.sqlstate or ""
     if is_refusal(error):
-        return reply(*refusal_of(error))
+        return reply(*refusal_of(error, core().database))
     # 22: a value out of range or not JSON for Postgres; 54: too long for an index, or nested too deeply.
     if state.startswith(("22", "54")):
         return refused(invalid("", (error.diag.message_primary or "a value was refused").split("\n")[0]))
     if isinstance(error, psycopg.errors.QueryCanceled):
         return busy(reply('{"error": "the database took too long to answer this: ask for less, or send it again later",'
                           ' "code": "query_timeout"}', 503))
+    # A function is not there, or was replaced as it was called: the schema is being, or has been, brought to another
+    # build's version, whose servers can answer this.
+    if state == "42883" or (state == "XX000" and "cache lookup failed" in (error.diag.message_primary or "")):
+        logger.error("the database's schema is another build's: %s", error.diag.message_primary,
+                     extra={"event": "schema_differs", "path": here.environ["PATH_INFO"]})
+        return busy(reply('{"error": "the database\'s schema is another build\'s: send this again", '
+                          '"code": "database_unavailable"}', 503))
     # 25006: a standby after a failover. The rest of these classes are connections, locks, resources, shutdown.
     if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)) or state == "25006":
         return busy(reply('{"error": "the database is away: send this again", "code": "database_unavailable"}', 503))
     return None
 
 
+REFERENCES = {"run", "step", "gate", "state"}  # members of a refusal's detail that name an object
+
+
 def is_refusal(error: psycopg.Error) -> bool:
     return (error.sqlstate or "").startswith("TB")
 
 
-def refusal_of(error: psycopg.Error) -> tuple[str, int]:
-    """The body and the status of a refusal of schema.sql."""
+def refusal_of(error: psycopg.Error, database: Database) -> tuple[str, int]:
+    """The body and the status of a refusal of schema.sql; the objects that its detail names are read now.
+
+    :raises psycopg.Error: they cannot be.
+    """
     words, detail = json.dumps(error.diag.message_primary), error.diag.message_detail or ""
+    if not REFERENCES.isdisjoint(json.loads(detail)):
+        detail = database.call("refusal_body", detail)[0] or ""
     return '{"error": ' + words + ", " + detail[1:], int((error.sqlstate or "")[2:])
 
 
@@ -455,6 +475,8 @@ MAX_RUN_CHANNELS = 32
 MAX_GATE_CHANNELS = 8
 MAX_BATCH = 10_000
 MAX_SIGNALS = 1_000_000  # of one name and run
+MAX_AMOUNT = 10**15
+MAX_WORKFLOWS = 1000  # of a claim: each is looked for by itself
 MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
 # As parts of a URL . and .. are the folder and the one above it.
 ID = validate.Regexp(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z",
@@ -495,18 +517,6 @@ class Whole(fields.Integer):
 
     def _validated(self, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
-
-
-class Amount(fields.Decimal):
-    """A number from 0 on, kept to the digit; true and "5" are none."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(validate=validate.Range(0, 10**15), **options)
-
-    def _validated(self, value: Any) -> Decimal:
-        if isinstance(value, (bool, str)):
             raise self.make_error("invalid", input=value)
         return super()._validated(value)
 
@@ -556,6 +566,23 @@ class JsonText(fields.Field[RawText | None]):
 
     def inspect(self, value: Json) -> None:
         """Nothing to object to: a payload is the user's."""
+
+
+class Amount(JsonText):
+    """A number from 0 on. It goes to Postgres as it is spelled, so that no digit is lost; null, true and "5" are
+    none."""
+
+    json_schema: ClassVar[dict[str, Any]] = {"type": "number", "minimum": 0, "maximum": MAX_AMOUNT}
+
+    def _deserialize(self, value: Json, attr: str | None, data: Any, **kwargs: Any) -> RawText:
+        if type(value.value) not in (int, float):
+            raise marshmallow.ValidationError("must be a number")
+        amount = Decimal(value.text)
+        if not 0 <= amount <= MAX_AMOUNT:
+            raise marshmallow.ValidationError(f"must be 0 to {MAX_AMOUNT}")
+        if cast(int, amount.as_tuple().exponent) < -MAX_NUMBER:
+            raise marshmallow.ValidationError(f"must have at most {MAX_NUMBER} decimals")
+        return RawText(value.text)
 
 
 class JsonValue(JsonText):
@@ -727,6 +754,12 @@ class HeartbeatBody(Body):
     lease_owner = Name(data_key="leaseOwner", required=True)
 
 
+class OwnerFields(Body):
+    """Who writes: a worker that lost its run is refused; one that names no owner is not looked at."""
+
+    lease_owner = Name(data_key="leaseOwner", load_default=None)
+
+
 class BeatBody(HeartbeatBody):
     id = Name(required=True)
 
@@ -735,14 +768,12 @@ class HeartbeatsBody(Body):
     runs = fields.List(fields.Nested(BeatBody), required=True, validate=validate.Length(1, MAX_BATCH))
 
 
-class CompleteRunBody(Body):
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
+class CompleteRunBody(OwnerFields):
     result = JsonText()
     brief = Flag(load_default=False)
 
 
-class FailRunBody(Body):
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
+class FailRunBody(OwnerFields):
     error = JsonText()
     failure_class = Name(data_key="failureClass", load_default=None)
     retryable = Flag(load_default=True)
@@ -779,10 +810,8 @@ class StepFields(Body):
     options = JsonObject(StepOptions)
 
 
-class BeginStepBody(StepFields):
+class BeginStepBody(StepFields, OwnerFields):
     """POST /runs/:id/steps/begin"""
-
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
 
 
 class CompleteStepBody(Body):
@@ -828,7 +857,7 @@ class ReviewBody(Body):
     actor = Text(load_default=None)
 
 
-class ChildBody(RunFields):
+class ChildBody(RunFields, OwnerFields):
     """POST /runs/:id/children"""
 
     name = Name(required=True)
@@ -869,7 +898,7 @@ class ExpireSignalBody(HeartbeatBody):
     n = Whole(1, MAX_SIGNALS, load_default=1)
 
 
-class SignalBody(Body):
+class SignalBody(OwnerFields):
     id = Text(ID, load_default=None)
     name = Name(required=True)
     payload = JsonText()
@@ -879,9 +908,10 @@ class ForkBody(Body):
     id = Text(ID, load_default=None)
     from_step = Name(data_key="fromStep", load_default=None)
     input = JsonText()
+    queue = Name(load_default=None)
 
 
-class BeginGateBody(Body):
+class BeginGateBody(OwnerFields):
     """POST /runs/:id/gates/begin"""
 
     name = Name(required=True)
@@ -911,7 +941,7 @@ class About(Body):
     step_id = Text(data_key="stepId")
 
 
-class PutStateBody(About):
+class PutStateBody(About, OwnerFields):
     value = JsonValue()
     stream = Name(load_default="run")
     if_version = Whole(0, 2**31 - 1, data_key="ifVersion", load_default=None)
@@ -921,7 +951,7 @@ class PatchStateBody(PutStateBody):
     value = JsonObject()
 
 
-class SaveStateBody(About):
+class SaveStateBody(About, OwnerFields):
     label = Name(required=True)
     stream = Name(load_default="run")
 
@@ -931,13 +961,13 @@ class SnapshotTarget(Body):
     id = Name(required=True)
 
 
-class SnapshotBody(About):
+class SnapshotBody(About, OwnerFields):
     label = Name(required=True)
     state = JsonValue()
     target = fields.Nested(SnapshotTarget, load_default=None)
 
 
-class UsageBody(Body):
+class UsageBody(OwnerFields):
     """POST /runs/:id/usage"""
 
     id = Text(ID, load_default=None)
@@ -974,6 +1004,7 @@ class ClaimBody(Body):
     id = Text(ID, load_default=None)
     lease_owner = Name(data_key="leaseOwner", load_default=None)
     limit = Whole(1, 100, load_default=1)
+    workflows = fields.List(Name(), load_default=None, validate=validate.Length(0, MAX_WORKFLOWS))
     wait_ms = Whole(0, MAX_WAIT_MS, data_key="waitMs", load_default=0)
     checkpoints = Flag(load_default=False)
 
@@ -1029,7 +1060,7 @@ class QueueConfigBody(Body):
 # ------------------------------------------------------------------------------
 # Database: the schema, one pool, and one call: a function of schema.sql, one transaction.
 # ------------------------------------------------------------------------------
-SCHEMA_VERSION = 1  # what schema.sql records at its end
+SCHEMA_VERSION = 2  # what schema.sql records at its end; both are raised with every change of that file
 CONNECT_SECONDS = 5
 
 
@@ -1049,10 +1080,18 @@ class JsonArrayDumper(psycopg.adapt.Dumper):
 
 
 class SchemaBehind(Exception):
-    """The database's schema is not this server's, and it may not bring it up to date."""
+    """The database's schema is older than this server's, and it may not bring it up to date."""
 
     def __init__(self) -> None:
-        super().__init__("the database's schema is not this server's: run `python tidebase.py migrate`")
+        super().__init__("the database's schema is older than this server's: run `python tidebase.py migrate`")
+
+
+class SchemaAhead(Exception):
+    """The database's schema is newer than this build's, and is left alone."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"the database's schema has version {version}, newer than {SCHEMA_VERSION}, which this build "
+                         "has: it is left alone; migrate with the newer build")
 
 
 def is_away(error: psycopg.Error) -> bool:
@@ -1147,31 +1186,44 @@ class Database:
         """Call a function that answers how much it did."""
         return int(self.call(function, *arguments)[0] or 0)
 
-    def migrate(self, allowed: bool = True) -> bool:
-        """Bring the schema to this server's shape, if it is not.
+    def migrate(self, allowed: bool = True, by_hand: bool = False) -> bool:
+        """Bring an older schema to this build's version. One of this version that another build applied is left alone,
+        unless somebody asks for it by hand: two builds side by side must not replace each other's functions in turns.
 
         :returns: whether anything was applied.
-        :raises SchemaBehind: it is older, or of another build, and `allowed` is false.
+        :raises SchemaBehind: it is older, and `allowed` is false.
+        :raises SchemaAhead: it is newer, and was asked for by hand; a server works on a newer one as it is.
         """
         script = (HERE / "schema.sql").read_text()
         digest = hashlib.sha256(script.encode()).hexdigest()
 
-        def is_current(connection: psycopg.Connection[Any]) -> bool:
+        def is_to_be_applied(connection: psycopg.Connection[Any]) -> bool:
             # to_regclass, since to select from a table that is not there would be an error.
             known = connection.execute("select to_regclass('tidebase.meta')").fetchone()
-            if not known or known[0] is None:
-                return False
-            row = connection.execute("select version, digest from tidebase.meta").fetchone()
-            return row is not None and (row[0] > SCHEMA_VERSION or tuple(row) == (SCHEMA_VERSION, digest))
+            row = known and known[0] and connection.execute("select version, digest from tidebase.meta").fetchone()
+            if not row or row[0] < SCHEMA_VERSION:
+                return True
+            if by_hand and row[0] > SCHEMA_VERSION:
+                raise SchemaAhead(row[0])
+            if by_hand:
+                return bool(row[1] != digest)
+            if row[0] > SCHEMA_VERSION:
+                logger.warning("the database's schema has version %d, newer than this server's %d: it is left alone",
+                               row[0], SCHEMA_VERSION, extra={"event": "schema_newer"})
+            elif row[1] not in (None, digest):  # None: psql applied it
+                logger.warning("the database's schema has version %d, as this server's, but is of another build: it is "
+                               "left alone; `python tidebase.py migrate` applies this one", SCHEMA_VERSION,
+                               extra={"event": "schema_differs"})
+            return False
 
         with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
-            if is_current(connection):
+            if not is_to_be_applied(connection):
                 return False
             if not allowed:
                 raise SchemaBehind
             with connection.transaction():
                 connection.execute("select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0))")
-                if is_current(connection):  # another server was faster
+                if not is_to_be_applied(connection):  # another server was faster
                     return False
                 connection.execute(script.encode())
                 connection.execute("update tidebase.meta set digest = %s", (digest,))
@@ -1187,11 +1239,13 @@ LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up while ther
 
 
 class Waiter:
-    """Somebody who waits: for runs of some queues, or for an event of a run after number `seq`."""
+    """Somebody who waits: for runs of some queues (`workflows`: of these alone), or for an event of a run after number
+    `seq`."""
 
     def __init__(self, queues: Iterable[str] = (), run_id: str | None = None, seq: int = 0,
-                 is_gone: Callable[[], bool] = lambda: False) -> None:
-        self.queues = tuple(queues)
+                 is_gone: Callable[[], bool] = lambda: False, workflows: Iterable[str] | None = None) -> None:
+        only = None if workflows is None else tuple(workflows)
+        self.claims = [(queue, only) for queue in queues]
         self.run_id = run_id
         self.seq = seq
         self.is_gone = is_gone
@@ -1274,21 +1328,24 @@ class Watcher:
         with self.lock:
             waiters = list(self.waiters)
         if waiters:
-            queues = sorted({queue for waiter in waiters for queue in waiter.queues})
+            claims = list(dict.fromkeys(claim for waiter in waiters for claim in waiter.claims))
             runs = sorted({waiter.run_id for waiter in waiters if waiter.run_id is not None})
-            news = json.loads(self.database.call("watch", queues, len(waiters), runs)[0] or "{}")
+            news = json.loads(self.database.call(
+                "watch", [queue for queue, _ in claims], json.dumps([workflows for _, workflows in claims]),
+                len(waiters), runs)[0] or "{}")
+            ready = dict(zip(claims, news["claims"], strict=True))
             looks = time.monotonic() >= self.look_at
             if looks:
                 self.look_at = time.monotonic() + LOOK_SECONDS
             for waiter in waiters:
-                queue = next((name for name in waiter.queues if news["queues"][name] > 0), None)
+                claim = next((claim for claim in waiter.claims if ready[claim] > 0), None)
                 # A run that is not there any more is news, too.
-                is_told = queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
+                is_told = claim is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
                 is_gone = (looks or is_told) and waiter.is_gone()
                 if is_told or is_gone:
                     waiter.woken.set()
-                if queue is not None and not is_gone:
-                    news["queues"][queue] -= 1
+                if claim is not None and not is_gone:
+                    ready[claim] -= 1
         return 0
 
 
@@ -1724,7 +1781,8 @@ def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
 
 
 def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]:
-    """Write what requests ask for, in one transaction; of several, each is answered as if it had come alone.
+    """Write what requests ask for, in one transaction unless many are refused; of several, each is answered as if it
+    had come alone.
 
     :param patient: wait for locks that others hold, as long as it takes.
     :raises psycopg.Error: nothing is written, unless is_away. It may be the fault of any of the requests.
@@ -1734,14 +1792,16 @@ def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]
         if len(writes) == 1:
             rows = server.database.rows("write_one", *writes[0], patient)
         else:
-            rows = server.database.rows(
-                "write_each", "[" + ", ".join(write.said for write in writes) + "]",
-                JsonArray(write.input for write in writes), JsonArray(write.output for write in writes),
-                JsonArray(write.error for write in writes), patient)
+            rows = []
+            while rest := writes[len(rows):]:  # where many are refused, it takes more than one transaction
+                rows += server.database.rows(
+                    "write_each", "[" + ", ".join(write.said for write in rest) + "]",
+                    JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
+                    JsonArray(write.error for write in rest), patient)
     except psycopg.Error as error:
         if len(writes) > 1 or not is_refusal(error):
             raise
-        rows = [refusal_of(error)]
+        rows = [refusal_of(error, server.database)]
     server.wrote()
     each = iter(rows)
     return [results_of(itertools.islice(each, len(request.writes))) if request.many else reply(*next(each))
@@ -2083,7 +2143,7 @@ def heartbeat(run_id: str) -> Reply:
 
 @often("/heartbeats")
 def heartbeats() -> Reply:
-    """Extend many leases.  200 {results: [{run} or refusal]}."""
+    """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
     beats = parse(HeartbeatsBody)["runs"]
     return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
 
@@ -2133,13 +2193,13 @@ def recover_run(run_id: str) -> Reply:
 def fork_run(run_id: str) -> Reply:
     """A new run that starts with copies of its checkpoints.  200 {run, created}, 404, 409 run_id_conflict."""
     body = parse(ForkBody)
-    return call("fork_run", run_id, body["id"], body["from_step"], body["input"])
+    return call("fork_run", run_id, body["id"], body["from_step"], body["input"], body["queue"])
 
 
 @writes("/runs/<part:run_id>/children")
 def create_child(run_id: str) -> Writes:
     """A run for a part of its work, one per name.  200 {run, edge:runEdge, created}, 404, 409 run_cancelled,
-    edge_conflict, run_id_conflict."""
+    lease_lost, edge_conflict, run_id_conflict."""
     return Writes([write_of("create_child", parse(ChildBody), run_id=run_id)])
 
 
@@ -2149,8 +2209,8 @@ def create_child(run_id: str) -> Writes:
 @writes("/runs/<part:run_id>/steps/begin")
 def begin_step(run_id: str) -> Writes:
     """Ask what to do about a step.  200 {action=execute, step, leaseOwner} or {action=return, step, output}
-    or {action=locked, step} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
-    or {action=cancelled, run}, 404, 409 manual_review, lease_lost."""
+    or {action=locked, step?} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
+    or {action=cancelled, run}, 404, 409 manual_review, step_failed, lease_lost."""
     return Writes([write_of("begin_step", parse(BeginStepBody), run_id=run_id)])
 
 
@@ -2170,7 +2230,8 @@ def fail_step(run_id: str, step_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/review")
 def review_step(run_id: str, step_id: str) -> Reply:
-    """A person's word on an ambiguous step.  200 {step}, 404, 409 not_in_review."""
+    """A person's decision on an ambiguous step; the run goes on.  200 {step}, 404, 409 not_in_review,
+    dedupe_conflict."""
     body = parse(ReviewBody)
     return call("review_step", run_id, step_id, body["decision"], body["output"], body["actor"])
 
@@ -2178,7 +2239,7 @@ def review_step(run_id: str, step_id: str) -> Reply:
 @writes("/runs/<part:run_id>/steps")
 def record_step(run_id: str) -> Writes:
     """Record a step that already ran.  200 {step} or {step:briefStep}, 404, 409 lease_lost, run_cancelled,
-    input_mismatch, manual_review."""
+    input_mismatch, manual_review, step_failed."""
     return Writes([write_of("record_step", parse(RecordStepBody), run_id=run_id)])
 
 
@@ -2193,10 +2254,10 @@ def record_steps() -> Writes:
 
 @routes.post("/runs/<part:run_id>/gates/begin")
 def begin_gate(run_id: str) -> Reply:
-    """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled."""
+    """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled, lease_lost."""
     body = parse(BeginGateBody)
     return call("begin_gate", run_id, body["name"], body["prompt"], body["data"], channels_of(body),
-                body["capability"], body["timeout_ms"], core().public_url)
+                body["capability"], body["timeout_ms"], core().public_url, body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/gates/<part:gate_id>")
@@ -2229,9 +2290,9 @@ def wait_run(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/signals")
 def send_signal(run_id: str) -> Reply:
-    """Send it a signal, the next of its name.  200 {signal}, 404, 409 signal_id_conflict."""
+    """Send it a signal, the next of its name.  200 {signal}, 404, 409 lease_lost, run_cancelled, signal_id_conflict."""
     body = parse(SignalBody)
-    return call("send_signal", run_id, body["id"], body["name"], body["payload"])
+    return call("send_signal", run_id, body["id"], body["name"], body["payload"], body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/signals/<part:name>")
@@ -2263,24 +2324,28 @@ def about(body: dict[str, Any]) -> str:
 
 @routes.put("/runs/<part:run_id>/state")
 def put_state(run_id: str) -> Reply:
-    """Replace the live value.  200 {state}, 404, 409 version_conflict, version_id_conflict."""
+    """Replace the live value.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
+    version_id_conflict."""
     body = parse(PutStateBody)
-    return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body))
+    return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body),
+                body["lease_owner"])
 
 
 @routes.patch("/runs/<part:run_id>/state")
 def patch_state(run_id: str) -> Reply:
-    """Merge into its top level.  200 {state}, 404, 409 version_conflict, version_id_conflict,
-    state_not_object."""
+    """Merge into its top level.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
+    version_id_conflict, state_not_object."""
     body = parse(PatchStateBody)
-    return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body))
+    return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body),
+                body["lease_owner"])
 
 
 @routes.post("/runs/<part:run_id>/state/save")
 def save_state(run_id: str) -> Reply:
-    """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 version_id_conflict."""
+    """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 lease_lost, run_cancelled,
+    version_id_conflict."""
     body = parse(SaveStateBody)
-    return call("save_state", run_id, body["stream"], about(body))
+    return call("save_state", run_id, body["stream"], about(body), body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/state/versions")
@@ -2294,10 +2359,12 @@ def list_versions(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/snapshots")
 def create_snapshot(run_id: str) -> Reply:
-    """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 version_id_conflict."""
+    """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 lease_lost, run_cancelled,
+    version_id_conflict."""
     body = parse(SnapshotBody)
     target = body["target"] or {"type": None, "id": None}
-    return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body))
+    return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body),
+                body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/snapshots")
@@ -2309,11 +2376,11 @@ def list_snapshots(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/usage")
 def record_usage(run_id: str) -> Reply:
-    """Write into the cost ledger.  200 {usage}, 404, 409 usage_id_conflict."""
+    """Write into the cost ledger.  200 {usage}, 404, 409 lease_lost, run_cancelled, usage_id_conflict."""
     body = parse(UsageBody)
     keys = {name: field.data_key or name for name, field in schema_of(UsageBody).fields.items()}
-    entry = {keys[name]: RawText(value) if isinstance(value, Decimal) else value for name, value in body.items()}
-    return call("record_usage", run_id, body["id"], compose(entry))
+    entry = compose({keys[name]: value for name, value in body.items()})
+    return call("record_usage", run_id, body["id"], entry, body["lease_owner"])
 
 
 @routes.get("/usage")
@@ -2430,19 +2497,21 @@ def write() -> Writes:
 
 @often("/queues/claim")
 def claim() -> Reply:
-    """Take ready runs, waiting up to waitMs for one; with Retry-After when it may not wait.
-    200 {runs: [claimedRun], leaseOwner}."""
+    """Take ready runs, of these workflows or of all, waiting up to waitMs for one; with Retry-After when it may not
+    wait.  200 {runs: [claimedRun], leaseOwner}."""
     body = parse(ClaimBody)
     server, owner = core(), body["lease_owner"] or new_owner()
+    workflows = None if body["workflows"] is None else sorted(set(body["workflows"]))
 
     def ask() -> str | None:
         return server.database.call("claim_runs", body["queues"], owner, body["id"], body["limit"],
-                                    server.config.lease_ms, body["checkpoints"])[0]
+                                    server.config.lease_ms, body["checkpoints"], workflows)[0]
 
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
         is_gone = here.environ.get("waitress.client_disconnected", lambda: False)
-        text = server.watcher.hold(Waiter(body["queues"], is_gone=is_gone), ask, body["wait_ms"] / 1000)
+        waiter = Waiter(body["queues"], is_gone=is_gone, workflows=workflows)
+        text = server.watcher.hold(waiter, ask, body["wait_ms"] / 1000)
     except Busy:
         return busy(reply(nothing))
     if text is not None:
@@ -2810,11 +2879,11 @@ def serve(config: Config) -> None:
 @main.command()
 @click.pass_obj
 def migrate(config: Config) -> None:
-    """Bring the database's schema to this version's."""
+    """Bring the database's schema to this build's; a newer one is left alone."""
     try:
         with database_of(config) as (conninfo, _):
-            applied = Database(conninfo, 2).migrate()
-    except psycopg.OperationalError as error:
+            applied = Database(conninfo, 2).migrate(by_hand=True)
+    except (psycopg.OperationalError, SchemaAhead) as error:
         raise click.ClickException(str(error).split("\n")[0]) from None
     except EmbeddedError as error:
         raise click.ClickException(str(error)) from None

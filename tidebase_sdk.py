@@ -76,7 +76,7 @@ __version__ = "0.1.0"
 __all__ = [  # what tidebase.py and tidebase.aio hand on
     "AsyncRunContext", "AsyncRunSession", "AsyncTidebase", "BodyTooLarge", "Events", "FanoutFailed", "GateDecision",
     "LeaseLost", "RunCancelled", "RunCompleted", "RunContext", "RunFailed", "RunIdConflict", "RunPage", "RunSession",
-    "RunSuspended", "SignalTimeout", "StepInputMismatch", "StepNeedsReview", "StepTimeout", "Tidebase",
+    "RunSuspended", "SignalTimeout", "StepFailed", "StepInputMismatch", "StepNeedsReview", "StepTimeout", "Tidebase",
     "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash", "new_run_id",
     "verify_webhook_signature",
 ]
@@ -192,6 +192,12 @@ class StepInputMismatch(TidebaseError, ValueError):
 
 class StepNeedsReview(TidebaseError):
     """A step may have had its effect without leaving a record.  A person decides: `tide.runs.review_step`."""
+
+    retryable = False
+
+
+class StepFailed(TidebaseError):
+    """A person reviewed a step and decided that it has failed for good.  `body["step"]`: the step, with its error."""
 
     retryable = False
 
@@ -707,6 +713,7 @@ _REFUSALS: dict[str, type[TidebaseError]] = {
     "manual_review": StepNeedsReview,
     "run_id_conflict": RunIdConflict,
     "body_too_large": BodyTooLarge,
+    "step_failed": StepFailed,
 }
 
 
@@ -1432,8 +1439,8 @@ class Run(Surface[M]):
         checkpoint_invariant, verified_by, credentials: notes for whoever looks at the run, any JSON.
 
         Raises what fn raised; TypeError for an output JSON cannot say, BodyTooLarge for one that the server does not
-        take; StepInputMismatch, which is a ValueError, too; StepNeedsReview; LeaseLost and RunCancelled, then again at
-        every later boundary, so that `except Exception` around a step holds up nothing.
+        take; StepInputMismatch, which is a ValueError, too; StepNeedsReview, StepFailed; LeaseLost and RunCancelled,
+        then again at every later boundary, so that `except Exception` around a step holds up nothing.
         """
         held = self._held
         held.boundary()
@@ -1463,7 +1470,9 @@ class Run(Surface[M]):
     def _checkpoint(self, name: str, hashed: str) -> Json | None:
         """The checkpoint of a step, if one came with the lease; of another input, the server tells what it was."""
         known = self._checkpoints.get(name)
-        return known if known is not None and known["inputHash"] == hashed else None
+        if known is not None and (known["inputHash"] == hashed or known.get("copied")):  # a fork may be of changed code
+            return known
+        return None
 
     def _step(self, begin: Json, work: Invoke, retries: int, decision: str) -> Op[Any]:
         """A step that no checkpoint here answers: execute and record; again while tries are left.
@@ -2155,15 +2164,26 @@ class Runs(_Part[M]):
         return self._client._request("POST", _path("runs", run_id, "recover"), {"reason": reason})
 
     @op
-    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None) -> Op[Json]:
-        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  Returns it."""
+    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None,
+             queue: str | None = None) -> Op[Json]:
+        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  Returns it.
+
+        They answer whatever input the workflow's steps are called with in the fork.  input: the fork's; None: the same.
+        queue: where it waits for a worker; None: the queue of the run it is forked from.  Where that has none either,
+        nothing runs the fork by itself: `tide.run(name, workflow, run_id=...)` with its id does, or its recovery
+        webhook (`tide.runs.recover`), which it has from the other run.
+        """
         body = _body(locals(), "run_id", id=new_run_id())
         return _member(self._client._request("POST", _path("runs", run_id, "fork"), body), "run")
 
     @op
     def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
                     actor: str | None = None) -> Op[Json]:
-        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail".  Returns the step."""
+        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail" (it raises StepFailed).
+
+        The run goes on: a failed one from a queue is queued again, another gets its recovery webhook, if it has one.
+        Returns the step.
+        """
         body = _body(locals(), "run_id", "step_id")
         path = _path("runs", run_id, "steps", step_id, "review")
         return _member(self._client._request("POST", path, body), "step")

@@ -186,6 +186,11 @@ def test_answers_fit_the_document_and_bad_data_is_refused(
     }))
     turn = itertools.count()
 
+    def held() -> str:
+        run = api.enqueue("held")
+        api.begin(run, "owner")["run"]
+        return run
+
     def before_call(context: Any, case: Any, kwargs: Any) -> None:
         """Every other request is of something that is there; none waits or streams for long."""
         number, body = next(turn), case.body
@@ -209,10 +214,13 @@ def test_answers_fit_the_document_and_bad_data_is_refused(
             if "leaseOwner" in body:
                 body["leaseOwner"] = "owner"
                 if "runId" in (case.path_parameters or {}):  # others may have ended the first one meanwhile
-                    run = case.path_parameters["runId"] = api.enqueue("held")
-                    api.begin(run, "owner")["run"]
-                    if "stepId" in case.path_parameters:
-                        case.path_parameters["stepId"] = api.begin_step(run, "held", "owner")["step"]["id"]
+                    case.path_parameters["runId"] = held()
+            if "stepId" in (case.path_parameters or {}):  # likewise
+                run = held()
+                step = api.begin_step(run, "s", "owner")["step"]["id"]
+                if case.path.endswith("/review"):
+                    api.fail_step(run, step, "owner", resumeDecision="manual_review")["step"]
+                case.path_parameters |= {"runId": run, "stepId": step}
             if "for" in body:
                 body["for"] = {"event": "later"}
 

@@ -39,6 +39,7 @@ from tidebase_sdk import (
     LeaseLost,
     RunCancelled,
     RunCompleted,
+    StepFailed,
     StepInputMismatch,
     StepNeedsReview,
     StepTimeout,
@@ -359,6 +360,25 @@ def test_an_ambiguous_step_waits_for_a_person(tide: Any, api: Api) -> None:
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
     tide(lambda client: client.runs.review_step(run_id, step_id, "complete", output="seen in the outbox", actor="ada"))
     assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == "seen in the outbox"
+
+
+def test_a_step_that_a_person_declared_failed_raises_and_is_not_executed_again(tide: Any, api: Api) -> None:
+    executed = []
+
+    async def flow(run: Any, input: Any) -> Any:
+        try:
+            return await run.step("mail", lambda: executed.append(run.attempt) or 1 / 0, side_effects=["email"])
+        except StepFailed as failed:
+            return failed.retryable, failed.body["step"]["error"]["name"]
+
+    run_id = new_run_id()
+    with pytest.raises(ZeroDivisionError):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    [step] = api.detail(run_id)["steps"]
+    assert api.run(run_id)["failureClass"] == "manual_review"
+    tide(lambda client: client.runs.review_step(run_id, step["id"], "fail"))
+    assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == [False, "ZeroDivisionError"]
+    assert executed == [1]
 
 
 def test_a_step_that_takes_too_long_raises_step_timeout(tide: Any) -> None:
@@ -1251,6 +1271,23 @@ def test_a_fork_starts_with_the_checkpoints_before_the_step(tide: Any) -> None:
     tide(lambda client: client.run("flow", tide.workflow(flow), run_id=first))
     forked = tide(lambda client: client.runs.fork(first, from_step="two"))["id"]
     assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=forked)) == [first, forked]
+
+
+def test_a_fork_runs_changed_code_on_the_checkpoints_that_it_copied(tide: Any, api: Api) -> None:
+    """The README's example: the fork has another input, which the copied step is called with, too."""
+    async def campaign(run: Any, input: Any) -> Any:
+        draft = await run.step("draft", lambda: f"draft for {input['to']}", input=input, retries=3)
+        return await run.step("send", lambda: f"{draft}, sent to {input['to']}", side_effects=["email"],
+                              idempotency_key=run.run_id)
+
+    first = new_run_id()
+    tide(lambda client: client.run("campaign", tide.workflow(campaign), run_id=first, input={"to": "Ada"}))
+    for queue in (None, "mail"):
+        forked = tide(lambda client: client.runs.fork(
+            first, from_step="send", input={"to": "someone else"}, queue=queue))["run"]  # noqa: B023
+        assert (forked["queue"], forked["status"]) == (queue, "queued" if queue else "pending")
+        assert tide(lambda client: client.run("campaign", tide.workflow(campaign), run_id=forked["id"])) == (  # noqa: B023
+            "draft for Ada, sent to someone else")
 
 
 def test_schedules_are_set_listed_and_deleted(tide: Any) -> None:

@@ -203,12 +203,18 @@ def test_a_failure_is_recorded_in_one_request_and_its_repeat_changes_nothing(
     assert api.event_types(run_id)[2:-1] == ["step.started", "step.failed", "step.started", "step.completed"]
 
 
+def owner_of(api: Api, run_id: str) -> str:
+    """The owner under whom a client works on a run, and something else writes here, too."""
+    return str(api.run(run_id)["leaseOwner"])
+
+
 def other_begins(api: Api, run_id: str, hash: str = NULL) -> Any:
-    return api.begin_step(run_id, "slow", "somebody else", hash=hash)["step"]["id"]
+    return api.begin_step(run_id, "slow", owner_of(api, run_id), hash=hash)["step"]["id"]
 
 
 def other_fails(api: Api, run_id: str) -> None:
-    api.fail_step(run_id, other_begins(api, run_id), "somebody else", resumeDecision="manual_review")["step"]
+    step, owner = other_begins(api, run_id), owner_of(api, run_id)
+    api.fail_step(run_id, step, owner, resumeDecision="manual_review")["step"]
 
 
 REFUSALS = {
@@ -239,13 +245,16 @@ def test_what_the_server_would_have_refused_is_refused_at_the_end_of_the_step(
     assert "step.completed" not in api.event_types(run_id)
 
 
-def test_a_step_that_another_owner_is_at_is_waited_for_once_that_is_known(tide: Any, api: Api, wire: Wire) -> None:
+def test_a_step_that_another_owner_is_at_is_waited_for_once_that_is_known(
+    tide: Any, api: Api, wire: Wire, sql: Callable[..., Any]
+) -> None:
     def slow() -> str:
         eventually(lambda: wire.paths("/steps/begin"))
         return "ours"
 
     async def flow(run: Any, input: Any) -> Any:
         begun.append(other_begins(api, run_id))  # before the step, which might else be announced first
+        sql("update tidebase.steps set lease_owner = 'somebody else'")  # who began it while the run's lease was over
         return await run.step("slow", slow)
 
     begun: list[str] = []
@@ -256,10 +265,13 @@ def test_a_step_that_another_owner_is_at_is_waited_for_once_that_is_known(tide: 
     assert outcome() == "theirs"
 
 
-def test_what_another_owner_recorded_meanwhile_is_the_truth(tide: Any, api: Api) -> None:
+def test_what_was_recorded_meanwhile_is_the_truth(tide: Any, api: Api) -> None:
+    def record(name: str, output: str) -> str:
+        return api.do_step(run_id, name, owner_of(api, run_id), output, hash=NULL)
+
     async def flow(run: Any, input: Any) -> Any:
-        kept = await run.step("raced", lambda: api.do_step(run_id, "raced", "other", "theirs", hash=NULL) and "ours")
-        failed = await run.step("failing", lambda: api.do_step(run_id, "failing", "other", "well", hash=NULL) and 1 / 0)
+        kept = await run.step("raced", lambda: record("raced", "theirs") and "ours")
+        failed = await run.step("failing", lambda: record("failing", "well") and 1 / 0)
         return [kept, failed]
 
     run_id = new_run_id()
@@ -437,7 +449,7 @@ def test_in_a_batch_each_step_gets_its_own_refusal_and_the_others_are_recorded(
 
     def interfere(ids: list[str]) -> None:
         api.post(f"/runs/{ids[3]}/cancel")["run"]
-        api.begin_step(ids[5], "step", "somebody else", hash="another")["step"]
+        api.begin_step(ids[5], "step", owner_of(api, ids[5]), hash="another")["step"]
 
     ids = together(8, meanwhile=interfere, on_error=lambda error, run: told.append((type(error), run["id"])))
     eventually(lambda: all(api.run(run)["leaseOwner"] is None for run in ids))

@@ -160,8 +160,8 @@ def test_a_failed_run_is_logged_with_its_run_workflow_and_the_users_frames(
     run_id = tide(lambda client: client.enqueue("flow", max_attempts=1))["run"]["id"]
     working(tide, {"flow": flow})
     eventually(lambda: api.run(run_id)["status"] == "failed")
-    [record] = eventually(lambda: [each for each in caplog.records if each.name == "tidebase"  # the server tells it, too
-                                   and getattr(each, "event", "") == "run_failed"])
+    [record] = eventually(lambda: [each for each in caplog.records  # of the client: the server has a line of its own
+                                   if each.name == "tidebase" and getattr(each, "event", "") == "run_failed"])
     assert run_id in record.getMessage()
     assert "flow" in record.getMessage()
     assert record.run_id == run_id

@@ -294,7 +294,7 @@ def test_an_entry_needs_nothing_and_its_total_is_the_sum_unless_it_is_given(api)
 @pytest.mark.parametrize("field", ["quantity", "costUsd", "inputTokens", "outputTokens", "totalTokens"])
 def test_a_figure_is_a_number_from_zero_on(api, field):
     run = api.create()
-    raw = ["-1", "-0.001", "true", '"5"', "null", "[]", "1e400", "1e16", "NaN"]
+    raw = ["-1", "-0.001", "true", '"5"', "null", "[]", "1e400", "1e16", "1000000000000000.1", "1e-2000", "NaN"]
     if field.endswith("Tokens"):
         raw += ["1.5", "1e3", "9007199254740994"]
     for text in raw:
@@ -303,6 +303,29 @@ def test_a_figure_is_a_number_from_zero_on(api, field):
         assert issues[0]["path"] == ("" if text == "NaN" else field), text
     assert api.detail(run)["usage"] == []
     assert use(api, run, **{field: 0})["usage"][field] == 0
+
+
+@pytest.mark.parametrize(("spelled", "shown"), [
+    ("0.1", "0.1"), ("0.10", "0.10"), ("0.1234567890123456789012345678901234567890", None),
+    ("999999999999999.000000000000000000001", None), ("90071992547409.93000", None), ("12.5e-3", "0.0125"),
+    ("1E+2", "100"), ("0e5", "0"), ("1e-30", "0." + "0" * 29 + "1"), ("0." + "3" * 900, None)])
+def test_an_amount_keeps_every_digit(api, spelled, shown):
+    run = api.create()
+    shown = shown or spelled
+    for field in ("quantity", "costUsd"):
+        answer = api.post(f"/runs/{run}/usage", raw=f'{{"model": "{field}", "{field}": {spelled}}}'.encode())
+        assert answer.status == 200, answer
+        assert f'"{field}" : {shown},' in answer.text
+    detail = api.get(f"/runs/{run}").text
+    assert detail.count(f'"costUsd" : {shown},') == detail.count(f'"quantity" : {shown},') == 2  # the entry, the event
+    assert f'"costUsd" : {shown}}}' in api.get("/usage").text
+
+
+def test_amounts_are_summed_up_exactly(api):
+    run = api.create()
+    for amount in (*["0.1"] * 10, "0.00000000000000000001"):
+        assert api.post(f"/runs/{run}/usage", raw=b'{"costUsd": %s}' % amount.encode()).status == 200
+    assert '"costUsd" : 1.00000000000000000001}' in api.get("/usage").text
 
 
 def test_the_ledger_is_summed_up_by_model_workflow_and_day_dearest_first(api, clock):
