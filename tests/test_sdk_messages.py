@@ -144,7 +144,7 @@ def test_a_worker_without_workflows_is_warned_and_claims_nothing(
     asked: list[str] = []
     test_sdk.on_requests(tide, lambda effect: asked.append(effect.path))
     tide(lambda client: client.work(stop=lambda: True))
-    [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+    [record] = [each for each in caplog.records if each.name == "tidebase" and each.levelname == "WARNING"]
     assert "no workflow is registered" in record.getMessage()
     assert tide.client.url in record.getMessage()
     assert asked == []
@@ -160,8 +160,8 @@ def test_a_failed_run_is_logged_with_its_run_workflow_and_the_users_frames(
     run_id = tide(lambda client: client.enqueue("flow", max_attempts=1))["run"]["id"]
     working(tide, {"flow": flow})
     eventually(lambda: api.run(run_id)["status"] == "failed")
-    [record] = eventually(lambda: [each for each in caplog.records  # of the client: the server has a line of its own
-                                   if each.name == "tidebase" and getattr(each, "event", "") == "run_failed"])
+    [record] = eventually(lambda: [each for each in caplog.records  # the server has a logger of its own
+                                   if each.name == "tidebase" and each.event == "run_failed"])
     assert run_id in record.getMessage()
     assert "flow" in record.getMessage()
     assert record.run_id == run_id
@@ -180,7 +180,7 @@ def test_a_run_that_is_lost_is_named_in_the_log_with_the_reason(
 
     with pytest.raises(RunCancelled):
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id))
-    [record] = [record for record in caplog.records if getattr(record, "event", "") == "run_cancelled"]
+    [record] = [each for each in caplog.records if each.name == "tidebase" and each.event == "run_cancelled"]
     assert re.search(f"run {run_id} of workflow flow is no longer held here: .*cancelled", record.getMessage())
 
 
