@@ -2415,7 +2415,8 @@ $$;
 --          workflow that somebody gave this very key stands for it.
 -- Returns  how many fired: 1 or 0.
 create or replace function tidebase.fire_schedule (p_name text, p_fire_at timestamptz, p_next_run_at timestamptz)
-  returns integer language plpgsql as $$
+  returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_schedule tidebase.schedules;
 begin
@@ -2515,14 +2516,16 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once.
+-- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once. None
+-- waits long for a lock: the sweeps after it would wait, too.
 -- ------------------------------------------------------------------------------
 
 -- Runs whose owner fell silent: a queue run goes back at once while attempts last, else fails; a plain run stays for a
 -- manual resume, event run.stalled, and its recovery webhook, if any, is posted once per lease.
 -- Returns  how many, and for the log [{"runId", "workflowName", "queue", "leaseOwner", "attempt", "maxAttempts"}].
 create or replace function tidebase.expire_leases (p_limit integer, out expired integer, out runs json)
-  language plpgsql as $$
+  language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
@@ -2562,23 +2565,27 @@ begin
   runs := array_to_json(v_runs);
 end $$;
 
--- Live runs whose deadline passed are cancelled.
-create or replace function tidebase.cancel_overdue (p_limit integer) returns integer language plpgsql as $$
+-- Live runs whose deadline passed are cancelled; what is locked is left to the next tick.
+create or replace function tidebase.cancel_overdue (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
-  v_id    text;
+  v_due   record;
   v_run   tidebase.runs;
   v_count integer := 0;
 begin
-  for v_id in select id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
-                 and status in ('pending', 'queued', 'running', 'waiting')
-               order by deadline_at limit p_limit
+  for v_due in select id, parent_run_id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
+                  and status in ('pending', 'queued', 'running', 'waiting') order by deadline_at limit 100 + p_limit
   loop
-    v_run := tidebase._lock_to_end(v_id);
-    if v_run.status in ('pending', 'queued', 'running', 'waiting') then  -- else it ended just in time
-      perform tidebase._cancel(v_run, 'deadline', 'reconciler');
-    end if;
+    -- As _lock_to_end, without waiting.
+    perform from tidebase.runs where id = v_due.parent_run_id for no key update skip locked;
+    continue when not found and v_due.parent_run_id is not null;
+    select * into v_run from tidebase.runs
+     where id = v_due.id and status in ('pending', 'queued', 'running', 'waiting') for no key update skip locked;
+    continue when not found;
+    perform tidebase._cancel(v_run, 'deadline', 'reconciler');
     v_count := v_count + 1;
+    exit when v_count >= p_limit;
   end loop;
   return v_count;
 end $$;
@@ -2587,7 +2594,8 @@ end $$;
 -- 60 s on, so that it is neither claimed meanwhile nor offered again before.
 -- Leaves   each offer in the outbox with its event recovery.started, and an older one that still waited failed, event
 --          recovery.failed.
-create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz;
   v_queue tidebase.queues;
@@ -2627,7 +2635,8 @@ begin
 end $$;
 
 -- Pending gates whose time is up are cancelled. Their runs are locked first; one that is busy is left to the next tick.
-create or replace function tidebase.expire_gates (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.expire_gates (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
@@ -2650,7 +2659,8 @@ begin
 end $$;
 
 -- Waiting runs whose time has come go back to their queues; a signal that was waited for is timed out.
-create or replace function tidebase.wake_due (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.wake_due (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_run   tidebase.runs;

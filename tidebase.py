@@ -1086,6 +1086,11 @@ def is_away(error: psycopg.Error) -> bool:
         error.sqlstate is None or error.sqlstate.startswith(("08", "57P")))
 
 
+def cannot_write(error: psycopg.Error) -> bool:
+    """Whether nobody can write now: the database is away, or it is a standby (25006), as after a failover."""
+    return is_away(error) or error.sqlstate == "25006"
+
+
 class Database:
     """One pool; `call` and, where there are many answers, `rows` are the only ways from here to the rules. What a GET
     asks for is read by `read` and `select`, within a limit of time."""
@@ -1324,7 +1329,7 @@ def keep_ticking(job: str, tick: Callable[[], int], rest: Callable[[], None], st
         try:
             done = tick()
         except Exception as error:
-            if not isinstance(error, (psycopg.OperationalError, SchemaBehind)):
+            if not isinstance(error, SchemaBehind) and not (isinstance(error, psycopg.Error) and cannot_write(error)):
                 logger.exception("tick failed", extra={"event": "tick_failed", "job": job})
             failed(error)
             done = 0
@@ -1481,7 +1486,7 @@ def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
 
 
 class Reconciler:
-    """One tick every TIDEBASE_RECONCILE_MS."""
+    """One tick every TIDEBASE_RECONCILE_MS. Its sweeps are apart: one that fails keeps no other from running."""
 
     def __init__(self, database: Database, lease_ms: int, retention_days: int,
                  revive: Callable[[], None] | None) -> None:
@@ -1491,26 +1496,43 @@ class Reconciler:
         self.revive = revive
         self.away_since: float | None = None
         self.patient_until = time.monotonic() + self.lease_seconds
+        self.failing: dict[str, str] = {}  # what fails now, by name, and its error: logged once
 
     def tick(self) -> int:
         """Sweep once.  :returns: how much was done.
 
         While the server, or the database, was away, workers could not renew their leases: for one lease after that,
         expired ones are left alone.
+
+        :raises psycopg.Error: the database is away; all other failures are logged, each with the name of its sweep.
         """
-        done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in (
+        done = sum(self._attempt(sweep, self.database.count, sweep, SWEEP_LIMIT) for sweep in (
             "expire_gates", "wake_due", "offer_runs", "fold_tallies"))
         if self.away_since is None and time.monotonic() >= self.patient_until:
-            done += self._expire_leases()
-        # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
-        done += sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
-        done += self._fire_schedules()
+            done += self._attempt("expire_leases", self._expire_leases)
+        done += self._attempt("cancel_overdue", self._cancel_overdue)
+        done += self._attempt("due_schedules", self._fire_schedules)
         if self.retention_days:
-            done += self.database.count("purge_runs", self.retention_days, SWEEP_LIMIT)
+            done += self._attempt("purge_runs", self.database.count, "purge_runs", self.retention_days, SWEEP_LIMIT)
         if self.away_since is not None:
             logger.warning("the database is back", extra={"event": "database_back"})
             self.away_since = None
             self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
+        return done
+
+    def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any) -> int:
+        """Do one part of a tick; when it fails, log that and go on.  :raises psycopg.Error: the database is away."""
+        try:
+            done = sweep(*arguments)
+        except Exception as error:
+            if isinstance(error, psycopg.Error) and cannot_write(error):
+                raise
+            if self.failing.get(name) != str(error):
+                self.failing[name] = str(error)
+                logger.error("%s failed, and is tried again at every tick", name, exc_info=error,
+                             extra={"event": "sweep_failed", "job": name})
+            return 0
+        self.failing.pop(name, None)
         return done
 
     def _expire_leases(self) -> int:
@@ -1527,17 +1549,22 @@ class Reconciler:
                        place_of(run), run["attempt"], run["maxAttempts"], one_line(run["leaseOwner"]), outcome,
                        extra={"event": "lease_expired", "run_id": run["runId"]})
 
+    def _cancel_overdue(self) -> int:
+        # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
+        return sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
+
     def _fire_schedules(self) -> int:
         due = json.loads(self.database.call("due_schedules")[0] or "{}")
-        now, fired = datetime.fromisoformat(due["now"]), 0
-        for schedule in due["schedules"]:
-            # From now on, not from the time it was due at: after downtime it fires once.
-            coming = next_fire(schedule["cron"], schedule["timezone"], now)
-            fired += self.database.count("fire_schedule", schedule["name"], schedule["nextRunAt"], coming)
-        return fired
+        return sum(self._attempt(f"schedule {schedule['name']!r}", self._fire, schedule, due["now"])
+                   for schedule in due["schedules"])
+
+    def _fire(self, schedule: dict[str, Any], now: str) -> int:
+        # From now on, not from the time it was due at: after downtime it fires once.
+        coming = next_fire(schedule["cron"], schedule["timezone"], datetime.fromisoformat(now))
+        return self.database.count("fire_schedule", schedule["name"], schedule["nextRunAt"], coming)
 
     def failed(self, error: Exception) -> None:
-        """The tick could not be done: leases get their grace, and an outage is told once."""
+        """The database is away: leases get their grace, and the outage is logged once."""
         self.patient_until = time.monotonic() + self.lease_seconds
         if self.away_since is None:
             self.away_since = time.monotonic()
@@ -2627,7 +2654,8 @@ class Server:
         if isinstance(error, SchemaBehind):
             self.failure = error
             self.stop()
-        elif isinstance(error, psycopg.OperationalError) and threading.current_thread().name.endswith("reconciler"):
+        elif (isinstance(error, psycopg.Error) and cannot_write(error)
+              and threading.current_thread().name.endswith("reconciler")):
             self.reconciler.failed(error)
 
 
