@@ -337,6 +337,8 @@ create table if not exists tidebase.outbox (
   event_type      text        not null,                     -- run.resume, run.invoke, or the event's
   reason          text,
   url             text        not null,
+  host            text        generated always as           -- and port: whom a hanging receiver may not hold up
+                  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored,
   payload         json,
   status          text        not null default 'pending'
                   constraint outbox_status_known check (status in ('pending', 'delivered', 'failed')),
@@ -349,8 +351,12 @@ create table if not exists tidebase.outbox (
   completed_at    timestamptz
 );
 alter table tidebase.outbox drop constraint if exists outbox_channel_id_fkey;  -- read the table for each channel deleted
--- Serves take_deliveries.
+alter table tidebase.outbox add column if not exists host text generated always as
+  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
+-- Serve claim_webhooks: whether any is due; which hosts there are, and what is due for each.
 create index if not exists outbox_due_idx on tidebase.outbox (next_attempt_at) where status = 'pending';
+create index if not exists outbox_host_idx on tidebase.outbox (host, next_attempt_at)
+  where status = 'pending' and next_attempt_at is not null;
 -- Serves the order of a channel.
 create index if not exists outbox_channel_idx on tidebase.outbox (channel_id, seq) where status = 'pending';
 -- Serves the run detail.
@@ -385,11 +391,15 @@ create table if not exists tidebase.queue_tallies (
 create or replace function tidebase._iso (p_at timestamptz) returns text language sql stable as
 $$ select to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"') $$;
 
+-- An address without its credentials, which are for the receiver alone.
+create or replace function tidebase._shown_url (p_url text) returns text language sql immutable as
+$$ select regexp_replace(p_url, '^([^:]+://)[^/?#]*@', '\1***@') $$;
+
 create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as $$
   select json_build_object(
     'id', r.id, 'workflowName', r.workflow_name, 'input', r.input, 'metadata', r.metadata, 'status', r.status,
-    'result', r.result, 'error', r.error, 'recoveryWebhook', r.recovery_webhook, 'leaseOwner', r.lease_owner,
-    'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
+    'result', r.result, 'error', r.error, 'recoveryWebhook', tidebase._shown_url(r.recovery_webhook),
+    'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
     'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
     'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
@@ -422,13 +432,13 @@ $$;
 
 create or replace function tidebase._channel_json (c tidebase.channels) returns json language sql stable as $$
   select json_build_object('id', c.id, 'runId', c.run_id, 'type', c.type,
-                           'config', json_build_object('url', c.url, 'secret', null),
+                           'config', json_build_object('url', tidebase._shown_url(c.url), 'secret', null),
                            'events', c.events, 'createdAt', tidebase._iso(c.created_at))
 $$;
 
 create or replace function tidebase._recovery_json (o tidebase.outbox) returns json language sql stable as $$
   select json_build_object(
-    'id', o.id, 'runId', o.run_id, 'reason', o.reason, 'webhookUrl', o.url, 'status', o.status,
+    'id', o.id, 'runId', o.run_id, 'reason', o.reason, 'webhookUrl', tidebase._shown_url(o.url), 'status', o.status,
     'httpStatus', o.http_status, 'responseBody', o.response_body, 'errorText', o.error_text,
     'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
     'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
@@ -516,7 +526,7 @@ $$;
 
 create or replace function tidebase._queue_json (q tidebase.queues) returns json language sql stable as $$
   select json_build_object('name', q.name, 'concurrency', q.concurrency, 'ratePerMinute', q.rate_per_minute,
-                           'invokeUrl', q.invoke_url)
+                           'invokeUrl', tidebase._shown_url(q.invoke_url))
 $$;
 
 -- The completed steps of a run, for a worker that is to replay them; past 4 MiB of output the rest is asked for step
@@ -650,8 +660,8 @@ begin
 end $$;
 
 -- Puts a webhook into the outbox. Needs the run locked, so that a channel's rows stand in the order of its events.
-create or replace function tidebase._post (p_kind text, p_run_id text, p_channel_id text, p_gate_id text, p_type text,
-                                           p_reason text, p_url text, p_payload json)
+create or replace function tidebase._enqueue_webhook (p_kind text, p_run_id text, p_channel_id text, p_gate_id text,
+                                                      p_type text, p_reason text, p_url text, p_payload json)
   returns tidebase.outbox language sql as $$
   insert into tidebase.outbox (id, kind, run_id, channel_id, gate_id, event_type, reason, url, payload, next_attempt_at)
   values (tidebase._new_id(case p_kind when 'channel' then 'del' else 'rec' end), p_kind, p_run_id, p_channel_id,
@@ -666,7 +676,7 @@ create or replace function tidebase._notify (p_run tidebase.runs, p_type text, p
                                              p_gate_id text default null) returns void language plpgsql as $$
 begin
   if p_run.has_channels then
-    perform tidebase._post('channel', p_run.id, c.id, p_gate_id, p_type, null, c.url, p_payload)
+    perform tidebase._enqueue_webhook('channel', p_run.id, c.id, p_gate_id, p_type, null, c.url, p_payload)
        from tidebase.channels c
       where c.run_id = p_run.id and (c.gate_id is null or c.gate_id = p_gate_id)
         and (c.events = '[]' or c.events ? p_type);
@@ -684,19 +694,19 @@ create or replace function tidebase._add_channels (p_run_id text, p_gate_id text
       from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n
     returning *
   )
-  select coalesce(json_agg(json_build_object('type', type, 'url', url, 'events', events)), '[]') from added
+  select coalesce(json_agg(json_build_object('type', type, 'url', tidebase._shown_url(url), 'events', events)), '[]') from added
 $$;
 
 -- Asks the app, through the run's recovery webhook, to resume it.
 create or replace function tidebase._start_recovery (p_run tidebase.runs, p_reason text)
   returns tidebase.outbox language plpgsql as $$
 declare
-  v_post tidebase.outbox := tidebase._post('recovery', p_run.id, null, null, 'run.resume', p_reason,
-                                           p_run.recovery_webhook, null);
+  v_webhook tidebase.outbox := tidebase._enqueue_webhook('recovery', p_run.id, null, null, 'run.resume', p_reason,
+                                                         p_run.recovery_webhook, null);
 begin
-  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_post.id,
+  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_webhook.id,
                            'reason', p_reason));
-  return v_post;
+  return v_webhook;
 end $$;
 
 create or replace function tidebase._tally (p_queue text, p_status text, p_runs integer)
@@ -1101,19 +1111,19 @@ end $$;
 --          it is sent adds none.    Returns  {"recoveryAttempt"}.
 create or replace function tidebase.recover_run (p_run_id text, p_reason text) returns json language plpgsql as $$
 declare
-  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
-  v_post tidebase.outbox;
+  v_run     tidebase.runs := tidebase._lock_run(p_run_id);
+  v_webhook tidebase.outbox;
 begin
   if v_run.recovery_webhook is null then
     perform tidebase._refuse(422, 'no_recovery_webhook', format('run %s has no recoveryWebhook', p_run_id));
   end if;
-  select * into v_post from tidebase.outbox
+  select * into v_webhook from tidebase.outbox
    where run_id = p_run_id and kind = 'recovery' and reason = p_reason and status = 'pending' and attempts = 0
    order by seq limit 1;
   if not found then
-    v_post := tidebase._start_recovery(v_run, p_reason);
+    v_webhook := tidebase._start_recovery(v_run, p_reason);
   end if;
-  return json_build_object('recoveryAttempt', tidebase._recovery_json(v_post));
+  return json_build_object('recoveryAttempt', tidebase._recovery_json(v_webhook));
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -2623,8 +2633,9 @@ begin
         perform tidebase._record(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
                   'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
       end loop;
-      perform tidebase._record(v_run, null, 'recovery.started', json_build_object('recoveryAttemptId', (tidebase._post(
-                'push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null)).id,
+      perform tidebase._record(v_run, null, 'recovery.started', json_build_object(
+                'recoveryAttemptId', (tidebase._enqueue_webhook('push', v_id, null, null, 'run.invoke',
+                                                                'queue_dispatch', v_queue.invoke_url, null)).id,
                 'reason', 'queue_dispatch'));
       v_mine := v_mine + 1;
     end loop;
@@ -2730,56 +2741,104 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The sender's verbs: take what is due, send it, settle it. A sender that dies in between is made up for.
+-- The sender's verbs: claim what is due, renew the claim while it is in flight, settle it. A claim lasts p_hold_ms: what
+-- a sender that died had claimed is then due again, under the same id.
 -- ------------------------------------------------------------------------------
 
--- Takes due webhooks for p_hold_ms; taken and never settled, they are due again after that, under the same id.
--- Returns  [{id, attempt, kind, url, secret, body}], body being the exact text to sign and send.
-create or replace function tidebase.take_deliveries (p_limit integer, p_hold_ms bigint)
-  returns json language plpgsql as $$
+-- Claims due webhooks, for each host at most p_per_host beside those in flight already.
+-- p_in_flight: the ids of what this sender sends now. Hosts with fewer of these come first, and take turns, beginning
+-- after p_after: neither the backlog of one nor a hundred that hang hold up another.
+-- Returns  [{id, attempt, kind, url, host, secret, body}], body being the exact text to sign and send.
+create or replace function tidebase.claim_webhooks (p_limit integer, p_hold_ms bigint, p_per_host integer,
+                                                    p_in_flight text[], p_after text)
+  returns json language plpgsql
+  set enable_seqscan = off as $$  -- a plan made while the table was tiny is kept while it grows
 declare
   v_now timestamptz := tidebase.now();
-  v_ids bigint[] := array(select seq from tidebase.outbox where status = 'pending' and next_attempt_at <= v_now
-                           order by next_attempt_at limit p_limit for update skip locked);
+  v_ids bigint[];
 begin
-  if cardinality(v_ids) = 0 then  -- mostly: who writes a lot asks often
+  perform from tidebase.outbox where status = 'pending' and next_attempt_at <= v_now limit 1;
+  if not found then  -- mostly: who writes a lot asks often
     return '[]';
   end if;
+  with recursive first_due (host, at) as (  -- a probe of the index per host, however many webhooks wait for it
+    (select host, next_attempt_at from tidebase.outbox where status = 'pending' and next_attempt_at is not null
+      order by host, next_attempt_at limit 1)
+    union all
+    select following.* from first_due f, lateral (
+      select o.host, o.next_attempt_at from tidebase.outbox o
+       where o.status = 'pending' and o.next_attempt_at is not null and o.host > f.host
+       order by o.host, o.next_attempt_at limit 1) as following
+  ), flying as (
+    select o.host, count(*) as number from tidebase.outbox o where o.id = any (p_in_flight) group by o.host
+  ), hosts as (
+    select host, coalesce(number, 0) as number from first_due left join flying using (host)
+     where at <= v_now and coalesce(number, 0) < p_per_host
+     order by coalesce(number, 0), host <= p_after, host limit p_limit
+  ), due as (
+    select hosts.host, hosts.number + row_number() over (partition by hosts.host) as number, claimable.seq
+      from hosts, lateral (
+             select o.seq from tidebase.outbox o
+              where o.host = hosts.host and o.status = 'pending' and o.next_attempt_at <= v_now
+                and o.id <> all (p_in_flight)  -- whose claim could not be renewed in time
+              order by o.next_attempt_at limit p_per_host - hosts.number for update skip locked) as claimable
+  )
+  select array_agg(seq) into v_ids
+    from (select seq from due order by number, host <= p_after, host limit p_limit) as claimed;
   update tidebase.outbox set attempts = attempts + 1, next_attempt_at = v_now + tidebase._ms(p_hold_ms)
    where seq = any (v_ids);
   return (
     select coalesce(json_agg(json_build_object(
-             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url, 'secret', c.secret, 'body',
-             case o.kind when 'channel' then
+             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url, 'host', o.host, 'secret', c.secret,
+             'body', case o.kind when 'channel' then
                json_build_object('type', o.event_type, 'runId', o.run_id, 'gateId', o.gate_id, 'deliveryId', o.id,
                                  'payload', o.payload)::text
              else
                json_build_object('type', o.event_type, 'runId', o.run_id, 'workflowName', r.workflow_name,
                                  'reason', o.reason, 'attempt', r.attempt, 'deliveryId', o.id)::text
-             end) order by o.seq), '[]')
+             end) order by array_position(v_ids, o.seq)), '[]')
       from tidebase.outbox o join tidebase.runs r on r.id = o.run_id
       left join tidebase.channels c on c.id = o.channel_id
      where o.seq = any (v_ids));
 end $$;
 
+-- Renews claims for another p_hold_ms; what was settled or claimed by another meanwhile is left out, and what is locked
+-- is being changed. Waits for nobody.
+create or replace function tidebase.renew_webhooks (p_ids text[], p_attempts integer[], p_hold_ms bigint)
+  returns void language plpgsql as $$
+begin
+  update tidebase.outbox set next_attempt_at = tidebase.now() + tidebase._ms(p_hold_ms)
+   where seq in (select o.seq from unnest(p_ids, p_attempts) as claim (id, attempt)
+                   join tidebase.outbox o on o.id = claim.id and o.attempts = claim.attempt
+                  where o.status = 'pending' for update of o skip locked);
+end $$;
+
+-- Gives a claim back: due in p_delay_ms, and the try does not count.
+create or replace function tidebase.release_webhook (p_id text, p_attempt integer, p_delay_ms bigint)
+  returns void language plpgsql as $$
+begin
+  update tidebase.outbox set attempts = attempts - 1, next_attempt_at = tidebase.now() + tidebase._ms(p_delay_ms)
+   where id = p_id and attempts = p_attempt and status = 'pending';
+end $$;
+
 -- Records what became of a try; the next of the same channel becomes due once this one is through or given up.
 -- Tries    at most 8: after 1, 4, 10, 30 s, then 2, 8 and 20 min.
 -- Leaves   delivered, failed, or pending until the next try; events recovery.delivered and recovery.failed. A failed
---          try that was taken over by another sender meanwhile changes nothing.    Returns  {"status"}.
-create or replace function tidebase.settle_delivery (p_id text, p_attempt integer, p_delivered boolean,
-                                                     p_retryable boolean, p_http_status integer, p_response text,
-                                                     p_error text) returns json language plpgsql as $$
+--          try that was claimed by another sender meanwhile changes nothing.    Returns  {"status"}.
+create or replace function tidebase.settle_webhook (p_id text, p_attempt integer, p_delivered boolean,
+                                                    p_retryable boolean, p_http_status integer, p_response text,
+                                                    p_error text) returns json language plpgsql as $$
 declare
-  v_now    timestamptz := tidebase.now();
-  v_delays integer[] := array[1, 4, 10, 30, 120, 480, 1200];
-  v_run    tidebase.runs;
-  v_post   tidebase.outbox;
+  v_now     timestamptz := tidebase.now();
+  v_delays  integer[] := array[1, 4, 10, 30, 120, 480, 1200];
+  v_run     tidebase.runs;
+  v_webhook tidebase.outbox;
 begin
   select r.* into v_run from tidebase.runs r join tidebase.outbox o on o.run_id = r.id where o.id = p_id
      for no key update of r;
-  select * into v_post from tidebase.outbox where id = p_id;
-  if v_post.status <> 'pending' or (v_post.attempts <> p_attempt and not p_delivered) then
-    return json_build_object('status', v_post.status);
+  select * into v_webhook from tidebase.outbox where id = p_id;
+  if v_webhook.status <> 'pending' or (v_webhook.attempts <> p_attempt and not p_delivered) then
+    return json_build_object('status', v_webhook.status);
   end if;
   update tidebase.outbox
      set status = case when p_delivered then 'delivered'
@@ -2788,16 +2847,16 @@ begin
                                 then v_now + v_delays[p_attempt] * interval '1 second' end,
          completed_at = case when p_delivered or not p_retryable or p_attempt > cardinality(v_delays) then v_now end,
          http_status = p_http_status, response_body = p_response, error_text = p_error
-   where id = p_id returning * into v_post;
-  if v_post.status <> 'pending' then
+   where id = p_id returning * into v_webhook;
+  if v_webhook.status <> 'pending' then
     update tidebase.outbox set next_attempt_at = v_now
-     where seq = (select min(seq) from tidebase.outbox where channel_id = v_post.channel_id and status = 'pending');
-    if v_post.kind <> 'channel' then
-      perform tidebase._record(v_run, null, 'recovery.' || v_post.status, json_build_object(
-                'recoveryAttemptId', p_id, 'reason', v_post.reason, 'httpStatus', p_http_status, 'error', p_error));
+     where seq = (select min(seq) from tidebase.outbox where channel_id = v_webhook.channel_id and status = 'pending');
+    if v_webhook.kind <> 'channel' then
+      perform tidebase._record(v_run, null, 'recovery.' || v_webhook.status, json_build_object(
+                'recoveryAttemptId', p_id, 'reason', v_webhook.reason, 'httpStatus', p_http_status, 'error', p_error));
     end if;
   end if;
-  return json_build_object('status', v_post.status);
+  return json_build_object('status', v_webhook.status);
 end $$;
 
 -- ------------------------------------------------------------------------------
