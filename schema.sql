@@ -83,6 +83,7 @@ create table if not exists tidebase.runs (
   error               json,
   failure_class       text,
   recovery_webhook    text,
+  recovery_secret     text,                                -- signs it; never leaves the database but to the sender
   queue               text,
   dedupe_key          text,
   priority            integer     not null default 0,
@@ -116,6 +117,7 @@ create table if not exists tidebase.runs (
   constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null)),
   constraint runs_waiting_whole check ((status = 'waiting') = (waiting_for is not null))
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
+alter table tidebase.runs add column if not exists recovery_secret text;
 -- At most one live run per queue and dedupe key; enqueue_runs reads the live one by it.
 create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedupe_key)
   where dedupe_key is not null and status in ('queued', 'running', 'waiting');
@@ -724,17 +726,18 @@ end $$;
 drop function if exists tidebase._create_run (text, text, json, jsonb, text, jsonb, bigint, json);
 create or replace function tidebase._create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
                                                  p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
-                                                 p_extras json, p_parent_id text default null)
+                                                 p_extras json, p_parent_id text default null,
+                                                 p_recovery_secret text default null)
   returns tidebase.runs language plpgsql as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_run   tidebase.runs;
   v_event json;
 begin
-  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, deadline_at, has_channels,
-                             parent_run_id, event_seq, created_at, updated_at)
+  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, deadline_at,
+                             has_channels, parent_run_id, event_seq, created_at, updated_at)
   values (coalesce(p_id, tidebase._new_id('run')), p_workflow_name, p_input, p_metadata, 'pending', p_recovery_webhook,
-          v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
+          p_recovery_secret, v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
   on conflict (id) do nothing returning * into v_run;
   if found then
     v_event := json_build_object('workflowName', p_workflow_name, 'input', p_input,
@@ -749,11 +752,13 @@ end $$;
 -- Needs    p_id not used by another workflow, else TB409 run_id_conflict.
 -- Leaves   the run pending, its channels, event run.created.    Returns  {"run", "created"}.
 create or replace function tidebase.create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
-                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint)
+                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
+                                                p_recovery_secret text default null)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._create_run(p_id, p_workflow_name, p_input, p_metadata, p_recovery_webhook,
-                                              p_channels, p_deadline_ms, null);
+                                              p_channels, p_deadline_ms, null,
+                                              p_recovery_secret => p_recovery_secret);
   v_new boolean := v_run.id is not null;
 begin
   if not v_new then
@@ -1461,7 +1466,7 @@ end $$;
 
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
 -- p_child: {name, workflowName, metadata, channels, edgeType, edgeMetadata, maxAttempts, priority, ~id,
--- ~recoveryWebhook, ~queue}.
+-- ~recoveryWebhook, ~recoverySecret, ~queue}.
 -- Needs    the parent (TB404), not cancelled (TB409 run_cancelled); an existing child of the name of the same workflow
 --          (TB409 edge_conflict).
 -- Leaves   the child pending, or queued where it has a queue, its metadata with parentRunId and parentEdgeName, events
@@ -1490,7 +1495,7 @@ begin
     p_child->>'id', p_child->>'workflowName', p_input,
     p_child->'metadata' || jsonb_build_object('parentRunId', p_parent_id, 'parentEdgeName', v_name),
     p_child->>'recoveryWebhook', p_child->'channels', null,
-    json_build_object('parentRunId', p_parent_id, 'edgeName', v_name), p_parent_id);
+    json_build_object('parentRunId', p_parent_id, 'edgeName', v_name), p_parent_id, p_child->>'recoverySecret');
   if v_run.id is null then
     perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_child->>'id'));
   end if;
@@ -1526,7 +1531,8 @@ begin
   v_fork := tidebase._create_run(
     p_id, v_run.workflow_name, coalesce(p_input, v_run.input),
     v_run.metadata || jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
-    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step));
+    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
+    p_recovery_secret => v_run.recovery_secret);
   if v_fork.id is null then
     return json_build_object('run', tidebase._run_json(tidebase._same_run(p_id, v_run.workflow_name)),
                              'created', false);
@@ -1959,8 +1965,8 @@ end $$;
 -- Queues: a job is a run. Put in once per dedupe key, claimed by one, within the queue's caps.
 -- ------------------------------------------------------------------------------
 
--- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, channels, dedupeKey?, delayMs?, runAt?,
--- maxAttempts, priority, deadlineMs?}.
+-- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, recoverySecret?, channels, dedupeKey?,
+-- delayMs?, runAt?, maxAttempts, priority, deadlineMs?}.
 -- Needs    an id given is not another workflow's (TB409 run_id_conflict), nor is the live run that has the dedupe key
 --          (TB409 dedupe_conflict).
 -- Leaves   the run queued, event run.enqueued; where its dedupe key or its id is taken, nothing new.
@@ -1972,11 +1978,12 @@ declare
 begin
   deduplicated := false;
   loop
-    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, queue, dedupe_key,
-                               priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
+    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, queue,
+                               dedupe_key, priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
                                created_at, updated_at)
     values (coalesce(p_job->>'id', tidebase._new_id('run')), p_job->>'workflowName', p_input, p_job->'metadata',
-            'queued', p_job->>'recoveryWebhook', p_queue, p_job->>'dedupeKey', (p_job->>'priority')::integer,
+            'queued', p_job->>'recoveryWebhook', p_job->>'recoverySecret', p_queue, p_job->>'dedupeKey',
+            (p_job->>'priority')::integer,
             coalesce((p_job->>'runAt')::timestamptz, v_now + tidebase._ms((p_job->>'delayMs')::bigint), v_now),
             (p_job->>'maxAttempts')::integer, v_now + tidebase._ms((p_job->>'deadlineMs')::bigint),
             p_job->'channels' <> '[]', 1, v_now, v_now)
@@ -2789,7 +2796,8 @@ begin
    where seq = any (v_ids);
   return (
     select coalesce(json_agg(json_build_object(
-             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url, 'host', o.host, 'secret', c.secret,
+             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url, 'host', o.host,
+             'secret', case o.kind when 'channel' then c.secret when 'recovery' then r.recovery_secret end,
              'body', case o.kind when 'channel' then
                json_build_object('type', o.event_type, 'runId', o.run_id, 'gateId', o.gate_id, 'deliveryId', o.id,
                                  'payload', o.payload)::text

@@ -34,6 +34,7 @@ asyncio), Tidebase and AsyncTidebase.  All times in arguments are seconds; JSON 
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import contextvars
@@ -73,7 +74,7 @@ __all__ = [  # what tidebase.py and tidebase.aio hand on
     "AsyncRunContext", "AsyncTidebase", "Events", "FanoutFailed", "GateDecision", "LeaseLost", "RunCancelled",
     "RunContext", "RunFailed", "RunSession", "RunSuspended", "SignalTimeout", "StepInputMismatch", "StepNeedsReview",
     "StepTimeout", "Tidebase", "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash",
-    "new_run_id", "verify_webhook_signature",
+    "new_run_id", "verify_webhook", "verify_webhook_signature",
 ]
 
 logger = logging.getLogger("tidebase")  # fixed sentences; what happened is in the extras `event` and `run_id`
@@ -395,6 +396,31 @@ def verify_webhook_signature(body: bytes, header: str | None, secret: str) -> bo
         return False
     expected = "sha256=" + hmac.new(secret.encode("utf-8", "surrogatepass"), body, hashlib.sha256).hexdigest()
     return hmac.compare_digest(expected.encode(), header.strip().encode("utf-8", "surrogatepass"))
+
+
+def verify_webhook(body: bytes, headers: Mapping[str, str], secret: str, tolerance_s: float = 300) -> bool:
+    """Whether the headers of a request sign exactly these bytes, now: the Standard Webhooks specification.
+
+    headers: a mapping, as the web frameworks have it, with webhook-id, webhook-timestamp and webhook-signature in any
+    case; of several signatures one must hold.
+    secret: one that begins with whsec_ is base64.  tolerance_s: how old, or how far ahead, the timestamp may be: what
+    was intercepted cannot be sent again later, which verify_webhook_signature does not notice.
+    Constant time; False for anything malformed or missing, or an empty secret.  Never raises on what a stranger sent.
+    """
+    if not secret or not isinstance(body, (bytes, bytearray, memoryview)) or not hasattr(headers, "items"):
+        return False
+    given = {name.lower(): value for name, value in headers.items() if isinstance(name, str) and isinstance(value, str)}
+    sent_at, signatures = given.get("webhook-timestamp", ""), given.get("webhook-signature", "")
+    if not given.get("webhook-id") or not re.fullmatch("[0-9]{1,12}", sent_at):
+        return False
+    key = secret.encode("utf-8", "surrogatepass")
+    if secret.startswith("whsec_"):
+        with contextlib.suppress(ValueError):  # no base64: the server takes it as it is, too
+            key = base64.b64decode(secret[len("whsec_"):], validate=True) or key
+    signed = f"{given['webhook-id']}.{sent_at}.".encode("utf-8", "surrogatepass") + bytes(body)
+    expected = b"v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest())
+    matches = [hmac.compare_digest(expected, one.encode("utf-8", "surrogatepass")) for one in signatures.split()]
+    return any(matches) and abs(time.time() - int(sent_at)) <= tolerance_s
 
 
 def canonical_json(value: Any) -> str:
@@ -1289,7 +1315,8 @@ class Run(Surface[M]):
               workflow_name: str | None = None, metadata: Json | None = None,
               recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
               edge_type: str | None = None, edge_metadata: Json | None = None, queue: str | None = None,
-              max_attempts: int | None = None, priority: int | None = None) -> Op[Any]:
+              max_attempts: int | None = None, priority: int | None = None,
+              recovery_secret: str | None = None) -> Op[Any]:
         """Run a workflow as a child run and return its result; one child per run and name.
 
         A child that completed is not run again.  workflow: a function, or the name of a registered one.
@@ -1318,7 +1345,8 @@ class Run(Surface[M]):
                         queue: str | None = None, input: Any = None, metadata: Json | None = None,
                         recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
                         edge_type: str | None = None, edge_metadata: Json | None = None,
-                        max_attempts: int | None = None, priority: int | None = None) -> tuple[Any, Json]:
+                        max_attempts: int | None = None, priority: int | None = None,
+                        recovery_secret: str | None = None) -> tuple[Any, Json]:
         """A child's function, if it is known here, and what the server is told of it."""
         given = locals()
         elsewhere = queue is not None and isinstance(workflow, str) and workflow not in self._client._workflows
@@ -1538,9 +1566,11 @@ class Runs(_Part[M]):
     @op
     def create(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
                metadata: Json | None = None, recovery_webhook: str | None = None,
-               channels: Sequence[Json] | None = None, deadline_s: float | None = None) -> Op[Json]:
+               channels: Sequence[Json] | None = None, deadline_s: float | None = None,
+               recovery_secret: str | None = None) -> Op[Json]:
         """Create a run without a queue, or get the one of this run_id; durable on return.  {"run", "created"}.
 
+        recovery_secret: signs its recovery webhooks, instead of the server's TIDEBASE_WEBHOOK_SECRET.
         Raises TidebaseError 409 run_id_conflict when run_id is of another workflow.
         """
         given = locals()
@@ -1619,7 +1649,8 @@ class Runs(_Part[M]):
     def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
                metadata: Json | None = None, recovery_webhook: str | None = None,
                channels: Sequence[Json] | None = None, heartbeat_s: float = 20.0,
-               on_lease_lost: Callable[..., Any] | None = None) -> Op[RunSession[M]]:
+               on_lease_lost: Callable[..., Any] | None = None,
+               recovery_secret: str | None = None) -> Op[RunSession[M]]:
         """Create or resume a run that your own code drives, and hold it: see RunSession.
 
         heartbeat_s: at most this long between heartbeats; never longer than a third of the lease.
@@ -1627,7 +1658,8 @@ class Runs(_Part[M]):
         Raises TidebaseError 409 run_leased while another owner holds it, RunCancelled.
         """
         made = yield from Runs.create(self, workflow_name, run_id=run_id, input=input, metadata=metadata,
-                                      recovery_webhook=recovery_webhook, channels=channels)
+                                      recovery_webhook=recovery_webhook, channels=channels,
+                                      recovery_secret=recovery_secret)
         answer = yield from self._client._begin(made["run"]["id"])
         run, owner = answer["run"], answer["leaseOwner"]
         held = _Held(run, owner or "", self._client._driver.alarm())
@@ -1822,7 +1854,7 @@ class Client(Surface[M]):
     @op
     def run(self, workflow_name: str, workflow: Callable[..., Any], *, run_id: str | None = None, input: Any = None,
             metadata: Json | None = None, recovery_webhook: str | None = None,
-            channels: Sequence[Json] | None = None) -> Op[Any]:
+            channels: Sequence[Json] | None = None, recovery_secret: str | None = None) -> Op[Any]:
         """Create a run, or resume the one of this run_id, execute it here and return its result.
 
         A completed run returns its stored result, nothing is executed.  workflow is given what the server has stored as
@@ -1830,7 +1862,8 @@ class Client(Surface[M]):
         the run; RunCancelled, LeaseLost, Unreachable.
         """
         made = yield from Runs.create(self.runs, workflow_name, run_id=run_id, input=input, metadata=metadata,
-                                      recovery_webhook=recovery_webhook, channels=channels)
+                                      recovery_webhook=recovery_webhook, channels=channels,
+                                      recovery_secret=recovery_secret)
         return (yield from self._begin_and_execute(made["run"], workflow))
 
     @op
@@ -1838,7 +1871,8 @@ class Client(Surface[M]):
                 dedupe_key: str | None = None, delay_s: float | None = None,
                 run_at: datetime | str | None = None, max_attempts: int | None = None,
                 priority: int | None = None, deadline_s: float | None = None,
-                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None) -> Op[Json]:
+                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
+                recovery_secret: str | None = None) -> Op[Json]:
         """Put a run on a queue.  When this returns, it is in Postgres and will be offered to workers.
 
         dedupe_key: at most one live run per queue and key; a second call answers the first run.  run_at: a datetime
@@ -1891,14 +1925,19 @@ class Client(Surface[M]):
     cancel = property(lambda self: self.runs.cancel, doc="The same as `runs.cancel`.")
 
     @op
-    def handle_webhook(self, body: bytes, signature: str | None) -> Op[tuple[int, Json]]:
+    def handle_webhook(self, body: bytes, signature: str | None = None, *, headers: Mapping[str, str] | None = None,
+                       secret: str | None = None) -> Op[tuple[int, Json]]:
         """Answer a recovery or push webhook: verify it, run the registered workflow here, return (status, JSON).
 
-        body: the exact bytes received.  signature: the header x-tidebase-signature.  The answer is 200 whenever the
-        outcome is the server's to handle: completed, failed (recorded), cancelled, or held by somebody else already;
-        and at once when the run begins to wait (see Run), whose wake-up is another webhook.
+        body: the exact bytes received.  headers: those of the request, for verify_webhook; better than signature, the
+        header x-tidebase-signature alone, which holds for ever.  secret: the run's recovery_secret, if it has one,
+        else the client's webhook_secret counts.  The answer is 200 whenever the outcome is the server's to handle:
+        completed, failed (recorded), cancelled, or held by somebody else already; and at once when the run begins to
+        wait (see Run), whose wake-up is another webhook.
         """
-        if not verify_webhook_signature(body, signature, self._webhook_secret):
+        secret = secret or self._webhook_secret
+        if not (verify_webhook(body, headers, secret) if headers is not None
+                else verify_webhook_signature(body, signature, secret)):
             return 401, {"error": "invalid signature", "code": "unauthorized"}
         told = _loads(body)
         if not isinstance(told, dict) or told.get("type") not in ("run.resume", "run.invoke") or "runId" not in told:

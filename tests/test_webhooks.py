@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import requests
 import responses
+import werkzeug.datastructures
 from conftest import LEASE_MS, ROOT, Api, Receiver, config, eventually, free_port, refused
 
 import tidebase
@@ -237,6 +238,93 @@ def test_the_clients_own_check_takes_what_the_server_signs(api, receiver):
     assert verify_webhook_signature(body, headers["x-tidebase-signature"], APP_SECRET)
     assert not verify_webhook_signature(body + b" ", headers["x-tidebase-signature"], APP_SECRET)
     assert headers["webhook-signature"] == standard_signature(APP_SECRET, headers, body)
+
+
+WHSEC = "whsec_" + base64.b64encode(b"\x00\xff" * 16).decode()
+
+
+@pytest.mark.parametrize("secret", [APP_SECRET, WHSEC, "whsec_", "whsec_?"])
+def test_the_clients_check_of_all_headers_takes_what_the_server_signs_and_nothing_else(start_server, receiver, secret):
+    from tidebase import verify_webhook
+
+    server = start_server(TIDEBASE_WEBHOOK_SECRET=secret)
+    api = Api(server.url, server)
+    api.post(f"/runs/{api.create(recoveryWebhook=receiver.url)}/recover")
+    receiver.wait_for(1)
+    _, headers, body = receiver.requests[0]
+    assert verify_webhook(body, headers, secret)
+    assert verify_webhook(body, {name.upper(): value for name, value in headers.items()}, secret)
+    assert verify_webhook(body, werkzeug.datastructures.Headers(headers), secret)
+    signature, at = headers["webhook-signature"], int(headers["webhook-timestamp"])
+    both = {**headers, "webhook-signature": f"v1,{'A' * 43}= v2,x {signature}"}  # a key that is being replaced
+    assert verify_webhook(body, both, secret)
+    assert verify_webhook(body, headers, secret, tolerance_s=10**6)
+
+    def signed(timestamp: Any) -> dict[str, str]:
+        changed = {**headers, "webhook-timestamp": str(timestamp)}
+        return {**changed, "webhook-signature": standard_signature(secret, changed, body)}
+
+    if secret in (APP_SECRET, WHSEC):
+        assert verify_webhook(body, signed(at - 200), secret)
+        assert not verify_webhook(body, signed(at - 400), secret)
+        assert not verify_webhook(body, signed(at + 400), secret)
+        assert verify_webhook(body, signed(at - 400), secret, tolerance_s=500)
+        for junk in ("", "x", "-1", "1e9", " 1", "\u0663", "9" * 400, at + 0.5):
+            assert not verify_webhook(body, signed(junk), secret), junk
+    for name in ("webhook-id", "webhook-timestamp", "webhook-signature"):
+        for junk in ("", " ", "v1", "v1,", "v1,\u2603", "\ud800", "A" * 60_000, "v1a," + signature[3:]):
+            assert not verify_webhook(body, {**headers, name: junk}, secret), (name, junk)
+        assert not verify_webhook(body, {key: value for key, value in headers.items() if key != name}, secret)
+        assert not verify_webhook(body, {**headers, name: None}, secret)
+    for wrong in (body + b" ", b"", "text", None):
+        assert not verify_webhook(wrong, headers, secret)
+    for junk in (None, [], "x", {1: 2}):
+        assert not verify_webhook(body, junk, secret)
+    assert not verify_webhook(body, headers, "")
+    assert not verify_webhook(body, headers, secret + "x")
+
+
+def test_a_run_may_have_a_secret_of_its_own_for_its_recovery_webhooks(api, receiver, caplog):
+    from tidebase import verify_webhook
+
+    caplog.set_level(logging.DEBUG)
+    own = {"recoveryWebhook": receiver.url, "recoverySecret": SECRET}
+    answers = [api.post("/runs/report", {"id": "created", **own}),
+               api.post("/queues/q/enqueue", {"workflowName": "w", "id": "enqueued", **own}),
+               api.post("/queues/q/enqueue", {"runs": [{"workflowName": "w", "id": "many", **own}]}),
+               api.post("/runs/created/children", {"name": "c", "workflowName": "w", "id": "child", **own}),
+               api.post("/writes", {"writes": [
+                   {"do": "enqueue_run", "queue": "q", "workflowName": "w", "id": "written", **own},
+                   {"do": "create_child", "runId": "created", "name": "d", "workflowName": "w", "id": "born", **own}]}),
+               api.post("/runs/created/fork", {"id": "forked"}),
+               api.post("/runs/report", {"id": "plain", "recoveryWebhook": receiver.url})]
+    runs = ["created", "enqueued", "many", "child", "written", "born", "forked", "plain"]
+    for run in runs:
+        answers.append(api.post(f"/runs/{run}/recover"))
+    receiver.wait_for(len(runs))
+    answers += [api.get(f"/runs/{run}") for run in runs]
+    answers += [api.get("/runs"), api.post("/queues/claim", {"queues": ["q"], "limit": 9})]
+    for _, headers, body in receiver.requests:
+        secret, other = (APP_SECRET, SECRET) if json.loads(body)["runId"] == "plain" else (SECRET, APP_SECRET)
+        assert verify_webhook(body, headers, secret)
+        assert not verify_webhook(body, headers, other)
+        assert tidebase.verify_webhook_signature(body, headers["x-tidebase-signature"], secret)
+    for answer in answers:
+        assert answer.status == 200, answer
+        assert SECRET not in answer.text
+    assert SECRET not in caplog.text
+    for secret in ("", None, 5, "x\0", "x" * 1025):
+        body = refused(api.post("/runs/report", {"recoverySecret": secret}), 400, "invalid_request")
+        assert [issue["path"] for issue in body["issues"]] == ["recoverySecret"]
+
+
+def test_push_webhooks_are_signed_by_the_apps_secret_whatever_the_runs_is(api, receiver):
+    api.put("/queues/pushed/config", {"invokeUrl": receiver.url})["config"]
+    api.enqueue("pushed", recoveryWebhook=receiver.url, recoverySecret=SECRET)
+    api.reconcile()
+    receiver.wait_for(1)
+    _, headers, body = receiver.requests[0]
+    assert tidebase.verify_webhook_signature(body, headers["x-tidebase-signature"], APP_SECRET)
 
 
 def test_without_a_secret_nothing_is_signed(start_server, receiver):
