@@ -355,8 +355,10 @@ create table if not exists tidebase.outbox (
 alter table tidebase.outbox drop constraint if exists outbox_channel_id_fkey;  -- read the table for each channel deleted
 alter table tidebase.outbox add column if not exists host text generated always as
   (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
--- Serve claim_webhooks: whether any is due; which hosts there are, and what is due for each.
-create index if not exists outbox_due_idx on tidebase.outbox (next_attempt_at) where status = 'pending';
+-- Serve claim_webhooks: whether any is due (worded so that no search for a host's takes this index, and with it reads
+-- those of all hosts); and which hosts there are, and what is due for each.
+drop index if exists tidebase.outbox_due_idx;
+create index if not exists outbox_any_due_idx on tidebase.outbox (next_attempt_at) where completed_at is null;
 create index if not exists outbox_host_idx on tidebase.outbox (host, next_attempt_at)
   where status = 'pending' and next_attempt_at is not null;
 -- Serves the order of a channel.
@@ -2754,49 +2756,61 @@ end $$;
 
 -- Claims due webhooks, for each host at most p_per_host beside those in flight already.
 -- p_in_flight: the ids of what this sender sends now. Hosts with fewer of these come first, and take turns, beginning
--- after p_after: neither the backlog of one nor a hundred that hang hold up another.
--- Returns  [{id, attempt, kind, url, host, secret, body}], body being the exact text to sign and send.
+-- after p_after: neither the backlog of one nor a hundred that hang hold up another. At most 1,000 hosts are looked at.
+-- Returns  {"webhooks": [{id, attempt, kind, url, secret, body}], "after": where the next call begins}; body is the
+--          exact text to sign and send.
 create or replace function tidebase.claim_webhooks (p_limit integer, p_hold_ms bigint, p_per_host integer,
                                                     p_in_flight text[], p_after text)
   returns json language plpgsql
   set enable_seqscan = off as $$  -- a plan made while the table was tiny is kept while it grows
 declare
-  v_now timestamptz := tidebase.now();
-  v_ids bigint[];
+  v_now   timestamptz := tidebase.now();
+  v_ids   bigint[];
+  v_after text;
 begin
-  perform from tidebase.outbox where status = 'pending' and next_attempt_at <= v_now limit 1;
+  perform from tidebase.outbox where completed_at is null and next_attempt_at <= v_now limit 1;
   if not found then  -- mostly: who writes a lot asks often
-    return '[]';
+    return json_build_object('webhooks', '[]'::json, 'after', p_after);
   end if;
-  with recursive first_due (host, at) as (  -- a probe of the index per host, however many webhooks wait for it
-    (select host, next_attempt_at from tidebase.outbox where status = 'pending' and next_attempt_at is not null
-      order by host, next_attempt_at limit 1)
+  with recursive hosts (host, due_at, lap, turn) as (  -- from p_after on, then from the first to p_after: a probe each
+    select p_after, null::timestamptz, 0, 0
     union all
-    select following.* from first_due f, lateral (
-      select o.host, o.next_attempt_at from tidebase.outbox o
-       where o.status = 'pending' and o.next_attempt_at is not null and o.host > f.host
-       order by o.host, o.next_attempt_at limit 1) as following
+    select following.*, h.turn + 1
+      from hosts h, lateral (
+             (select o.host, o.next_attempt_at, h.lap from tidebase.outbox o
+               where o.status = 'pending' and o.next_attempt_at is not null and o.host > h.host
+               order by o.host, o.next_attempt_at limit 1)
+             union all
+             (select o.host, o.next_attempt_at, 1 from tidebase.outbox o
+               where o.status = 'pending' and o.next_attempt_at is not null and h.lap = 0
+               order by o.host, o.next_attempt_at limit 1)
+             order by 3 limit 1) as following (host, due_at, lap)
+     where h.turn < 1000 and (following.lap = 0 or following.host <= p_after)
   ), flying as (
     select o.host, count(*) as number from tidebase.outbox o where o.id = any (p_in_flight) group by o.host
-  ), hosts as (
-    select host, coalesce(number, 0) as number from first_due left join flying using (host)
-     where at <= v_now and coalesce(number, 0) < p_per_host
-     order by coalesce(number, 0), host <= p_after, host limit p_limit
+  ), free as (
+    select host, turn, coalesce(number, 0) as number from hosts left join flying using (host)
+     where due_at <= v_now and coalesce(number, 0) < p_per_host
+     order by coalesce(number, 0), turn limit p_limit
   ), due as (
-    select hosts.host, hosts.number + row_number() over (partition by hosts.host) as number, claimable.seq
-      from hosts, lateral (
+    select free.host, free.turn, free.number + row_number() over (partition by free.host) as number, claimable.seq
+      from free, lateral (
              select o.seq from tidebase.outbox o
-              where o.host = hosts.host and o.status = 'pending' and o.next_attempt_at <= v_now
+              where o.host = free.host and o.status = 'pending' and o.next_attempt_at <= v_now
                 and o.id <> all (p_in_flight)  -- whose claim could not be renewed in time
-              order by o.next_attempt_at limit p_per_host - hosts.number for update skip locked) as claimable
+              order by o.next_attempt_at limit p_per_host - free.number for update skip locked) as claimable
+  ), claimed as (
+    select * from due order by number, turn limit p_limit
   )
-  select array_agg(seq) into v_ids
-    from (select seq from due order by number, host <= p_after, host limit p_limit) as claimed;
+  select array_agg(seq order by number, turn),
+         coalesce((array_agg(host order by number desc, turn desc))[1], (select host from hosts where turn = 1000),
+                  p_after)
+    into v_ids, v_after from claimed;
   update tidebase.outbox set attempts = attempts + 1, next_attempt_at = v_now + tidebase._ms(p_hold_ms)
    where seq = any (v_ids);
-  return (
+  return json_build_object('after', v_after, 'webhooks', (
     select coalesce(json_agg(json_build_object(
-             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url, 'host', o.host,
+             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url,
              'secret', case o.kind when 'channel' then c.secret when 'recovery' then r.recovery_secret end,
              'body', case o.kind when 'channel' then
                json_build_object('type', o.event_type, 'runId', o.run_id, 'gateId', o.gate_id, 'deliveryId', o.id,
@@ -2807,7 +2821,7 @@ begin
              end) order by array_position(v_ids, o.seq)), '[]')
       from tidebase.outbox o join tidebase.runs r on r.id = o.run_id
       left join tidebase.channels c on c.id = o.channel_id
-     where o.seq = any (v_ids));
+     where o.seq = any (v_ids)));
 end $$;
 
 -- Renews claims for another p_hold_ms; what was settled or claimed by another meanwhile is left out, and what is locked

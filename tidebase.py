@@ -24,8 +24,8 @@ The rooms of this file, each using only those above it:
     Routes                check, call, answer
     Wiring                the rooms above, built and served; the command line
 
-Beside it stand connections.py, which brings requests here and lets small writes go together, and openapi.py, which
-describes the routes.
+Beside it stand connections.py, which brings requests here and lets small writes go together, openapi.py, which
+describes the routes, and tidebase_server/, which sends a webhook to where it may go.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -1407,7 +1407,7 @@ class Sender:
         self.notified = threading.Event()     # there may be something to send
         self.started = threading.Event()      # there is a deadline to keep
         self.renew_at = 0.0
-        self.last_host = ""                   # hosts take turns: the next claim begins after this one
+        self.after = ""                       # hosts take turns: the next claim begins after this one
         self.stop_by: float | None = None     # the end of what is in flight, once the server stops
 
     def notify(self) -> None:
@@ -1420,18 +1420,17 @@ class Sender:
         flying = list(self.in_flight.values())
         self._renew(flying)
         now = time.monotonic()
-        quick = sum(now - one.exchange.started < SEND_SLOW_SECONDS for one in flying)
+        quick = sum(one.exchange.is_over or now - one.exchange.started < SEND_SLOW_SECONDS for one in flying)
         room = min(SEND_SLOTS - quick, SEND_THREADS - len(flying))
         if room <= 0 or self.stop_by is not None:
             return 0
         per_host = SEND_PER_HOST if len(flying) < SEND_THREADS // 2 else 1  # the last threads are for other hosts
-        webhooks = json.loads(self.database.call(
-            "claim_webhooks", room, SEND_HOLD_MS, per_host, [one.webhook["id"] for one in flying],
-            self.last_host)[0] or "[]")
-        for webhook in webhooks:
+        claim = json.loads(str(self.database.call("claim_webhooks", room, SEND_HOLD_MS, per_host,
+                                                  [one.webhook["id"] for one in flying], self.after)[0]))
+        self.after = claim["after"]
+        for webhook in claim["webhooks"]:
             self._start(webhook)
-            self.last_host = webhook["host"]
-        return len(webhooks)
+        return len(claim["webhooks"])
 
     def idle_seconds(self) -> float:
         """How long the sender may sleep: less while a slow webhook may give up its slot."""
@@ -1452,8 +1451,9 @@ class Sender:
 
     def drain(self) -> None:
         """Wait until nothing is in flight; what could not be recorded by then is sent again by another server."""
+        end = (self.stop_by or 0.0) + CONNECT_SECONDS
         with self.changed:
-            self.changed.wait_for(lambda: not self.in_flight, SEND_DRAIN_SECONDS + CONNECT_SECONDS)
+            self.changed.wait_for(lambda: not self.in_flight, max(0.0, end - time.monotonic()))
 
     def _renew(self, flying: list[InFlight]) -> None:
         now = time.monotonic()

@@ -208,9 +208,12 @@ def test_answers_fit_the_document_and_bad_data_is_refused(
                 case.path_parameters["gateId"], body["token"] = gate["id"], gate["resolveToken"]
             if "leaseOwner" in body:
                 body["leaseOwner"] = "owner"
-                if list(case.path_parameters or {}) == ["runId"]:  # others may have ended the first one meanwhile
-                    case.path_parameters["runId"] = api.enqueue("held")
-                    api.begin(case.path_parameters["runId"], "owner")["run"]
+                parts = case.path_parameters or {}
+                if "runId" in parts and parts.keys() <= {"runId", "stepId"}:  # others may have ended the first ones
+                    parts["runId"] = api.enqueue("held")
+                    api.begin(parts["runId"], "owner")["run"]
+                    if "stepId" in parts:
+                        parts["stepId"] = api.begin_step(parts["runId"], "one", "owner")["step"]["id"]
             if "for" in body:
                 body["for"] = {"event": "later"}
 

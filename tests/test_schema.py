@@ -395,9 +395,9 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "offers of push queues": (100, lambda bill, api: (
         api.put("/queues/queue1/config", {"invokeUrl": "http://127.0.0.1:1/", "concurrency": 200})["config"],
         bill.later(0, "offer_runs", 100))[1]),
-    "deliveries": (8, lambda bill, api: bill.later(1, "claim_webhooks", 8, 1000, 8, [], "")),
+    "deliveries": (8, lambda bill, api: bill.later(1, "claim_webhooks", 8, 1000, 8, [], "")["webhooks"]),
     "deliveries beside a host whose slots are taken": (0, lambda bill, api: bill.later(
-        1, "claim_webhooks", 8, 1000, 2, ["rec_" + numbered(1005), "rec_" + numbered(2005)], "")),
+        1, "claim_webhooks", 8, 1000, 2, ["rec_" + numbered(1005), "rec_" + numbered(2005)], "")["webhooks"]),
     "the settling of a delivery": (None, lambda bill, api: bill.later(
         0, "settle_webhook", "rec_" + numbered(1005), 0, True, False, 200, "", None)),
 }

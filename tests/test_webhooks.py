@@ -46,7 +46,8 @@ def channel(url: str, *events: str, secret: str | None = SECRET) -> dict[str, An
 
 def claimed(api: Api, hold_ms: int = tidebase.SEND_HOLD_MS) -> list[Any]:
     """What another sender would claim now."""
-    return json.loads(api.server.database.call("claim_webhooks", 8, hold_ms, tidebase.SEND_PER_HOST, [], "")[0])
+    answer = api.server.database.call("claim_webhooks", 8, hold_ms, tidebase.SEND_PER_HOST, [], "")[0]
+    return json.loads(answer)["webhooks"]
 
 
 def deliveries(api: Api, run: str) -> list[Any]:
@@ -786,6 +787,31 @@ def test_what_is_in_flight_is_claimed_by_nobody_else_while_its_sender_lives(
     receiver.answering.set()
     row, = settled(api, run)
     assert (row["status"], row["attempts"]) == ("delivered", 1)
+
+
+def test_hosts_take_turns_and_a_claim_looks_at_a_thousand_at_most(api, sql):
+    api.server.let_send(False)
+    run = api.create()
+
+    def due(hosts: str, at: str = "now()") -> None:
+        sql("insert into tidebase.outbox (id, kind, run_id, event_type, url, next_attempt_at)"  # noqa: S608
+            f" select 'rec_' || gen_random_uuid(), 'recovery', %s, 'run.resume', {hosts}, tidebase.{at}"
+            " from generate_series(1, 1500) n", run)
+
+    def claim(after: str, in_flight: tuple[str, ...] = (), limit: int = 3) -> tuple[list[str], str]:
+        answer = json.loads(api.server.database.call("claim_webhooks", limit, 0, 2, list(in_flight), after)[0])
+        return [webhook["url"][7:] for webhook in answer["webhooks"]], answer["after"]
+
+    due("'http://' || substr('abcd', n %% 4 + 1, 1)")
+    assert claim("") == (["a", "b", "c"], "c")
+    assert claim("c") == (["d", "a", "b"], "b")
+    assert claim("d", limit=8) == (["a", "b", "c", "d"] * 2, "d")  # one for each before a second for any
+    [(a1, a2, b1)] = sql("select max(id) filter (where host = 'a'), min(id) filter (where host = 'a'), min(id)"
+                         " filter (where host = 'b') from tidebase.outbox")
+    assert claim("", (a1, a2, b1), 8) == (["c", "d", "b", "c", "d"], "d")
+    due("'http://e' || lpad(n::text, 4, '0')", "now() + interval '1 hour'")
+    assert claim("d") == ([], "e1000")
+    assert claim("e1000") == (["a", "b", "c"], "c")
 
 
 # --- no slot is lost

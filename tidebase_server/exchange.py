@@ -6,6 +6,7 @@ drips could hold a thread for ever: the deadline is kept by shutting the connect
 
 from __future__ import annotations
 
+import functools
 import http.client
 import io
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import requests
 import requests.adapters
 import urllib3
+import urllib3.connection
 
 from .access import WebhookTargets
 
@@ -43,6 +45,7 @@ class Exchange:
         self.started = time.monotonic()
         self.deadline = self.started + seconds
         self.is_cut = False
+        self.is_over = False  # `post` returned, or raised
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None  # a handle of our own: the other is closed at any time
 
@@ -67,6 +70,7 @@ class Exchange:
                 raise Cut from error
             raise
         finally:
+            self.is_over = True
             with self._lock:
                 if self._connection:
                     self._connection.close()
@@ -175,14 +179,27 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Bounded(self.fp.detach()))
 
 
-def _connection_class(base: Any, exchange: Exchange) -> Any:
-    class Connection(base):  # type: ignore[misc]
-        response_class = _Response
+class _Connecting:
+    """How both kinds of connection are made."""
 
-        def _new_conn(self) -> socket.socket:
-            return exchange.connect(self._dns_host, self.port)
+    response_class: Any = _Response
+    _dns_host: str
+    port: int
 
-    return Connection
+    def __init__(self, *arguments: Any, exchange: Exchange, **options: Any) -> None:
+        self.exchange = exchange
+        super().__init__(*arguments, **options)
+
+    def _new_conn(self) -> socket.socket:
+        return self.exchange.connect(self._dns_host, self.port)
+
+
+class _Connection(_Connecting, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _SecureConnection(_Connecting, urllib3.connection.HTTPSConnection):
+    pass
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -192,7 +209,8 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
     def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*arguments, **options)
-        pool.ConnectionCls = _connection_class(type(pool).ConnectionCls, self.exchange)
+        kind = _SecureConnection if pool.scheme == "https" else _Connection
+        pool.ConnectionCls = functools.partial(kind, exchange=self.exchange)
         return pool
 
 
