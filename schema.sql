@@ -97,6 +97,7 @@ create table if not exists tidebase.runs (
   error               json,
   failure_class       text,
   recovery_webhook    text,
+  recovery_secret     text,                                -- signs it; never leaves the database but to the sender
   queue               text,
   dedupe_key          text,
   priority            integer     not null default 0,
@@ -130,6 +131,7 @@ create table if not exists tidebase.runs (
   constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null)),
   constraint runs_waiting_whole check ((status = 'waiting') = (waiting_for is not null))
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
+alter table tidebase.runs add column if not exists recovery_secret text;
 -- At most one live run per queue and dedupe key; enqueue_runs reads the live one by it.
 create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedupe_key)
   where dedupe_key is not null and status in ('queued', 'running', 'waiting');
@@ -362,6 +364,8 @@ create table if not exists tidebase.outbox (
   event_type      text        not null,                     -- run.resume, run.invoke, or the event's
   reason          text,
   url             text        not null,
+  host            text        generated always as           -- and port: whom a hanging receiver may not hold up
+                  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored,
   payload         json,
   status          text        not null default 'pending'
                   constraint outbox_status_known check (status in ('pending', 'delivered', 'failed')),
@@ -374,8 +378,14 @@ create table if not exists tidebase.outbox (
   completed_at    timestamptz
 );
 alter table tidebase.outbox drop constraint if exists outbox_channel_id_fkey;  -- read the table for each channel deleted
--- Serves take_deliveries.
-create index if not exists outbox_due_idx on tidebase.outbox (next_attempt_at) where status = 'pending';
+alter table tidebase.outbox add column if not exists host text generated always as
+  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
+-- Serve claim_webhooks: whether any is due (worded so that no search for a host's takes this index, and with it reads
+-- those of all hosts); and which hosts there are, and what is due for each.
+drop index if exists tidebase.outbox_due_idx;
+create index if not exists outbox_any_due_idx on tidebase.outbox (next_attempt_at) where completed_at is null;
+create index if not exists outbox_host_idx on tidebase.outbox (host, next_attempt_at)
+  where status = 'pending' and next_attempt_at is not null;
 -- Serves the order of a channel.
 create index if not exists outbox_channel_idx on tidebase.outbox (channel_id, seq) where status = 'pending';
 -- Serves the run detail.
@@ -410,11 +420,15 @@ create table if not exists tidebase.queue_tallies (
 create or replace function tidebase._iso (p_at timestamptz) returns text language sql stable as
 $$ select to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"') $$;
 
+-- An address without its credentials, which are for the receiver alone.
+create or replace function tidebase._shown_url (p_url text) returns text language sql immutable as
+$$ select regexp_replace(p_url, '^([^:]+://)[^/?#]*@', '\1***@') $$;
+
 create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as $$
   select json_build_object(
     'id', r.id, 'workflowName', r.workflow_name, 'input', r.input, 'metadata', r.metadata, 'status', r.status,
-    'result', r.result, 'error', r.error, 'recoveryWebhook', r.recovery_webhook, 'leaseOwner', r.lease_owner,
-    'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
+    'result', r.result, 'error', r.error, 'recoveryWebhook', tidebase._shown_url(r.recovery_webhook),
+    'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
     'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
     'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
@@ -453,13 +467,13 @@ $$;
 
 create or replace function tidebase._channel_json (c tidebase.channels) returns json language sql stable as $$
   select json_build_object('id', c.id, 'runId', c.run_id, 'type', c.type,
-                           'config', json_build_object('url', c.url, 'secret', null),
+                           'config', json_build_object('url', tidebase._shown_url(c.url), 'secret', null),
                            'events', c.events, 'createdAt', tidebase._iso(c.created_at))
 $$;
 
 create or replace function tidebase._recovery_json (o tidebase.outbox) returns json language sql stable as $$
   select json_build_object(
-    'id', o.id, 'runId', o.run_id, 'reason', o.reason, 'webhookUrl', o.url, 'status', o.status,
+    'id', o.id, 'runId', o.run_id, 'reason', o.reason, 'webhookUrl', tidebase._shown_url(o.url), 'status', o.status,
     'httpStatus', o.http_status, 'responseBody', o.response_body, 'errorText', o.error_text,
     'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
     'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
@@ -547,7 +561,7 @@ $$;
 
 create or replace function tidebase._queue_json (q tidebase.queues) returns json language sql stable as $$
   select json_build_object('name', q.name, 'concurrency', q.concurrency, 'ratePerMinute', q.rate_per_minute,
-                           'invokeUrl', q.invoke_url)
+                           'invokeUrl', tidebase._shown_url(q.invoke_url))
 $$;
 
 -- The completed steps of a run, for a worker that is to replay them (those copied whatever their input); past 4 MiB of output the rest is asked for step
@@ -705,8 +719,8 @@ begin
 end $$;
 
 -- Puts a webhook into the outbox. Needs the run locked, so that a channel's rows stand in the order of its events.
-create or replace function tidebase._post (p_kind text, p_run_id text, p_channel_id text, p_gate_id text, p_type text,
-                                           p_reason text, p_url text, p_payload json)
+create or replace function tidebase._enqueue_webhook (p_kind text, p_run_id text, p_channel_id text, p_gate_id text,
+                                                      p_type text, p_reason text, p_url text, p_payload json)
   returns tidebase.outbox language sql as $$
   insert into tidebase.outbox (id, kind, run_id, channel_id, gate_id, event_type, reason, url, payload, next_attempt_at)
   values (tidebase._new_id(case p_kind when 'channel' then 'del' else 'rec' end), p_kind, p_run_id, p_channel_id,
@@ -721,7 +735,7 @@ create or replace function tidebase._notify (p_run tidebase.runs, p_type text, p
                                              p_gate_id text default null) returns void language plpgsql as $$
 begin
   if p_run.has_channels then
-    perform tidebase._post('channel', p_run.id, c.id, p_gate_id, p_type, null, c.url, p_payload)
+    perform tidebase._enqueue_webhook('channel', p_run.id, c.id, p_gate_id, p_type, null, c.url, p_payload)
        from tidebase.channels c
       where c.run_id = p_run.id and (c.gate_id is null or c.gate_id = p_gate_id)
         and (c.events = '[]' or c.events ? p_type);
@@ -739,19 +753,19 @@ create or replace function tidebase._add_channels (p_run_id text, p_gate_id text
       from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n
     returning *
   )
-  select coalesce(json_agg(json_build_object('type', type, 'url', url, 'events', events)), '[]') from added
+  select coalesce(json_agg(json_build_object('type', type, 'url', tidebase._shown_url(url), 'events', events)), '[]') from added
 $$;
 
 -- Asks the app, through the run's recovery webhook, to resume it.
 create or replace function tidebase._start_recovery (p_run tidebase.runs, p_reason text)
   returns tidebase.outbox language plpgsql as $$
 declare
-  v_post tidebase.outbox := tidebase._post('recovery', p_run.id, null, null, 'run.resume', p_reason,
-                                           p_run.recovery_webhook, null);
+  v_webhook tidebase.outbox := tidebase._enqueue_webhook('recovery', p_run.id, null, null, 'run.resume', p_reason,
+                                                         p_run.recovery_webhook, null);
 begin
-  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_post.id,
+  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_webhook.id,
                            'reason', p_reason));
-  return v_post;
+  return v_webhook;
 end $$;
 
 create or replace function tidebase._tally (p_queue text, p_status text, p_runs integer)
@@ -768,17 +782,18 @@ end $$;
 -- Answers  null when the id is taken.
 create or replace function tidebase._create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
                                                  p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
-                                                 p_extras json, p_parent_id text default null)
+                                                 p_extras json, p_parent_id text default null,
+                                                 p_recovery_secret text default null)
   returns tidebase.runs language plpgsql as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_run   tidebase.runs;
   v_event json;
 begin
-  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, deadline_at, has_channels,
-                             parent_run_id, event_seq, created_at, updated_at)
+  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, deadline_at,
+                             has_channels, parent_run_id, event_seq, created_at, updated_at)
   values (coalesce(p_id, tidebase._new_id('run')), p_workflow_name, p_input, p_metadata, 'pending', p_recovery_webhook,
-          v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
+          p_recovery_secret, v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
   on conflict (id) do nothing returning * into v_run;
   if found then
     v_event := json_build_object('workflowName', p_workflow_name, 'input', p_input,
@@ -793,11 +808,13 @@ end $$;
 -- Needs    p_id not used by another workflow, else TB409 run_id_conflict.
 -- Leaves   the run pending, its channels, event run.created.    Returns  {"run", "created"}.
 create or replace function tidebase.create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
-                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint)
+                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
+                                                p_recovery_secret text default null)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._create_run(p_id, p_workflow_name, p_input, p_metadata, p_recovery_webhook,
-                                              p_channels, p_deadline_ms, null);
+                                              p_channels, p_deadline_ms, null,
+                                              p_recovery_secret => p_recovery_secret);
   v_new boolean := v_run.id is not null;
 begin
   if not v_new then
@@ -1184,15 +1201,15 @@ end $$;
 create or replace function tidebase._recover (p_run tidebase.runs, p_reason text)
   returns tidebase.outbox language plpgsql as $$
 declare
-  v_post tidebase.outbox;
+  v_webhook tidebase.outbox;
 begin
-  select * into v_post from tidebase.outbox
+  select * into v_webhook from tidebase.outbox
    where run_id = p_run.id and kind = 'recovery' and reason = p_reason and status = 'pending' and attempts = 0
    order by seq limit 1;
   if not found then
-    v_post := tidebase._start_recovery(p_run, p_reason);
+    v_webhook := tidebase._start_recovery(p_run, p_reason);
   end if;
-  return v_post;
+  return v_webhook;
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -1553,7 +1570,7 @@ end $$;
 
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
 -- p_child: {name, workflowName, metadata, channels, edgeType, edgeMetadata, maxAttempts, priority, ~id,
--- ~recoveryWebhook, ~queue, ~leaseOwner}.
+-- ~recoveryWebhook, ~recoverySecret, ~queue, ~leaseOwner}.
 -- Needs    the parent (TB404), not cancelled (TB409 run_cancelled), held by the leaseOwner given (_check_owner); an
 --          existing child of the name of the same workflow
 --          (TB409 edge_conflict).
@@ -1582,7 +1599,7 @@ begin
     p_child->>'id', p_child->>'workflowName', p_input,
     p_child->'metadata' || jsonb_build_object('parentRunId', p_parent_id, 'parentEdgeName', v_name),
     p_child->>'recoveryWebhook', p_child->'channels', null,
-    json_build_object('parentRunId', p_parent_id, 'edgeName', v_name), p_parent_id);
+    json_build_object('parentRunId', p_parent_id, 'edgeName', v_name), p_parent_id, p_child->>'recoverySecret');
   if v_run.id is null then
     perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_child->>'id'));
   end if;
@@ -1620,7 +1637,8 @@ begin
   v_fork := tidebase._create_run(
     p_id, v_run.workflow_name, coalesce(p_input, v_run.input),
     v_run.metadata || jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
-    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step));
+    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
+    p_recovery_secret => v_run.recovery_secret);
   if v_fork.id is null then
     return json_build_object('run', tidebase._run_json(tidebase._same_run(p_id, v_run.workflow_name)),
                              'created', false);
@@ -2124,8 +2142,8 @@ end $$;
 -- Queues: a job is a run. Put in once per dedupe key, claimed by one, within the queue's caps.
 -- ------------------------------------------------------------------------------
 
--- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, channels, dedupeKey?, delayMs?, runAt?,
--- maxAttempts, priority, deadlineMs?}.
+-- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, recoverySecret?, channels, dedupeKey?,
+-- delayMs?, runAt?, maxAttempts, priority, deadlineMs?}.
 -- Needs    an id given is not another workflow's (TB409 run_id_conflict), nor is the live run that has the dedupe key
 --          (TB409 dedupe_conflict).
 -- Leaves   the run queued, event run.enqueued; where its dedupe key or its id is taken, nothing new.
@@ -2137,11 +2155,12 @@ declare
 begin
   deduplicated := false;
   loop
-    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, queue, dedupe_key,
-                               priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
+    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, queue,
+                               dedupe_key, priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
                                created_at, updated_at)
     values (coalesce(p_job->>'id', tidebase._new_id('run')), p_job->>'workflowName', p_input, p_job->'metadata',
-            'queued', p_job->>'recoveryWebhook', p_queue, p_job->>'dedupeKey', (p_job->>'priority')::integer,
+            'queued', p_job->>'recoveryWebhook', p_job->>'recoverySecret', p_queue, p_job->>'dedupeKey',
+            (p_job->>'priority')::integer,
             coalesce((p_job->>'runAt')::timestamptz, v_now + tidebase._ms((p_job->>'delayMs')::bigint), v_now),
             (p_job->>'maxAttempts')::integer, v_now + tidebase._ms((p_job->>'deadlineMs')::bigint),
             p_job->'channels' <> '[]', 1, v_now, v_now)
@@ -2676,7 +2695,8 @@ $$;
 --          workflow that somebody gave this very key stands for it.
 -- Returns  how many fired: 1 or 0.
 create or replace function tidebase.fire_schedule (p_name text, p_fire_at timestamptz, p_next_run_at timestamptz)
-  returns integer language plpgsql as $$
+  returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_schedule tidebase.schedules;
 begin
@@ -2776,14 +2796,16 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once.
+-- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once. None
+-- waits long for a lock: the sweeps after it would wait, too.
 -- ------------------------------------------------------------------------------
 
 -- Runs whose owner fell silent: a queue run goes back at once while attempts last, else fails; a plain run stays for a
 -- manual resume, event run.stalled, and its recovery webhook, if any, is posted once per lease.
 -- Returns  how many, and for the log [{"runId", "workflowName", "queue", "leaseOwner", "attempt", "maxAttempts"}].
 create or replace function tidebase.expire_leases (p_limit integer, out expired integer, out runs json)
-  language plpgsql as $$
+  language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
@@ -2823,23 +2845,27 @@ begin
   runs := array_to_json(v_runs);
 end $$;
 
--- Live runs whose deadline passed are cancelled.
-create or replace function tidebase.cancel_overdue (p_limit integer) returns integer language plpgsql as $$
+-- Live runs whose deadline passed are cancelled; what is locked is left to the next tick.
+create or replace function tidebase.cancel_overdue (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
-  v_id    text;
+  v_due   record;
   v_run   tidebase.runs;
   v_count integer := 0;
 begin
-  for v_id in select id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
-                 and status in ('pending', 'queued', 'running', 'waiting')
-               order by deadline_at limit p_limit
+  for v_due in select id, parent_run_id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
+                  and status in ('pending', 'queued', 'running', 'waiting') order by deadline_at limit 100 + p_limit
   loop
-    v_run := tidebase._lock_to_end(v_id);
-    if v_run.status in ('pending', 'queued', 'running', 'waiting') then  -- else it ended just in time
-      perform tidebase._cancel(v_run, 'deadline', 'reconciler');
-    end if;
+    -- As _lock_to_end, without waiting.
+    perform from tidebase.runs where id = v_due.parent_run_id for no key update skip locked;
+    continue when not found and v_due.parent_run_id is not null;
+    select * into v_run from tidebase.runs
+     where id = v_due.id and status in ('pending', 'queued', 'running', 'waiting') for no key update skip locked;
+    continue when not found;
+    perform tidebase._cancel(v_run, 'deadline', 'reconciler');
     v_count := v_count + 1;
+    exit when v_count >= p_limit;
   end loop;
   return v_count;
 end $$;
@@ -2848,7 +2874,8 @@ end $$;
 -- 60 s on, so that it is neither claimed meanwhile nor offered again before.
 -- Leaves   each offer in the outbox with its event recovery.started, and an older one that still waited failed, event
 --          recovery.failed.
-create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz;
   v_queue tidebase.queues;
@@ -2876,8 +2903,9 @@ begin
         perform tidebase._record(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
                   'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
       end loop;
-      perform tidebase._record(v_run, null, 'recovery.started', json_build_object('recoveryAttemptId', (tidebase._post(
-                'push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null)).id,
+      perform tidebase._record(v_run, null, 'recovery.started', json_build_object(
+                'recoveryAttemptId', (tidebase._enqueue_webhook('push', v_id, null, null, 'run.invoke',
+                                                                'queue_dispatch', v_queue.invoke_url, null)).id,
                 'reason', 'queue_dispatch'));
       v_mine := v_mine + 1;
     end loop;
@@ -2888,7 +2916,8 @@ begin
 end $$;
 
 -- Pending gates whose time is up are cancelled. Their runs are locked first; one that is busy is left to the next tick.
-create or replace function tidebase.expire_gates (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.expire_gates (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
@@ -2911,7 +2940,8 @@ begin
 end $$;
 
 -- Waiting runs whose time has come go back to their queues; a signal that was waited for is timed out.
-create or replace function tidebase.wake_due (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.wake_due (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_run   tidebase.runs;
@@ -2996,56 +3026,117 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The sender's verbs: take what is due, send it, settle it. A sender that dies in between is made up for.
+-- The sender's verbs: claim what is due, renew the claim while it is in flight, settle it. A claim lasts p_hold_ms: what
+-- a sender that died had claimed is then due again, under the same id.
 -- ------------------------------------------------------------------------------
 
--- Takes due webhooks for p_hold_ms; taken and never settled, they are due again after that, under the same id.
--- Returns  [{id, attempt, kind, url, secret, body}], body being the exact text to sign and send.
-create or replace function tidebase.take_deliveries (p_limit integer, p_hold_ms bigint)
-  returns json language plpgsql as $$
+-- Claims due webhooks, for each host at most p_per_host beside those in flight already.
+-- p_in_flight: the ids of what this sender sends now. Hosts with fewer of these come first, and take turns, beginning
+-- after p_after: neither the backlog of one nor a hundred that hang hold up another. At most 1,000 hosts are looked at.
+-- Returns  {"webhooks": [{id, attempt, kind, url, secret, body}], "after": where the next call begins}; body is the
+--          exact text to sign and send.
+create or replace function tidebase.claim_webhooks (p_limit integer, p_hold_ms bigint, p_per_host integer,
+                                                    p_in_flight text[], p_after text)
+  returns json language plpgsql
+  set enable_seqscan = off as $$  -- a plan made while the table was tiny is kept while it grows
 declare
-  v_now timestamptz := tidebase.now();
-  v_ids bigint[] := array(select seq from tidebase.outbox where status = 'pending' and next_attempt_at <= v_now
-                           order by next_attempt_at limit p_limit for update skip locked);
+  v_now   timestamptz := tidebase.now();
+  v_ids   bigint[];
+  v_after text;
 begin
-  if cardinality(v_ids) = 0 then  -- mostly: who writes a lot asks often
-    return '[]';
+  perform from tidebase.outbox where completed_at is null and next_attempt_at <= v_now limit 1;
+  if not found then  -- mostly: who writes a lot asks often
+    return json_build_object('webhooks', '[]'::json, 'after', p_after);
   end if;
+  with recursive hosts (host, due_at, lap, turn) as (  -- from p_after on, then from the first to p_after: a probe each
+    select p_after, null::timestamptz, 0, 0
+    union all
+    select following.*, h.turn + 1
+      from hosts h, lateral (
+             (select o.host, o.next_attempt_at, h.lap from tidebase.outbox o
+               where o.status = 'pending' and o.next_attempt_at is not null and o.host > h.host
+               order by o.host, o.next_attempt_at limit 1)
+             union all
+             (select o.host, o.next_attempt_at, 1 from tidebase.outbox o
+               where o.status = 'pending' and o.next_attempt_at is not null and h.lap = 0
+               order by o.host, o.next_attempt_at limit 1)
+             order by 3 limit 1) as following (host, due_at, lap)
+     where h.turn < 1000 and (following.lap = 0 or following.host <= p_after)
+  ), flying as (
+    select o.host, count(*) as number from tidebase.outbox o where o.id = any (p_in_flight) group by o.host
+  ), free as (
+    select host, turn, coalesce(number, 0) as number from hosts left join flying using (host)
+     where due_at <= v_now and coalesce(number, 0) < p_per_host
+     order by coalesce(number, 0), turn limit p_limit
+  ), due as (
+    select free.host, free.turn, free.number + row_number() over (partition by free.host) as number, claimable.seq
+      from free, lateral (
+             select o.seq from tidebase.outbox o
+              where o.host = free.host and o.status = 'pending' and o.next_attempt_at <= v_now
+                and o.id <> all (p_in_flight)  -- whose claim could not be renewed in time
+              order by o.next_attempt_at limit p_per_host - free.number for update skip locked) as claimable
+  ), claimed as (
+    select * from due order by number, turn limit p_limit
+  )
+  select array_agg(seq order by number, turn),
+         coalesce((array_agg(host order by number desc, turn desc))[1], (select host from hosts where turn = 1000),
+                  p_after)
+    into v_ids, v_after from claimed;
   update tidebase.outbox set attempts = attempts + 1, next_attempt_at = v_now + tidebase._ms(p_hold_ms)
    where seq = any (v_ids);
-  return (
+  return json_build_object('after', v_after, 'webhooks', (
     select coalesce(json_agg(json_build_object(
-             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url, 'secret', c.secret, 'body',
-             case o.kind when 'channel' then
+             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url,
+             'secret', case o.kind when 'channel' then c.secret when 'recovery' then r.recovery_secret end,
+             'body', case o.kind when 'channel' then
                json_build_object('type', o.event_type, 'runId', o.run_id, 'gateId', o.gate_id, 'deliveryId', o.id,
                                  'payload', o.payload)::text
              else
                json_build_object('type', o.event_type, 'runId', o.run_id, 'workflowName', r.workflow_name,
                                  'reason', o.reason, 'attempt', r.attempt, 'deliveryId', o.id)::text
-             end) order by o.seq), '[]')
+             end) order by array_position(v_ids, o.seq)), '[]')
       from tidebase.outbox o join tidebase.runs r on r.id = o.run_id
       left join tidebase.channels c on c.id = o.channel_id
-     where o.seq = any (v_ids));
+     where o.seq = any (v_ids)));
+end $$;
+
+-- Renews claims for another p_hold_ms; what was settled or claimed by another meanwhile is left out, and what is locked
+-- is being changed. Waits for nobody.
+create or replace function tidebase.renew_webhooks (p_ids text[], p_attempts integer[], p_hold_ms bigint)
+  returns void language plpgsql as $$
+begin
+  update tidebase.outbox set next_attempt_at = tidebase.now() + tidebase._ms(p_hold_ms)
+   where seq in (select o.seq from unnest(p_ids, p_attempts) as claim (id, attempt)
+                   join tidebase.outbox o on o.id = claim.id and o.attempts = claim.attempt
+                  where o.status = 'pending' for update of o skip locked);
+end $$;
+
+-- Gives a claim back: due in p_delay_ms, and the try does not count.
+create or replace function tidebase.release_webhook (p_id text, p_attempt integer, p_delay_ms bigint)
+  returns void language plpgsql as $$
+begin
+  update tidebase.outbox set attempts = attempts - 1, next_attempt_at = tidebase.now() + tidebase._ms(p_delay_ms)
+   where id = p_id and attempts = p_attempt and status = 'pending';
 end $$;
 
 -- Records what became of a try; the next of the same channel becomes due once this one is through or given up.
 -- Tries    at most 8: after 1, 4, 10, 30 s, then 2, 8 and 20 min.
 -- Leaves   delivered, failed, or pending until the next try; events recovery.delivered and recovery.failed. A failed
---          try that was taken over by another sender meanwhile changes nothing.    Returns  {"status"}.
-create or replace function tidebase.settle_delivery (p_id text, p_attempt integer, p_delivered boolean,
-                                                     p_retryable boolean, p_http_status integer, p_response text,
-                                                     p_error text) returns json language plpgsql as $$
+--          try that was claimed by another sender meanwhile changes nothing.    Returns  {"status"}.
+create or replace function tidebase.settle_webhook (p_id text, p_attempt integer, p_delivered boolean,
+                                                    p_retryable boolean, p_http_status integer, p_response text,
+                                                    p_error text) returns json language plpgsql as $$
 declare
-  v_now    timestamptz := tidebase.now();
-  v_delays integer[] := array[1, 4, 10, 30, 120, 480, 1200];
-  v_run    tidebase.runs;
-  v_post   tidebase.outbox;
+  v_now     timestamptz := tidebase.now();
+  v_delays  integer[] := array[1, 4, 10, 30, 120, 480, 1200];
+  v_run     tidebase.runs;
+  v_webhook tidebase.outbox;
 begin
   select r.* into v_run from tidebase.runs r join tidebase.outbox o on o.run_id = r.id where o.id = p_id
      for no key update of r;
-  select * into v_post from tidebase.outbox where id = p_id;
-  if v_post.status <> 'pending' or (v_post.attempts <> p_attempt and not p_delivered) then
-    return json_build_object('status', v_post.status);
+  select * into v_webhook from tidebase.outbox where id = p_id;
+  if v_webhook.status <> 'pending' or (v_webhook.attempts <> p_attempt and not p_delivered) then
+    return json_build_object('status', v_webhook.status);
   end if;
   update tidebase.outbox
      set status = case when p_delivered then 'delivered'
@@ -3054,16 +3145,16 @@ begin
                                 then v_now + v_delays[p_attempt] * interval '1 second' end,
          completed_at = case when p_delivered or not p_retryable or p_attempt > cardinality(v_delays) then v_now end,
          http_status = p_http_status, response_body = p_response, error_text = p_error
-   where id = p_id returning * into v_post;
-  if v_post.status <> 'pending' then
+   where id = p_id returning * into v_webhook;
+  if v_webhook.status <> 'pending' then
     update tidebase.outbox set next_attempt_at = v_now
-     where seq = (select min(seq) from tidebase.outbox where channel_id = v_post.channel_id and status = 'pending');
-    if v_post.kind <> 'channel' then
-      perform tidebase._record(v_run, null, 'recovery.' || v_post.status, json_build_object(
-                'recoveryAttemptId', p_id, 'reason', v_post.reason, 'httpStatus', p_http_status, 'error', p_error));
+     where seq = (select min(seq) from tidebase.outbox where channel_id = v_webhook.channel_id and status = 'pending');
+    if v_webhook.kind <> 'channel' then
+      perform tidebase._record(v_run, null, 'recovery.' || v_webhook.status, json_build_object(
+                'recoveryAttemptId', p_id, 'reason', v_webhook.reason, 'httpStatus', p_http_status, 'error', p_error));
     end if;
   end if;
-  return json_build_object('status', v_post.status);
+  return json_build_object('status', v_webhook.status);
 end $$;
 
 -- ------------------------------------------------------------------------------

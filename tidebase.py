@@ -25,7 +25,8 @@ The rooms of this file, each using only those above it:
     Wiring                the rooms above, built and served; the command line
 
 Beside it stand connections.py, which brings requests here and lets small writes go together, openapi.py, which
-describes the routes, and tidebase_server/: who may ask, and the embedded PostgreSQL.
+describes the routes, and tidebase_server/: who may ask, the embedded PostgreSQL, and how a webhook gets to where it may
+go.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -54,7 +55,6 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -69,7 +69,6 @@ import marshmallow
 import psycopg
 import psycopg_pool
 import requests
-import urllib3
 from cronsim import CronSim, CronSimError
 from marshmallow import fields, validate
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
@@ -81,6 +80,8 @@ from connections import HttpServer, Later, Reply
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
 from tidebase_server.access import LOOPBACK, Access
 from tidebase_server.database import EmbeddedError, EmbeddedPostgres
+from tidebase_server.exchange import Cut, Exchange, TargetRefused
+from tidebase_server.targets import WebhookTargets
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
@@ -113,6 +114,8 @@ SETTINGS = (
     Setting("TIDEBASE_API_KEY", "", str, "the key that clients must send; without it whoever can connect may do all"),
     Setting("TIDEBASE_INSECURE", "0", bool, "1: listen beyond loopback without a key all the same"),
     Setting("TIDEBASE_WEBHOOK_SECRET", "", str, "signs recovery and push webhooks; without it they go out unsigned"),
+    Setting("TIDEBASE_WEBHOOK_ALLOW", "", str,
+            "private hosts and networks that webhooks may reach while HOST is beyond loopback: app,10.1.0.0/16"),
     Setting("TIDEBASE_PUBLIC_URL", "", str, "this server's address for reviewers (resolveUrl); needed beyond loopback"),
     Setting("TIDEBASE_CORS_ORIGIN", "", str, "an origin, or *, whose pages may call this server; else none may"),
     Setting("TIDEBASE_LEASE_MS", "60000", int, "how long a worker may be silent: three heartbeats of the client"),
@@ -149,6 +152,7 @@ class Config:
     api_key: str
     insecure: bool
     webhook_secret: str
+    webhook_allow: str
     public_url: str
     cors_origin: str
     lease_ms: int
@@ -206,12 +210,20 @@ class Config:
         except psycopg.ProgrammingError:  # its words repeat the password
             raise ConfigError("DATABASE_URL is no address of a PostgreSQL, such as "
                               "postgresql://user:password@host:5432/database") from None
+        try:
+            self.webhook_targets()
+        except ValueError as error:
+            raise ConfigError(f"TIDEBASE_WEBHOOK_ALLOW: {error}; it takes hosts and networks with commas between them"
+                              ) from None
         if self.host not in LOOPBACK and not self.api_key and not self.insecure:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
                               f"send (or TIDEBASE_INSECURE=1 to let anyone in); {MAKE_KEY}")
         if self.host not in LOOPBACK and 0 < len(self.api_key) < SHORTEST_KEY:
             raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: TIDEBASE_API_KEY must have at "
                               f"least {SHORTEST_KEY} characters; {MAKE_KEY}")
+
+    def webhook_targets(self) -> WebhookTargets:
+        return WebhookTargets(self.webhook_allow, on_loopback=self.host in LOOPBACK)
 
 
 # ------------------------------------------------------------------------------
@@ -719,6 +731,7 @@ class RunFields(Body):
     input = JsonText(empty="{}")
     metadata = JsonObject()
     recovery_webhook = Url(data_key="recoveryWebhook", load_default=None)
+    recovery_secret = Text(validate.Length(1, 1024), data_key="recoverySecret", load_default=None)
     channels = channels_up_to(MAX_RUN_CHANNELS)
     deadline_ms = Whole(1, MAX_MS, data_key="deadlineMs", load_default=None)
 
@@ -1100,6 +1113,11 @@ def is_away(error: psycopg.Error) -> bool:
         error.sqlstate is None or error.sqlstate.startswith(("08", "57P")))
 
 
+def cannot_write(error: psycopg.Error) -> bool:
+    """Whether nobody can write now: the database is away, or it is a standby (25006), as after a failover."""
+    return is_away(error) or error.sqlstate == "25006"
+
+
 class Database:
     """One pool; `call` and, where there are many answers, `rows` are the only ways from here to the rules. What a GET
     asks for is read by `read` and `select`, within a limit of time."""
@@ -1258,7 +1276,7 @@ class Busy(Exception):
 
 class Watcher:
     """While somebody here waits, asks Postgres every 50 ms what changed for all of them, and at once after a write of
-    this process (`poke`). Idle, it asks nothing."""
+    this process (`notify`). Idle, it asks nothing."""
 
     def __init__(self, database: Database, places: int) -> None:
         self.database = database
@@ -1266,14 +1284,14 @@ class Watcher:
         self.make_room: Callable[[int], None] = lambda waiting: None  # see to threads beside so many that wait
         self.waiters: list[Waiter] = []
         self.lock = threading.Lock()
-        self.poked = threading.Event()
+        self.notified = threading.Event()
         self.look_at = 0.0  # the time to see again who is gone
         self.stopping = False
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """Something was written here."""
         if self.waiters:
-            self.poked.set()
+            self.notified.set()
 
     def stop(self) -> None:
         """Wake all; they answer what they have."""
@@ -1281,7 +1299,7 @@ class Watcher:
         with self.lock:
             for waiter in self.waiters:
                 waiter.woken.set()
-        self.poked.set()
+        self.notified.set()
 
     def hold(self, waiter: Waiter, ask: Callable[[], T | None], seconds: float) -> T | None:
         """The first answer of `ask` that is not None; it is asked now, and whenever there is news for `waiter`.
@@ -1316,7 +1334,7 @@ class Watcher:
                 logger.warning("no thread to be had: %d may wait at once", self.places, extra={"event": "no_thread"})
                 raise Busy from None
             self.waiters.append(waiter)
-        self.poked.set()
+        self.notified.set()
         try:
             yield
         finally:
@@ -1324,7 +1342,7 @@ class Watcher:
                 self.waiters.remove(waiter)
 
     def tick(self) -> int:
-        """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to rest."""
+        """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to sleep."""
         with self.lock:
             waiters = list(self.waiters)
         if waiters:
@@ -1349,30 +1367,35 @@ class Watcher:
         return 0
 
 
-def keep_ticking(job: str, tick: Callable[[], int], rest: Callable[[], None], stop: threading.Event,
+def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], stop: threading.Event,
                  failed: Callable[[Exception], None]) -> None:
-    """Repeat tick until `stop` is set, resting only when it found no work or failed."""
+    """Repeat tick until `stop` is set, sleeping only when it found no work or failed."""
     while not stop.is_set():
         try:
             done = tick()
         except Exception as error:
-            if not isinstance(error, (psycopg.OperationalError, SchemaBehind)):
+            if not isinstance(error, SchemaBehind) and not (isinstance(error, psycopg.Error) and cannot_write(error)):
                 logger.exception("tick failed", extra={"event": "tick_failed", "job": job})
             failed(error)
             done = 0
         if not done:
-            rest()
+            sleep()
 
 
 # ------------------------------------------------------------------------------
-# Webhook sender: takes due webhooks out of the outbox, signs and sends them, and writes down what became of each.
+# Webhook sender: claims due webhooks from the outbox, signs and sends them, and records what became of each.
 # ------------------------------------------------------------------------------
-SEND_SECONDS = 10       # for a receiver to answer
-SEND_SLOTS = 8          # webhooks under way at once, so that one slow receiver does not hold up the others
-SEND_HOLD_MS = 30_000   # taken and not settled for so long (its sender was killed): due again; no try takes longer
-SEND_REST_SECONDS = 1.0  # between looks for what became due, or was written by another process
+SEND_SECONDS = 10        # for a whole exchange, from the resolver to the last byte of the answer
+SEND_SLOTS = 8           # webhooks in flight at once that are not slow
+SEND_SLOW_SECONDS = 0.2  # in flight for longer, a webhook gives its slot to another: its thread only waits
+SEND_THREADS = 128       # webhooks in flight at once, the slow ones among them
+SEND_PER_HOST = 2        # of these to one host and port, so that one that hangs leaves the slots to the others
+SEND_HOLD_MS = 6000      # a claim lasts so long, and is renewed while its sender lives: then another one claims it
+SEND_RENEW_SECONDS = 2.0
+SEND_SLEEP_SECONDS = 1.0  # between looks for what became due, or was written by another process
 SEND_GAP_SECONDS = 0.02
-RESPONSE_CHARACTERS = 8000
+DEADLINE_SECONDS = 0.1   # how late a deadline may be kept
+SEND_DRAIN_SECONDS = 3.0  # for what is in flight when the server is told to stop
 
 
 def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str, str]:
@@ -1381,110 +1404,158 @@ def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str
     key = secret.encode()
     standard_key = key
     if secret.startswith("whsec_"):
-        try:
-            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-        except ValueError:
-            standard_key = key
+        with suppress(ValueError):
+            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True) or key
     signed = b"%s.%d.%s" % (delivery_id.encode(), timestamp, body)
     standard = base64.b64encode(hmac.digest(standard_key, signed, "sha256")).decode()
     return {"x-tidebase-signature": "sha256=" + hmac.digest(key, body, "sha256").hex(),
             "webhook-signature": f"v1,{standard}"}
 
 
-class NoRedirects(requests.Session):
-    """A redirect is an answer like any other: requests would read its body to the end, and its address, even when told
-    not to follow it."""
+class Outcome(NamedTuple):
+    """What became of one try to deliver a webhook, as settle_webhook takes it."""
 
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
+    delivered: bool
+    retryable: bool
+    http_status: int | None = None
+    response: str | None = None
+    error: str | None = None
+
+
+class InFlight(NamedTuple):
+    webhook: dict[str, Any]  # as claimed
+    exchange: Exchange
 
 
 class Sender:
-    """Sends what is due, some at once; a channel's webhooks one after the other, since only the first is ever due."""
+    """Sends what is due, each webhook in a thread of its own; those of a channel one after the other, since only the
+    first is ever due. What is in flight stands in `in_flight` and nowhere else, so no failure can lose a slot."""
 
-    def __init__(self, database: Database, secret: str) -> None:
+    def __init__(self, database: Database, secret: str, targets: WebhookTargets) -> None:
         self.database = database
         self.secret = secret
-        self.free = SEND_SLOTS
-        self.lock = threading.Lock()
-        self.poked = threading.Event()
-        self.pool = ThreadPoolExecutor(SEND_SLOTS, "tidebase-send")
+        self.targets = targets
+        self.in_flight: dict[str, InFlight] = {}
+        self.changed = threading.Condition()  # guards it; notified when it shrinks
+        self.notified = threading.Event()     # there may be something to send
+        self.started = threading.Event()      # there is a deadline to keep
+        self.renew_at = 0.0
+        self.after = ""                       # hosts take turns: the next claim begins after this one
+        self.stop_by: float | None = None     # the end of what is in flight, once the server stops
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """There may be something to send."""
-        self.poked.set()
+        self.notified.set()
 
     def tick(self) -> int:
-        """Take as many due webhooks as there are free slots, and start sending them.  :returns: how many."""
-        self.poked.clear()
-        with self.lock:
-            slots = self.free
-        if not slots:
+        """Renew what is in flight, then claim what is due and start to send it.  :returns: how many were started."""
+        self.notified.clear()
+        flying = list(self.in_flight.values())
+        self._renew(flying)
+        now = time.monotonic()
+        quick = sum(one.exchange.is_over or now - one.exchange.started < SEND_SLOW_SECONDS for one in flying)
+        room = min(SEND_SLOTS - quick, SEND_THREADS - len(flying))
+        if room <= 0 or self.stop_by is not None:
             return 0
-        deliveries = json.loads(self.database.call("take_deliveries", slots, SEND_HOLD_MS)[0] or "[]")
-        for delivery in deliveries:
-            with self.lock:
-                self.free -= 1
-            self.pool.submit(self._deliver, delivery)
-        return len(deliveries)
+        per_host = SEND_PER_HOST if len(flying) < SEND_THREADS // 2 else 1  # the last threads are for other hosts
+        claim = json.loads(str(self.database.call("claim_webhooks", room, SEND_HOLD_MS, per_host,
+                                                  [one.webhook["id"] for one in flying], self.after)[0]))
+        self.after = claim["after"]
+        for webhook in claim["webhooks"]:
+            self._start(webhook)
+        return len(claim["webhooks"])
 
-    def _deliver(self, delivery: dict[str, Any]) -> None:
+    def idle_seconds(self) -> float:
+        """How long the sender may sleep: less while a slow webhook may give up its slot."""
+        return SEND_SLOW_SECONDS if self.in_flight else SEND_SLEEP_SECONDS
+
+    def keep_deadlines(self) -> int:
+        """End what is in flight for too long.  Needs a thread that waits for nothing else.  :returns: 0, to sleep."""
+        now = time.monotonic()
+        for _, exchange in list(self.in_flight.values()):
+            if now >= min(exchange.deadline, self.stop_by or exchange.deadline):
+                exchange.cut()
+        return 0
+
+    def stop(self) -> None:
+        """Claim no more, and give what is in flight SEND_DRAIN_SECONDS."""
+        self.stop_by = time.monotonic() + SEND_DRAIN_SECONDS
+        self.started.set()
+
+    def drain(self) -> None:
+        """Wait until nothing is in flight; what could not be recorded by then is sent again by another server."""
+        end = (self.stop_by or 0.0) + CONNECT_SECONDS
+        with self.changed:
+            self.changed.wait_for(lambda: not self.in_flight, max(0.0, end - time.monotonic()))
+
+    def _renew(self, flying: list[InFlight]) -> None:
+        now = time.monotonic()
+        if flying and now >= self.renew_at:
+            self.database.call("renew_webhooks", [one.webhook["id"] for one in flying],
+                               [one.webhook["attempt"] for one in flying], SEND_HOLD_MS)
+            self.renew_at = now + SEND_RENEW_SECONDS
+
+    def _start(self, webhook: dict[str, Any]) -> None:
+        one = InFlight(webhook, Exchange(self.targets, SEND_SECONDS))
+        with self.changed:
+            self.in_flight[webhook["id"]] = one
         try:
-            try:
-                outcome = self._send(delivery)
-            except Exception as error:  # a defect here must not make it due for ever: it counts as a failed try
-                logger.exception("a webhook could not be sent",
-                                 extra={"event": "send_failed", "delivery_id": delivery["id"]})
-                outcome = False, True, None, None, type(error).__name__
-            self.database.call("settle_delivery", delivery["id"], delivery["attempt"], *outcome)
-        except psycopg.Error as error:  # unsettled: due again after SEND_HOLD_MS, under the same id
-            logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
-                           extra={"event": "settle_failed", "delivery_id": delivery["id"]})
-        finally:
-            with self.lock:
-                self.free += 1
-            self.poke()
+            threading.Thread(target=self._deliver, args=one, name="tidebase-sender-webhook", daemon=True).start()
+        except Exception as error:  # the machine gives no more threads
+            logger.warning("a webhook waits for a thread: %s", error,
+                           extra={"event": "no_thread", "delivery_id": webhook["id"]})
+            self._finish(webhook, None)
+        self.started.set()
 
-    def _send(self, delivery: dict[str, Any]) -> tuple[bool, bool, int | None, str | None, str | None]:
-        """Post it.  :returns: delivered, worth repeating, status, the first characters of the answer, error."""
-        body = delivery["body"].encode()
+    def _deliver(self, webhook: dict[str, Any], exchange: Exchange) -> None:
+        outcome: Outcome | None = None
+        try:
+            outcome = self._send(webhook, exchange)
+        except Exception as error:  # a defect here must not make it due for ever: it counts as a failed try
+            logger.exception("a webhook could not be sent",
+                             extra={"event": "send_failed", "delivery_id": webhook["id"]})
+            outcome = Outcome(False, True, error=type(error).__name__)
+        finally:
+            self._finish(webhook, outcome)
+
+    def _finish(self, webhook: dict[str, Any], outcome: Outcome | None) -> None:
+        """Record the outcome of a try; None gives the webhook back, as if it had not been claimed."""
+        try:
+            if outcome:
+                self.database.call("settle_webhook", webhook["id"], webhook["attempt"], *outcome)
+            else:
+                self.database.call("release_webhook", webhook["id"], webhook["attempt"], int(SEND_SLEEP_SECONDS * 1000))
+        except psycopg.Error as error:  # claimed by another when the hold is over, under the same id
+            logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
+                           extra={"event": "settle_failed", "delivery_id": webhook["id"]})
+        finally:
+            with self.changed:
+                self.in_flight.pop(webhook["id"], None)
+                self.changed.notify_all()
+            self.notify()
+
+    def _send(self, webhook: dict[str, Any], exchange: Exchange) -> Outcome | None:
+        """Post it.  :returns: None when the server stops: the try was cut short and does not count."""
+        body = webhook["body"].encode()
         now = int(time.time())
         headers = {"content-type": "application/json", "user-agent": f"tidebase/{__version__}",
-                   "webhook-id": delivery["id"], "webhook-timestamp": str(now)}
-        secret = delivery["secret"] if delivery["kind"] == "channel" else self.secret
+                   "webhook-id": webhook["id"], "webhook-timestamp": str(now)}
+        secret = webhook["secret"] or (self.secret if webhook["kind"] != "channel" else "")
         if secret:
-            headers |= sign(body, secret, delivery["id"], now)
-        deadline = time.monotonic() + SEND_SECONDS
+            headers |= sign(body, secret, webhook["id"], now)
         try:
-            with NoRedirects() as session, session.post(
-                    delivery["url"], data=body, headers=headers, timeout=(CONNECT_SECONDS, SEND_SECONDS), stream=True,
-                    allow_redirects=False) as response:
-                text = self._beginning(response, deadline)
-                status = response.status_code
+            status, text = exchange.post(webhook["url"], body, headers)
+        except TargetRefused as refusal:
+            return Outcome(False, False, error=str(refusal))
+        except Cut:
+            return None if self.stop_by else Outcome(False, True, error=f"no complete answer within {SEND_SECONDS} s")
         except ValueError as error:  # an address that nobody can have
-            return False, False, None, None, type(error).__name__
+            return Outcome(False, False, error=type(error).__name__)
         except requests.RequestException as error:
-            return False, True, None, None, type(error).__name__
+            return Outcome(False, True, error=type(error).__name__)
         delivered = 200 <= status < 300
-        return delivered, status in (408, 429) or status >= 500, status, text, None if delivered else f"HTTP {status}"
-
-    @staticmethod
-    def _beginning(response: requests.Response, deadline: float) -> str:
-        """The first characters of an answer, without waiting for an endless one. The status counts: a body that breaks
-        off, or is not in the encoding it claims, is kept as far as it goes. NUL and lone surrogates are no text for
-        Postgres."""
-        taken = b""
-        with suppress(urllib3.exceptions.HTTPError):
-            while chunk := response.raw.read1(4096, decode_content=True):
-                taken += chunk
-                if len(taken) >= 4 * RESPONSE_CHARACTERS or time.monotonic() > deadline:
-                    break
-        try:
-            text = taken.decode(response.encoding or "utf-8", "replace")
-        except (LookupError, ValueError):  # the receiver named an encoding that there is not
-            text = taken.decode("utf-8", "replace")
-        text = text.encode("utf-8", "replace").decode()
-        return text[:RESPONSE_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}")
+        return Outcome(delivered, status in (408, 429) or status >= 500, status, text,
+                       None if delivered else f"HTTP {status}")
 
 
 # ------------------------------------------------------------------------------
@@ -1513,7 +1584,7 @@ def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
 
 
 class Reconciler:
-    """One tick every TIDEBASE_RECONCILE_MS."""
+    """One tick every TIDEBASE_RECONCILE_MS. Its sweeps are apart: one that fails keeps no other from running."""
 
     def __init__(self, database: Database, lease_ms: int, retention_days: int,
                  revive: Callable[[], None] | None) -> None:
@@ -1523,26 +1594,43 @@ class Reconciler:
         self.revive = revive
         self.away_since: float | None = None
         self.patient_until = time.monotonic() + self.lease_seconds
+        self.failing: dict[str, str] = {}  # what fails now, by name, and its error: logged once
 
     def tick(self) -> int:
         """Sweep once.  :returns: how much was done.
 
         While the server, or the database, was away, workers could not renew their leases: for one lease after that,
         expired ones are left alone.
+
+        :raises psycopg.Error: the database is away; all other failures are logged, each with the name of its sweep.
         """
-        done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in (
+        done = sum(self._attempt(sweep, self.database.count, sweep, SWEEP_LIMIT) for sweep in (
             "expire_gates", "wake_due", "offer_runs", "fold_tallies"))
         if self.away_since is None and time.monotonic() >= self.patient_until:
-            done += self._expire_leases()
-        # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
-        done += sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
-        done += self._fire_schedules()
+            done += self._attempt("expire_leases", self._expire_leases)
+        done += self._attempt("cancel_overdue", self._cancel_overdue)
+        done += self._attempt("due_schedules", self._fire_schedules)
         if self.retention_days:
-            done += self.database.count("purge_runs", self.retention_days, SWEEP_LIMIT)
+            done += self._attempt("purge_runs", self.database.count, "purge_runs", self.retention_days, SWEEP_LIMIT)
         if self.away_since is not None:
             logger.warning("the database is back", extra={"event": "database_back"})
             self.away_since = None
             self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
+        return done
+
+    def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any) -> int:
+        """Do one part of a tick; when it fails, log that and go on.  :raises psycopg.Error: the database is away."""
+        try:
+            done = sweep(*arguments)
+        except Exception as error:
+            if isinstance(error, psycopg.Error) and cannot_write(error):
+                raise
+            if self.failing.get(name) != str(error):
+                self.failing[name] = str(error)
+                logger.error("%s failed, and is tried again at every tick", name, exc_info=error,
+                             extra={"event": "sweep_failed", "job": name})
+            return 0
+        self.failing.pop(name, None)
         return done
 
     def _expire_leases(self) -> int:
@@ -1559,17 +1647,22 @@ class Reconciler:
                        place_of(run), run["attempt"], run["maxAttempts"], one_line(run["leaseOwner"]), outcome,
                        extra={"event": "lease_expired", "run_id": run["runId"]})
 
+    def _cancel_overdue(self) -> int:
+        # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
+        return sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
+
     def _fire_schedules(self) -> int:
         due = json.loads(self.database.call("due_schedules")[0] or "{}")
-        now, fired = datetime.fromisoformat(due["now"]), 0
-        for schedule in due["schedules"]:
-            # From now on, not from the time it was due at: after downtime it fires once.
-            coming = next_fire(schedule["cron"], schedule["timezone"], now)
-            fired += self.database.count("fire_schedule", schedule["name"], schedule["nextRunAt"], coming)
-        return fired
+        return sum(self._attempt(f"schedule {schedule['name']!r}", self._fire, schedule, due["now"])
+                   for schedule in due["schedules"])
+
+    def _fire(self, schedule: dict[str, Any], now: str) -> int:
+        # From now on, not from the time it was due at: after downtime it fires once.
+        coming = next_fire(schedule["cron"], schedule["timezone"], datetime.fromisoformat(now))
+        return self.database.count("fire_schedule", schedule["name"], schedule["nextRunAt"], coming)
 
     def failed(self, error: Exception) -> None:
-        """The tick could not be done: leases get their grace, and an outage is told once."""
+        """The database is away: leases get their grace, and the outage is logged once."""
         self.patient_until = time.monotonic() + self.lease_seconds
         if self.away_since is None:
             self.away_since = time.monotonic()
@@ -1758,6 +1851,7 @@ SAID = {
     "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
     "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",
     "queue": "queue", "workflow_name": "workflowName", "metadata": "metadata", "recovery_webhook": "recoveryWebhook",
+    "recovery_secret": "recoverySecret",
     "channels": "channels", "dedupe_key": "dedupeKey", "delay_ms": "delayMs", "run_at": "runAt",
     "max_attempts": "maxAttempts", "priority": "priority", "deadline_ms": "deadlineMs", "edge_type": "edgeType",
     "edge_metadata": "edgeMetadata"}
@@ -2055,7 +2149,7 @@ def create_run(workflow_name: str) -> Reply:
         raise invalid("workflowName", "must not be empty")
     body = parse(CreateRunBody)
     return call("create_run", body["id"], workflow_name, body["input"], body["metadata"], body["recovery_webhook"],
-                channels_of(body), body["deadline_ms"])
+                channels_of(body), body["deadline_ms"], body["recovery_secret"])
 
 
 LISTED: dict[str, LiteralString] = {
@@ -2599,7 +2693,7 @@ class Server:
                              cors_origin=config.cors_origin, pages=PAGES)
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.places)
-        self.sender = Sender(self.database, config.webhook_secret)
+        self.sender = Sender(self.database, config.webhook_secret, config.webhook_targets())
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
         self.stopping = threading.Event()
@@ -2620,8 +2714,8 @@ class Server:
 
     def wrote(self) -> None:
         """Something was written: wake the watcher and the sender."""
-        self.watcher.poke()
-        self.sender.poke()
+        self.watcher.notify()
+        self.sender.notify()
 
     def prepare(self) -> None:
         """Bring the schema up to date and open the pool, once.
@@ -2644,27 +2738,36 @@ class Server:
                                 OTHER_FILES + self.config.pool)
         self.watcher.make_room = self._http.make_room
         loops = [
-            ("watcher", self._when_prepared(self.watcher.tick), self._rest(
-                lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.poked)),
-            ("sender", self._when_prepared(self.sender.tick), self._rest(
-                lambda: SEND_REST_SECONDS, SEND_GAP_SECONDS, self.sender.poked)),
+            ("watcher", self._when_prepared(self.watcher.tick), self._sleep(
+                lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.notified)),
+            ("sender", self._when_prepared(self.sender.tick), self._sleep(
+                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.notified)),
             ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000)),
         ]
         threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(
-            job, tick, rest, self.stopping, self._tick_failed)) for job, tick, rest in loops]
-        for thread in threads:
+            job, tick, sleep, self.stopping, self._tick_failed)) for job, tick, sleep in loops]
+        sent = threading.Event()  # nothing is in flight any more
+        deadlines = threading.Thread(target=keep_ticking, name="tidebase-sender-deadlines", args=(
+            "deadlines", self.sender.keep_deadlines, self._sleep(
+                lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS, self.sender.started),
+            sent, self._tick_failed))
+        for thread in (*threads, deadlines):
             thread.start()
         try:
             self._http.serve(self.stopping)
         finally:
             self.stop()
+            self.sender.stop()
             self._http.drain()
             self.watcher.stop()
-            self.sender.poked.set()
+            self.sender.notify()
             self._http.close(DRAIN_SECONDS)
             for thread in threads:
                 thread.join()
-            self.sender.pool.shutdown()
+            self.sender.drain()
+            sent.set()
+            self.sender.started.set()
+            deadlines.join()
             self.database.pool.close()
         if self.failure:
             raise self.failure
@@ -2679,16 +2782,16 @@ class Server:
     def _when_prepared(self, tick: Callable[[], int]) -> Callable[[], int]:
         return lambda: tick() if self.prepared.is_set() else 0
 
-    def _rest(self, seconds: Callable[[], float | None], gap: float, poked: threading.Event) -> Callable[[], None]:
-        """Rest until poked, at most `seconds` (None: as long as it takes), but for `gap` in any case."""
+    def _sleep(self, seconds: Callable[[], float | None], gap: float, notified: threading.Event) -> Callable[[], None]:
+        """Sleep until notified, at most `seconds` (None: as long as it takes), but for `gap` in any case."""
 
-        def rest() -> None:
+        def sleep() -> None:
             self.stopping.wait(gap)
             limit = seconds()
-            poked.wait(limit if limit is not None else 3600)
-            poked.clear()
+            notified.wait(limit if limit is not None else 3600)
+            notified.clear()
 
-        return rest
+        return sleep
 
     def _reconcile(self) -> int:
         self.prepare()
@@ -2701,7 +2804,8 @@ class Server:
         if isinstance(error, SchemaBehind):
             self.failure = error
             self.stop()
-        elif isinstance(error, psycopg.OperationalError) and threading.current_thread().name.endswith("reconciler"):
+        elif (isinstance(error, psycopg.Error) and cannot_write(error)
+              and threading.current_thread().name.endswith("reconciler")):
             self.reconciler.failed(error)
 
 

@@ -37,6 +37,7 @@ asyncio), Tidebase and AsyncTidebase.  All times in arguments are seconds; JSON 
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import contextvars
@@ -78,7 +79,7 @@ __all__ = [  # what tidebase.py and tidebase.aio hand on
     "LeaseLost", "RunCancelled", "RunCompleted", "RunContext", "RunFailed", "RunIdConflict", "RunPage", "RunSession",
     "RunSuspended", "SignalTimeout", "StepFailed", "StepInputMismatch", "StepNeedsReview", "StepTimeout", "Tidebase",
     "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash", "new_run_id",
-    "verify_webhook_signature",
+    "verify_webhook", "verify_webhook_signature",
 ]
 
 logger = logging.getLogger("tidebase")  # sentences for a person; for programs the extras `event`, `run_id` and others
@@ -486,6 +487,31 @@ def verify_webhook_signature(body: bytes, signature_header: str | None, secret: 
     given = signature_header.strip()
     given = given[len("sha256="):] if given.startswith("sha256=") else given
     return hmac.compare_digest(expected.encode(), given.encode("utf-8", "surrogatepass"))
+
+
+def verify_webhook(body: bytes, headers: Mapping[str, str], secret: str, tolerance_s: float = 300) -> bool:
+    """Whether the headers of a request sign exactly these bytes, now: the Standard Webhooks specification.
+
+    headers: a mapping, as the web frameworks have it, with webhook-id, webhook-timestamp and webhook-signature in any
+    case; of several signatures one must hold.
+    secret: one that begins with whsec_ is base64.  tolerance_s: how old, or how far ahead, the timestamp may be: what
+    was intercepted cannot be sent again later, which verify_webhook_signature does not notice.
+    Constant time; False for anything malformed or missing, or an empty secret.  Never raises on what a stranger sent.
+    """
+    if not secret or not isinstance(body, (bytes, bytearray, memoryview)) or not hasattr(headers, "items"):
+        return False
+    given = {name.lower(): value for name, value in headers.items() if isinstance(name, str) and isinstance(value, str)}
+    sent_at, signatures = given.get("webhook-timestamp", ""), given.get("webhook-signature", "")
+    if not given.get("webhook-id") or not re.fullmatch("[0-9]{1,12}", sent_at):
+        return False
+    key = secret.encode("utf-8", "surrogatepass")
+    if secret.startswith("whsec_"):
+        with contextlib.suppress(ValueError):  # no base64: the server takes it as it is, too
+            key = base64.b64decode(secret[len("whsec_"):], validate=True) or key
+    signed = f"{given['webhook-id']}.{sent_at}.".encode("utf-8", "surrogatepass") + bytes(body)
+    expected = b"v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest())
+    matches = [hmac.compare_digest(expected, one.encode("utf-8", "surrogatepass")) for one in signatures.split()]
+    return any(matches) and abs(time.time() - int(sent_at)) <= tolerance_s
 
 
 def canonical_json(value: Any) -> str:
@@ -1742,7 +1768,7 @@ class Run(Surface[M]):
               input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
               channels: Sequence[Json] | None = None, edge_type: str | None = None,
               edge_metadata: Json | None = None, queue: str | None = None, max_attempts: int | None = None,
-              priority: int | None = None) -> Op[Any]:
+              priority: int | None = None, recovery_secret: str | None = None) -> Op[Any]:
         """Run a workflow as a child run and return its result.  A child that completed is not run again.
 
         workflow: a function, or the name of a registered one; default the one registered as workflow_name.
@@ -1767,7 +1793,7 @@ class Run(Surface[M]):
                         metadata: Json | None = None, recovery_webhook: str | None = None,
                         channels: Sequence[Json] | None = None, edge_type: str | None = None,
                         edge_metadata: Json | None = None, max_attempts: int | None = None,
-                        priority: int | None = None) -> tuple[Any, Json]:
+                        priority: int | None = None, recovery_secret: str | None = None) -> tuple[Any, Json]:
         """A child's function, if it is known here, and what the server is told of it."""
         given = locals()
         if input is not None:
@@ -1885,7 +1911,8 @@ class Run(Surface[M]):
         writes: list[_Write] = []
         runs: list[Json] = []
         for body in bodies:
-            data = _encode({"do": "create_child", "runId": self.run_id, **body}, "a child")
+            fields = {"do": "create_child", "runId": self.run_id, "leaseOwner": self._held.owner, **body}
+            data = _encode(fields, "a child")
             writes.append(_Write(path, data, self._held, self._client.timeout_s))
         while writes:
             self._held.boundary()
@@ -2089,11 +2116,13 @@ class Runs(_Part[M]):
     @op
     def create(self, workflow_name: str, input: Any = None, metadata: Json | None = None,
                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None, *,
-               run_id: str | None = None, deadline_s: float | None = None) -> Op[Json]:
+               run_id: str | None = None, deadline_s: float | None = None,
+               recovery_secret: str | None = None) -> Op[Json]:
         """Create a run without a queue, or get the one of this run_id; durable on return.  Returns the run.
 
-        deadline_s: cancelled when it has not ended by then.  Raises RunIdConflict, which is a ValueError, too, when
-        run_id is of another workflow.
+        deadline_s: cancelled when it has not ended by then.  recovery_secret: signs its recovery webhooks, instead of
+        the server's TIDEBASE_WEBHOOK_SECRET.  Raises RunIdConflict, which is a ValueError, too, when run_id is of
+        another workflow.
         """
         given = locals()
         path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
@@ -2192,7 +2221,8 @@ class Runs(_Part[M]):
     def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
                metadata: Json | None = None, recovery_webhook: str | None = None,
                channels: Sequence[Json] | None = None, heartbeat_s: float | None = 20.0,
-               on_lease_lost: Callable[..., Any] | None = None) -> Op[Any]:
+               on_lease_lost: Callable[..., Any] | None = None,
+               recovery_secret: str | None = None) -> Op[Any]:
         """Create or resume a run that your own code drives, and hold it: a RunSession, or an AsyncRunSession.
 
         heartbeat_s: at most this long between heartbeats, never longer than a third of the lease; None or 0: none, and
@@ -2201,7 +2231,8 @@ class Runs(_Part[M]):
         Raises RunCompleted, which has the result; RunIdConflict; RunCancelled; TidebaseError 409 run_leased while
         another owner holds the run.
         """
-        run = yield from Runs.create(self, workflow_name, input, metadata, recovery_webhook, channels, run_id=run_id)
+        run = yield from Runs.create(self, workflow_name, input, metadata, recovery_webhook, channels, run_id=run_id,
+                                     recovery_secret=recovery_secret)
         answer = yield from self._client._begin(run["id"])
         run, owner = answer["run"], answer["leaseOwner"]
         if owner is None:
@@ -2446,19 +2477,21 @@ class Client(Surface[M]):
     @op
     def run(self, workflow_name: str, workflow: Callable[..., Any] | None = None, run_id: str | None = None,
             input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
-            channels: Sequence[Json] | None = None, *, deadline_s: float | None = None) -> Op[Any]:
+            channels: Sequence[Json] | None = None, *, deadline_s: float | None = None,
+            recovery_secret: str | None = None) -> Op[Any]:
         """Create a run, or resume the one of this run_id, execute it here under heartbeats and return its result.
 
         workflow: the function, default the one registered under workflow_name; it is given what the server has stored
         as input.  A run_id that nobody knows is created; a completed run returns its stored result, and nothing is
-        executed.  deadline_s: cancelled when it has not ended by then.
+        executed.  deadline_s: cancelled when it has not ended by then.  recovery_secret: signs its recovery webhooks,
+        instead of the server's TIDEBASE_WEBHOOK_SECRET.
 
         Raises what the workflow raises, recorded before; RunIdConflict, a ValueError, when run_id is of another
         workflow; TidebaseError 409 run_leased while another owner holds the run; RunCancelled, LeaseLost, Unreachable.
         """
         fn = self._registered(workflow_name)[0] if workflow is None else workflow
         run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
-                                     run_id=run_id, deadline_s=deadline_s)
+                                     run_id=run_id, deadline_s=deadline_s, recovery_secret=recovery_secret)
         return (yield from self._begin_and_execute(run, fn))
 
     @op
@@ -2466,7 +2499,8 @@ class Client(Surface[M]):
                 dedupe_key: str | None = None, delay_s: float | None = None,
                 run_at: datetime | str | None = None, max_attempts: int | None = None,
                 priority: int | None = None, deadline_s: float | None = None,
-                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None) -> Op[Json]:
+                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
+                recovery_secret: str | None = None) -> Op[Json]:
         """Put a run on a queue.  When this returns, it is in Postgres and will be offered to workers.
 
         dedupe_key: at most one live run per queue and key; a second call answers the first run.  run_at: a datetime
@@ -2525,14 +2559,19 @@ class Client(Surface[M]):
     cancel = op(Runs.cancel)  # the same as `runs.cancel`
 
     @op
-    def handle_webhook(self, body: bytes, signature: str | None) -> Op[tuple[int, Json]]:
+    def handle_webhook(self, body: bytes, signature: str | None = None, *, headers: Mapping[str, str] | None = None,
+                       secret: str | None = None) -> Op[tuple[int, Json]]:
         """Answer a recovery or push webhook: verify it, run the registered workflow here, return (status, JSON).
 
-        body: the exact bytes received.  signature: the header x-tidebase-signature.  The answer is 200 whenever the
-        outcome is the server's to handle: completed, failed (recorded), cancelled, or held by somebody else already;
-        and at once when the run begins to wait (see Run), whose wake-up is another webhook.
+        body: the exact bytes received.  headers: those of the request, for verify_webhook; better than signature, the
+        header x-tidebase-signature alone, which holds for ever.  secret: the run's recovery_secret, if it has one,
+        else the client's webhook_secret counts.  The answer is 200 whenever the outcome is the server's to handle:
+        completed, failed (recorded), cancelled, or held by somebody else already; and at once when the run begins to
+        wait (see Run), whose wake-up is another webhook.
         """
-        if not verify_webhook_signature(body, signature, self.webhook_secret or ""):
+        secret = secret or self.webhook_secret or ""
+        if not (verify_webhook(body, headers, secret) if headers is not None
+                else verify_webhook_signature(body, signature, secret)):
             return 401, {"error": "invalid signature", "code": "unauthorized"}
         told = _loads(body)
         if not isinstance(told, dict) or told.get("type") not in ("run.resume", "run.invoke") or "runId" not in told:

@@ -265,7 +265,7 @@ def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
     lasting_server.let_send(True)
     yield lasting_server
     lasting_server.let_send(False)
-    eventually(lambda: not lasting_server.watcher.waiters and lasting_server.sender.free == tidebase.SEND_SLOTS)
+    eventually(lambda: not lasting_server.watcher.waiters and not lasting_server.sender.in_flight)
 
 
 def free_port() -> int:

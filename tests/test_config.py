@@ -436,15 +436,15 @@ def test_a_held_claim_outlives_a_restart_of_the_database_or_says_to_ask_again(re
             refused(answer, 503, "database_unavailable")
 
 
-def test_webhooks_wait_for_the_database_and_are_sent_when_it_is_back(restarted, receiver):
+def test_webhooks_wait_for_the_database_and_are_sent_when_it_is_back(restarted, receiver, monkeypatch):
     postgres, conninfo = restarted
     with serving(conninfo) as api:
         eventually(lambda: healthy(api), 30)
         run = api.create(channels=[{"type": "webhook", "url": receiver.url}])
-        api.server.sender.free = 0
+        monkeypatch.setattr(tidebase, "SEND_THREADS", 0)
         api.complete(run)["run"]
         restart(postgres, signal.SIGQUIT)
-        api.server.sender.free = 8
+        monkeypatch.undo()
         assert receiver.wait_for(1, 30)[0]["type"] == "run.completed"
 
 

@@ -569,7 +569,7 @@ def test_claimers_that_hung_up_keep_no_run_from_those_who_wait(start_server, mon
         waiting(api, number)
     thread, answers = hold(api)
     waiting(api, 4)
-    eventually(lambda: not server.watcher.poked.is_set())  # it has seen them wait
+    eventually(lambda: not server.watcher.notified.is_set())  # it has seen them wait
     for connection in dead:
         connection.close()
     run = api.enqueue()

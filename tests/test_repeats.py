@@ -21,11 +21,11 @@ Request = tuple[str, str, Any]
 @pytest.fixture
 def api(api: Api, server: LocalServer, sql: Callable[..., Any]) -> Iterator[Api]:
     """The verbs, at one instant, and with no webhook under way."""
-    server.sender.free = 0
+    server.let_send(False)
     sql("create or replace function tidebase.now() returns timestamptz language sql volatile as"
         " $$ select timestamptz '2026-06-12 10:31:00Z' $$")
     yield api
-    server.sender.free = tidebase.SEND_SLOTS
+    server.let_send(True)
 
 
 def send(api: Api, request: Request) -> Answer:

@@ -24,7 +24,7 @@ from psycopg.types.json import Jsonb
 import tidebase
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (2, "2d237caedbf60707488aa4c46aeaa4ec684986fc73b97b555e0dc3fe355f901f")
+PINNED = (2, "442392b49d1261c13e3dddc3b633346834de60bedd2969d89a73ac7bdb5e1528")
 
 
 def apply(conninfo: str) -> None:
@@ -464,9 +464,11 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "offers of push queues": (100, lambda bill, api: (
         api.put("/queues/queue1/config", {"invokeUrl": "http://127.0.0.1:1/", "concurrency": 200})["config"],
         bill.later(0, "offer_runs", 100))[1]),
-    "deliveries": (8, lambda bill, api: bill.later(1, "take_deliveries", 8, 1000)),
+    "deliveries": (8, lambda bill, api: bill.later(1, "claim_webhooks", 8, 1000, 8, [], "")["webhooks"]),
+    "deliveries beside a host whose slots are taken": (0, lambda bill, api: bill.later(
+        1, "claim_webhooks", 8, 1000, 2, ["rec_" + numbered(1005), "rec_" + numbered(2005)], "")["webhooks"]),
     "the settling of a delivery": (None, lambda bill, api: bill.later(
-        0, "settle_delivery", "rec_" + numbered(1005), 0, True, False, 200, "", None)),
+        0, "settle_webhook", "rec_" + numbered(1005), 0, True, False, 200, "", None)),
 }
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import pytest
 from conftest import Api, eventually, free_port
 
+import tidebase
 import tidebase_sdk
 from tidebase_sdk import (
     AsyncTidebase,
@@ -1123,6 +1124,59 @@ def test_a_webhook_is_verified_and_runs_the_registered_workflow(
     assert deliver(told) == 200  # again: at least once is the promise
 
 
+def test_a_webhook_is_verified_by_all_its_headers_and_the_runs_own_secret(
+    actor: Callable[..., Any], server: Any, api: Api
+) -> None:
+    tide = actor(server.url, webhook_secret="shared")
+
+    async def flow(run: Any, input: Any) -> str:
+        return "recovered"
+
+    tide.client.workflow("flow", tide.workflow(flow))
+    run_id = api.create("flow")
+    raw = json.dumps({"type": "run.resume", "runId": run_id, "workflowName": "flow"}).encode()
+
+    def headers(secret: str, sent_at: int) -> dict[str, str]:
+        return {"Webhook-Id": "rec_1", "Webhook-Timestamp": str(sent_at),
+                **tidebase.sign(raw, secret, "rec_1", sent_at)}
+
+    def deliver(given: dict[str, str], **options: Any) -> int:
+        return int(tide(lambda client: client.handle_webhook(raw, headers=given, **options))[0])
+
+    now = int(time.time())
+    assert deliver(headers("shared", now - 400)) == 401  # intercepted, and sent again later
+    assert deliver(headers("own", now)) == 401
+    assert deliver(headers("shared", now), secret="own") == 401
+    assert deliver({}) == 401
+    assert deliver({"x-tidebase-signature": headers("shared", now)["x-tidebase-signature"]}) == 401  # has no time
+    assert api.run(run_id)["status"] == "pending"
+    assert deliver(headers("shared", now)) == 200
+    assert deliver(headers("own", now), secret="own") == 200
+    assert api.run(run_id)["result"] == "recovered"
+
+
+def test_every_way_to_make_a_run_takes_its_recovery_secret(
+    actor: Callable[..., Any], server: Any, sql: Callable[..., Any]
+) -> None:
+    tide = actor(server.url)
+    asks = {"recovery_webhook": "http://127.0.0.1:9/", "recovery_secret": "own"}
+
+    async def flow(run: Any, input: Any) -> str:
+        return "done"
+
+    async def parent(run: Any, input: Any) -> None:
+        await run.child("child", tide.workflow(flow), **asks)
+
+    tide(lambda client: client.runs.create("created", **asks))
+    tide(lambda client: client.enqueue("enqueued", **asks))
+    tide(lambda client: client.run("executed", tide.workflow(flow), **asks))
+    tide(lambda client: client.run("parent", tide.workflow(parent)))
+    tide(lambda client: client.runs.attach("attached", **asks))
+    assert sql("select workflow_name, recovery_secret from tidebase.runs order by workflow_name") == [
+        ("attached", "own"), ("child", "own"), ("created", "own"), ("enqueued", "own"), ("executed", "own"),
+        ("parent", None)]
+
+
 # ------------------------------------------------------------------------------
 # Gates, state, children, events: what a run does besides steps.
 # ------------------------------------------------------------------------------
@@ -1417,7 +1471,7 @@ def test_the_file_copied_as_tidebase_py_imports_on_an_interpreter_with_nothing_i
     python = interpreter(version)
     shutil.copy(ROOT / "tidebase_sdk.py", tmp_path / "tidebase.py")
     code = ("import tidebase; tidebase.aio.AsyncTidebase; from tidebase.aio import AsyncTidebase, LeaseLost; "
-            "from tidebase import Tidebase, verify_webhook_signature; import asyncio; "
+            "from tidebase import Tidebase, verify_webhook, verify_webhook_signature; import asyncio; "
             "Tidebase().close(); asyncio.run(AsyncTidebase().close()); print(tidebase.new_run_id())")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"
     done = subprocess.run([python, "-I", "-S", "-W", "error", "-c", code], capture_output=True, text=True, check=False)

@@ -70,16 +70,18 @@ CHANNELS = [{"type": "webhook", "url": "http://127.0.0.1:1/events"}]
 CLIENT = [
     Row("tide.request", "method, path, body",
         lambda tide, api: tide.request("GET", "/runs/r?include=run"), keys("run")),
-    Row("tide.run", "workflow_name, workflow, run_id, input, metadata, recovery_webhook, channels, *, deadline_s",
+    Row("tide.run", "workflow_name, workflow, run_id, input, metadata, recovery_webhook, channels, *, deadline_s,"
+                    " recovery_secret",
         lambda tide, api: tide.run("report", lambda run, input: input["a"], "r2", {"a": 1}, {"m": "x"}, "http://x:1",
                                    CHANNELS, deadline_s=60), lambda answer: answer == 1),
     Row("tide.enqueue", "workflow_name, *, queue='default', input, metadata, dedupe_key, delay_s, run_at, max_attempts,"
-                        " priority, deadline_s, recovery_webhook, channels",
+                        " priority, deadline_s, recovery_webhook, channels, recovery_secret",
         lambda tide, api: tide.enqueue("report", run_at=datetime.now(UTC), channels=CHANNELS),
         keys("run", "deduplicated")),
     Row("tide.work", "queues, *, lease_owner, poll_s, limit, stop, on_error, concurrency, shutdown_s",
         lambda tide, api: tide.work(stop=lambda: True), lambda answer: answer is None),
-    Row("tide.runs.create", "workflow_name, input, metadata, recovery_webhook, channels, *, run_id, deadline_s",
+    Row("tide.runs.create", "workflow_name, input, metadata, recovery_webhook, channels, *, run_id, deadline_s,"
+                            " recovery_secret",
         lambda tide, api: tide.runs.create("report", {"a": 1}, {"m": "x"}, "http://x:1", CHANNELS), is_run),
     Row("tide.runs.list", "*, status, workflow, queue, metadata, before, limit",
         lambda tide, api: tide.runs.list(limit=1), lambda answer: lists(RunPage)(answer) and is_run(answer[0])),
@@ -94,7 +96,7 @@ CLIENT = [
         lambda answer: answer["recoveryAttempt"]["reason"] == "manual"),
     Row("tide.runs.retry", "run_id", lambda tide, api: api.post("/runs/r/cancel")["run"] and tide.runs.retry("r"),
         lambda run: (run["id"], run["status"]) == ("r", "pending")),
-    Row("tide.runs.fork", "run_id, *, from_step, input", lambda tide, api: tide.runs.fork("r", input=2), is_run),
+    Row("tide.runs.fork", "run_id, *, from_step, input, queue", lambda tide, api: tide.runs.fork("r", input=2), is_run),
     Row("tide.runs.signal", "run_id, name, payload", lambda tide, api: tide.runs.signal("r", "paid", 5),
         lambda signal: (signal["name"], signal["payload"]) == ("paid", 5)),
     Row("tide.runs.review_step", "run_id, step_id, decision, *, output, actor",
@@ -103,10 +105,10 @@ CLIENT = [
     Row("tide.runs.subscribe", "run_id, after=0, *, kinds", lambda tide, api: after_its_end(tide, api).next(),
         lambda event: event["type"] == "run.cancelled"),
     Row("tide.runs.attach", "workflow_name, *, run_id, input, metadata, recovery_webhook, channels, heartbeat_s=20.0,"
-                            " on_lease_lost",
+                            " on_lease_lost, recovery_secret",
         lambda tide, api: tide.runs.attach("report"), lambda session: is_run(session.run)),
     Row("tide.attach", "workflow_name, *, run_id, input, metadata, recovery_webhook, channels, heartbeat_s=20.0,"
-                       " on_lease_lost",
+                       " on_lease_lost, recovery_secret",
         lambda tide, api: tide.attach("report", heartbeat_s=0), lambda session: is_run(session.run)),
     Row("tide.queues.configure", "name, *, concurrency, rate_per_minute, invoke_url, clear",
         lambda tide, api: tide.queues.configure("q", concurrency=2), keys("config")),
@@ -151,7 +153,7 @@ RUN = [
     Row("run.gates.get", "gate_id", lambda run: run.gates.get(GATES[run.run_id]),
         keys("gateId", "name", "status", "decision", "actor", "payload", "gate")),
     Row("run.child", "workflow_name, workflow, *, name, input, metadata, recovery_webhook, channels, edge_type,"
-                     " edge_metadata, queue, max_attempts, priority",
+                     " edge_metadata, queue, max_attempts, priority, recovery_secret",
         lambda run: run.child("double", name="one", input=21), lambda result: result == 42),
     Row("run.fanout", "name, children, *, checkpoint, queue, return_errors",
         lambda run: run.fanout("all", [{"name": "two", "workflow_name": "double", "input": 1}], checkpoint="both"),
