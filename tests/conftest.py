@@ -58,14 +58,20 @@ def _clean_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The address of the PostgreSQL's maintenance database."""
-    if given := os.environ.get("DATABASE_URL"):
-        yield given
+def embedded() -> Iterator[tuple[tidebase.EmbeddedPostgres, str] | None]:
+    """The PostgreSQL that these tests started, and its address; None where DATABASE_URL names another."""
+    if os.environ.get("DATABASE_URL"):
+        yield None
         return
     with an_embedded_postgres() as (embedded, conninfo):
         _tune(embedded, conninfo)
-        yield conninfo
+        yield embedded, conninfo
+
+
+@pytest.fixture(scope="session")
+def postgres(embedded: tuple[tidebase.EmbeddedPostgres, str] | None) -> str:
+    """The address of the PostgreSQL's maintenance database."""
+    return embedded[1] if embedded else os.environ["DATABASE_URL"]
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import http.client
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -327,25 +326,27 @@ def test_of_two_equal_keys_the_last_counts(api: Api) -> None:
 # ------------------------------------------------------------------------------
 # What PostgreSQL's log gets
 # ------------------------------------------------------------------------------
+class Log:
+    """What PostgreSQL logs into a file, from now on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.start = path, path.stat().st_size
+
+    def grown(self) -> str:
+        return self.path.read_bytes()[self.start:].decode()
+
+
 @pytest.fixture
-def logged(request: pytest.FixtureRequest, postgres: str) -> Iterator[tuple[Api, Path]]:
+def logged(request: pytest.FixtureRequest, embedded: Any) -> Iterator[tuple[Api, Path]]:
     """A server, and the file that its PostgreSQL logs into."""
     with ExitStack() as stack:
-        if os.environ.get("DATABASE_URL"):  # whose log nobody gives us
-            _, conninfo = stack.enter_context(an_embedded_postgres())
+        if embedded:
+            server, (own, _) = request.getfixturevalue("server"), embedded
+        else:  # whose log nobody gives us
+            own, conninfo = stack.enter_context(an_embedded_postgres())
             server = LocalServer(config(), conninfo).start()
             stack.callback(server.close)
-        else:
-            server, conninfo = request.getfixturevalue("server"), postgres
-        with psycopg.connect(conninfo) as connection:
-            [folder] = connection.execute("show data_directory").fetchone() or ()
-        yield Api(server.url, server), Path(folder) / "log"
-
-
-def since(log: Path, position: int) -> str:
-    with log.open("rb") as file:
-        file.seek(position)
-        return file.read().decode()
+        yield Api(server.url, server), own.log
 
 
 SECRET = "of-a-patient"
@@ -394,18 +395,16 @@ def refuse_a_state(api: Api) -> list[Callable[[], Any]]:
 @pytest.mark.parametrize("refuse", [refuse_a_run, refuse_a_step, refuse_a_gate, refuse_a_state])
 def test_a_refusal_carries_a_large_object_to_the_client_and_nothing_of_it_into_the_log_of_postgres(
         logged: tuple[Api, Path], refuse: Callable[[Api], list[Callable[[], Any]]]) -> None:
-    api, log = logged
+    api, log = logged[0], Log(logged[1])
     requests = refuse(api)
-    before = log.stat().st_size
     for number in range(20):
         assert LARGE in requests[number % len(requests)]().values()
-    assert log.stat().st_size - before < 64_000
-    assert SECRET not in since(log, before)
+    assert len(log.grown()) < 64_000
+    assert SECRET not in log.grown()
 
 
 def test_errors_of_postgres_itself_put_no_payloads_into_its_log(logged: tuple[Api, Path]) -> None:
-    api, log = logged
-    before = log.stat().st_size
+    api, log = logged[0], Log(logged[1])
     random = "".join(map(chr, Random(1).sample(range(0x4E00, 0x9FFF), 512)))  # together too long for an index's row
     body = {"workflowName": "w", "input": LARGE, "metadata": {"a": LARGE}, "dedupeKey": random}
     refused(api.post("/writes", {"writes": [{"do": "enqueue_run", "queue": random, **body}]}), 400, "invalid_request")
@@ -417,8 +416,8 @@ def test_errors_of_postgres_itself_put_no_payloads_into_its_log(logged: tuple[Ap
     with pytest.raises(psycopg.IntegrityError), api.server.database.connection() as connection:
         connection.execute("insert into tidebase.runs (id, workflow_name, status, input)"
                            " values ('r', 'w', 'queued', %s)", [json.dumps(LARGE)])
-    assert log.stat().st_size - before < 64_000
-    assert LARGE[:200] not in since(log, before)
+    assert len(log.grown()) < 64_000
+    assert LARGE[:200] not in log.grown()
 
 
 # ------------------------------------------------------------------------------
