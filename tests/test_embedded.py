@@ -413,7 +413,7 @@ def test_signals_to_all_processes_of_a_service_leave_it_to_its_servers_when_it_e
             os.kill(keeper_of(pid), number)
         assert answer_of(conninfo) == 1
         assert is_running(keeper_of(pid))
-    assert not is_running(pid)
+    eventually(lambda: not is_running(pid))
 
 
 def test_many_that_start_and_stop_at_once_never_meet_one_that_ends(data_dir: Path) -> None:
