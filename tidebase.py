@@ -61,7 +61,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, LiteralString, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
@@ -83,6 +83,7 @@ from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebas
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
+sys.modules.setdefault("tidebase", sys.modules[__name__])  # run as a program, it has another name
 sys.modules.setdefault("tidebase.aio", tidebase_sdk.aio)
 aio = tidebase_sdk.aio
 
@@ -110,6 +111,7 @@ SETTINGS = (
     Setting("TIDEBASE_DATA_DIR", ".tidebase", str, "where the embedded PostgreSQL keeps its data"),
     Setting("TIDEBASE_AUTO_MIGRATE", "1", bool, "0: refuse to start on an older schema instead of updating it"),
     Setting("TIDEBASE_API_KEY", "", str, "the key that clients must send; without it whoever can connect may do all"),
+    Setting("TIDEBASE_READ_KEY", "", str, "a second key: it may read all but the tokens of gates, and write nothing"),
     Setting("TIDEBASE_INSECURE", "0", bool, "1: listen beyond loopback without a key all the same"),
     Setting("TIDEBASE_WEBHOOK_SECRET", "", str, "signs recovery and push webhooks; without it they go out unsigned"),
     Setting("TIDEBASE_PUBLIC_URL", "", str, "this server's address for reviewers (resolveUrl); needed beyond loopback"),
@@ -145,6 +147,7 @@ class Config:
     data_dir: str
     auto_migrate: bool
     api_key: str
+    read_key: str
     insecure: bool
     webhook_secret: str
     public_url: str
@@ -204,6 +207,9 @@ class Config:
         except psycopg.ProgrammingError:  # its words repeat the password
             raise ConfigError("DATABASE_URL is no address of a PostgreSQL, such as "
                               "postgresql://user:password@host:5432/database") from None
+        if self.read_key and self.api_key in ("", self.read_key):
+            raise ConfigError("TIDEBASE_READ_KEY is for those who may only read: set TIDEBASE_API_KEY, to another key, "
+                              "for the others")
         if self.host not in LOOPBACK and not self.api_key and not self.insecure:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
                               "send (or TIDEBASE_INSECURE=1 to let anyone in)")
@@ -1008,6 +1014,7 @@ class QueueConfigBody(Body):
     concurrency = Whole(1, 1_000_000, allow_none=True)
     rate_per_minute = Whole(1, 100_000_000, data_key="ratePerMinute", allow_none=True)
     invoke_url = Url(data_key="invokeUrl", allow_none=True)
+    paused = Flag()
 
 
 # ------------------------------------------------------------------------------
@@ -1618,7 +1625,8 @@ class Entrance:
         return refused(Refusal(status, code, http.HTTPStatus(status).phrase.lower()))
 
     def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
-        check_key()
+        if not check_key():
+            raise read_only()
         return view(*map(part_of, parts))
 
     def _alone(self, environ: dict[str, Any], ask: Callable[[], Asked]) -> Reply:
@@ -1808,14 +1816,16 @@ def found(text: str | None, run_id: str) -> Reply:
     return reply(text)
 
 
-def query(*names: str, prefix: str | None = None) -> dict[str, str]:
-    """The query string of a route that takes these parameters, and any that begin with `prefix`.
+def query(*names: str, prefix: str | None = None, text: str | None = None) -> dict[str, str]:
+    """The query string of a route that takes these parameters, and any that begin with `prefix`; or `text` instead.
 
     :raises Refusal: 400, with what it does not take, or is there twice, named.
     """
+    given = flask.request.args.items(multi=True) if text is None else urllib.parse.parse_qsl(
+        text.removeprefix("?"), keep_blank_values=True)
     asked: dict[str, str] = {}
-    for name, text in flask.request.args.items(multi=True):
-        if "\x00" in name or "\x00" in text:
+    for name, value in given:
+        if "\x00" in name or "\x00" in value:
             raise invalid(name[:100].replace("\x00", ""), "must not contain NUL")
         if name not in names and not (prefix and name.startswith(prefix)):
             near = difflib.get_close_matches(name, names, 1)
@@ -1823,7 +1833,7 @@ def query(*names: str, prefix: str | None = None) -> dict[str, str]:
                                       + (f"; did you mean {near[0]}?" if near else ""))
         if name in asked:
             raise invalid(name[:100], "is there twice")
-        asked[name] = text
+        asked[name] = value
     return asked
 
 
@@ -1840,7 +1850,8 @@ def whole_of(name: str, text: str, high: int, low: int = 0) -> int:
     return int(text)
 
 
-def held(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString, *arguments: str) -> Reply:
+def held(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString,
+         *arguments: str | bool) -> Reply:
     """What a function of schema.sql answers, held back for `wait_ms`, as the query string has it, until it is over.
 
     :param is_over: the condition for that, in SQL, of its `body`.
@@ -1867,19 +1878,33 @@ def new_owner() -> str:
 
 
 # The first three hold no secret; a gate's token is the credential that resolves it.
-WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate"}
+WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate", "studio.look_at_gate",
+               "studio.front", "studio.page"}
+PAGES = {"studio.front", "studio.page"}  # for people, and no part of the interface that /openapi.json describes
+# Their bodies are questions: they write nothing.
+READS = {"studio.list_changes", "studio.preview_schedule"}
 
 
 PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
 
 
-def check_key(given: str | None = None) -> None:
-    """:raises Refusal: 401, unless `given` or, without it, the Authorization header is the key."""
-    if key := core().config.api_key:
-        sent = here.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace") if given is None else (
-            f"Bearer {given}".encode())
-        if not hmac.compare_digest(sent, b"Bearer " + key.encode()):
-            raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+def check_key(given: str | None = None) -> bool:
+    """Whether `given` or, without it, the Authorization header is the key that may write, and not the one that only
+    reads.  :raises Refusal: 401, when it is neither."""
+    config = core().config
+    if not config.api_key:
+        return True
+    sent = here.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace") if given is None else (
+        f"Bearer {given}".encode())
+    if hmac.compare_digest(sent, b"Bearer " + config.api_key.encode()):
+        return True
+    if not config.read_key or not hmac.compare_digest(sent, b"Bearer " + config.read_key.encode()):
+        raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+    return False
+
+
+def read_only() -> Refusal:
+    return Refusal(403, "read_only", "this key may only read")
 
 
 def check_prepared() -> None:
@@ -1890,14 +1915,17 @@ def check_prepared() -> None:
 
 def authorize() -> flask.Response | None:
     """Before every request that goes through Flask: preflights are answered, key and database checked."""
-    request = flask.request
+    request, flask.g.may_write = flask.request, True
     if request.method == "OPTIONS" and core().config.cors_origin:
         return flask.Response(status=204)
-    if request.path in ("/health", "/openapi.json", "/docs"):
+    if request.path in ("/health", "/openapi.json", "/docs") or request.endpoint in PAGES:
         return None
     if request.endpoint not in WITHOUT_KEY:
         # Browsers' streams send no headers.
-        check_key(request.args.get("token") if request.endpoint == "routes.stream_events" else None)
+        flask.g.may_write = check_key(
+            request.args.get("token") if request.endpoint == "routes.stream_events" else None)
+        if not flask.g.may_write and request.method not in ("GET", "HEAD") and request.endpoint not in READS:
+            raise read_only()
     check_prepared()
     return None
 
@@ -1971,7 +1999,7 @@ def health() -> Reply:
 
 @functools.cache
 def described() -> dict[str, Any]:
-    return openapi.document(app, __version__, WITHOUT_KEY, LIMITS)
+    return openapi.document(app, __version__, WITHOUT_KEY, PAGES, LIMITS)
 
 
 @routes.get("/openapi.json")
@@ -2005,54 +2033,21 @@ def create_run(workflow_name: str) -> Reply:
                 channels_of(body), body["deadline_ms"])
 
 
-LISTED: dict[str, LiteralString] = {
-    "status": "r.status = %s", "workflow": "r.workflow_name = %s", "queue": "r.queue = %s",
-    "failureClass": "r.failure_class = %s"}
 STATUSES = ("pending", "queued", "running", "waiting", "completed", "failed", "cancelled")
 NOT_ONLY_TEXT = re.compile(r"-?(0|[1-9][0-9]{,99})(\.[0-9]{1,99})?|true|false|null")
 
 
 @routes.get("/runs")
 def list_runs() -> Reply:
-    """Runs, newest first.  ?status:pending|queued|running|waiting|completed|failed|cancelled ?workflow ?queue
-    ?failureClass ?metadata.KEY (at most 16 of these) ?limit:1..1000=100 ?before (a nextCursor)
-    200 {runs, nextCursor?}."""
-    conditions, values = list[LiteralString](["true"]), list[Any]()
-    asked = query("limit", "before", *LISTED, prefix="metadata.")
-    choice_of("status", asked.get("status"), STATUSES, "")
-    for name in asked.keys() & LISTED.keys():
-        conditions.append(LISTED[name])
-        values.append(asked[name])
-    filters = {name.removeprefix("metadata."): text for name, text in asked.items() if name.startswith("metadata.")}
-    if len(filters) > MAX_FILTERS:
-        raise invalid("metadata", f"at most {MAX_FILTERS} filters")
-    if filters:
-        conditions.append("r.metadata <> '{}'")  # so that runs_metadata_idx serves it
-    # A query string has no types: 5 finds both "5" and 5. What can only be text is one containment; the rest are pairs
-    # side by side, since all of their combinations would be 2^n.
-    if texts := {key: text for key, text in filters.items() if not NOT_ONLY_TEXT.fullmatch(text)}:
-        conditions.append("r.metadata @> %s::jsonb")
-        values.append(json.dumps(texts))
-    for key, text in filters.items():
-        if key not in texts:
-            conditions.append("(r.metadata @> %s::jsonb or r.metadata @> %s::jsonb)")
-            values += [f"{{{json.dumps(key)}: {value}}}" for value in (json.dumps(text), text)]
-    limit = whole_of("limit", asked.get("limit", "100"), 1000, 1)
-    if before := asked.get("before"):
-        cursor = re.fullmatch(r"([0-9]{1,15})_([A-Za-z0-9_.:-]{1,128})", before)
-        if not cursor:
-            raise invalid("before", "must be a nextCursor")
-        conditions.append("(r.created_at, r.id) < (to_timestamp(%s::bigint / 1000.0), %s)")
-        values += cursor.groups()
-    statement = psycopg.sql.SQL(
-        "select coalesce(json_agg(tidebase._run_json(run) order by created_at desc, id desc), '[]'), count(*),"
-        " (extract(epoch from min(created_at)) * 1000)::bigint, (array_agg(id order by created_at, id))[1]"
-        " from (select r as run, r.created_at, r.id from tidebase.runs r where {}"
-        " order by r.created_at desc, r.id desc limit %s) page"
-    ).format(psycopg.sql.SQL(" and ").join(map(psycopg.sql.SQL, conditions)))
-    [row] = core().database.select(statement, [*values, limit])
-    cursor_text = json.dumps(f"{row[2]}_{row[3]}" if row[1] == limit else None)
-    return reply('{"runs": ' + row[0] + ', "nextCursor": ' + cursor_text + "}")
+    """Runs, newest first, or as sort says; a search looks at so many runs at a time, and its cursor goes on.
+    ?status (several by comma) ?workflow ?queue ?failureClass ?metadata.KEY (at most 16 of these) ?since:time
+    ?until:time ?text (an id, or what an error holds) ?errors:true|false (true: failed, or queued again after it)
+    ?parent
+    ?sort:newest|oldest|ended=newest ?view:light|full=full (light: without payloads) ?limit:1..1000=100
+    ?before (a nextCursor)  200 {runs:[shownRun] or [lightRun], nextCursor?}."""
+    asked = query(*studio.LIST_PARAMETERS, *studio.FILTERS, prefix="metadata.")
+    runs, _, cursor = studio.list_runs(asked)
+    return reply(f'{{"runs": {runs}, "nextCursor": {json.dumps(cursor)}}}')
 
 
 DETAILS = ("run", "steps", "state", "stateStreams", "stateVersions", "runEdges", "childRuns", "recoveryAttempts",
@@ -2069,7 +2064,8 @@ def get_run(run_id: str) -> Reply:
     include = asked["include"].split(",") if asked.get("include") else None
     for part in include or ():
         choice_of("include", part, DETAILS, "")
-    return found(core().database.read("run_detail", run_id, include)[0], run_id)
+    return found(core().database.read("run_detail", run_id, include, core().traces.queues(), flask.g.may_write)[0],
+                 run_id)
 
 
 @routes.post("/runs/<part:run_id>/begin")
@@ -2211,7 +2207,8 @@ def get_gate(run_id: str, gate_id: str) -> Reply:
     """A gate, at once or as soon as it is decided.  ?waitMs:0..25000=0 (how long to wait for it)
     200 {gate, runStatus}, 404."""
     return held(run_id, query("waitMs").get("waitMs", "0"),
-                f"body->'gate'->>'status' <> 'pending' or body->>'runStatus' in {ENDED}", "get_gate", run_id, gate_id)
+                f"body->'gate'->>'status' <> 'pending' or body->>'runStatus' in {ENDED}", "get_gate", run_id, gate_id,
+                flask.g.may_write)
 
 
 @routes.post("/runs/<part:run_id>/gates/<part:gate_id>/resolve")
@@ -2283,10 +2280,16 @@ def save_state(run_id: str) -> Reply:
 @routes.get("/runs/<part:run_id>/state/versions")
 def list_versions(run_id: str) -> Reply:
     """By stream and version.  ?stream ?labeled:true|false=false (true: only those with a label)
-    200 {stateVersions}, 404."""
-    asked = query("stream", "labeled")
+    ?view:light|full=full (light: without their values, in pages) ?limit:1..1000=200 ?after (a nextCursor)
+    200 {stateVersions} or {stateVersions:[lightStateVersion], nextCursor?:string}, 404."""
+    asked = query("stream", "labeled", "view", "limit", "after")
+    stream = asked.get("stream")
     labeled = choice_of("labeled", asked.get("labeled"), ("true", "false"), "false") == "true"
-    return found(core().database.read("list_versions", run_id, asked.get("stream"), labeled)[0], run_id)
+    limit = whole_of("limit", asked.get("limit", "200"), 1000, 1)
+    if choice_of("view", asked.get("view"), ("light", "full"), "full") == "light":
+        return found(core().database.read("list_versions_light", run_id, stream, labeled, asked.get("after"), limit)[0],
+                     run_id)
+    return found(core().database.read("list_versions", run_id, stream, labeled)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/snapshots")
@@ -2315,11 +2318,15 @@ def record_usage(run_id: str) -> Reply:
 
 @routes.get("/usage")
 def usage() -> Reply:
-    """The ledger summed up.  ?by:model|workflow|day=model ?since:time ?until:time  200 {groups: [usageGroup]}."""
-    asked = query("by", "since", "until")
+    """The ledger summed up.  ?by:model|workflow|day=model ?since:time ?until:time ?format:json|csv=json
+    200 {groups: [usageGroup]} or csv."""
+    asked = query("by", "since", "until", "format")
     by = choice_of("by", asked.get("by"), ("model", "workflow", "day"), "model")
     since, until = (time_of(name, asked.get(name)) for name in ("since", "until"))
-    return reply(core().database.read("usage_groups", by, since, until)[0] or "")
+    text = core().database.read("usage_groups", by, since, until)[0] or ""
+    if choice_of("format", asked.get("format"), ("json", "csv"), "json") == "csv":
+        return studio.as_csv(json.loads(text, parse_float=Decimal)["groups"])
+    return reply(text)
 
 
 # --- events
@@ -2344,16 +2351,20 @@ def time_of(name: str, text: str | None) -> datetime | None:
 def stream_events(run_id: str) -> Reply | flask.Response:
     """A run's events after a number, as a stream that goes on; as a list for Accept: application/json.
     ?after:0..2147483647=0 ?follow:true|false=true (false: end with the run) @Last-Event-ID (counts before after)
-    200 stream or [event], 404, 503 busy when all places for streams are taken."""
+    ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
+    ?limit:1..1000 (of the list)
+    200 stream or [event] or [lightEvent], 404, 503 busy when all places for streams are taken."""
     request, server = flask.request, core()
-    asked = query("after", "follow", "token")
+    asked = query("after", "follow", "token", "view", "types", "limit")
     after = whole_of("after", request.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
     follow = choice_of("follow", asked.get("follow"), ("true", "false"), "true") == "true"
+    light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
+    types = asked["types"].split(",") if asked.get("types") else None
+    most = whole_of("limit", asked["limit"], 1000, 1) if "limit" in asked else 2**31 - 1
 
-    def events(after: int, limit: int) -> list[tuple[int, str]]:
-        return server.database.select(
-            "select seq, tidebase._event_json(e) from tidebase.events e where run_id = %s and seq > %s"
-            " order by seq limit %s", (run_id, after, limit))
+    def events(after: int, limit: int) -> list[tuple[Any, ...]]:
+        return server.database.select("select * from tidebase.list_events(%s, %s, %s, %s, %s)",
+                                      (run_id, after, limit, light, types))
 
     def last() -> tuple[str, int] | None:
         return next(iter(server.database.select(
@@ -2362,7 +2373,7 @@ def stream_events(run_id: str) -> Reply | flask.Response:
     if last() is None:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
     if request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
-        return reply("[" + ", ".join(text for _, text in events(after, 2**31 - 1)) + "]")
+        return reply("[" + ", ".join(text for _, text in events(after, most)) + "]")
 
     waiter = Waiter(run_id=run_id, seq=after)
     place = ExitStack()
@@ -2436,6 +2447,7 @@ def claim() -> Reply:
         return server.database.call("claim_runs", body["queues"], owner, body["id"], body["limit"],
                                     server.config.lease_ms, body["checkpoints"])[0]
 
+    server.traces.asked(body["lease_owner"] or "", body["queues"], body.get("workflows"))
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
         is_gone = here.environ.get("waitress.client_disconnected", lambda: False)
@@ -2501,6 +2513,9 @@ UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before the
                     # still sending, gets to see the answer; above, the connection is closed on it
 
 
+from tidebase_server import studio  # noqa: E402 - it takes names of this file
+
+
 def create_app() -> flask.Flask:
     """The routes, for any server of this process: what a request needs of its server, the request brings along."""
     app = flask.Flask("tidebase", static_folder=None)
@@ -2511,6 +2526,7 @@ def create_app() -> flask.Flask:
     app.after_request(add_headers)
     app.register_error_handler(Exception, answer_to)
     app.register_blueprint(routes)
+    app.register_blueprint(studio.routes)
     return app
 
 
@@ -2525,6 +2541,7 @@ class Server:
         self.config = config
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.places)
+        self.traces = studio.Traces()
         self.sender = Sender(self.database, config.webhook_secret)
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
@@ -2619,6 +2636,7 @@ class Server:
     def _reconcile(self) -> int:
         self.prepare()
         done = self.reconciler.tick()
+        self.traces.note(self.database)
         if done:
             self.wrote()
         return done
@@ -2793,7 +2811,9 @@ def serve(config: Config) -> None:
         on_stop(lambda number, _: signals.append(number))  # heeded when the database is up, and can be stopped again
         with database_of(config) as (conninfo, revive), listener:
             host, port = listener.getsockname()[:2]
-            click.echo(f"Tidebase {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            click.echo(f"Tidebase {__version__} listens on {url}")
+            click.echo(f"Studio, its page, is at {url}/studio")
             one = functools.partial(serve_one, config, conninfo, listener, revive, signals)
             if config.web_concurrency == 1:
                 one()
@@ -2813,6 +2833,25 @@ def migrate(config: Config) -> None:
         except psycopg.OperationalError as error:
             raise click.ClickException(str(error).split("\n")[0]) from None
     click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
+
+
+@main.command()
+@click.argument("run_id")
+def explain(run_id: str) -> None:
+    """Say what a resume of a run would do, step by step, and whether it is safe; asks the server at TIDEBASE_URL."""
+    try:
+        tide = tidebase_sdk.Tidebase()
+        plan = tide.runs.rerun_plan(run_id)
+    except (tidebase_sdk.TidebaseError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    with tide:
+        click.echo(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}\n")
+        rows = [("step", "what a resume does", "why")] + [
+            (step["name"], step["plan"].replace("_", " "), step["reason"]) for step in plan["steps"]]
+        widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
+        for name, does, reason in rows if plan["steps"] else ():
+            click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+        click.echo(f"\nMore: {tide._server.url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
