@@ -50,11 +50,12 @@ OBJECTS = {
     "enqueuedRun": "{...run, deduplicated}",
     "event": "{id:int, runId, seq, type, payload, createdAt}",
     "gate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels:[sentChannel], resolveToken?,
-        reviewUrl?,
+        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels:[sentChannel],
+        resolveToken?, reviewUrl?,
         expiresAt?, createdAt, updatedAt, resolvedAt?}""",
     "publicGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?}""",
+        decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?,
+        ~reviewUrl?}""",
     "signal": "{id, runId, name, payload, timedOut, createdAt}",
     "state": "{runId, value, version, updatedAt}",
     "stateStream": """{id, runId, name, targetType, targetId, currentVersion, currentValue, metadata, createdAt,
@@ -124,7 +125,8 @@ OBJECTS = {
         status, startedAt?, completedAt?}], stepsCompleted:int, state:any, stateOmitted:bool, stateVersion:int?,
         costUsd, totalTokens}}""",
     "askedGate": """{id, runId, name, prompt, data, dataOmitted:bool, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels, resolveToken?, reviewUrl?,
+        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels:[sentChannel],
+        resolveToken?, reviewUrl?,
         expiresAt?, createdAt, updatedAt, resolvedAt?}""",
     "seenGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
         decision:approved|rejected|canceled?, actor?, decisionPayload, capability, expiresAt?, createdAt, resolvedAt?,
@@ -350,8 +352,8 @@ def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
 
 
 def document(app: flask.Flask, version: str, without_key: set[str], pages: set[str], limits: str) -> dict[str, Any]:
-    """All of the app's routes but `pages` as an OpenAPI 3.1 document; `without_key` answer without the API key, `limits`
-    says what holds for bodies and queries of all routes."""
+    """All of the app's routes but `pages` as an OpenAPI 3.1 document; `without_key` answer without the API key,
+    `limits` says what holds for bodies and queries of all routes."""
     marshmallows = MarshmallowPlugin(schema_name_resolver=lambda schema: (
         schema if isinstance(schema, type) else type(schema)).__name__)
     spec = APISpec("Tidebase", version, "3.1.0", plugins=[marshmallows],

@@ -3375,10 +3375,11 @@ begin
   depth := 0;
   while cardinality(v_next) > 0 loop
     return query select unnest(v_next), depth;
-    v_next := array(select e.child_run_id from unnest(v_next) with ordinality as parent (id, n)
-                      join tidebase.run_edges e on e.parent_run_id = parent.id
-                     where e.child_run_id <> all (v_ids)
-                     order by parent.n, e.created_at, e.id limit p_limit - cardinality(v_ids));
+    v_next := array(select e.child_run_id from unnest(v_next) with ordinality as parent (id, n),
+                           lateral (select child_run_id, created_at from tidebase.run_edges
+                                     where parent_run_id = parent.id
+                                     order by name limit p_limit) e  -- ordered, so that its index is taken
+                     order by parent.n, e.created_at, e.child_run_id limit p_limit - cardinality(v_ids));
     v_ids := v_ids || v_next;
     depth := depth + 1;
   end loop;
@@ -3411,7 +3412,8 @@ begin
              'startedAt', tidebase._iso(tidebase._started_at(r.id)), 'completedAt', tidebase._iso(r.completed_at),
              'failureClass', r.failure_class, 'why', tidebase._why(r.id, v_facts, v_now)->'why')
       from tidebase._subtree(p_run_id, p_limit + 1) with ordinality as t (id, depth, n)
-      join tidebase.runs r on r.id = t.id left join tidebase.run_edges e on e.child_run_id = r.id and t.depth > 0
+      join tidebase.runs r on r.id = t.id
+      left join lateral (select * from tidebase.run_edges where child_run_id = r.id and t.depth > 0 limit 1) e on true
      order by t.n limit p_limit + 1);
   return json_build_object('root', p_run_id, 'runs', array_to_json(v_runs[1:p_limit]),
                            'truncated', cardinality(v_runs) > p_limit);

@@ -404,7 +404,9 @@ class Api:
     def detail(self, run: str) -> Any:
         answer = self.get(f"/runs/{run}")
         assert answer.status == 200, answer
-        return answer.json
+        detail = answer.json
+        del detail["run"]["why"], detail["run"]["whyDetail"]  # which tell of times: test_studio_api has them
+        return detail
 
     def run(self, run: str) -> Any:
         """The run as verbs answer it: lists and the detail say beside why it waits."""
