@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seed_studio
 from conftest import LEASE_MS, ROOT, Api, Receiver, eventually, refused
 
 from tidebase_sdk import Tidebase
@@ -765,3 +766,31 @@ def test_costs_come_as_a_file_for_spreadsheets_too(api: Api):
 def test_the_server_says_at_its_start_where_studio_is(spawn_server):
     server = spawn_server()
     assert f"{server.url}/studio" in server.log.read_text()
+
+
+# --- what Studio is shown with
+
+
+def test_the_seeded_mixture_has_a_run_for_each_reason_to_wait_and_for_each_plan(api: Api, database):
+    made = seed_studio.mixture(api.server.url, database)
+    kinds = {run["whyDetail"]["kind"] for run in api.get(
+        "/runs?view=light&limit=1000&status=pending,queued,running,waiting")["runs"]}
+    assert kinds >= {"running", "queue_capped", "rate_limited", "paused", "retry", "scheduled", "gate", "signal",
+                     "sleep", "children", "lease_expired", "nobody_asks", "pending"}
+    assert why(api, made["parent"])[0] == "waits for 3 of 40 children"
+    line(why(api, made["gates"][0][0])[0], "waits for a person since 26 h: Send this answer to 214 customers?")
+    assert {step["plan"] for step in api.get(f"/runs/{made['plans']}/rerun")["steps"]} == {
+        "replays", "runs", "runs_again", "stops_for_review", "never"}
+    assert [item["kind"] for item in api.get("/approvals")["items"]].count("gate") == 4
+    assert made["review"][1] in api.get("/approvals").text
+    assert len(api.get("/usage?by=day")["groups"]) >= seed_studio.DAYS - 2
+    assert api.get(f"/runs/{made['parent']}/summary")["cost"]["subtree"]["runs"] == 41
+
+
+def test_many_runs_and_a_long_one_are_seeded_whole(api: Api, database):
+    seed_studio.many(database, 3000)
+    long = seed_studio.long_run(database, 50, 200)
+    counts = api.get("/counts")["counts"]
+    assert sum(count["count"] for count in counts.values()) == 3001
+    assert len(api.events(long)) == 200
+    assert len(api.get(f"/runs/{long}/steps?limit=1000")["steps"]) == 50
