@@ -3650,7 +3650,8 @@ begin
     select from (select run_id from tidebase.gates where status = 'pending' order by created_at, id limit v_most) g
       join tidebase.runs r on r.id = g.run_id and r.status in ('pending', 'queued', 'running', 'waiting')
     union all
-    select from (select id from tidebase.steps where review_at is not null order by review_at, id limit v_most) s
+    select from (select run_id from tidebase.steps where review_at is not null order by review_at, id limit v_most) s
+      join tidebase.runs r on r.id = s.run_id and r.status not in ('completed', 'cancelled')
     limit 1001) as waiting;
   with page as (
     (select 'gate' as kind, g.id, g.created_at as at, g.run_id
@@ -3660,9 +3661,12 @@ begin
        join tidebase.runs r on r.id = g.run_id and r.status in ('pending', 'queued', 'running', 'waiting')
       order by g.created_at, g.id limit p_limit)
     union all
-    (select 'review', id, review_at, run_id from tidebase.steps
-      where review_at is not null and not p_decided
-        and (p_after_id is null or (review_at, id) > (p_after_at, p_after_id)) order by review_at, id limit p_limit)
+    (select 'review', s.id, s.review_at, s.run_id
+       from (select id, review_at, run_id from tidebase.steps where review_at is not null and not p_decided
+                and (p_after_id is null or (review_at, id) > (p_after_at, p_after_id))
+              order by review_at, id limit v_most) s
+       join tidebase.runs r on r.id = s.run_id and r.status not in ('completed', 'cancelled')
+      order by s.review_at, s.id limit p_limit)
     union all
     (select 'gate', id, resolved_at, run_id from tidebase.gates
       where resolved_at is not null and p_decided

@@ -2840,18 +2840,17 @@ def migrate(config: Config) -> None:
 def explain(run_id: str) -> None:
     """Say what a resume of a run would do, step by step, and whether it is safe; asks the server at TIDEBASE_URL."""
     try:
-        tide = tidebase_sdk.Tidebase()
-        plan = tide.runs.rerun_plan(run_id)
+        with tidebase_sdk.Tidebase() as tide:
+            plan, url = tide.runs.rerun_plan(run_id), tide._server.url
     except (tidebase_sdk.TidebaseError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    with tide:
-        click.echo(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}\n")
-        rows = [("step", "what a resume does", "why")] + [
-            (step["name"], step["plan"].replace("_", " "), step["reason"]) for step in plan["steps"]]
-        widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
-        for name, does, reason in rows if plan["steps"] else ():
-            click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
-        click.echo(f"\nMore: {tide._server.url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
+    click.echo(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}\n")
+    rows = [("step", "what a resume does", "why")] + [
+        (step["name"], step["plan"].replace("_", " "), step["reason"]) for step in plan["steps"]]
+    widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
+    for name, does, reason in rows if plan["steps"] else ():
+        click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+    click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

@@ -491,8 +491,7 @@ def list_changes() -> Reply:
     return reply(f'{{"ids": {json.dumps(ids)}, "runs": {runs}, "nextCursor": {json.dumps(cursor)}}}')
 
 
-FITS = {"cancel": ("pending", "queued", "running", "waiting", "failed"), "retry": ("failed", "cancelled"),
-        "delete": ENDED}
+FITS = {"cancel": ("pending", "queued", "running", "waiting"), "retry": ("failed", "cancelled"), "delete": ENDED}
 
 
 class BulkBody(Body):
