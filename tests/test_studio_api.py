@@ -226,8 +226,8 @@ def test_a_schedule_runs_now_and_a_cron_expression_shows_its_next_five_times(api
 
 def with_all_plans(api: Api) -> str:
     """A run that failed with a step of each plan."""
-    run = api.enqueue("q", maxAttempts=1)
-    api.claim("q", owner="w")
+    run = api.enqueue("plans", maxAttempts=1)
+    api.claim("plans", owner="w")
     api.do_step(run, "fetch", "w", {"rows": 3})
     for name, options in (("draft", {}), ("charge", {"sideEffects": ["charge"], "idempotencyKey": "k-1"}),
                           ("send", {"sideEffects": ["mail"]}), ("wipe", {"sideEffects": ["wipe"], "replay": "never"})):
@@ -246,7 +246,7 @@ def test_the_plan_of_a_rerun_says_of_each_step_what_a_resume_does(api: Api):
     assert {"review", "retry", "fork"} <= set(plan["actions"])
     # And so it is: each is asked for as the plan has it.
     api.post(f"/runs/{run}/retry")["run"]
-    api.claim("q", owner="x")
+    api.claim("plans", owner="x")
     begun = {name: api.begin_step(run, name, "x", options=options) for name, options in (
         ("fetch", {}), ("draft", {}), ("charge", {"sideEffects": ["charge"], "idempotencyKey": "k-1"}),
         ("send", {"sideEffects": ["mail"]}), ("wipe", {"sideEffects": ["wipe"], "replay": "never"}))}
@@ -645,7 +645,7 @@ def test_all_that_waits_for_a_person_stands_in_one_list_oldest_first(api: Api):
     given_up = with_all_plans(api)
     marked = next(s["id"] for s in api.detail(given_up)["steps"] if s["name"] == "send")
     api.post(f"/runs/{given_up}/retry")["run"]
-    api.claim("q", owner="x", limit=9)
+    api.claim("plans", owner="x")
     assert api.begin_step(given_up, "send", "x", options={"sideEffects": ["mail"]}).status == 409
     assert [item["step"]["id"] for item in api.get("/approvals")["items"]] == [marked]
     api.post(f"/runs/{given_up}/cancel")["run"]

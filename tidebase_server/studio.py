@@ -47,13 +47,13 @@ from tidebase import (
     call,
     choice_of,
     core,
+    database_refused,
     found,
     invalid,
     is_refusal,
     next_fire,
     parse,
     query,
-    refusal_of,
     reply,
     time_of,
     whole_of,
@@ -565,9 +565,10 @@ def _act(body: dict[str, Any], ids: list[str], cursor: str | None) -> Reply:
             run = json.loads(text or "{}").get("run") or {}
             results.append({"id": run_id, "ok": True, "status": run.get("status"), "code": None, "error": None})
         except psycopg.Error as error:
-            if not is_refusal(error):
+            answer = database_refused(error) if is_refusal(error) else None
+            if answer is None:
                 raise
-            refused = json.loads(refusal_of(error)[0])
+            refused = json.loads(answer[0])
             results.append({"id": run_id, "ok": False, "status": None, "code": refused["code"],
                             "error": refused["error"]})
     core().wrote()
