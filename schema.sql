@@ -2940,7 +2940,8 @@ $$;
 
 -- What holds back the runs of each of these queues. p_asked: {QUEUE: {"agoMs", "workflows"}}, who asked this server for
 -- work that many ms ago and has not been noted in the database yet; workflows null: any.
--- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt", "workflows"}}.
+-- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt",
+--          "workflows"}}.
 create or replace function tidebase._queue_facts (p_queues text[], p_asked jsonb)
   returns jsonb language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -2971,10 +2972,12 @@ begin
       from (select last_asked_at as at, to_jsonb(workflows) as workflows from tidebase.workers
              where last_asked_at > v_now - interval '1 hour' and v_name = any (queues)
             union all
-            select v_now - tidebase._ms((p_asked->v_name->>'agoMs')::bigint), nullif(p_asked->v_name->'workflows', 'null')
+            select v_now - tidebase._ms((p_asked->v_name->>'agoMs')::bigint),
+                   nullif(p_asked->v_name->'workflows', 'null')
              where p_asked ? v_name) as traces;
     v_facts := v_facts || jsonb_build_object(v_name, jsonb_build_object(
-      'paused', coalesce(v_queue.paused, false), 'pushed', v_queue.invoke_url is not null, 'concurrency', v_queue.concurrency, 'running', cardinality(v_ids),
+      'paused', coalesce(v_queue.paused, false), 'pushed', v_queue.invoke_url is not null,
+      'concurrency', v_queue.concurrency, 'running', cardinality(v_ids),
       'holders', to_jsonb(v_ids[1:3]), 'rate', v_queue.rate_per_minute, 'rateUntil', v_until,
       'askedAt', v_asked->'at', 'workflows', v_asked->'workflows'));
   end loop;
@@ -3176,8 +3179,8 @@ end $$;
 -- Plans    replays: completed; runs: nothing was done that counts; runs_again: it may have had its effect, and is safe
 --          to repeat by its key or by its declaration; stops_for_review: it may have had its effect, and a person must
 --          say so; never: likewise, and it is declared never to run twice.
--- Returns  {"runId", "runStatus", "safe", "verdict", "counts", "blocking", "steps", "stepsTruncated", "actions"}; safe is
---          null for a run that needs no resume. TB404.
+-- Returns  {"runId", "runStatus", "safe", "verdict", "counts", "blocking", "steps", "stepsTruncated", "actions"}; safe
+--          is null for a run that needs no resume. TB404.
 create or replace function tidebase.rerun_plan (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -3231,7 +3234,8 @@ begin
          count(*) filter (where plan = 'runs_again') as runs_again,
          count(*) filter (where plan = 'stops_for_review') as stops, count(*) filter (where plan = 'never') as never,
          count(*) as steps,
-         coalesce(json_agg(name order by position) filter (where plan in ('stops_for_review', 'never')), '[]') as blocking,
+         coalesce(json_agg(name order by position)
+                    filter (where plan in ('stops_for_review', 'never')), '[]') as blocking,
          string_agg(quote_literal(name), ', ' order by position)
            filter (where plan in ('stops_for_review', 'never')) as blocked,
          (select coalesce(json_agg(step order by position), '[]')
@@ -3254,7 +3258,8 @@ begin
       else 'Safe: ' || concat_ws(', ',
              case when v_plan.replays > 0 then tidebase._steps_do(v_plan.replays, 'replay') end,
              case when v_plan.runs > 0 then tidebase._steps_do(v_plan.runs, 'run') end,
-             case when v_plan.runs_again > 0 then tidebase._steps_do(v_plan.runs_again, 'run') || ' again' end) || '.' end,
+             case when v_plan.runs_again > 0 then tidebase._steps_do(v_plan.runs_again, 'run') || ' again' end)
+           || '.' end,
     'counts', json_build_object('replays', v_plan.replays, 'runs', v_plan.runs, 'runs_again', v_plan.runs_again,
                                 'stops_for_review', v_plan.stops, 'never', v_plan.never),
     'blocking', v_plan.blocking, 'steps', v_plan.told, 'stepsTruncated', v_plan.steps > 1000,
@@ -3533,9 +3538,9 @@ begin
                            'nextCursor', case when cardinality(v_found) = p_limit then v_last end);
 end $$;
 
--- Sends a webhook once more, under the same id, its tries counted anew.
--- Needs    it is not being tried (TB409 delivery_pending). TB404.
--- Leaves   it due, or in its place among its channel's.    Returns  {"delivery"}.
+-- Sends a webhook once more, under the same id, its tries counted anew.    TB404.
+-- Leaves   it due, or in its place among its channel's; one that is still being tried unchanged.
+-- Returns  {"delivery"}.
 create or replace function tidebase.resend_delivery (p_run_id text, p_delivery_id text)
   returns json language plpgsql as $$
 declare
@@ -3546,7 +3551,7 @@ begin
   if not found then
     perform tidebase._refuse(404, 'not_found', format('run %s has no delivery %s', p_run_id, p_delivery_id));
   elsif v_post.status = 'pending' then
-    perform tidebase._refuse(409, 'delivery_pending', format('delivery %s is still being tried', p_delivery_id));
+    return json_build_object('delivery', tidebase._delivery_light(v_post));
   end if;
   update tidebase.outbox
      set status = 'pending', attempts = 0, completed_at = null, http_status = null, response_body = null,
@@ -3673,8 +3678,9 @@ begin
         and (p_after_id is null or (resolved_at, id) < (p_after_at, p_after_id))
       order by resolved_at desc, id desc limit p_limit)
   ), numbered as (
-    select *, row_number() over (order by case when not p_decided then at end, case when not p_decided then id end,
-                                          case when p_decided then at end desc, case when p_decided then id end desc) as n
+    select *, row_number() over (
+             order by case when not p_decided then at end, case when not p_decided then id end,
+                      case when p_decided then at end desc, case when p_decided then id end desc) as n
       from page
   )
   select array_agg(json_build_object(
@@ -3820,9 +3826,11 @@ declare
   v_now      timestamptz := tidebase.now();
   v_schedule tidebase.schedules;
 begin
-  update tidebase.schedules set last_enqueued_at = v_now where name = p_name returning * into v_schedule;
+  select * into v_schedule from tidebase.schedules where name = p_name for update;
   if not found then
     perform tidebase._refuse(404, 'not_found', format('schedule %s does not exist', p_name));
+  elsif not exists (select from tidebase.runs where id = p_id) then
+    update tidebase.schedules set last_enqueued_at = v_now where name = p_name;
   end if;
   return (select json_build_object('run', tidebase._run_json(e.run))
             from tidebase._enqueue(v_schedule.queue, jsonb_build_object(

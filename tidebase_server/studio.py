@@ -510,7 +510,7 @@ class BulkBody(Body):
     @marshmallow.validates_schema
     def _one_of_them(self, data: dict[str, Any], **_: Any) -> None:
         if (data.get("ids") is None) == (data.get("filter") is None):
-            raise marshmallow.ValidationError("must have either ids or filter")
+            raise marshmallow.ValidationError("must be there, or else filter", "ids")
 
 
 @routes.post("/bulk")
@@ -663,7 +663,8 @@ def list_deliveries(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/deliveries/<part:delivery_id>/resend")
 def resend_delivery(run_id: str, delivery_id: str) -> Reply:
-    """Send a webhook once more, under the same id.  200 {delivery:lightDelivery}, 404, 409 delivery_pending."""
+    """Send a webhook once more, under the same id; one that is still being tried stays as it is.
+    200 {delivery:lightDelivery}, 404."""
     parse(Body)
     return call("resend_delivery", run_id, delivery_id)
 
