@@ -21,11 +21,11 @@ Request = tuple[str, str, Any]
 @pytest.fixture
 def api(api: Api, server: LocalServer, sql: Callable[..., Any]) -> Iterator[Api]:
     """The verbs, at one instant, and with no webhook under way."""
-    server.sender.free = 0
+    server.let_send(False)
     sql("create or replace function tidebase.now() returns timestamptz language sql volatile as"
         " $$ select timestamptz '2026-06-12 10:31:00Z' $$")
     yield api
-    server.sender.free = tidebase.SEND_SLOTS
+    server.let_send(True)
 
 
 def send(api: Api, request: Request) -> Answer:
@@ -156,7 +156,10 @@ REQUESTS: dict[str, Callable[[Api], Request]] = {
             {"do": "complete_run", "runId": "nowhere"}]}),
     "ask a person": lambda api: ("POST", f"{begun(api)}/gates/begin", {"name": "g", "prompt": "?"}),
     "wait": lambda api: ("POST", f"{claimed(api)}/wait", {"leaseOwner": "a", "for": {"event": "e"}}),
+    "begin to wait": lambda api: ("POST", f"{begun(api)}/steps/begin", {
+        "name": "sleep:1", "inputHash": "h", "leaseOwner": "a", "input": {"seconds": 5}, "options": {"wait": True}}),
     "signal": lambda api: ("POST", f"{begun(api)}/signals", {"name": "s", "payload": 1, "id": "sig"}),
+    "expire a signal": lambda api: ("POST", f"{begun(api)}/signals/s/expire", {"leaseOwner": "a"}),
     "set the state": lambda api: ("PUT", f"{begun(api)}/state", {"id": VERSION, "value": {"n": 1}}),
     "merge into the state": lambda api: ("PATCH", f"{begun(api)}/state", {"id": VERSION, "value": {"n": 1}}),
     "save the state": saved,
