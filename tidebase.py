@@ -85,6 +85,7 @@ from tidebase_server.targets import WebhookTargets
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
+sys.modules.setdefault("tidebase", sys.modules[__name__])  # run as a program, it has another name
 sys.modules.setdefault("tidebase.aio", tidebase_sdk.aio)
 aio = tidebase_sdk.aio
 
@@ -112,6 +113,7 @@ SETTINGS = (
     Setting("TIDEBASE_DATA_DIR", ".tidebase", str, "where the embedded PostgreSQL keeps its data"),
     Setting("TIDEBASE_AUTO_MIGRATE", "1", bool, "0: refuse to start on an older schema instead of updating it"),
     Setting("TIDEBASE_API_KEY", "", str, "the key that clients must send; without it whoever can connect may do all"),
+    Setting("TIDEBASE_READ_KEY", "", str, "a second key: it may read all but the tokens of gates, and write nothing"),
     Setting("TIDEBASE_INSECURE", "0", bool, "1: listen beyond loopback without a key all the same"),
     Setting("TIDEBASE_WEBHOOK_SECRET", "", str, "signs recovery and push webhooks; without it they go out unsigned"),
     Setting("TIDEBASE_WEBHOOK_ALLOW", "", str,
@@ -150,6 +152,7 @@ class Config:
     data_dir: str
     auto_migrate: bool
     api_key: str
+    read_key: str
     insecure: bool
     webhook_secret: str
     webhook_allow: str
@@ -210,6 +213,9 @@ class Config:
         except psycopg.ProgrammingError:  # its words repeat the password
             raise ConfigError("DATABASE_URL is no address of a PostgreSQL, such as "
                               "postgresql://user:password@host:5432/database") from None
+        if self.read_key and self.api_key in ("", self.read_key):
+            raise ConfigError("TIDEBASE_READ_KEY is for those who may only read: set TIDEBASE_API_KEY, to another key, "
+                              "for the others")
         try:
             self.webhook_targets()
         except ValueError as error:
@@ -218,9 +224,10 @@ class Config:
         if self.host not in LOOPBACK and not self.api_key and not self.insecure:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
                               f"send (or TIDEBASE_INSECURE=1 to let anyone in); {MAKE_KEY}")
-        if self.host not in LOOPBACK and 0 < len(self.api_key) < SHORTEST_KEY:
-            raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: TIDEBASE_API_KEY must have at "
-                              f"least {SHORTEST_KEY} characters; {MAKE_KEY}")
+        for name, key in (("TIDEBASE_API_KEY", self.api_key), ("TIDEBASE_READ_KEY", self.read_key)):
+            if self.host not in LOOPBACK and 0 < len(key) < SHORTEST_KEY:
+                raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: {name} must have at least "
+                                  f"{SHORTEST_KEY} characters; {MAKE_KEY}")
 
     def webhook_targets(self) -> WebhookTargets:
         return WebhookTargets(self.webhook_allow, on_loopback=self.host in LOOPBACK)
@@ -1068,12 +1075,13 @@ class QueueConfigBody(Body):
     concurrency = Whole(1, 1_000_000, allow_none=True)
     rate_per_minute = Whole(1, 100_000_000, data_key="ratePerMinute", allow_none=True)
     invoke_url = Url(data_key="invokeUrl", allow_none=True)
+    paused = Flag()
 
 
 # ------------------------------------------------------------------------------
 # Database: the schema, one pool, and one call: a function of schema.sql, one transaction.
 # ------------------------------------------------------------------------------
-SCHEMA_VERSION = 2  # what schema.sql records at its end; both are raised with every change of that file
+SCHEMA_VERSION = 3  # what schema.sql records at its end; both are raised with every change of that file
 CONNECT_SECONDS = 5
 
 
@@ -1749,7 +1757,8 @@ class Entrance:
 
     def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
         check_sender()
-        check_key()
+        if not check_key():
+            raise read_only()
         return view(*map(part_of, parts))
 
     def _alone(self, environ: dict[str, Any], ask: Callable[[], Asked]) -> Reply:
@@ -1943,14 +1952,16 @@ def found(text: str | None, run_id: str) -> Reply:
     return reply(text)
 
 
-def query(*names: str, prefix: str | None = None) -> dict[str, str]:
-    """The query string of a route that takes these parameters, and any that begin with `prefix`.
+def query(*names: str, prefix: str | None = None, text: str | None = None) -> dict[str, str]:
+    """The query string of a route that takes these parameters, and any that begin with `prefix`; or `text` instead.
 
     :raises Refusal: 400, with what it does not take, or is there twice, named.
     """
+    given = flask.request.args.items(multi=True) if text is None else urllib.parse.parse_qsl(
+        text.removeprefix("?"), keep_blank_values=True)
     asked: dict[str, str] = {}
-    for name, text in flask.request.args.items(multi=True):
-        if "\x00" in name or "\x00" in text:
+    for name, value in given:
+        if "\x00" in name or "\x00" in value:
             raise invalid(name[:100].replace("\x00", ""), "must not contain NUL")
         if name not in names and not (prefix and name.startswith(prefix)):
             near = difflib.get_close_matches(name, names, 1)
@@ -1958,7 +1969,7 @@ def query(*names: str, prefix: str | None = None) -> dict[str, str]:
                                       + (f"; did you mean {near[0]}?" if near else ""))
         if name in asked:
             raise invalid(name[:100], "is there twice")
-        asked[name] = text
+        asked[name] = value
     return asked
 
 
@@ -2003,11 +2014,15 @@ def new_owner() -> str:
 
 
 # The first three hold no secret; a gate's token is the credential that resolves it.
-WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate"}
+WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate", "studio.look_at_gate",
+               "studio.front", "studio.page"}
+PAGE_VIEWS = {"studio.front", "studio.page"}  # for people, and no part of the interface that /openapi.json describes
+# Their bodies are questions: they write nothing.
+READS = {"studio.list_changes", "studio.preview_schedule"}
 
 
 # For people, who may follow a link to them from anywhere.
-PAGES = frozenset({"/docs"})
+PAGES = frozenset({"/docs", "/", "/studio"})
 
 
 PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
@@ -2019,12 +2034,22 @@ def check_sender() -> None:
         raise Refusal(*denial)
 
 
-def check_key(given: str | None = None) -> None:
-    """:raises Refusal: 401, unless `given` or, without it, the Authorization header is the key."""
+def check_key(given: str | None = None) -> bool:
+    """Whether `given` or, without it, the Authorization header is the key that may write, and not the one that only
+    reads.  :raises Refusal: 401, when it is neither."""
     access = core().access
-    if access.api_key and not (
-            access.has_key(here.environ.get("HTTP_AUTHORIZATION", "")) if given is None else access.is_key(given)):
+    if not access.api_key:
+        return True
+    key = access.key_in(here.environ.get("HTTP_AUTHORIZATION", "")) if given is None else given.encode()
+    if access.is_key(key):
+        return True
+    if not access.is_read_key(key):
         raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+    return False
+
+
+def read_only() -> Refusal:
+    return Refusal(403, "read_only", "this key may only read")
 
 
 def check_prepared() -> None:
@@ -2036,21 +2061,25 @@ def check_prepared() -> None:
 def authorize() -> flask.Response | None:
     """Before every request that goes through Flask: preflights are answered, sender, key and database checked."""
     check_sender()
-    request = flask.request
+    request, flask.g.may_write = flask.request, True
     if request.method == "OPTIONS" and core().config.cors_origin:
         return flask.Response(status=204)
-    if request.path in ("/health", "/openapi.json", "/docs"):
+    if request.path in ("/health", "/openapi.json", "/docs") or request.endpoint in PAGE_VIEWS:
         return None
     if request.endpoint not in WITHOUT_KEY:
         # Browsers' streams send no headers.
-        check_key(request.args.get("token") if request.endpoint == "routes.stream_events" else None)
+        flask.g.may_write = check_key(
+            request.args.get("token") if request.endpoint == "routes.stream_events" else None)
+        if not flask.g.may_write and request.method not in ("GET", "HEAD") and request.endpoint not in READS:
+            raise read_only()
     check_prepared()
     return None
 
 
 def add_headers(response: flask.Response) -> flask.Response:
     """After every request: what all answers carry, and what TIDEBASE_CORS_ORIGIN allows."""
-    response.headers.update(SAFE_HEADERS)
+    for name, value in SAFE_HEADERS.items():
+        response.headers.setdefault(name, value)
     if origin := core().config.cors_origin:
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE, OPTIONS"
@@ -2118,7 +2147,7 @@ def health() -> Reply:
 
 @functools.cache
 def described() -> dict[str, Any]:
-    return openapi.document(app, __version__, WITHOUT_KEY, LIMITS)
+    return openapi.document(app, __version__, WITHOUT_KEY, PAGE_VIEWS, LIMITS)
 
 
 @routes.get("/openapi.json")
@@ -2152,54 +2181,21 @@ def create_run(workflow_name: str) -> Reply:
                 channels_of(body), body["deadline_ms"], body["recovery_secret"])
 
 
-LISTED: dict[str, LiteralString] = {
-    "status": "r.status = %s", "workflow": "r.workflow_name = %s", "queue": "r.queue = %s",
-    "failureClass": "r.failure_class = %s"}
 STATUSES = ("pending", "queued", "running", "waiting", "completed", "failed", "cancelled")
 NOT_ONLY_TEXT = re.compile(r"-?(0|[1-9][0-9]{,99})(\.[0-9]{1,99})?|true|false|null")
 
 
 @routes.get("/runs")
 def list_runs() -> Reply:
-    """Runs, newest first.  ?status:pending|queued|running|waiting|completed|failed|cancelled ?workflow ?queue
-    ?failureClass ?metadata.KEY (at most 16 of these) ?limit:1..1000=100 ?before (a nextCursor)
-    200 {runs, nextCursor?}."""
-    conditions, values = list[LiteralString](["true"]), list[Any]()
-    asked = query("limit", "before", *LISTED, prefix="metadata.")
-    choice_of("status", asked.get("status"), STATUSES, "")
-    for name in asked.keys() & LISTED.keys():
-        conditions.append(LISTED[name])
-        values.append(asked[name])
-    filters = {name.removeprefix("metadata."): text for name, text in asked.items() if name.startswith("metadata.")}
-    if len(filters) > MAX_FILTERS:
-        raise invalid("metadata", f"at most {MAX_FILTERS} filters")
-    if filters:
-        conditions.append("r.metadata <> '{}'")  # so that runs_metadata_idx serves it
-    # A query string has no types: 5 finds both "5" and 5. What can only be text is one containment; the rest are pairs
-    # side by side, since all of their combinations would be 2^n.
-    if texts := {key: text for key, text in filters.items() if not NOT_ONLY_TEXT.fullmatch(text)}:
-        conditions.append("r.metadata @> %s::jsonb")
-        values.append(json.dumps(texts))
-    for key, text in filters.items():
-        if key not in texts:
-            conditions.append("(r.metadata @> %s::jsonb or r.metadata @> %s::jsonb)")
-            values += [f"{{{json.dumps(key)}: {value}}}" for value in (json.dumps(text), text)]
-    limit = whole_of("limit", asked.get("limit", "100"), 1000, 1)
-    if before := asked.get("before"):
-        cursor = re.fullmatch(r"([0-9]{1,15})_([A-Za-z0-9_.:-]{1,128})", before)
-        if not cursor:
-            raise invalid("before", "must be a nextCursor")
-        conditions.append("(r.created_at, r.id) < (to_timestamp(%s::bigint / 1000.0), %s)")
-        values += cursor.groups()
-    statement = psycopg.sql.SQL(
-        "select coalesce(json_agg(tidebase._run_json(run) order by created_at desc, id desc), '[]'), count(*),"
-        " (extract(epoch from min(created_at)) * 1000)::bigint, (array_agg(id order by created_at, id))[1]"
-        " from (select r as run, r.created_at, r.id from tidebase.runs r where {}"
-        " order by r.created_at desc, r.id desc limit %s) page"
-    ).format(psycopg.sql.SQL(" and ").join(map(psycopg.sql.SQL, conditions)))
-    [row] = core().database.select(statement, [*values, limit])
-    cursor_text = json.dumps(f"{row[2]}_{row[3]}" if row[1] == limit else None)
-    return reply('{"runs": ' + row[0] + ', "nextCursor": ' + cursor_text + "}")
+    """Runs, newest first, or as sort says; a search looks at so many runs at a time, and its cursor goes on.
+    ?status (several by comma) ?workflow ?queue ?failureClass ?metadata.KEY (at most 16 of these) ?since:time
+    ?until:time ?text (an id, or what an error holds) ?errors:true|false (true: failed, or queued again after it)
+    ?parent
+    ?sort:newest|oldest|ended=newest ?view:light|full=full (light: without payloads) ?limit:1..1000=100
+    ?before (a nextCursor)  200 {runs:[shownRun] or [lightRun], nextCursor?}."""
+    asked = query(*studio.LIST_PARAMETERS, *studio.FILTERS, prefix="metadata.")
+    runs, _, cursor = studio.list_runs(asked)
+    return reply(f'{{"runs": {runs}, "nextCursor": {json.dumps(cursor)}}}')
 
 
 DETAILS = ("run", "steps", "state", "stateStreams", "stateVersions", "runEdges", "childRuns", "recoveryAttempts",
@@ -2216,7 +2212,8 @@ def get_run(run_id: str) -> Reply:
     include = asked["include"].split(",") if asked.get("include") else None
     for part in include or ():
         choice_of("include", part, DETAILS, "")
-    return found(core().database.read("run_detail", run_id, include)[0], run_id)
+    return found(core().database.read("run_detail", run_id, include, core().traces.queues(), flask.g.may_write)[0],
+                 run_id)
 
 
 @routes.post("/runs/<part:run_id>/begin")
@@ -2359,7 +2356,8 @@ def get_gate(run_id: str, gate_id: str) -> Reply:
     """A gate, at once or as soon as it is decided.  ?waitMs:0..25000=0 (how long to wait for it)
     200 {gate, runStatus}, 404."""
     return held(run_id, query("waitMs").get("waitMs", "0"),
-                f"body->'gate'->>'status' <> 'pending' or body->>'runStatus' in {ENDED}", "get_gate", run_id, gate_id)
+                f"body->'gate'->>'status' <> 'pending' or body->>'runStatus' in {ENDED}", "get_gate", run_id, gate_id,
+                flask.g.may_write)
 
 
 @routes.post("/runs/<part:run_id>/gates/<part:gate_id>/resolve")
@@ -2445,10 +2443,16 @@ def save_state(run_id: str) -> Reply:
 @routes.get("/runs/<part:run_id>/state/versions")
 def list_versions(run_id: str) -> Reply:
     """By stream and version.  ?stream ?labeled:true|false=false (true: only those with a label)
-    200 {stateVersions}, 404."""
-    asked = query("stream", "labeled")
+    ?view:light|full=full (light: without their values, in pages) ?limit:1..1000=200 ?after (a nextCursor)
+    200 {stateVersions} or {stateVersions:[lightStateVersion], nextCursor?:string}, 404."""
+    asked = query("stream", "labeled", "view", "limit", "after")
+    stream = asked.get("stream")
     labeled = choice_of("labeled", asked.get("labeled"), ("true", "false"), "false") == "true"
-    return found(core().database.read("list_versions", run_id, asked.get("stream"), labeled)[0], run_id)
+    limit = whole_of("limit", asked.get("limit", "200"), 1000, 1)
+    if choice_of("view", asked.get("view"), ("light", "full"), "full") == "light":
+        return found(core().database.read("list_versions_light", run_id, stream, labeled, asked.get("after"), limit)[0],
+                     run_id)
+    return found(core().database.read("list_versions", run_id, stream, labeled)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/snapshots")
@@ -2479,11 +2483,15 @@ def record_usage(run_id: str) -> Reply:
 
 @routes.get("/usage")
 def usage() -> Reply:
-    """The ledger summed up.  ?by:model|workflow|day=model ?since:time ?until:time  200 {groups: [usageGroup]}."""
-    asked = query("by", "since", "until")
+    """The ledger summed up.  ?by:model|workflow|day=model ?since:time ?until:time ?format:json|csv=json
+    200 {groups: [usageGroup]} or csv."""
+    asked = query("by", "since", "until", "format")
     by = choice_of("by", asked.get("by"), ("model", "workflow", "day"), "model")
     since, until = (time_of(name, asked.get(name)) for name in ("since", "until"))
-    return reply(core().database.read("usage_groups", by, since, until)[0] or "")
+    text = core().database.read("usage_groups", by, since, until)[0] or ""
+    if choice_of("format", asked.get("format"), ("json", "csv"), "json") == "csv":
+        return studio.as_csv(json.loads(text, parse_float=Decimal)["groups"])
+    return reply(text)
 
 
 # --- events
@@ -2508,16 +2516,20 @@ def time_of(name: str, text: str | None) -> datetime | None:
 def stream_events(run_id: str) -> Reply | flask.Response:
     """A run's events after a number, as a stream that goes on; as a list for Accept: application/json.
     ?after:0..2147483647=0 ?follow:true|false=true (false: end with the run) @Last-Event-ID (counts before after)
-    200 stream or [event], 404, 503 busy when all places for streams are taken."""
+    ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
+    ?limit:1..1000 (of the list)
+    200 stream or [event] or [lightEvent], 404, 503 busy when all places for streams are taken."""
     request, server = flask.request, core()
-    asked = query("after", "follow", "token")
+    asked = query("after", "follow", "token", "view", "types", "limit")
     after = whole_of("after", request.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
     follow = choice_of("follow", asked.get("follow"), ("true", "false"), "true") == "true"
+    light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
+    types = asked["types"].split(",") if asked.get("types") else None
+    most = whole_of("limit", asked["limit"], 1000, 1) if "limit" in asked else 2**31 - 1
 
-    def events(after: int, limit: int) -> list[tuple[int, str]]:
-        return server.database.select(
-            "select seq, tidebase._event_json(e) from tidebase.events e where run_id = %s and seq > %s"
-            " order by seq limit %s", (run_id, after, limit))
+    def events(after: int, limit: int) -> list[tuple[Any, ...]]:
+        return server.database.select("select * from tidebase.list_events(%s, %s, %s, %s, %s)",
+                                      (run_id, after, limit, light, types))
 
     def last() -> tuple[str, int] | None:
         return next(iter(server.database.select(
@@ -2526,7 +2538,7 @@ def stream_events(run_id: str) -> Reply | flask.Response:
     if last() is None:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
     if request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
-        return reply("[" + ", ".join(text for _, text in events(after, 2**31 - 1)) + "]")
+        return reply("[" + ", ".join(text for _, text in events(after, most)) + "]")
 
     waiter = Waiter(run_id=run_id, seq=after)
     place = ExitStack()
@@ -2601,6 +2613,7 @@ def claim() -> Reply:
         return server.database.call("claim_runs", body["queues"], owner, body["id"], body["limit"],
                                     server.config.lease_ms, body["checkpoints"], workflows)[0]
 
+    server.traces.asked(body["lease_owner"] or "", body["queues"], body.get("workflows"))
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
         is_gone = here.environ.get("waitress.client_disconnected", lambda: False)
@@ -2667,6 +2680,9 @@ UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before the
                     # still sending, gets to see the answer; above, the connection is closed on it
 
 
+from tidebase_server import studio  # noqa: E402 - it takes names of this file
+
+
 def create_app() -> flask.Flask:
     """The routes, for any server of this process: what a request needs of its server, the request brings along."""
     app = flask.Flask("tidebase", static_folder=None)
@@ -2677,6 +2693,7 @@ def create_app() -> flask.Flask:
     app.after_request(add_headers)
     app.register_error_handler(Exception, answer_to)
     app.register_blueprint(routes)
+    app.register_blueprint(studio.routes)
     return app
 
 
@@ -2689,10 +2706,11 @@ class Server:
     def __init__(self, config: Config, conninfo: str, listener: socket.socket | None = None,
                  revive: Callable[[], None] | None = None) -> None:
         self.config = config
-        self.access = Access(host=config.host, api_key=config.api_key, public_url=config.public_url,
-                             cors_origin=config.cors_origin, pages=PAGES)
+        self.access = Access(host=config.host, api_key=config.api_key, read_key=config.read_key,
+                             public_url=config.public_url, cors_origin=config.cors_origin, pages=PAGES)
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.places)
+        self.traces = studio.Traces()
         self.sender = Sender(self.database, config.webhook_secret, config.webhook_targets())
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
@@ -2796,6 +2814,7 @@ class Server:
     def _reconcile(self) -> int:
         self.prepare()
         done = self.reconciler.tick()
+        self.traces.note(self.database)
         if done:
             self.wrote()
         return done
@@ -2970,7 +2989,9 @@ def serve(config: Config) -> None:
         on_stop(lambda number, _: signals.append(number))  # heeded when the database is up, and can be stopped again
         with database_of(config) as (conninfo, revive), listener:
             host, port = listener.getsockname()[:2]
-            click.echo(f"Tidebase {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            click.echo(f"Tidebase {__version__} listens on {url}")
+            click.echo(f"Studio, its page, is at {url}/studio")
             one = functools.partial(serve_one, config, conninfo, listener, revive, signals)
             if config.web_concurrency == 1:
                 one()
@@ -2992,6 +3013,24 @@ def migrate(config: Config) -> None:
     except EmbeddedError as error:
         raise click.ClickException(str(error)) from None
     click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
+
+
+@main.command()
+@click.argument("run_id")
+def explain(run_id: str) -> None:
+    """Say what a resume of a run would do, step by step, and whether it is safe; asks the server at TIDEBASE_URL."""
+    try:
+        with tidebase_sdk.Tidebase() as tide:
+            plan, url = tide.runs.rerun_plan(run_id), tide._server.url
+    except (tidebase_sdk.TidebaseError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}\n")
+    rows = [("step", "what a resume does", "why")] + [
+        (step["name"], step["plan"].replace("_", " "), step["reason"]) for step in plan["steps"]]
+    widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
+    for name, does, reason in rows if plan["steps"] else ():
+        click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+    click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

@@ -185,7 +185,8 @@ def test_sigterm_and_sigint_end_it_with_status_0_and_its_postgres_too(own, data_
 
     runs = [eventually(created) for _ in range(4)]
     log = server.log.read_text()
-    assert f"listens on {server.url}" in log
+    assert f"listens on {server.url}\n" in log
+    assert f"{server.url}/studio\n" in log
     assert str(data_dir) in log
     assert postmaster(data_dir)
     assert server.end(number) == 0

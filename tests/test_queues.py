@@ -609,7 +609,7 @@ def test_claims_that_wait_are_woken_by_runs_of_their_workflows_alone(api, server
 
 def test_a_concurrency_cap_holds_until_a_run_ends_or_goes_back(api):
     assert api.put("/queues/default/config", {"concurrency": 2})["config"] == {
-        "name": "default", "concurrency": 2, "ratePerMinute": None, "invokeUrl": None}
+        "name": "default", "concurrency": 2, "ratePerMinute": None, "invokeUrl": None, "paused": False}
     runs = [api.enqueue() for _ in range(6)]
     taken = [run["id"] for run in api.claim(owner="a", limit=5)]
     assert taken == runs[:2]
@@ -656,13 +656,15 @@ def test_a_changed_configuration_counts_from_the_next_claim_and_null_clears(api)
     assert configure(concurrency=2)["ratePerMinute"] == 3
     assert len(api.claim(limit=9)) == 1
     assert configure(concurrency=None) == {
-        "name": "default", "concurrency": None, "ratePerMinute": 3, "invokeUrl": None}
+        "name": "default", "concurrency": None, "ratePerMinute": 3, "invokeUrl": None,
+        "paused": False}
     assert len(api.claim(limit=9)) == 1
     assert configure(ratePerMinute=None)["ratePerMinute"] is None
     assert len(api.claim(limit=2)) == 2
     configure(concurrency=1)  # less than are running: nothing starts, nothing ends
     assert api.claim(limit=9) == []
-    assert configure() == {"name": "default", "concurrency": 1, "ratePerMinute": None, "invokeUrl": None}
+    assert configure() == {"name": "default", "concurrency": 1, "ratePerMinute": None, "invokeUrl": None,
+                           "paused": False}
     assert api.queue("default")["running"] == 5
 
 

@@ -81,6 +81,20 @@ def scheduled(api: Api) -> Request:
     return "DELETE", "/schedules/nightly", None
 
 
+def deleted(api: Api) -> Request:
+    return "DELETE", ended(api), None
+
+
+def looked(api: Api) -> Request:
+    asked = gate(api)
+    return "POST", f"/runs/r/gates/{asked['id']}/look", {"token": asked["resolveToken"]}
+
+
+def delivery(api: Api) -> str:
+    api.post(f"/runs/{api.create(id='r', channels=[{'type': 'webhook', 'url': HOOK}])}/cancel")["run"]
+    return f"/runs/r/deliveries/{api.get('/runs/r/deliveries')['deliveries'][0]['id']}"
+
+
 VERSION = f"ver_{0:032x}"
 RECORD = {"name": "s", "inputHash": "h", "leaseOwner": "a", "output": 1}
 STARTED = "2026-06-12T10:30:59.123456Z"
@@ -160,6 +174,14 @@ REQUESTS: dict[str, Callable[[Api], Request]] = {
                                   "id": "claim1", "checkpoints": True}),
     "configure a queue": lambda api: ("PUT", "/queues/q/config", {"concurrency": 1, "invokeUrl": None}),
     "schedule": lambda api: ("PUT", "/schedules/nightly", SCHEDULE),
+    "run a schedule": lambda api: (
+        "POST", "/schedules/nightly/run", {"id": (api.put("/schedules/nightly", SCHEDULE), "r")[1]}),
+    "preview a schedule": lambda api: ("POST", "/schedules/preview", {"cron": "0 3 * * *"}),
+    "cancel many": lambda api: ("POST", "/bulk", {"action": "cancel", "ids": [begun(api)[6:], "nowhere"]}),
+    "retry many": lambda api: ("POST", "/bulk", {"action": "retry", "ids": [ended(api)[6:]]}),
+    "ask what changed": lambda api: ("POST", "/changes", {"query": "workflow=none"}),
+    "look at a gate": looked,
+    "send a webhook again": lambda api: ("POST", f"{delivery(api)}/resend", None),
 }
 SAYS_SO = {"created": (True, False), "deduplicated": (False, True)}  # by which a repeat may be told
 
@@ -199,14 +221,15 @@ def test_a_gate_that_was_decided_is_not_decided_again(api: Api) -> None:
 
 
 def test_what_was_deleted_is_not_there_to_delete(api: Api) -> None:
-    request = scheduled(api)
-    assert send(api, request).status == 200
-    refused(send(api, request), 404, "not_found")
+    for make in (scheduled, deleted):
+        request = make(api)
+        assert send(api, request).status == 200
+        refused(send(api, request), 404, "not_found")
 
 
 def test_every_mutating_route_is_sent_twice() -> None:
     urls = tidebase.app.url_map.bind("here")
-    requests = [make(MagicMock()) for make in (*REQUESTS.values(), resolved, scheduled)]
+    requests = [make(MagicMock()) for make in (*REQUESTS.values(), resolved, scheduled, deleted)]
     sent = {(method, urls.match(path, method)[0]) for method, path, _ in requests}
     assert sent == {(method, rule.endpoint) for rule in tidebase.app.url_map.iter_rules()
                     for method in (rule.methods or set()) & {"POST", "PUT", "PATCH", "DELETE"}}

@@ -40,11 +40,14 @@ class Access:
     :param host: the address that it listens on.
     :param public_url: the address that it is known by, or "".
     :param cors_origin: the origin whose pages may ask, "*" for all, "" for none but its own.
+    :param read_key: the key that only reads, or "".
     :param pages: the paths of pages for people, which other sites may link to.
     """
 
-    def __init__(self, *, host: str, api_key: str, public_url: str, cors_origin: str, pages: frozenset[str]) -> None:
+    def __init__(self, *, host: str, api_key: str, public_url: str, cors_origin: str, pages: frozenset[str],
+                 read_key: str = "") -> None:
         self.api_key = api_key
+        self.read_key = read_key
         self.cors_origin = cors_origin
         self.pages = pages
         self.public = origin_of(public_url)
@@ -95,16 +98,20 @@ class Access:
     def _is_followed_link(self, environ: Mapping[str, Any]) -> bool:
         """Whether somebody follows a link to a page: it is shown to that person, not to the page that has the link."""
         return (environ.get("REQUEST_METHOD") == "GET" and environ.get("HTTP_SEC_FETCH_MODE") == "navigate"
-                and environ.get("HTTP_SEC_FETCH_DEST") == "document" and environ.get("PATH_INFO") in self.pages)
+                and environ.get("HTTP_SEC_FETCH_DEST") == "document" and (
+                    environ.get("PATH_INFO") in self.pages or environ.get("PATH_INFO", "").startswith("/studio/")))
 
-    def has_key(self, authorization: str) -> bool:
-        """Whether an Authorization header, as WSGI has it, holds the key."""
+    @staticmethod
+    def key_in(authorization: str) -> bytes:
+        """The key that an Authorization header, as WSGI has it, holds; empty when it holds none."""
         scheme, _, sent = authorization.partition(" ")
-        matches = hmac.compare_digest(sent.strip(" ").encode("latin-1", "replace"), self.api_key.encode())
-        return matches and scheme.lower() == "bearer"
+        return sent.strip(" ").encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
 
-    def is_key(self, sent: str) -> bool:
-        return hmac.compare_digest(sent.encode(), self.api_key.encode())
+    def is_key(self, sent: bytes) -> bool:
+        return hmac.compare_digest(sent, self.api_key.encode())
+
+    def is_read_key(self, sent: bytes) -> bool:
+        return bool(self.read_key) and hmac.compare_digest(sent, self.read_key.encode())
 
 
 def of_body(environ: Mapping[str, Any]) -> Denial | None:
