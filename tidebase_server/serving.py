@@ -1,0 +1,191 @@
+"""The HTTP server: waitress, with one subclass of its request parser.
+
+waitress brings what HTTP asks of a server: the parser, chunked bodies, threads, and buffers for what a slow client has
+not read yet. Here stands what it is told to do, by its documented settings, and the subclass: it knows whether a
+request may have a body as soon as its head is complete, and it bounds what a client may send before that is known, and for how long.
+
+The parser, the connection that uses it, and the method that changes the number of threads are all that this project
+uses of waitress beyond its documentation: its version is pinned, and tests/test_serving.py holds what is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import waitress.channel
+import waitress.parser
+import waitress.server
+
+logger = logging.getLogger("tidebase.server")
+
+MOST_FILES = 10_240      # open files of this process; more, macOS may refuse
+MAX_HEAD = 16 * 1024     # bytes of a request's head, and of the blank lines before it
+MAX_CONTROL = 16 * 1024  # bytes of one control line of a chunked body, of its trailers, and of both beyond its content
+RECEIVE_SECONDS = 30     # for a request to be there in full, from its first byte; a connection may be idle as long
+STREAM_BYTES = 64 * 1024  # of a stream's output may wait for a reader, then the stream waits, too
+
+
+class Head(NamedTuple):
+    """A request whose head is complete and whose body has not been read."""
+
+    method: str
+    target: str                    # as it was sent
+    headers: Mapping[str, str]     # names as in AUTHORIZATION, values of equal names joined by a comma
+    body_bytes: int | None         # None: chunked, so not known
+
+
+class Refused(NamedTuple):
+    """What a request is answered with instead of being read; its connection is closed after that."""
+
+    status: int
+    reason: str
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def to_response(self, ident: str | None = None) -> tuple[str, list[tuple[str, str]], bytes]:
+        """As waitress asks it of an error."""
+        return f"{self.status} {self.reason}", self.headers, self.body
+
+
+class Gatekeeper:
+    """Decides about requests before their bodies are read; to be subclassed by the application."""
+
+    def admit(self, head: Head) -> Refused | None:
+        """Whether a body may follow.  :returns: None, or the answer instead."""
+        return None
+
+    def refuse(self, status: int, words: str) -> Refused:
+        """The answer to what cannot be read as a request."""
+        raise NotImplementedError
+
+
+class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress brings no types
+    """Reads one request. What waitress itself refuses is refused in the application's words."""
+
+    def __init__(self, adj: Any, gatekeeper: Gatekeeper) -> None:
+        super().__init__(adj)
+        self.gatekeeper = gatekeeper
+        self.began = time.time()  # as waitress counts
+        self.blank_bytes = 0
+        self.body_bytes_on_wire = 0
+
+    def received(self, data: bytes) -> int:
+        """Take what a connection brought.  :returns: how many bytes of it belong to this request."""
+        if self.completed:
+            return 0
+        blank = 0
+        if not self.headers_finished and not self.header_plus:
+            # waitress takes blank lines for empty requests, one after the other, however many there are.
+            blank = len(data) - len(data.lstrip(b"\r\n"))
+            self.blank_bytes += blank
+            data = data[blank:]
+        was_in_head = not self.headers_finished
+        consumed = super().received(data) if data else 0
+        if not was_in_head:
+            self.body_bytes_on_wire += consumed
+        problem = self._problem(was_in_head)
+        if problem is not None:
+            self.error, self.completed, self.expect_continue = problem, True, False
+        return blank + consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Read the head; refuse what waitress would stumble over."""
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # of a target such as http://[: it would go unanswered
+            raise waitress.parser.ParsingError(str(error)) from None
+
+    def _problem(self, was_in_head: bool) -> Refused | None:
+        if isinstance(self.error, Refused):
+            return self.error
+        if self.error is not None:
+            return self.gatekeeper.refuse(self.error.code, self.error.body)
+        if self.blank_bytes > MAX_HEAD:
+            return self.gatekeeper.refuse(400, "too many blank lines before a request")
+        if self.chunked and self._has_too_much_control():
+            return self.gatekeeper.refuse(400, "too much beside the content of a chunked body")
+        if was_in_head and self.headers_finished:
+            return self.gatekeeper.admit(Head(self.command, self.request_uri, self.headers,
+                                              None if self.chunked else self.content_length))
+        return None
+
+    def _has_too_much_control(self) -> bool:
+        """Chunk sizes, their extensions and trailers cost more to read than content: they may not be most of a body."""
+        body = self.body_rcv
+        control_bytes = self.body_bytes_on_wire - len(body) - len(body.control_line)
+        return (len(body.control_line) > MAX_CONTROL or len(body.trailer) > MAX_CONTROL
+                or control_bytes > MAX_CONTROL + len(body) // 4)
+
+
+class HttpServer:
+    """A WSGI application on a listening socket."""
+
+    def __init__(self, app: Callable[..., Any], gatekeeper: Gatekeeper, listener: socket.socket, *, threads: int,
+                 max_body: int, other_files: int) -> None:
+        """
+        :param threads: for requests that are worked on; those that wait get threads of their own (`make_room`).
+        :param max_body: bytes; a larger body is refused unread.
+        :param other_files: how many files this process may have open beside its connections.
+        """
+        self.threads = threads
+        self.waitress = waitress.server.create_server(
+            app, sockets=[listener], threads=threads, ident=None, clear_untrusted_proxy_headers=True,
+            connection_limit=make_room_for_connections(other_files), asyncore_use_poll=True,
+            channel_timeout=RECEIVE_SECONDS, cleanup_interval=5,
+            channel_request_lookahead=1,  # so that it is noticed when a client that waits hangs up
+            max_request_header_size=MAX_HEAD, max_request_body_size=max_body + 1,
+            send_bytes=1,                 # each answer is sent by the thread that made it
+            outbuf_high_watermark=STREAM_BYTES)
+
+        class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+            """A connection. waitress closes it when it was idle for channel_timeout; one that is in the middle of a
+            request counts as idle since the request's first byte, however often another byte comes."""
+
+            @staticmethod
+            def parser_class(adj: Any) -> Parser:
+                return Parser(adj, gatekeeper)
+
+            @property
+            def last_activity(self) -> float:
+                request = self.request
+                return self.active_at if request is None else request.began
+
+            @last_activity.setter
+            def last_activity(self, at: float) -> None:
+                self.active_at = at
+
+        self.waitress.channel_class = Channel
+
+    def serve(self) -> None:
+        """Answer requests until SystemExit is raised in this thread, as by a signal's handler; then let those under way
+        end, for five seconds at most."""
+        self.waitress.run()
+
+    def make_room(self, waiting: int) -> None:
+        """Have threads for so many requests that wait, beside those that are worked on; from any thread.
+
+        :raises RuntimeError: the machine gives no more threads.
+        """
+        self.waitress.task_dispatcher.set_thread_count(self.threads + waiting)
+
+
+def make_room_for_connections(others: int) -> int:
+    """Raise the limit on this process's open files to what it may be.
+
+    :returns: how many connections it then has room for beside `others`; further clients wait until one leaves. To take
+        in a client beyond the limit would fail, again and again.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < MOST_FILES:
+        wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+        with suppress(ValueError, OSError):  # the system allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    files = MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, MOST_FILES)
+    return max(files - others, files // 2)
