@@ -2579,15 +2579,11 @@ $$;
 
 -- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: the input of
 -- a step or a new run; a step's output or a run's result; a step's error.
--- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
 -- Returns  the verb's answer and HTTP status.
 create or replace function tidebase.write_one (p_write jsonb, p_input json, p_output json, p_error json,
-                                               p_patient boolean, out body json, out status integer)
+                                               out body json, out status integer)
   language plpgsql as $$
 begin
-  if not p_patient then
-    perform set_config('lock_timeout', '20ms', true);
-  end if;
   status := 200;
   case p_write->>'do'
     when 'record_step' then
@@ -2613,8 +2609,6 @@ begin
 end $$;
 
 -- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
--- Needs    unless p_patient, likewise, and that none has a large answer and few are refused (P0001, and nothing is
---          written).
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
 --          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
@@ -2624,8 +2618,7 @@ end $$;
 -- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
 -- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
 -- PostgreSQL keeps 64 of a transaction in memory, and beyond them all other transactions get slower.
-create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
-                                                p_patient boolean)
+create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
   returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
@@ -2643,9 +2636,6 @@ declare
   v_words    text;
   v_detail   text;
 begin
-  if not p_patient then
-    perform set_config('lock_timeout', '20ms', true);
-  end if;
   perform tidebase._lock_keys(p_writes);
   perform from tidebase.runs
     where id = any (array(select w->>'runId' from jsonb_array_elements(p_writes) as w
@@ -2660,7 +2650,7 @@ begin
       for n in v_from .. v_until loop
         continue when v_fresh[n] is not null;
         v_at := n;
-        v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n], true);
+        v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
         v_bodies[n] := v_written.body;
         v_statuses[n] := v_written.status;
       end loop;
@@ -2682,10 +2672,6 @@ begin
       end if;
     end;
   end loop;
-  if not p_patient and (v_from <= v_count
-                        or exists (select from unnest(v_bodies) as answer where pg_column_size(answer) > 65536)) then
-    raise exception 'a batch of several clients has an answer this large, or this many refusals';
-  end if;
   return query select * from unnest(v_bodies[:v_from - 1], v_statuses[:v_from - 1]);
 end $$;
 

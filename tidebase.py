@@ -6,9 +6,8 @@ whoever takes the run over when the worker dies replays it instead of executing 
 it keeps the record, decides when code should run (again), and says so by claim or by signed webhook.
 
 The rules of that life stand in schema.sql, as SQL functions: a request is checked here for its shape, becomes one call
-of one function in one transaction, and the JSON text which that answers is passed on as it is. Only small writes that
-come at the same time share a call, and each is answered as if it had come alone. The wire protocol is what the routes
-below say; errors are {"error": words, "code": snake_case}.
+of one function in one transaction, and the JSON text which that answers is passed on as it is. The wire protocol is
+what the routes below say; errors are {"error": words, "code": snake_case}.
 
 The rooms of this file, each using only those above it:
 
@@ -24,9 +23,8 @@ The rooms of this file, each using only those above it:
     Routes                check, call, answer
     Wiring                the rooms above, built and served; the command line
 
-Beside it stand connections.py, which brings requests here and lets small writes go together, openapi.py, which
-describes the routes, and tidebase_server/: who may ask, the embedded PostgreSQL, and how a webhook gets to where it may
-go.
+Beside it stand openapi.py, which describes the routes, and tidebase_server/: the HTTP server, who may ask, the embedded
+PostgreSQL, how a webhook gets to where it may go, and what Studio reads.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -71,16 +69,16 @@ import psycopg_pool
 import requests
 from cronsim import CronSim, CronSimError
 from marshmallow import fields, validate
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import BaseConverter
 
 import openapi
 import tidebase_sdk
-from connections import HttpServer, Later, Reply
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
 from tidebase_server.access import LOOPBACK, Access
 from tidebase_server.database import EmbeddedError, EmbeddedPostgres
 from tidebase_server.exchange import Cut, Exchange, TargetRefused
+from tidebase_server.serving import Gatekeeper, Head, HttpServer, Refused
 from tidebase_server.targets import WebhookTargets
 
 __version__ = "0.1.0"
@@ -92,6 +90,7 @@ aio = tidebase_sdk.aio
 HERE = Path(__file__).resolve().parent
 logger = logging.getLogger("tidebase.server")
 T = TypeVar("T")
+Reply = tuple[str, int, dict[str, str]]  # body, status and headers, as a Flask view may return them
 
 
 # ------------------------------------------------------------------------------
@@ -271,7 +270,7 @@ def answer_to(error: Exception) -> Reply:
             known = database_refused(later)
     if known is None:
         logger.error("request failed", exc_info=error, extra={
-            "event": "request_failed", "path": here.environ["PATH_INFO"]})
+            "event": "request_failed", "path": flask.request.path})
     return known or reply('{"error": "internal error", "code": "internal_error"}', 500)
 
 
@@ -303,7 +302,7 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     # build's version, whose servers can answer this.
     if state == "42883" or (state == "XX000" and "cache lookup failed" in (error.diag.message_primary or "")):
         logger.error("the database's schema is another build's: %s", error.diag.message_primary,
-                     extra={"event": "schema_differs", "path": here.environ["PATH_INFO"]})
+                     extra={"event": "schema_differs", "path": flask.request.path})
         return busy(reply('{"error": "the database\'s schema is another build\'s: send this again", '
                           '"code": "database_unavailable"}', 503))
     # 25006: a standby after a failover. The rest of these classes are connections, locks, resources, shutdown.
@@ -1348,11 +1347,14 @@ class Watcher:
         finally:
             with self.lock:
                 self.waiters.remove(waiter)
+                if not self.waiters:
+                    self.notified.set()  # for a last tick, which lets threads go
 
     def tick(self) -> int:
         """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to sleep."""
         with self.lock:
             waiters = list(self.waiters)
+            self.make_room(len(waiters))  # threads that waited are not needed any more
         if waiters:
             claims = list(dict.fromkeys(claim for waiter in waiters for claim in waiter.claims))
             runs = sorted({waiter.run_id for waiter in waiters if waiter.run_id is not None})
@@ -1686,84 +1688,48 @@ class Reconciler:
 # ------------------------------------------------------------------------------
 # Request plumbing: what a route may take for granted: a raw path, the key checked, a body within its limit.
 # ------------------------------------------------------------------------------
-class Here(threading.local):
-    """What a thread is answering: the WSGI environment of the request, and the server that it came to."""
-
-    server: Server
-    environ: dict[str, Any]
-
-
-here = Here()
-
-
-HEADERS_LOOKED_AT = ("HOST", "ORIGIN", "SEC_FETCH_SITE", "CONTENT_ENCODING", "AUTHORIZATION")
-
-
-class Entrance:
-    """A server's way into the app, as connections.py asks for it: each request brings along the server it came to, and
-    its path as it was sent, since WSGI servers hand it over decoded, where %2F and / are the same."""
+class Admission(Gatekeeper):
+    """What is decided about a request as soon as its head is there: no body is taken from who may not send one."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
 
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        environ["PATH_INFO"] = path_of(environ.get("REQUEST_URI", environ["PATH_INFO"]))
-        here.server, here.environ = self.server, environ
-        return app(environ, start_response)
-
-    def offer(self, request: Any, is_gone: Callable[[], bool]) -> tuple[Later, Writes | None] | None:
-        """Take a request past Flask: workers send most of theirs to few routes (see `often`), and Flask's way there
-        costs as much as what the views do."""
-        if request.command != "POST" or self.server.config.cors_origin:
+    def admit(self, head: Head) -> Refused | None:
+        """Requests without a body, and those whose key is right, go on to Flask, which checks them once more."""
+        if head.body_bytes == 0:
             return None
-        if not self.server.prepared.is_set():  # to wait is for a thread that has nothing else to do
+        path, access = path_of(head.target), self.server.access
+        environ = {f"HTTP_{name}": value for name, value in head.headers.items()} | {
+            "REQUEST_METHOD": head.method, "REQUEST_URI": head.target, "PATH_INFO": path,
+            "CONTENT_TYPE": head.headers.get("CONTENT_TYPE", ""), "CONTENT_LENGTH": str(head.body_bytes or 1)}
+        if denial := access.denial(environ):
+            return self._answer(refused(Refusal(*denial)))
+        key = access.key_in(environ.get("HTTP_AUTHORIZATION", ""))
+        if not access.api_key or access.is_key(key) or access.is_read_key(key):
             return None
-        path = path_of(request.request_uri)
-        found = ((view, match.groups()) for pattern, view in OFTEN if (match := pattern.fullmatch(path)))
-        view, parts = next(found, (None, ()))
-        if view is None:
-            return None
-        environ = {  # as much of it as these views, and the check of who asks, look at
-            **{f"HTTP_{name}": request.headers[name] for name in HEADERS_LOOKED_AT if name in request.headers},
-            "REQUEST_METHOD": request.command, "REQUEST_URI": request.request_uri, "PATH_INFO": path,
-            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH"),
-            "CONTENT_TYPE": request.headers.get("CONTENT_TYPE"), "wsgi.input": request.get_body_stream(),
-            "waitress.client_disconnected": is_gone}
-        ask = functools.partial(self._ask, view, parts)
-        if view not in WRITERS or int(environ["CONTENT_LENGTH"] or 0) > MOST_TOGETHER:
-            return functools.partial(self._alone, environ, ask), None
-        here.server, here.environ = self.server, environ
-        try:
-            asked = ask()
-        except Exception as error:
-            refusal = answer_to(error)
-            return (lambda: refusal), None
-        return functools.partial(self._alone, environ, lambda: asked), asked if isinstance(asked, Writes) else None
+        if not takes_no_key(head.method, path):
+            return self._answer(refused(no_key()))
+        if head.body_bytes is None or head.body_bytes > KEYLESS_BYTES:
+            return self.refuse(413, "")
+        return None
 
-    def write(self, small: list[Writes]) -> Sequence[Reply | None]:
-        """Those are left to go alone of which one waits for a lock, cannot be written, or is answered with a lot."""
-        try:
-            return commit(self.server, small, patient=False)
-        except Exception as error:
-            # Where nobody knows whether they were written, their clients are to send them again.
-            known = isinstance(error, psycopg.Error) and not is_away(error)
-            return [None if known else answer_to(error)] * len(small)
-
-    def refuse(self, status: int, words: str) -> Reply:
-        if status == 400:
-            return refused(invalid("", words))
+    def refuse(self, status: int, words: str) -> Refused:
         code = {413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(status, "internal_error")
-        return refused(Refusal(status, code, http.HTTPStatus(status).phrase.lower()))
+        return self._answer(refused(invalid("", words) if status == 400 else Refusal(
+            status, code, http.HTTPStatus(status).phrase.lower())))
 
-    def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
-        check_sender()
-        if not check_key():
-            raise read_only()
-        return view(*map(part_of, parts))
+    def _answer(self, reply: Reply) -> Refused:
+        text, status, headers = reply
+        headers = {**SAFE_HEADERS, **headers, **self.server.cors_headers}
+        return Refused(status, http.HTTPStatus(status).phrase, list(headers.items()), text.encode())
 
-    def _alone(self, environ: dict[str, Any], ask: Callable[[], Asked]) -> Reply:
-        here.server, here.environ = self.server, environ
-        return alone(ask)
+
+def takes_no_key(method: str, path: str) -> bool:
+    """Whether a route is its own credential, or holds no secret."""
+    try:
+        return app.url_map.bind("").match(path, method)[0] in WITHOUT_KEY
+    except HTTPException:
+        return False
 
 
 def path_of(target: str) -> str:
@@ -1793,14 +1759,12 @@ class Part(BaseConverter):
 
 def core() -> Server:
     """The server that this request came to."""
-    return here.server
+    return cast(Server, flask.request.environ["tidebase.server"])
 
 
 def received() -> bytes:
-    """The request's body.  :raises RequestEntityTooLarge: it is beyond TIDEBASE_MAX_BODY."""
-    if int(here.environ.get("CONTENT_LENGTH") or 0) > core().config.max_body:
-        raise RequestEntityTooLarge
-    return cast(bytes, here.environ["wsgi.input"].read())
+    """The request's body, which is within TIDEBASE_MAX_BODY."""
+    return cast(bytes, flask.request.environ["wsgi.input"].read())
 
 
 def parse(kind: type[Body]) -> dict[str, Any]:
@@ -1832,30 +1796,17 @@ def call(function: str, *arguments: Any) -> Reply:
     return reply(text or "null", status)
 
 
-MOST_TOGETHER = 65_536  # bytes of a body: the others would wait long for the commit of a larger one
-
-
 class Write(NamedTuple):
-    """One write as write_each takes it: what it says, as JSON, and its payloads."""
+    """One write as write_one and write_each take it: its fields, as JSON, and its payloads."""
 
-    said: str
+    fields: str
     input: str | None
     output: str | None
     error: str | None
 
 
-class Writes(NamedTuple):
-    """What a request asks to be written; `many` of them are answered with a list of results."""
-
-    writes: list[Write]
-    many: bool = False
-
-
-Asked = Reply | Writes | Later  # what a view that workers call often says: an answer, or what leads to it
-
-
-# What a write says beside its payloads: the member of the body, and its name for schema.sql.
-SAID = {
+# The fields of a write, but for its payloads: the member of the body, and its name for schema.sql.
+WIRE_NAMES = {
     "id": "id", "run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name",
     "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
     "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",
@@ -1866,11 +1817,11 @@ SAID = {
     "edge_metadata": "edgeMetadata"}
 
 
-def said_of(body: dict[str, Any], **extras: Any) -> str:
-    """The JSON of what a checked body says, all but its payloads."""
-    said = {SAID[member]: value.isoformat() if isinstance(value, datetime) else value
-            for member, value in body.items() if member in SAID and value is not None}
-    return compose(said | extras)
+def encode_fields(body: dict[str, Any], **extras: Any) -> str:
+    """The JSON of a checked body's fields, but for its payloads."""
+    fields = {WIRE_NAMES[member]: value.isoformat() if isinstance(value, datetime) else value
+              for member, value in body.items() if member in WIRE_NAMES and value is not None}
+    return compose(fields | extras)
 
 
 def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
@@ -1879,52 +1830,28 @@ def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
     extras: dict[str, Any] = {"do": verb}
     if verb == "begin_step":
         extras |= {"leaseMs": core().config.lease_ms, "leaseOwner": body["lease_owner"] or new_owner()}
-    return Write(said_of(body, **extras), body.get("input"),
+    return Write(encode_fields(body, **extras), body.get("input"),
                  body.get("result" if verb == "complete_run" else "output"), body.get("error"))
 
 
-def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]:
-    """Write what requests ask for, in one transaction unless many are refused; of several, each is answered as if it
-    had come alone.
-
-    :param patient: wait for locks that others hold, as long as it takes.
-    :raises psycopg.Error: nothing is written, unless is_away. It may be the fault of any of the requests.
-    """
-    writes = [write for request in requests for write in request.writes]
-    try:
-        if len(writes) == 1:
-            rows = server.database.rows("write_one", *writes[0], patient)
-        else:
-            rows = []
-            while rest := writes[len(rows):]:  # where many are refused, it takes more than one transaction
-                rows += server.database.rows(
-                    "write_each", "[" + ", ".join(write.said for write in rest) + "]",
-                    JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
-                    JsonArray(write.error for write in rest), patient)
-    except psycopg.Error as error:
-        if len(writes) > 1 or not is_refusal(error):
-            raise
-        rows = [refusal_of(error, server.database)]
-    server.wrote()
-    each = iter(rows)
-    return [results_of(itertools.islice(each, len(request.writes))) if request.many else reply(*next(each))
-            for request in requests]
+def write(verb: str, body: dict[str, Any], **parts: str) -> Reply:
+    """Make one write, in a transaction of its own."""
+    [row] = core().database.rows("write_one", *write_of(verb, body, **parts))
+    core().wrote()
+    return reply(*row)
 
 
-def results_of(rows: Iterable[tuple[Any, ...]]) -> Reply:
+def write_all(writes: list[Write]) -> Reply:
+    """Make many writes, in one transaction unless many are refused; each is answered as if it had come alone."""
+    rows: list[tuple[Any, ...]] = []
+    while rest := writes[len(rows):]:  # where many are refused, it takes more than one transaction
+        rows += core().database.rows(
+            "write_each", "[" + ", ".join(write.fields for write in rest) + "]",
+            JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
+            JsonArray(write.error for write in rest))
+    core().wrote()
     return reply('{"results": [' + ", ".join(
         body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
-
-
-def alone(ask: Callable[[], Asked]) -> Reply:
-    """The answer to a request, whatever happens; what it writes has a transaction of its own."""
-    try:
-        asked = ask()
-        if isinstance(asked, Writes):
-            return commit(core(), [asked], patient=True)[0]
-        return asked() if callable(asked) else asked
-    except Exception as error:
-        return answer_to(error)
 
 
 def log_failure(run_id: str, text: str) -> None:
@@ -2030,7 +1957,7 @@ PREPARE_SECONDS = 1  # what a process that has only just started is given to loo
 
 def check_sender() -> None:
     """:raises Refusal: 403 for a web page's request that is not this server's own, 415 for a body that is not JSON."""
-    if denial := core().access.denial(here.environ):
+    if denial := core().access.denial(flask.request.environ):
         raise Refusal(*denial)
 
 
@@ -2040,12 +1967,16 @@ def check_key(given: str | None = None) -> bool:
     access = core().access
     if not access.api_key:
         return True
-    key = access.key_in(here.environ.get("HTTP_AUTHORIZATION", "")) if given is None else given.encode()
+    key = access.key_in(flask.request.environ.get("HTTP_AUTHORIZATION", "")) if given is None else given.encode()
     if access.is_key(key):
         return True
     if not access.is_read_key(key):
-        raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+        raise no_key()
     return False
+
+
+def no_key() -> Refusal:
+    return Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
 
 
 def read_only() -> Refusal:
@@ -2059,7 +1990,7 @@ def check_prepared() -> None:
 
 
 def authorize() -> flask.Response | None:
-    """Before every request that goes through Flask: preflights are answered, sender, key and database checked."""
+    """Before every request: preflights are answered, sender, key and database checked."""
     check_sender()
     request, flask.g.may_write = flask.request, True
     if request.method == "OPTIONS" and core().config.cors_origin:
@@ -2080,14 +2011,7 @@ def add_headers(response: flask.Response) -> flask.Response:
     """After every request: what all answers carry, and what TIDEBASE_CORS_ORIGIN allows."""
     for name, value in SAFE_HEADERS.items():
         response.headers.setdefault(name, value)
-    if origin := core().config.cors_origin:
-        response.headers["Access-Control-Allow-Origin"] = origin
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE, OPTIONS"
-        response.headers["Access-Control-Allow-Headers"] = ("authorization, content-type, x-tidebase-worker, "
-                                                            "last-event-id")
-        response.headers["Access-Control-Max-Age"] = "600"
-        if origin != "*":
-            response.headers["Vary"] = "Origin"
+    response.headers.update(core().cors_headers)
     return response
 
 
@@ -2096,38 +2020,6 @@ def add_headers(response: flask.Response) -> flask.Response:
 # and 503.
 # ------------------------------------------------------------------------------
 routes = flask.Blueprint("routes", __name__)
-OFTEN: list[tuple[re.Pattern[str], Callable[..., Asked]]] = []  # a path's pattern, and its view
-WRITERS: set[Callable[..., Asked]] = set()                      # those of them that say what is to be written
-View = TypeVar("View", bound=Callable[..., Asked])
-
-
-def often(rule: str) -> Callable[[View], View]:
-    """A POST route that workers call all the time: Entrance offers it past Flask, which its view asks nothing of."""
-    pattern = re.compile(re.sub("<part:[a-z_]+>", "([^/]+)", rule))
-
-    def register(view: View) -> View:
-        OFTEN.append((pattern, view))
-
-        @functools.wraps(view)
-        def answered(**parts: str) -> Reply:
-            return alone(functools.partial(view, **parts))
-
-        routes.post(rule)(answered)
-        return view
-
-    return register
-
-
-def writes(rule: str) -> Callable[[View], View]:
-    """Likewise, and its view does nothing but say what is to be written: that may go together with others'."""
-
-    def register(view: View) -> View:
-        WRITERS.add(view)
-        return often(rule)(view)
-
-    return register
-
-
 ENDED = ("completed", "failed", "cancelled")
 
 
@@ -2232,17 +2124,17 @@ def heartbeat(run_id: str) -> Reply:
     return call("heartbeat", run_id, parse(HeartbeatBody)["lease_owner"])
 
 
-@often("/heartbeats")
+@routes.post("/heartbeats")
 def heartbeats() -> Reply:
     """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
     beats = parse(HeartbeatsBody)["runs"]
     return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
 
 
-@writes("/runs/<part:run_id>/complete")
-def complete_run(run_id: str) -> Writes:
+@routes.post("/runs/<part:run_id>/complete")
+def complete_run(run_id: str) -> Reply:
     """End it well.  200 {run} or {run:briefRun}, 404, 409 lease_lost."""
-    return Writes([write_of("complete_run", parse(CompleteRunBody), run_id=run_id)])
+    return write("complete_run", parse(CompleteRunBody), run_id=run_id)
 
 
 @routes.post("/runs/<part:run_id>/fail")
@@ -2287,28 +2179,28 @@ def fork_run(run_id: str) -> Reply:
     return call("fork_run", run_id, body["id"], body["from_step"], body["input"], body["queue"])
 
 
-@writes("/runs/<part:run_id>/children")
-def create_child(run_id: str) -> Writes:
+@routes.post("/runs/<part:run_id>/children")
+def create_child(run_id: str) -> Reply:
     """A run for a part of its work, one per name.  200 {run, edge:runEdge, created}, 404, 409 run_cancelled,
     lease_lost, edge_conflict, run_id_conflict."""
-    return Writes([write_of("create_child", parse(ChildBody), run_id=run_id)])
+    return write("create_child", parse(ChildBody), run_id=run_id)
 
 
 # --- steps
 
 
-@writes("/runs/<part:run_id>/steps/begin")
-def begin_step(run_id: str) -> Writes:
+@routes.post("/runs/<part:run_id>/steps/begin")
+def begin_step(run_id: str) -> Reply:
     """Ask what to do about a step.  200 {action=execute, step, leaseOwner} or {action=return, step, output}
     or {action=locked, step?} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
     or {action=cancelled, run}, 404, 409 manual_review, step_failed, lease_lost."""
-    return Writes([write_of("begin_step", parse(BeginStepBody), run_id=run_id)])
+    return write("begin_step", parse(BeginStepBody), run_id=run_id)
 
 
-@writes("/runs/<part:run_id>/steps/<part:step_id>/complete")
-def complete_step(run_id: str, step_id: str) -> Writes:
+@routes.post("/runs/<part:run_id>/steps/<part:step_id>/complete")
+def complete_step(run_id: str, step_id: str) -> Reply:
     """Record a step's output, once.  200 {step}, 404, 409 lease_lost."""
-    return Writes([write_of("complete_step", parse(CompleteStepBody), run_id=run_id, step_id=step_id)])
+    return write("complete_step", parse(CompleteStepBody), run_id=run_id, step_id=step_id)
 
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/fail")
@@ -2327,17 +2219,17 @@ def review_step(run_id: str, step_id: str) -> Reply:
     return call("review_step", run_id, step_id, body["decision"], body["output"], body["actor"])
 
 
-@writes("/runs/<part:run_id>/steps")
-def record_step(run_id: str) -> Writes:
+@routes.post("/runs/<part:run_id>/steps")
+def record_step(run_id: str) -> Reply:
     """Record a step that already ran.  200 {step} or {step:briefStep}, 404, 409 lease_lost, run_cancelled,
     input_mismatch, manual_review, step_failed."""
-    return Writes([write_of("record_step", parse(RecordStepBody), run_id=run_id)])
+    return write("record_step", parse(RecordStepBody), run_id=run_id)
 
 
-@writes("/steps")
-def record_steps() -> Writes:
+@routes.post("/steps")
+def record_steps() -> Reply:
     """Record many, of any runs.  200 {results: [{step} or {step:briefStep} or refusal]}."""
-    return Writes([write_of("record_step", record) for record in parse(RecordStepsBody)["records"]], many=True)
+    return write_all([write_of("record_step", record) for record in parse(RecordStepsBody)["records"]])
 
 
 # --- gates
@@ -2578,8 +2470,8 @@ LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
 # --- queues and schedules
 
 
-@writes("/queues/<part:queue>/enqueue")
-def enqueue(queue: str) -> Writes | Later:
+@routes.post("/queues/<part:queue>/enqueue")
+def enqueue(queue: str) -> Reply:
     """Put a run on a queue, or many.  200 {run, deduplicated} or {runs: [enqueuedRun]}, 409 run_id_conflict,
     dedupe_conflict."""
     if not queue:
@@ -2587,21 +2479,21 @@ def enqueue(queue: str) -> Writes | Later:
     members = read_body(received(), schema_of(EnqueueAnyBody))
     if "runs" in members:
         jobs = check(EnqueueManyBody, members)["runs"]
-        return functools.partial(call, "enqueue_runs", queue, "[" + ", ".join(map(said_of, jobs)) + "]",
-                                 JsonArray(job["input"] for job in jobs))
-    return Writes([write_of("enqueue_run", check(EnqueueBody, members), queue=queue)])
+        return call("enqueue_runs", queue, "[" + ", ".join(map(encode_fields, jobs)) + "]",
+                    JsonArray(job["input"] for job in jobs))
+    return write("enqueue_run", check(EnqueueBody, members), queue=queue)
 
 
-@writes("/writes")
-def write() -> Writes:
+@routes.post("/writes")
+def write_batch() -> Reply:
     """Many writes in one commit: finished steps, begins and outputs of others, results, new runs, children. Each is
     answered as if it had come alone, and none touches another.
     200 {results: [{action, ~step, ~output, ~leaseOwner, ~run, ~expectedInputHash, ~actualInputHash} or {step}
     or {step:briefStep} or {run, ~deduplicated} or {run, edge:runEdge, created} or {run:briefRun} or refusal]}."""
-    return Writes([write_of(body.pop("do"), body) for body in parse(WritesBody)["writes"]], many=True)
+    return write_all([write_of(body.pop("do"), body) for body in parse(WritesBody)["writes"]])
 
 
-@often("/queues/claim")
+@routes.post("/queues/claim")
 def claim() -> Reply:
     """Take ready runs, of these workflows or of all, waiting up to waitMs for one; with Retry-After when it may not
     wait.  200 {runs: [claimedRun], leaseOwner}."""
@@ -2616,7 +2508,7 @@ def claim() -> Reply:
     server.traces.asked(body["lease_owner"] or "", body["queues"], body.get("workflows"))
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
-        is_gone = here.environ.get("waitress.client_disconnected", lambda: False)
+        is_gone = flask.request.environ["waitress.client_disconnected"]
         waiter = Waiter(body["queues"], is_gone=is_gone, workflows=workflows)
         text = server.watcher.hold(waiter, ask, body["wait_ms"] / 1000)
     except Busy:
@@ -2676,8 +2568,7 @@ def delete_schedule(name: str) -> Reply:
 # ------------------------------------------------------------------------------
 OTHER_FILES = 256   # beside connections and the pool: webhooks under way, large bodies, what Python opens
 DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
-UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before they are refused, so that the client,
-                    # still sending, gets to see the answer; above, the connection is closed on it
+KEYLESS_BYTES = 65_536  # of a body that comes without a key, for the routes that need none: a gate's decision
 
 
 from tidebase_server import studio  # noqa: E402 - it takes names of this file
@@ -2718,6 +2609,7 @@ class Server:
         self.failure: Exception | None = None
         self.listener = listener or listen(config)
         self._http: HttpServer | None = None
+        self.cors_headers = cors_headers(config.cors_origin)
 
     @property
     def url(self) -> str:
@@ -2729,6 +2621,13 @@ class Server:
         """What resolveUrl begins with: never the Host of a request, which whoever sends it chooses. Empty, so that it
         is a path, when others can connect and nobody told the server its address."""
         return (self.config.public_url or (self.url if self.config.host in LOOPBACK else "")).rstrip("/")
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """The WSGI application: each request brings along its server, and its path as it was sent, since WSGI servers
+        hand it over decoded, where %2F and / are the same."""
+        environ["PATH_INFO"] = path_of(environ.get("REQUEST_URI", environ["PATH_INFO"]))
+        environ["tidebase.server"] = self
+        return app(environ, start_response)
 
     def wrote(self) -> None:
         """Something was written: wake the watcher and the sender."""
@@ -2752,8 +2651,8 @@ class Server:
 
         :raises SchemaBehind: see prepare.
         """
-        self._http = HttpServer(Entrance(self), self.listener, self.config.threads, self.config.max_body * UPLOAD_SLACK,
-                                OTHER_FILES + self.config.pool)
+        self._http = HttpServer(self, Admission(self), self.listener, threads=self.config.threads,
+                                max_body=self.config.max_body, other_files=OTHER_FILES + self.config.pool)
         self.watcher.make_room = self._http.make_room
         loops = [
             ("watcher", self._when_prepared(self.watcher.tick), self._sleep(
@@ -2826,6 +2725,17 @@ class Server:
         elif (isinstance(error, psycopg.Error) and cannot_write(error)
               and threading.current_thread().name.endswith("reconciler")):
             self.reconciler.failed(error)
+
+
+def cors_headers(origin: str) -> dict[str, str]:
+    """What tells browsers that pages of this origin may call the server; nothing when none may."""
+    if not origin:
+        return {}
+    headers = {"Access-Control-Allow-Origin": origin,
+               "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
+               "Access-Control-Allow-Headers": "authorization, content-type, x-tidebase-worker, last-event-id",
+               "Access-Control-Max-Age": "600"}
+    return headers if origin == "*" else {**headers, "Vary": "Origin"}
 
 
 def listen(config: Config) -> socket.socket:

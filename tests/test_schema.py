@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "f543c3ab96398b2447a50f5b07e4a4a174fdc2a8e3e57cc3b664013747fb154f")
+PINNED = (3, "e5f6fdaa287ca178c960695cf170386f97ec2c9fcc1f50ab44d385c71e96b709")
 
 
 def apply(conninfo: str) -> None:

@@ -2,10 +2,12 @@
 
 waitress brings what HTTP asks of a server: the parser, chunked bodies, threads, and buffers for what a slow client has
 not read yet. Here stands what it is told to do, by its documented settings, and the subclass: it knows whether a
-request may have a body as soon as its head is complete, and it bounds what a client may send before that is known, and for how long.
+request may have a body as soon as its head is complete, and it bounds what a client may send before that is known, and
+for how long.
 
-The parser, the connection that uses it, and the method that changes the number of threads are all that this project
-uses of waitress beyond its documentation: its version is pinned, and tests/test_serving.py holds what is needed.
+Four things are used of waitress beyond its documentation: the parser, the connection that uses it, the loop, which is
+driven from here so that a stop can let requests finish, and the method that changes the number of threads. So its
+version is pinned, and tests/test_serving.py holds what is needed of them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import logging
 import resource
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,6 +24,7 @@ from typing import Any, NamedTuple
 import waitress.channel
 import waitress.parser
 import waitress.server
+import waitress.wasyncore
 
 logger = logging.getLogger("tidebase.server")
 
@@ -28,6 +32,7 @@ MOST_FILES = 10_240      # open files of this process; more, macOS may refuse
 MAX_HEAD = 16 * 1024     # bytes of a request's head, and of the blank lines before it
 MAX_CONTROL = 16 * 1024  # bytes of one control line of a chunked body, of its trailers, and of both beyond its content
 RECEIVE_SECONDS = 30     # for a request to be there in full, from its first byte; a connection may be idle as long
+CLEANUP_SECONDS = 5      # between looks for connections that are to be ended
 STREAM_BYTES = 64 * 1024  # of a stream's output may wait for a reader, then the stream waits, too
 
 
@@ -68,6 +73,8 @@ class Gatekeeper:
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress brings no types
     """Reads one request. What waitress itself refuses is refused in the application's words."""
 
+    completed: bool
+
     def __init__(self, adj: Any, gatekeeper: Gatekeeper) -> None:
         super().__init__(adj)
         self.gatekeeper = gatekeeper
@@ -100,6 +107,9 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
             super().parse_header(header_plus)
         except ValueError as error:  # of a target such as http://[: it would go unanswered
             raise waitress.parser.ParsingError(str(error)) from None
+        # Two lengths of one body: whoever is in front may believe the other, and take the rest for another request.
+        if (self.chunked and "CONTENT_LENGTH" in self.headers) or "TRANSFER_ENCODING" in self.headers:
+            raise waitress.parser.ParsingError("Transfer-Encoding with Content-Length, or in HTTP/1.0")
 
     def _problem(self, was_in_head: bool) -> Refused | None:
         if isinstance(self.error, Refused):
@@ -134,13 +144,16 @@ class HttpServer:
         :param other_files: how many files this process may have open beside its connections.
         """
         self.threads = threads
+        self.listener = listener
+        self.lock = threading.RLock()  # reentrant: a signal may call wake while close holds it
+        self.closed = False
+        self.channels: dict[int, Any] = {}  # all that the loop looks after, by file number
         self.waitress = waitress.server.create_server(
-            app, sockets=[listener], threads=threads, ident=None, clear_untrusted_proxy_headers=True,
+            app, self.channels, sockets=[listener], threads=threads, ident=None, clear_untrusted_proxy_headers=True,
             connection_limit=make_room_for_connections(other_files), asyncore_use_poll=True,
-            channel_timeout=RECEIVE_SECONDS, cleanup_interval=5,
+            channel_timeout=RECEIVE_SECONDS, cleanup_interval=CLEANUP_SECONDS,
             channel_request_lookahead=1,  # so that it is noticed when a client that waits hangs up
             max_request_header_size=MAX_HEAD, max_request_body_size=max_body + 1,
-            send_bytes=1,                 # each answer is sent by the thread that made it
             outbuf_high_watermark=STREAM_BYTES)
 
         class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -162,17 +175,44 @@ class HttpServer:
 
         self.waitress.channel_class = Channel
 
-    def serve(self) -> None:
-        """Answer requests until SystemExit is raised in this thread, as by a signal's handler; then let those under way
-        end, for five seconds at most."""
-        self.waitress.run()
+    def serve(self, stopping: threading.Event) -> None:
+        """Answer requests until it is set, and `wake` called."""
+        while not stopping.is_set():
+            self._loop(1)
+
+    def drain(self) -> None:
+        """Take no more connections."""
+        self.waitress.del_channel()  # out of the loop first: it takes a closed listener for the end of everything
+        self.listener.close()
+
+    def close(self, seconds: float) -> None:
+        """Let what is under way finish and be sent, at most that long, then end."""
+        deadline = time.monotonic() + seconds
+        channels = self.waitress.active_channels
+        while time.monotonic() < deadline and any(c.requests or c.total_outbufs_len for c in list(channels.values())):
+            self._loop(0.1)
+        self.waitress.task_dispatcher.shutdown(timeout=1)
+        with self.lock:
+            self.closed = True  # a later wake must not write to a closed trigger
+        waitress.wasyncore.close_all(self.channels)
+
+    def wake(self) -> None:
+        """Have the loop look again, from any thread or a signal handler."""
+        with self.lock:
+            if not self.closed:
+                self.waitress.pull_trigger()
 
     def make_room(self, waiting: int) -> None:
         """Have threads for so many requests that wait, beside those that are worked on; from any thread.
 
         :raises RuntimeError: the machine gives no more threads.
         """
-        self.waitress.task_dispatcher.set_thread_count(self.threads + waiting)
+        with self.lock:
+            if not self.closed:
+                self.waitress.task_dispatcher.set_thread_count(self.threads + waiting)
+
+    def _loop(self, seconds: float) -> None:
+        waitress.wasyncore.loop(timeout=seconds, use_poll=True, map=self.channels, count=1)
 
 
 def make_room_for_connections(others: int) -> int:

@@ -28,7 +28,6 @@ from psycopg.sql import SQL, Composable, Literal
 import openapi
 
 # Its names, which it has defined by the time it imports this module.
-from connections import Reply
 from tidebase import (
     ENDED,
     HERE,
@@ -41,6 +40,7 @@ from tidebase import (
     Database,
     Flag,
     Refusal,
+    Reply,
     Text,
     Whole,
     __version__,
