@@ -113,6 +113,7 @@ ANNOUNCE_S = 0.25  # a step still at it after this is worth a request that lets 
 ANNOUNCE_WAIT_S = 5.0  # for the answer to it; else the step's record will tell
 LANES = 2  # requests with writes of many under way at once: while Postgres commits one, the server reads the other
 BATCH_WRITES, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
+EXPECT_BYTES, EXPECT_S = 1 << 20, 1.0  # of a larger body the head is sent first; and how long its answer is waited for
 HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and what is read at once
 FANOUT = 16  # children that run at once in one process
 CHILDREN_NAMED = 10_000  # in one request to wait for them: the server takes no more
@@ -2975,8 +2976,8 @@ class _Server:
         if api_key:
             self._fields += f"Authorization: Bearer {api_key}\r\n"
 
-    def request(self, effect: Exchange | OpenStream) -> bytes:
-        """The bytes of a request."""
+    def request(self, effect: Exchange | OpenStream) -> tuple[bytes, bytes]:
+        """The head and the body of a request."""
         body = effect.body if isinstance(effect, Exchange) else None
         method = effect.method if isinstance(effect, Exchange) else "GET"
         fields = "".join(f"{key}: {value}\r\n" for key, value in effect.headers.items())
@@ -2984,8 +2985,10 @@ class _Server:
             fields += "Content-Type: application/json\r\n"
         if body is not None or method != "GET":
             fields += f"Content-Length: {len(body or b'')}\r\n"
+        if len(body or b"") > EXPECT_BYTES:
+            fields += "Expect: 100-continue\r\n"
         head = f"{method} {self.prefix}{effect.path} HTTP/1.1\r\n{self._fields}{fields}\r\n"
-        return head.encode("ascii") + (body or b"")
+        return head.encode("ascii"), body or b""
 
 
 class _Answer:
@@ -2997,6 +3000,7 @@ class _Answer:
     def __init__(self) -> None:
         self.status = 0  # 0: its head is not there yet
         self.headers: dict[str, str] = {}  # names in lower case
+        self.continues = False  # the server wants to have the body (RFC 9110, 10.1.1)
         self.ended = False
         self._raw = b""
         self._body: list[bytes] = []
@@ -3032,7 +3036,9 @@ class _Answer:
         status = int(line.split(" ", 2)[1]) if line.startswith("HTTP/1.") else 0
         if not 100 <= status <= 599:
             raise ValueError("no HTTP/1.1")
-        if status >= 200:  # 1xx are not the answer yet
+        if status == 100:
+            self.continues = True
+        elif status >= 200:  # other 1xx are not the answer yet
             pairs = (field.partition(":") for field in fields)
             self.status, self.headers = status, {name.lower(): value.strip() for name, _, value in pairs}
             self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
@@ -3091,11 +3097,21 @@ class _BlockingConnection:
 
     status = property(lambda self: self.answer.status)
 
-    def send(self, request: bytes, timeout_s: float) -> None:
-        """Send a request and read the head of its answer."""
+    def send(self, request: tuple[bytes, bytes], timeout_s: float) -> None:
+        """Send a request and read the head of its answer, which may come instead of reading a large body."""
         self.answer = _Answer()
+        head, body = request
+        if len(body) > EXPECT_BYTES:
+            self._socket.settimeout(min(EXPECT_S, timeout_s))
+            self._socket.sendall(head)
+            with contextlib.suppress(TimeoutError, socket.timeout):  # some never say that they want it
+                while not (self.answer.status or self.answer.continues):
+                    self.answer.feed(self._socket.recv(BLOCK_BYTES))
+            if self.answer.status:
+                return
+            head = b""
         self._socket.settimeout(timeout_s)
-        self._socket.sendall(request)
+        self._socket.sendall(head + body)
         while not self.answer.status:
             self.answer.feed(self._socket.recv(BLOCK_BYTES))
 
@@ -3446,10 +3462,21 @@ class _AsyncConnection:
         finally:
             timer.cancel()
 
-    async def send(self, request: bytes) -> None:
-        """Send a request and read the head of its answer."""
+    async def send(self, request: tuple[bytes, bytes]) -> None:
+        """Send a request and read the head of its answer, which may come instead of reading a large body."""
         self.answer = _Answer()
-        self._writer.write(request)
+        head, body = request
+        if len(body) > EXPECT_BYTES:
+            self._writer.write(head)
+            ends = time.monotonic() + EXPECT_S
+            with contextlib.suppress(asyncio.TimeoutError):  # some never say that they want it
+                while not (self.answer.status or self.answer.continues):
+                    self.answer.feed(await asyncio.wait_for(
+                        self._reader.read(BLOCK_BYTES), max(ends - time.monotonic(), 0.0)))
+            if self.answer.status:
+                return
+            head = b""
+        self._writer.write(head + body)
         await self._writer.drain()
         while not self.answer.status:
             self.answer.feed(await self._reader.read(BLOCK_BYTES))

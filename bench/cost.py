@@ -26,8 +26,8 @@ CALLS = {
     "complete_step": "select tidebase.complete_step(%(run)s, %(step)s, 'me', %(text)s)",
     "heartbeat": "select tidebase.heartbeat(%(run)s, 'me')",
     "complete_run": "select tidebase.complete_run(%(run)s, 'me', %(text)s)",
-    "write_each": "select tidebase.write_each(%(writes)s, %(texts)s::json[], %(texts)s::json[], %(nothing)s::json[], "
-                  "true)",
+    "write_each": "select tidebase.write_each(%(writes)s, %(texts)s::json[], %(texts)s::json[], "
+                  "%(nothing)s::json[])",
     "select 1": "select 1",
 }
 

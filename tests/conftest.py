@@ -19,7 +19,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -387,7 +387,8 @@ class Api:
         connection = http.client.HTTPConnection(self.address, timeout=60)
         try:
             fields = {"content-type": "application/json", **self.headers, **(headers or {})}
-            connection.request(method, path, data, fields)
+            with suppress(ConnectionError):  # a server that refuses a body hangs up while it is sent, after its answer
+                connection.request(method, path, data, fields)
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
         finally:

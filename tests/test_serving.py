@@ -5,6 +5,8 @@ The attacks are sent as raw bytes to a real server.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import itertools
 import json
 import socket
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 from conftest import Answer, Api, LocalServer, eventually, refused
 
+import tidebase_sdk
 from tidebase_server import serving
 
 
@@ -202,6 +205,38 @@ def test_what_is_not_content_ends_a_request_after_16_kilobytes(closed: Api, sent
     assert (status, body["code"]) == (400, "invalid_request")
     assert time.process_time() - before < 5  # seconds; it was ten times that, and grew with the square
     assert closed.get("/health").status == 200
+
+
+@pytest.mark.parametrize("client", [tidebase_sdk.Tidebase, tidebase_sdk.AsyncTidebase])
+def test_the_client_sends_no_body_that_the_server_refuses_by_its_size(closed: Api, client: Any,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    received, taken = serving.Parser.received, [0]
+
+    def count(parser: serving.Parser, data: bytes) -> int:
+        taken[0] += len(data)
+        return received(parser, data)
+
+    monkeypatch.setattr(serving.Parser, "received", count)
+
+    async def create(size: int) -> Any:
+        tide = client(f"http://{closed.address}", KEY)
+        try:
+            made = tide.runs.create("report", "x" * size)
+            return await made if inspect.isawaitable(made) else made
+        finally:
+            closing = tide.close()
+            await closing if inspect.isawaitable(closing) else None
+
+    with pytest.raises(tidebase_sdk.TidebaseError, match="TIDEBASE_MAX_BODY"):
+        asyncio.run(create(40_000_000))
+    assert taken[0] < 10_000
+    assert len(asyncio.run(create(900_000))["input"]) == 900_000
+
+
+def test_a_large_body_that_the_server_takes_is_sent_after_its_word(start_server: Callable[..., LocalServer]) -> None:
+    tide = tidebase_sdk.Tidebase(start_server().url)
+    assert len(tide.runs.create("report", "x" * 5_000_000)["input"]) == 5_000_000
+    tide.close()
 
 
 def test_chunks_of_an_ordinary_size_are_taken(closed: Api) -> None:

@@ -246,7 +246,7 @@ def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> Non
         def call(those: list[Any]) -> tuple[list[int], int]:
             payloads = ["{}"] * len(those)
             rows = connection.execute("select status from tidebase.write_each("
-                                      " %s, %s::json[], %s::json[], array_fill(null::json, array[1000]), true)",
+                                      " %s, %s::json[], %s::json[], array_fill(null::json, array[1000]))",
                                       [json.dumps(those), payloads, payloads]).fetchall()
             taken = connection.execute("select distinct xmin::text from tidebase.events").fetchall()
             connection.rollback()

@@ -75,9 +75,10 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
 
     completed: bool
 
-    def __init__(self, adj: Any, gatekeeper: Gatekeeper) -> None:
+    def __init__(self, adj: Any, gatekeeper: Gatekeeper, max_body: int) -> None:
         super().__init__(adj)
         self.gatekeeper = gatekeeper
+        self.max_body = max_body
         self.began = time.time()  # as waitress counts
         self.blank_bytes = 0
         self.body_bytes_on_wire = 0
@@ -118,6 +119,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
             return self.gatekeeper.refuse(self.error.code, self.error.body)
         if self.blank_bytes > MAX_HEAD:
             return self.gatekeeper.refuse(400, "too many blank lines before a request")
+        if (len(self.body_rcv) if self.chunked else self.content_length) > self.max_body:
+            return self.gatekeeper.refuse(413, "")
         if self.chunked and self._has_too_much_control():
             return self.gatekeeper.refuse(400, "too much beside the content of a chunked body")
         if was_in_head and self.headers_finished:
@@ -153,7 +156,8 @@ class HttpServer:
             connection_limit=make_room_for_connections(other_files), asyncore_use_poll=True,
             channel_timeout=RECEIVE_SECONDS, cleanup_interval=CLEANUP_SECONDS,
             channel_request_lookahead=1,  # so that it is noticed when a client that waits hangs up
-            max_request_header_size=MAX_HEAD, max_request_body_size=max_body + 1,
+            max_request_header_size=MAX_HEAD,
+            max_request_body_size=1 << 62,  # it counts the control bytes of chunks as well; the Parser does not
             outbuf_high_watermark=STREAM_BYTES)
 
         class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -162,7 +166,7 @@ class HttpServer:
 
             @staticmethod
             def parser_class(adj: Any) -> Parser:
-                return Parser(adj, gatekeeper)
+                return Parser(adj, gatekeeper, max_body)
 
             @property
             def last_activity(self) -> float:
