@@ -1,93 +1,70 @@
 // Queues: how much waits and runs, the last hour minute by minute, caps, pause and resume.
 
-import { canWrite, get, path, poll, put, query as toQuery } from "./api.js";
-import { compactCount, count, dialog, duration, el, empty, field, fill, plural, setText, skeleton, status, syncRows, toast } from "./dom.js";
-
-const REFRESH_MS = 3000;
+import { attempt, canWrite, get, laterAgain, path, poll, put, query } from "./api.js";
+import { ask, button, count, duration, el, empty, field, fill, grid, plural, skeleton, status, toast } from "./dom.js";
 
 export async function open({ main, signal }) {
-  const box = el("div.card.table-wrap", skeleton());
-  const body = el("tbody");
-  const table = el("table.stacked", el("thead", el("tr", ["Queue", "Ready or delayed", "Running", "Waiting", "Oldest ready", "Last hour", "Caps", ""].map((word, index) =>
-    el("th", { class: index > 0 && index < 5 ? "num" : null }, word)))), body);
-  fill(main, el("header.spread", el("h1", "Queues")), box);
+  const box = el("div", skeleton());
+  const hours = new Map(); // queue -> its chart, which is read less often than the counts
+  const runsOf = (queue, name) => (queue[name] ? el("a.link", { href: `/studio/runs${query({ queue: queue.name, status: name })}` }, count(queue[name])) : el("span.none", "0"));
+  const table = grid((queue) => queue.name, [
+    ["Queue", ({ name, config }) => el("div.row", el("a", { href: `/studio/runs${query({ queue: name })}` }, el("strong", name)), config?.paused && status("paused"))],
+    ["Queued", (queue) => runsOf(queue, "queued"), "num"],
+    ["Running", (queue) => el("span", runsOf(queue, "running"), queue.config?.concurrency && ` of ${count(queue.config.concurrency)}`), "num"],
+    ["Waiting", (queue) => runsOf(queue, "waiting"), "num"],
+    ["Oldest ready", ({ oldestReadyMs }) => (oldestReadyMs ? duration(oldestReadyMs) : el("span.none", "–")), "num"],
+    ["Last hour", ({ name }) => hours.get(name)],
+    ["Caps", ({ config }) => [config?.concurrency && `${count(config.concurrency)} at once`, config?.ratePerMinute && `${count(config.ratePerMinute)} a minute`, config?.invokeUrl && "push"]
+      .filter(Boolean).join(", ") || el("span.none", "none")],
+    ["", (queue) => canWrite() && el("div.row", button(queue.config?.paused ? "Resume" : "Pause", () => pause(queue)), button("Edit caps", () => edit(queue), "quiet"))],
+  ]);
+  fill(main, el("h1", "Queues"), box);
 
-  function makeRow(queue) {
-    const parts = { name: el("td"), queued: cell("Ready or delayed"), running: cell("Running"), waiting: cell("Waiting"), oldest: cell("Oldest ready"),
-      hour: el("td", { "data-label": "Last hour" }), caps: el("td", { "data-label": "Caps" }), actions: el("td") };
-    const row = el("tr", Object.values(parts));
-    row.parts = parts;
-    const readMinutes = () => get(path`/queues/${queue.name}/minutes`, { signal }).then(({ minutes }) => fill(parts.hour, spark(minutes)));
-    poll(() => (row.isConnected ? readMinutes() : null), 30_000, signal);
-    readMinutes().catch(() => {});
-    return row;
-  }
-  const cell = (word) => el("td.num", { "data-label": word });
-
-  function updateRow(row, queue) {
-    const { parts } = row;
-    const key = JSON.stringify(queue);
-    if (row.dataset.is === key) return;
-    row.dataset.is = key;
-    const config = queue.config ?? {};
-    fill(parts.name, el("div.row", el("a", { href: `/studio/runs${toQuery({ queue: queue.name })}` }, el("strong", queue.name)), config.paused && status("paused")));
-    const link = (number, name) => (number ? el("a.link", { href: `/studio/runs${toQuery({ queue: queue.name, status: name })}` }, count(number)) : el("span.none", "0"));
-    fill(parts.queued, link(queue.queued, "queued"));
-    fill(parts.running, link(queue.running, "running"), config.concurrency ? ` of ${count(config.concurrency)}` : null);
-    fill(parts.waiting, link(queue.waiting, "waiting"));
-    setText(parts.oldest, queue.oldestReadyMs === null || queue.oldestReadyMs === undefined ? "–" : duration(queue.oldestReadyMs));
-    setText(parts.caps, [config.concurrency && `${count(config.concurrency)} at once`, config.ratePerMinute && `${count(config.ratePerMinute)} a minute`, config.invokeUrl && "push"].filter(Boolean).join(", ") || "none");
-    fill(parts.actions, canWrite() && el("div.row",
-      el("button", { onclick: () => change(queue, { paused: !config.paused }) }, config.paused ? "Resume" : "Pause"),
-      el("button", { class: "quiet", onclick: () => edit(queue) }, "Edit caps")));
-  }
-
-  async function change(queue, changes) {
-    try {
-      await put(path`/queues/${queue.name}/config`, changes);
-    } catch (error) {
-      return toast(error.message, "error");
-    }
-    if (changes.paused !== undefined) toast(changes.paused ? `${queue.name} is paused: it gives out no runs; those that run go on.` : `${queue.name} gives out runs again.`);
+  async function change({ name }, changes) {
+    const done = await attempt(() => put(path`/queues/${name}/config`, changes));
     await load();
+    return done;
+  }
+
+  async function pause(queue) {
+    const paused = !queue.config?.paused;
+    if (await change(queue, { paused })) toast(paused ? `${queue.name} is paused: it gives out no runs; those that run go on.` : `${queue.name} gives out runs again.`);
   }
 
   async function edit(queue) {
-    const config = queue.config ?? {};
-    const { form, closed } = dialog(`Caps of ${queue.name}`, el("div.fields",
-      field("Runs at once", el("input", { name: "concurrency", type: "number", min: 1, value: config.concurrency ?? "" }), "empty: no cap"),
-      field("Claims a minute", el("input", { name: "ratePerMinute", type: "number", min: 1, value: config.ratePerMinute ?? "" }), "empty: no cap"),
-      el("div.all", field("Push to", el("input", { name: "invokeUrl", type: "url", value: config.invokeUrl ?? "" }), "address of your app that gets a webhook for each ready run; empty: workers ask"))),
-    { buttons: [el("button", { value: "go", class: "primary" }, "Save")] });
-    if (await closed !== "go") return;
-    const values = new FormData(form);
-    const whole = (name) => (values.get(name) ? Number(values.get(name)) : null);
-    await change(queue, { concurrency: whole("concurrency"), ratePerMinute: whole("ratePerMinute"), invokeUrl: values.get("invokeUrl") || null });
+    const input = (name, type) => el("input", { name, type, min: 1, value: queue.config?.[name] ?? "" });
+    const values = await ask(`Caps of ${queue.name}`, el("div.fields", field("Runs at once", input("concurrency", "number"), "empty: no cap"),
+      field("Claims a minute", input("ratePerMinute", "number"), "empty: no cap"),
+      el("div.all", field("Push to", input("invokeUrl", "url"), "your app's address, which gets a webhook for each ready run; empty: workers ask"))), "Save");
+    if (values) await change(queue, { concurrency: Number(values.concurrency) || null, ratePerMinute: Number(values.ratePerMinute) || null, invokeUrl: values.invokeUrl || null });
   }
 
   async function load() {
-    const { queues } = await get("/queues", { signal });
-    if (queues.length === 0) {
-      return fill(box, empty("No queues yet", "A queue is there as soon as something is put on it: ", el("code", 'tide.enqueue("report", queue="default")'), "."));
+    const { queues } = await get("/queues");
+    if (queues.length === 0) return fill(box, empty("No queues yet", "A queue is there as soon as something is put on it: ", el("code", 'tide.enqueue("report", queue="default")'), "."));
+    for (const { name } of queues) {
+      if (hours.has(name)) continue;
+      const chart = el("div");
+      hours.set(name, chart);
+      poll(async () => fill(chart, spark((await get(path`/queues/${name}/minutes`)).minutes)), 30_000, signal);
     }
-    if (table.parentNode !== box) fill(box, table);
-    syncRows(body, queues, (queue) => queue.name, makeRow, updateRow);
+    if (table.element.parentNode !== box) fill(box, table.element);
+    table.set(queues);
   }
   await load();
-  poll(load, REFRESH_MS, signal)();
+  poll(() => load().catch(laterAgain), 3000, signal);
 }
 
 /** Claims as bars upwards and failures as bars downwards, a minute each. */
 function spark(minutes) {
-  const claims = minutes.reduce((sum, minute) => sum + minute.claims, 0);
-  const failures = minutes.reduce((sum, minute) => sum + minute.failures, 0);
+  const sum = (name) => minutes.reduce((all, minute) => all + minute[name], 0);
   const most = Math.max(1, ...minutes.map((minute) => Math.max(minute.claims, minute.failures)));
-  const text = `${plural(claims, "claim")} and ${plural(failures, "failure")} in the last hour, at most ${compactCount(most)} in a minute`;
-  if (claims + failures === 0) return el("span.none", "quiet");
-  return el("svg.spark", { viewBox: "0 0 120 24", role: "img", "aria-label": text, preserveAspectRatio: "none" }, el("title", text),
-    el("line.base", { x1: 0, x2: 120, y1: 16.5, y2: 16.5, "stroke-width": 0.5 }),
-    minutes.map((minute, index) => [
-      minute.claims > 0 && el("rect.ok", { x: index * 2, width: 1.5, y: 16 - Math.max(1, (15 * minute.claims) / most), height: Math.max(1, (15 * minute.claims) / most) }),
-      minute.failures > 0 && el("rect.bad", { x: index * 2, width: 1.5, y: 17, height: Math.max(1, (7 * minute.failures) / most) }),
-    ]));
+  const text = `${plural(sum("claims"), "claim")} and ${plural(sum("failures"), "failure")} in the last hour, at most ${count(most)} in a minute`;
+  if (sum("claims") + sum("failures") === 0) return el("span.none", "quiet");
+  const bar = (kind, index, value, room) => {
+    const height = Math.max(1, (room * value) / most);
+    return value > 0 && el(`rect.${kind}`, { x: index * 2, width: 1.5, y: kind === "ok" ? 16 - height : 17, height });
+  };
+  return el("svg.spark", { viewBox: "0 0 120 24", role: "img", "aria-label": text, preserveAspectRatio: "none" }, el("title", text), el("line", { x1: 0, x2: 120, y1: 16.5, y2: 16.5 }),
+    minutes.map((minute, index) => [bar("ok", index, minute.claims, 15), bar("bad", index, minute.failures, 7)]));
 }

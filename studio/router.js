@@ -4,24 +4,20 @@ let open = () => {};
 export const setOpener = (opener) => { open = opener; };
 
 export const runUrl = (id, query = "") => `/studio/runs/${encodeURIComponent(id)}${query}`;
+export const rememberScroll = () => history.replaceState({ scroll: scrollY }, "");
 
 /** Go to another view. The scroll position of this one is kept for the way back. */
 export function navigate(url, { replace = false } = {}) {
-  if (replace) history.replaceState({}, "", url);
-  else {
-    rememberScroll();
-    history.pushState({}, "", url);
-  }
-  open({ restore: 0 });
+  if (!replace) rememberScroll();
+  history[replace ? "replaceState" : "pushState"]({}, "", url);
+  open(0);
 }
-
-export const rememberScroll = () => history.replaceState({ ...history.state, scroll: scrollY }, "");
 
 /** Change parameters of this view's address in place: null takes one out. The view is not opened again. */
 export function setQuery(changes) {
   const url = new URL(location.href);
   for (const [name, value] of Object.entries(changes)) {
-    if (value === null || value === "") url.searchParams.delete(name);
+    if (value === null) url.searchParams.delete(name);
     else url.searchParams.set(name, value);
   }
   history.replaceState(history.state, "", url);

@@ -3,171 +3,129 @@
 // The page reads a summary and the steps once, follows the run's event stream by seq, and applies each event to the
 // timeline. Rows are read again only for what an event does not carry. What is open, selected and scrolled stays.
 
-import { ApiError, canWrite, follow, get, path, poll, post, query as toQuery, session } from "./api.js";
-import { compactCount, count, debounce, dialog, duration, el, field, fill, icon, idText, money, plural, setText, show, status, time, toast }
-  from "./dom.js";
-import { bodyOf, jsonInput, reviewForm } from "./decide.js";
+import { attempt, canWrite, follow, get, laterAgain, path, poll, post, query as toQuery, session } from "./api.js";
+import { actor, bodyOf, jsonInput, reviewForm } from "./decide.js";
+import { ask, button, compactCount, count, debounce, duration, el, facts, field, fill, icon, iconButton, idText, money, plural, setText, show, status, time, toast } from "./dom.js";
 import { payload, readPayload } from "./payload.js";
 import { navigate, runUrl, setQuery, setTitle } from "./router.js";
-import { StepPanel, TABS } from "./tabs.js";
+import { stepPanel, TABS } from "./tabs.js";
 import { Timeline, Waterfall } from "./waterfall.js";
-import { outcome, shownStatus, whyNodes } from "./why.js";
+import { outcome, shownStatus } from "./why.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the last so many are read at once
 const LIVE = new Set(["pending", "queued", "running", "waiting"]);
 
 export async function open({ main, parts: [id], query, signal }) {
-  let summary = await get(path`/runs/${id}/summary`, { signal });
-  const timeline = new Timeline(session.leaseMs ?? 60_000);
-  timeline.setRun(summary.run);
-  const run = () => summary.run;
-
+  let summary = await get(path`/runs/${id}/summary`);
+  let panelOf = null;
+  let tab = null;
+  let lastPosition = 0;
+  let inVerdict = []; // actions that stand beside the verdict
+  const timeline = new Timeline(session.leaseMs);
   /** What the tabs share. */
-  const model = {
-    id, signal, timeline, events: [], steps: new Map(),
-    get summary() { return summary; },
-    listeners: new Set(),
-    refreshSummary: () => readSummary(),
-    openPanel,
-    closePanel,
-  };
-
-  // --- building
+  const model = { id, signal, timeline, events: [], steps: new Map(), listeners: new Set(), keepStep, openPanel, readSummary, get summary() { return summary; } };
 
   const mark = el("span.mark", { role: "status" }, "loading");
   const badge = el("span");
-  const why = el("p.why", { hidden: true });
-  const facts = el("dl.facts");
+  const why = el("p.why");
+  const about = el("div");
   const verdict = el("section.card.verdict", { "aria-label": "Safe to rerun?", hidden: true });
   const actions = el("div.row");
   const tabs = el("nav.tabs", { role: "tablist", "aria-label": "What is known of this run" });
   const panel = el("aside.card.side", { "aria-label": "Details" });
   const content = el("div.stack", { role: "tabpanel", tabindex: "-1" });
-  const split = el("div.split", content, panel);
-
+  const { workflowName, forkedFrom } = summary.run;
   fill(main,
-    el("nav.crumbs", { "aria-label": "Where" }, el("a", { href: "/studio/runs" }, "Runs"), "/",
-      el("a", { href: `/studio/runs${toQuery({ workflow: run().workflowName })}` }, run().workflowName),
+    el("nav.crumbs", { "aria-label": "Where" }, el("a", { href: "/studio/runs" }, "Runs"), "/", el("a", { href: `/studio/runs${toQuery({ workflow: workflowName })}` }, workflowName),
       summary.parent && ["/ child of ", el("a.link", { href: runUrl(summary.parent.id) }, summary.parent.name ?? summary.parent.id)],
-      run().forkedFrom && ["/ fork of ", el("a.link", { href: runUrl(run().forkedFrom) }, run().forkedFrom),
-        el("a.link", { href: `/studio/compare${toQuery({ a: run().forkedFrom, b: id })}` }, "compare")],
+      forkedFrom && ["/ fork of ", el("a.link", { href: runUrl(forkedFrom) }, forkedFrom), el("a.link", { href: `/studio/compare${toQuery({ a: forkedFrom, b: id })}` }, "compare")],
       el("span.grow"), mark),
-    el("header.run-head",
-      el("div.spread", el("h1", run().workflowName, badge), actions),
-      idText(id), why, facts),
-    verdict, tabs, split);
+    el("header.stack", el("div.spread", el("h1", workflowName, badge), actions), idText(id), why, about), verdict, tabs, el("div.split", content, panel));
 
   // --- header
 
   function showHeader() {
-    const shown = shownStatus(run());
-    if (badge.dataset.shown !== shown) {
-      badge.dataset.shown = shown;
+    const { run } = summary;
+    const shown = shownStatus(run);
+    timeline.setRun(run);
+    setTitle(`${workflowName} ${shown}`);
+    once(badge, shown, () => {
       fill(badge, status(shown));
       readVerdict();
-    }
-    setTitle(`${run().workflowName} ${shown}`);
-    const line = whyNodes(run()) ?? (run().status === "completed" ? null : outcome(run()));
-    show(why, Boolean(line));
-    if (line) {
+    });
+    // Times keep themselves up to date: the line is built again only when it says something else.
+    once(why, [shown, run.whyDetail, run.error, run.cancelReason], () => {
+      const line = outcome(run);
       why.className = `why why-${shown}`;
-      // Relative times keep themselves up to date: the line is built again only when it says something else.
-      const said = JSON.stringify(run().whyDetail ?? [run().error, run().cancelReason]);
-      if (why.dataset.said !== said) {
-        why.dataset.said = said;
-        fill(why, el("span", line));
-      }
-    }
-    showFacts();
+      show(why, Boolean(line));
+      fill(why, el("span", line));
+    });
+    once(about, [run, summary.cost], () => fill(about, facts(factRows())));
     showActions();
+    showTabs();
+    if (!panelOf) showRunPanel();
   }
 
-  function showFacts() {
+  function factRows() {
     const { run: r, cost } = summary;
-    const more = cost.subtree && cost.subtree.runs > 1;
+    const live = LIVE.has(r.status);
+    const more = cost.subtree?.runs > 1;
     const spent = more ? cost.subtree : cost.own;
-    const rows = [
-      ["Duration", LIVE.has(r.status) ? time(r.createdAt, "since") : el("span", duration(summary.durationMs ?? 0))],
-      ["Attempt", el("span", r.maxAttempts > 1 ? `${r.attempt} of ${r.maxAttempts}` : r.attempt)],
+    const budget = r.metadata?.budget ?? r.metadata?.budgetUsd;
+    return [
+      ["Duration", live ? time(r.createdAt, "since") : duration(summary.durationMs ?? 0)],
+      ["Attempt", r.maxAttempts > 1 ? `${r.attempt} of ${r.maxAttempts}` : r.attempt],
       r.queue && ["Queue", el("a.link", { href: `/studio/runs${toQuery({ queue: r.queue })}` }, r.queue)],
       r.leaseOwner && ["Owner", el("code", r.leaseOwner)],
       r.leaseExpiresAt && ["Lease ends", time(r.leaseExpiresAt)],
       (Number(spent?.costUsd) > 0 || spent?.totalTokens > 0) && [more ? `Cost of ${plural(cost.subtree.runs, "run")}` : "Cost",
-        el("span", { title: `${count(spent.inputTokens ?? 0)} in, ${count(spent.outputTokens ?? 0)} out${more ? `; its own: ${money(cost.own.costUsd)}` : ""}` },
+        el("span", { title: `${count(spent.inputTokens ?? 0)} in, ${count(spent.outputTokens ?? 0)} out; its own: ${money(cost.own.costUsd)}` },
           money(spent.costUsd), spent.totalTokens > 0 && el("span.muted", ` · ${compactCount(spent.totalTokens)} tokens`))],
-      ["Created", time(r.createdAt, "short")],
-      r.completedAt && ["Ended", time(r.completedAt, "short")],
-      r.deadlineAt && ["Deadline", time(r.deadlineAt, LIVE.has(r.status) ? "ago" : "short")],
-      r.dedupeKey && ["Dedupe key", el("code", r.dedupeKey)],
-      r.priority !== 0 && ["Priority", el("span", r.priority)],
-      r.failureClass && ["Failure class", el("span.tag", r.failureClass)],
-      budgetOf(r) && ["Budget", el("span", budgetOf(r))],
-    ].filter(Boolean);
-    const key = JSON.stringify(rows.map(([word, node]) => [word, node.dateTime ?? node.textContent]));
-    if (facts.dataset.key === key) return;
-    facts.dataset.key = key;
-    fill(facts, rows.map(([word, node]) => el("div", el("dt", word), el("dd", node))));
+      budget !== undefined && budget !== null && ["Budget", typeof budget === "number" ? money(budget) : JSON.stringify(budget)],
+      ["Created", time(r.createdAt, "short")], r.completedAt && ["Ended", time(r.completedAt, "short")], r.deadlineAt && ["Deadline", time(r.deadlineAt, live ? "ago" : "short")],
+      r.dedupeKey && ["Dedupe key", el("code", r.dedupeKey)], r.priority !== 0 && ["Priority", r.priority], r.failureClass && ["Failure class", el("span.tag", r.failureClass)],
+    ];
   }
+
+  const ACTIONS = {
+    retry: ["Retry", retry], recover: ["Recover", recover], signal: ["Signal", signalRun], fork: ["Fork", forkRun], cancel: ["Cancel", cancel, "danger"],
+  };
+  const actionButton = (name, kind) => button(ACTIONS[name][0], async () => {
+    await attempt(ACTIONS[name][1]);
+    readSummary().catch(laterAgain);
+  }, ACTIONS[name][2] ?? kind);
 
   function showActions() {
     if (!canWrite()) return;
     const { run: r } = summary;
     const live = LIVE.has(r.status);
     const ended = r.status === "failed" || r.status === "cancelled";
-    const wanted = [
-      ended && ["Retry", retry], (ended || r.stalled) && r.recoveryWebhook && ["Recover", recover],
-      live && ["Signal", signalRun], ["Fork", forkRun], (live || r.status === "failed") && ["Cancel", cancel, "danger"],
-    ].filter(Boolean);
-    const key = wanted.map(([word]) => word).join();
-    if (actions.dataset.key === key) return;
-    actions.dataset.key = key;
-    fill(actions, wanted.map(([word, action, kind]) => el("button", { class: kind ?? null, onclick: guard(action) }, word)));
+    const wanted = [ended && "retry", (ended || r.stalled) && r.recoveryWebhook && "recover", live && "signal", "fork", live && "cancel"].filter((name) => name && !inVerdict.includes(name));
+    once(actions, wanted, () => fill(actions, wanted.map((name) => actionButton(name))));
   }
-
-  const guard = (action) => async () => {
-    try {
-      await action();
-    } catch (error) {
-      if (!(error instanceof ApiError)) throw error;
-      toast(error.message, "error");
-    }
-    readSummary();
-  };
 
   async function readVerdict() {
-    const wanted = ["failed", "cancelled", "stalled"].includes(shownStatus(run())) || run().whyDetail?.kind === "lease_expired";
-    if (!wanted) return show(verdict, false);
-    const plan = await get(path`/runs/${id}/rerun`, { signal });
-    show(verdict, plan.safe !== null);
-    if (plan.safe !== null) showVerdict(plan);
-  }
-
-  function showVerdict(plan) {
-    verdict.className = `card verdict ${plan.safe ? "safe" : "unsafe"}`;
-    const buttons = { retry: ["Retry", retry], recover: ["Recover", recover], fork: ["Fork", forkRun] };
-    const blocking = plan.steps.filter((step) => step.plan === "stops_for_review");
-    fill(verdict,
-      el("div.spread",
-        el("h2", icon(plan.safe ? "completed" : "review"), el("span", plan.verdict)),
-        canWrite() && el("div.row", plan.actions.filter((name) => buttons[name]).map((name, index) =>
-          el("button", { class: index === 0 && plan.safe ? "primary" : null, onclick: guard(buttons[name][1]) }, buttons[name][0])))),
-      canWrite() && blocking.map((step) => el("details", { open: blocking.length === 1 },
-        el("summary", "Decide ", el("strong", step.name)), reviewForm(id, step, () => { readSummary(); readVerdict(); }))),
-      plan.steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"),
-        el("div.table-wrap", el("table", el("tbody", plan.steps.map((step) => el("tr",
-          el("td", step.name), el("td", planWord(step.plan)), el("td.muted", step.reason))))),
-        plan.stepsTruncated && el("p.muted", "The first 1,000 steps."))));
+    const { run } = summary;
+    const wanted = ["failed", "cancelled", "stalled"].includes(shownStatus(run)) || run.whyDetail?.kind === "lease_expired";
+    const plan = wanted ? await get(path`/runs/${id}/rerun`).catch(laterAgain) : null;
+    const shown = plan && plan.safe !== null;
+    inVerdict = shown ? plan.actions.filter((name) => ["retry", "recover", "fork"].includes(name)) : [];
+    show(verdict, shown);
+    showActions();
+    if (!shown) return;
+    const blocking = canWrite() ? plan.steps.filter((step) => step.plan === "stops_for_review") : [];
+    verdict.classList.toggle("safe", plan.safe);
+    fill(verdict, el("div.spread", el("h2", icon(plan.safe ? "completed" : "stalled"), el("span", plan.verdict)), canWrite() && el("div.row", inVerdict.map((name, index) => actionButton(name, index === 0 && plan.safe ? "primary" : "")))),
+      blocking.map((step) => el("details", { open: blocking.length === 1 }, el("summary", "Decide ", el("strong", step.name)), reviewForm(id, step, () => { readVerdict(); readSummary(); }))),
+      plan.steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"), el("div.table-wrap", el("table", el("tbody", plan.steps.map((step) =>
+        el("tr", el("td", step.name), el("td", el(`span.act.act-${step.plan}`, step.plan.replaceAll("_", " "))), el("td.muted", step.reason))))))));
   }
 
   // --- actions
 
   async function retry() {
-    const plan = await get(path`/runs/${id}/rerun`, { signal });
-    if (plan.safe === false) {
-      const asked = dialog("Retry all the same?", el("p", plan.verdict), { buttons: [el("button", { value: "" }, "Do not"),
-        el("button", { value: "go", class: "danger" }, "Retry")] });
-      if (await asked.closed !== "go") return;
-    }
+    const plan = await get(path`/runs/${id}/rerun`);
+    if (plan.safe === false && !await ask("Retry all the same?", el("p", plan.verdict), "Retry", { kind: "danger", otherwise: "Do not" })) return;
     await post(path`/runs/${id}/retry`);
     toast("It is put back.");
   }
@@ -178,67 +136,49 @@ export async function open({ main, parts: [id], query, signal }) {
   }
 
   async function cancel() {
-    const asked = dialog("Cancel this run?", [
-      el("p", "It ends at once; its worker is told at its next write. Completed steps stay on record."),
-      field("Reason", el("input", { name: "reason" })),
-    ], { buttons: [el("button", { value: "" }, "Keep it"), el("button", { value: "go", class: "danger" }, "Cancel the run")] });
-    if (await asked.closed !== "go") return;
-    await post(path`/runs/${id}/cancel`, bodyOf({ reason: new FormData(asked.form).get("reason"), actor: localStorage.getItem("tidebase.actor") ?? "studio" }));
-    toast("Cancelled.");
+    const asked = await ask("Cancel this run?", [el("p", "It ends at once; its worker is told at its next write. Completed steps stay on record."), field("Reason", el("input", { name: "reason" }))],
+      "Cancel the run", { kind: "danger", otherwise: "Keep it" });
+    if (asked) await post(path`/runs/${id}/cancel`, bodyOf({ reason: asked.reason, actor: actor() || "studio" }));
   }
 
   async function signalRun() {
-    const waitsFor = run().whyDetail?.signal ?? "";
-    const asked = dialog("Send a signal", [
-      field("Name", el("input", { name: "name", required: true, value: waitsFor })),
-      field("Payload", jsonInput("payload", { rows: 5 }), "JSON; empty is null"),
-    ], { buttons: [el("button", { value: "go", class: "primary" }, "Send")] });
-    if (await asked.closed !== "go") return;
-    const values = new FormData(asked.form);
-    await post(path`/runs/${id}/signals`, bodyOf({ name: values.get("name") }, { payload: values.get("payload") }));
+    const asked = await ask("Send a signal", [field("Name", el("input", { name: "name", required: true, value: summary.run.whyDetail?.signal ?? "" })), field("Payload", jsonInput("payload"), "JSON; empty is null")], "Send");
+    if (!asked) return;
+    await post(path`/runs/${id}/signals`, bodyOf({ name: asked.name }, { payload: asked.payload }));
     toast("The signal is sent.");
   }
 
   async function forkRun() {
     const { askFork } = await import("./compare.js");
-    const fork = await askFork(id, [...model.steps.values()], summary, await inputText());
+    const fork = await askFork(summary, [...model.steps.values()], summary.run.inputBytes > 0 ? await readPayload(id, "input") : "{}");
     if (fork) navigate(`/studio/compare${toQuery({ a: id, b: fork.id })}`);
   }
 
-  const inputText = () => (run().inputBytes > 0 ? readPayload(id, "input") : "{}");
-
-  // --- the side panel
-
-  let panelOf = null;
+  // --- the side panel: one step, event or delivery, else the run's own payloads
 
   function openPanel(title, nodes, key) {
     panelOf = key;
-    fill(panel, el("header", el("h2", { title }, title),
-      el("button", { class: "bare", "aria-label": "Close details", onclick: closePanel }, icon("close"))),
-    el("div.body.stack", nodes));
+    fill(panel, el("header", el("h2", { title }, title), iconButton("close", "Close details", closePanel)), el("div.body.stack", nodes));
     panel.classList.add("opened");
     panel.scrollTop = 0;
   }
 
   function closePanel() {
     panelOf = null;
+    panel.said = null;
+    panel.classList.remove("opened");
     waterfall.choose(null);
     setQuery({ step: null });
-    panel.classList.remove("opened");
     showRunPanel();
   }
 
   function showRunPanel() {
-    if (panelOf) return;
     const { run: r } = summary;
-    const key = [r.inputBytes, r.resultBytes, r.errorBytes, r.metadataBytes].join();
-    if (panel.dataset.run === key && panel.firstChild && !panel.querySelector("[aria-label='Close details']")) return;
-    panel.dataset.run = key;
-    const error = [r.status === "failed" ? "Error" : "Error of an earlier attempt", "error", r.errorBytes];
-    const kinds = [r.status === "failed" && error, ["Result", "result", r.resultBytes], ["Input", "input", r.inputBytes],
-      ["Metadata", "metadata", r.metadataBytes > 2 ? r.metadataBytes : 0], r.status !== "failed" && error].filter((kind) => kind && kind[2] > 0);
-    fill(panel, el("header", el("h2", "The run")), el("div.body.stack",
-      kinds.map(([word, of, size]) => payload(word, id, of, { size })), kinds.length === 0 && el("p.muted", "It has no input and no result yet.")));
+    const failed = r.status === "failed";
+    const kinds = [failed && ["Error", "error"], ["Result", "result"], ["Input", "input"], r.metadataBytes > 2 && ["Metadata", "metadata"], !failed && ["Error of an earlier attempt", "error"]]
+      .filter((kind) => kind && r[`${kind[1]}Bytes`] > 0);
+    once(panel, kinds.map(([word, of]) => [word, r[`${of}Bytes`]]), () => fill(panel, el("header", el("h2", "The run")),
+      el("div.body.stack", kinds.map(([word, of]) => payload(word, id, of)), kinds.length === 0 && el("p.muted", "It has no input and no result yet."))));
   }
 
   function select(row) {
@@ -248,37 +188,30 @@ export async function open({ main, parts: [id], query, signal }) {
     if (row.kind !== "step") return;
     waterfall.choose(row.key);
     setQuery({ step: row.key });
-    const owner = row.owner ? row.owner.runId : id;
-    openPanel(row.name, new StepPanel(model, row, owner).nodes, row.key);
+    openPanel(row.name, stepPanel(model, row), row.key);
   }
 
   // --- tabs
 
-  const waterfall = new Waterfall(timeline, { onSelect: select, signal, async onOpen(row) {
-    const child = await get(path`/runs/${row.key}/summary`, { signal });
-    const own = new Timeline(session.leaseMs);
-    own.runId = row.key;
+  const waterfall = new Waterfall(timeline, { signal, onSelect: select, async onOpen(childId) {
+    const [child, { steps }] = await Promise.all([get(path`/runs/${childId}/summary`), get(path`/runs/${childId}/steps`, { limit: 500 })]);
+    const own = new Timeline(session.leaseMs, childId);
     own.setRun(child.run);
-    const { steps } = await get(path`/runs/${row.key}/steps` + toQuery({ limit: 500 }), { signal });
     steps.forEach((step) => own.setStep(step));
     return own;
   } });
   const opened = new Map([["timeline", { element: waterfall.element, update: () => waterfall.schedule() }]]);
-  let tab = null;
 
   function showTabs() {
     const { counts } = summary;
-    const list = [["timeline", "Timeline", counts.steps], ["events", "Events", counts.events], ["state", "State", summary.state?.version],
-      ["gates", "Gates", counts.gates], ["usage", "Usage", counts.usage], ["children", "Children", counts.children], ["webhooks", "Webhooks", counts.deliveries]];
-    if (tabs.childElementCount === 0) {
-      tabs.append(...list.map(([name, word]) => el("a", { href: addressOf(name), role: "tab", id: `tab-${name}`, "data-tab": name,
-        onclick: (event) => { event.preventDefault(); showTab(name); } }, word, el("span"))));
-      tabs.addEventListener("keydown", (event) => {
-        const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-        if (!step) return;
-        const all = [...tabs.children];
-        all[(all.indexOf(document.activeElement) + step + all.length) % all.length].focus();
-      });
+    const list = [["timeline", "Timeline", counts.steps], ["events", "Events", counts.events], ["state", "State", summary.state?.version], ["gates", "Gates", counts.gates],
+      ["usage", "Usage", counts.usage], ["children", "Children", counts.children], ["webhooks", "Webhooks", counts.deliveries]];
+    if (!tabs.firstChild) {
+      tabs.append(...list.map(([name, word]) => el("a", { href: runUrl(id, name === "timeline" ? "" : `?tab=${name}`), role: "tab", id: `tab-${name}`, onclick(event) {
+        event.preventDefault();
+        showTab(name);
+      } }, word, el("span"))));
+      tabs.addEventListener("keydown", ({ key, target }) => (key === "ArrowRight" ? target.nextSibling : key === "ArrowLeft" ? target.previousSibling : null)?.focus());
     }
     list.forEach(([name, , number], index) => {
       const link = tabs.children[index];
@@ -288,21 +221,15 @@ export async function open({ main, parts: [id], query, signal }) {
     });
   }
 
-  const addressOf = (name) => runUrl(id, name === "timeline" ? "" : `?tab=${name}`);
-
   function showTab(name) {
-    if (!TABS[name] && name !== "timeline") name = "timeline";
+    if (!TABS[name ?? ""]) name = "timeline";
     if (name === tab) return;
     tab = name;
     setQuery({ tab: name === "timeline" ? null : name });
     if (!opened.has(name)) opened.set(name, TABS[name](model));
     fill(content, opened.get(name).element);
     content.setAttribute("aria-labelledby", `tab-${name}`);
-    if (name !== "timeline") {
-      panelOf = null;
-      panel.classList.remove("opened");
-      showRunPanel();
-    }
+    if (panelOf) closePanel();
     showTabs();
     opened.get(name).update?.([]);
   }
@@ -311,46 +238,26 @@ export async function open({ main, parts: [id], query, signal }) {
 
   function onEvents(batch) {
     const events = batch.map(({ text }) => Object.assign(JSON.parse(text), { text }));
-    let needsSteps = false;
-    let needsGates = false;
-    let needsTree = false;
-    for (const event of events) {
-      timeline.apply(event);
-      model.events.push(event);
-      if (event.type.startsWith("step.")) needsSteps = true;
-      else if (event.type.startsWith("gate.")) needsGates = true;
-      else if (event.type === "run.child.created") needsTree = true;
-    }
-    summary.counts.events = Math.max(summary.counts.events, events.at(-1).seq);
-    if (events.at(-1).seq >= summary.run.eventSeq) {
-      if (needsSteps) readNewSteps();
-      if (needsGates) readGates();
-      if (needsTree) readTree();
-      if (events.at(-1).seq > summary.run.eventSeq) readSummarySoon();
+    for (const event of events) timeline.apply(event);
+    model.events.push(...events);
+    const last = events.at(-1).seq;
+    summary.counts.events = Math.max(summary.counts.events, last);
+    if (last > summary.run.eventSeq) { // news, not history
+      const some = (kind) => events.some((event) => event.type.startsWith(kind));
+      if (some("step.")) readNewSteps();
+      if (some("gate.")) readGates();
+      if (some("run.child")) readTree();
+      readSummarySoon();
     }
     showTabs();
     opened.get(tab)?.update?.(events);
   }
 
   async function readSummary() {
-    summary = await get(path`/runs/${id}/summary`, { signal });
-    timeline.setRun(summary.run);
+    summary = await get(path`/runs/${id}/summary`);
     showHeader();
-    showTabs();
-    showRunPanel();
     waterfall.schedule();
     for (const listener of model.listeners) listener();
-  }
-  const readSummarySoon = debounce(() => readSummary().catch(ignoreFaults), 250);
-
-  let lastPosition = 0;
-  async function readSteps() {
-    for (;;) {
-      const { steps, nextCursor } = await get(path`/runs/${id}/steps` + toQuery({ after: lastPosition || null, limit: 1000 }), { signal });
-      steps.forEach(keepStep);
-      if (!nextCursor) break;
-    }
-    waterfall.schedule();
   }
 
   function keepStep(step) {
@@ -358,87 +265,71 @@ export async function open({ main, parts: [id], query, signal }) {
     timeline.setStep(step);
     lastPosition = Math.max(lastPosition, step.position);
   }
-  model.keepStep = keepStep;
 
-  const readNewSteps = debounce(() => readSteps().catch(ignoreFaults), 250);
+  async function readSteps() {
+    for (let more = true; more;) {
+      const { steps, nextCursor } = await get(path`/runs/${id}/steps`, { after: lastPosition || null, limit: 1000 });
+      steps.forEach(keepStep);
+      more = nextCursor;
+    }
+    waterfall.schedule();
+  }
 
-  const readGates = debounce(async () => {
-    const { gates } = await get(path`/runs/${id}?include=gates`, { signal });
-    gates.forEach((gate) => timeline.setGate(gate));
+  const soon = (read, wait) => debounce(() => read().catch(laterAgain), wait);
+  const readSummarySoon = soon(readSummary, 250);
+  const readNewSteps = soon(readSteps, 250);
+  const readGates = soon(async () => {
+    (await get(path`/runs/${id}`, { include: "gates" })).gates.forEach((gate) => timeline.setGate(gate));
     waterfall.schedule();
   }, 60);
-
-  const readTree = debounce(async () => {
-    const { runs } = await get(path`/runs/${id}/tree` + toQuery({ limit: 500 }), { signal });
-    runs.slice(1).forEach((child) => timeline.setChild(child));
-    timeline.order = null;
+  const readTree = soon(async () => {
+    (await get(path`/runs/${id}/tree`, { limit: 500 })).runs.slice(1).forEach((child) => timeline.setChild(child));
     waterfall.schedule();
   }, 60);
-
-  const ignoreFaults = (error) => { // the stream and the next poll try again, and the mark says what is amiss
-    if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
-  };
 
   function onState(state) {
-    const words = { live: "live", reconnecting: "reconnecting", stale: "stale", paused: "paused", ended: "not live" };
     mark.className = `mark mark-${state}`;
-    setText(mark, words[state]);
-    if (state === "live" && mark.dataset.lost) readSummary().catch(ignoreFaults);
-    mark.dataset.lost = state === "live" ? "" : "1";
+    setText(mark, state === "ended" ? "not live" : state);
+    if (state === "live" && mark.lost) readSummary().catch(laterAgain);
+    mark.lost = state !== "live";
   }
 
   await readSteps();
   if (summary.counts.gates) readGates();
   if (summary.counts.children) readTree();
   showHeader();
-  showTab(query.get("tab") ?? "timeline");
+  showTab(query.get("tab"));
   const chosen = timeline.rows.get(query.get("step"));
   if (chosen) select(chosen);
-  else showRunPanel();
   waterfall.draw();
-
-  const first = Math.max(0, summary.run.eventSeq - MOST_EVENTS);
-  model.firstSeq = first;
-  follow((after) => path`/runs/${id}/events` + toQuery({ after, view: "light" }), first, onEvents, onState, signal);
-  let polls = 0;
+  model.firstSeq = Math.max(0, summary.run.eventSeq - MOST_EVENTS);
+  follow(id, model.firstSeq, onEvents, onState, signal);
+  let seconds = 0;
   poll(async () => {
-    polls += 1;
-    if (LIVE.has(run().status) ? polls % 3 === 0 : polls % 15 === 0) await readSummary();
-    if (LIVE.has(run().status) && summary.counts.childrenLive && polls % 3 === 0) readTree();
-    if (LIVE.has(run().status) && tab === "timeline") waterfall.schedule();
-  }, 1000, signal)();
+    seconds += 1;
+    const live = LIVE.has(summary.run.status);
+    if (seconds % (live ? 3 : 15) === 0) await readSummary();
+    if (live && summary.counts.childrenLive && seconds % 3 === 0) readTree();
+    if (live && tab === "timeline") waterfall.schedule();
+  }, 1000, signal);
 
   return {
-    onQuery(parameters) {
-      showTab(parameters.get("tab") ?? "timeline");
-    },
+    onQuery: (parameters) => showTab(parameters.get("tab")),
     keys(key) {
-      if (key === "Escape" && panelOf) {
-        closePanel();
-        return true;
-      }
-      if ((key === "j" || key === "k") && tab === "timeline") {
-        const list = waterfall.shown();
-        const index = list.findIndex((row) => row.key === waterfall.chosen) + (key === "j" ? 1 : -1);
-        const row = list[Math.max(0, Math.min(list.length - 1, index))];
-        waterfall.choose(row.key);
-        waterfall.rows.reveal(list.indexOf(row));
-        return true;
-      }
-      if (key === "Enter" && waterfall.chosen) {
-        select(waterfall.shown().find((row) => row.key === waterfall.chosen));
-        return true;
-      }
-      return opened.get(tab)?.keys?.(key);
+      if (key === "Escape" && panelOf) return closePanel(), true;
+      if (tab !== "timeline") return opened.get(tab).keys?.(key);
+      if (key === "Enter") select(waterfall.chosenRow());
+      else if (key === "j" || key === "k") waterfall.move(key === "j" ? 1 : -1);
+      else return false;
+      return true;
     },
   };
 }
 
-const PLAN_WORDS = { replays: "replays", runs: "runs", runs_again: "runs again", stops_for_review: "stops for review", never: "never" };
-export const planWord = (plan) => el("span", { class: `act act-${plan === "stops_for_review" ? "stops" : plan}` }, PLAN_WORDS[plan] ?? plan);
-
-function budgetOf(run) {
-  const budget = run.metadata?.budget ?? run.metadata?.budgetUsd;
-  return budget === undefined || budget === null ? null : typeof budget === "object" ? JSON.stringify(budget) : `$${budget}`;
+/** Do something with a node only when what it is made from is not what it was made from. */
+function once(node, source, action) {
+  const said = JSON.stringify(source);
+  if (node.said === said) return;
+  node.said = said;
+  action();
 }
-

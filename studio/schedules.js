@@ -1,123 +1,88 @@
 // Schedules: when they fire next, on and off, run now; and a form that shows the next five fires as one types.
 
-import { canWrite, getText, path, poll, post, put, query as toQuery, remove } from "./api.js";
+import { attempt, canWrite, getText, path, poll, post, put, query, remove } from "./api.js";
 import { bodyOf, jsonInput } from "./decide.js";
-import { debounce, dialog, el, empty, field, fill, icon, skeleton, status, syncRows, time, toast, wholeInstant, zoneName } from "./dom.js";
+import { ask, button, debounce, el, empty, field, fill, grid, skeleton, status, time, toast, wholeInstant, zoneNote } from "./dom.js";
 import { items, member } from "./json.js";
-import { runUrl } from "./router.js";
 
 export async function open({ main, signal }) {
-  const box = el("div.card.table-wrap", skeleton());
-  const body = el("tbody");
-  const table = el("table.stacked", el("thead", el("tr", ["Schedule", "", "Cron", "Workflow", "Queue", "Next", "Last", ""].map((word) => el("th", word)))), body);
-  fill(main, el("header.spread", el("h1", "Schedules"),
-    el("div.row", el("span.muted", "Times in ", el("span", { "data-zone": "" }, zoneName())),
-      canWrite() && el("button", { class: "primary", onclick: () => edit(null) }, "New schedule"))), box);
-
-  function cells(schedule) {
-    return [
-      el("td", el("strong", schedule.name)),
-      el("td", schedule.enabled ? status("live", "on") : status("paused", "off")),
-      el("td", { "data-label": "Cron" }, el("span", el("code", schedule.cron), el("span.muted", ` ${schedule.timezone}`))),
-      el("td", { "data-label": "Workflow" }, el("a.link", { href: `/studio/runs${toQuery({ "metadata.schedule": schedule.name })}` }, schedule.workflowName)),
-      el("td", { "data-label": "Queue" }, schedule.queue),
-      el("td", { "data-label": "Next" }, schedule.enabled && schedule.nextRunAt ? el("span", time(schedule.nextRunAt, "short"), el("span.muted", " ", time(schedule.nextRunAt))) : el("span.none", "–")),
-      el("td", { "data-label": "Last" }, time(schedule.lastEnqueuedAt)),
-      el("td", canWrite() && el("div.row",
-        el("button", { onclick: () => act(() => runNow(schedule)) }, "Run now"),
-        el("button", { onclick: () => act(() => save(schedule, { enabled: !schedule.enabled })) }, schedule.enabled ? "Disable" : "Enable"),
-        el("button", { class: "quiet", onclick: () => edit(schedule) }, "Edit"),
-        el("button", { class: "quiet danger", onclick: () => forget(schedule) }, "Delete"))),
-    ];
-  }
+  const box = el("div", skeleton());
+  const table = grid((schedule) => schedule.name, [
+    ["Schedule", ({ name }) => el("strong", name)],
+    ["On", ({ enabled }) => (enabled ? status("completed", "on") : status("paused", "off"))],
+    ["Cron", ({ cron, timezone }) => el("span", el("code", cron), el("span.muted", ` ${timezone}`))],
+    ["Workflow", ({ name, workflowName }) => el("a.link", { href: `/studio/runs${query({ "metadata.schedule": name })}` }, workflowName)],
+    ["Queue", ({ queue }) => queue],
+    ["Next", ({ enabled, nextRunAt }) => (enabled && nextRunAt ? el("span", time(nextRunAt, "short"), el("span.muted", " ", time(nextRunAt))) : el("span.none", "–"))],
+    ["Last", ({ lastEnqueuedAt }) => time(lastEnqueuedAt)],
+    ["", (schedule) => canWrite() && el("div.row", button("Run now", () => act(() => runNow(schedule))), button(schedule.enabled ? "Disable" : "Enable", () => act(() => toggle(schedule))),
+      button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger"))],
+  ]);
+  fill(main, el("header.spread", el("h1", "Schedules"), el("div.row", zoneNote(), canWrite() && button("New schedule", () => edit(null), "primary"))), box);
 
   async function act(action) {
-    try {
-      await action();
-    } catch (error) {
-      toast(error.body?.issues?.map((issue) => `${issue.path}: ${issue.message}`).join("; ") ?? error.message, "error");
-    }
+    await attempt(action);
     await load();
   }
 
-  async function runNow(schedule) {
-    const { run } = await post(path`/schedules/${schedule.name}/run`);
+  async function runNow({ name }) {
+    const { run } = await post(path`/schedules/${name}/run`);
     toast(`Enqueued as ${run.id}.`);
-    open_.href = runUrl(run.id);
   }
-  const open_ = el("a"); // where the last run that was begun here stands
 
-  /** Its fields with some changed; the input goes back as the text that came. */
-  const save = (schedule, changes) => put(path`/schedules/${schedule.name}`, bodyOf({ cron: schedule.cron, timezone: schedule.timezone,
-    workflowName: schedule.workflowName, queue: schedule.queue, maxAttempts: schedule.maxAttempts, enabled: schedule.enabled, ...changes }, { input: schedule.inputText }));
+  /** Its input goes back as the text that came. */
+  const toggle = ({ name, cron, timezone, workflowName, queue, maxAttempts, enabled, inputText }) =>
+    put(path`/schedules/${name}`, bodyOf({ cron, timezone, workflowName, queue, maxAttempts, enabled: !enabled }, { input: inputText }));
 
-  async function forget(schedule) {
-    const asked = dialog(`Delete ${schedule.name}?`, el("p", "It fires no more. Runs that it enqueued stay."), { buttons: [el("button", { value: "" }, "Keep it"), el("button", { value: "go", class: "danger" }, "Delete")] });
-    if (await asked.closed === "go") await act(() => remove(path`/schedules/${schedule.name}`));
+  async function forget({ name }) {
+    const sure = await ask(`Delete ${name}?`, el("p", "It fires no more. Runs that it enqueued stay."), "Delete", { kind: "danger", otherwise: "Keep it" });
+    if (sure) await act(() => remove(path`/schedules/${name}`));
   }
 
   async function edit(schedule) {
-    const answer = await askSchedule(schedule);
-    if (answer) await act(() => put(path`/schedules/${answer.name}`, answer.body));
+    const values = await askSchedule(schedule);
+    if (!values) return;
+    const { name, input, maxAttempts, ...fields } = values;
+    await act(() => put(path`/schedules/${name}`, bodyOf({ ...fields, maxAttempts: Number(maxAttempts), enabled: schedule?.enabled ?? true }, { input })));
   }
 
   async function load() {
-    const text = await getText("/schedules", { signal });
-    const schedules = [...items(member(text, "schedules"))].map((raw) => ({ ...JSON.parse(raw), inputText: member(raw, "input") }));
-    if (schedules.length === 0) {
-      return fill(box, empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once, however many servers there are."));
-    }
-    if (table.parentNode !== box) fill(box, table);
-    syncRows(body, schedules, (schedule) => schedule.name, () => el("tr"), (row, schedule) => {
-      const key = JSON.stringify(schedule);
-      if (row.dataset.is === key) return;
-      row.dataset.is = key;
-      fill(row, cells(schedule));
-    });
+    const schedules = [...items(member(await getText("/schedules"), "schedules"))].map((raw) => ({ ...JSON.parse(raw), inputText: member(raw, "input") }));
+    if (schedules.length === 0) return fill(box, empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once, however many servers there are."));
+    if (table.element.parentNode !== box) fill(box, table.element);
+    table.set(schedules);
   }
   await load();
-  poll(load, 5000, signal)();
+  poll(load, 5000, signal);
 }
 
-/** The form of a schedule; resolves to {name, body}, or null. */
-async function askSchedule(schedule) {
-  const value = (name, otherwise) => schedule?.[name] ?? otherwise;
+function askSchedule(schedule) {
+  const input = (name, otherwise, attributes = {}) => el("input", { name, required: true, value: schedule?.[name] ?? otherwise, ...attributes });
   const fires = el("div", { role: "status" });
-  const cron = el("input", { name: "cron", required: true, value: value("cron", "0 9 * * 1-5"), oninput: preview, class: "mono", autocomplete: "off" });
-  const zone = el("input", { name: "timezone", required: true, value: value("timezone", Intl.DateTimeFormat().resolvedOptions().timeZone ?? "UTC"), oninput: preview, list: "zones" });
   const zones = el("datalist", { id: "zones" }, (Intl.supportedValuesOf?.("timeZone") ?? ["UTC"]).map((name) => el("option", { value: name })));
-  const input = jsonInput("input", { rows: 5 });
-  input.value = schedule?.inputText ?? "{}";
-  const ask = debounce(async () => {
-    const asked = [cron.value, zone.value].join();
+  const cron = input("cron", "0 9 * * 1-5", { oninput: () => preview(), autocomplete: "off" });
+  const zone = input("timezone", Intl.DateTimeFormat().resolvedOptions().timeZone, { oninput: () => preview(), list: "zones" });
+  const payload = jsonInput("input", { value: schedule?.inputText ?? "{}" });
+  const preview = debounce(async () => {
+    const asked = { cron: cron.value, timezone: zone.value };
+    let fault = "";
+    let shown;
     try {
-      const { next } = await post("/schedules/preview", { cron: cron.value, timezone: zone.value });
-      if (asked !== [cron.value, zone.value].join()) return;
-      cron.setCustomValidity("");
-      zone.setCustomValidity("");
-      fill(fires, next.length ? el("ol.fires", next.map((at) => el("li", { title: wholeInstant(at) }, inZone(at, zone.value), el("span.muted", " ", time(at))))) : el("p.muted", "It never fires."));
+      const { next } = await post("/schedules/preview", asked);
+      shown = next.length ? el("ol.fires", next.map((at) => el("li", { title: wholeInstant(at) }, inZone(at, asked.timezone), el("span.muted", " ", time(at))))) : el("p.muted", "It never fires.");
     } catch (error) {
-      const issue = error.body?.issues?.[0];
-      (issue?.path === "timezone" ? zone : cron).setCustomValidity(issue?.message ?? error.message);
-      fill(fires, el("p.error-text", issue ? `${issue.path}: ${issue.message}` : error.message));
+      fault = error.message;
+      shown = el("p.error-text", fault);
     }
+    if (asked.cron !== cron.value || asked.timezone !== zone.value) return; // typed on meanwhile
+    cron.setCustomValidity(fault);
+    fill(fires, shown);
   }, 120);
-  function preview() {
-    ask();
-  }
-  const { form, closed } = dialog(schedule ? `Schedule ${schedule.name}` : "New schedule", el("div.fields",
-    field("Name", el("input", { name: "name", required: true, maxlength: 512, value: value("name", ""), readonly: Boolean(schedule) })),
-    field("Workflow", el("input", { name: "workflowName", required: true, value: value("workflowName", "") })),
-    field("Cron", cron, "minute hour day month weekday"), field("Time zone", zone),
-    el("section.all.payload", el("header", el("h3", "Next fires"), icon("clock")), el("div.dialog-body", fires)),
-    field("Queue", el("input", { name: "queue", required: true, value: value("queue", "default") })),
-    field("Attempts", el("input", { name: "maxAttempts", type: "number", min: 1, value: value("maxAttempts", 3) })),
-    el("div.all", field("Input", input, "JSON")), zones),
-  { buttons: [el("button", { value: "go", class: "primary" }, "Save")] });
-  ask();
-  if (await closed !== "go") return null;
-  const { name, input: text, maxAttempts, ...fields } = Object.fromEntries(new FormData(form));
-  return { name, body: bodyOf({ ...fields, maxAttempts: Number(maxAttempts), enabled: value("enabled", true) }, { input: text }) };
+  preview();
+  return ask(schedule ? `Schedule ${schedule.name}` : "New schedule", el("div.fields", field("Name", input("name", "", { maxlength: 512, readonly: Boolean(schedule) })),
+    field("Workflow", input("workflowName", "")), field("Cron", cron, "minute hour day month weekday"), field("Time zone", zone),
+    el("section.all.payload", el("header", el("h3", "Next fires")), el("div.dialog-body", fires)),
+    field("Queue", input("queue", "default")), field("Attempts", input("maxAttempts", 3, { type: "number", min: 1 })), el("div.all", field("Input", payload)), zones), "Save");
 }
 
 const inZone = (iso, timeZone) => new Intl.DateTimeFormat("en-GB", { timeZone, weekday: "short", day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", timeZoneName: "short" }).format(new Date(iso));

@@ -1,11 +1,10 @@
-// Tidebase Studio: the frame around the pages. Session, navigation, keyboard, and what all pages share.
+// Tidebase Studio: the frame around the pages: session, navigation, keyboard, and what all pages share.
 //
 // A page is a module with open(context) -> {keys?, onQuery?} | nothing. context: main (where it builds itself), parts (of
-// the path), query, signal (aborted when the page is left: it ends requests, streams, timers and listeners).
+// the path), query, signal (aborted when the page is left: it ends its reads, streams, timers and listeners).
 
-import { ApiError, get, keepKey, onConnection, poll, session, setUnauthorized } from "./api.js";
-import { dialog, el, fill, icon, setServerTime, setText, show, shortTime, skeleton, switchZone, toast, zoneName }
-  from "./dom.js";
+import { ApiError, get, keepKey, poll, session, setPageSignal, watch } from "./api.js";
+import { button, dialog, el, field, fill, icon, setServerTime, setText, show, skeleton, switchZone, toast, zoneName } from "./dom.js";
 import { navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
 
 const PAGES = {
@@ -15,7 +14,7 @@ const PAGES = {
   schedules: { title: "Schedules", key: "s", load: () => import("./schedules.js") },
   costs: { title: "Costs", key: "c", load: () => import("./costs.js") },
   workers: { title: "Workers", key: "w", load: () => import("./workers.js") },
-  compare: { title: "Compare", load: () => import("./compare.js"), section: "runs" },
+  compare: { title: "Side by side", load: () => import("./compare.js"), section: "runs" },
 };
 
 const main = el("main.page", { id: "main", tabindex: "-1" });
@@ -25,15 +24,15 @@ let leaving = new AbortController();
 
 // --- opening pages
 
-async function open({ restore }) {
+async function open(scroll) {
   const url = new URL(location.href);
-  const [name = "", ...parts] = url.pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
-  if (!name) return navigate("/studio/runs", { replace: true });
+  const [name, ...parts] = url.pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
+  if (!name) return navigate(`/studio/runs${url.search}`, { replace: true });
   if (url.pathname === shownPath && page?.onQuery) return page.onQuery(url.searchParams);
-
   for (const box of document.querySelectorAll("dialog[open]")) box.close("");
   leaving.abort();
   const { signal } = leaving = new AbortController();
+  setPageSignal(signal);
   shownPath = url.pathname;
   page = null;
   const entry = PAGES[name];
@@ -41,42 +40,35 @@ async function open({ restore }) {
     if (link.dataset.page === (entry?.section ?? name)) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  if (!entry) {
-    setTitle("Not found");
-    return fill(main, el("h1", "There is no such page"), el("a.link", { href: "/studio/runs" }, "All runs"));
-  }
-  setTitle(entry.title);
+  setTitle(entry?.title ?? "Not found");
+  if (!entry) return fill(main, el("h1", "There is no such page"), el("a.link", { href: "/studio/runs" }, "All runs"));
   fill(main, skeleton());
   try {
-    const module = await entry.load(parts);
+    const opened = await (await entry.load(parts)).open({ main, parts, query: url.searchParams, signal });
     if (signal.aborted) return;
-    page = await module.open({ main, parts, query: url.searchParams, signal });
+    page = opened;
   } catch (error) {
     if (signal.aborted || error.name === "AbortError") return;
     showFault(error, entry.title);
     if (!(error instanceof ApiError)) throw error;
   }
-  if (signal.aborted) return;
-  scrollTo(0, restore);
+  scrollTo(0, scroll);
   if (!main.contains(document.activeElement)) main.focus({ preventScroll: true });
 }
 
 function showFault(error, title) {
   if (error.status === 401) return;
-  fill(main, el("h1", title), el("div.fault", { role: "alert" },
-    el("strong", error.status === 404 ? "It does not exist, or no longer" : "This could not be loaded"),
-    el("p", error.message),
-    el("button", { onclick: () => { shownPath = null; open({ restore: 0 }); } }, "Try again")));
+  fill(main, el("h1", title), el("div.fault", { role: "alert" }, el("strong", error.status === 404 ? "It does not exist, or no longer" : "This could not be loaded"),
+    el("p", error.message), button("Try again", () => { shownPath = null; open(0); })));
 }
 
 document.addEventListener("click", (event) => {
   const link = event.target.closest?.("a[href^='/studio']");
   if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
-  if (link.target || link.hasAttribute("download")) return;
   event.preventDefault();
   navigate(link.getAttribute("href"));
 });
-addEventListener("popstate", (event) => open({ restore: event.state?.scroll ?? 0 }));
+addEventListener("popstate", (event) => open(event.state?.scroll ?? 0));
 let scrolled;
 addEventListener("scroll", () => {
   clearTimeout(scrolled);
@@ -90,84 +82,59 @@ setOpener(open);
 let goUntil = 0; // after g, the next key names a page
 
 document.addEventListener("keydown", (event) => {
+  const { key, target } = event;
+  const inDialog = document.querySelector("dialog[open]");
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
-  const typing = event.target.closest("input:not([type=checkbox], [type=radio], [type=range]), textarea, select");
-  if (event.key === "Escape" && typing && !document.querySelector("dialog[open]")) return event.target.blur();
-  if (typing || document.querySelector("dialog[open]") || !main.isConnected) return;
+  const typing = target.closest("input:not([type=checkbox], [type=range]), textarea, select");
+  if (key === "Escape" && typing && !inDialog) return target.blur();
+  if (typing || inDialog || !main.isConnected) return;
   if (Date.now() < goUntil) {
     goUntil = 0;
-    const [name] = Object.entries(PAGES).find(([, entry]) => entry.key === event.key) ?? [];
-    if (name) {
-      event.preventDefault();
-      return navigate(`/studio/${name}`);
-    }
+    const [name] = Object.entries(PAGES).find(([, entry]) => entry.key === key) ?? [];
+    if (name) return navigate(`/studio/${name}`);
   }
-  const onControl = event.target.closest("button, a, summary, input");
-  if (event.key === "g") goUntil = Date.now() + 1500;
-  else if (event.key === "?") showHelp();
-  else if (event.key === "/") search(event);
-  else if (event.key === "Escape") {
-    if (!page?.keys?.("Escape")) history.length > 1 && location.pathname !== "/studio/runs" && history.back();
-  } else if (!(event.key === "Enter" && onControl) && page?.keys?.(event.key)) event.preventDefault();
+  if (key === "g") goUntil = Date.now() + 1500;
+  else if (key === "?") showHelp();
+  else if (key === "/") {
+    event.preventDefault();
+    const input = main.querySelector("[data-search]");
+    if (input) input.select();
+    else navigate("/studio/runs?focus=search");
+  } else if (key === "Enter" && target.closest("button, a, summary, input")) return;
+  else if (page?.keys?.(key)) event.preventDefault();
+  else if (key === "Escape" && location.pathname !== "/studio/runs") history.back();
 });
 
-function search(event) {
-  event.preventDefault();
-  const input = main.querySelector("[data-search]");
-  if (input) {
-    input.focus();
-    input.select();
-  } else navigate("/studio/runs?focus=search");
-}
-
-function showHelp() {
-  const keys = [["/", "search"], ["j  k", "next, previous row"], ["Enter", "open the row"], ["x", "select the row"],
-    ["Esc", "close, or go back"], ["g r", "runs"], ["g a", "approvals"], ["g q", "queues"], ["g s", "schedules"],
-    ["g c", "costs"], ["g w", "workers"], ["?", "this help"]];
-  dialog("Keyboard", el("table", el("tbody", keys.map(([key, what]) =>
-    el("tr", el("td", key.split("  ").flatMap((one) => [el("kbd", one), " "])), el("td", what))))));
-}
+const KEYS = [["/", "search"], ["j k", "next, previous row"], ["Enter", "open the row"], ["x", "select the row"], ["Esc", "close, or go back"],
+  ...Object.values(PAGES).filter((entry) => entry.key).map((entry) => [`g ${entry.key}`, entry.title]), ["?", "this help"]];
+const showHelp = () => dialog("Keyboard", el("table", el("tbody", KEYS.map(([keys, what]) => el("tr", el("td.row", keys.split(" ").map((key) => el("kbd", key))), el("td", what))))));
 
 // --- the frame
 
 const banner = el("div.banner", { role: "status", hidden: true });
 const badge = el("span.badge", { hidden: true });
-let readApprovals = () => {};
-let countingApprovals = new AbortController();
+let countApprovals = () => {};
+let counting = new AbortController();
 
 function buildFrame() {
   const links = Object.entries(PAGES).filter(([, entry]) => entry.key).map(([name, entry]) =>
-    el("a", { href: `/studio/${name}`, "data-page": name, title: `${entry.title} (g ${entry.key})` },
-      icon(name), el("span", entry.title), name === "approvals" && badge));
-  fill(document.body,
-    el("a.skip", { href: "#main", onclick: () => main.focus() }, "Skip to the content"),
-    el("div.frame",
-      el("nav.nav", { "aria-label": "Studio" },
-        el("a.brand", { href: "/studio/runs" }, el("img", { src: "/studio/icon.svg", alt: "" }), "Tidebase"),
-        el("div.nav-links", links),
-        el("div.nav-foot",
-          session.access === "read" && el("span.tag", { title: "Signed in with TIDEBASE_READ_KEY" }, "read only"),
-          el("button", { class: "quiet", title: "Show times in UTC or in this computer's zone", onclick: switchZone },
-            icon("clock"), el("span", { "data-zone": "" }, zoneName())),
-          el("button", { class: "quiet", onclick: showHelp }, el("kbd", "?"), "Keyboard"),
-          session.key && el("button", { class: "quiet", onclick: signOut }, "Sign out"))),
-      el("div", banner, main)));
+    el("a", { href: `/studio/${name}`, "data-page": name, title: `g ${entry.key}` }, icon(name), el("span", entry.title), name === "approvals" && badge));
+  fill(document.body, el("div.frame",
+    el("nav.nav", { "aria-label": "Studio" },
+      el("a.brand", { href: "/studio/runs" }, el("img", { src: "/studio/icon.svg", alt: "" }), "Tidebase"), el("div.nav-links", links),
+      el("div.nav-foot", session.access === "read" && el("span.tag", { title: "Signed in with TIDEBASE_READ_KEY" }, "read only"),
+        button([icon("clock"), el("span", { "data-zone": "" }, zoneName())], switchZone, "quiet", { title: "Show times in UTC or in this computer's zone" }),
+        button([el("kbd", "?"), "Keyboard"], showHelp, "quiet"), session.key && button("Sign out", signOut, "quiet"))),
+    el("div", banner, main)));
 }
 
-function showConnection({ reachable, since }) {
+watch.onReachable = (reachable) => {
+  if (reachable === banner.hidden) return;
   show(banner, !reachable);
-  if (!reachable) {
-    fill(banner, el("strong", "The server cannot be reached."),
-      `What you see is from ${shortTime(new Date(since).toISOString())}. Trying again.`);
-  }
-}
+  fill(banner, el("strong", "The server cannot be reached."), `What you see is as of ${new Date().toLocaleTimeString()}. Trying again.`);
+};
 
 // --- session
-
-async function startSession() {
-  Object.assign(session, await get("/session"));
-  setServerTime(session.now);
-}
 
 function signOut() {
   keepKey(null);
@@ -176,70 +143,60 @@ function signOut() {
 
 function showSignIn(words = "") {
   leaving.abort();
+  counting.abort();
   shownPath = null;
   setTitle("Sign in");
-  const input = el("input", { type: "password", name: "key", required: true, autocomplete: "current-password",
-    "aria-describedby": "sign-in-error" });
-  const fault = el("p.error-text", { id: "sign-in-error", role: "alert" }, words);
-  const form = el("form.card", { async onsubmit(event) {
+  const input = el("input", { type: "password", required: true, autocomplete: "current-password" });
+  const fault = el("p.error-text", { role: "alert" }, words);
+  fill(document.body, el("main.sign-in", el("form.card", { async onsubmit(event) {
     event.preventDefault();
     try {
-      await get("/session", { key: input.value });
+      await get("/session", {}, { key: input.value, signal: null });
     } catch (error) {
       setText(fault, error.status === 401 ? "That key is not the server's." : error.message);
       return input.select();
     }
     keepKey(input.value);
     start();
-  } },
-  el("div.row", el("img", { src: "/studio/icon.svg", alt: "", width: 32, height: 32 }), el("h1", "Tidebase Studio")),
-  el("label.field", el("span", "API key"), input,
-    el("small", "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you close it.")),
-  fault,
-  el("button.primary", "Sign in"));
-  fill(document.body, el("main.sign-in", form));
+  } }, el("div.row", el("img", { src: "/studio/icon.svg", alt: "", width: 32, height: 32 }), el("h1", "Tidebase Studio")),
+  field("API key", input, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you close it."), fault, el("button.primary", "Sign in"))));
   input.focus();
 }
 
+async function readSession() {
+  Object.assign(session, await get("/session", {}, { signal: null }));
+  setServerTime(session.now);
+}
+
 async function start() {
-  if (location.pathname === "/studio/review") {
-    const { openReview } = await import("./approvals.js");
-    return openReview(document.body);
-  }
+  if (location.pathname === "/studio/review") return (await import("./approvals.js")).openReview(document.body);
   try {
-    await startSession();
+    await readSession();
   } catch (error) {
     if (error.status === 401) return showSignIn(session.key ? "Your key is no longer the server's." : "");
-    fill(document.body, el("main.sign-in", main));
-    setTimeout(start, 2000);
-    return showFault(error, "Tidebase Studio");
+    fill(document.body, el("main.sign-in", el("div.fault", el("strong", "Tidebase Studio"), error.message, ". Trying again.")));
+    return setTimeout(start, 2000);
   }
   buildFrame();
-  countingApprovals.abort();
-  countingApprovals = new AbortController();
-  readApprovals = poll(async (signal) => {
-    const { count, more } = await get("/approvals?limit=1", { signal });
+  counting.abort();
+  counting = new AbortController();
+  countApprovals = poll(async () => {
+    const { count, more } = await get("/approvals", { limit: 1 }, { signal: counting.signal });
     setWaiting(count);
     show(badge, count > 0);
     setText(badge, more ? `${count}+` : count);
-  }, 5000, countingApprovals.signal);
-  readApprovals();
-  await open({ restore: history.state?.scroll ?? 0 });
+  }, 5000, counting.signal);
+  await open(history.state?.scroll ?? 0);
 }
 
-setUnauthorized(() => {
-  if (main.isConnected) showSignIn("Your key is no longer the server's.");
-});
-onConnection(showConnection);
+watch.onUnauthorized = () => main.isConnected && showSignIn("Your key is no longer the server's.");
 addEventListener("unhandledrejection", (event) => {
-  if (event.reason?.name === "AbortError") event.preventDefault();
-  else if (event.reason instanceof ApiError) {
-    event.preventDefault();
-    if (event.reason.status !== 401 && event.reason.status !== 0) toast(event.reason.message, "error");
-  }
+  const { reason } = event;
+  if (reason?.name === "AbortError" || reason instanceof ApiError) event.preventDefault();
+  if (reason instanceof ApiError && reason.status !== 401 && reason.status !== 0) toast(reason.message, "error");
 });
-document.addEventListener("decided", () => readApprovals()); // an approval was decided here: the count is another
+document.addEventListener("decided", () => countApprovals());
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && main.isConnected) startSession().catch(() => {}); // the computer may have slept
+  if (!document.hidden && main.isConnected) readSession().catch(() => {}); // this computer may have slept: its clock is compared again
 });
 start();

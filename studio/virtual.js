@@ -4,20 +4,12 @@ import { el, syncRows } from "./dom.js";
 
 const MARGIN = 12; // rows above and below the screen, so that scrolling by a little draws nothing
 
-/**
- * Keep a table's rows in line with a list of any length, all of one height.
- * options: columns, keyOf(item), make(item), update(node, item).
- */
+/** Keeps a table's rows, all of one height, in line with a list of any length; options: keyOf, make, update as of syncRows. */
 export class VirtualRows {
-  constructor(table, options, signal) {
-    this.options = options;
-    this.items = [];
-    this.body = el("tbody");
-    this.above = pad(options.columns);
-    this.below = pad(options.columns);
+  constructor(table, columns, options, signal) {
+    const pad = () => el("tbody.pad", { "aria-hidden": "true" }, el("tr", el("td", { colspan: columns })));
+    Object.assign(this, { options, items: [], body: el("tbody"), above: pad(), below: pad(), first: 0, height: 28, frame: null });
     table.append(this.above, this.body, this.below);
-    this.height = 28;
-    this.frame = null;
     const later = () => { this.frame ??= requestAnimationFrame(() => { this.frame = null; this.draw(); }); };
     addEventListener("scroll", later, { passive: true, signal });
     addEventListener("resize", later, { passive: true, signal });
@@ -28,17 +20,24 @@ export class VirtualRows {
     this.draw();
   }
 
+  /** Where the list begins on the screen. */
+  top() {
+    return this.body.getBoundingClientRect().top - this.first * this.height;
+  }
+
   draw() {
-    const { body, above, below, items, options } = this;
+    const { body, items, options, height } = this;
     if (!body.isConnected) return;
-    const top = this.above.getBoundingClientRect().top;
-    const first = Math.max(0, Math.min(items.length - 1, Math.floor(-top / this.height)) - MARGIN);
-    const last = Math.min(items.length, first + Math.ceil(innerHeight / this.height) + 2 * MARGIN);
+    const first = Math.max(0, Math.min(items.length - 1, Math.floor(-this.top() / height)) - MARGIN);
+    const last = Math.min(items.length, first + Math.ceil(innerHeight / height) + 2 * MARGIN);
     syncRows(body, items.slice(first, last), options.keyOf, options.make, options.update);
-    setHeight(above, first * this.height);
-    setHeight(below, (items.length - last) * this.height);
-    const measured = body.firstElementChild?.getBoundingClientRect().height;
-    if (measured && Math.abs(measured - this.height) > 0.2) {
+    this.first = first;
+    for (const [pad, rows] of [[this.above, first], [this.below, items.length - last]]) {
+      pad.hidden = rows === 0;
+      pad.firstChild.firstChild.style.height = `${rows * height}px`;
+    }
+    const measured = body.firstChild?.getBoundingClientRect().height;
+    if (measured && Math.abs(measured - height) > 0.2) {
       this.height = measured;
       this.draw();
     }
@@ -46,21 +45,8 @@ export class VirtualRows {
 
   /** Bring an item's row onto the screen. */
   reveal(index) {
-    const top = this.above.getBoundingClientRect().top + index * this.height;
+    const top = this.top() + index * this.height;
     if (top < 80 || top > innerHeight - 80) scrollTo(0, scrollY + top - innerHeight / 2);
     this.draw();
   }
-}
-
-function pad(columns) {
-  const cell = el("td", { colspan: columns });
-  const body = el("tbody.pad", { "aria-hidden": "true", hidden: true }, el("tr", cell));
-  return body;
-}
-
-function setHeight(body, height) {
-  const text = `${height}px`;
-  const cell = body.firstElementChild.firstElementChild;
-  if (cell.style.height !== text) cell.style.height = text;
-  body.hidden = height === 0;
 }

@@ -4,7 +4,7 @@
 // that one more event costs the same in a run of a thousand steps. makeScale says where an instant is on the screen, with
 // idle stretches folded. Waterfall draws the rows that are on the screen.
 
-import { duration, el, fill, icon, now, plural, setText, show, wholeInstant } from "./dom.js";
+import { button, duration, el, fill, icon, iconButton, now, plural, searchInput, setText, show, wholeInstant } from "./dom.js";
 import { VirtualRows } from "./virtual.js";
 
 const ms = (iso) => (iso ? Date.parse(iso) : null);
@@ -18,8 +18,8 @@ const STATUS_OF_EVENT = {
 
 /** What happened when: rows with attempts and waits, made from a run's events and rows. */
 export class Timeline {
-  constructor(leaseMs) {
-    this.leaseMs = leaseMs;
+  constructor(leaseMs, runId = null) {
+    Object.assign(this, { leaseMs, runId });
     this.rows = new Map(); // key -> row
     this.run = this.row("run", "run", "run");
     this.held = []; // the run's own attempts: {from, to, outcome, owner}
@@ -33,7 +33,7 @@ export class Timeline {
   row(key, kind, name) {
     let row = this.rows.get(key);
     if (!row) {
-      row = { key, kind, name, attempts: [], waits: [], status: null, copied: false, bars: null, depth: 0, error: null, step: null };
+      row = { key, kind, name, attempts: [], waits: [], status: null, copied: false, bars: null, depth: 0, step: null };
       this.rows.set(key, row);
       this.order = null;
     }
@@ -53,17 +53,15 @@ export class Timeline {
   setStep(step) {
     const row = this.row(step.id, "step", step.name);
     const from = ms(step.startedAt ?? step.createdAt);
-    row.step = step;
-    row.status = step.status;
-    row.copied = step.copied;
-    row.error = step.error;
-    row.bars = null;
-    if (step.copied) return;
+    // A checkpoint that a fork began with is older than the fork.
+    row.copied = step.copied || (step.status === "completed" && from < this.created);
+    Object.assign(row, { step, status: step.status, bars: null });
+    if (row.copied) return;
     let attempt = row.attempts.find((one) => one.n === step.attempt);
     if (!attempt) row.attempts.push(attempt = { n: step.attempt, from, to: null, outcome: "running", owner: step.leaseOwner });
     // Events of a step that was recorded at its end are written together; the row knows when it began.
     if (from < attempt.from) attempt.from = from;
-    if (step.status !== "running") {
+    if (step.status !== "running" && step.status !== "manual_review") {
       attempt.to = ms(step.completedAt) ?? attempt.to ?? ms(step.updatedAt);
       attempt.outcome = OUTCOME_OF[step.status];
     }
@@ -204,10 +202,7 @@ export class Timeline {
       // These events name no attempt: they end the one that began last.
       let attempt = attemptOf(row.current);
       if (!attempt) row.attempts.push(attempt = { n: row.current ?? 1, from: at, to: null });
-      if (attempt.to === null || attempt.outcome === "running" || status === "manual_review") {
-        Object.assign(attempt, { to: attempt.to ?? at, outcome: OUTCOME_OF[status] });
-      }
-      if (status === "failed") row.error = event.payload?.error ?? row.error;
+      if (attempt.to === null) Object.assign(attempt, { to: at, outcome: OUTCOME_OF[status] });
     }
     if (status && event.seq > (row.statusSeq ?? 0)) {
       row.statusSeq = event.seq;
@@ -242,11 +237,9 @@ export class Timeline {
       const next = row.attempts[index + 1];
       const outcome = attempt.outcome === "running" && this.ended ? "cancelled" : attempt.outcome;
       bars.push({ from: attempt.from, to: this.close(attempt.to), kind: outcome, title: `attempt ${attempt.n}: ${WORD_OF[outcome] ?? outcome}` });
-      if (outcome === "cut") {
-        bars.push({ from: attempt.to, to: this.close(next?.from ?? null), kind: "gap", title: "its worker was gone" });
-      } else if (outcome === "review" && row.status === "manual_review") {
-        bars.push({ from: attempt.to ?? attempt.from, to: this.close(null), kind: "waiting", title: "waits for a person's review" });
-      }
+      const inReview = row.status === "manual_review" && !next;
+      if (inReview) bars.push({ from: attempt.to ?? attempt.from, to: this.close(null), kind: "waiting", title: "waits for a person's review" });
+      else if (outcome === "cut") bars.push({ from: attempt.to, to: this.close(next?.from ?? null), kind: "gap", title: "its worker was gone" });
     });
     if (row.kind === "step" && row.status === "completed" && row.attempts.length) {
       const done = row.attempts.at(-1).to;
@@ -258,7 +251,7 @@ export class Timeline {
   }
 
   close(to) {
-    return to ?? this.ended ?? null;
+    return to ?? this.ended;
   }
 
   /** All rows, in the order of their begin; children below the run that made them. */
@@ -341,7 +334,8 @@ function ticksOf(scale, wanted) {
   for (const piece of scale.pieces.filter(({ folded }) => !folded)) {
     for (let n = Math.ceil((piece.from - scale.start) / step); scale.start + n * step <= piece.to; n += 1) {
       const x = scale.place(scale.start + n * step);
-      if (x - lastX < 0.5 / wanted || x > 0.96) continue;
+      const hidden = scale.pieces.some((other) => other.folded && other.x >= x && other.x < x + 0.5 / wanted);
+      if (x - lastX < 0.7 / wanted || x > 1 - 0.5 / wanted || hidden) continue;
       ticks.push({ x, text: n === 0 ? "0" : duration(n * step) });
       lastX = x;
     }
@@ -356,59 +350,34 @@ const LEGEND = [["completed", "completed"], ["running", "running"], ["failed", "
   ["waiting", "waiting"], ["queued", "in the queue"], ["replayed", "replayed"]];
 
 const percent = (x) => `${(100 * x).toFixed(3)}%`;
+const placed = (node, from, to) => Object.assign(node.style, { left: percent(from), width: percent(to - from) }) && node;
+const isError = (row) => /^failed|manual_review/.test(row.status) || row.attempts.some((one) => one.outcome === "failed" || one.outcome === "cut");
 
-function placed(node, from, to) {
-  node.style.left = percent(from);
-  node.style.width = percent(to - from);
-  return node;
-}
-
-/** The table of a timeline. onSelect(row) is called with the row that was clicked; onOpen(row) with a child to unfold. */
+/** The table of a timeline. onSelect(row) is called with the row that was clicked; onOpen(id) brings a child's Timeline. */
 export class Waterfall {
   constructor(timeline, { onSelect, onOpen, signal }) {
-    this.timeline = timeline;
-    this.onOpen = onOpen;
-    this.onSelect = onSelect;
-    this.opened = new Set(); // children whose own rows are shown
-    this.nested = new Map(); // child run id -> its own Timeline
-    this.folding = true;
-    this.errorsOnly = false;
-    this.text = "";
-    this.chosen = null;
-    this.frame = null;
-    this.build(signal);
+    Object.assign(this, { timeline, onSelect, onOpen, folding: true, errorsOnly: false, text: "", chosen: null, frame: null });
+    this.opened = new Map(); // children whose own rows are shown -> their Timeline
+    const toggle = (word, key, title) => {
+      const node = button(word, () => {
+        this[key] = !this[key];
+        node.setAttribute("aria-pressed", String(this[key]));
+        this.draw();
+      }, "", { "aria-pressed": String(this[key]), title });
+      return node;
+    };
+    this.axis = el("div.track.axis");
+    this.table = el("table.waterfall", { "aria-label": "Steps over time" }, el("thead", el("tr", el("th.w-name", "Step"), el("th.w-time", "Duration"), el("th.w-track", el("span.offscreen", "Time"), this.axis))));
+    this.rows = new VirtualRows(this.table, 3, { keyOf: (row) => row.key, make: (row) => this.makeRow(row), update: (node, row) => this.updateRow(node, row) }, signal);
+    this.nothing = el("p.empty");
+    this.legend = el("div.legend", { "aria-hidden": "true" });
+    this.tally = el("span.muted");
+    const search = searchInput("Filter steps", "Filter steps by name", (text) => { this.text = text.toLowerCase(); this.draw(); });
+    this.element = el("section.card", el("header", search, el("div.counts", toggle("Errors only", "errorsOnly", "Only steps that failed or were cut off"),
+      toggle("Fold idle", "folding", "Fold stretches in which nothing happened")), this.tally), this.table, this.nothing, el("div.body", this.legend));
     const observer = new ResizeObserver(() => this.schedule());
     observer.observe(this.table);
     signal.addEventListener("abort", () => observer.disconnect());
-  }
-
-  build(signal) {
-    const filter = el("input", { type: "search", placeholder: "Filter steps", "aria-label": "Filter steps by name",
-      oninput: () => { this.text = filter.value.toLowerCase(); this.draw(); } });
-    const toggle = (word, key, title) => {
-      const button = el("button", { "aria-pressed": String(this[key]), title, onclick: () => {
-        this[key] = !this[key];
-        button.setAttribute("aria-pressed", String(this[key]));
-        this.draw();
-      } }, word);
-      return button;
-    };
-    this.axis = el("div.track.axis");
-    this.table = el("table.waterfall", { "aria-label": "Steps over time" },
-      el("thead", el("tr", el("th.w-name", "Step"), el("th.w-time", "Duration"),
-        el("th.w-track", el("span.offscreen", "Time"), this.axis))));
-    this.rows = new VirtualRows(this.table, {
-      columns: 3, keyOf: (row) => row.key, make: (row) => this.makeRow(row), update: (node, row) => this.updateRow(node, row),
-    }, signal);
-    this.nothing = el("p.empty", { hidden: true });
-    this.legend = el("div.legend", { "aria-hidden": "true" });
-    this.tally = el("span.muted");
-    this.element = el("section.card",
-      el("header", el("div.row.grow", el("div.search", icon("search"), filter),
-        el("div.counts", toggle("Errors only", "errorsOnly", "Only steps that failed or were cut off"),
-          toggle("Fold idle", "folding", "Fold stretches in which nothing happened"))),
-      this.tally),
-      this.table, this.nothing, el("div.body", this.legend));
   }
 
   /** Draw on the next frame; many events in one frame are drawn once. */
@@ -419,118 +388,89 @@ export class Waterfall {
     });
   }
 
-  /** The rows to show: filtered, children below a run that was unfolded. */
+  /** The rows to show: filtered, and below a child that was unfolded its own steps and children. */
   shown() {
-    const { timeline, text } = this;
-    const fits = (row) => (!text || row.name.toLowerCase().includes(text)) && (!this.errorsOnly || isError(row));
-    const list = [timeline.run];
-    for (const row of timeline.ordered()) {
+    const fits = (row) => (!this.text || row.name.toLowerCase().includes(this.text)) && (!this.errorsOnly || isError(row));
+    const list = [this.timeline.run];
+    const addChild = (row) => {
       if (fits(row)) list.push(row);
-      if (row.kind === "child") this.addNested(list, row, fits);
+      const own = this.opened.get(row.key);
+      if (!own) return;
+      for (const step of own.ordered()) if (fits(step)) list.push(Object.assign(step, { depth: row.depth + 1, owner: own }));
+      this.timeline.childrenOf(row.key).forEach(addChild);
+    };
+    for (const row of this.timeline.ordered()) {
+      if (row.kind === "child") addChild(row);
+      else if (fits(row)) list.push(row);
     }
     return list;
   }
 
-  addNested(list, row, fits) {
-    if (!this.opened.has(row.key)) return;
-    const own = this.nested.get(row.key);
-    for (const step of own?.ordered() ?? []) {
-      if (step.kind === "step" && fits(step)) list.push(Object.assign(step, { depth: row.depth + 1, owner: own }));
-    }
-    for (const child of this.timeline.childrenOf(row.key)) {
-      if (fits(child)) list.push(child);
-      this.addNested(list, child, fits);
-    }
-  }
-
   draw() {
     const { timeline } = this;
-    if (!timeline.created) return;
     const list = this.shown();
-    const end = timeline.ended ?? now();
-    const start = timeline.created;
-    const busy = [];
+    this.end = timeline.ended ?? now();
     const kinds = new Set();
-    for (const row of list) {
-      for (const bar of (row.owner ?? timeline).bars(row)) {
-        kinds.add(bar.kind);
-        if (BUSY.has(bar.kind) && row.kind !== "run") busy.push([bar.from, Math.max(bar.to ?? end, bar.from + 1)]);
-      }
-    }
-    if (busy.length === 0) {
-      for (const bar of timeline.bars(timeline.run)) if (BUSY.has(bar.kind)) busy.push([bar.from, Math.max(bar.to ?? end, bar.from + 1)]);
-    }
-    const last = busy.reduce((most, [, to]) => Math.max(most, to), end);
-    this.scale = makeScale(busy, start, Math.max(last, start + 1), this.folding);
-    this.end = end;
+    const busyOf = (rows) => rows.flatMap((row) => (row.owner ?? timeline).bars(row).filter((bar) => kinds.add(bar.kind) && BUSY.has(bar.kind))
+      .map((bar) => [bar.from, Math.max(bar.to ?? this.end, bar.from + 1)]));
+    const ofSteps = busyOf(list.slice(1));
+    const ofRun = busyOf(list.slice(0, 1));
+    const busy = ofSteps.length ? ofSteps : ofRun;
+    const end = busy.reduce((most, [, to]) => Math.max(most, to), Math.max(this.end, timeline.created + 1));
+    this.scale = makeScale(busy, timeline.created, end, this.folding);
     this.drawAxis();
     this.rows.set(list);
     show(this.nothing, list.length === 1);
     setText(this.nothing, timeline.rows.size > 1 ? "No step matches." : timeline.ended ? "It ended without a step." : "No step has begun yet.");
-    const steps = list.filter((row) => row.kind === "step").length;
-    setText(this.tally, plural(steps, "step"));
+    setText(this.tally, plural(list.filter((row) => row.kind === "step").length, "step"));
     const words = LEGEND.filter(([kind]) => kinds.has(kind));
-    const key = words.join();
-    if (this.legend.dataset.words !== key) {
-      this.legend.dataset.words = key;
-      fill(this.legend, words.map(([kind, word]) => el("span", el("i", el("span", { class: `bar bar-${kind}` })), word)));
-    }
+    if (words.join() === this.words) return;
+    this.words = words.join();
+    fill(this.legend, words.map(([kind, word]) => el("span", el("i", el(`span.bar.bar-${kind}`)), word)));
   }
 
   drawAxis() {
     const width = this.axis.clientWidth || 600;
-    const folds = this.scale.pieces.filter((piece) => piece.folded);
+    const folds = this.scale.pieces.filter((piece) => piece.folded).map((piece) => [piece.x, piece.end, duration(piece.to - piece.from)]);
     const ticks = ticksOf(this.scale, Math.max(2, Math.floor(width / 90)));
-    const key = `${width} ${ticks.map((tick) => tick.x.toFixed(4)).join()} ${folds.map((piece) => piece.x.toFixed(4)).join()} ${folds.map((piece) => duration(piece.to - piece.from)).join()}`;
-    if (this.axisKey === key) return;
-    this.axisKey = key;
-    fill(this.axis,
-      ticks.map(({ x, text }) => { const node = el("span.tick", text); node.style.left = percent(x); return node; }),
-      folds.map((piece) => placed(el("span.fold", { title: `nothing happened for ${duration(piece.to - piece.from)}` },
-        (piece.end - piece.x) * width > 44 ? duration(piece.to - piece.from) : "⋯"), piece.x, piece.end)));
+    const drawn = JSON.stringify([width, folds, ticks]);
+    if (drawn === this.drawnAxis) return;
+    this.drawnAxis = drawn;
+    fill(this.axis, ticks.map(({ x, text }) => placed(el("span.tick", text), x, x)),
+      folds.map(([x, to, text]) => placed(el("span.fold", { title: `nothing happened for ${text}` }, (to - x) * width > 44 ? text : "⋯"), x, to)));
   }
 
   makeRow(row) {
-    const name = el("span");
-    const symbol = el("span.status");
-    const button = el("button", { class: "step-name", onclick: () => this.onSelect(node.row) }, symbol, name);
-    const unfold = row.kind === "child" && el("button", { class: "bare", "aria-label": "Show its steps", "aria-expanded": "false",
-      onclick: () => this.toggleChild(node.row, unfold) }, icon("chevron"));
-    const time = el("td.w-time");
-    const track = el("div.track");
-    const node = el("tr", { onclick: (event) => !event.target.closest("button") && this.onSelect(node.row) },
-      el("td.w-name", unfold ? el("div.unfolds", unfold, button) : button), time, el("td.w-track", track));
-    node.parts = { name, symbol, button, time, track, unfold, drawn: null, status: null };
-    return node;
+    const [name, symbol, time, track] = [el("span"), el("span"), el("td.w-time"), el("div.track")];
+    const open = button([symbol, name], () => this.onSelect(node.row), "step-name");
+    const unfold = row.kind === "child" && iconButton("chevron", `Steps of ${row.name}`, () => this.toggleChild(node.row.key, unfold), { "aria-expanded": "false" });
+    const node = el("tr", { onclick: (event) => !event.target.closest("button") && this.onSelect(node.row) }, el("td.w-name", unfold ? el("div.unfolds", unfold, open) : open), time, el("td.w-track", track));
+    return Object.assign(node, { name, symbol, time, track, open });
   }
 
   updateRow(node, row) {
-    const { parts } = node;
     node.row = row;
-    setText(parts.name, row.name);
-    parts.button.title = row.name;
-    if (row.depth > 1) parts.button.closest("td").style.paddingLeft = `${0.6 + 1.2 * (row.depth - 1)}rem`;
+    setText(node.name, row.name);
+    if (row.depth > 1) node.firstChild.style.paddingLeft = `${1.2 * row.depth - 0.6}rem`;
     node.classList.toggle("chosen", this.chosen === row.key);
     const shown = row.status ?? "pending";
-    if (parts.status !== shown) {
-      parts.status = shown;
-      parts.symbol.className = `status status-${shown}`;
-      parts.button.setAttribute("aria-label", `${row.name}: ${shown.replace("_", " ")}`);
-      fill(parts.symbol, icon(row.kind === "step" || row.kind === "run" ? SHAPE_OF[shown] ?? shown : ICON_OF[row.kind] ?? shown));
+    if (node.shown !== shown) {
+      node.shown = shown;
+      node.open.title = row.name;
+      node.open.setAttribute("aria-label", `${row.name}: ${shown.replace("_", " ")}`);
+      node.symbol.className = `status status-${shown}`;
+      fill(node.symbol, icon(ICON_OF[row.kind] ?? shown));
     }
     const bars = (row.owner ?? this.timeline).bars(row);
-    setText(parts.time, this.timeOf(row, bars));
-    const drawn = bars.map((bar) => `${bar.kind}${percent(this.scale.place(bar.from))}${percent(this.scale.place(bar.to ?? this.end))}`).join()
-      + this.scale.pieces.length;
-    if (parts.drawn === drawn) return;
-    parts.drawn = drawn;
-    const folds = this.scale.pieces.filter((piece) => piece.folded).map((piece) => placed(el("span.fold"), piece.x, piece.end));
-    fill(parts.track, folds, bars.map((bar) => {
+    setText(node.time, this.timeOf(row, bars));
+    const { pieces, place: placeOf } = this.scale;
+    const drawn = pieces.length + bars.map((bar) => bar.kind + percent(placeOf(bar.from)) + percent(placeOf(bar.to ?? this.end))).join();
+    if (node.drawn === drawn) return;
+    node.drawn = drawn;
+    fill(node.track, pieces.filter((piece) => piece.folded).map((piece) => placed(el("span.fold"), piece.x, piece.end)), bars.map((bar) => {
       const to = bar.to ?? this.end;
-      const live = bar.to === null && bar.kind === "running";
-      return placed(el("span", { class: `bar bar-${bar.kind}${live ? " bar-live" : ""}`,
-        title: `${bar.title ?? bar.kind}, ${duration(to - bar.from)}\nfrom ${wholeInstant(new Date(bar.from).toISOString())}` }),
-      this.scale.place(bar.from), this.scale.place(to));
+      const live = bar.to === null && bar.kind === "running" ? ".bar-live" : "";
+      return placed(el(`span.bar.bar-${bar.kind}${live}`, { title: `${bar.title ?? bar.kind}, ${duration(to - bar.from)}\nfrom ${wholeInstant(bar.from)}` }), placeOf(bar.from), placeOf(to));
     }));
   }
 
@@ -542,11 +482,9 @@ export class Waterfall {
     return duration(list.reduce((sum, bar) => sum + (bar.to ?? this.end) - bar.from, 0));
   }
 
-  async toggleChild(row, button) {
-    const open = !this.opened.delete(row.key);
-    if (open) this.opened.add(row.key);
-    button.setAttribute("aria-expanded", String(open));
-    if (open && !this.nested.has(row.key)) this.nested.set(row.key, await this.onOpen(row));
+  async toggleChild(id, unfold) {
+    if (!this.opened.delete(id)) this.opened.set(id, await this.onOpen(id));
+    unfold.setAttribute("aria-expanded", String(this.opened.has(id)));
     this.draw();
   }
 
@@ -554,7 +492,16 @@ export class Waterfall {
     this.chosen = key;
     this.draw();
   }
-}
 
-const SHAPE_OF = { failed_retryable: "queued", manual_review: "review" };
-const isError = (row) => row.status?.startsWith("failed") || row.status === "manual_review" || row.attempts.some((one) => one.outcome === "failed" || one.outcome === "cut");
+  chosenRow() {
+    return this.rows.items.find((row) => row.key === this.chosen) ?? this.timeline.run;
+  }
+
+  /** Choose the next or the previous row. */
+  move(by) {
+    const { items } = this.rows;
+    const index = Math.max(0, Math.min(items.length - 1, items.findIndex((row) => row.key === this.chosen) + by));
+    this.choose(items[index].key);
+    this.rows.reveal(index);
+  }
+}
