@@ -37,12 +37,12 @@ OBJECTS = {
         status:pending|queued|running|waiting|completed|failed|cancelled, result, error, recoveryWebhook?, leaseOwner?,
         leaseExpiresAt?, attempt, queue?, dedupeKey?, priority, runAt?, maxAttempts, deadlineAt?, cancelRequestedAt?,
         cancelledAt?, cancelReason?, cancelActor?, failureClass?, createdAt, updatedAt, completedAt?,
-        waitingFor:object?}""",
+        waitingFor:object?, stalled:bool}""",
     "step": """{id, runId, name, inputHash, input, options, resumeContract,
         status:running|completed|failed_retryable|manual_review|failed, output, error, leaseOwner?, leaseExpiresAt?,
         attempt, startedAt?, completedAt?, createdAt, updatedAt}""",
-    "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never, checkpointInvariant?,
-        verifiedBy?, credentials:[any]}""",
+    "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never,
+        checkpointInvariant:any, verifiedBy:any, credentials:[any]}""",
     "checkpoint": "{name, inputHash, output, completedAt}",
     "briefRun": "{id, status:completed|failed|cancelled}",
     "briefStep": "{id, name, status:completed|failed_retryable|manual_review|failed, attempt}",
@@ -50,10 +50,12 @@ OBJECTS = {
     "enqueuedRun": "{...run, deduplicated}",
     "event": "{id:int, runId, seq, type, payload, createdAt}",
     "gate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels, resolveToken, expiresAt?,
-        createdAt, updatedAt, resolvedAt?}""",
+        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels:[sentChannel],
+        resolveToken?, reviewUrl?,
+        expiresAt?, createdAt, updatedAt, resolvedAt?}""",
     "publicGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?}""",
+        decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?,
+        ~reviewUrl?}""",
     "signal": "{id, runId, name, payload, timedOut, createdAt}",
     "state": "{runId, value, version, updatedAt}",
     "stateStream": """{id, runId, name, targetType, targetId, currentVersion, currentValue, metadata, createdAt,
@@ -61,24 +63,78 @@ OBJECTS = {
     "stateVersion": """{id, streamId, runId, stepId?, version, value, patch, label?, reason?,
         importance:transient|normal|checkpoint|milestone, metadata, createdBy?, createdAt}""",
     "usage": """{id, runId, stepId?, kind, provider?, model?, label?, quantity?, unit?, inputTokens?, outputTokens?,
-        totalTokens, costUsd?, metadata, createdAt}""",
+        totalTokens?, costUsd?, metadata, createdAt}""",
     "usageGroup": """{~model?, ~workflow, ~day, entries, runs:int, inputTokens, outputTokens, totalTokens,
         costUsd}""",
     "runEdge": "{id, parentRunId, childRunId, name, edgeType, metadata, createdAt}",
     "recoveryAttempt": """{id, runId, reason, webhookUrl, status:pending|delivered|failed, httpStatus?, responseBody?,
         errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
+    "sentChannel": "{type, url, events:[string]}",
     "channel": "{id, runId, type, config:{url, secret:null}, events:[string], createdAt}",
     "channelDelivery": """{id, runId, channelId, gateId?, eventType, payload, status:pending|delivered|failed,
         httpStatus?, responseBody?, errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
-    "queueConfig": "{name, concurrency?, ratePerMinute?, invokeUrl?}",
+    "queueConfig": "{name, concurrency?, ratePerMinute?, invokeUrl?, paused}",
     "queueCounts": """{name, queued, running, waiting, failed, completed, cancelled, oldestReadyMs?,
         config:queueConfig}""",
     "schedule": """{name, cron, timezone, workflowName, input, queue, maxAttempts, enabled, nextRunAt?,
         lastEnqueuedAt?, createdAt, updatedAt}""",
-    "runDetail": """{~run, ~steps, ~state?, ~stateStreams, ~stateVersions, ~runEdges, ~childRuns:[run],
+    "runDetail": """{~run:shownRun, ~steps, ~state?, ~stateStreams, ~stateVersions, ~runEdges, ~childRuns:[run],
         ~recoveryAttempts, ~channels, ~channelDeliveries:[channelDelivery], ~gates, ~usage:[usage], ~events}""",
+    "shownRun": "{...run, ~why?, ~whyDetail?}",
+    "lightRun": """{id, workflowName, status:pending|queued|running|waiting|completed|failed|cancelled, queue?,
+        priority, attempt, maxAttempts, dedupeKey?, createdAt, updatedAt, completedAt?, runAt?, deadlineAt?,
+        leaseOwner?, leaseExpiresAt?, failureClass?, stalled:bool, cancelReason?, cancelActor?, parentRunId?,
+        metadata:object?, metadataOmitted:bool, error:briefError?, durationMs:int?, eventSeq:int, why?, whyDetail?,
+        version:string}""",
+    "briefError": "{name?, message?}",
+    "whyDetail": """{kind:whyKind, ~since:time?, ~until:time?, ~worker:string?, ~heartbeatAt, ~step:string?,
+        ~stepSince:time?, ~queue?, ~concurrency,
+        ~runs:[string], ~holders:int, ~ratePerMinute, ~attempt, ~maxAttempts, ~error:string?, ~gateId, ~gate:string,
+        ~prompt, ~signal:string, ~n:int, ~live:int, ~total:int, ~lastAskedAt?, ~running:int, ~workflowName}""",
+    "count": "{count:int, more}",
+    "bulkResult": "{id, ok, status?, code?, error:string?}",
+    "rerunPlan": """{runId, runStatus, safe:bool?, verdict, counts:{replays:int, runs:int, runs_again:int,
+        stops_for_review:int, never:int}, blocking:[string], steps:[plannedStep], stepsTruncated:bool,
+        actions:[retry|recover|review|fork|cancel]}""",
+    "plannedStep": """{id, name, position:int, status:running|completed|failed_retryable|manual_review|failed, attempt,
+        plan:replays|runs|runs_again|stops_for_review|never, reason}""",
+    "lightStep": """{id, name, position:int, status:running|completed|failed_retryable|manual_review|failed, attempt,
+        startedAt?, completedAt?, createdAt, updatedAt, leaseOwner?, leaseExpiresAt?, inputHash, resumeContract,
+        reviewed?, error:briefError?, inputBytes:int?, outputBytes:int?, errorBytes:int?, optionsBytes:int?}""",
+    "lightEvent": """{id:int, runId, seq, type, createdAt, payload, payloadBytes:int, payloadOmitted:bool, stepId?,
+        name?, attempt:int?}""",
+    "lightStateVersion": """{id, streamId, streamName, runId, stepId?, version, label?, reason?,
+        importance:transient|normal|checkpoint|milestone, createdBy?, createdAt, bytes:int, patchBytes:int?}""",
+    "lightDelivery": """{id, runId, kind:recovery|push|channel, eventType, reason?, url, gateId?, channelId?,
+        status:pending|delivered|failed, attempts, nextAttemptAt?, httpStatus?, errorText?, createdAt, completedAt?,
+        payloadBytes:int?, responseBytes:int?}""",
+    "lightSignal": "{id, runId, name, timedOut, createdAt, payload, payloadBytes:int?, payloadOmitted:bool}",
+    "lightUsage": """{id, runId, stepId?, stepName?, kind, provider?, model?, label?, quantity?, unit?, inputTokens?,
+        outputTokens?, totalTokens?, costUsd?, createdAt}""",
+    "treeRun": """{id, parentRunId?, name?, edgeType?, depth:int, workflowName, status, createdAt, startedAt?,
+        completedAt?, failureClass?, why?}""",
+    "summedCost": "{costUsd, inputTokens, outputTokens, totalTokens, entries}",
+    "runHead": "{id, workflowName, status, queue?, attempt, createdAt}",
+    "runSummary": """{run:summaryRun, counts:{steps:int, stepsByStatus:object, events:int, gates:int, gatesPending:int,
+        children:int, childrenLive:int, signals:int, deliveries:int, stateVersions:int, usage:int},
+        cost:{own:summedCost, subtree:{...summedCost, runs:int, truncated:bool}}, durationMs:int,
+        state:{version, bytes:int, updatedAt}?, parent:{id, name}?}""",
+    "summaryRun": """{...lightRun, hasRecoveryWebhook:bool, inputBytes:int, resultBytes:int?, errorBytes:int?,
+        metadataBytes:int, cancelRequestedAt?, cancelledAt?, startedAt?, forkedFrom?, schedule:string?}""",
+    "approval": """{kind:gate|review, since:time, run:runHead, gate:askedGate?, step:lightStep?, context:{steps:[{name,
+        status, startedAt?, completedAt?}], stepsCompleted:int, state:any, stateOmitted:bool, stateVersion:int?,
+        costUsd, totalTokens}}""",
+    "askedGate": """{id, runId, name, prompt, data, dataOmitted:bool, status:pending|approved|rejected|canceled,
+        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels:[sentChannel],
+        resolveToken?, reviewUrl?,
+        expiresAt?, createdAt, updatedAt, resolvedAt?}""",
+    "seenGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
+        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, expiresAt?, createdAt, resolvedAt?,
+        workflowName, runStatus}""",
+    "worker": """{id?, queues:[string]?, workflows:[string]?, since:time, lastAskedAt?, lastHeardAt, running:int,
+        runs:[{id, workflowName, queue?, heartbeatAt}]}""",
     "error": """{error:string, code, ~issues:[{path, message}], ~run, ~step, ~gate, ~state?, ~leaseOwner,
-        ~expectedInputHash, ~actualInputHash}""",
+        ~expectedInputHash, ~actualInputHash, ~runId, ~workflowName, ~runStatus, ~count:int, ~more}""",
     "refusal": "{...error, status:int}",
 }
 
@@ -90,9 +146,17 @@ BY_NAME: dict[str, Schema] = {
          " running waiting failed completed cancelled oldestReadyMs inputTokens outputTokens totalTokens entries int",
          {"type": "integer"}),
         ("quantity costUsd number", {"type": "number"}),
-        ("created deduplicated requeued enabled checkpointsTruncated ok ready timedOut bool", {"type": "boolean"}),
+        ("created deduplicated requeued enabled checkpointsTruncated ok ready timedOut paused more bool",
+         {"type": "boolean"}),
         ("time", {"type": "string", "format": "date-time"}),
         ("null", {"type": "null"}),
+        ("whyKind", {"type": "string", "enum": [
+            "running", "queue_capped", "rate_limited", "paused", "retry", "scheduled", "offered", "gate", "signal",
+            "sleep", "children", "lease_expired", "nobody_asks", "workflow_unknown", "ready", "pending"]}),
+        ("payloadKind", {"type": "string", "enum": [
+            "input", "result", "error", "metadata", "step.input", "step.output", "step.error", "step.options", "event",
+            "gate.data", "gate.capability", "gate.decisionPayload", "state", "state.patch", "signal", "delivery",
+            "delivery.response", "usage.metadata", "edge.metadata"]}),
     ) for key in keys.split()
 }
 TOKEN = re.compile(r"\.\.\.|[][{}:=?~]|[\w.|-]+")
@@ -106,7 +170,7 @@ def kind_of(name: str) -> Schema:
         return {"$ref": f"#/components/schemas/{name}"}
     if name.removesuffix("s") in OBJECTS:
         return {"type": "array", "items": kind_of(name.removesuffix("s"))}
-    if between := re.fullmatch(r"(\d+)\.\.(\d+)", name):
+    if between := re.fullmatch(r"([0-9]+)\.\.([0-9]+)", name):
         return {"type": "integer", "minimum": int(between[1]), "maximum": int(between[2])}
     if "|" in name:
         return {"type": "string", "enum": name.split("|")}
@@ -178,6 +242,8 @@ GROUPS = {  # a route is of the last whose pattern its path has, else of the ser
     "Events": ("/events", "What happened to a run, numbered without gap."),
     "Waiting": ("/wait|/signals", "A run that waits for something holds no worker."),
     "Queues": ("/queues", "A job is a run: put in once per dedupe key, claimed by one worker."),
+    "Studio": ("/counts|/changes|/bulk|/rerun|/summary|/payload|/tree|/deliveries|/approvals|/look|/minutes|/workers"
+               "|/session", "What the page at /studio asks: lists, counts and runs in pieces."),
     "Schedules": ("/schedules", "Runs that the clock enqueues."),
     "Server": ("$.", "About this server itself."),
 }
@@ -191,7 +257,7 @@ REFUSED = {  # what any route may answer, beside what it says of itself
     "413": ("body_too_large", "The body is larger than TIDEBASE_MAX_BODY allows."),
     "503": ("database_unavailable", "PostgreSQL is away or busy: send this again, after Retry-After seconds."),
 }
-MEDIA = {"stream": "text/event-stream", "page": "text/html", "text": "text/plain"}
+MEDIA = {"stream": "text/event-stream", "page": "text/html", "text": "text/plain", "csv": "text/csv"}
 PARAMETER = re.compile(r" ([?@])([\w.-]+)(?::([\w.|]+))?(?:=([\w.-]+))?(?: \(([^)]*)\))?(?= |$)")
 RULE_PART = re.compile(r"<part:(\w+)>")
 PART: Schema = {"type": "string", "minLength": 1, "maxLength": 512, "pattern": "^[^\\u0000]*$"}
@@ -285,12 +351,14 @@ def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
     return known
 
 
-def document(app: flask.Flask, version: str, without_key: set[str]) -> dict[str, Any]:
-    """All of the app's routes as an OpenAPI 3.1 document; those endpoints answer without the API key."""
+def document(app: flask.Flask, version: str, without_key: set[str], pages: set[str], limits: str) -> dict[str, Any]:
+    """All of the app's routes but `pages` as an OpenAPI 3.1 document; `without_key` answer without the API key,
+    `limits` says what holds for bodies and queries of all routes."""
     marshmallows = MarshmallowPlugin(schema_name_resolver=lambda schema: (
         schema if isinstance(schema, type) else type(schema)).__name__)
-    spec = APISpec("Tidebase", version, "3.1.0", plugins=[marshmallows], info={"description": INTRODUCTION}, tags=[
-        {"name": group, "description": said} for group, (_, said) in GROUPS.items()])
+    spec = APISpec("Tidebase", version, "3.1.0", plugins=[marshmallows],
+                   info={"description": f"{INTRODUCTION} {limits}"},
+                   tags=[{"name": group, "description": said} for group, (_, said) in GROUPS.items()])
     assert marshmallows.converter
     marshmallows.converter.add_attribute_function(property_of)  # type: ignore[no-untyped-call]
     for name, text in OBJECTS.items():
@@ -301,6 +369,8 @@ def document(app: flask.Flask, version: str, without_key: set[str]) -> dict[str,
     spec.components.security_scheme("token", {"type": "apiKey", "in": "query", "name": "token",
                                               "description": "For browsers' streams, which send no headers."})
     for rule in app.url_map.iter_rules():
+        if rule.endpoint in pages:
+            continue
         view = app.view_functions[rule.endpoint]
         head, _, tail = " ".join((view.__doc__ or "").split()).partition(" 200")
         first = PARAMETER.search(head)
@@ -348,7 +418,7 @@ def kind_words(schema: Schema) -> Markup:
     words = []
     for kind in kinds:
         if kind == "array":
-            words.append(Markup("[{}]").format(kind_words(schema["items"])))
+            words.append(Markup("[{}]").format(kind_words(schema.get("items", {}))))
         elif kind == "object" and "properties" in schema:
             required = schema.get("required", [])
             members = [member(key if key in required else key + "?", one) for key, one in schema["properties"].items()]

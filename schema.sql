@@ -136,13 +136,18 @@ create index if not exists runs_wake_idx on tidebase.runs (wake_at) where wake_a
 -- Serves _is_there: the children of a run that have not ended.
 create index if not exists runs_live_children_idx on tidebase.runs (parent_run_id, id)
   where parent_run_id is not null and status in ('pending', 'queued', 'running', 'waiting');
--- Serve the list of runs, newest first: all, of a workflow, of a queue, of a status (few are anything but completed),
--- and by metadata.
+-- Serve the list of runs, newest first: all, of a workflow and of a queue (a status at a time), of a status (few are
+-- anything but completed), of a failure class, and by metadata.
 create index if not exists runs_newest_idx on tidebase.runs (created_at desc, id desc);
-create index if not exists runs_workflow_idx on tidebase.runs (workflow_name, created_at desc, id desc);
-create index if not exists runs_queue_idx on tidebase.runs (queue, created_at desc, id desc) where queue is not null;
+create index if not exists runs_of_workflow_idx on tidebase.runs (workflow_name, status, created_at desc, id desc);
+create index if not exists runs_of_queue_idx on tidebase.runs (queue, status, created_at desc, id desc)
+  where queue is not null;
+drop index if exists tidebase.runs_workflow_idx;  -- older databases: without the status
+drop index if exists tidebase.runs_queue_idx;
 create index if not exists runs_status_idx on tidebase.runs (status, created_at desc, id desc)
   where status <> 'completed';
+create index if not exists runs_failure_idx on tidebase.runs (failure_class, created_at desc, id desc)
+  where failure_class is not null;
 create index if not exists runs_metadata_idx on tidebase.runs using gin (metadata jsonb_path_ops)
   where metadata <> '{}';
 -- Serves purge_runs.
@@ -171,8 +176,14 @@ create table if not exists tidebase.steps (
   completed_at     timestamptz,
   created_at       timestamptz not null default tidebase.now(),
   updated_at       timestamptz not null default tidebase.now(),
+  -- Since when it waits for a person. A column, since an index on status would make each end of a step cost more.
+  review_at        timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored,
   constraint steps_name_key unique (run_id, name)           -- also serves the run detail and every begin
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
+alter table tidebase.steps add column if not exists  -- older databases
+  review_at timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored;
+-- Serves list_approvals.
+create index if not exists steps_review_idx on tidebase.steps (review_at, id) where review_at is not null;
 
 create table if not exists tidebase.events (
   id         bigint      generated always as identity,
@@ -221,6 +232,9 @@ create table if not exists tidebase.gates (
 -- Serves expire_gates.
 create index if not exists gates_expiry_idx on tidebase.gates (expires_at)
   where status = 'pending' and expires_at is not null;
+-- Serve list_approvals.
+create index if not exists gates_pending_idx on tidebase.gates (created_at, id) where status = 'pending';
+create index if not exists gates_resolved_idx on tidebase.gates (resolved_at, id) where resolved_at is not null;
 
 -- A run's live state: one value and one version, whichever stream was written last.
 create table if not exists tidebase.states (
@@ -317,7 +331,7 @@ create table if not exists tidebase.schedules (
   max_attempts     integer     not null,
   enabled          boolean     not null,
   timezone         text        not null,
-  next_run_at      timestamptz,                             -- null while it is not enabled
+  next_run_at      timestamptz,                             -- also while it is disabled; null: that time never comes
   last_enqueued_at timestamptz,
   created_at       timestamptz not null default tidebase.now(),
   updated_at       timestamptz not null default tidebase.now()
@@ -358,8 +372,10 @@ create table if not exists tidebase.queues (
   name            text    primary key,
   concurrency     integer,
   rate_per_minute integer,
-  invoke_url      text
+  invoke_url      text,
+  paused          boolean not null default false            -- gives out no runs
 );
+alter table tidebase.queues add column if not exists paused boolean not null default false;  -- older databases
 
 -- The claims of queues that have a rate; older than a minute, they are deleted by the next claim.
 create table if not exists tidebase.queue_claims (
@@ -377,6 +393,27 @@ create table if not exists tidebase.queue_tallies (
   runs   bigint not null
 );
 
+-- Who asked for work, written once a minute by each server for those that asked it; older than a day, they are deleted.
+create table if not exists tidebase.workers (
+  owner         text        primary key,                    -- empty: those who gave none
+  queues        text[]      not null,
+  workflows     text[],                                     -- null: any
+  since         timestamptz not null,
+  last_asked_at timestamptz not null
+);
+-- Serves list_workers and _queue_facts.
+create index if not exists workers_asked_idx on tidebase.workers (last_asked_at);
+
+-- Claims and failures of the last hour: rows are only added, and summed up by note_workers.
+create table if not exists tidebase.queue_minutes (
+  queue    text        not null,
+  minute   timestamptz not null,
+  claims   integer     not null,
+  failures integer     not null
+);
+-- Serves list_minutes.
+create index if not exists queue_minutes_idx on tidebase.queue_minutes (queue, minute);
+
 -- ------------------------------------------------------------------------------
 -- On the wire: each table's row as protocol.md shows it, every key always there.
 -- ------------------------------------------------------------------------------
@@ -393,7 +430,7 @@ create or replace function tidebase._run_json (r tidebase.runs) returns json lan
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
     'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
-    'completedAt', tidebase._iso(r.completed_at), 'waitingFor', r.waiting_for)
+    'completedAt', tidebase._iso(r.completed_at), 'waitingFor', r.waiting_for, 'stalled', r.stalled)
 $$;
 
 create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
@@ -432,29 +469,45 @@ create or replace function tidebase._recovery_json (o tidebase.outbox) returns j
     'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
 $$;
 
-create or replace function tidebase._delivery_json (o tidebase.outbox) returns json language sql stable as $$
+-- Without p_tokens the payload is left out that may hold a gate's.
+create or replace function tidebase._delivery_json (o tidebase.outbox, p_tokens boolean default true)
+  returns json language sql stable as $$
   select json_build_object(
     'id', o.id, 'runId', o.run_id, 'channelId', o.channel_id, 'gateId', o.gate_id, 'eventType', o.event_type,
-    'payload', o.payload, 'status', o.status, 'httpStatus', o.http_status, 'responseBody', o.response_body,
+    'payload', case when p_tokens or o.gate_id is null then o.payload end, 'status', o.status,
+    'httpStatus', o.http_status, 'responseBody', o.response_body,
     'errorText', o.error_text, 'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
     'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
 $$;
 
-create or replace function tidebase._gate_json (g tidebase.gates) returns json language sql stable as $$
+-- The page on which a gate is decided: its token stands in the fragment, which reaches no server and no log.
+create or replace function tidebase._review_url (g tidebase.gates) returns text language sql immutable as $$
+  select case when g.status = 'pending' then
+           left(g.resolve_url, -length(format('/runs/%s/gates/%s/resolve', g.run_id, g.id)))
+           || format('/studio/review#%s/%s/%s', g.run_id, g.id, g.resolve_token) end
+$$;
+
+create or replace function tidebase._gate_json (g tidebase.gates, p_tokens boolean default true)
+  returns json language sql stable as $$
   select json_build_object(
     'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
     'decision', g.decision, 'actor', g.actor, 'decisionPayload', g.decision_payload, 'capability', g.capability,
-    'channels', g.channels, 'resolveToken', g.resolve_token, 'expiresAt', tidebase._iso(g.expires_at),
+    'channels', g.channels, 'resolveToken', case when p_tokens then g.resolve_token end,
+    'reviewUrl', case when p_tokens then tidebase._review_url(g) end,
+    'expiresAt', tidebase._iso(g.expires_at),
     'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(g.updated_at),
     'resolvedAt', tidebase._iso(g.resolved_at))
 $$;
 
--- As events and webhooks show a gate: with what resolves it, while it is pending.
-create or replace function tidebase._public_gate (g tidebase.gates) returns json language sql stable as $$
+-- As events and webhooks show a gate. p_with_token: with the token that resolves it, while it is pending; for webhooks
+-- alone, since events are handed on to browsers.
+create or replace function tidebase._public_gate (g tidebase.gates, p_with_token boolean)
+  returns json language sql stable as $$
   select json_build_object(
     'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
     'decision', g.decision, 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
-    'resolveUrl', g.resolve_url, 'resolveToken', case when g.status = 'pending' then g.resolve_token end)
+    'resolveUrl', g.resolve_url,
+    'resolveToken', case when p_with_token and g.status = 'pending' then g.resolve_token end)
 $$;
 
 create or replace function tidebase._state_json (s tidebase.states) returns json language sql stable as $$
@@ -511,7 +564,7 @@ $$;
 
 create or replace function tidebase._queue_json (q tidebase.queues) returns json language sql stable as $$
   select json_build_object('name', q.name, 'concurrency', q.concurrency, 'ratePerMinute', q.rate_per_minute,
-                           'invokeUrl', q.invoke_url)
+                           'invokeUrl', q.invoke_url, 'paused', q.paused)
 $$;
 
 -- The completed steps of a run, for a worker that is to replay them; past 4 MiB of output the rest is asked for step
@@ -668,7 +721,8 @@ begin
   end if;
 end $$;
 
--- Adds channels ([{type, url, secret?, events?}]) to a run or to a gate of it, and answers them without their secrets.
+-- Adds channels ([{type, url, secret?, events?}]) to a run or to a gate of it, and answers them as they were sent, but
+-- without their secrets: [{type, url, events}].
 create or replace function tidebase._add_channels (p_run_id text, p_gate_id text, p_channels jsonb)
   returns json language sql as $$
   with added as (
@@ -678,7 +732,7 @@ create or replace function tidebase._add_channels (p_run_id text, p_gate_id text
       from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n
     returning *
   )
-  select coalesce(json_agg(tidebase._channel_json(added)), '[]') from added
+  select coalesce(json_agg(json_build_object('type', type, 'url', url, 'events', events)), '[]') from added
 $$;
 
 -- Asks the app, through the run's recovery webhook, to resume it.
@@ -691,6 +745,13 @@ begin
   perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_post.id,
                            'reason', p_reason));
   return v_post;
+end $$;
+
+-- Counts a failed attempt for the chart of the last hour.
+create or replace function tidebase._note_failure (p_queue text) returns void language plpgsql as $$
+begin
+  insert into tidebase.queue_minutes
+  select p_queue, date_trunc('minute', tidebase.now()), 0, 1 where p_queue is not null;
 end $$;
 
 create or replace function tidebase._tally (p_queue text, p_status text, p_runs integer)
@@ -879,8 +940,8 @@ declare
 begin
   if not tidebase._is_settled(v_run, p_owner) then
     update tidebase.runs
-       set status = 'completed', result = p_result, settled_by = lease_owner, lease_owner = null,
-           lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
+       set status = 'completed', result = p_result, error = null, failure_class = null, settled_by = lease_owner,
+           lease_owner = null, lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
           completed_at = v_now, updated_at = v_now, event_seq = event_seq + 1
      where id = p_run_id returning * into v_run;
     perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.completed', json_build_object('result', p_result));
@@ -893,9 +954,17 @@ begin
                                        else tidebase._run_json(v_run) end);
 end $$;
 
+-- An event's payload with its reason, when there is one.
+create or replace function tidebase._with_reason (p_event json, p_reason text)
+  returns json language sql immutable as $$
+  select case when p_reason is null then p_event
+              else tidebase._joined(p_event, json_build_object('reason', p_reason)) end
+$$;
+
 -- Puts a queue run back, for another attempt at p_run_at. p_by: who reported the failure, null when its lease expired.
--- Needs it locked.  Leaves it queued, event run.requeued.
-create or replace function tidebase._requeue (p_run tidebase.runs, p_error json, p_run_at timestamptz, p_by text)
+-- p_reason: the event's, when nobody reported it.    Needs it locked.  Leaves it queued, event run.requeued.
+create or replace function tidebase._requeue (p_run tidebase.runs, p_error json, p_run_at timestamptz, p_by text,
+                                              p_reason text default null)
   returns tidebase.runs language plpgsql as $$
 declare
   v_run tidebase.runs;
@@ -905,14 +974,17 @@ begin
          lease_owner = null, lease_expires_at = null, waiting_for = null, wake_at = null,
          updated_at = tidebase.now(), event_seq = event_seq + 1
    where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.requeued', json_build_object('error', p_error,
-            'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts, 'nextRunAt', tidebase._iso(p_run_at)));
+  perform tidebase._note_failure(v_run.queue);
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.requeued', tidebase._with_reason(json_build_object(
+            'error', p_error, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts,
+            'nextRunAt', tidebase._iso(p_run_at)), p_reason));
   return v_run;
 end $$;
 
--- Ends a run badly; p_by as above.
+-- Ends a run badly; p_by and p_reason as above.
 -- Needs it locked.  Leaves it failed, event and channels run.failed, the recovery webhook in the outbox.
-create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text)
+create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text,
+                                           p_reason text default null)
   returns tidebase.runs language plpgsql as $$
 declare
   v_run tidebase.runs;
@@ -924,10 +996,11 @@ begin
          waiting_for = null, wake_at = null,  completed_at = v_now,
          updated_at = v_now, event_seq = event_seq + 1
    where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.failed',
-                                 json_build_object('error', p_error, 'failureClass', p_failure_class));
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.failed', tidebase._with_reason(
+                                 json_build_object('error', p_error, 'failureClass', p_failure_class), p_reason));
   perform tidebase._notify(v_run, 'run.failed', json_build_object('run', tidebase._run_json(v_run), 'error', p_error));
   perform tidebase._tally(v_run.queue, 'failed', 1);
+  perform tidebase._note_failure(v_run.queue);
   perform tidebase._wake_parent(v_run);
   if v_run.recovery_webhook is not null then
     perform tidebase._start_recovery(v_run, 'run_failed');
@@ -1104,23 +1177,39 @@ end $$;
 -- Steps: begun under a lease, ended once; what was completed is returned, never executed again.
 -- ------------------------------------------------------------------------------
 
+-- A list of what may stand without its list; null and empty ones are dropped.
+create or replace function tidebase._listed (p_value json) returns json language plpgsql immutable as $$
+begin
+  if json_typeof(p_value) = 'array' then
+    return (select coalesce(json_agg(item), '[]') from json_array_elements(p_value) as item
+             where item::text not in ('null', '""'));
+  elsif p_value is null or p_value::text in ('null', '""') then
+    return '[]';
+  end if;
+  return json_build_array(p_value);
+end $$;
+
 -- What a step changes outside, in either spelling.
-create or replace function tidebase._effects (p_options json) returns json language sql stable as $$
-  select coalesce(p_options->'sideEffects', case when p_options->>'sideEffect' <> 'none'
-                  then json_build_array(p_options->'sideEffect') end, '[]')
+create or replace function tidebase._effects (p_options json) returns json language sql immutable as $$
+  select tidebase._listed(case when p_options->>'sideEffects' is not null then p_options->'sideEffects'
+                               when p_options->>'sideEffect' <> 'none' then p_options->'sideEffect' end)
 $$;
 
+-- Whether effects are none: what only reads may be done again.
+create or replace function tidebase._is_harmless (p_effects json) returns boolean language sql stable as
+$$ select p_effects::jsonb <@ '["read"]' $$;
+
 -- What a client promised of a step, from its options, in today's words or the older sideEffect and
--- onAmbiguousFailure: how safe it is to run it again.
+-- onAmbiguousFailure: how safe it is to run it again. An option that is null counts as absent.
 create or replace function tidebase._contract (p_options json) returns json language sql stable as $$
   select json_build_object(
     'sideEffects', tidebase._effects(p_options), 'idempotencyKey', p_options->>'idempotencyKey',
     'replay', coalesce(p_options->>'replay', case p_options->>'onAmbiguousFailure'
                        when 'retry' then 'auto' when 'review' then 'manual' when 'fail' then 'never' end,
                        case when p_options->>'idempotencyKey' is not null
-                                 or tidebase._effects(p_options)::jsonb <@ '["read"]' then 'auto' else 'manual' end),
-    'checkpointInvariant', p_options->>'checkpointInvariant', 'verifiedBy', p_options->>'verifiedBy',
-    'credentials', coalesce(p_options->'credentials', '[]'))
+                                 or tidebase._is_harmless(tidebase._effects(p_options)) then 'auto' else 'manual' end),
+    'checkpointInvariant', p_options->'checkpointInvariant', 'verifiedBy', p_options->'verifiedBy',
+    'credentials', tidebase._listed(p_options->'credentials'))
 $$;
 
 -- Whether a step's row, which its caller does not own, is still somebody's: by its own lease, or by the run's, which
@@ -1143,6 +1232,39 @@ create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step t
           and (p_step.lease_owner is distinct from p_owner or p_step.fence <> p_run.fence))
       or (p_step.status = 'failed' and p_step.contract->>'replay' = 'never')
 $$;
+
+-- A run as it is once somebody new took it, who is named ''.
+create or replace function tidebase._as_taken_over (p_run tidebase.runs, p_now timestamptz)
+  returns tidebase.runs language plpgsql immutable as $$
+begin
+  p_run.fence := p_run.fence + 1;
+  p_run.lease_owner := '';
+  p_run.lease_expires_at := p_now + interval '1 minute';
+  return p_run;
+end $$;
+
+-- Whether a step waits for a person's word: it is marked so, or would be by whoever took the run, which nobody holds.
+create or replace function tidebase._needs_review (p_run tidebase.runs, p_step tidebase.steps, p_now timestamptz)
+  returns boolean language sql stable as $$
+  select p_step.status = 'manual_review'
+      or (coalesce(p_run.lease_expires_at <= p_now, true)
+          and (p_run.status in ('failed', 'cancelled') or not tidebase._is_locked(p_run, p_step, '', p_now))
+          and tidebase._is_ambiguous(tidebase._as_taken_over(p_run, p_now), p_step, ''))
+$$;
+
+-- Marks an ambiguous step, so that it can be reviewed.    Leaves  event step.manual_review.
+create or replace function tidebase._mark_for_review (p_run tidebase.runs, p_step tidebase.steps, p_owner text)
+  returns tidebase.steps language plpgsql as $$
+declare
+  v_step tidebase.steps;
+begin
+  update tidebase.steps set status = 'manual_review', lease_owner = null, lease_expires_at = null,
+         updated_at = tidebase.now()
+   where id = p_step.id returning * into v_step;
+  perform tidebase._record(p_run, p_owner, 'step.manual_review', json_build_object('stepId', v_step.id,
+                           'name', v_step.name, 'attempt', v_step.attempt, 'resumeContract', v_step.contract));
+  return v_step;
+end $$;
 
 create or replace function tidebase._step_started (s tidebase.steps) returns json language sql stable as $$
   select json_build_object('stepId', s.id, 'name', s.name, 'attempt', s.attempt, 'resumeContract', s.contract)
@@ -1195,11 +1317,7 @@ begin
     return;
   elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
     if v_step.status <> 'manual_review' then  -- so that it can be reviewed
-      update tidebase.steps s set status = 'manual_review', lease_owner = null, lease_expires_at = null,
-             updated_at = v_now
-       where s.id = v_step.id returning * into v_step;
-      perform tidebase._record(v_run, p_owner, 'step.manual_review', json_build_object('stepId', v_step.id,
-                               'name', p_name, 'attempt', v_step.attempt, 'resumeContract', v_step.contract));
+      v_step := tidebase._mark_for_review(v_run, v_step, p_owner);
     end if;
     status := 409;
     body := json_build_object('error', format('step %s may have run: a person must review it', p_name),
@@ -1371,7 +1489,7 @@ begin
 end $$;
 
 -- A person's word on a step that nobody can know the outcome of.
--- Needs    the step in manual_review (TB409 not_in_review).
+-- Needs    the step in manual_review, or such that whoever took the run now would find it so (TB409 not_in_review).
 -- Leaves   retry: failed_retryable; complete: completed with p_output; fail: failed. Event step.reviewed; the same
 --          decision again is answered unchanged.    Returns  {"step"}.
 create or replace function tidebase.review_step (p_run_id text, p_step_id text, p_decision text, p_output json,
@@ -1381,6 +1499,9 @@ declare
   v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
   v_now  timestamptz := tidebase.now();
 begin
+  if tidebase._needs_review(v_run, v_step, v_now) and v_step.status <> 'manual_review' then
+    v_step := tidebase._mark_for_review(v_run, v_step, null);
+  end if;
   if v_step.status <> 'manual_review' then
     if v_step.reviewed is distinct from p_decision then
       perform tidebase._refuse(409, 'not_in_review', format('step %s is %s', v_step.name, v_step.status),
@@ -1539,8 +1660,12 @@ begin
     if p_channels <> '[]' then
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
-    perform tidebase._record(v_run, null, 'gate.created', json_build_object('gate', tidebase._public_gate(v_gate)));
-    perform tidebase._notify(v_run, 'gate.created', json_build_object('gate', tidebase._public_gate(v_gate)), v_id);
+    perform tidebase._record(v_run, null, 'gate.created',
+                             json_build_object('gate', tidebase._public_gate(v_gate, false)));
+    perform tidebase._notify(v_run, 'gate.created',
+                             json_build_object('gate', tidebase._joined(
+                               tidebase._public_gate(v_gate, true),
+                               json_build_object('reviewUrl', tidebase._review_url(v_gate)))), v_id);
   end if;
   return json_build_object('action', case v_gate.status when 'pending' then 'wait' else 'return' end,
                            'gate', tidebase._gate_json(v_gate));
@@ -1554,19 +1679,23 @@ declare
   v_now  timestamptz := tidebase.now();
 begin
   update tidebase.gates
-     set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = p_payload,
+     set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'),
          resolved_at = v_now, updated_at = v_now
    where id = p_gate.id returning * into v_gate;
-  perform tidebase._record(p_run, null, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)));
-  perform tidebase._notify(p_run, 'gate.resolved', json_build_object('gate', tidebase._public_gate(v_gate)), v_gate.id);
+  perform tidebase._record(p_run, null, 'gate.resolved',
+                           json_build_object('gate', tidebase._public_gate(v_gate, false)));
+  perform tidebase._notify(p_run, 'gate.resolved',
+                           json_build_object('gate', tidebase._public_gate(v_gate, false)), v_gate.id);
   if p_run.status = 'waiting' and p_run.waiting_for->>'gateId' = v_gate.id then
     perform tidebase._wake(p_run);
   end if;
   return v_gate;
 end $$;
 
--- Decides a gate, once. The token is the credential, so an unknown run, an unknown gate and a wrong token look alike.
--- Needs    the token (TB409 gate_token_wrong), a pending gate (TB409 gate_resolved, with gate).
+-- Decides a gate, once. The token is the credential, so an unknown run, an unknown gate and a wrong token look alike;
+-- it is checked before anything is locked, so that whoever lacks it can hold up nobody.
+-- Needs    the token (TB409 gate_token_wrong), a pending gate (TB409 gate_resolved, with gate), a run that has not
+--          ended (TB409 run_ended).
 -- Leaves   the gate decided, event and channels gate.resolved.    Returns  {"gate"}.
 create or replace function tidebase.resolve_gate (p_run_id text, p_gate_id text, p_token text, p_decision text,
                                                   p_actor text, p_payload json) returns json language plpgsql as $$
@@ -1574,24 +1703,29 @@ declare
   v_run  tidebase.runs;
   v_gate tidebase.gates;
 begin
-  select * into v_run from tidebase.runs where id = p_run_id for no key update;
   select * into v_gate from tidebase.gates where id = p_gate_id and run_id = p_run_id;
   -- Digests are compared, so that the time it takes tells nothing of the token.
   if v_gate.id is null or sha256(convert_to(v_gate.resolve_token, 'UTF8')) <> sha256(convert_to(p_token, 'UTF8')) then
     perform tidebase._refuse(409, 'gate_token_wrong', 'there is no such gate, or the token is not its token');
-  elsif v_gate.status <> 'pending' then
+  end if;
+  v_run := tidebase._lock_run(p_run_id);
+  select * into v_gate from tidebase.gates where id = p_gate_id;  -- as it is now that nobody else can decide it
+  if v_gate.status <> 'pending' then
     perform tidebase._refuse(409, 'gate_resolved', format('gate %s was %s', v_gate.name, v_gate.status),
                              json_build_object('gate', tidebase._gate_json(v_gate)));
+  elsif v_run.status in ('completed', 'failed', 'cancelled') then
+    perform tidebase._refuse(409, 'run_ended', format('run %s is %s: gate %s can no longer be decided', p_run_id,
+                             v_run.status, v_gate.name), json_build_object('runStatus', v_run.status));
   end if;
   v_gate := tidebase._decide_gate(v_run, v_gate, p_decision, p_actor, p_payload);
   return json_build_object('gate', tidebase._gate_json(v_gate));
 end $$;
 
 -- Returns  {"gate", "runStatus"}, and the run's event number to wait from.    TB404 when there is none.
-create or replace function tidebase.get_gate (p_run_id text, p_gate_id text, out body json, out seq integer)
-  language plpgsql stable as $$
+create or replace function tidebase.get_gate (p_run_id text, p_gate_id text, p_tokens boolean default true,
+                                              out body json, out seq integer) language plpgsql stable as $$
 begin
-  select json_build_object('gate', tidebase._gate_json(g), 'runStatus', r.status), r.event_seq into body, seq
+  select json_build_object('gate', tidebase._gate_json(g, p_tokens), 'runStatus', r.status), r.event_seq into body, seq
     from tidebase.gates g join tidebase.runs r on r.id = g.run_id where g.id = p_gate_id and g.run_id = p_run_id;
   if not found then
     perform tidebase._refuse(404, 'not_found', format('run %s has no gate %s', p_run_id, p_gate_id));
@@ -1687,22 +1821,22 @@ begin
   return json_build_object('state', tidebase._state_json(v_state));
 end $$;
 
--- Labels the current value of a stream, as its next version.
--- Needs    something there (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
+-- Labels the live value, whichever stream wrote it last, as the next version of p_stream.
+-- Needs    a live value (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
 create or replace function tidebase.save_state (p_run_id text, p_stream text, p_about jsonb)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
-  v_stream  tidebase.state_streams;
+  v_state   tidebase.states;
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
 begin
   if v_version.id is null then
-    select * into v_stream from tidebase.state_streams where run_id = p_run_id and name = p_stream;
+    select * into v_state from tidebase.states where run_id = p_run_id;
     if not found then
-      perform tidebase._refuse(404, 'not_found', format('stream %s of run %s has no value yet', p_stream, p_run_id));
+      perform tidebase._refuse(404, 'not_found', format('run %s has no state yet', p_run_id));
     end if;
-    v_version := tidebase._add_version(p_run_id, p_stream, v_stream.target_type, v_stream.target_id,
-                                       v_stream.current_value, null, '{"importance": "milestone"}' || p_about);
+    v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value, null,
+                                       '{"importance": "milestone"}' || p_about);
     perform tidebase._record(v_run, null, 'state.saved',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
@@ -1721,9 +1855,9 @@ declare
 begin
   if v_version.id is null then
     v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
-                                       '{"importance": "checkpoint"}' || p_about);
+                                       '{"importance": "milestone"}' || p_about);
     perform tidebase._record(v_run, null, 'snapshot.created',
-                             json_build_object('snapshot', tidebase._version_event(v_version)));
+                             json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('snapshot', tidebase._version_json(v_version));
 end $$;
@@ -1732,7 +1866,7 @@ end $$;
 create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean)
   returns json language sql stable as $$
   select json_build_object('stateVersions', (
-           select coalesce(json_agg(tidebase._version_json(v) order by s.created_at, s.id, v.version), '[]')
+           select coalesce(json_agg(tidebase._version_json(v) order by s.name collate "C", v.version), '[]')
              from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
             where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
               and (not p_labeled or v.label is not null)))
@@ -1764,7 +1898,7 @@ begin
                                 output_tokens, total_tokens, cost_usd, metadata)
     select coalesce(p_id, tidebase._new_id('use')), p_run_id, "stepId", kind, provider, model, label, quantity, unit,
            "inputTokens", "outputTokens",
-           coalesce("totalTokens", coalesce("inputTokens", 0) + coalesce("outputTokens", 0)), "costUsd", metadata
+           coalesce("totalTokens", "inputTokens" + "outputTokens", "inputTokens", "outputTokens"), "costUsd", metadata
       from jsonb_to_record(p_entry) as entry (
              "stepId" text, kind text, provider text, model text, label text, quantity numeric, unit text,
              "inputTokens" bigint, "outputTokens" bigint, "totalTokens" bigint, "costUsd" numeric, metadata jsonb)
@@ -1912,7 +2046,8 @@ end $$;
 
 -- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, channels, dedupeKey?, delayMs?, runAt?,
 -- maxAttempts, priority, deadlineMs?}.
--- Needs    an id given is not another workflow's (TB409 run_id_conflict).
+-- Needs    an id given is not another workflow's (TB409 run_id_conflict), nor is the live run that has the dedupe key
+--          (TB409 dedupe_conflict).
 -- Leaves   the run queued, event run.enqueued; where its dedupe key or its id is taken, nothing new.
 -- Answers  the new run; or the one that has the id; or, deduplicated, the live one that has the key.
 create or replace function tidebase._enqueue (p_queue text, p_job jsonb, p_input json,
@@ -1938,7 +2073,12 @@ begin
     end if;
     select * into run from tidebase.runs
      where queue = p_queue and dedupe_key = p_job->>'dedupeKey' and status in ('queued', 'running', 'waiting');
-    if found then
+    if found and run.workflow_name <> p_job->>'workflowName' then
+      perform tidebase._refuse(409, 'dedupe_conflict', format(
+                'dedupe key %s of queue %s is held by run %s of workflow %s: it cannot stand for one of workflow %s',
+                run.dedupe_key, p_queue, run.id, run.workflow_name, p_job->>'workflowName'),
+                json_build_object('runId', run.id, 'workflowName', run.workflow_name));
+    elsif found then
       deduplicated := true;
       return;
     end if;  -- else the live one ended in between, and its key is free
@@ -1991,6 +2131,9 @@ declare
   v_room  integer := p_limit;
 begin
   select * into v_queue from tidebase.queues where name = p_queue;
+  if v_queue.paused then
+    return 0;
+  end if;
   if v_queue.concurrency is not null then
     v_room := least(v_room, v_queue.concurrency
       - (select count(*) from tidebase.runs where queue = p_queue and status = 'running' and not stalled)
@@ -2005,9 +2148,11 @@ begin
   return greatest(v_room, 0);
 end $$;
 
--- Counts starts against the queue's rate, when it has one.
+-- Counts starts for the chart of the last hour, and against the queue's rate, when it has one.
 create or replace function tidebase._count_claims (p_queue text, p_claimed integer) returns void language plpgsql as $$
 begin
+  insert into tidebase.queue_minutes
+  select p_queue, date_trunc('minute', tidebase.now()), p_claimed, 0 where p_claimed > 0;
   insert into tidebase.queue_claims select name, tidebase.now(), p_claimed
     from tidebase.queues where name = p_queue and rate_per_minute is not null and p_claimed > 0;
 end $$;
@@ -2122,18 +2267,20 @@ begin
                                    ('checkpointsTruncated', to_json(c.truncated))) as member) as members);
 end $$;
 
--- Sets what p_config names of {concurrency, ratePerMinute, invokeUrl}; null clears.    Returns  {"config"}.
+-- Sets what p_config names of {concurrency, ratePerMinute, invokeUrl, paused}; null clears.    Returns  {"config"}.
 create or replace function tidebase.configure_queue (p_queue text, p_config jsonb) returns json language plpgsql as $$
 declare
   v_queue tidebase.queues;
 begin
-  insert into tidebase.queues as q (name, concurrency, rate_per_minute, invoke_url)
-  values (p_queue, (p_config->>'concurrency')::integer, (p_config->>'ratePerMinute')::integer, p_config->>'invokeUrl')
+  insert into tidebase.queues as q (name, concurrency, rate_per_minute, invoke_url, paused)
+  values (p_queue, (p_config->>'concurrency')::integer, (p_config->>'ratePerMinute')::integer, p_config->>'invokeUrl',
+          coalesce((p_config->>'paused')::boolean, false))
   on conflict (name) do update
      set concurrency = case when p_config ? 'concurrency' then excluded.concurrency else q.concurrency end,
          rate_per_minute = case when p_config ? 'ratePerMinute' then excluded.rate_per_minute
                                 else q.rate_per_minute end,
-         invoke_url = case when p_config ? 'invokeUrl' then excluded.invoke_url else q.invoke_url end
+         invoke_url = case when p_config ? 'invokeUrl' then excluded.invoke_url else q.invoke_url end,
+         paused = case when p_config ? 'paused' then excluded.paused else q.paused end
   returning * into v_queue;
   return json_build_object('config', tidebase._queue_json(v_queue));
 end $$;
@@ -2161,7 +2308,7 @@ create or replace function tidebase.list_queues () returns json language sql sta
                             then (extract(epoch from tidebase.now() - live.oldest) * 1000)::bigint end,
            'config', case when q.name is not null then tidebase._queue_json(q)
                      else json_build_object('name', n.name, 'concurrency', null, 'ratePerMinute', null,
-                                            'invokeUrl', null) end) order by n.name), '[]'))
+                                            'invokeUrl', null, 'paused', false) end) order by n.name), '[]'))
     from names n left join live on live.queue = n.name left join ended on ended.queue = n.name
     left join tidebase.queues q on q.name = n.name
 $$;
@@ -2318,7 +2465,8 @@ end $$;
 -- Schedules: Python knows cron, so it brings the next time along; that a time fires once is decided here.
 -- ------------------------------------------------------------------------------
 
--- Sets a schedule. Its next time moves only when when it fires changed, so that setting it again skips nothing.
+-- Sets a schedule. Its next time moves only when when it fires changed, so that setting it again skips nothing; one
+-- that is disabled shows when it would fire, and enabled again it fires from then on.
 -- Returns  {"schedule"}.
 create or replace function tidebase.set_schedule (p_name text, p_cron text, p_timezone text, p_workflow_name text,
                                                   p_input json, p_queue text, p_max_attempts integer,
@@ -2329,13 +2477,11 @@ declare
 begin
   insert into tidebase.schedules as s (name, cron, timezone, workflow_name, input, queue, max_attempts, enabled,
                                        next_run_at)
-  values (p_name, p_cron, p_timezone, p_workflow_name, p_input, p_queue, p_max_attempts, p_enabled,
-          case when p_enabled then p_next_run_at end)
+  values (p_name, p_cron, p_timezone, p_workflow_name, p_input, p_queue, p_max_attempts, p_enabled, p_next_run_at)
   on conflict (name) do update
      set cron = p_cron, timezone = p_timezone, workflow_name = p_workflow_name, input = p_input, queue = p_queue,
          max_attempts = p_max_attempts, enabled = p_enabled, updated_at = tidebase.now(),
-         next_run_at = case when not p_enabled then null
-                            when s.enabled and s.cron = p_cron and s.timezone = p_timezone then s.next_run_at
+         next_run_at = case when s.enabled and s.cron = p_cron and s.timezone = p_timezone then s.next_run_at
                             else p_next_run_at end
   returning * into v_schedule;
   return json_build_object('schedule', tidebase._schedule_json(v_schedule));
@@ -2356,26 +2502,29 @@ begin
   return json_build_object('deleted', p_name);
 end $$;
 
--- The database's time, and the schedules whose time has come at it.
+-- The database's time, and the schedules, disabled ones among them, whose time has come at it.
 -- Returns  {"now", "schedules": [{"name", "cron", "timezone", "nextRunAt"}]}.
 create or replace function tidebase.due_schedules () returns json language sql volatile as $$
   select json_build_object('now', tidebase._iso(at), 'schedules', (
            select coalesce(json_agg(tidebase._schedule_json(s) order by s.next_run_at), '[]')
-             from tidebase.schedules s where s.enabled and s.next_run_at <= at))
+             from tidebase.schedules s where s.next_run_at <= at))
     from tidebase.now() as at
 $$;
 
--- Fires a schedule for the time it was due at, unless another server did or it was changed meanwhile.
--- Leaves   a run on its queue, with the dedupe key sched:NAME:TIME; the schedule at its next time.
+-- Fires a schedule for the time it was due at, unless another server did or it was changed meanwhile; one that is
+-- disabled only moves on.
+-- Leaves   a run on its queue, with the dedupe key sched:NAME:TIME; the schedule at its next time. A run of another
+--          workflow that somebody gave this very key stands for it.
 -- Returns  how many fired: 1 or 0.
 create or replace function tidebase.fire_schedule (p_name text, p_fire_at timestamptz, p_next_run_at timestamptz)
   returns integer language plpgsql as $$
 declare
   v_schedule tidebase.schedules;
 begin
-  update tidebase.schedules set next_run_at = p_next_run_at, last_enqueued_at = tidebase.now()
-   where name = p_name and enabled and next_run_at = p_fire_at returning * into v_schedule;
-  if not found then
+  update tidebase.schedules set next_run_at = p_next_run_at,
+         last_enqueued_at = case when enabled then tidebase.now() else last_enqueued_at end
+   where name = p_name and next_run_at = p_fire_at returning * into v_schedule;
+  if not found or not v_schedule.enabled then
     return 0;
   end if;
   perform tidebase._enqueue(v_schedule.queue, jsonb_build_object(
@@ -2384,20 +2533,25 @@ begin
             'dedupeKey', 'sched:' || p_name || ':' || tidebase._iso(p_fire_at),
             'maxAttempts', v_schedule.max_attempts), v_schedule.input);
   return 1;
+exception when sqlstate 'TB409' then  -- the key is taken: else the schedule would stand still for as long as that run
+  update tidebase.schedules set next_run_at = p_next_run_at where name = p_name and next_run_at = p_fire_at;
+  return 0;
 end $$;
 
 -- ------------------------------------------------------------------------------
 -- The run detail: `stable`, so that all that it reads is of one instant.
 -- ------------------------------------------------------------------------------
 
--- Returns  the detail with the keys of p_include (null: all); null when there is no such run.
+-- Returns  the detail with the keys of p_include (null: all); null when there is no such run. p_asked as for _why;
+--          without p_tokens what holds a gate's token comes without it.
 -- Plans    each part by itself, so that its plan is kept: to plan them all at each call takes longer than to read.
-create or replace function tidebase.run_detail (p_run_id text, p_include text[]) returns json
+create or replace function tidebase.run_detail (p_run_id text, p_include text[], p_asked jsonb default '{}',
+                                                p_tokens boolean default true) returns json
   language plpgsql stable set enable_seqscan = off as $$  -- as claim_runs
 declare
   v_keys  text[] := array(
     select key from unnest(array['run', 'steps', 'state', 'stateStreams', 'stateVersions', 'runEdges', 'childRuns',
-                                 'gates', 'usage', 'recoveryAttempts', 'channels', 'channelDeliveries', 'events']) as key
+                                 'recoveryAttempts', 'channels', 'channelDeliveries', 'gates', 'usage', 'events']) as key
      where p_include is null or key = any (p_include));
   v_key   text;
   v_part  json;
@@ -2409,7 +2563,9 @@ begin
   foreach v_key in array v_keys loop
     case v_key
       when 'run' then
-        v_part := (select tidebase._run_json(r) from tidebase.runs r where r.id = p_run_id);
+        v_part := (select tidebase._joined(tidebase._run_json(r), tidebase._why(r.id, tidebase._queue_facts(
+                            case when r.status = 'queued' then array[r.queue] else '{}' end, p_asked), tidebase.now()))
+                     from tidebase.runs r where r.id = p_run_id);
       when 'steps' then
         v_part := (select json_agg(tidebase._step_json(s) order by s.position)
                      from tidebase.steps s where s.run_id = p_run_id);
@@ -2419,7 +2575,7 @@ begin
         v_part := (select json_agg(tidebase._stream_json(s) order by s.created_at, s.id)
                      from tidebase.state_streams s where s.run_id = p_run_id);
       when 'stateVersions' then
-        v_part := (select json_agg(tidebase._version_json(v) order by s.created_at, s.id, v.version)
+        v_part := (select json_agg(tidebase._version_json(v) order by s.name collate "C", v.version)
                      from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
                     where v.run_id = p_run_id);
       when 'runEdges' then
@@ -2430,19 +2586,19 @@ begin
                      from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
                     where e.parent_run_id = p_run_id);
       when 'gates' then
-        v_part := (select json_agg(tidebase._gate_json(g) order by g.created_at, g.id)
+        v_part := (select json_agg(tidebase._gate_json(g, p_tokens) order by g.created_at, g.id)
                      from tidebase.gates g where g.run_id = p_run_id);
       when 'usage' then
         v_part := (select json_agg(tidebase._usage_json(u) order by u.created_at, u.id)
                      from tidebase.usage u where u.run_id = p_run_id);
       when 'recoveryAttempts' then
-        v_part := (select json_agg(tidebase._recovery_json(o) order by o.seq)
-                     from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'recovery');
+        v_part := (select json_agg(tidebase._recovery_json(o) order by o.seq desc)
+                     from tidebase.outbox o where o.run_id = p_run_id and o.kind in ('recovery', 'push'));
       when 'channels' then
         v_part := (select json_agg(tidebase._channel_json(c) order by c.id)
                      from tidebase.channels c where c.run_id = p_run_id and c.gate_id is null);
       when 'channelDeliveries' then
-        v_part := (select json_agg(tidebase._delivery_json(o) order by o.seq)
+        v_part := (select json_agg(tidebase._delivery_json(o, p_tokens) order by o.seq desc)
                      from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'channel');
       when 'events' then
         v_part := (select json_agg(tidebase._event_json(e) order by e.seq)
@@ -2469,14 +2625,16 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- Runs whose owner fell silent: a queue run goes back at once while attempts last, else fails; a plain run stays for a
--- manual resume, and its recovery webhook, if any, is posted once per lease.
-create or replace function tidebase.expire_leases (p_limit integer) returns integer language plpgsql as $$
+-- manual resume, event run.stalled, and its recovery webhook, if any, is posted once per lease.
+-- Returns  how many, and for the log [{"runId", "workflowName", "queue", "leaseOwner", "attempt", "maxAttempts"}].
+create or replace function tidebase.expire_leases (p_limit integer, out expired integer, out runs json)
+  language plpgsql as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
   v_run   tidebase.runs;
   v_error json := json_build_object('name', 'LeaseExpired', 'message', 'the worker fell silent and its lease expired');
-  v_count integer := 0;
+  v_runs  json[] := '{}';
 begin
   for v_due in select id, parent_run_id from tidebase.runs
                 where status = 'running' and not stalled and lease_expires_at <= v_now
@@ -2489,18 +2647,25 @@ begin
      where id = v_due.id and status = 'running' and not stalled and lease_expires_at <= v_now
        for no key update skip locked;
     continue when not found;
-    v_count := v_count + 1;
-    update tidebase.runs set former_owners = former_owners || lease_owner, stalled = queue is null
-     where id = v_run.id;
+    v_runs := v_runs || json_build_object('runId', v_run.id, 'workflowName', v_run.workflow_name, 'queue', v_run.queue,
+                'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts);
+    update tidebase.runs set former_owners = former_owners || lease_owner where id = v_run.id;
     if v_run.queue is not null and v_run.attempt < v_run.max_attempts then
-      perform tidebase._requeue(v_run, v_error, v_now, null);
+      perform tidebase._requeue(v_run, v_error, v_now, null, 'lease_expired');
     elsif v_run.queue is not null then
-      perform tidebase._fail(v_run, v_error, 'max_retries', null);
-    elsif v_run.recovery_webhook is not null then
-      perform tidebase._start_recovery(v_run, 'lease_expired');
+      perform tidebase._fail(v_run, v_error, 'max_retries', null, 'lease_expired');
+    else
+      update tidebase.runs set stalled = true, event_seq = event_seq + 1, updated_at = v_now
+       where id = v_run.id returning * into v_run;
+      perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.stalled', json_build_object(
+                'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt));
+      if v_run.recovery_webhook is not null then
+        perform tidebase._start_recovery(v_run, 'lease_expired');
+      end if;
     end if;
   end loop;
-  return v_count;
+  expired := cardinality(v_runs);
+  runs := array_to_json(v_runs);
 end $$;
 
 -- Live runs whose deadline passed are cancelled.
@@ -2526,11 +2691,15 @@ end $$;
 
 -- Offers ready runs of push queues to the app, within the queue's caps. An offered run stays queued; its run_at moves
 -- 60 s on, so that it is neither claimed meanwhile nor offered again before.
+-- Leaves   each offer in the outbox with its event recovery.started, and an older one that still waited failed, event
+--          recovery.failed.
 create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql as $$
 declare
   v_now   timestamptz;
   v_queue tidebase.queues;
   v_id    text;
+  v_run   tidebase.runs;
+  v_old   text;
   v_mine  integer;
   v_count integer := 0;
 begin
@@ -2543,11 +2712,18 @@ begin
     foreach v_id in array
       tidebase._take_ready(v_queue.name, tidebase._queue_room(v_queue.name, p_limit), v_now)
     loop
-      update tidebase.runs set offered_at = v_now, run_at = v_now + interval '60 seconds' where id = v_id;
-      update tidebase.outbox set status = 'failed', error_text = 'offered anew', next_attempt_at = null,
-             completed_at = v_now
-       where run_id = v_id and kind = 'push' and status = 'pending';
-      perform tidebase._post('push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null);
+      update tidebase.runs set offered_at = v_now, run_at = v_now + interval '60 seconds'
+       where id = v_id returning * into v_run;
+      for v_old in update tidebase.outbox set status = 'failed', error_text = 'offered anew', next_attempt_at = null,
+                          completed_at = v_now
+                    where run_id = v_id and kind = 'push' and status = 'pending' returning id
+      loop
+        perform tidebase._record(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
+                  'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
+      end loop;
+      perform tidebase._record(v_run, null, 'recovery.started', json_build_object('recoveryAttemptId', (tidebase._post(
+                'push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null)).id,
+                'reason', 'queue_dispatch'));
       v_mine := v_mine + 1;
     end loop;
     perform tidebase._count_claims(v_queue.name, v_mine);
@@ -2599,7 +2775,8 @@ begin
   return v_count;
 end $$;
 
--- Deletes runs that ended more than p_days ago, with all that belongs to them.
+-- Deletes runs that ended more than p_days ago, with all that belongs to them; a child only once its parent is gone, so
+-- that a parent that is replayed still finds the children that it had.
 create or replace function tidebase.purge_runs (p_days integer, p_limit integer) returns integer language plpgsql as $$
 declare
   v_until timestamptz := tidebase.now() - p_days * interval '1 day';
@@ -2607,7 +2784,8 @@ declare
   v_count integer := 0;
 begin
   for v_run in delete from tidebase.runs where id = any (array(
-                 select id from tidebase.runs where completed_at is not null and completed_at < v_until
+                 select id from tidebase.runs r where completed_at is not null and completed_at < v_until
+                    and (select p.id from tidebase.runs p where p.id = r.parent_run_id) is null  -- no join of all runs
                   order by completed_at limit p_limit for update skip locked)) returning queue, status
   loop
     perform tidebase._tally(v_run.queue, v_run.status, -1);
@@ -2710,12 +2888,961 @@ begin
   if v_post.status <> 'pending' then
     update tidebase.outbox set next_attempt_at = v_now
      where seq = (select min(seq) from tidebase.outbox where channel_id = v_post.channel_id and status = 'pending');
-    if v_post.kind = 'recovery' then
+    if v_post.kind <> 'channel' then
       perform tidebase._record(v_run, null, 'recovery.' || v_post.status, json_build_object(
                 'recoveryAttemptId', p_id, 'reason', v_post.reason, 'httpStatus', p_http_status, 'error', p_error));
     end if;
   end if;
   return json_build_object('status', v_post.status);
+end $$;
+
+-- ------------------------------------------------------------------------------
+-- Studio: why a run waits, what a resume would do, lists, counts, a run in pieces. Reads, but for the last few verbs; a
+-- payload is read only where one is asked for. Each list is served by an index and bounded.
+-- ------------------------------------------------------------------------------
+
+-- JSON whose members can be taken out: Postgres' text holds no NUL, which a payload may.
+create or replace function tidebase._readable (p_value json) returns json language sql immutable as $$
+  select case when strpos(p_value::text, '\u0000') > 0 then replace(p_value::text, '\u0000', '\ufffd')::json
+              else p_value end
+$$;
+
+-- An error's name and the beginning of its message; of one that is no object, its text.
+create or replace function tidebase._error_brief (p_error json) returns json language plpgsql immutable as $$
+declare
+  v_error json;
+  v_kind  text;
+begin
+  if p_error is null then
+    return null;
+  elsif octet_length(p_error::text) > 262144 then
+    return json_build_object('name', null, 'message', format('an error of %s bytes', octet_length(p_error::text)));
+  end if;
+  v_error := tidebase._readable(p_error);
+  v_kind := json_typeof(v_error);
+  return json_build_object(
+    'name', case when v_kind = 'object' then left(v_error->>'name', 100) end,
+    'message', left(case when v_kind = 'object' then coalesce(v_error->>'message', v_error::text)
+                         else v_error #>> '{}' end, 300));
+end $$;
+
+-- A length of time, and an instant seen from p_now, as they stand in a line for a person.
+create or replace function tidebase._span (p_span interval) returns text language sql immutable as $$
+  select case when s < 100 then s || ' s' when s < 6000 then s / 60 || ' min' when s < 172800 then s / 3600 || ' h'
+              else s / 86400 || ' d' end
+    from (select greatest(extract(epoch from p_span), 0)::bigint as s) as seconds
+$$;
+
+create or replace function tidebase._at (p_at timestamptz, p_now timestamptz) returns text language sql stable as $$
+  select to_char(p_at at time zone 'UTC', case when abs(extract(epoch from p_at - p_now)) < 43200 then 'HH24:MI:SS'
+                                               else 'YYYY-MM-DD HH24:MI' end) || ' UTC'
+$$;
+
+-- What holds back the runs of each of these queues. p_asked: {QUEUE: {"agoMs", "workflows"}}, who asked this server for
+-- work that many ms ago and has not been noted in the database yet; workflows null: any.
+-- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt", "workflows"}}.
+create or replace function tidebase._queue_facts (p_queues text[], p_asked jsonb)
+  returns jsonb language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_facts jsonb := '{}';
+  v_name  text;
+  v_queue tidebase.queues;
+  v_ids   text[];
+  v_until timestamptz;
+  v_asked jsonb;
+begin
+  foreach v_name in array p_queues loop
+    select * into v_queue from tidebase.queues where name = v_name;
+    v_ids := array(select id from tidebase.runs where queue = v_name and status = 'running' and not stalled
+                    limit coalesce(v_queue.concurrency, 1000));
+    v_until := null;
+    if v_queue.rate_per_minute is not null then
+      select min(claimed_at) + interval '60 seconds' into v_until  -- after which enough of them are a minute old
+        from (select claimed_at, sum(claimed) over () as total, sum(claimed) over (order by claimed_at) as gone
+                from tidebase.queue_claims where queue = v_name and claimed_at > v_now - interval '60 seconds') as recent
+       where total >= v_queue.rate_per_minute and total - gone < v_queue.rate_per_minute;
+    end if;
+    select jsonb_build_object(
+             'at', max(at), 'workflows', case when not bool_or(workflows is null) then (
+               select jsonb_agg(distinct name)
+                 from unnest(array_agg(workflows)) as list, jsonb_array_elements(list) as name) end)
+      into v_asked
+      from (select last_asked_at as at, to_jsonb(workflows) as workflows from tidebase.workers
+             where last_asked_at > v_now - interval '1 hour' and v_name = any (queues)
+            union all
+            select v_now - tidebase._ms((p_asked->v_name->>'agoMs')::bigint), nullif(p_asked->v_name->'workflows', 'null')
+             where p_asked ? v_name) as traces;
+    v_facts := v_facts || jsonb_build_object(v_name, jsonb_build_object(
+      'paused', coalesce(v_queue.paused, false), 'pushed', v_queue.invoke_url is not null, 'concurrency', v_queue.concurrency, 'running', cardinality(v_ids),
+      'holders', to_jsonb(v_ids[1:3]), 'rate', v_queue.rate_per_minute, 'rateUntil', v_until,
+      'askedAt', v_asked->'at', 'workflows', v_asked->'workflows'));
+  end loop;
+  return v_facts;
+end $$;
+
+-- Why a run that has not ended is where it is: one line and, as detail, its parts. p_facts: of its queue, see above.
+-- Returns  {"why", "whyDetail"}, both null when it has ended.
+create or replace function tidebase._why (p_run_id text, p_facts jsonb, p_now timestamptz)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_run    record;
+  v_fact   jsonb;
+  v_found  record;
+  v_since  timestamptz;
+  v_line   text;
+  v_detail json;
+begin
+  -- Not the whole row: its payloads may be large.
+  select id, workflow_name, status, queue, run_at, max_attempts, attempt, lease_owner, lease_expires_at, lease_ms, fence,
+         stalled, offered_at, waiting_for, wake_at, event_seq, updated_at, created_at, error is not null as has_error
+    into v_run from tidebase.runs where id = p_run_id;
+  v_fact := p_facts->v_run.queue;
+
+  if v_run.status = 'running' and v_run.lease_expires_at <= p_now then
+    v_line := format('its lease ran out %s ago; nobody has begun it again',
+                     tidebase._span(p_now - v_run.lease_expires_at));
+    v_detail := json_build_object('kind', 'lease_expired', 'since', tidebase._iso(v_run.lease_expires_at),
+                                  'worker', v_run.lease_owner, 'queue', v_run.queue);
+
+  elsif v_run.status = 'running' then
+    v_since := v_run.lease_expires_at - tidebase._ms(v_run.lease_ms);  -- the owner's last write
+    v_line := format('%s by %s, heartbeat %s ago', case when v_run.queue is null then 'begun' else 'claimed' end,
+                     v_run.lease_owner, tidebase._span(p_now - v_since));
+    select s.name, s.started_at into v_found
+      from tidebase.events e join tidebase.steps s on s.id = tidebase._readable(e.payload)->>'stepId'
+     where e.run_id = p_run_id and e.seq > v_run.event_seq - 20 and e.type = 'step.started' and s.run_id = p_run_id
+       and s.status = 'running' and s.fence = v_run.fence
+     order by e.seq desc limit 1;
+    if v_found.name is not null then
+      v_line := format('%s, in step %s for %s', v_line, v_found.name, tidebase._span(p_now - v_found.started_at));
+      v_detail := json_build_object('kind', 'running', 'worker', v_run.lease_owner, 'heartbeatAt',
+                    tidebase._iso(v_since), 'step', v_found.name, 'stepSince', tidebase._iso(v_found.started_at));
+    else
+      select id, name, left(prompt, 200) as prompt, created_at into v_found
+        from tidebase.gates where run_id = p_run_id and status = 'pending' order by created_at limit 1;
+      if v_found.id is not null then
+        v_line := format('waits for a person since %s: %s', tidebase._span(p_now - v_found.created_at), v_found.prompt);
+        v_detail := json_build_object('kind', 'gate', 'gateId', v_found.id, 'gate', v_found.name,
+                      'prompt', v_found.prompt, 'since', tidebase._iso(v_found.created_at),
+                      'worker', v_run.lease_owner, 'heartbeatAt', tidebase._iso(v_since));
+      else
+        v_line := v_line || ', between steps';
+        v_detail := json_build_object('kind', 'running', 'worker', v_run.lease_owner,
+                                      'heartbeatAt', tidebase._iso(v_since), 'step', null, 'stepSince', null);
+      end if;
+    end if;
+
+  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'gateId' then
+    select id, name, left(prompt, 200) as prompt, created_at into v_found
+      from tidebase.gates where id = v_run.waiting_for->>'gateId' and run_id = p_run_id;
+    v_line := format('waits for a person since %s: %s', tidebase._span(p_now - v_found.created_at), v_found.prompt);
+    v_detail := json_build_object('kind', 'gate', 'gateId', v_found.id, 'gate', v_found.name, 'prompt', v_found.prompt,
+                                  'since', tidebase._iso(v_found.created_at));
+
+  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'event' then
+    v_line := format('waits for signal %s', v_run.waiting_for->>'event')
+              || coalesce(', until ' || tidebase._at(v_run.wake_at, p_now), '');
+    v_detail := json_build_object('kind', 'signal', 'signal', v_run.waiting_for->>'event',
+                  'n', coalesce((v_run.waiting_for->>'n')::integer, 1), 'until', tidebase._iso(v_run.wake_at));
+
+  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'children' then
+    select count(*) as live into v_found
+      from tidebase.runs c
+     where c.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting')
+       and (v_run.waiting_for->'children' = 'true' or exists (
+              select from tidebase.run_edges e
+               where e.child_run_id = c.id and e.parent_run_id = p_run_id and v_run.waiting_for->'children' ? e.name));
+    v_line := format('waits for %s', v_found.live);
+    v_detail := json_build_object('kind', 'children', 'live', v_found.live, 'total', (
+      case when v_run.waiting_for->'children' = 'true'
+           then (select count(*) from tidebase.run_edges where parent_run_id = p_run_id)
+           else jsonb_array_length(v_run.waiting_for->'children') end));
+    v_line := format('%s of %s children', v_line, v_detail->>'total');
+
+  elsif v_run.status = 'waiting' then
+    v_line := 'sleeps until ' || tidebase._at(v_run.wake_at, p_now);
+    v_detail := json_build_object('kind', 'sleep', 'until', tidebase._iso(v_run.wake_at));
+
+  elsif v_run.status = 'pending' then
+    v_line := format('created %s ago; nobody has begun it', tidebase._span(p_now - v_run.created_at));
+    v_detail := json_build_object('kind', 'pending', 'since', tidebase._iso(v_run.created_at));
+
+  elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.offered_at is not null then
+    v_line := format('offered to the app %s ago, again at %s', tidebase._span(p_now - v_run.offered_at),
+                     tidebase._at(v_run.run_at, p_now));
+    v_detail := json_build_object('kind', 'offered', 'since', tidebase._iso(v_run.offered_at),
+                                  'until', tidebase._iso(v_run.run_at));
+
+  elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.has_error then
+    select coalesce(brief->>'name', brief->>'message') as error into v_found
+      from (select tidebase._error_brief(error) as brief from tidebase.runs where id = p_run_id) as failed;
+    v_line := format('again at %s, attempt %s of %s', tidebase._at(v_run.run_at, p_now), v_run.attempt + 1,
+                     v_run.max_attempts) || coalesce(', after ' || left(v_found.error, 100), '');
+    v_detail := json_build_object('kind', 'retry', 'until', tidebase._iso(v_run.run_at), 'attempt', v_run.attempt + 1,
+                                  'maxAttempts', v_run.max_attempts, 'error', v_found.error);
+
+  elsif v_run.status = 'queued' and v_run.run_at > p_now then
+    v_line := 'starts at ' || tidebase._at(v_run.run_at, p_now);
+    v_detail := json_build_object('kind', 'scheduled', 'until', tidebase._iso(v_run.run_at));
+
+  elsif v_run.status = 'queued' and (v_fact->>'paused')::boolean then
+    v_line := format('queue %s is paused', v_run.queue);
+    v_detail := json_build_object('kind', 'paused', 'queue', v_run.queue);
+
+  elsif v_run.status = 'queued' and (v_fact->>'running')::integer >= (v_fact->>'concurrency')::integer then
+    v_line := format('queue %s is at its cap of %s: %s', v_run.queue, v_fact->>'concurrency', (
+        select string_agg(id, ', ' order by n)
+          from jsonb_array_elements_text(v_fact->'holders') with ordinality as h (id, n)))
+      || case when (v_fact->>'running')::integer > 3
+                then format(' and %s more hold it', (v_fact->>'running')::integer - 3)
+              when (v_fact->>'running')::integer = 1 then ' holds it' else ' hold it' end;
+    v_detail := json_build_object('kind', 'queue_capped', 'queue', v_run.queue, 'concurrency', v_fact->'concurrency',
+                                  'runs', v_fact->'holders', 'holders', v_fact->'running');
+
+  elsif v_run.status = 'queued' and v_fact->>'rateUntil' is not null then
+    v_line := 'rate limit, next place in ' || tidebase._span((v_fact->>'rateUntil')::timestamptz - p_now);
+    v_detail := json_build_object('kind', 'rate_limited', 'queue', v_run.queue, 'ratePerMinute', v_fact->'rate',
+                                  'until', tidebase._iso((v_fact->>'rateUntil')::timestamptz));
+
+  elsif v_run.status = 'queued' and not (v_fact->>'pushed')::boolean
+        and coalesce((v_fact->>'askedAt')::timestamptz <= p_now - interval '5 min', true) then
+    v_line := format('nobody has asked queue %s for work in the last 5 min', v_run.queue)
+              || case when (v_fact->>'running')::integer > 0
+                      then format('; %s of its runs are at work', v_fact->>'running') else '' end;
+    v_detail := json_build_object('kind', 'nobody_asks', 'queue', v_run.queue, 'lastAskedAt',
+                  tidebase._iso((v_fact->>'askedAt')::timestamptz), 'running', v_fact->'running');
+
+  elsif v_run.status = 'queued' and jsonb_typeof(v_fact->'workflows') = 'array'
+        and not v_fact->'workflows' ? v_run.workflow_name then
+    v_line := format('workers ask queue %s, but none of them for workflow %s', v_run.queue, v_run.workflow_name);
+    v_detail := json_build_object('kind', 'workflow_unknown', 'queue', v_run.queue, 'workflowName', v_run.workflow_name);
+
+  elsif v_run.status = 'queued' then
+    v_line := format('ready since %s; queue %s gives it out when its turn has come',
+                     tidebase._span(p_now - v_run.run_at), v_run.queue);
+    v_detail := json_build_object('kind', 'ready', 'queue', v_run.queue, 'since', tidebase._iso(v_run.run_at));
+  end if;
+  return json_build_object('why', v_line, 'whyDetail', v_detail);
+end $$;
+
+-- Looked at in this order: what is stored in more bytes is not read.
+create or replace function tidebase._is_short (p_value jsonb) returns boolean language sql immutable as
+$$ select case when pg_column_size(p_value) > 1000 then false else octet_length(p_value::text) <= 1000 end $$;
+
+-- A run without its payloads, p_why being what _why says of it. Its version changes with all that it shows, but not with
+-- the seconds in `why`.
+create or replace function tidebase._run_light (r tidebase.runs, p_why json) returns json language sql stable as $$
+  select json_build_object(
+    'id', r.id, 'workflowName', r.workflow_name, 'status', r.status, 'queue', r.queue, 'priority', r.priority,
+    'attempt', r.attempt, 'maxAttempts', r.max_attempts, 'dedupeKey', r.dedupe_key,
+    'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
+    'completedAt', tidebase._iso(r.completed_at), 'runAt', tidebase._iso(r.run_at),
+    'deadlineAt', tidebase._iso(r.deadline_at), 'leaseOwner', r.lease_owner,
+    'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'failureClass', r.failure_class, 'stalled', r.stalled,
+    'cancelReason', left(r.cancel_reason, 300), 'cancelActor', left(r.cancel_actor, 300),
+    'parentRunId', r.parent_run_id,
+    'metadata', case when tidebase._is_short(r.metadata) then r.metadata end,
+    'metadataOmitted', not tidebase._is_short(r.metadata), 'error', tidebase._error_brief(r.error),
+    'durationMs', (extract(epoch from r.completed_at - r.created_at) * 1000)::bigint, 'eventSeq', r.event_seq,
+    'why', p_why->'why', 'whyDetail', p_why->'whyDetail',
+    'version', r.event_seq || '-' || left(md5(concat_ws('/', r.updated_at, r.lease_expires_at, r.stalled,
+                                                         p_why->'whyDetail')), 8))
+$$;
+
+-- These runs in this order, those that are gone left out, each with why it waits. p_known: {ID: version}, of which those
+-- that did not change are left out.
+create or replace function tidebase._list_runs (p_ids text[], p_light boolean, p_asked jsonb,
+                                                p_known jsonb default '{}')
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_facts jsonb := tidebase._queue_facts(array(
+    select distinct queue from tidebase.runs where id = any (p_ids) and status = 'queued' and run_at <= v_now), p_asked);
+begin
+  if p_light then
+    return (select coalesce(json_agg(told.run order by told.n), '[]')
+              from (select g.n, r.id, tidebase._run_light(r, w.why) as run
+                      from unnest(p_ids) with ordinality as g (id, n) join tidebase.runs r on r.id = g.id
+                     cross join lateral (select tidebase._why(r.id, v_facts, v_now) as why offset 0) as w) as told
+             where told.run->>'version' is distinct from p_known->>told.id);
+  end if;
+  return (select coalesce(json_agg(tidebase._joined(tidebase._run_json(r), tidebase._why(r.id, v_facts, v_now))
+                                   order by g.n), '[]')
+            from unnest(p_ids) with ordinality as g (id, n) join tidebase.runs r on r.id = g.id);
+end $$;
+
+-- What a resume of a run would do now, step by step, by the rules of begin_step: those of whoever took the run next.
+-- Plans    replays: completed; runs: nothing was done that counts; runs_again: it may have had its effect, and is safe
+--          to repeat by its key or by its declaration; stops_for_review: it may have had its effect, and a person must
+--          say so; never: likewise, and it is declared never to run twice.
+-- Returns  {"runId", "runStatus", "safe", "verdict", "counts", "blocking", "steps", "stepsTruncated", "actions"}; safe is
+--          null for a run that needs no resume. TB404.
+create or replace function tidebase.rerun_plan (p_run_id text) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_now     timestamptz := tidebase.now();
+  v_run     tidebase.runs;
+  v_next    tidebase.runs;
+  v_plan    record;
+  v_ended   boolean;
+  v_held    boolean;
+  v_actions text[];
+begin
+  select * into v_run from tidebase.runs where id = p_run_id;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('run %s does not exist', p_run_id));
+  end if;
+  v_ended := v_run.status in ('failed', 'cancelled');
+  v_held := v_run.status = 'running' and v_run.lease_expires_at > v_now;
+  v_next := tidebase._as_taken_over(v_run, v_now);
+  with planned as (
+    select s.id, s.name, s.position, s.status, s.attempt, case
+             when s.status = 'completed' then 'replays'
+             when s.status = 'failed' and s.reviewed = 'fail' then 'never'
+             when tidebase._is_ambiguous(v_next, s, '')
+               then case s.contract->>'replay' when 'never' then 'never' else 'stops_for_review' end
+             when s.reviewed = 'retry' and s.status = 'failed_retryable' then 'runs'
+             when tidebase._is_harmless(s.contract->'sideEffects') then 'runs'
+             else 'runs_again' end as plan,
+           s.reviewed, s.contract->>'replay' as replay, s.contract->>'idempotencyKey' as key
+      from tidebase.steps s where s.run_id = p_run_id
+  ), told as (
+    select position, plan, name, json_build_object('id', id, 'name', name, 'position', position, 'status', status,
+             'attempt', attempt, 'plan', plan, 'reason', case
+               when plan = 'replays' then 'completed: its output is kept'
+               when plan = 'never' and reviewed = 'fail' then 'a person decided that it failed for good'
+               when plan = 'never' then 'it may have had its effect, and is declared never to run twice'
+               when plan = 'stops_for_review' and status = 'manual_review' then
+                 'it waits for a person to say whether it had its effect'
+               when plan = 'stops_for_review' then 'it may have had its effect, and has no idempotency key'
+               when plan = 'runs_again' and key is not null then
+                 format('%s; its idempotency key %s makes another try safe', case status
+                   when 'running' then 'it may have had its effect' else 'it failed' end, left(key, 100))
+               when plan = 'runs_again' and status = 'running' then
+                 'it may have had its effect, and is declared safe to repeat'
+               when plan = 'runs_again' then 'it failed: another try may repeat its effect'
+               when reviewed = 'retry' and status = 'failed_retryable' then 'a person decided that it runs again'
+               when status = 'running' then 'it was cut off; it has no effects outside'
+               else 'it failed; it has no effects outside' end) as step
+      from planned
+  )
+  select count(*) filter (where plan = 'replays') as replays, count(*) filter (where plan = 'runs') as runs,
+         count(*) filter (where plan = 'runs_again') as runs_again,
+         count(*) filter (where plan = 'stops_for_review') as stops, count(*) filter (where plan = 'never') as never,
+         count(*) as steps,
+         coalesce(json_agg(name order by position) filter (where plan in ('stops_for_review', 'never')), '[]') as blocking,
+         string_agg(quote_literal(name), ', ' order by position)
+           filter (where plan in ('stops_for_review', 'never')) as blocked,
+         (select coalesce(json_agg(step order by position), '[]')
+            from (select step, position from told order by position limit 1000) as first) as told
+    into v_plan from told;
+  v_actions := array_remove(array[
+    case when v_plan.stops + v_plan.never > 0 and not v_held and v_run.status <> 'completed' then 'review' end,
+    case when v_ended then 'retry' end,
+    case when v_run.recovery_webhook is not null and v_run.status <> 'completed' and not v_held then 'recover' end,
+    'fork', case when v_run.status not in ('completed', 'cancelled') then 'cancel' end], null);
+  return json_build_object(
+    'runId', p_run_id, 'runStatus', v_run.status,
+    'safe', case when v_run.status <> 'completed' and not v_held then v_plan.stops + v_plan.never = 0 end,
+    'verdict', case
+      when v_run.status = 'completed' then 'Nothing to rerun: it is completed.'
+      when v_held then format('It is at work: %s holds it.', v_run.lease_owner)
+      when v_plan.blocked is not null then format('Not without you: %s may have had %s effect. Decide below.',
+             left(v_plan.blocked, 300), case when v_plan.stops + v_plan.never = 1 then 'its' else 'their' end)
+      when v_plan.steps = 0 then 'Safe: no step was begun; it starts from the beginning.'
+      else 'Safe: ' || concat_ws(', ',
+             case when v_plan.replays > 0 then tidebase._steps_do(v_plan.replays, 'replay') end,
+             case when v_plan.runs > 0 then tidebase._steps_do(v_plan.runs, 'run') end,
+             case when v_plan.runs_again > 0 then tidebase._steps_do(v_plan.runs_again, 'run') || ' again' end) || '.' end,
+    'counts', json_build_object('replays', v_plan.replays, 'runs', v_plan.runs, 'runs_again', v_plan.runs_again,
+                                'stops_for_review', v_plan.stops, 'never', v_plan.never),
+    'blocking', v_plan.blocking, 'steps', v_plan.told, 'stepsTruncated', v_plan.steps > 1000,
+    'actions', to_json(v_actions));
+end $$;
+
+create or replace function tidebase._steps_do (p_count bigint, p_verb text) returns text language sql immutable as
+$$ select format('%s %s', p_count, case when p_count = 1 then 'step ' || p_verb || 's' else 'steps ' || p_verb end) $$;
+
+-- A step without its payloads.
+create or replace function tidebase._step_light (s tidebase.steps) returns json language sql stable as $$
+  select json_build_object(
+    'id', s.id, 'name', s.name, 'position', s.position, 'status', s.status, 'attempt', s.attempt,
+    'startedAt', tidebase._iso(s.started_at), 'completedAt', tidebase._iso(s.completed_at),
+    'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at), 'leaseOwner', s.lease_owner,
+    'leaseExpiresAt', tidebase._iso(s.lease_expires_at), 'inputHash', s.input_hash, 'resumeContract', s.contract,
+    'reviewed', s.reviewed, 'error', tidebase._error_brief(s.error), 'inputBytes', octet_length(s.input::text),
+    'outputBytes', octet_length(s.output::text), 'errorBytes', octet_length(s.error::text),
+    'optionsBytes', octet_length(s.options::text))
+$$;
+
+-- The steps of a run after a position, without payloads; null, p_text and p_errors leave out what does not fit.
+-- Returns  {"steps", "nextCursor"}, null when there is no such run.
+create or replace function tidebase.list_steps (p_run_id text, p_after integer, p_limit integer, p_statuses text[],
+                                                p_text text, p_errors boolean)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_steps json[];
+  v_last  integer;
+begin
+  if not exists (select from tidebase.runs where id = p_run_id) then
+    return null;
+  end if;
+  select array_agg(tidebase._step_light(s) order by s.position), max(s.position) into v_steps, v_last
+    from tidebase.steps s
+    join (select id from tidebase.steps
+           where run_id = p_run_id and position > p_after and (p_statuses is null or status = any (p_statuses))
+             and (p_text is null or strpos(lower(name), lower(p_text)) > 0)
+             and (not p_errors or status in ('failed', 'failed_retryable', 'manual_review'))
+           order by position limit p_limit) as page on page.id = s.id;
+  return json_build_object('steps', coalesce(array_to_json(v_steps), '[]'),
+                           'nextCursor', case when cardinality(v_steps) = p_limit then v_last end);
+end $$;
+
+-- An event whose payload is left out when it is long; what it names is told beside.
+create or replace function tidebase._event_light (e tidebase.events) returns json language sql stable as $$
+  select json_build_object(
+    'id', e.id, 'runId', e.run_id, 'seq', e.seq, 'type', e.type, 'createdAt', tidebase._iso(e.created_at),
+    'payload', case when octet_length(e.payload::text) <= 1000 then e.payload end,
+    'payloadBytes', octet_length(e.payload::text), 'payloadOmitted', octet_length(e.payload::text) > 1000,
+    'stepId', n.payload->>'stepId', 'name', coalesce(n.payload->>'name', n.payload #>> '{gate,name}',
+                                                     n.payload #>> '{edge,name}', n.payload #>> '{signal,name}'),
+    'attempt', (n.payload->>'attempt')::integer)
+    from (select case when octet_length(e.payload::text) <= 1000000 then tidebase._readable(e.payload) end as payload
+          offset 0) as n
+$$;
+
+-- Events of a run after a number. p_types: whole types, or beginnings that end with a dot; null for all.
+-- Returns  rows of a number and the event's JSON.
+create or replace function tidebase.list_events (p_run_id text, p_after integer, p_limit integer, p_light boolean,
+                                                 p_types text[])
+  returns table (seq integer, event json) language plpgsql stable set enable_seqscan = off as $$
+begin
+  return query
+    select e.seq, case when p_light then tidebase._event_light(e) else tidebase._event_json(e) end
+      from tidebase.events e
+     where e.run_id = p_run_id and e.seq > p_after
+       and (p_types is null or e.type = any (p_types)
+            or exists (select from unnest(p_types) as t where t like '%.' and starts_with(e.type, t)))
+     order by e.seq limit p_limit;
+end $$;
+
+-- A payload as the text that is stored, of a run or, by p_id, of what belongs to it.
+-- Returns  p_limit characters from p_offset on, null when there is no such payload; its size in bytes and characters.
+create or replace function tidebase.get_payload (p_run_id text, p_of text, p_id text, p_offset integer, p_limit integer,
+                                                 p_tokens boolean, out part text, out bytes bigint,
+                                                 out characters bigint)
+  language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_text text;
+begin
+  v_text := case p_of
+    when 'input' then (select input::text from tidebase.runs where id = p_run_id)
+    when 'result' then (select result::text from tidebase.runs where id = p_run_id)
+    when 'error' then (select error::text from tidebase.runs where id = p_run_id)
+    when 'metadata' then (select metadata::text from tidebase.runs where id = p_run_id)
+    when 'step.input' then (select input::text from tidebase.steps where id = p_id and run_id = p_run_id)
+    when 'step.output' then (select output::text from tidebase.steps where id = p_id and run_id = p_run_id)
+    when 'step.error' then (select error::text from tidebase.steps where id = p_id and run_id = p_run_id)
+    when 'step.options' then (select options::text from tidebase.steps where id = p_id and run_id = p_run_id)
+    when 'event' then (select payload::text from tidebase.events where run_id = p_run_id and seq = p_id::integer)
+    when 'gate.data' then (select data::text from tidebase.gates where id = p_id and run_id = p_run_id)
+    when 'gate.capability' then (select capability::text from tidebase.gates where id = p_id and run_id = p_run_id)
+    when 'gate.decisionPayload' then
+      (select decision_payload::text from tidebase.gates where id = p_id and run_id = p_run_id)
+    when 'state' then (select value::text from tidebase.state_versions where id = p_id and run_id = p_run_id)
+    when 'state.patch' then (select patch::text from tidebase.state_versions where id = p_id and run_id = p_run_id)
+    when 'signal' then (select payload::text from tidebase.signals where id = p_id and run_id = p_run_id)
+    when 'delivery' then (select payload::text from tidebase.outbox
+                           where id = p_id and run_id = p_run_id and (p_tokens or gate_id is null))
+    when 'delivery.response' then (select response_body from tidebase.outbox where id = p_id and run_id = p_run_id)
+    when 'usage.metadata' then (select metadata::text from tidebase.usage where id = p_id and run_id = p_run_id)
+    when 'edge.metadata' then
+      (select metadata::text from tidebase.run_edges where id = p_id and parent_run_id = p_run_id)
+  end;
+  part := case when p_limit is null then substr(v_text, p_offset + 1) else substr(v_text, p_offset + 1, p_limit) end;
+  bytes := octet_length(v_text);
+  characters := length(v_text);
+end $$;
+
+-- A run and its descendants, a generation after the other, at most p_limit.
+create or replace function tidebase._subtree (p_run_id text, p_limit integer)
+  returns table (id text, depth integer) language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_ids  text[] := array[p_run_id];
+  v_next text[] := v_ids;
+begin
+  depth := 0;
+  while cardinality(v_next) > 0 loop
+    return query select unnest(v_next), depth;
+    v_next := array(select e.child_run_id from unnest(v_next) with ordinality as parent (id, n),
+                           lateral (select child_run_id, created_at from tidebase.run_edges
+                                     where parent_run_id = parent.id
+                                     order by name limit p_limit) e  -- ordered, so that its index is taken
+                     order by parent.n, e.created_at, e.child_run_id limit p_limit - cardinality(v_ids));
+    v_ids := v_ids || v_next;
+    depth := depth + 1;
+  end loop;
+end $$;
+
+-- When a run first began: one of its first events says so.
+create or replace function tidebase._started_at (p_run_id text) returns timestamptz language sql stable as $$
+  select e.created_at from tidebase.events e
+   where e.run_id = p_run_id and e.seq <= 10 and e.type in ('run.claimed', 'run.started') order by e.seq limit 1
+$$;
+
+-- Returns  {"root", "runs", "truncated"}, null when there is no such run.
+create or replace function tidebase.run_tree (p_run_id text, p_limit integer, p_asked jsonb) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_facts jsonb;
+  v_runs  json[];
+begin
+  if not exists (select from tidebase.runs where id = p_run_id) then
+    return null;
+  end if;
+  v_facts := tidebase._queue_facts(array(
+    select distinct r.queue from tidebase._subtree(p_run_id, p_limit) t join tidebase.runs r on r.id = t.id
+     where r.status = 'queued' and r.run_at <= v_now), p_asked);
+  v_runs := array(
+    select json_build_object(
+             'id', r.id, 'parentRunId', e.parent_run_id, 'name', e.name, 'edgeType', e.edge_type, 'depth', t.depth,
+             'workflowName', r.workflow_name, 'status', r.status, 'createdAt', tidebase._iso(r.created_at),
+             'startedAt', tidebase._iso(tidebase._started_at(r.id)), 'completedAt', tidebase._iso(r.completed_at),
+             'failureClass', r.failure_class, 'why', tidebase._why(r.id, v_facts, v_now)->'why')
+      from tidebase._subtree(p_run_id, p_limit + 1) with ordinality as t (id, depth, n)
+      join tidebase.runs r on r.id = t.id
+      left join lateral (select * from tidebase.run_edges where child_run_id = r.id and t.depth > 0 limit 1) e on true
+     order by t.n limit p_limit + 1);
+  return json_build_object('root', p_run_id, 'runs', array_to_json(v_runs[1:p_limit]),
+                           'truncated', cardinality(v_runs) > p_limit);
+end $$;
+
+create or replace function tidebase._cost (p_run_ids text[]) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+begin
+  return (select json_build_object('costUsd', coalesce(sum(cost_usd), 0), 'inputTokens', coalesce(sum(input_tokens), 0),
+                                   'outputTokens', coalesce(sum(output_tokens), 0),
+                                   'totalTokens', coalesce(sum(total_tokens), 0), 'entries', count(*))
+            from tidebase.usage where run_id = any (p_run_ids));
+end $$;
+
+-- The head of a run: without payloads, but with what it cost, its children included, and how much it has of what.
+-- Returns  {"run", "counts", "cost", "durationMs", "state", "parent"}, null when there is no such run.
+create or replace function tidebase.run_summary (p_run_id text, p_asked jsonb) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_limit constant integer := 10000;  -- descendants
+  v_now  timestamptz := tidebase.now();
+  v_ids  text[];
+  v_run  json;
+begin
+  select tidebase._joined(tidebase._list_runs(array[p_run_id], true, p_asked)->0, json_build_object(
+           'hasRecoveryWebhook', r.recovery_webhook is not null, 'inputBytes', octet_length(r.input::text),
+           'resultBytes', octet_length(r.result::text), 'errorBytes', octet_length(r.error::text),
+           'metadataBytes', octet_length(r.metadata::text), 'cancelRequestedAt', tidebase._iso(r.cancel_requested_at),
+           'cancelledAt', tidebase._iso(r.cancelled_at), 'startedAt', tidebase._iso(tidebase._started_at(r.id)),
+           'forkedFrom', r.metadata->>'forkedFrom', 'schedule', r.metadata->>'schedule'))
+    into v_run from tidebase.runs r where r.id = p_run_id;
+  if v_run is null then
+    return null;
+  end if;
+  v_ids := array(select id from tidebase._subtree(p_run_id, v_limit + 1));
+  return (
+    select json_build_object(
+      'run', v_run,
+      'counts', json_build_object(
+        'steps', (select count(*) from tidebase.steps where run_id = r.id),
+        'stepsByStatus', (select coalesce(json_object_agg(status, n), '{}') from (
+           select status, count(*) as n from tidebase.steps where run_id = r.id group by status) as by_status),
+        'events', r.event_seq, 'gates', (select count(*) from tidebase.gates where run_id = r.id),
+        'gatesPending', (select count(*) from tidebase.gates where run_id = r.id and status = 'pending'),
+        'children', (select count(*) from tidebase.run_edges where parent_run_id = r.id),
+        'childrenLive', (select count(*) from tidebase.runs c where c.parent_run_id = r.id
+                            and c.status in ('pending', 'queued', 'running', 'waiting')),
+        'signals', (select count(*) from tidebase.signals where run_id = r.id),
+        'deliveries', (select count(*) from tidebase.outbox where run_id = r.id),
+        'stateVersions', (select count(*) from tidebase.state_versions where run_id = r.id),
+        'usage', (select count(*) from tidebase.usage where run_id = r.id)),
+      'cost', json_build_object('own', tidebase._cost(array[r.id]), 'subtree', tidebase._joined(
+        tidebase._cost(v_ids), json_build_object('runs', least(cardinality(v_ids), v_limit),
+                                                 'truncated', cardinality(v_ids) > v_limit))),
+      'durationMs', (extract(epoch from coalesce(r.completed_at, v_now) - r.created_at) * 1000)::bigint,
+      'state', (select json_build_object('version', s.version, 'bytes', octet_length(s.value::text),
+                                         'updatedAt', tidebase._iso(s.updated_at))
+                  from tidebase.states s where s.run_id = r.id),
+      'parent', (select json_build_object('id', e.parent_run_id, 'name', e.name)
+                   from tidebase.run_edges e where e.child_run_id = r.id limit 1))
+      from tidebase.runs r where r.id = p_run_id);
+end $$;
+
+-- Versions of a run's state without their values, by stream and version, after one of them.
+-- Returns  {"stateVersions", "nextCursor"}, null when there is no such run.
+create or replace function tidebase.list_versions_light (p_run_id text, p_stream text, p_labeled boolean, p_after text,
+                                                         p_limit integer)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_found json[];
+  v_ids   text[];
+begin
+  if not exists (select from tidebase.runs where id = p_run_id) then
+    return null;
+  end if;
+  select array_agg(told order by n), array_agg(id order by n) into v_found, v_ids
+    from (select v.id, row_number() over (order by s.name collate "C", v.version) as n, json_build_object(
+                   'id', v.id, 'streamId', v.stream_id, 'streamName', s.name, 'runId', v.run_id, 'stepId', v.step_id,
+                   'version', v.version, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
+                   'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at),
+                   'bytes', octet_length(v.value::text), 'patchBytes', octet_length(v.patch::text)) as told
+            from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
+           where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
+             and (not p_labeled or v.label is not null)
+             and (p_after is null or (s.name collate "C", v.version) > (
+                   select a.name collate "C", p.version from tidebase.state_versions p
+                     join tidebase.state_streams a on a.id = p.stream_id where p.id = p_after and p.run_id = p_run_id))
+           order by s.name collate "C", v.version limit p_limit) as page;
+  return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
+                           'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
+end $$;
+
+create or replace function tidebase._delivery_light (o tidebase.outbox) returns json language sql stable as $$
+  select json_build_object(
+    'id', o.id, 'runId', o.run_id, 'kind', o.kind, 'eventType', o.event_type, 'reason', o.reason, 'url', o.url,
+    'gateId', o.gate_id, 'channelId', o.channel_id, 'status', o.status, 'attempts', o.attempts,
+    'nextAttemptAt', tidebase._iso(o.next_attempt_at), 'httpStatus', o.http_status, 'errorText', o.error_text,
+    'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
+    'payloadBytes', octet_length(o.payload::text), 'responseBytes', octet_length(o.response_body))
+$$;
+
+-- A run's webhooks, newest first.    Returns  {"deliveries", "nextCursor"}, null when there is no such run.
+create or replace function tidebase.list_deliveries (p_run_id text, p_before bigint, p_limit integer) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_found json[];
+  v_last  bigint;
+begin
+  if not exists (select from tidebase.runs where id = p_run_id) then
+    return null;
+  end if;
+  select array_agg(tidebase._delivery_light(o) order by o.seq desc), min(o.seq) into v_found, v_last
+    from tidebase.outbox o
+    join (select seq from tidebase.outbox where run_id = p_run_id and seq < p_before order by seq desc limit p_limit)
+         as page on page.seq = o.seq;
+  return json_build_object('deliveries', coalesce(array_to_json(v_found), '[]'),
+                           'nextCursor', case when cardinality(v_found) = p_limit then v_last end);
+end $$;
+
+-- Sends a webhook once more, under the same id, its tries counted anew.
+-- Needs    it is not being tried (TB409 delivery_pending). TB404.
+-- Leaves   it due, or in its place among its channel's.    Returns  {"delivery"}.
+create or replace function tidebase.resend_delivery (p_run_id text, p_delivery_id text)
+  returns json language plpgsql as $$
+declare
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_post tidebase.outbox;
+begin
+  select * into v_post from tidebase.outbox where id = p_delivery_id and run_id = v_run.id for update;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('run %s has no delivery %s', p_run_id, p_delivery_id));
+  elsif v_post.status = 'pending' then
+    perform tidebase._refuse(409, 'delivery_pending', format('delivery %s is still being tried', p_delivery_id));
+  end if;
+  update tidebase.outbox
+     set status = 'pending', attempts = 0, completed_at = null, http_status = null, response_body = null,
+         error_text = null,
+         next_attempt_at = case when not exists (select from tidebase.outbox o where o.status = 'pending'
+                                                    and o.channel_id = v_post.channel_id) then tidebase.now() end
+   where seq = v_post.seq returning * into v_post;
+  return json_build_object('delivery', tidebase._delivery_light(v_post));
+end $$;
+
+-- A run's signals, long payloads left out.    Returns  {"signals"}, null when there is no such run.
+create or replace function tidebase.list_signals (p_run_id text) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+begin
+  return (select json_build_object('signals', (
+            select coalesce(json_agg(json_build_object(
+                     'id', s.id, 'runId', s.run_id, 'name', s.name, 'timedOut', s.timed_out,
+                     'createdAt', tidebase._iso(s.created_at),
+                     'payload', case when octet_length(s.payload::text) <= 1000 then s.payload end,
+                     'payloadBytes', octet_length(s.payload::text),
+                     'payloadOmitted', coalesce(octet_length(s.payload::text) > 1000, false))
+                     order by s.created_at, s.id), '[]')
+              from (select * from tidebase.signals where run_id = p_run_id
+                     order by created_at desc, id desc limit 1000) s))
+            from tidebase.runs r where r.id = p_run_id);
+end $$;
+
+-- The ledger of a run, or of it and all that descends from it: its newest entries, and sums by model.
+-- Returns  {"usage", "byModel", "truncated"}, null when there is no such run.
+create or replace function tidebase.run_usage (p_run_id text, p_subtree boolean, p_limit integer) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_ids  text[] := array[p_run_id];
+  v_rows json[];
+begin
+  if not exists (select from tidebase.runs where id = p_run_id) then
+    return null;
+  elsif p_subtree then
+    v_ids := array(select id from tidebase._subtree(p_run_id, 10000));
+  end if;
+  v_rows := array(
+    select json_build_object(
+             'id', u.id, 'runId', u.run_id, 'stepId', u.step_id, 'stepName', s.name, 'kind', u.kind,
+             'provider', u.provider, 'model', u.model, 'label', u.label, 'quantity', u.quantity, 'unit', u.unit,
+             'inputTokens', u.input_tokens, 'outputTokens', u.output_tokens, 'totalTokens', u.total_tokens,
+             'costUsd', u.cost_usd, 'createdAt', tidebase._iso(u.created_at))
+      from tidebase.usage u left join tidebase.steps s on s.id = u.step_id
+     where u.run_id = any (v_ids) order by u.created_at desc, u.id desc limit p_limit + 1);
+  return json_build_object(
+    'usage', (select coalesce(json_agg(entry order by n desc), '[]')
+                from unnest(v_rows[1:p_limit]) with ordinality as newest (entry, n)),
+    'truncated', cardinality(v_rows) > p_limit,
+    'byModel', (
+      select coalesce(json_agg(json_build_object(
+               'model', model, 'entries', entries, 'runs', runs, 'inputTokens', input_tokens,
+               'outputTokens', output_tokens, 'totalTokens', total_tokens, 'costUsd', cost)
+               order by cost desc, model), '[]')
+        from (select model, count(*) as entries, count(distinct run_id) as runs,
+                     coalesce(sum(input_tokens), 0) as input_tokens, coalesce(sum(output_tokens), 0) as output_tokens,
+                     coalesce(sum(total_tokens), 0) as total_tokens, coalesce(sum(cost_usd), 0) as cost
+                from tidebase.usage where run_id = any (v_ids) group by model) as by_model));
+end $$;
+
+-- What has happened so far in a run that somebody is to decide about.
+create or replace function tidebase._decision_context (p_run_id text) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+begin
+  return (select json_build_object(
+    'steps', (select coalesce(json_agg(json_build_object(
+                       'name', name, 'status', status, 'startedAt', tidebase._iso(started_at),
+                       'completedAt', tidebase._iso(completed_at)) order by position), '[]')
+                from (select name, status, started_at, completed_at, position from tidebase.steps
+                       where run_id = p_run_id order by position desc limit 5) as last),
+    'stepsCompleted', (select count(*) from tidebase.steps where run_id = p_run_id and status = 'completed'),
+    'state', case when octet_length(s.value::text) <= 4000 then s.value end,
+    'stateOmitted', coalesce(octet_length(s.value::text) > 4000, false), 'stateVersion', s.version,
+    'costUsd', (c.cost->>'costUsd')::numeric, 'totalTokens', (c.cost->>'totalTokens')::bigint)
+    from (select tidebase._cost(array[p_run_id]) as cost) as c
+    left join tidebase.states s on s.run_id = p_run_id);
+end $$;
+
+create or replace function tidebase._run_head (r tidebase.runs) returns json language sql stable as $$
+  select json_build_object('id', r.id, 'workflowName', r.workflow_name, 'status', r.status, 'queue', r.queue,
+                           'attempt', r.attempt, 'createdAt', tidebase._iso(r.created_at))
+$$;
+
+-- What waits for a person, oldest first: gates of runs that go on, and steps to be reviewed; or what was decided,
+-- newest first. p_after_at and p_after_id: of the last item of the page before.
+-- Bounds   a call looks at no more than 2,000 of each kind.
+-- Returns  {"items", "count", "more", "nextCursor"}; without p_tokens no gate's token. count: of those that wait.
+create or replace function tidebase.list_approvals (p_decided boolean, p_limit integer, p_after_at timestamptz,
+                                                    p_after_id text, p_tokens boolean)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_most constant integer := 2000;
+  v_items json[];
+  v_last  text;
+  v_count bigint;
+begin
+  select count(*) into v_count from (
+    select from (select run_id from tidebase.gates where status = 'pending' order by created_at, id limit v_most) g
+      join tidebase.runs r on r.id = g.run_id and r.status in ('pending', 'queued', 'running', 'waiting')
+    union all
+    select from (select id from tidebase.steps where review_at is not null order by review_at, id limit v_most) s
+    limit 1001) as waiting;
+  with page as (
+    (select 'gate' as kind, g.id, g.created_at as at, g.run_id
+       from (select * from tidebase.gates where status = 'pending' and not p_decided
+                and (p_after_id is null or (created_at, id) > (p_after_at, p_after_id))
+              order by created_at, id limit v_most) g
+       join tidebase.runs r on r.id = g.run_id and r.status in ('pending', 'queued', 'running', 'waiting')
+      order by g.created_at, g.id limit p_limit)
+    union all
+    (select 'review', id, review_at, run_id from tidebase.steps
+      where review_at is not null and not p_decided
+        and (p_after_id is null or (review_at, id) > (p_after_at, p_after_id)) order by review_at, id limit p_limit)
+    union all
+    (select 'gate', id, resolved_at, run_id from tidebase.gates
+      where resolved_at is not null and p_decided
+        and (p_after_id is null or (resolved_at, id) < (p_after_at, p_after_id))
+      order by resolved_at desc, id desc limit p_limit)
+  ), numbered as (
+    select *, row_number() over (order by case when not p_decided then at end, case when not p_decided then id end,
+                                          case when p_decided then at end desc, case when p_decided then id end desc) as n
+      from page
+  )
+  select array_agg(json_build_object(
+           'kind', p.kind, 'since', tidebase._iso(p.at), 'run', tidebase._run_head(r),
+           'gate', case when g.id is not null then tidebase._gate_asked(g, p_tokens) end,
+           'step', case when s.id is not null then tidebase._step_light(s) end,
+           'context', tidebase._decision_context(p.run_id)) order by n),
+         (array_agg(tidebase._iso(p.at) || '_' || p.id order by n))[p_limit]
+    into v_items, v_last
+    from numbered p join tidebase.runs r on r.id = p.run_id
+    left join tidebase.gates g on p.kind = 'gate' and g.id = p.id
+    left join tidebase.steps s on p.kind = 'review' and s.id = p.id
+   where n <= p_limit;
+  return json_build_object('items', coalesce(array_to_json(v_items), '[]'), 'count', least(v_count, 1000),
+                           'more', v_count > 1000, 'nextCursor', v_last);
+end $$;
+
+-- A gate as a list shows it: large data left out, the token only to who may decide by it.
+create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens boolean)
+  returns json language sql stable as $$
+  select json_build_object(
+    'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt,
+    'data', case when octet_length(g.data::text) <= 65536 then g.data end,
+    'dataOmitted', octet_length(g.data::text) > 65536, 'status', g.status, 'decision', g.decision, 'actor', g.actor,
+    'decisionPayload', case when octet_length(g.decision_payload::text) <= 65536 then g.decision_payload end,
+    'capability', g.capability, 'channels', g.channels,
+    'resolveToken', case when p_tokens and g.status = 'pending' then g.resolve_token end,
+    'reviewUrl', case when p_tokens then tidebase._review_url(g) end, 'expiresAt', tidebase._iso(g.expires_at),
+    'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(g.updated_at),
+    'resolvedAt', tidebase._iso(g.resolved_at))
+$$;
+
+-- What somebody who has a gate's token and no key may see: the gate, and how its run is.
+-- Needs    the token (TB409 gate_token_wrong, as resolve_gate).    Returns  {"gate"}.
+create or replace function tidebase.look_at_gate (p_run_id text, p_gate_id text, p_token text) returns json
+  language plpgsql stable as $$
+declare
+  v_gate tidebase.gates;
+begin
+  select * into v_gate from tidebase.gates where id = p_gate_id and run_id = p_run_id;
+  if v_gate.id is null or sha256(convert_to(v_gate.resolve_token, 'UTF8')) <> sha256(convert_to(p_token, 'UTF8')) then
+    perform tidebase._refuse(409, 'gate_token_wrong', 'there is no such gate, or the token is not its token');
+  end if;
+  return (select json_build_object('gate', json_build_object(
+            'id', v_gate.id, 'runId', v_gate.run_id, 'name', v_gate.name, 'prompt', v_gate.prompt, 'data', v_gate.data,
+            'status', v_gate.status, 'decision', v_gate.decision, 'actor', v_gate.actor,
+            'decisionPayload', v_gate.decision_payload, 'capability', v_gate.capability,
+            'expiresAt', tidebase._iso(v_gate.expires_at), 'createdAt', tidebase._iso(v_gate.created_at),
+            'resolvedAt', tidebase._iso(v_gate.resolved_at), 'workflowName', r.workflow_name, 'runStatus', r.status))
+            from tidebase.runs r where r.id = p_run_id);
+end $$;
+
+-- Notes who asked for work, deletes who did not for a day, and keeps the minutes of the last hour few. p_workers:
+-- [{"owner", "queues", "workflows", "sinceMs", "agoMs"}], the first time and the last so many milliseconds ago.
+create or replace function tidebase.note_workers (p_workers jsonb) returns void language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+begin
+  insert into tidebase.workers as w (owner, queues, workflows, since, last_asked_at)
+  select owner, queues, workflows, v_now - tidebase._ms("sinceMs"), v_now - tidebase._ms("agoMs")
+    from jsonb_to_recordset(p_workers)
+         as given (owner text, queues text[], workflows text[], "sinceMs" bigint, "agoMs" bigint)
+   order by owner  -- the order in which another server's are locked
+  on conflict (owner) do update
+     set queues = excluded.queues, workflows = excluded.workflows,
+         last_asked_at = greatest(w.last_asked_at, excluded.last_asked_at);
+  delete from tidebase.workers where last_asked_at < v_now - interval '1 day';
+  with gone as (
+    delete from tidebase.queue_minutes where minute < v_now - interval '61 min'
+        or (select count(*) from tidebase.queue_minutes) > 10000
+    returning *
+  )
+  insert into tidebase.queue_minutes
+  select queue, minute, sum(claims), sum(failures) from gone
+   where minute >= v_now - interval '61 min' group by queue, minute;
+end $$;
+
+-- Claims and failures of a queue, minute by minute of the last hour, oldest first.
+-- Returns  {"queue", "minutes", "now"}.
+create or replace function tidebase.list_minutes (p_queue text) returns json
+  language plpgsql stable as $$
+declare
+  v_now timestamptz := tidebase.now();
+begin
+  return (
+    select json_build_object('queue', p_queue, 'now', tidebase._iso(v_now), 'minutes', json_agg(json_build_object(
+             'at', tidebase._iso(m.at), 'claims', coalesce(c.claims, 0),
+             'failures', coalesce(c.failures, 0)) order by m.at))
+      from generate_series(date_trunc('minute', v_now) - interval '59 min', date_trunc('minute', v_now),
+                           interval '1 minute') as m (at)
+      left join (select minute, sum(claims) as claims, sum(failures) as failures from tidebase.queue_minutes
+                  where queue = p_queue and minute > v_now - interval '61 min' group by minute) as c
+           on c.minute = m.at);
+end $$;
+
+-- Who asked for work within the last day, or holds a run, the last heard first, at most 500. p_workers: as
+-- note_workers takes them, those not noted yet.    Returns  {"workers", "now"}.
+create or replace function tidebase.list_workers (p_workers jsonb) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_now timestamptz := tidebase.now();
+begin
+  return (
+    with asked as (
+      select owner, min(since) as since, max(at) as at, (array_agg(queues order by at desc))[1] as queues,
+             (array_agg(workflows order by at desc))[1] as workflows
+        from (select owner, since, last_asked_at as at, to_jsonb(queues) as queues, to_jsonb(workflows) as workflows
+                from (select * from tidebase.workers order by last_asked_at desc limit 1000) as noted
+              union all
+              select owner, v_now - tidebase._ms("sinceMs"), v_now - tidebase._ms("agoMs"), queues,
+                     nullif(workflows, 'null')
+                from jsonb_to_recordset(p_workers)
+                     as given (owner text, queues jsonb, workflows jsonb, "sinceMs" bigint, "agoMs" bigint)) as traces
+       group by owner
+    ), held as (
+      select lease_owner as owner, count(*) as running, max(lease_expires_at - tidebase._ms(lease_ms)) as at,
+             min(updated_at) as since, json_agg(json_build_object(
+               'id', id, 'workflowName', workflow_name, 'queue', queue,
+               'heartbeatAt', tidebase._iso(lease_expires_at - tidebase._ms(lease_ms))) order by n)
+               filter (where n <= 20) as runs
+        from (select id, workflow_name, queue, lease_owner, lease_expires_at, lease_ms, updated_at,
+                     row_number() over (partition by lease_owner order by id desc) as n
+                from (select id, workflow_name, queue, lease_owner, lease_expires_at, lease_ms, updated_at
+                        from tidebase.runs where status = 'running' and not stalled limit 10000) as running) as numbered
+       group by lease_owner
+    )
+    select json_build_object('now', tidebase._iso(v_now),
+                             'workers', coalesce(json_agg(worker order by heard desc), '[]'))
+      from (select greatest(a.at, h.at) as heard, json_build_object(
+                     'id', nullif(coalesce(a.owner, h.owner), ''), 'queues', a.queues, 'workflows', a.workflows,
+                     'since', tidebase._iso(coalesce(a.since, h.since)), 'lastAskedAt', tidebase._iso(a.at),
+                     'lastHeardAt', tidebase._iso(greatest(a.at, h.at)), 'running', coalesce(h.running, 0),
+                     'runs', coalesce(h.runs, '[]')) as worker
+              from asked a full join held h on h.owner = a.owner
+             order by 1 desc limit 500) as workers);
+end $$;
+
+-- Fires a schedule now, beside the times it is due at.
+-- Needs    the schedule (TB404); p_id not another workflow's (TB409 run_id_conflict).
+-- Leaves   a run on its queue, with metadata {"schedule", "fireTime"}; the same p_id again nothing.    Returns  {"run"}.
+create or replace function tidebase.run_schedule (p_name text, p_id text) returns json language plpgsql as $$
+declare
+  v_now      timestamptz := tidebase.now();
+  v_schedule tidebase.schedules;
+begin
+  update tidebase.schedules set last_enqueued_at = v_now where name = p_name returning * into v_schedule;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('schedule %s does not exist', p_name));
+  end if;
+  return (select json_build_object('run', tidebase._run_json(e.run))
+            from tidebase._enqueue(v_schedule.queue, jsonb_build_object(
+                   'id', p_id, 'workflowName', v_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
+                   'metadata', jsonb_build_object('schedule', p_name, 'fireTime', tidebase._iso(v_now)),
+                   'maxAttempts', v_schedule.max_attempts), v_schedule.input) e);
+end $$;
+
+-- Deletes a run with all that belongs to it.
+-- Needs    it ended, and its parent, which would begin it anew when it is replayed (TB409 run_not_ended). TB404.
+-- Returns  {"deleted"}.
+create or replace function tidebase.delete_run (p_run_id text) returns json language plpgsql as $$
+declare
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
+begin
+  if v_run.status not in ('completed', 'failed', 'cancelled') then
+    perform tidebase._refuse(409, 'run_not_ended', format('run %s is %s: cancel it first', p_run_id, v_run.status));
+  end if;
+  if exists (select from tidebase.runs where id = v_run.parent_run_id and status <> 'completed') then
+    perform tidebase._refuse(409, 'run_not_ended', format('run %s has a parent that may be replayed', p_run_id));
+  end if;
+  delete from tidebase.runs where id = p_run_id;
+  perform tidebase._tally(v_run.queue, v_run.status, -1);
+  return json_build_object('deleted', p_run_id);
 end $$;
 
 -- ------------------------------------------------------------------------------

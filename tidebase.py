@@ -83,6 +83,7 @@ from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebas
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
+sys.modules.setdefault("tidebase", sys.modules[__name__])  # run as a program, it has another name
 sys.modules.setdefault("tidebase.aio", tidebase_sdk.aio)
 aio = tidebase_sdk.aio
 
@@ -110,9 +111,10 @@ SETTINGS = (
     Setting("TIDEBASE_DATA_DIR", ".tidebase", str, "where the embedded PostgreSQL keeps its data"),
     Setting("TIDEBASE_AUTO_MIGRATE", "1", bool, "0: refuse to start on an older schema instead of updating it"),
     Setting("TIDEBASE_API_KEY", "", str, "the key that clients must send; without it whoever can connect may do all"),
+    Setting("TIDEBASE_READ_KEY", "", str, "a second key: it may read all but the tokens of gates, and write nothing"),
     Setting("TIDEBASE_INSECURE", "0", bool, "1: listen beyond loopback without a key all the same"),
     Setting("TIDEBASE_WEBHOOK_SECRET", "", str, "signs recovery and push webhooks; without it they go out unsigned"),
-    Setting("TIDEBASE_PUBLIC_URL", "", str, "this server's address for reviewers, in resolveUrl; else as it was asked"),
+    Setting("TIDEBASE_PUBLIC_URL", "", str, "this server's address for reviewers (resolveUrl); needed beyond loopback"),
     Setting("TIDEBASE_CORS_ORIGIN", "", str, "an origin, or *, whose pages may call this server; else none may"),
     Setting("TIDEBASE_LEASE_MS", "60000", int, "how long a worker may be silent: three heartbeats of the client"),
     Setting("TIDEBASE_RECONCILE_MS", "5000", int, "how often expired leases, deadlines and the like are looked for"),
@@ -123,6 +125,7 @@ SETTINGS = (
     # places, 200 idle workers cost a quarter of a core.
     Setting("TIDEBASE_PLACES", "500", int, "claims, gates and streams per process that may wait, each in a thread"),
     Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process"),
+    Setting("TIDEBASE_READ_TIMEOUT_MS", "10000", int, "how long PostgreSQL may take to read what a GET asks for"),
     Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port"),
 )
 # Set for the client, the examples or by the platform; not ours to warn about.
@@ -144,6 +147,7 @@ class Config:
     data_dir: str
     auto_migrate: bool
     api_key: str
+    read_key: str
     insecure: bool
     webhook_secret: str
     public_url: str
@@ -155,6 +159,7 @@ class Config:
     threads: int
     places: int
     pool: int
+    read_timeout_ms: int
     web_concurrency: int
 
     @classmethod
@@ -192,7 +197,7 @@ class Config:
         """Refuse what cannot work, or is not safe.  :raises ConfigError: with the setting and the way out."""
         limits = {"port": (0, 65535), "lease_ms": (100, 86_400_000), "reconcile_ms": (10, 3_600_000),
                   "retention_days": (0, 36_500), "max_body": (1024, 1 << 30), "threads": (4, 1024), "places": (1, 5000),
-                  "pool": (2, 1024), "web_concurrency": (1, 64)}
+                  "pool": (2, 1024), "read_timeout_ms": (10, 3_600_000), "web_concurrency": (1, 64)}
         for field, (low, high) in limits.items():
             if not low <= getattr(self, field) <= high:
                 name = next(s.name for s in SETTINGS if s.name.removeprefix("TIDEBASE_").lower() == field)
@@ -202,6 +207,9 @@ class Config:
         except psycopg.ProgrammingError:  # its words repeat the password
             raise ConfigError("DATABASE_URL is no address of a PostgreSQL, such as "
                               "postgresql://user:password@host:5432/database") from None
+        if self.read_key and self.api_key in ("", self.read_key):
+            raise ConfigError("TIDEBASE_READ_KEY is for those who may only read: set TIDEBASE_API_KEY, to another key, "
+                              "for the others")
         if self.host not in LOOPBACK and not self.api_key and not self.insecure:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
                               "send (or TIDEBASE_INSECURE=1 to let anyone in)")
@@ -224,8 +232,12 @@ def invalid(path: str, message: str) -> Refusal:
     return Refusal(400, "invalid_request", "invalid request body", issues=[{"path": path, "message": message}])
 
 
+# On every answer: what browsers must not guess at, nor they or proxies keep.
+SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
+
 def reply(text: str, status: int = 200) -> Reply:
-    return text, status, {"Content-Type": "application/json"}
+    return text, status, {"Content-Type": "application/json", **SAFE_HEADERS}
 
 
 def answer_to(error: Exception) -> Reply:
@@ -261,6 +273,9 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     # 22: a value out of range or not JSON for Postgres; 54: too long for an index, or nested too deeply.
     if state.startswith(("22", "54")):
         return refused(invalid("", (error.diag.message_primary or "a value was refused").split("\n")[0]))
+    if isinstance(error, psycopg.errors.QueryCanceled):
+        return busy(reply('{"error": "the database took too long to answer this: ask for less, or send it again later",'
+                          ' "code": "query_timeout"}', 503))
     # 25006: a standby after a failover. The rest of these classes are connections, locks, resources, shutdown.
     if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)) or state == "25006":
         return busy(reply('{"error": "the database is away: send this again", "code": "database_unavailable"}', 503))
@@ -275,6 +290,21 @@ def refusal_of(error: psycopg.Error) -> tuple[str, int]:
     """The body and the status of a refusal of schema.sql."""
     words, detail = json.dumps(error.diag.message_primary), error.diag.message_detail or ""
     return '{"error": ' + words + ", " + detail[1:], int((error.sqlstate or "")[2:])
+
+
+LOGGED_CHARACTERS = 120  # of what somebody else wrote: a line of the log is no place for a payload
+
+
+def one_line(text: str) -> str:
+    """The first words of somebody's text, for a line of the log."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * LOGGED_CHARACTERS]).split())
+    return words if len(words) <= LOGGED_CHARACTERS else words[:LOGGED_CHARACTERS] + "…"
+
+
+def place_of(run: dict[str, Any]) -> str:
+    """Its workflow and queue, for a line of the log."""
+    queue = "no queue" if run["queue"] is None else f"queue {one_line(run['queue'])}"
+    return f"workflow {one_line(run['workflowName'])}, {queue}"
 
 
 def busy(answer: Reply) -> Reply:
@@ -416,11 +446,25 @@ def read_body(raw: bytes, schema: Body) -> dict[str, Any]:
 # Schemas: what a body may hold. Optional is not nullable: null is refused where the type has none.
 # ------------------------------------------------------------------------------
 MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits to about 2,700 bytes
-MAX_MS = 10 * 365 * 86_400_000  # ten years: longer is a mistake of units
+MAX_MS = 36_525 * 86_400_000  # a hundred years: longer is a mistake of units
 MAX_WAIT_MS = 25_000  # proxies close what is silent for 30 s
+MAX_ATTEMPTS = 1_000_000
+MAX_PRIORITY = 2**31 - 1
+MAX_CLAIM_QUEUES = 1000
+MAX_FILTERS = 16  # metadata filters of a list
+MAX_RUN_CHANNELS = 32
+MAX_GATE_CHANNELS = 8
 MAX_BATCH = 10_000
 MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
-ID = validate.Regexp(r"[A-Za-z0-9_.:-]{1,128}\Z", error="must be 1 to 128 of A-Z a-z 0-9 _ . : -")
+# As parts of a URL . and .. are the folder and the one above it.
+ID = validate.Regexp(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z",
+                     error="must be 1 to 128 of A-Z a-z 0-9 _ . : -, and not . or ..")
+LIMITS = (
+    f"Names are at most {MAX_NAME} characters long, priorities integers of 32 bits, maxAttempts 1 to {MAX_ATTEMPTS:,}. "
+    f"Delays and timeouts reach 100 years ahead, waitMs {MAX_WAIT_MS // 1000} seconds. A claim names at most "
+    f"{MAX_CLAIM_QUEUES:,} queues, a list of runs {MAX_FILTERS} metadata filters; a run has at most {MAX_RUN_CHANNELS} "
+    f"channels, a gate {MAX_GATE_CHANNELS}, a batch {MAX_BATCH:,} runs or {MAX_WRITES:,} writes, a number "
+    f"{MAX_NUMBER:,} characters, a body TIDEBASE_MAX_BODY bytes (16 MiB unless set otherwise).")
 
 
 def _no_nul(value: str) -> None:
@@ -548,8 +592,23 @@ class JsonObject(JsonValue):
             schema_of(self.shape).load(value.value, partial=True)
 
 
+class OneOrMany(fields.Field[Any]):
+    """A list, or a string that stands for a list of one."""
+
+    json_schema: ClassVar[dict[str, Any]] = {"type": ["array", "string", "null"]}
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if isinstance(value, (list, str)):
+            return value
+        raise marshmallow.ValidationError("must be a list, or a string")
+
+
 class Names(fields.Field[Any]):
     """A list of names, or true for all."""
+
+    json_schema: ClassVar[dict[str, Any]] = {"anyOf": [
+        {"const": True},
+        {"type": "array", "maxItems": MAX_BATCH, "items": {"type": "string", "minLength": 1, "maxLength": MAX_NAME}}]}
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         if value is True or (isinstance(value, list) and len(value) <= MAX_BATCH
@@ -621,6 +680,11 @@ class ChannelBody(Body):
     events = fields.List(Name())
 
 
+def channels_up_to(count: int) -> fields.List[Any]:
+    """Where to send the events of a run, or of a gate: each event is written once for each of them."""
+    return fields.List(fields.Nested(ChannelBody), load_default=list, validate=validate.Length(max=count))
+
+
 class RunFields(Body):
     """What every way to make a run takes."""
 
@@ -628,7 +692,7 @@ class RunFields(Body):
     input = JsonText(empty="{}")
     metadata = JsonObject()
     recovery_webhook = Url(data_key="recoveryWebhook", load_default=None)
-    channels = fields.List(fields.Nested(ChannelBody), load_default=list)
+    channels = channels_up_to(MAX_RUN_CHANNELS)
     deadline_ms = Whole(1, MAX_MS, data_key="deadlineMs", load_default=None)
 
 
@@ -643,8 +707,8 @@ class EnqueueBody(RunFields):
     dedupe_key = Name(data_key="dedupeKey", load_default=None)
     delay_ms = Whole(0, MAX_MS, data_key="delayMs", load_default=None)
     run_at = fields.AwareDateTime(format="iso", data_key="runAt", load_default=None, default_timezone=UTC)
-    max_attempts = Whole(1, 1000, data_key="maxAttempts", load_default=3)  # so that a dead worker's run goes on
-    priority = Whole(-1_000_000, 1_000_000, load_default=0)
+    max_attempts = Whole(1, MAX_ATTEMPTS, data_key="maxAttempts", load_default=3)  # so that a dead worker's run goes on
+    priority = Whole(-MAX_PRIORITY - 1, MAX_PRIORITY, load_default=0)
 
 
 class EnqueueManyBody(Body):
@@ -679,7 +743,7 @@ class CompleteRunBody(Body):
 
 class FailRunBody(Body):
     lease_owner = Name(data_key="leaseOwner", load_default=None)
-    error = JsonText(required=True)
+    error = JsonText()
     failure_class = Name(data_key="failureClass", load_default=None)
     retryable = Flag(load_default=True)
 
@@ -694,17 +758,18 @@ class RecoverBody(Body):
 
 
 class StepOptions(Body):
-    """What a step's options promise of it; they may hold more."""
+    """What a step's options promise of it; they may hold more. Here null counts as absent."""
 
-    side_effects = fields.List(fields.Raw(), data_key="sideEffects")
-    idempotency_key = Text(data_key="idempotencyKey")
-    replay = fields.Str(validate=validate.OneOf(["auto", "manual", "never"]))
-    side_effect = Text(data_key="sideEffect")  # the older spelling of sideEffects and, below, of replay
-    on_ambiguous_failure = fields.Str(data_key="onAmbiguousFailure", validate=validate.OneOf(
+    side_effects = OneOrMany(data_key="sideEffects", allow_none=True)
+    idempotency_key = Text(data_key="idempotencyKey", allow_none=True)
+    replay = fields.Str(allow_none=True, validate=validate.OneOf(["auto", "manual", "never"]))
+    # The older spelling of sideEffects and, below, of replay.
+    side_effect = Text(data_key="sideEffect", allow_none=True)
+    on_ambiguous_failure = fields.Str(data_key="onAmbiguousFailure", allow_none=True, validate=validate.OneOf(
         ["retry", "review", "fail"]))
-    checkpoint_invariant = Text(data_key="checkpointInvariant")
-    verified_by = Text(data_key="verifiedBy")
-    credentials = fields.List(fields.Raw())
+    checkpoint_invariant = fields.Raw(data_key="checkpointInvariant", allow_none=True)
+    verified_by = fields.Raw(data_key="verifiedBy", allow_none=True)
+    credentials = fields.Raw(allow_none=True)
 
 
 class StepFields(Body):
@@ -771,8 +836,8 @@ class ChildBody(RunFields):
     edge_type = Name(data_key="edgeType", load_default="child")
     edge_metadata = JsonObject(data_key="edgeMetadata")
     queue = Name(load_default=None)
-    max_attempts = Whole(1, 1000, data_key="maxAttempts", load_default=3)
-    priority = Whole(-1_000_000, 1_000_000, load_default=0)
+    max_attempts = Whole(1, MAX_ATTEMPTS, data_key="maxAttempts", load_default=3)
+    priority = Whole(-MAX_PRIORITY - 1, MAX_PRIORITY, load_default=0)
 
 
 class WaitFor(Body):
@@ -812,7 +877,7 @@ class BeginGateBody(Body):
     name = Name(required=True)
     prompt = Text(required=True)
     data = JsonText(empty="{}")
-    channels = fields.List(fields.Nested(ChannelBody), load_default=list)
+    channels = channels_up_to(MAX_GATE_CHANNELS)
     capability = JsonText()
     timeout_ms = Whole(1, MAX_MS, data_key="timeoutMs", load_default=None)
 
@@ -821,14 +886,14 @@ class ResolveGateBody(Body):
     token = Text(required=True)
     decision = fields.Str(required=True, validate=validate.OneOf(["approved", "rejected", "canceled"]))
     actor = Text(load_default=None)
-    payload = JsonText()
+    payload = JsonText(empty="{}")
 
 
 class About(Body):
     """What may be said of a version of the state."""
 
     id = Text(ID)
-    label = Text()
+    label = Name()
     reason = Text()
     importance = fields.Str(validate=validate.OneOf(["transient", "normal", "checkpoint", "milestone"]))
     metadata = JsonObject()
@@ -837,13 +902,13 @@ class About(Body):
 
 
 class PutStateBody(About):
-    value = JsonValue(required=True)
+    value = JsonValue()
     stream = Name(load_default="run")
     if_version = Whole(0, 2**31 - 1, data_key="ifVersion", load_default=None)
 
 
 class PatchStateBody(PutStateBody):
-    value = JsonObject(required=True)
+    value = JsonObject()
 
 
 class SaveStateBody(About):
@@ -858,7 +923,7 @@ class SnapshotTarget(Body):
 
 class SnapshotBody(About):
     label = Name(required=True)
-    state = JsonValue(required=True)
+    state = JsonValue()
     target = fields.Nested(SnapshotTarget, load_default=None)
 
 
@@ -888,14 +953,14 @@ class ScheduleBody(Body):
     workflow_name = Name(data_key="workflowName", required=True)
     input = JsonText(empty="{}")
     queue = Name(load_default="default")
-    max_attempts = Whole(1, 1000, data_key="maxAttempts", load_default=3)
+    max_attempts = Whole(1, MAX_ATTEMPTS, data_key="maxAttempts", load_default=3)
     enabled = Flag(load_default=True)
 
 
 class ClaimBody(Body):
     """POST /queues/claim"""
 
-    queues = fields.List(Name(), required=True, validate=validate.Length(1, 100))
+    queues = fields.List(Name(), required=True, validate=validate.Length(1, MAX_CLAIM_QUEUES))
     id = Text(ID, load_default=None)
     lease_owner = Name(data_key="leaseOwner", load_default=None)
     limit = Whole(1, 100, load_default=1)
@@ -949,6 +1014,7 @@ class QueueConfigBody(Body):
     concurrency = Whole(1, 1_000_000, allow_none=True)
     rate_per_minute = Whole(1, 100_000_000, data_key="ratePerMinute", allow_none=True)
     invoke_url = Url(data_key="invokeUrl", allow_none=True)
+    paused = Flag()
 
 
 # ------------------------------------------------------------------------------
@@ -1028,14 +1094,16 @@ def is_away(error: psycopg.Error) -> bool:
 
 
 class Database:
-    """One pool; `call` and, where there are many answers, `rows` are the only ways from here to the rules."""
+    """One pool; `call` and, where there are many answers, `rows` are the only ways from here to the rules. What a GET
+    asks for is read by `read` and `select`, within a limit of time."""
 
-    def __init__(self, conninfo: str, size: int) -> None:
+    def __init__(self, conninfo: str, size: int, read_ms: int = 10_000) -> None:
         # Functions answer JSON text, which is passed on: it must not be parsed.
         adapters = psycopg.adapt.AdaptersMap(psycopg.adapters)
         adapters.register_loader("json", psycopg.types.string.TextLoader)
         adapters.register_dumper(JsonArray, JsonArrayDumper)
         self.conninfo = conninfo
+        self.read_ms = read_ms
         self.pool = psycopg_pool.ConnectionPool(
             conninfo, min_size=1, max_size=size, open=False, name="tidebase",
             timeout=CONNECT_SECONDS, reconnect_timeout=CONNECT_SECONDS,  # then the next request tries anew
@@ -1086,6 +1154,26 @@ class Database:
         marks = ", ".join(["%s"] * len(arguments))
         with self.connection() as connection:
             return connection.execute(f"select * from tidebase.{function}({marks})", arguments).fetchall()  # noqa: S608
+
+    def read(self, function: str, *arguments: Any) -> tuple[str | None, int]:
+        """Call a function that only reads, likewise, for at most `read_ms`.
+
+        :raises psycopg.errors.QueryCanceled: it took longer.
+        """
+        marks = ", ".join(["%s"] * len(arguments))
+        [row] = self.select(f"select * from tidebase.{function}({marks})", arguments)  # noqa: S608
+        return row[0], row[1] if len(row) > 1 else 200
+
+    def select(self, query: LiteralString | psycopg.sql.Composed, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """The rows of a query, likewise."""
+        with self.connection() as connection:
+            text = query if isinstance(query, str) else query.as_string(connection)
+            # Both statements in one message, which is one transaction: the limit ends with it, and holds for the second
+            # one, since PostgreSQL counts the time of each statement by itself. Only a ClientCursor can send two.
+            cursor = psycopg.ClientCursor(connection)
+            cursor.execute(f"select set_config('statement_timeout', '{self.read_ms}', true); {text}", values)
+            cursor.nextset()
+            return cursor.fetchall()
 
     def count(self, function: str, *arguments: Any) -> int:
         """Call a function that answers how much it did."""
@@ -1420,7 +1508,7 @@ class Reconciler:
         done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in (
             "expire_gates", "wake_due", "offer_runs", "fold_tallies"))
         if self.away_since is None and time.monotonic() >= self.patient_until:
-            done += self.database.count("expire_leases", SWEEP_LIMIT)
+            done += self._expire_leases()
         # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
         done += sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
         done += self._fire_schedules()
@@ -1431,6 +1519,20 @@ class Reconciler:
             self.away_since = None
             self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
         return done
+
+    def _expire_leases(self) -> int:
+        expired, runs = self.database.rows("expire_leases", SWEEP_LIMIT)[0]
+        for run in json.loads(runs):
+            self._log_expired(run)
+        return int(expired)
+
+    @staticmethod
+    def _log_expired(run: dict[str, Any]) -> None:
+        outcome = ("it is stalled until somebody begins it" if run["queue"] is None
+                   else "it is queued again" if run["attempt"] < run["maxAttempts"] else "it failed")
+        logger.warning("the lease of run %s (%s) expired in attempt %d of %d, held by %s; %s", run["runId"],
+                       place_of(run), run["attempt"], run["maxAttempts"], one_line(run["leaseOwner"]), outcome,
+                       extra={"event": "lease_expired", "run_id": run["runId"]})
 
     def _fire_schedules(self) -> int:
         due = json.loads(self.database.call("due_schedules")[0] or "{}")
@@ -1523,7 +1625,8 @@ class Entrance:
         return refused(Refusal(status, code, http.HTTPStatus(status).phrase.lower()))
 
     def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
-        check_key()
+        if not check_key():
+            raise read_only()
         return view(*map(part_of, parts))
 
     def _alone(self, environ: dict[str, Any], ask: Callable[[], Asked]) -> Reply:
@@ -1688,32 +1791,81 @@ def alone(ask: Callable[[], Asked]) -> Reply:
         return answer_to(error)
 
 
+def log_failure(run_id: str, text: str) -> None:
+    """Log what fail_run answered: which run, and no more of its error than its first words."""
+    try:
+        answer = json.loads(text)
+    except RecursionError:  # a payload may be nested just deeply enough to be taken and not to be read again
+        logger.warning("run %s failed; its payloads are nested too deeply to show why", run_id,
+                       extra={"event": "run_failed", "run_id": run_id})
+        return
+    run, error = answer["run"], answer["run"]["error"]
+    if run["status"] not in ("failed", "queued"):  # it had ended before
+        return
+    said = [error.get("name"), error.get("message")] if isinstance(error, dict) else [error]
+    words = one_line(": ".join(text for text in said if text and isinstance(text, str)))
+    logger.warning("run %s (%s) failed in attempt %d of %d%s; %s", run_id, place_of(run), run["attempt"],
+                   run["maxAttempts"], words and f": {words}",
+                   f"it is queued again for {run['runAt']}" if answer["requeued"] else "it is not queued again",
+                   extra={"event": "run_requeued" if answer["requeued"] else "run_failed", "run_id": run_id})
+
+
 def found(text: str | None, run_id: str) -> Reply:
     if text is None:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
     return reply(text)
 
 
-def whole_of(name: str, text: str, high: int) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) > high:
-        raise invalid(name, f"must be a whole number up to {high}")
+def query(*names: str, prefix: str | None = None, text: str | None = None) -> dict[str, str]:
+    """The query string of a route that takes these parameters, and any that begin with `prefix`; or `text` instead.
+
+    :raises Refusal: 400, with what it does not take, or is there twice, named.
+    """
+    given = flask.request.args.items(multi=True) if text is None else urllib.parse.parse_qsl(
+        text.removeprefix("?"), keep_blank_values=True)
+    asked: dict[str, str] = {}
+    for name, value in given:
+        if "\x00" in name or "\x00" in value:
+            raise invalid(name[:100].replace("\x00", ""), "must not contain NUL")
+        if name not in names and not (prefix and name.startswith(prefix)):
+            near = difflib.get_close_matches(name, names, 1)
+            raise invalid(name[:100], "is not a parameter of this route"
+                                      + (f"; did you mean {near[0]}?" if near else ""))
+        if name in asked:
+            raise invalid(name[:100], "is there twice")
+        asked[name] = value
+    return asked
+
+
+def choice_of(name: str, text: str | None, choices: Sequence[str], default: str) -> str:
+    """A word of the query string.  :raises Refusal: 400, when it is none of the choices."""
+    if text is not None and text not in choices:
+        raise invalid(name, f"must be one of {', '.join(choices)}")
+    return default if text is None else text
+
+
+def whole_of(name: str, text: str, high: int, low: int = 0) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text) or not low <= int(text) <= high:
+        raise invalid(name, f"must be a whole number from {low} to {high}")
     return int(text)
 
 
-def held(run_id: str, read: Callable[[], tuple[str | None, int]], is_over: Callable[[Any], bool]) -> Reply:
-    """What `read` answers, held back for ?waitMs= until it is over.
+def held(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString,
+         *arguments: str | bool) -> Reply:
+    """What a function of schema.sql answers, held back for `wait_ms`, as the query string has it, until it is over.
 
-    :param read: the answer's text, and the run's event number that it is of; it is asked again when events follow.
+    :param is_over: the condition for that, in SQL, of its `body`.
+    :param function: answers `body` and `seq`, the run's event number; it is asked again when events follow.
     """
     waiter, latest = Waiter(run_id=run_id), ""
 
     def ask() -> str | None:
         nonlocal latest
-        text, waiter.seq = read()
-        latest = text or ""
-        return latest if not seconds or is_over(json.loads(latest)) else None
+        [(latest, waiter.seq, over)] = core().database.select(
+            f"select body, seq, {is_over} from tidebase.{function}({marks})", arguments)  # noqa: S608
+        return latest if over or not seconds else None
 
-    seconds = whole_of("waitMs", flask.request.args.get("waitMs", "0"), MAX_WAIT_MS) / 1000
+    seconds, marks = whole_of("waitMs", wait_ms, MAX_WAIT_MS) / 1000, ", ".join(["%s"] * len(arguments))
     try:
         core().watcher.hold(waiter, ask, seconds)
     except Busy:
@@ -1726,19 +1878,33 @@ def new_owner() -> str:
 
 
 # The first three hold no secret; a gate's token is the credential that resolves it.
-WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate"}
+WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate", "studio.look_at_gate",
+               "studio.front", "studio.page"}
+PAGES = {"studio.front", "studio.page"}  # for people, and no part of the interface that /openapi.json describes
+# Their bodies are questions: they write nothing.
+READS = {"studio.list_changes", "studio.preview_schedule"}
 
 
 PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
 
 
-def check_key(given: str | None = None) -> None:
-    """:raises Refusal: 401, unless `given` or, without it, the Authorization header is the key."""
-    if key := core().config.api_key:
-        sent = here.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace") if given is None else (
-            f"Bearer {given}".encode())
-        if not hmac.compare_digest(sent, b"Bearer " + key.encode()):
-            raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+def check_key(given: str | None = None) -> bool:
+    """Whether `given` or, without it, the Authorization header is the key that may write, and not the one that only
+    reads.  :raises Refusal: 401, when it is neither."""
+    config = core().config
+    if not config.api_key:
+        return True
+    sent = here.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace") if given is None else (
+        f"Bearer {given}".encode())
+    if hmac.compare_digest(sent, b"Bearer " + config.api_key.encode()):
+        return True
+    if not config.read_key or not hmac.compare_digest(sent, b"Bearer " + config.read_key.encode()):
+        raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+    return False
+
+
+def read_only() -> Refusal:
+    return Refusal(403, "read_only", "this key may only read")
 
 
 def check_prepared() -> None:
@@ -1749,20 +1915,24 @@ def check_prepared() -> None:
 
 def authorize() -> flask.Response | None:
     """Before every request that goes through Flask: preflights are answered, key and database checked."""
-    request = flask.request
+    request, flask.g.may_write = flask.request, True
     if request.method == "OPTIONS" and core().config.cors_origin:
         return flask.Response(status=204)
-    if request.path in ("/health", "/openapi.json", "/docs"):
+    if request.path in ("/health", "/openapi.json", "/docs") or request.endpoint in PAGES:
         return None
     if request.endpoint not in WITHOUT_KEY:
         # Browsers' streams send no headers.
-        check_key(request.args.get("token") if request.endpoint == "routes.stream_events" else None)
+        flask.g.may_write = check_key(
+            request.args.get("token") if request.endpoint == "routes.stream_events" else None)
+        if not flask.g.may_write and request.method not in ("GET", "HEAD") and request.endpoint not in READS:
+            raise read_only()
     check_prepared()
     return None
 
 
-def allow_origin(response: flask.Response) -> flask.Response:
-    """After every request, when TIDEBASE_CORS_ORIGIN is set."""
+def add_headers(response: flask.Response) -> flask.Response:
+    """After every request: what all answers carry, and what TIDEBASE_CORS_ORIGIN allows."""
+    response.headers.update(SAFE_HEADERS)
     if origin := core().config.cors_origin:
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE, OPTIONS"
@@ -1829,7 +1999,7 @@ def health() -> Reply:
 
 @functools.cache
 def described() -> dict[str, Any]:
-    return openapi.document(app, __version__, WITHOUT_KEY)
+    return openapi.document(app, __version__, WITHOUT_KEY, PAGES, LIMITS)
 
 
 @routes.get("/openapi.json")
@@ -1863,63 +2033,39 @@ def create_run(workflow_name: str) -> Reply:
                 channels_of(body), body["deadline_ms"])
 
 
-LISTED: dict[str, LiteralString] = {
-    "status": "r.status = %s", "workflow": "r.workflow_name = %s", "queue": "r.queue = %s"}
+STATUSES = ("pending", "queued", "running", "waiting", "completed", "failed", "cancelled")
+NOT_ONLY_TEXT = re.compile(r"-?(0|[1-9][0-9]{,99})(\.[0-9]{1,99})?|true|false|null")
 
 
 @routes.get("/runs")
 def list_runs() -> Reply:
-    """Runs, newest first.  ?status ?workflow ?queue ?metadata.KEY ?limit:1..1000=100 ?before (a nextCursor)
-    200 {runs, nextCursor?}."""
-    conditions, values = list[LiteralString](["true"]), list[Any]()
-    asked = flask.request.args
-    for name, text in asked.items():
-        if "\x00" in text or "\x00" in name:
-            raise invalid(name[:100].replace("\x00", ""), "must not contain NUL")
-        if name in LISTED:
-            conditions.append(LISTED[name])
-            values.append(text)
-        elif name.startswith("metadata."):
-            # A query string has no types: 5 finds both "5" and 5.
-            key, found = name.removeprefix("metadata."), [json.dumps(text)]
-            if re.fullmatch(r"-?(0|[1-9][0-9]{,99})(\.[0-9]{1,99})?|true|false|null", text):
-                found.append(text)
-            conditions.append("r.metadata <> '{}' and (" + " or ".join(["r.metadata @> %s::jsonb"] * len(found)) + ")")
-            values += [f"{{{json.dumps(key)}: {value}}}" for value in found]
-    limit = asked.get("limit", "100")
-    if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= 1000:
-        raise invalid("limit", "must be 1 to 1000")
-    if before := asked.get("before"):
-        cursor = re.fullmatch(r"(\d{1,15})_([A-Za-z0-9_.:-]{1,128})", before)
-        if not cursor:
-            raise invalid("before", "must be a nextCursor")
-        conditions.append("(r.created_at, r.id) < (to_timestamp(%s::bigint / 1000.0), %s)")
-        values += cursor.groups()
-    query = psycopg.sql.SQL(
-        "select coalesce(json_agg(tidebase._run_json(run) order by created_at desc, id desc), '[]'), count(*),"
-        " (extract(epoch from min(created_at)) * 1000)::bigint, (array_agg(id order by created_at, id))[1]"
-        " from (select r as run, r.created_at, r.id from tidebase.runs r where {}"
-        " order by r.created_at desc, r.id desc limit %s) page"
-    ).format(psycopg.sql.SQL(" and ").join(map(psycopg.sql.SQL, conditions)))
-    with core().database.connection() as connection:
-        row = connection.execute(query, [*values, int(limit)]).fetchone()
-    assert row is not None
-    cursor_text = json.dumps(f"{row[2]}_{row[3]}" if row[1] == int(limit) else None)
-    return reply('{"runs": ' + row[0] + ', "nextCursor": ' + cursor_text + "}")
+    """Runs, newest first, or as sort says; a search looks at so many runs at a time, and its cursor goes on.
+    ?status (several by comma) ?workflow ?queue ?failureClass ?metadata.KEY (at most 16 of these) ?since:time
+    ?until:time ?text (an id, or what an error holds) ?errors:true|false (true: failed, or queued again after it)
+    ?parent
+    ?sort:newest|oldest|ended=newest ?view:light|full=full (light: without payloads) ?limit:1..1000=100
+    ?before (a nextCursor)  200 {runs:[shownRun] or [lightRun], nextCursor?}."""
+    asked = query(*studio.LIST_PARAMETERS, *studio.FILTERS, prefix="metadata.")
+    runs, _, cursor = studio.list_runs(asked)
+    return reply(f'{{"runs": {runs}, "nextCursor": {json.dumps(cursor)}}}')
+
+
+DETAILS = ("run", "steps", "state", "stateStreams", "stateVersions", "runEdges", "childRuns", "recoveryAttempts",
+           "channels", "channelDeliveries", "gates", "usage", "events")
 
 
 @routes.get("/runs/<part:run_id>")
 def get_run(run_id: str) -> Reply:
     """All that is known of a run, or parts of it; with waitMs the run alone, as soon as it ended.
     ?include (run,state,gates and so on) ?waitMs:0..25000=0  200 runDetail, 404."""
-    if "waitMs" in flask.request.args:
-        return held(run_id, lambda: core().database.call("get_run", run_id),
-                    lambda body: body["run"]["status"] in ENDED)
-    include = flask.request.args.get("include")
-    if include and "\x00" in include:
-        raise invalid("include", "must not contain NUL")
-    text, _ = core().database.call("run_detail", run_id, include.split(",") if include else None)
-    return found(text, run_id)
+    asked = query("include", "waitMs")
+    if "waitMs" in asked:
+        return held(run_id, asked["waitMs"], f"body->'run'->>'status' in {ENDED}", "get_run", run_id)
+    include = asked["include"].split(",") if asked.get("include") else None
+    for part in include or ():
+        choice_of("include", part, DETAILS, "")
+    return found(core().database.read("run_detail", run_id, include, core().traces.queues(), flask.g.may_write)[0],
+                 run_id)
 
 
 @routes.post("/runs/<part:run_id>/begin")
@@ -1955,7 +2101,9 @@ def complete_run(run_id: str) -> Writes:
 def fail_run(run_id: str) -> Reply:
     """Report a failed attempt.  200 {run, requeued}, 404, 409 lease_lost."""
     body = parse(FailRunBody)
-    return call("fail_run", run_id, body["lease_owner"], body["error"], body["failure_class"], body["retryable"])
+    answer = call("fail_run", run_id, body["lease_owner"], body["error"], body["failure_class"], body["retryable"])
+    log_failure(run_id, answer[0])
+    return answer
 
 
 @routes.post("/runs/<part:run_id>/cancel")
@@ -2050,22 +2198,22 @@ def record_steps() -> Writes:
 def begin_gate(run_id: str) -> Reply:
     """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled."""
     body = parse(BeginGateBody)
-    base_url = (core().config.public_url or flask.request.host_url).rstrip("/")
     return call("begin_gate", run_id, body["name"], body["prompt"], body["data"], channels_of(body),
-                body["capability"], body["timeout_ms"], base_url)
+                body["capability"], body["timeout_ms"], core().public_url)
 
 
 @routes.get("/runs/<part:run_id>/gates/<part:gate_id>")
 def get_gate(run_id: str, gate_id: str) -> Reply:
     """A gate, at once or as soon as it is decided.  ?waitMs:0..25000=0 (how long to wait for it)
     200 {gate, runStatus}, 404."""
-    return held(run_id, lambda: core().database.call("get_gate", run_id, gate_id),
-                lambda body: body["gate"]["status"] != "pending" or body["runStatus"] in ENDED)
+    return held(run_id, query("waitMs").get("waitMs", "0"),
+                f"body->'gate'->>'status' <> 'pending' or body->>'runStatus' in {ENDED}", "get_gate", run_id, gate_id,
+                flask.g.may_write)
 
 
 @routes.post("/runs/<part:run_id>/gates/<part:gate_id>/resolve")
 def resolve_gate(run_id: str, gate_id: str) -> Reply:
-    """Decide it, by its token alone.  200 {gate}, 409 gate_token_wrong, gate_resolved."""
+    """Decide it, by its token alone.  200 {gate}, 409 gate_token_wrong, gate_resolved, run_ended."""
     body = parse(ResolveGateBody)
     return call("resolve_gate", run_id, gate_id, body["token"], body["decision"], body["actor"], body["payload"])
 
@@ -2093,8 +2241,8 @@ def send_signal(run_id: str) -> Reply:
 def get_signal(run_id: str, name: str) -> Reply:
     """A signal, null while there is none; at once or as soon as it is sent.
     ?waitMs:0..25000=0 (how long to wait for it)  200 {signal?, runStatus}, 404."""
-    return held(run_id, lambda: core().database.call("get_signal", run_id, name),
-                lambda body: body["signal"] is not None or body["runStatus"] in ENDED)
+    return held(run_id, query("waitMs").get("waitMs", "0"),
+                f"body->>'signal' is not null or body->>'runStatus' in {ENDED}", "get_signal", run_id, name)
 
 
 # --- state, snapshots, usage
@@ -2124,19 +2272,24 @@ def patch_state(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/state/save")
 def save_state(run_id: str) -> Reply:
-    """Label the current value.  200 {stateVersion}, 404, 409 version_id_conflict."""
+    """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 version_id_conflict."""
     body = parse(SaveStateBody)
     return call("save_state", run_id, body["stream"], about(body))
 
 
 @routes.get("/runs/<part:run_id>/state/versions")
 def list_versions(run_id: str) -> Reply:
-    """By stream and version.  ?stream ?labeled (true: only those with a label)  200 {stateVersions}, 404."""
-    stream = flask.request.args.get("stream")
-    if stream and "\x00" in stream:
-        raise invalid("stream", "must not contain NUL")
-    labeled = flask.request.args.get("labeled") == "true"
-    return found(core().database.call("list_versions", run_id, stream, labeled)[0], run_id)
+    """By stream and version.  ?stream ?labeled:true|false=false (true: only those with a label)
+    ?view:light|full=full (light: without their values, in pages) ?limit:1..1000=200 ?after (a nextCursor)
+    200 {stateVersions} or {stateVersions:[lightStateVersion], nextCursor?:string}, 404."""
+    asked = query("stream", "labeled", "view", "limit", "after")
+    stream = asked.get("stream")
+    labeled = choice_of("labeled", asked.get("labeled"), ("true", "false"), "false") == "true"
+    limit = whole_of("limit", asked.get("limit", "200"), 1000, 1)
+    if choice_of("view", asked.get("view"), ("light", "full"), "full") == "light":
+        return found(core().database.read("list_versions_light", run_id, stream, labeled, asked.get("after"), limit)[0],
+                     run_id)
+    return found(core().database.read("list_versions", run_id, stream, labeled)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/snapshots")
@@ -2150,7 +2303,8 @@ def create_snapshot(run_id: str) -> Reply:
 @routes.get("/runs/<part:run_id>/snapshots")
 def list_snapshots(run_id: str) -> Reply:
     """Labelled versions, newest first.  200 {snapshots:[stateVersion]}, 404."""
-    return found(core().database.call("list_snapshots", run_id)[0], run_id)
+    query()
+    return found(core().database.read("list_snapshots", run_id)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/usage")
@@ -2164,12 +2318,15 @@ def record_usage(run_id: str) -> Reply:
 
 @routes.get("/usage")
 def usage() -> Reply:
-    """The ledger summed up.  ?by:model|workflow|day=model ?since:time ?until:time  200 {groups: [usageGroup]}."""
-    query = flask.request.args
-    by = query.get("by", "model")
-    if by not in ("model", "workflow", "day"):
-        raise invalid("by", "must be model, workflow or day")
-    return reply(core().database.call("usage_groups", by, time_of("since"), time_of("until"))[0] or "")
+    """The ledger summed up.  ?by:model|workflow|day=model ?since:time ?until:time ?format:json|csv=json
+    200 {groups: [usageGroup]} or csv."""
+    asked = query("by", "since", "until", "format")
+    by = choice_of("by", asked.get("by"), ("model", "workflow", "day"), "model")
+    since, until = (time_of(name, asked.get(name)) for name in ("since", "until"))
+    text = core().database.read("usage_groups", by, since, until)[0] or ""
+    if choice_of("format", asked.get("format"), ("json", "csv"), "json") == "csv":
+        return studio.as_csv(json.loads(text, parse_float=Decimal)["groups"])
+    return reply(text)
 
 
 # --- events
@@ -2179,9 +2336,8 @@ EVENTS_AT_ONCE = 500
 BEAT_SECONDS = 15  # a stream without news says something: proxies keep it open, and a reader that is gone is noticed
 
 
-def time_of(name: str) -> datetime | None:
+def time_of(name: str, text: str | None) -> datetime | None:
     """A time in the query string, ISO-8601; without a zone it is UTC.  :raises Refusal: 400."""
-    text = flask.request.args.get(name)
     if text is None:
         return None
     try:
@@ -2194,27 +2350,30 @@ def time_of(name: str) -> datetime | None:
 @routes.get("/runs/<part:run_id>/events")
 def stream_events(run_id: str) -> Reply | flask.Response:
     """A run's events after a number, as a stream that goes on; as a list for Accept: application/json.
-    ?after:0..2147483647=0 ?follow (false: end with the run) @Last-Event-ID (counts before after)
-    200 stream or [event], 404, 503 busy when all places for streams are taken."""
+    ?after:0..2147483647=0 ?follow:true|false=true (false: end with the run) @Last-Event-ID (counts before after)
+    ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
+    ?limit:1..1000 (of the list)
+    200 stream or [event] or [lightEvent], 404, 503 busy when all places for streams are taken."""
     request, server = flask.request, core()
-    after = whole_of("after", request.headers.get("Last-Event-ID") or request.args.get("after", "0"), 2**31 - 1)
-    follow = request.args.get("follow") != "false"
+    asked = query("after", "follow", "token", "view", "types", "limit")
+    after = whole_of("after", request.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
+    follow = choice_of("follow", asked.get("follow"), ("true", "false"), "true") == "true"
+    light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
+    types = asked["types"].split(",") if asked.get("types") else None
+    most = whole_of("limit", asked["limit"], 1000, 1) if "limit" in asked else 2**31 - 1
 
-    def events(after: int, limit: int) -> list[tuple[int, str]]:
-        with server.database.connection() as connection:
-            return connection.execute(
-                "select seq, tidebase._event_json(e) from tidebase.events e where run_id = %s and seq > %s"
-                " order by seq limit %s", (run_id, after, limit)).fetchall()
+    def events(after: int, limit: int) -> list[tuple[Any, ...]]:
+        return server.database.select("select * from tidebase.list_events(%s, %s, %s, %s, %s)",
+                                      (run_id, after, limit, light, types))
 
     def last() -> tuple[str, int] | None:
-        with server.database.connection() as connection:
-            return connection.execute(
-                "select status, event_seq from tidebase.runs where id = %s", (run_id,)).fetchone()
+        return next(iter(server.database.select(
+            "select status, event_seq from tidebase.runs where id = %s", (run_id,))), None)
 
     if last() is None:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
     if request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
-        return reply("[" + ", ".join(text for _, text in events(after, 2**31 - 1)) + "]")
+        return reply("[" + ", ".join(text for _, text in events(after, most)) + "]")
 
     waiter = Waiter(run_id=run_id, seq=after)
     place = ExitStack()
@@ -2243,7 +2402,6 @@ def stream_events(run_id: str) -> Reply | flask.Response:
                 yield ": beat\n\n"
 
     response = flask.Response(stream(), mimetype="text/event-stream")
-    response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"
     response.call_on_close(place.close)
     return response
@@ -2257,7 +2415,8 @@ LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
 
 @writes("/queues/<part:queue>/enqueue")
 def enqueue(queue: str) -> Writes | Later:
-    """Put a run on a queue, or many.  200 {run, deduplicated} or {runs: [enqueuedRun]}, 409 run_id_conflict."""
+    """Put a run on a queue, or many.  200 {run, deduplicated} or {runs: [enqueuedRun]}, 409 run_id_conflict,
+    dedupe_conflict."""
     if not queue:
         raise invalid("queue", "must not be empty")
     members = read_body(received(), schema_of(EnqueueAnyBody))
@@ -2288,6 +2447,7 @@ def claim() -> Reply:
         return server.database.call("claim_runs", body["queues"], owner, body["id"], body["limit"],
                                     server.config.lease_ms, body["checkpoints"])[0]
 
+    server.traces.asked(body["lease_owner"] or "", body["queues"], body.get("workflows"))
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
         is_gone = here.environ.get("waitress.client_disconnected", lambda: False)
@@ -2302,7 +2462,8 @@ def claim() -> Reply:
 @routes.get("/queues")
 def list_queues() -> Reply:
     """Every queue with its counts and caps.  200 {queues: [queueCounts]}."""
-    return call("list_queues")
+    query()
+    return reply(core().database.read("list_queues")[0] or "")
 
 
 @routes.put("/queues/<part:queue>/config")
@@ -2333,7 +2494,8 @@ def set_schedule(name: str) -> Reply:
 @routes.get("/schedules")
 def list_schedules() -> Reply:
     """By name.  200 {schedules}."""
-    return call("list_schedules")
+    query()
+    return reply(core().database.read("list_schedules")[0] or "")
 
 
 @routes.delete("/schedules/<part:name>")
@@ -2351,6 +2513,9 @@ UPLOAD_SLACK = 4    # bodies up to this many times the limit are read before the
                     # still sending, gets to see the answer; above, the connection is closed on it
 
 
+from tidebase_server import studio  # noqa: E402 - it takes names of this file
+
+
 def create_app() -> flask.Flask:
     """The routes, for any server of this process: what a request needs of its server, the request brings along."""
     app = flask.Flask("tidebase", static_folder=None)
@@ -2358,9 +2523,10 @@ def create_app() -> flask.Flask:
     app.url_map.converters["part"] = Part
     app.url_map.merge_slashes = False
     app.before_request(authorize)
-    app.after_request(allow_origin)
+    app.after_request(add_headers)
     app.register_error_handler(Exception, answer_to)
     app.register_blueprint(routes)
+    app.register_blueprint(studio.routes)
     return app
 
 
@@ -2373,8 +2539,9 @@ class Server:
     def __init__(self, config: Config, conninfo: str, listener: socket.socket | None = None,
                  revive: Callable[[], None] | None = None) -> None:
         self.config = config
-        self.database = Database(conninfo, config.pool)
+        self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.places)
+        self.traces = studio.Traces()
         self.sender = Sender(self.database, config.webhook_secret)
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
@@ -2387,6 +2554,12 @@ class Server:
     def url(self) -> str:
         host, port = self.listener.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def public_url(self) -> str:
+        """What resolveUrl begins with: never the Host of a request, which whoever sends it chooses. Empty, so that it
+        is a path, when others can connect and nobody told the server its address."""
+        return (self.config.public_url or (self.url if self.config.host in LOOPBACK else "")).rstrip("/")
 
     def wrote(self) -> None:
         """Something was written: wake the watcher and the sender."""
@@ -2463,6 +2636,7 @@ class Server:
     def _reconcile(self) -> int:
         self.prepare()
         done = self.reconciler.tick()
+        self.traces.note(self.database)
         if done:
             self.wrote()
         return done
@@ -2493,7 +2667,7 @@ def listen(config: Config) -> socket.socket:
 class LogFormat(logging.Formatter):
     """A line a person can read, with the event and the ids that the record carries."""
 
-    EXTRAS = ("event", "run_id", "delivery_id", "job", "path")
+    EXTRAS = ("event", "delivery_id", "job", "path")
 
     def format(self, record: logging.LogRecord) -> str:
         extras = [f"{name}={getattr(record, name)}" for name in self.EXTRAS if hasattr(record, name)]
@@ -2630,11 +2804,16 @@ def serve(config: Config) -> None:
         if config.host not in LOOPBACK and not config.api_key:
             logger.warning("ANYONE WHO CAN REACH %s MAY READ AND CHANGE EVERY RUN: TIDEBASE_INSECURE=1 and no "
                            "TIDEBASE_API_KEY", config.host, extra={"event": "insecure"})
+        if config.host not in LOOPBACK and not config.public_url:
+            logger.warning("TIDEBASE_PUBLIC_URL is not set, so the resolveUrl of gates is a path without an address",
+                           extra={"event": "no_public_url"})
         signals: list[int] = []
         on_stop(lambda number, _: signals.append(number))  # heeded when the database is up, and can be stopped again
         with database_of(config) as (conninfo, revive), listener:
             host, port = listener.getsockname()[:2]
-            click.echo(f"Tidebase {__version__} listens on http://{f'[{host}]' if ':' in host else host}:{port}")
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            click.echo(f"Tidebase {__version__} listens on {url}")
+            click.echo(f"Studio, its page, is at {url}/studio")
             one = functools.partial(serve_one, config, conninfo, listener, revive, signals)
             if config.web_concurrency == 1:
                 one()
@@ -2654,6 +2833,25 @@ def migrate(config: Config) -> None:
         except psycopg.OperationalError as error:
             raise click.ClickException(str(error).split("\n")[0]) from None
     click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
+
+
+@main.command()
+@click.argument("run_id")
+def explain(run_id: str) -> None:
+    """Say what a resume of a run would do, step by step, and whether it is safe; asks the server at TIDEBASE_URL."""
+    try:
+        tide = tidebase_sdk.Tidebase()
+        plan = tide.runs.rerun_plan(run_id)
+    except (tidebase_sdk.TidebaseError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    with tide:
+        click.echo(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}\n")
+        rows = [("step", "what a resume does", "why")] + [
+            (step["name"], step["plan"].replace("_", " "), step["reason"]) for step in plan["steps"]]
+        widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
+        for name, does, reason in rows if plan["steps"] else ():
+            click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+        click.echo(f"\nMore: {tide._server.url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

@@ -1598,6 +1598,15 @@ class Runs(_Part[M]):
         return self._client._request("POST", _path("runs", run_id, "retry"), {})
 
     @op
+    def rerun_plan(self, run_id: str) -> Op[Json]:
+        """What a resume of the run would do now, step by step, and whether that is safe.
+
+        {"safe", "verdict", "steps": [{"name", "plan", "reason", ...}], "blocking": names, "actions", ...}; plan is
+        "replays", "runs", "runs_again", "stops_for_review" or "never".  TidebaseError 404.
+        """
+        return self._client._request("GET", _path("runs", run_id, "rerun"))
+
+    @op
     def recover(self, run_id: str, *, reason: str | None = None) -> Op[Json]:
         """Have the run's recovery webhook called.  {"recoveryAttempt"}; 422 without one."""
         return self._client._request("POST", _path("runs", run_id, "recover"), _body(reason=reason))

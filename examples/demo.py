@@ -66,6 +66,7 @@ def show(topic: str, processes: Processes, journal: Path) -> None:
     queue = f"demo-{os.getpid()}-{time.time():.0f}"  # nobody else's worker takes this run, and ours takes no other
     run_id, begun = tide.enqueue("demo-report", queue=queue, input={"topic": topic})["run"]["id"], time.monotonic()
     say("run", f"{run_id} enqueued")
+    say("studio", f"{url}/studio/runs/{run_id}")
     view = View(tide, run_id, journal)
     try:
         first = processes.start_worker("A", queue, journal, url)

@@ -122,7 +122,8 @@ def database(migrated: tuple[str, str]) -> Iterator[str]:
         connection.execute("select pg_terminate_backend(pid) from pg_stat_activity"
                            " where datname = current_database() and pid <> pg_backend_pid()"
                            " and application_name <> 'tidebase'")  # a server's, which the next test may go on with
-        for table in ("runs", "queues", "queue_tallies", "queue_claims", "schedules"):  # the rest goes with its run
+        for table in ("runs", "queues", "queue_tallies", "queue_claims", "queue_minutes", "workers",
+                      "schedules"):  # the rest goes with its run
             connection.execute(f"delete from tidebase.{table}")  # noqa: S608
         connection.execute(clock)
 
@@ -263,6 +264,7 @@ def lasting_server(migrated: tuple[str, str]) -> Iterator[LocalServer]:
 def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
     """A server whose reconciler ticks only at api.reconcile(). Test after test has the same, at rest."""
     lasting_server.reconciler.patient_until = 0.0
+    lasting_server.traces.traces.clear()  # who asked another test's queues
     lasting_server.let_send(True)
     yield lasting_server
     lasting_server.let_send(False)
@@ -402,10 +404,14 @@ class Api:
     def detail(self, run: str) -> Any:
         answer = self.get(f"/runs/{run}")
         assert answer.status == 200, answer
-        return answer.json
+        detail = answer.json
+        del detail["run"]["why"], detail["run"]["whyDetail"]  # which tell of times: test_studio_api has them
+        return detail
 
     def run(self, run: str) -> Any:
-        return self.get(f"/runs/{run}?include=run")["run"]
+        """The run as verbs answer it: lists and the detail say beside why it waits."""
+        shown = self.get(f"/runs/{run}?include=run")["run"]
+        return {key: value for key, value in shown.items() if key not in ("why", "whyDetail")}
 
     def events(self, run: str) -> list[Any]:
         """The run's events, after asserting that they are numbered without gap or repeat."""

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+import psycopg
 import pytest
-from conftest import Answer, Api, LocalServer, refused
+from conftest import Answer, Api, LocalServer, refused, together
 
 import tidebase
 
@@ -45,7 +46,7 @@ JOB = {**RUN, "workflowName": "name", "dedupeKey": "name", "delayMs": "whole", "
 STEP = {"name": "name", "inputHash": "name", "options": "object", "leaseOwner": "name"}
 FAILURE = {"retryable": "flag", "resumeDecision": "choice"}
 RECORD = {**STEP, **FAILURE, "startedAt": "time", "durationMs": "whole", "brief": "flag"}
-ABOUT = {"id": "name", "label": "text", "reason": "text", "importance": "choice", "metadata": "object",
+ABOUT = {"id": "name", "label": "name", "reason": "text", "importance": "choice", "metadata": "object",
          "createdBy": "text", "stepId": "text"}
 OWNER = {"leaseOwner": "a"}
 A_STEP = {"name": "s", "inputHash": "h"}
@@ -56,7 +57,7 @@ BODIES = {
     "heartbeats": Sent("POST", "/heartbeats", {"id": "r", **OWNER}, {"id": "name", "leaseOwner": "name"},
                        lambda body: {"runs": [body]}),
     "complete": Sent("POST", "/runs/x/complete", {}, {"leaseOwner": "name", "brief": "flag"}),
-    "fail": Sent("POST", "/runs/x/fail", {"error": 1},
+    "fail": Sent("POST", "/runs/x/fail", {},
                  {"leaseOwner": "name", "failureClass": "name", "retryable": "flag"}),
     "cancel": Sent("POST", "/runs/x/cancel", {}, {"reason": "text", "actor": "text"}),
     "release": Sent("POST", "/runs/x/release", OWNER, {"leaseOwner": "name"}),
@@ -93,12 +94,11 @@ BODIES = {
     "wait": Sent("POST", "/runs/x/wait", {**OWNER, "for": {"event": "e"}},
                  {"leaseOwner": "name", "for": "object", "timeoutMs": "whole"}),
     "signal": Sent("POST", "/runs/x/signals", {"name": "s"}, {"id": "name", "name": "name"}),
-    "state put": Sent("PUT", "/runs/x/state", {"value": 1}, {**ABOUT, "stream": "name", "ifVersion": "whole"}),
-    "state patch": Sent("PATCH", "/runs/x/state", {"value": {}},
+    "state put": Sent("PUT", "/runs/x/state", {}, {**ABOUT, "stream": "name", "ifVersion": "whole"}),
+    "state patch": Sent("PATCH", "/runs/x/state", {},
                         {**ABOUT, "stream": "name", "ifVersion": "whole", "value": "object"}),
-    "state save": Sent("POST", "/runs/x/state/save", {"label": "l"}, {**ABOUT, "stream": "name", "label": "name"}),
-    "snapshot": Sent("POST", "/runs/x/snapshots", {"label": "l", "state": 1},
-                     {**ABOUT, "label": "name", "target": "object"}),
+    "state save": Sent("POST", "/runs/x/state/save", {"label": "l"}, {**ABOUT, "stream": "name"}),
+    "snapshot": Sent("POST", "/runs/x/snapshots", {"label": "l"}, {**ABOUT, "target": "object"}),
     "usage": Sent("POST", "/runs/x/usage", {}, {
         **dict.fromkeys(("id", "kind"), "name"), "metadata": "object", "quantity": "amount", "costUsd": "amount",
         **dict.fromkeys(("stepId", "provider", "model", "label", "unit"), "text"),
@@ -125,7 +125,7 @@ WRONG: dict[str, list[Any]] = {
     "flag": ["true", "", 1, 0, None, []], "choice": ["nonsense", "", 5, None, [], {}],
     "time": [5, True, None, "", "tomorrow", "2026-13-01T00:00:00Z", [], {}],
     "object": [5, "a", [], True, {"a\0b": "\0"}],
-    "names": [5, "q", None, {}, [], [5], [None], [""], ["a\0b"], ["x" * 513], ["q"] * 101],
+    "names": [5, "q", None, {}, [], [5], [None], [""], ["a\0b"], ["x" * 513], ["q"] * 1001],
     "channels": [5, "a", {}, None, [5], [{}], [{"type": "pigeon", "url": "http://h/"}],
                  [{"type": "webhook", "url": "h"}],
                  [{"type": "webhook", "url": "http://h/", "secret": None}],
@@ -429,6 +429,94 @@ def test_an_owner_in_the_header_is_taken_or_refused(api: Api, owner: bytes) -> N
         assert api.run(run)["status"] == "pending"
     else:
         assert api.heartbeat(run, answer["leaseOwner"])["run"]["leaseOwner"] == answer["leaseOwner"]
+
+
+def test_dots_alone_are_no_id(api: Api) -> None:
+    """As a part of a URL, . is the folder and .. the one above it: /runs/../begin is another route."""
+    for dots in (".", ".."):
+        for answer in (api.post("/runs/w", {"id": dots}), api.post("/queues/claim", {"queues": ["q"], "id": dots}),
+                       api.post("/queues/q/enqueue", {"workflowName": "w", "id": dots})):
+            assert [issue["path"] for issue in refused(answer, 400, "invalid_request")["issues"]] == ["id"]
+    assert {api.create(id=id) for id in ("...", ".a", "a..")} == {"...", ".a", "a.."}
+
+
+def test_digits_are_those_of_ascii(api: Api) -> None:
+    run = api.create()
+    for query in ("/runs?limit=%D9%A5", "/runs?before=%D9%A5_a", f"/runs/{run}?waitMs=%D9%A5",
+                  f"/runs/{run}/events?after=%D9%A5", "/usage?since=%D9%A2%D9%A0%D9%A2%D9%A6-01-01"):
+        refused(api.get(query), 400, "invalid_request")
+    for cron in ("\u0665 * * * *", "*/\uff15 * * * *"):
+        refused(api.put("/schedules/s", {"cron": cron, "workflowName": "w"}), 400, "invalid_request")
+    job = {"workflowName": "w", "runAt": "\uff12\uff10\uff12\uff16-01-01T00:00:00Z"}
+    refused(api.post("/queues/q/enqueue", job), 400, "invalid_request")
+
+
+def test_every_answer_forbids_to_guess_its_type_and_to_keep_it(
+        api: Api, start_server: Callable[..., LocalServer]) -> None:
+    run = api.create()
+    api.complete(run)
+    other = Api(start_server(TIDEBASE_API_KEY="key", TIDEBASE_CORS_ORIGIN="*", TIDEBASE_MAX_BODY=1024).url)
+    answers = {
+        200: [api.get("/health"), api.get("/docs"), api.get("/openapi.json"), api.get("/runs"),
+              api.begin_step(run, "s"), api.get(f"/runs/{run}/events?follow=false"),
+              api.post("/queues/claim", {"queues": ["q"]})],
+        204: [other.send("OPTIONS", "/runs")], 400: [raw(api, b"NONSENSE"), api.post("/steps", {})],
+        401: [other.get("/runs"), other.post("/steps", {})], 404: [api.get("/nothing")], 405: [api.get("/steps")],
+        413: [other.post("/steps", raw=b"x" * 2000, headers={"authorization": "Bearer key"})],
+        431: [raw(api, b"GET / HTTP/1.1\nX: " + b"x" * 300_000)]}
+    for status, some in answers.items():
+        for answer in some:
+            assert answer.status == status, answer
+            assert answer.headers["x-content-type-options"] == "nosniff", answer
+            assert answer.headers["cache-control"] == "no-store", answer
+
+
+# ------------------------------------------------------------------------------
+# Reads that take too long
+# ------------------------------------------------------------------------------
+def test_a_read_that_takes_too_long_is_ended_and_others_are_served(
+        start_server: Callable[..., LocalServer], sql: Callable[..., Any]) -> None:
+    """16 lists that took 55 s each held all connections, and nobody was served for 88 s."""
+    api = Api(start_server(TIDEBASE_READ_TIMEOUT_MS=50, TIDEBASE_POOL=2).url)
+    run = api.create()
+    gate = api.post(f"/runs/{run}/gates/begin", {"name": "g", "prompt": "?"})["gate"]["id"]
+    paths = ["/runs", "/runs?metadata.a=1", f"/runs/{run}", f"/runs/{run}?waitMs=5000", f"/runs/{run}/gates/{gate}",
+             f"/runs/{run}/gates/{gate}?waitMs=5000", f"/runs/{run}/signals/s", f"/runs/{run}/state/versions",
+             f"/runs/{run}/snapshots", f"/runs/{run}/events", "/usage", "/queues"]
+    sql("begin")
+    sql("lock table tidebase.runs in access exclusive mode")
+    try:
+        with together(*[lambda path=path: api.get(path) for path in paths]) as answers:
+            for answer in answers:
+                body = refused(answer, 503, "query_timeout")
+                assert "took too long" in body["error"]
+                assert "away" not in body["error"]
+                assert answer.headers["retry-after"] == "1"
+        assert api.get("/schedules").status == 200
+        assert api.get("/health").status == 200
+    finally:
+        sql("rollback")
+    for path in paths[:-3]:
+        assert api.get(path.replace("waitMs=5000", "waitMs=1")).status == 200
+
+
+def test_the_time_limit_of_a_read_is_no_limit_of_the_next_write(
+        start_server: Callable[..., LocalServer], database: str, blocked: Callable[[int], None]) -> None:
+    """It holds for its own transaction: connections are shared, and a pooler may stand in between."""
+    api = Api(start_server(TIDEBASE_READ_TIMEOUT_MS=50, TIDEBASE_POOL=2).url)
+    run, other = api.create(), api.create()
+
+    def release() -> None:
+        blocked(1)
+        assert api.get(f"/runs/{other}?waitMs=200")["run"]["status"] == "pending"  # four times what a read may take
+        connection.commit()
+
+    with psycopg.connect(database) as connection:
+        for _ in range(4):
+            assert api.get("/runs").status == 200
+        connection.execute("select from tidebase.runs where id = %s for update", (run,))
+        with together(lambda: api.begin(run, "a"), release) as answers:
+            assert answers[0]["run"]["status"] == "running"
 
 
 # ------------------------------------------------------------------------------

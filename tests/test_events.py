@@ -111,7 +111,7 @@ def test_a_stream_tells_what_was_and_then_what_happens(api):
     use(api, run, 2)
     with listening(api, run) as stream:
         assert stream.response.headers["content-type"].startswith("text/event-stream")
-        assert stream.response.headers["cache-control"] == "no-cache"
+        assert stream.response.headers["cache-control"] == "no-store"
         events = stream.events()
         told = [next(events) for _ in range(3)]
         api.complete(run, result=7)["run"]

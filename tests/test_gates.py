@@ -15,9 +15,10 @@ import pytest
 from conftest import Answer, Api, eventually, refused, together
 
 KEYS = {"id", "runId", "name", "prompt", "data", "status", "decision", "actor", "decisionPayload", "capability",
-        "channels", "resolveToken", "createdAt", "updatedAt", "resolvedAt", "expiresAt"}
+        "channels", "resolveToken", "reviewUrl", "createdAt", "updatedAt", "resolvedAt", "expiresAt"}
 PUBLIC_KEYS = {"id", "runId", "name", "prompt", "data", "status", "decision", "actor", "capability", "resolveUrl",
                "resolveToken", "expiresAt"}
+KEY = "a key of more than sixteen characters"
 
 
 def ask(api: Api, run: str, name: Any = "ok", **body: Any) -> Answer:
@@ -63,7 +64,8 @@ def test_a_gate_shows_all_of_itself_and_waits(api):
     assert gate.keys() == KEYS
     assert re.fullmatch(r"gate_[0-9a-f]{32}", gate["id"])
     assert len(gate["resolveToken"]) >= 32
-    assert {key: gate[key] for key in KEYS - {"id", "resolveToken", "createdAt", "updatedAt", "expiresAt"}} == {
+    made_up = {"id", "resolveToken", "reviewUrl", "createdAt", "updatedAt", "expiresAt"}
+    assert {key: gate[key] for key in KEYS - made_up} == {
         "runId": run, "name": "ok", "prompt": "Send it?", "data": {"to": "ada"}, "status": "pending", "decision": None,
         "actor": None, "decisionPayload": None, "capability": {"kind": "mail"}, "channels": [], "resolvedAt": None}
     lasts = datetime.fromisoformat(gate["expiresAt"]) - datetime.fromisoformat(gate["createdAt"])
@@ -73,7 +75,7 @@ def test_a_gate_shows_all_of_itself_and_waits(api):
     created = api.events(run)[-1]
     assert created["type"] == "gate.created"
     assert created["payload"]["gate"].keys() == PUBLIC_KEYS
-    assert created["payload"]["gate"]["resolveToken"] == gate["resolveToken"]
+    assert created["payload"]["gate"]["resolveToken"] is None
 
 
 @pytest.mark.parametrize("decision", ["approved", "rejected", "canceled"])
@@ -123,7 +125,19 @@ def test_null_data_is_the_empty_object_and_null_elsewhere_is_null(api):
     run = api.create()
     gate = ask(api, run, data=None, capability=None)["gate"]
     assert (gate["data"], gate["capability"]) == ({}, None)
-    assert resolve(api, gate, payload=None)["gate"]["decisionPayload"] is None
+    assert resolve(api, gate, payload=None)["gate"]["decisionPayload"] == {}
+
+
+def test_a_decision_that_brought_no_payload_shows_an_empty_one(api, clock):
+    run = api.create()
+    by_hand = ask(api, run, "a")["gate"]
+    ask(api, run, "b", timeoutMs=1000)["gate"]
+    ask(api, run, "c")["gate"]
+    assert [gate["decisionPayload"] for gate in api.detail(run)["gates"]] == [None, None, None]
+    resolve(api, by_hand)["gate"]
+    clock.advance(ms=1000)
+    api.reconcile()
+    assert [gate["decisionPayload"] for gate in api.detail(run)["gates"]] == [{}, {}, None]
 
 
 # --- the reader who waits
@@ -276,6 +290,21 @@ def test_a_gate_whose_run_is_busy_times_out_with_the_next_tick(api, clock, datab
     assert look(api, gates[0])["gate"]["status"] == "canceled"
 
 
+@pytest.mark.parametrize(("ending", "status"), [("cancel", "cancelled"), ("complete", "completed"), ("fail", "failed")])
+def test_a_gate_of_an_ended_run_is_not_decided_any_more(api, ending, status):
+    run = api.create()
+    gate = ask(api, run)["gate"]
+    api.post(f"/runs/{run}/{ending}")["run"]
+    refusal = refused(resolve(api, gate), 409, "run_ended")
+    assert refusal["runStatus"] == status
+    assert "run" not in refusal, "whoever has the token alone may see no more than the gate"
+    refused(resolve(api, {**gate, "resolveToken": "guess"}), 409, "gate_token_wrong")
+    assert look(api, gate)["gate"] == gate
+    if status != "completed":  # put back, the run asks again
+        api.post(f"/runs/{run}/retry")["run"]
+        assert resolve(api, gate)["gate"]["status"] == "approved"
+
+
 def test_a_cancelled_run_asks_nothing_more(api):
     run = api.create()
     ask(api, run)["gate"]
@@ -296,15 +325,26 @@ def test_unknown_runs_and_gates_are_not_found(api):
 # --- whom it is told to
 
 
-@pytest.mark.parametrize("public", ["https://tide.example/base", "https://tide.example/base/", None])
-def test_the_resolve_url_is_the_public_one_where_there_is_one_and_else_as_it_was_asked(start_server, public):
-    server = start_server(**({"TIDEBASE_PUBLIC_URL": public} if public else {}))
-    api = Api(server.url)
+@pytest.mark.parametrize(("settings", "base"), [
+    ({"TIDEBASE_PUBLIC_URL": "https://tide.example/base"}, "https://tide.example/base"),
+    ({"TIDEBASE_PUBLIC_URL": "https://tide.example/base/", "HOST": "0.0.0.0"}, "https://tide.example/base"),
+    ({}, None), ({"HOST": "0.0.0.0"}, "")], ids=["public", "exposed and public", "loopback", "exposed"])
+def test_the_resolve_url_never_comes_from_a_request_s_host(start_server, settings, base):
+    """Whoever may begin a gate could have the reviewer's decision, and the token with it, sent to an address of his."""
+    server = start_server(TIDEBASE_API_KEY=KEY, **settings)
+    api = Api(f"http://127.0.0.1:{server.listener.getsockname()[1]}", key=KEY)
     run = api.create()
-    gate = ask(api, run)["gate"]
-    url = api.events(run)[-1]["payload"]["gate"]["resolveUrl"]
-    base = "https://tide.example/base" if public else server.url
-    assert url == f"{base}/runs/{run}/gates/{gate['id']}/resolve"
+    for name, headers in (("a", {}), ("b", {"host": "evil.example", "x-forwarded-host": "evil.example"})):
+        answer = api.post(f"/runs/{run}/gates/begin", {"name": name, "prompt": "?"}, headers=headers)
+        url = api.events(run)[-1]["payload"]["gate"]["resolveUrl"]
+        assert url == f"{server.url if base is None else base}/runs/{run}/gates/{answer['gate']['id']}/resolve"
+
+
+def test_a_server_that_others_reach_and_that_does_not_know_its_address_says_so_at_its_start(spawn_server):
+    exposed = {"HOST": "0.0.0.0", "TIDEBASE_API_KEY": KEY}
+    silent, told = spawn_server(**exposed), spawn_server(**exposed, TIDEBASE_PUBLIC_URL="https://tide.example")
+    assert "TIDEBASE_PUBLIC_URL is not set" in silent.log.read_text()
+    assert "TIDEBASE_PUBLIC_URL" not in told.log.read_text()
 
 
 def test_the_run_s_channels_hear_of_every_gate_and_a_gate_s_own_of_it_alone(api, receiver):
@@ -312,7 +352,7 @@ def test_the_run_s_channels_hear_of_every_gate_and_a_gate_s_own_of_it_alone(api,
     run = api.create(channels=[{"type": "webhook", "url": f"{url}/run"},
                                {"type": "webhook", "url": f"{url}/decisions", "events": ["gate.resolved"]}])
     first = ask(api, run, "first", channels=[{"type": "webhook", "url": f"{url}/own", "secret": "hush"}])["gate"]
-    assert [(c["config"], c["events"]) for c in first["channels"]] == [({"url": f"{url}/own", "secret": None}, [])]
+    assert first["channels"] == [{"type": "webhook", "url": f"{url}/own", "events": []}]
     second = ask(api, run, "second")["gate"]
     resolve(api, first)["gate"]
     resolve(api, second, "rejected")["gate"]
@@ -325,7 +365,7 @@ def test_the_run_s_channels_hear_of_every_gate_and_a_gate_s_own_of_it_alone(api,
         if body["type"] != "state.updated":
             gate = body["payload"]["gate"]
             assert body["payload"].keys() == {"gate"}
-            assert gate.keys() == PUBLIC_KEYS
+            assert gate.keys() == PUBLIC_KEYS | ({"reviewUrl"} if body["type"] == "gate.created" else set())
             assert (gate["resolveToken"] is not None) == (body["type"] == "gate.created")
     one, two = first["id"], second["id"]
     assert heard == {
@@ -343,8 +383,28 @@ def test_channels_are_shown_in_the_order_they_were_given_in(api):
     run = api.create(channels=channels)
     gate = ask(api, run, channels=channels)["gate"]
     job = api.enqueue(channels=channels)
-    for shown in (api.detail(run)["channels"], gate["channels"], api.detail(job)["channels"]):
+    for shown in (api.detail(run)["channels"], api.detail(job)["channels"]):
         assert [channel["config"]["url"] for channel in shown] == [channel["url"] for channel in channels]
+    assert [channel["url"] for channel in gate["channels"]] == [channel["url"] for channel in channels]
+
+
+def test_the_token_stands_in_the_channel_s_webhook_and_in_the_detail_but_in_no_event(api, receiver):
+    """An app that hands its events on to a browser must not hand over the approval."""
+    run = api.create(channels=[{"type": "webhook", "url": receiver.url}])
+    token = ask(api, run, channels=[{"type": "webhook", "url": receiver.url}])["gate"]["resolveToken"]
+    for body in receiver.wait_for(2):
+        assert body["payload"]["gate"]["resolveToken"] == token
+    assert api.detail(run)["gates"][0]["resolveToken"] == token
+    assert token in api.get(f"/runs/{run}?include=gates").text
+    assert api.event_types(run) == ["run.created", "gate.created"]
+    for answer in (api.get(f"/runs/{run}/events", headers={"accept": "application/json"}),
+                   api.get(f"/runs/{run}?include=events")):
+        assert "gate.created" in answer.text
+        assert token not in answer.text
+    api.post(f"/runs/{run}/cancel")["run"]
+    stream = api.get(f"/runs/{run}/events?follow=false").text
+    assert "gate.created" in stream
+    assert token not in stream
 
 
 def test_what_was_decided_is_told_without_the_token(api, clock):
@@ -356,7 +416,7 @@ def test_what_was_decided_is_told_without_the_token(api, clock):
     detail = api.detail(run)
     told = [event["payload"]["gate"] for event in detail["events"] if event["type"] == "gate.resolved"]
     told += [sent["payload"]["gate"] for sent in detail["channelDeliveries"] if sent["eventType"] == "gate.resolved"]
-    assert [gate["id"] for gate in told] == 2 * [by_hand["id"], by_time["id"]]
+    assert [gate["id"] for gate in told] == [by_hand["id"], by_time["id"], by_time["id"], by_hand["id"]]
     assert [gate["resolveToken"] for gate in told] == [None] * 4
 
 
@@ -396,7 +456,29 @@ def test_a_question_or_decision_of_the_wrong_shape_is_refused_and_names_the_fiel
     assert api.event_types(run) == ["run.created", "gate.created"]
 
 
+def test_a_run_has_at_most_32_channels_and_a_gate_8(api):
+    channels = [{"type": "webhook", "url": f"http://127.0.0.1:9/{n}"} for n in range(33)]
+    run = api.create(channels=channels[:32])
+    assert len(api.detail(run)["channels"]) == 32
+    assert len(ask(api, run, channels=channels[:8])["gate"]["channels"]) == 8
+    child = {"name": "c", "workflowName": "w"}
+    for answer in (api.post("/runs/w", {"channels": channels}), ask(api, run, "b", channels=channels[:9]),
+                   api.post(f"/runs/{run}/children", {**child, "channels": channels}),
+                   api.post("/queues/q/enqueue", {"workflowName": "w", "channels": channels})):
+        assert [issue["path"] for issue in refused(answer, 400, "invalid_request")["issues"]] == ["channels"]
+
+
 # --- races
+
+
+def test_a_wrong_token_waits_for_nobody_who_works_on_the_run(api, database, blocked):
+    """The token is looked at before any lock is taken: a stranger can neither wait nor keep others waiting."""
+    gate = ask(api, api.create())["gate"]
+    with psycopg.connect(database) as connection:
+        connection.execute("select from tidebase.runs where id = %s for no key update", (gate["runId"],))
+        refused(resolve(api, {**gate, "resolveToken": "guess"}), 409, "gate_token_wrong")
+        with together(lambda: resolve(api, gate), lambda: (blocked(1), connection.rollback())) as answers:
+            assert answers[0]["gate"]["status"] == "approved"
 
 
 def test_of_eight_first_begins_of_a_gate_one_asks(api):

@@ -5,6 +5,7 @@ The clock of the database is moved on by the tests; the reconciler ticks when th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -310,7 +311,8 @@ def test_a_silent_workers_queue_run_is_queued_again_at_once_while_attempts_last(
     assert api.reconcile() == 1
     assert api.reconcile() == 0
     event = api.events(run)[-1]
-    assert (event["type"], event["payload"]["attempt"]) == ("run.requeued", 1)
+    assert (event["type"], event["payload"]["attempt"], event["payload"]["reason"]) == (
+        "run.requeued", 1, "lease_expired")
     assert [taken["attempt"] for taken in api.claim(owner="b")] == [2]
 
     clock.advance(ms=LEASE_MS)
@@ -318,6 +320,35 @@ def test_a_silent_workers_queue_run_is_queued_again_at_once_while_attempts_last(
     ended = api.run(run)
     assert (ended["status"], ended["failureClass"], ended["leaseOwner"]) == ("failed", "max_retries", None)
     assert ended["error"]["name"] == "LeaseExpired"
+    event = api.events(run)[-1]
+    assert (event["type"], event["payload"]["reason"]) == ("run.failed", "lease_expired")
+
+
+def test_a_failure_that_a_worker_reported_has_no_such_reason(api: Api, clock: Clock) -> None:
+    run = claimed(api, maxAttempts=2)
+    api.fail(run, leaseOwner="a")["run"]
+    clock.advance(ms=5_000)
+    api.claim(owner="b")
+    api.fail(run, leaseOwner="b")["run"]
+    payloads = {event["type"]: event["payload"] for event in api.events(run)}
+    assert payloads["run.requeued"].keys() == {"error", "attempt", "maxAttempts", "nextRunAt"}
+    assert payloads["run.failed"].keys() == {"error", "failureClass"}
+
+
+def test_the_log_tells_of_each_lease_that_expired_and_what_became_of_the_run(
+        api: Api, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    again, last = claimed(api, "worker-1", maxAttempts=2), claimed(api, "worker-1", maxAttempts=1, input="s3cret")
+    plain = begun(api, "worker-2")
+    clock.advance(ms=LEASE_MS)
+    with caplog.at_level(logging.INFO, "tidebase.server"):
+        assert api.reconcile() == 3
+    lines = {record.run_id: record.getMessage() for record in caplog.records if record.event == "lease_expired"}
+    head = "the lease of run {} (workflow report, {}) expired in attempt 1 of {}, held by {}; "
+    assert lines == {
+        again: head.format(again, "queue default", 2, "worker-1") + "it is queued again",
+        last: head.format(last, "queue default", 1, "worker-1") + "it failed",
+        plain: head.format(plain, "no queue", 1, "worker-2") + "it is stalled until somebody begins it"}
+    assert "s3cret" not in caplog.text
 
 
 def test_a_queue_run_that_ran_out_of_attempts_asks_its_webhook(api: Api, clock: Clock) -> None:
@@ -330,12 +361,19 @@ def test_a_queue_run_that_ran_out_of_attempts_asks_its_webhook(api: Api, clock: 
 
 def test_a_plain_run_is_left_for_a_manual_resume(api: Api, clock: Clock) -> None:
     run = begun(api)
-    before = api.detail(run)
+    before = api.run(run)
+    assert before["stalled"] is False
     clock.advance(ms=LEASE_MS)
-    api.reconcile()
+    assert api.reconcile() == 1
     assert api.reconcile() == 0
-    assert api.detail(run) == before
-    assert api.begin(run, "b")["run"]["attempt"] == 2
+    stalled = api.run(run)
+    assert stalled == {**before, "stalled": True, "updatedAt": stalled["updatedAt"]}
+    assert [shown["stalled"] for shown in api.get("/runs")["runs"]] == [True]
+    event = api.events(run)[-1]
+    assert (event["type"], event["payload"]) == ("run.stalled", {"leaseOwner": "a", "attempt": 1})
+    resumed = api.begin(run, "b")["run"]
+    assert (resumed["attempt"], resumed["stalled"]) == (2, False)
+    assert api.complete(run, leaseOwner="b")["run"]["stalled"] is False
 
 
 def test_plain_runs_that_stalled_never_starve_the_others(
@@ -360,6 +398,7 @@ def test_a_silent_plain_run_asks_its_webhook_once_per_lease(api: Api, clock: Clo
     api.begin(run, "b")
     clock.advance(ms=LEASE_MS)
     sweep_until_recoveries(api, run, 2)
+    assert api.event_types(run).count("run.stalled") == 2
 
 
 @pytest.mark.parametrize("sign", ["heartbeat", "batch", "step", "begin"])

@@ -223,7 +223,8 @@ def test_ended_runs_are_deleted_with_all_that_is_theirs_when_their_time_is_over(
         refused(api.get(f"/runs/{run}"), 404, "not_found")
     assert api.run(live)["status"] == "failed"  # its lease ended, but only now
     assert api.run(later)["status"] == "completed"
-    # A child outlives its parent while it lives; cancelled with it, it goes with it.
+    # A child outlives its parent while it lives; cancelled with it, it goes after it.
+    api.reconcile()
     assert [api.get(f"/runs/child:{n}").status for n in range(4)] == [200, 200, 404, 200]
     tables = [row[0] for row in sql(
         "select table_name from information_schema.columns where table_schema = 'tidebase' and column_name = 'run_id'")]
@@ -234,6 +235,43 @@ def test_ended_runs_are_deleted_with_all_that_is_theirs_when_their_time_is_over(
         assert sql(query, ended) == [(0,)], table
     for number, ending in enumerate(["completed", "failed", "cancelled"]):
         assert not any(queue["name"] == f"q{number}" and queue[ending] for queue in api.get("/queues")["queues"])
+
+
+def test_a_completed_child_stays_for_as_long_as_its_parent_whose_replay_would_run_it_again(start_server, clock):
+    server = start_server(TIDEBASE_RETENTION_DAYS=30)
+    api = Api(server.url, server)
+    parent = api.create()
+    api.begin(parent, "a")["run"]
+
+    def child(of: str, name: str) -> Any:
+        return api.post(f"/runs/{of}/children", {"name": name, "workflowName": "sub", "queue": "q"})
+
+    def work() -> list[str]:
+        runs = [run["id"] for run in api.claim("q", owner="w", limit=9)]
+        for run in runs:
+            api.complete(run, leaseOwner="w", result=1)["run"]
+        return runs
+
+    part = child(parent, "part")["run"]["id"]
+    assert work() == [part]
+    grandchild = child(part, "deeper")["run"]["id"]
+    assert work() == [grandchild]
+    clock.advance(ms=40 * DAY_MS)
+    api.reconcile()
+    assert api.begin(parent, "b")["run"]["attempt"] == 2  # the replay
+    again = child(parent, "part")
+    assert (again["created"], again["run"]["id"], again["run"]["result"]) == (False, part, 1)
+    assert child(part, "deeper")["created"] is False
+    assert work() == []
+    api.fail(parent)["run"]  # a failed one may be put back for as long as it is there
+    clock.advance(ms=29 * DAY_MS)
+    api.reconcile()
+    assert child(parent, "part")["created"] is False
+    clock.advance(ms=DAY_MS)
+    for gone, stays in ((parent, part), (part, grandchild), (grandchild, None)):  # one generation a tick
+        api.reconcile()
+        refused(api.get(f"/runs/{gone}"), 404, "not_found")
+        assert stays is None or api.run(stays)["status"] == "completed"
 
 
 def test_without_a_retention_nothing_is_deleted(api, clock):

@@ -19,6 +19,7 @@ from conftest import LEASE_MS, Answer, Api, eventually, refused
 import tidebase
 
 ENDINGS = ["complete", "fail", "cancel", "lease"]
+CENTURY_MS = 36_525 * 86_400_000
 
 
 def end(api: Api, clock: Any, run: str, ending: str) -> None:
@@ -79,6 +80,24 @@ def test_a_second_enqueue_with_a_live_dedupe_key_answers_the_first_run(api):
     assert api.event_types(run) == ["run.enqueued", "run.claimed", "run.requeued"]
     assert api.enqueue("other", dedupeKey="k") != run
     assert api.queue("default")["queued"] == 1
+
+
+def test_a_dedupe_key_that_a_run_of_another_workflow_holds_is_refused_and_says_whose_it_is(api):
+    """Answered with the other workflow's run, the caller would wait for work that nobody does."""
+    run = api.enqueue(workflow="mail", dedupeKey="k")
+    job = {"workflowName": "report", "dedupeKey": "k"}
+    for answer in (api.post("/queues/default/enqueue", job),
+                   api.post("/queues/default/enqueue", {"runs": [{"workflowName": "ok"}, job]})):
+        body = refused(answer, 409, "dedupe_conflict")
+        assert (body["runId"], body["workflowName"]) == (run, "mail")
+        for name in (run, "workflow mail", "workflow report", "dedupe key k"):
+            assert name in body["error"]
+    writes = [{"do": "enqueue_run", "queue": "default", **one} for one in (job, {**job, "dedupeKey": "other"})]
+    results = api.post("/writes", {"writes": writes})["results"]
+    assert [result.get("code") for result in results] == ["dedupe_conflict", None]
+    assert [one["id"] for one in api.get("/runs")["runs"]] == [results[1]["run"]["id"], run]
+    api.complete(run)["run"]
+    assert api.post("/queues/default/enqueue", job)["deduplicated"] is False
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -149,16 +168,16 @@ def test_a_run_at_in_the_past_is_ready_at_once_and_ahead_of_younger_ones(api):
 
 
 def test_many_are_enqueued_at_once_in_the_order_given_each_as_it_would_be_alone(api):
-    taken = api.enqueue(dedupeKey="taken")
+    taken = api.enqueue(workflow="b", dedupeKey="taken")
     answer = api.post("/queues/default/enqueue", {"runs": [
         {"workflowName": "a", "input": {"z": 1, "a": 1.0}},
         {"workflowName": "b", "dedupeKey": "taken"},
         {"workflowName": "c", "dedupeKey": "twin"},
-        {"workflowName": "d", "dedupeKey": "twin"},
+        {"workflowName": "c", "dedupeKey": "twin"},
         {"workflowName": "e", "id": "run_e", "maxAttempts": 9,
          "channels": [{"type": "webhook", "url": "http://127.0.0.1:1/", "secret": "shh"}]}]})
     runs = answer["runs"]
-    assert [run["workflowName"] for run in runs] == ["a", "report", "c", "c", "e"]
+    assert [run["workflowName"] for run in runs] == ["a", "b", "c", "c", "e"]
     assert [run["deduplicated"] for run in runs] == [False, True, False, True, False]
     assert (runs[1]["id"], runs[2]["id"], runs[4]["id"]) == (taken, runs[3]["id"], "run_e")
     assert [run["maxAttempts"] for run in runs] == [3, 3, 3, 3, 9]
@@ -196,11 +215,24 @@ def test_of_many_none_is_enqueued_when_one_is_refused(api, runs, status, code):
     {"workflowName": "w", "priority": True}, {"workflowName": "w", "dedupeKey": ""},
     {"workflowName": "w", "dedupeKey": None}, {"workflowName": "w", "id": "a b"},
     {"workflowName": "w", "deadlineMs": 0}, {"workflowName": "w", "metadata": []},
-    {"workflowName": "w", "channels": [{"type": "webhook"}]},
+    {"workflowName": "w", "channels": [{"type": "webhook"}]}, {"workflowName": "w", "maxAttempts": 1_000_001},
+    {"workflowName": "w", "priority": 2**31}, {"workflowName": "w", "priority": -2**31 - 1},
+    {"workflowName": "w", "delayMs": CENTURY_MS + 1}, {"workflowName": "w", "deadlineMs": CENTURY_MS + 1},
 ])
 def test_a_job_that_cannot_be_is_refused(api, body):
     refused(api.post("/queues/default/enqueue", body), 400, "invalid_request")
     assert api.get("/queues")["queues"] == []
+
+
+def test_the_limits_themselves_are_taken(api):
+    name = "\U0001f600" * 512
+    low = api.enqueue("q", name, priority=-2**31, maxAttempts=1_000_000, dedupeKey=name)
+    high = api.enqueue("q", priority=2**31 - 1, deadlineMs=CENTURY_MS)
+    late = api.enqueue("q", delayMs=CENTURY_MS)
+    claimed = api.claim(*[f"q{n}" for n in range(999)], "q", owner=name, limit=100)
+    assert [run["id"] for run in claimed] == [high, low]
+    assert api.run(low)["workflowName"] == name
+    assert api.run(late)["runAt"] > "2120"
 
 
 def test_sixteen_enqueues_with_one_dedupe_key_at_once_make_one_run(api):
@@ -305,7 +337,7 @@ def test_a_claim_with_checkpoints_brings_what_is_completed(api):
 
 
 @pytest.mark.parametrize("body", [
-    {}, {"queues": []}, {"queues": "default"}, {"queues": [""]}, {"queues": [5]}, {"queues": ["a"] * 101},
+    {}, {"queues": []}, {"queues": "default"}, {"queues": [""]}, {"queues": [5]}, {"queues": ["a"] * 1001},
     {"queues": ["a"], "limit": 0}, {"queues": ["a"], "limit": 101}, {"queues": ["a"], "limit": "1"},
     {"queues": ["a"], "waitMs": 25_001}, {"queues": ["a"], "waitMs": -1}, {"queues": ["a"], "waitMs": 1.0},
     {"queues": ["a"], "leaseOwner": ""}, {"queues": ["a"], "leaseOwner": None}, {"queues": ["a"], "checkpoints": 1},
@@ -488,7 +520,7 @@ def test_claimers_that_hung_up_keep_no_run_from_those_who_wait(start_server, mon
 
 def test_a_concurrency_cap_holds_until_a_run_ends_or_goes_back(api):
     assert api.put("/queues/default/config", {"concurrency": 2})["config"] == {
-        "name": "default", "concurrency": 2, "ratePerMinute": None, "invokeUrl": None}
+        "name": "default", "concurrency": 2, "ratePerMinute": None, "invokeUrl": None, "paused": False}
     runs = [api.enqueue() for _ in range(6)]
     taken = [run["id"] for run in api.claim(owner="a", limit=5)]
     assert taken == runs[:2]
@@ -535,13 +567,15 @@ def test_a_changed_configuration_counts_from_the_next_claim_and_null_clears(api)
     assert configure(concurrency=2)["ratePerMinute"] == 3
     assert len(api.claim(limit=9)) == 1
     assert configure(concurrency=None) == {
-        "name": "default", "concurrency": None, "ratePerMinute": 3, "invokeUrl": None}
+        "name": "default", "concurrency": None, "ratePerMinute": 3, "invokeUrl": None,
+        "paused": False}
     assert len(api.claim(limit=9)) == 1
     assert configure(ratePerMinute=None)["ratePerMinute"] is None
     assert len(api.claim(limit=2)) == 2
     configure(concurrency=1)  # less than are running: nothing starts, nothing ends
     assert api.claim(limit=9) == []
-    assert configure() == {"name": "default", "concurrency": 1, "ratePerMinute": None, "invokeUrl": None}
+    assert configure() == {"name": "default", "concurrency": 1, "ratePerMinute": None, "invokeUrl": None,
+                           "paused": False}
     assert api.queue("default")["running"] == 5
 
 
@@ -624,6 +658,42 @@ def test_a_ready_run_of_a_push_queue_is_offered_once_and_again_after_sixty_secon
     clock.advance(ms=2_000)
     assert api.reconcile() == 1
     assert receiver.wait_for(3)[-1]["runId"] == later
+
+
+def attempts(api: Api, run: str) -> list[tuple[str, str, int | None]]:
+    return [(attempt["reason"], attempt["status"], attempt["httpStatus"])
+            for attempt in api.detail(run)["recoveryAttempts"]]
+
+
+def test_an_offer_stands_among_the_recovery_attempts_newest_first_with_its_events(api, clock, receiver):
+    push_queue(api, receiver)
+    run = api.enqueue(recoveryWebhook=receiver.url)
+    api.reconcile()
+    eventually(lambda: attempts(api, run) == [("queue_dispatch", "delivered", 200)])
+    receiver.answers = [503]
+    clock.advance(ms=60_000)
+    api.reconcile()
+    eventually(lambda: attempts(api, run)[0] == ("queue_dispatch", "pending", 503))
+    api.server.let_send(False)  # else the next try of this one may be faster than the next offer
+    clock.advance(ms=60_000)
+    api.reconcile()
+    receiver.answers = [200]
+    api.server.let_send(True)
+    delivered = ("queue_dispatch", "delivered", 200)
+    eventually(lambda: attempts(api, run) == [delivered, ("queue_dispatch", "failed", 503), delivered])
+    api.post(f"/runs/{run}/recover")["recoveryAttempt"]
+    eventually(lambda: attempts(api, run)[0] == ("manual", "delivered", 200))
+    newest_first = api.detail(run)["recoveryAttempts"]
+    assert {attempt["webhookUrl"] for attempt in newest_first} == {receiver.url}
+    assert all(attempt["id"].startswith("rec_") for attempt in newest_first)
+    fourth, third, second, first = (attempt["id"] for attempt in newest_first)
+    told = [(event["type"], event["payload"]["recoveryAttemptId"], event["payload"]["reason"])
+            for event in api.events(run) if event["type"].startswith("recovery.")]
+    assert told == [
+        ("recovery.started", first, "queue_dispatch"), ("recovery.delivered", first, "queue_dispatch"),
+        ("recovery.started", second, "queue_dispatch"), ("recovery.failed", second, "queue_dispatch"),
+        ("recovery.started", third, "queue_dispatch"), ("recovery.delivered", third, "queue_dispatch"),
+        ("recovery.started", fourth, "manual"), ("recovery.delivered", fourth, "manual")]
 
 
 def test_an_offered_run_is_not_claimed_by_a_worker_meanwhile(api, clock, receiver):

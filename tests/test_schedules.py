@@ -148,6 +148,19 @@ def test_a_run_that_still_works_does_not_keep_the_next_from_starting(api, set_ti
     assert [run["status"] for run in runs(api)] == ["queued", "queued"]
 
 
+def test_a_fire_whose_key_a_run_of_another_workflow_has_does_not_hold_the_schedule_up(api, set_time):
+    set_time("2024-05-15T10:31:00Z")
+    schedule(api, queue="q")["schedule"]
+    squatter = api.enqueue("q", "other", dedupeKey="sched:s:2024-05-15T11:00:00.000Z")
+    set_time("2024-05-15T11:00:00Z")
+    assert api.reconcile() == 0
+    assert shown(api)["nextRunAt"] == "2024-05-15T12:00:00.000Z"
+    set_time("2024-05-15T12:00:00Z")
+    assert api.reconcile() == 1
+    assert [run["workflowName"] for run in runs(api)] == ["other", "report"]
+    assert api.run(squatter)["status"] == "queued"
+
+
 # --- changed
 
 
@@ -177,9 +190,12 @@ def test_a_disabled_schedule_does_not_fire_and_enabled_again_it_counts_from_then
     set_time("2024-05-15T10:31:00Z")
     schedule(api)["schedule"]
     disabled = schedule(api, enabled=False)["schedule"]
-    assert (disabled["enabled"], disabled["nextRunAt"]) == (False, None)
+    assert (disabled["enabled"], disabled["nextRunAt"]) == (False, "2024-05-15T11:00:00.000Z")
     set_time("2024-05-15T13:10:00Z")
     assert api.reconcile() == 0
+    assert (shown(api)["nextRunAt"], shown(api)["lastEnqueuedAt"]) == ("2024-05-15T14:00:00.000Z", None)
+    set_time("2024-05-15T13:59:59Z")
+    assert schedule(api, enabled=False)["schedule"]["nextRunAt"] == "2024-05-15T14:00:00.000Z"
     assert schedule(api)["schedule"]["nextRunAt"] == "2024-05-15T14:00:00.000Z"
     assert api.reconcile() == 0
     assert runs(api) == []

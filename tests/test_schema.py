@@ -21,6 +21,7 @@ from conftest import ROOT, Api, LocalServer, config, together
 from psycopg.types.json import Jsonb
 
 import tidebase
+from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
 
@@ -386,8 +387,36 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "the runs that completed": (100, lambda bill, api: api.get("/runs?status=completed")["runs"]),
     "the runs of some metadata": (1, lambda bill, api: api.get("/runs?metadata.user=5000")["runs"]),
     "the runs of no metadata": (0, lambda bill, api: api.get("/runs?metadata.nothing=1")["runs"]),
+    "the runs of two statuses": (100, lambda bill, api: api.get("/runs?status=failed,cancelled&view=light")["runs"]),
+    "the runs of a workflow and a status": (100, lambda bill, api: api.get("/runs?workflow=workflow1&status=failed")[
+        "runs"]),
+    "the live runs of a queue": (100, lambda bill, api: api.get("/runs?queue=queue1&status=running,queued")["runs"]),
+    "the runs that completed of a workflow": (100, lambda bill, api: api.get(
+        "/runs?workflow=workflow3&status=completed")["runs"]),
+    "the runs that ended last": (100, lambda bill, api: api.get("/runs?sort=ended&view=light")["runs"]),
+    "the oldest runs": (100, lambda bill, api: api.get("/runs?sort=oldest")["runs"]),
+    "a run by its id": (1, lambda bill, api: api.get(f"/runs?text={DONE}&view=light")["runs"]),
+    "children": (100, lambda bill, api: api.get(f"/runs?parent={LIVE[0]}&limit=100")["runs"] + [None] * 100),
+    "what changed on a page": (100, lambda bill, api: api.post("/changes", {"query": "status=queued"})["ids"]),
+    "approvals": (0, lambda bill, api: api.get("/approvals")["items"]),
+    "workers": (29, lambda bill, api: api.get("/workers")["workers"]),
+    "the summary of a run": (None, lambda bill, api: api.get(f"/runs/{DONE}/summary")["run"]),
+    "its steps": (1, lambda bill, api: api.get(f"/runs/{DONE}/steps")["steps"]),
+    "its events": (1, lambda bill, api: api.get(
+        f"/runs/{DONE}/events?view=light&limit=100", headers={"accept": "application/json"}).json),
+    "its deliveries": (1, lambda bill, api: api.get(f"/runs/{DONE}/deliveries")["deliveries"]),
+    "its tree": (1, lambda bill, api: api.get(f"/runs/{DONE}/tree")["runs"]),
+    "its usage": (0, lambda bill, api: api.get(f"/runs/{DONE}/usage?subtree=true")["usage"]),
+    "its state's versions": (0, lambda bill, api: api.get(f"/runs/{DONE}/state/versions?view=light")["stateVersions"]),
+    "its rerun plan": (1, lambda bill, api: api.get(f"/runs/{DONE}/rerun")["steps"]),
+    "a payload": (None, lambda bill, api: api.get(f"/runs/{DONE}/payload?of=input").text),
+    "the minutes of a queue": (60, lambda bill, api: api.get("/queues/queue1/minutes")["minutes"]),
     "expired leases": (29, lambda bill, api: bill.later(1, "expire_leases", 100)),
     "passed deadlines": (100, lambda bill, api: bill.later(28, "cancel_overdue", 100)),
+    "what is forgotten": (100, lambda bill, api: bill.later(40, "purge_runs", 30, 100)),
+    "the runs of a failure class": (0, lambda bill, api: api.get("/runs?failureClass=nothing")["runs"]),
+    "the runs of sixteen metadata": (0, lambda bill, api: api.get(
+        "/runs?" + "&".join(f"metadata.k{n}={n}" for n in range(16)))["runs"]),
     "offers of push queues": (100, lambda bill, api: (
         api.put("/queues/queue1/config", {"invokeUrl": "http://127.0.0.1:1/", "concurrency": 200})["config"],
         bill.later(0, "offer_runs", 100))[1]),
@@ -404,6 +433,23 @@ def test_with_many_runs_no_request_scans_a_table(bill, name):
     assert count is None or count == (found if isinstance(found, int) else len(found))
     assert scans == {}
     assert read < MAY_READ
+
+
+BOUNDED: dict[str, Callable[[Api], Any]] = {
+    "counts": lambda api: api.get("/counts"),
+    "counts of a workflow": lambda api: api.get("/counts?workflow=workflow1"),
+    "counts of a queue and a workflow": lambda api: api.get("/counts?workflow=workflow1&queue=queue1"),
+    "a search for what no error holds": lambda api: api.get("/runs?text=nowhere"),
+    "errors of a workflow in a queue": lambda api: api.get("/runs?workflow=workflow1&queue=queue2&errors=true"),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_with_many_runs_a_count_or_a_search_reads_so_many_of_each_status_at_most(bill, name):
+    scans, read, answer = bill.of(lambda: BOUNDED[name](bill.api))
+    assert answer.status == 200
+    assert scans == {}
+    assert read < 3 * 7 * studio.SEARCHED  # an entry and its row; where the search ended is looked up once more
 
 
 def test_the_bill_of_a_scan_is_seen(bill):

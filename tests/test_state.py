@@ -120,7 +120,8 @@ def test_streams_count_their_versions_each_and_the_run_has_one_live_value(api):
         assert put(api, run, {"n": number}, stream=stream)["state"]["version"] == number
     assert patch(api, run, {"m": 5}, stream="plan")["state"]["value"] == {"n": 4, "m": 5}
     assert [(v["version"], v["value"]) for v in versions(api, run)] == [
-        (1, {"n": 1}), (2, {"n": 3}), (1, {"n": 2}), (2, {"n": 4}), (3, {"n": 4, "m": 5})]
+        (1, {"n": 2}), (2, {"n": 4}), (3, {"n": 4, "m": 5}), (1, {"n": 1}), (2, {"n": 3})], "plan, then run"
+    assert api.detail(run)["stateVersions"] == versions(api, run)
     assert [v["version"] for v in versions(api, run, "?stream=plan")] == [1, 2, 3]
     assert versions(api, run, "?stream=nothing") == []
     streams = api.detail(run)["stateStreams"]
@@ -152,7 +153,6 @@ def test_a_save_labels_the_current_value_as_a_milestone_and_leaves_the_live_stat
             saved["createdBy"], saved["metadata"]) == (
         2, {"a": 1}, None, "halfway", "lunch", "milestone", "ann", {"k": 2})
     assert save(api, run, importance="transient")["stateVersion"]["importance"] == "transient"
-    refused(save(api, run, stream="plan"), 404, "not_found")
     assert api.detail(run)["state"] == state
     event = api.events(run)[2]
     assert (event["type"], event["payload"]) == (
@@ -161,22 +161,43 @@ def test_a_save_labels_the_current_value_as_a_milestone_and_leaves_the_live_stat
     assert len(versions(api, run, "?labeled=false")) == len(versions(api, run)) == 3
 
 
+def test_a_save_labels_the_live_value_whichever_stream_wrote_it(api):
+    run = api.create()
+    snap(api, run, {"n": 0}, target={"type": "run", "id": "x"})["snapshot"]
+    refused(save(api, run), 404, "not_found")  # a snapshot is no live value
+    put(api, run, {"n": 1}, stream="plan")["state"]
+    saved = save(api, run)["stateVersion"]
+    assert (saved["value"], saved["version"]) == ({"n": 1}, 1)
+    put(api, run, {"n": 2})["state"]
+    assert save(api, run, stream="plan")["stateVersion"]["value"] == {"n": 2}
+    assert [v["value"] for v in versions(api, run, "?stream=plan")] == [{"n": 1}, {"n": 2}]
+    assert api.detail(run)["state"]["version"] == 2
+
+
+def test_a_value_that_is_missing_is_the_empty_object(api):
+    run = api.create()
+    assert api.put(f"/runs/{run}/state", {})["state"]["value"] == {}
+    assert api.put(f"/runs/{run}/state", {"value": {"a": 1}})["state"]["version"] == 2
+    assert api.send("PATCH", f"/runs/{run}/state", {"reason": "nothing new"})["state"]["value"] == {"a": 1}
+    assert api.post(f"/runs/{run}/snapshots", {"label": "a"})["snapshot"]["value"] == {}
+
+
 def test_a_snapshot_is_a_labelled_version_in_a_stream_of_its_own(api):
     run = api.create()
     mine = snap(api, run, {"n": 1}, reason="why", createdBy="ann", metadata={"k": 3})["snapshot"]
-    other = snap(api, run, [2], label="draft", target={"type": "doc", "id": "a:b"}, importance="milestone")["snapshot"]
+    other = snap(api, run, [2], label="draft", target={"type": "doc", "id": "a:b"}, importance="normal")["snapshot"]
     again = snap(api, run, [3], label="final", target={"type": "doc", "id": "a:b"})["snapshot"]
     assert mine.keys() == VERSION_KEYS
     assert (mine["value"], mine["label"], mine["reason"], mine["createdBy"], mine["metadata"], mine["version"]) == (
         {"n": 1}, "here", "why", "ann", {"k": 3}, 1)
-    assert (other["importance"], again["version"]) == ("milestone", 2)
+    assert (mine["importance"], other["importance"], again["version"]) == ("milestone", "normal", 2)
     detail = api.detail(run)
     assert detail["state"] is None
     assert [(s["name"], s["targetType"], s["targetId"]) for s in detail["stateStreams"]] == [
         (f"run:{run}", "run", run), ("doc:a:b", "doc", "a:b")]
     event = api.events(run)[1]
     assert (event["type"], event["payload"]) == (
-        "snapshot.created", {"snapshot": {key: mine[key] for key in EVENT_KEYS}})
+        "snapshot.created", {"stateVersion": {key: mine[key] for key in EVENT_KEYS}})
     put(api, run, 4)["state"]
     put(api, run, 5, label="labelled by hand")["state"]
     listed = api.get(f"/runs/{run}/snapshots")["snapshots"]
@@ -244,9 +265,10 @@ def test_an_entry_needs_nothing_and_its_total_is_the_sum_unless_it_is_given(api)
     run = api.create()
     usage = use(api, run)["usage"]
     assert {key for key, value in usage.items() if value is not None} == {
-        "id", "runId", "kind", "totalTokens", "metadata", "createdAt"}
+        "id", "runId", "kind", "metadata", "createdAt"}
     assert (usage["kind"], usage["metadata"]) == ("custom", {})
     assert use(api, run, outputTokens=3)["usage"]["totalTokens"] == 3
+    assert use(api, run, inputTokens=0)["usage"]["totalTokens"] == 0
     assert use(api, run, inputTokens=2, outputTokens=3, totalTokens=9)["usage"]["totalTokens"] == 9
     assert use(api, run, inputTokens=2, totalTokens=0)["usage"]["totalTokens"] == 0
 
@@ -333,8 +355,9 @@ def test_other_wrong_shapes_are_refused_by_name(api):
         (put(api, run, 1, ifVersion="1"), "ifVersion"), (put(api, run, 1, ifVersion=None), "ifVersion"),
         (put(api, run, 1, ifVersion=-1), "ifVersion"), (put(api, run, 1, metadata=[]), "metadata"),
         (put(api, run, 1, stream=""), "stream"), (put(api, run, 1, id="not an id"), "id"),
-        (api.put(f"/runs/{run}/state", {}), "value"), (api.post(f"/runs/{run}/state/save", {}), "label"),
-        (api.post(f"/runs/{run}/snapshots", {"label": "a"}), "state"), (snap(api, run, label=None), "label"),
+        (put(api, run, 1, label=""), "label"), (patch(api, run, {}, label=""), "label"), (save(api, run, ""), "label"),
+        (api.post(f"/runs/{run}/state/save", {}), "label"), (snap(api, run, label=""), "label"),
+        (snap(api, run, label=None), "label"), (put(api, run, 1, id=".."), "id"),
         (snap(api, run, target="doc"), "target"), (snap(api, run, target={"type": "doc"}), "target.id"),
         (snap(api, run, target=None), "target"), (use(api, run, kind=""), "kind"), (use(api, run, model=5), "model"),
         # A number that no double holds would come back as a hundred thousand digits, or not at all.

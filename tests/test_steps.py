@@ -230,7 +230,23 @@ def test_a_step_that_failed_for_good_runs_again_only_after_a_review(api: Api, ru
     ({"sideEffect": "email", "sideEffects": ["read"]}, {"sideEffects": ["read"]}),
     ({"checkpointInvariant": "i", "verifiedBy": "v", "credentials": ["c"]},
      {"checkpointInvariant": "i", "verifiedBy": "v", "credentials": ["c"]}),
-    ({"unknown": {"kept": 1}}, {}),
+    ({"unknown": {"kept": 1}, "input": 1, "retries": 2, "timeoutMs": None}, {}),
+    # One may stand without its list, and empty ones are dropped.
+    ({"sideEffects": "email"}, {"sideEffects": ["email"], "replay": "manual"}),
+    ({"sideEffects": "read"}, {"sideEffects": ["read"]}),
+    ({"sideEffects": ["", "email", None]}, {"sideEffects": ["email"], "replay": "manual"}),
+    ({"sideEffects": [""]}, {}), ({"sideEffects": ""}, {}), ({"sideEffect": ""}, {}),
+    ({"credentials": "c"}, {"credentials": ["c"]}), ({"credentials": {"vault": 1}}, {"credentials": [{"vault": 1}]}),
+    ({"credentials": ["", 5, "c"]}, {"credentials": [5, "c"]}),
+    # These are any JSON.
+    ({"checkpointInvariant": {"rows": [1.0, None]}, "verifiedBy": 0, "credentials": False},
+     {"checkpointInvariant": {"rows": [1.0, None]}, "verifiedBy": 0, "credentials": [False]}),
+    ({"checkpointInvariant": [], "verifiedBy": ""}, {"checkpointInvariant": [], "verifiedBy": ""}),
+    # Null counts as absent.
+    (dict.fromkeys(("sideEffects", "sideEffect", "idempotencyKey", "replay", "onAmbiguousFailure",
+                    "checkpointInvariant", "verifiedBy", "credentials")), {}),
+    ({"sideEffects": None, "sideEffect": "email", "replay": None, "onAmbiguousFailure": "fail"},
+     {"sideEffects": ["email"], "replay": "never"}),
 ])
 def test_the_contract_follows_from_the_options(api: Api, run: str, options: Any, contract: Any) -> None:
     begun = api.begin_step(run, "begun", "a", options=options)["step"]
@@ -241,14 +257,22 @@ def test_the_contract_follows_from_the_options(api: Api, run: str, options: Any,
 
 
 @pytest.mark.parametrize("options", [
-    {"replay": "sometimes"}, {"replay": None}, {"idempotencyKey": 5}, {"idempotencyKey": None}, {"sideEffects": "read"},
-    {"sideEffects": None}, {"credentials": {}}, {"verifiedBy": 1}, {"checkpointInvariant": []}, {"sideEffect": 1},
-    {"onAmbiguousFailure": "maybe"}, {"onAmbiguousFailure": None}, [], "x", 5, {"a": "\0"}])
+    {"replay": "sometimes"}, {"replay": ["auto"]}, {"idempotencyKey": 5}, {"sideEffects": 5}, {"sideEffects": {}},
+    {"sideEffects": True}, {"sideEffect": 1}, {"onAmbiguousFailure": "maybe"}, [], "x", 5, {"a": "\0"},
+    {"verifiedBy": {"a": "\0"}}])
 def test_options_that_promise_nonsense_are_refused(api: Api, run: str, options: Any) -> None:
     body = refused(api.begin_step(run, "s", "a", options=options), 400, "invalid_request")
     assert body["issues"][0]["path"].startswith("options")
     refused(record(api, run, options=options), 400, "invalid_request")
     assert api.get(f"/runs/{run}?include=steps")["steps"] == []
+
+
+def test_what_the_contract_says_of_a_checkpoint_stands_in_its_event(api: Api, run: str) -> None:
+    options = {"checkpointInvariant": {"rows": 3}, "verifiedBy": ["ann", "bob"]}
+    api.do_step(run, "begun", "a", options=options)
+    record(api, run, "recorded", options=options)["step"]
+    completed = [event["payload"] for event in api.events(run) if event["type"] == "step.completed"]
+    assert [{key: payload[key] for key in options} for payload in completed] == [options, options]
 
 
 @pytest.mark.parametrize(("replay", "body", "status", "decision"), [

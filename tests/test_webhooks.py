@@ -47,7 +47,7 @@ def recoveries(api: Api, run: str) -> list[Any]:
 
 
 def settled(api: Api, run: str, kind: Callable[[Api, str], list[Any]] = deliveries, tries: int = 1) -> list[Any]:
-    """The run's webhooks of that kind, once each is through or was tried so often."""
+    """The run's webhooks of that kind, oldest first, once each is through or was tried so often."""
     def done() -> bool:
         rows = kind(api, run)
         return bool(rows) and all(row["status"] != "pending" or (
@@ -55,7 +55,7 @@ def settled(api: Api, run: str, kind: Callable[[Api, str], list[Any]] = deliveri
 
     eventually(done)
     eventually(lambda: api.server.sender.free == 8)
-    return kind(api, run)
+    return kind(api, run)[::-1]
 
 
 @contextmanager
@@ -91,6 +91,7 @@ def test_a_channel_hears_each_kind_of_event_with_its_payload_in_order(api, recei
     assert b"[1.5]" in receiver.requests[3][2]
     rows = settled(api, run)
     assert [row["id"] for row in rows] == [body["deliveryId"] for body in bodies]
+    assert deliveries(api, run) == rows[::-1], "newest first"
     row = rows[0]
     assert row.keys() == {"id", "runId", "channelId", "gateId", "eventType", "payload", "status", "httpStatus",
                           "responseBody", "errorText", "createdAt", "completedAt", "attempts", "nextAttemptAt"}
@@ -566,7 +567,7 @@ def test_a_secret_is_nowhere_but_in_the_signature(api, receiver, caplog):
         assert secret not in caplog.text
     shown = api.detail("run_a")["channels"][0]
     assert shown["config"] == {"url": receiver.url, "secret": None}
-    assert api.events("run_a")[0]["payload"]["channels"] == [shown]
+    assert api.events("run_a")[0]["payload"]["channels"] == [{"type": "webhook", "url": receiver.url, "events": []}]
 
 
 # --- outliving the server
