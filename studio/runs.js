@@ -100,7 +100,7 @@ export async function open({ main, query, signal }) {
       if (!event.target.closest("a, button, input, .c-select") && !getSelection().toString()) navigate(runUrl(run.id));
     } }, canWrite() && el("td.c-select", box), cells.status, el("td.c-name", el("div.run-name", el("a", { href: runUrl(run.id), title: run.workflowName }, run.workflowName),
       el("code", { title: run.id }, shortId(run.id)))), cells.why, cells.queue, cells.attempt, cells.duration, el("td.c-time", time(run.createdAt)));
-    return Object.assign(row, { cells, box });
+    return Object.assign(row, { parts: cells, box });
   }
 
   function updateRow(row, run) {
@@ -112,11 +112,11 @@ export async function open({ main, query, signal }) {
       requestAnimationFrame(() => row.classList.add("fresh"));
     }
     row.version = run.version;
-    fill(row.cells.status, status(shownStatus(run)));
-    fill(row.cells.why, outcome(run)).title = row.cells.why.textContent;
-    fill(row.cells.queue, run.queue ?? el("span.none", "–"));
-    fill(row.cells.attempt, run.maxAttempts > 1 ? `${run.attempt} of ${run.maxAttempts}` : run.attempt);
-    fill(row.cells.duration, runDuration(run));
+    fill(row.parts.status, status(shownStatus(run)));
+    fill(row.parts.why, outcome(run)).title = row.parts.why.textContent;
+    fill(row.parts.queue, run.queue ?? el("span.none", "–"));
+    fill(row.parts.attempt, run.maxAttempts > 1 ? `${run.attempt} of ${run.maxAttempts}` : run.attempt);
+    fill(row.parts.duration, runDuration(run));
   }
 
   function render() {
