@@ -8,19 +8,19 @@ export const rememberScroll = () => history.replaceState({ scroll: scrollY }, ""
 
 /** Go to another view. The scroll position of this one is kept for the way back. */
 export function navigate(url, { replace = false } = {}) {
-  if (!replace) rememberScroll();
-  history[replace ? "replaceState" : "pushState"]({}, "", url);
-  open(0);
+	if (!replace) rememberScroll();
+	history[replace ? "replaceState" : "pushState"]({}, "", url);
+	open(0);
 }
 
 /** Change parameters of this view's address in place: null takes one out. The view is not opened again. */
 export function setQuery(changes) {
-  const url = new URL(location.href);
-  for (const [name, value] of Object.entries(changes)) {
-    if (value === null) url.searchParams.delete(name);
-    else url.searchParams.set(name, value);
-  }
-  history.replaceState(history.state, "", url);
+	const url = new URL(location.href);
+	for (const [name, value] of Object.entries(changes)) {
+		if (value === null) url.searchParams.delete(name);
+		else url.searchParams.set(name, value);
+	}
+	history.replaceState(history.state, "", url);
 }
 
 let title = "";
@@ -28,13 +28,13 @@ let waiting = 0;
 
 /** The tab's title, with the number of decisions that wait for a person before it. */
 export function setTitle(text) {
-  title = text;
-  document.title = `${waiting ? `(${waiting}) ` : ""}${title} · Tidebase`;
+	title = text;
+	document.title = `${waiting ? `(${waiting}) ` : ""}${title} · Tidebase`;
 }
 
 export function setWaiting(count) {
-  if (count === waiting) return;
-  waiting = count;
-  setTitle(title);
-  document.querySelector("link[rel=icon]").href = `/studio/icon.svg${count ? `?n=${count}` : ""}`;
+	if (count === waiting) return;
+	waiting = count;
+	setTitle(title);
+	document.querySelector("link[rel=icon]").href = `/studio/icon.svg${count ? `?n=${count}` : ""}`;
 }
