@@ -1,15 +1,16 @@
 """A month of a small company's agents, told to a server over HTTP: what screenshots of Studio show.
 
-The database's clock is moved while it is told, so that a month takes seconds. Needs the address of the server and of its
-database, which nobody else uses.
+The database's clock is moved while it is told, so that a month takes seconds. Needs the address of the server and of
+its database, which nobody else uses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
-import urllib.parse
+import urllib.error
 import urllib.request
 from typing import Any
 
@@ -35,7 +36,8 @@ class Story:
         self.offset = int(ms_from_now)
         self.connection.execute(  # as the tests do it
             "create or replace function tidebase.now() returns timestamptz language sql volatile as $$ select "
-            f"date_trunc('milliseconds', clock_timestamp()) + interval '{self.offset} milliseconds' $$")
+            f"date_trunc('milliseconds', clock_timestamp()) + interval '{self.offset} milliseconds' $$"
+        )
 
     def wait(self, ms: float) -> None:
         self.at(self.offset + ms)
@@ -44,7 +46,9 @@ class Story:
 
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **headers}, method=method)
+        request = urllib.request.Request(
+            self.url + path, data, {"content-type": "application/json", **headers}, method=method
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
@@ -66,7 +70,9 @@ class Story:
     def complete_step(self, run: str, step: str, owner: str, output: Any) -> None:
         self.post(f"/runs/{run}/steps/{step}/complete", {"leaseOwner": owner, "output": output})
 
-    def step(self, run: str, name: str, owner: str, ms: float, output: Any = None, input: Any = None, **options: Any) -> str:
+    def step(
+        self, run: str, name: str, owner: str, ms: float, output: Any = None, input: Any = None, **options: Any
+    ) -> str:
         step = self.begin_step(run, name, owner, input, **options)
         self.wait(ms)
         self.complete_step(run, step, owner, output)
@@ -74,8 +80,17 @@ class Story:
 
     def usage(self, run: str, step: str | None, model: str, tokens_in: int, tokens_out: int, cost: float) -> None:
         provider = model.split("-", 1)[0]
-        self.post(f"/runs/{run}/usage", {"stepId": step, "provider": provider, "model": model, "inputTokens": tokens_in,
-                                         "outputTokens": tokens_out, "costUsd": round(cost, 6)})
+        self.post(
+            f"/runs/{run}/usage",
+            {
+                **({"stepId": step} if step else {}),
+                "provider": provider,
+                "model": model,
+                "inputTokens": tokens_in,
+                "outputTokens": tokens_out,
+                "costUsd": round(cost, 6),
+            },
+        )
 
     def state(self, run: str, value: Any, **about: Any) -> None:
         self.send("PUT", f"/runs/{run}/state", {"value": value, **about})
@@ -88,7 +103,12 @@ class Story:
             self.send("PUT", f"/queues/{name}/config", {"concurrency": concurrency})
         self.month()
         self.day()
-        ids = {"crash": self.crash(), "approval": self.approvals(), "review": self.ambiguous(), "failed": self.failure()}
+        ids = {
+            "crash": self.crash(),
+            "approval": self.approvals(),
+            "review": self.ambiguous(),
+            "failed": self.failure(),
+        }
         self.schedules()
         self.waiting()
         ids["live"] = self.live()
@@ -99,15 +119,27 @@ class Story:
         """Costs of the last 30 days."""
         for day in range(30, 0, -1):
             busy = 1.6 if day % 7 not in (1, 2) else 0.4
-            for workflow, model, tokens in (("research-report", "opal-4", 52_000), ("triage-ticket", "opal-4-mini", 9_000),
-                                            ("weekly-digest", "quartz-2", 21_000)):
+            for workflow, model, tokens in (
+                ("research-report", "opal-4", 52_000),
+                ("triage-ticket", "opal-4-mini", 9_000),
+                ("weekly-digest", "quartz-2", 21_000),
+            ):
                 self.at(-day * DAY - self.random.randrange(HOUR))
-                run = self.enqueue(workflow, "agents", input={"day": day}, metadata={"customer": self.random.choice(CUSTOMERS)})
+                run = self.enqueue(
+                    workflow, "agents", input={"day": day}, metadata={"customer": self.random.choice(CUSTOMERS)}
+                )
                 owner = f"worker-{self.random.randint(1, 3)}"
                 self.claim("agents", owner)
                 step = self.step(run, "draft", owner, self.random.randint(900, 9000), {"words": 900})
                 spent = int(tokens * busy * self.random.uniform(0.5, 1.5))
-                self.usage(run, step, model, spent, spent // 6, spent * {"opal-4": 9e-6, "opal-4-mini": 1e-6, "quartz-2": 4e-6}[model])
+                self.usage(
+                    run,
+                    step,
+                    model,
+                    spent,
+                    spent // 6,
+                    spent * {"opal-4": 9e-6, "opal-4-mini": 1e-6, "quartz-2": 4e-6}[model],
+                )
                 self.post(f"/runs/{run}/complete", {"result": {"ok": True}, "leaseOwner": owner})
 
     def day(self) -> None:
@@ -117,7 +149,9 @@ class Story:
             workflow, queue, steps = self.random.choice(WORKFLOWS)
             customer = self.random.choice(CUSTOMERS)
             owner = f"worker-{self.random.randint(1, 4)}"
-            run = self.enqueue(workflow, queue, input={"customer": customer, "ticket": 4000 + number}, metadata={"customer": customer})
+            run = self.enqueue(
+                workflow, queue, input={"customer": customer, "ticket": 4000 + number}, metadata={"customer": customer}
+            )
             self.wait(self.random.randint(20, 900))
             self.claim(queue, owner)
             for name in steps:
@@ -130,13 +164,21 @@ class Story:
             elif number % 17 == 5:
                 self.post(f"/runs/{run}/cancel", {"reason": "the ticket was closed", "actor": "Mina Okafor"})
             else:
-                self.post(f"/runs/{run}/complete", {"result": {"ticket": 4000 + number, "done": True}, "leaseOwner": owner})
+                self.post(
+                    f"/runs/{run}/complete", {"result": {"ticket": 4000 + number, "done": True}, "leaseOwner": owner}
+                )
 
     def crash(self) -> str:
         """A report whose worker is killed while it drafts; another one finishes from the checkpoint."""
         self.at(-26 * MINUTE)
-        run = self.enqueue("research-report", "agents", input={"topic": "Tidal power in 2026", "depth": 3, "budget": 1.50},
-                           metadata={"customer": "Northwind", "requestedBy": "mina"}, priority=5, maxAttempts=3)
+        run = self.enqueue(
+            "research-report",
+            "agents",
+            input={"topic": "Tidal power in 2026", "depth": 3, "budget": 1.50},
+            metadata={"customer": "Northwind", "requestedBy": "mina"},
+            priority=5,
+            maxAttempts=3,
+        )
         self.wait(1400)
         self.claim("agents", "worker-2")
         self.state(run, {"phase": "searching", "found": 0}, label="started")
@@ -144,8 +186,13 @@ class Story:
         step = self.step(run, "search", "worker-2", 6200, {"sources": 18}, {"questions": 4}, sideEffects=["read"])
         self.usage(run, step, "opal-4-mini", 8200, 900, 0.0142)
         self.state(run, {"phase": "reading", "found": 18}, reason="sources are in")
-        children = [self.post(f"/runs/{run}/children", {"name": f"read-{topic}", "workflowName": "read-source", "input": {"topic": topic},
-                    "metadata": {}})["run"]["id"] for topic in ("costs", "sites", "policy")]
+        children = [
+            self.post(
+                f"/runs/{run}/children",
+                {"name": f"read-{topic}", "workflowName": "read-source", "input": {"topic": topic}, "metadata": {}},
+            )["run"]["id"]
+            for topic in ("costs", "sites", "policy")
+        ]
         for index, child in enumerate(children):
             self.post(f"/runs/{child}/begin", None, **{"x-tidebase-worker": f"worker-{index + 3}"})
             part = self.step(child, "fetch", f"worker-{index + 3}", 1800 + 900 * index, {"pages": 6})
@@ -162,27 +209,64 @@ class Story:
         self.expire_leases()
         self.wait(1200)
         self.claim("agents", "worker-3")
-        step = self.step(run, "draft", "worker-3", 14_300, {"words": 2140, "text": "# Tidal power in 2026\n\nSites with a spring range over 5 m …"}, {"chapters": 3})
+        step = self.step(
+            run,
+            "draft",
+            "worker-3",
+            14_300,
+            {"words": 2140, "text": "# Tidal power in 2026\n\nSites with a spring range over 5 m …"},
+            {"chapters": 3},
+        )
         self.usage(run, step, "opal-4", 21_400, 5200, 0.3264)
-        self.state(run, {"phase": "checking", "found": 18, "words": 2140}, label="draft", importance="milestone", createdBy="worker-3")
+        self.state(
+            run,
+            {"phase": "checking", "found": 18, "words": 2140},
+            label="draft",
+            importance="milestone",
+            createdBy="worker-3",
+        )
         check = self.begin_step(run, "check-facts", "worker-3")
         self.wait(2200)
         error = {"name": "TimeoutError", "message": "the search took longer than 2 s", "stack": STACK}
         self.post(f"/runs/{run}/steps/{check}/fail", {"leaseOwner": "worker-3", "error": error, "retryable": True})
         self.wait(1500)
         self.step(run, "check-facts", "worker-3", 4200, {"checked": 31, "wrong": 0})
-        gate = self.post(f"/runs/{run}/gates/begin", {"name": "approve", "prompt": "Send the report to Northwind?",
-                         "data": {"words": 2140, "to": "reports@northwind.example"}})["gate"]
+        gate = self.post(
+            f"/runs/{run}/gates/begin",
+            {
+                "name": "approve",
+                "prompt": "Send the report to Northwind?",
+                "data": {"words": 2140, "to": "reports@northwind.example"},
+            },
+        )["gate"]
         self.post(f"/runs/{run}/wait", {"leaseOwner": "worker-3", "for": {"gateId": gate["id"]}})
         self.wait(7 * MINUTE)
-        self.post(f"/runs/{run}/gates/{gate['id']}/resolve", {"token": gate["resolveToken"], "decision": "approved", "actor": "Mina Okafor",
-                  "payload": {"note": "Good. Mention the Severn study next time."}})
+        self.post(
+            f"/runs/{run}/gates/{gate['id']}/resolve",
+            {
+                "token": gate["resolveToken"],
+                "decision": "approved",
+                "actor": "Mina Okafor",
+                "payload": {"note": "Good. Mention the Severn study next time."},
+            },
+        )
         self.wait(300)
         self.claim("agents", "worker-1")
-        self.step(run, "send", "worker-1", 900, {"messageId": "<8124@mail.example>"}, {"to": "reports@northwind.example"},
-                  sideEffects=["email"], idempotencyKey=f"{run}:send")
+        self.step(
+            run,
+            "send",
+            "worker-1",
+            900,
+            {"messageId": "<8124@mail.example>"},
+            {"to": "reports@northwind.example"},
+            sideEffects=["email"],
+            idempotencyKey=f"{run}:send",
+        )
         self.state(run, {"phase": "sent", "found": 18, "words": 2140}, label="sent")
-        self.post(f"/runs/{run}/complete", {"result": {"words": 2140, "sent": True, "costUsd": 0.4361}, "leaseOwner": "worker-1"})
+        self.post(
+            f"/runs/{run}/complete",
+            {"result": {"words": 2140, "sent": True, "costUsd": 0.4361}, "leaseOwner": "worker-1"},
+        )
         return run
 
     def expire_leases(self) -> None:
@@ -193,20 +277,32 @@ class Story:
         first = ""
         for minutes, workflow, prompt, data in APPROVALS:
             self.at(-minutes * MINUTE)
-            run = self.enqueue(workflow, "mail", input={"customer": data["customer"]}, metadata={"customer": data["customer"]})
+            run = self.enqueue(
+                workflow, "mail", input={"customer": data["customer"]}, metadata={"customer": data["customer"]}
+            )
             self.claim("mail", "worker-4")
             step = self.step(run, "draft", "worker-4", 3400, {"words": 180})
             self.usage(run, step, "opal-4-mini", 3100, 420, 0.0093)
             self.state(run, {"phase": "waiting for a person", "customer": data["customer"]})
-            gate = self.post(f"/runs/{run}/gates/begin", {"name": "approve", "prompt": prompt, "data": data, "capability": "send:customer-mail",
-                             "timeoutMs": 3 * DAY})["gate"]
+            gate = self.post(
+                f"/runs/{run}/gates/begin",
+                {
+                    "name": "approve",
+                    "prompt": prompt,
+                    "data": data,
+                    "capability": "send:customer-mail",
+                    "timeoutMs": 3 * DAY,
+                },
+            )["gate"]
             self.post(f"/runs/{run}/wait", {"leaseOwner": "worker-4", "for": {"gateId": gate["id"]}})
             first = first or run
         return first
 
     def ambiguous(self) -> str:
         self.at(-31 * MINUTE)
-        run = self.enqueue("refund", "billing", input={"order": "A-20714", "amount": 129.90}, metadata={"customer": "Bluefin Charter"})
+        run = self.enqueue(
+            "refund", "billing", input={"order": "A-20714", "amount": 129.90}, metadata={"customer": "Bluefin Charter"}
+        )
         self.claim("billing", "worker-1")
         self.step(run, "look-up-order", "worker-1", 700, {"order": "A-20714", "paid": 129.90})
         self.step(run, "check-policy", "worker-1", 1600, {"eligible": True})
@@ -214,23 +310,34 @@ class Story:
         self.wait(LEASE_MS + 2000)
         self.expire_leases()
         self.claim("billing", "worker-3")
-        request = urllib.request.Request(f"{self.url}/runs/{run}/steps/begin", json.dumps({"name": "pay-out", "inputHash": hashlib.sha256(
-            json.dumps({"amount": 129.90}).encode()).hexdigest(), "leaseOwner": "worker-3"}).encode(), {"content-type": "application/json"})
-        try:
+        request = urllib.request.Request(
+            f"{self.url}/runs/{run}/steps/begin",
+            json.dumps(
+                {
+                    "name": "pay-out",
+                    "inputHash": hashlib.sha256(json.dumps({"amount": 129.90}).encode()).hexdigest(),
+                    "leaseOwner": "worker-3",
+                }
+            ).encode(),
+            {"content-type": "application/json"},
+        )
+        with contextlib.suppress(urllib.error.HTTPError):  # 409 manual_review: the step is ambiguous
             urllib.request.urlopen(request, timeout=30)
-        except urllib.error.HTTPError as refusal:
-            error = {"name": "ManualReview", "message": "step 'pay-out' waits for a person's review"}
-            assert json.load(refusal)["code"] == "manual_review"
+        error = {"name": "ManualReview", "message": "step 'pay-out' waits for a person's review"}
         self.post(f"/runs/{run}/fail", {"error": error, "leaseOwner": "worker-3", "retryable": False})
         return run
 
     def failure(self) -> str:
         self.at(-12 * MINUTE)
-        run = self.enqueue("sync-crm", "sync", input={"since": "2026-11-20"}, maxAttempts=1, metadata={"customer": "Halden Optics"})
+        run = self.enqueue(
+            "sync-crm", "sync", input={"since": "2026-11-20"}, maxAttempts=1, metadata={"customer": "Halden Optics"}
+        )
         self.claim("sync", "worker-2")
         self.step(run, "export", "worker-2", 2600, {"rows": 4120})
         self.step(run, "transform", "worker-2", 900, {"rows": 4118})
-        step = self.begin_step(run, "upload", "worker-2", {"rows": 4118}, sideEffects=["crm"], idempotencyKey=f"{run}:upload")
+        step = self.begin_step(
+            run, "upload", "worker-2", {"rows": 4118}, sideEffects=["crm"], idempotencyKey=f"{run}:upload"
+        )
         self.wait(5100)
         error = {"name": "ConnectionError", "message": "crm.example.com refused the connection", "stack": STACK}
         self.post(f"/runs/{run}/steps/{step}/fail", {"leaseOwner": "worker-2", "error": error, "retryable": False})
@@ -239,14 +346,33 @@ class Story:
 
     def schedules(self) -> None:
         self.at(0)
-        for name, cron, workflow, zone in (("nightly-sync", "30 2 * * *", "sync-crm", "UTC"), ("monday-digest", "0 9 * * 1", "weekly-digest", "Europe/Berlin"),
-                                           ("heartbeat-check", "*/15 * * * *", "probe", "UTC")):
-            self.send("PUT", f"/schedules/{name}", {"cron": cron, "workflowName": workflow, "timezone": zone, "queue": "sync", "enabled": name != "heartbeat-check"})
+        for name, cron, workflow, zone in (
+            ("nightly-sync", "30 2 * * *", "sync-crm", "UTC"),
+            ("monday-digest", "0 9 * * 1", "weekly-digest", "Europe/Berlin"),
+            ("heartbeat-check", "*/15 * * * *", "probe", "UTC"),
+        ):
+            self.send(
+                "PUT",
+                f"/schedules/{name}",
+                {
+                    "cron": cron,
+                    "workflowName": workflow,
+                    "timezone": zone,
+                    "queue": "sync",
+                    "enabled": name != "heartbeat-check",
+                },
+            )
 
     def waiting(self) -> None:
         """Runs that do not go on, each for another reason."""
         self.at(-9 * MINUTE)
-        run = self.enqueue("onboard", "agents", input={"customer": "Kestrel Maps"}, metadata={"customer": "Kestrel Maps"}, maxAttempts=3)
+        run = self.enqueue(
+            "onboard",
+            "agents",
+            input={"customer": "Kestrel Maps"},
+            metadata={"customer": "Kestrel Maps"},
+            maxAttempts=3,
+        )
         self.claim("agents", "worker-2")
         self.step(run, "create-account", "worker-2", 800, {"id": 88})
         self.at(-12_000)
@@ -257,12 +383,17 @@ class Story:
         self.claim("sync", "worker-1")
         self.step(run, "export", "worker-1", 1500, {"rows": 88})
         self.at(0)
-        self.post(f"/runs/{run}/fail", {"error": {"name": "TimeoutError", "message": "no answer within 30 s"}, "leaseOwner": "worker-1"})
+        self.post(
+            f"/runs/{run}/fail",
+            {"error": {"name": "TimeoutError", "message": "no answer within 30 s"}, "leaseOwner": "worker-1"},
+        )
         self.enqueue("weekly-digest", "mail", input={}, delayMs=2 * HOUR)
 
     def live(self) -> str:
         self.at(-41_000)
-        run = self.enqueue("research-report", "agents", input={"topic": "Kelp farming"}, metadata={"customer": "Halden Optics"})
+        run = self.enqueue(
+            "research-report", "agents", input={"topic": "Kelp farming"}, metadata={"customer": "Halden Optics"}
+        )
         self.wait(600)
         self.claim("agents", "worker-3")
         self.step(run, "plan", "worker-3", 2100, {"questions": 5})
@@ -276,18 +407,47 @@ class Story:
 
 
 CUSTOMERS = ["Northwind", "Bluefin Charter", "Halden Optics", "Kestrel Maps", "Ostra Foods"]
-WORKFLOWS = [("triage-ticket", "agents", ["fetch", "classify", "reply"]), ("sync-crm", "sync", ["export", "transform", "upload"]),
-             ("weekly-digest", "mail", ["collect", "summarise", "send"]), ("invoice", "billing", ["look-up-order", "render", "file"])]
-APPROVALS = [
-    (134, "answer-customer", "Send this answer to Ostra Foods?", {"customer": "Ostra Foods", "subject": "Late delivery 20611",
-     "text": "Dear Ms Lind,\nyour delivery left the harbour this morning and will be with you on Thursday before noon."}),
-    (52, "answer-customer", "Send this answer to Kestrel Maps?", {"customer": "Kestrel Maps", "subject": "Licence renewal",
-     "text": "Dear Mr Aho,\nthe new licence is attached. It is valid until 30 November 2027."}),
-    (6, "publish-post", "Publish “What the tide tables leave out”?", {"customer": "Northwind", "words": 1310, "channel": "blog"}),
+WORKFLOWS = [
+    ("triage-ticket", "agents", ["fetch", "classify", "reply"]),
+    ("sync-crm", "sync", ["export", "transform", "upload"]),
+    ("weekly-digest", "mail", ["collect", "summarise", "send"]),
+    ("invoice", "billing", ["look-up-order", "render", "file"]),
 ]
-STACK = ('Traceback (most recent call last):\n  File "workflows/sync.py", line 81, in upload\n    response = session.post(url, json=rows)\n'
-         '  File "workflows/http.py", line 34, in post\n    raise ConnectionError(f"{host} refused the connection")\n'
-         "ConnectionError: crm.example.com refused the connection")
+APPROVALS = [
+    (
+        134,
+        "answer-customer",
+        "Send this answer to Ostra Foods?",
+        {
+            "customer": "Ostra Foods",
+            "subject": "Late delivery 20611",
+            "text": "Dear Ms Lind,\nyour delivery left the harbour this morning"
+            " and will be with you on Thursday before noon.",
+        },
+    ),
+    (
+        52,
+        "answer-customer",
+        "Send this answer to Kestrel Maps?",
+        {
+            "customer": "Kestrel Maps",
+            "subject": "Licence renewal",
+            "text": "Dear Mr Aho,\nthe new licence is attached. It is valid until 30 November 2027.",
+        },
+    ),
+    (
+        6,
+        "publish-post",
+        "Publish “What the tide tables leave out”?",
+        {"customer": "Northwind", "words": 1310, "channel": "blog"},
+    ),
+]
+STACK = (
+    'Traceback (most recent call last):\n  File "workflows/sync.py", line 81, in upload\n'
+    '    response = session.post(url, json=rows)\n'
+    '  File "workflows/http.py", line 34, in post\n    raise ConnectionError(f"{host} refused the connection")\n'
+    "ConnectionError: crm.example.com refused the connection"
+)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ let zone = localStorage.getItem("tidebase.zone") === "utc" ? "UTC" : undefined;
 let clockOffset = 0; // the server's clock minus this computer's, in milliseconds
 const formats = new Map();
 
-export const zoneName = () => zone ?? Intl.DateTimeFormat().resolvedOptions().timeZone;
+const hereZone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+export const zoneName = () => zone ?? hereZone;
 export const zoneNote = () => el("span.muted", "Times in ", el("span", { "data-zone": "" }, zoneName()));
 
 export function switchZone() {
@@ -183,9 +184,14 @@ export function time(iso, kind = "ago") {
 
 function writeTime(node) {
 	setText(node, TIME_KINDS[node.dataset.kind](new Date(node.dateTime)));
-	node.title = wholeInstant(node.dateTime);
 	return node;
 }
+
+// The whole instant is worked out when somebody points at a time: a list has many of them.
+document.addEventListener("mouseover", ({ target }) => {
+	if (target.dateTime) target.title = wholeInstant(target.dateTime);
+	else if (target.describe) target.title = target.describe();
+});
 
 setInterval(() => {
 	if (document.hidden) return;

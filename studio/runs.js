@@ -28,7 +28,7 @@ export async function open({ main, query, signal }) {
 	const selected = new Set();
 
 	const mark = el("span.mark", { role: "status" }, "loading");
-	const search = searchInput("id, error text, queue:mail, workflow:report, since:2026-11-01, key:value", "Search runs: an id, text of an error, workflow:, queue:, status:, or a metadata key and value", null, { "data-search": "" });
+	const search = searchInput("id, error text, queue:mail, key:value", "Search runs: an id, text of an error, workflow:, queue:, status:, or a metadata key and value", null, { "data-search": "" });
 	const input = search.lastChild;
 	const chips = el("div.row");
 	const counts = el("div.counts", { role: "group", "aria-label": "Filter by status" });

@@ -36,10 +36,9 @@ export class VirtualRows {
 			pad.hidden = rows === 0;
 			pad.firstChild.firstChild.style.height = `${rows * height}px`;
 		}
-		const measured = body.firstChild?.getBoundingClientRect().height;
-		if (measured && Math.abs(measured - height) > 0.2) {
-			this.height = measured;
-			this.draw();
-		}
+		if (this.measured === innerWidth || !body.firstChild) return;
+		this.measured = innerWidth;
+		this.height = body.firstChild.getBoundingClientRect().height;
+		this.draw();
 	}
 }

@@ -223,15 +223,16 @@ function place(pieces, instant) {
 const NICE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 15e3, 3e4, 6e4, 12e4, 3e5, 6e5, 9e5, 18e5, 36e5, 72e5,
 	216e5, 432e5, 864e5, 1728e5, 6048e5];
 
-function ticksOf(scale, wanted) {
+/** Ticks where there is room for their words, which are `room` wide. */
+function ticksOf(scale, wanted, room) {
 	const step = NICE.find((size) => scale.open / size <= wanted) ?? NICE.at(-1);
 	const ticks = [];
 	let lastX = -1;
 	for (const piece of scale.pieces.filter(({ folded }) => !folded)) {
 		for (let n = Math.ceil((piece.from - scale.start) / step); scale.start + n * step <= piece.to; n += 1) {
 			const x = scale.place(scale.start + n * step);
-			const hidden = scale.pieces.some((other) => other.folded && other.x >= x && other.x < x + 0.5 / wanted);
-			if (x - lastX < 0.7 / wanted || x > 1 - 0.5 / wanted || hidden) continue;
+			const hidden = scale.pieces.some((other) => other.folded && other.x >= x && other.x < x + room);
+			if (x - lastX < 1.3 * room || x > 1 - room || hidden) continue;
 			ticks.push({ x, text: n === 0 ? "0" : duration(n * step) });
 			lastX = x;
 		}
@@ -273,12 +274,12 @@ export class Waterfall {
 		signal.addEventListener("abort", () => observer.disconnect());
 	}
 
-	/** Draw on the next frame; many events in one frame are drawn once. */
+	/** Draw soon: what comes in a tenth of a second is drawn once. */
 	schedule() {
-		this.frame ??= requestAnimationFrame(() => {
+		this.frame ??= setTimeout(() => {
 			this.frame = null;
 			this.draw();
-		});
+		}, 100);
 	}
 
 	/** The rows to show: filtered, and below a child that was unfolded its own steps and children. */
@@ -325,7 +326,7 @@ export class Waterfall {
 	drawAxis() {
 		const width = this.axis.clientWidth || 600;
 		const folds = this.scale.pieces.filter((piece) => piece.folded).map((piece) => [piece.x, piece.end, duration(piece.to - piece.from)]);
-		const ticks = ticksOf(this.scale, Math.max(2, Math.floor(width / 90)));
+		const ticks = ticksOf(this.scale, Math.max(2, Math.floor(width / 70)), 46 / width);
 		const drawn = JSON.stringify([width, folds, ticks]);
 		if (drawn === this.drawnAxis) return;
 		this.drawnAxis = drawn;
@@ -363,7 +364,8 @@ export class Waterfall {
 		fill(node.track, pieces.filter((piece) => piece.folded).map((piece) => placed(el("span.fold"), piece.x, piece.end)), bars.map((bar) => {
 			const to = bar.to ?? this.end;
 			const live = bar.to === null && bar.kind === "running" ? ".bar-live" : "";
-			return placed(el(`span.bar.bar-${bar.kind}${live}`, { title: `${WORDS[bar.kind] ?? bar.kind}${bar.n ? `, attempt ${bar.n}` : ""}${bar.owner ? ` by ${bar.owner}` : ""}, ${duration(to - bar.from)}\nfrom ${wholeInstant(bar.from)}` }), placeOf(bar.from), placeOf(to));
+			const describe = () => `${WORDS[bar.kind] ?? bar.kind}${bar.n ? `, attempt ${bar.n}` : ""}${bar.owner ? ` by ${bar.owner}` : ""}, ${duration(to - bar.from)}\nfrom ${wholeInstant(bar.from)}`;
+			return Object.assign(placed(el(`span.bar.bar-${bar.kind}${live}`), placeOf(bar.from), placeOf(to)), { describe });
 		}));
 	}
 
