@@ -4,14 +4,18 @@ let open = () => {};
 export const setOpener = (opener) => { open = opener; };
 
 export const runUrl = (id, query = "") => `/studio/runs/${encodeURIComponent(id)}${query}`;
-export const rememberScroll = () => history.replaceState({ scroll: scrollY }, "");
+export const rememberScroll = () => history.replaceState({ ...history.state, scroll: scrollY }, "");
 
 /** Go to another view. The scroll position of this one is kept for the way back. */
 export function navigate(url, { replace = false } = {}) {
 	if (!replace) rememberScroll();
-	history[replace ? "replaceState" : "pushState"]({}, "", url);
+	const { depth = 0 } = history.state ?? {};
+	history[replace ? "replaceState" : "pushState"]({ depth: replace ? depth : depth + 1 }, "", url);
 	open(0);
 }
+
+/** One view back, or to the list when this one was opened by itself. */
+export const goBack = () => (history.state?.depth ? history.back() : navigate("/studio/runs"));
 
 /** Change parameters of this view's address in place: null takes one out. The view is not opened again. */
 export function setQuery(changes) {

@@ -231,6 +231,7 @@ export async function open({ main, parts: [id], query, signal }) {
 		content.setAttribute("aria-labelledby", `tab-${name}`);
 		if (panelOf) closePanel();
 		showTabs();
+		document.getElementById(`tab-${name}`).scrollIntoView({ block: "nearest", inline: "nearest" });
 		opened.get(name).update?.([]);
 	}
 

@@ -263,7 +263,7 @@ async function runBulk(action, target) {
 	if (preview.count === 0) return toast(`None of them can be ${done}.`);
 	const words = `${title} ${count(preview.count)}${preview.more ? "+" : ""} ${preview.count === 1 ? "run" : "runs"}`;
 	const asked = await ask(`${words}?`, [
-		el("div.card.table-wrap", el("table", el("tbody", preview.sample.map((run) => el("tr", el("td", status(shownStatus(run))), el("td", run.workflowName), el("td", el("code", run.id))))))),
+		el("div.card.table-wrap", el("table", el("tbody", preview.sample.map((run) => el("tr", el("td", status(shownStatus(run))), el("td", run.workflowName), el("td", el("code", { title: run.id }, shortId(run.id)))))))),
 		preview.count > preview.sample.length && el("p.muted", `and ${count(preview.count - preview.sample.length)} more`),
 		action === "cancel" && field("Reason", el("input", { name: "reason" })),
 		action === "delete" && el("p", "Their steps, events and state go with them. This cannot be undone."),

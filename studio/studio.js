@@ -5,7 +5,7 @@
 
 import { ApiError, get, keepKey, poll, session, setPageSignal, watch } from "./api.js";
 import { button, dialog, el, field, fill, icon, setServerTime, setText, show, skeleton, switchZone, toast, zoneName } from "./dom.js";
-import { navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
+import { goBack, navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
 
 const PAGES = {
 	runs: { title: "Runs", key: "r", load: (parts) => (parts.length ? import("./run.js") : import("./runs.js")) },
@@ -103,7 +103,7 @@ document.addEventListener("keydown", (event) => {
 		else navigate("/studio/runs?focus=search");
 	} else if (key === "j" || key === "k") moveFocus(target, key === "j" ? 1 : -1);
 	else if (key === "x") target.closest("tr")?.querySelector("input[type=checkbox]")?.click();
-	else if (key === "Escape" && !page?.escape?.() && location.pathname !== "/studio/runs") history.back();
+	else if (key === "Escape" && !page?.escape?.() && location.pathname !== "/studio/runs") goBack();
 });
 
 /** To the next or previous row: what bears data-row in it is focused, and Enter opens it. */

@@ -347,7 +347,8 @@ export class Waterfall {
 		setText(node.name, row.name);
 		if (row.depth > 1) node.firstChild.style.paddingLeft = `${1.2 * row.depth - 0.6}rem`;
 		node.classList.toggle("chosen", this.chosen === row.key);
-		const shown = row.status ?? "pending";
+		const gone = row.kind === "step" && row.status === "running" && row.attempts.at(-1)?.outcome === "cut";
+		const shown = gone ? "stalled" : row.status ?? "pending";
 		if (node.shown !== shown) {
 			node.shown = shown;
 			node.open.title = row.name;
