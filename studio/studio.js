@@ -45,6 +45,7 @@ async function open(scroll) {
 	fill(main, skeleton());
 	try {
 		const module = await entry.load(parts).catch(() => { throw new ApiError(0, { error: "the server cannot be reached" }); });
+		if (signal.aborted) return; // left before it was there
 		const opened = await module.open({ main, parts, query: url.searchParams, signal });
 		if (signal.aborted) return;
 		page = opened;
@@ -94,7 +95,7 @@ document.addEventListener("keydown", (event) => {
 		const [name] = Object.entries(PAGES).find(([, entry]) => entry.key === key) ?? [];
 		if (name) return navigate(`/studio/${name}`);
 	}
-	if (key === "g") goUntil = Date.now() + 1500;
+	if (key === "g") goUntil = Date.now() + 2000;
 	else if (key === "?") showHelp();
 	else if (key === "/") {
 		event.preventDefault();
