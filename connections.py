@@ -76,6 +76,9 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
             super().parse_header(header_plus)
         except ValueError as error:  # of a target such as http://[: it would go unanswered
             raise waitress.parser.ParsingError(str(error)) from None
+        # Two lengths of one body: whoever is in front may believe the other, and take the rest for another request.
+        if (self.chunked and "CONTENT_LENGTH" in self.headers) or "TRANSFER_ENCODING" in self.headers:
+            raise waitress.parser.ParsingError("Transfer-Encoding with Content-Length, or in HTTP/1.0")
 
 
 class RefusalTask(waitress.task.ErrorTask):  # type: ignore[misc]

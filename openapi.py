@@ -43,7 +43,9 @@ OBJECTS = {
         attempt, startedAt?, completedAt?, createdAt, updatedAt}""",
     "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never,
         checkpointInvariant:any, verifiedBy:any, credentials:[any]}""",
-    "checkpoint": "{name, inputHash, output, completedAt}",
+    "checkpoint": "{name, inputHash, output, copied, completedAt}",
+    "heldRun": """{id, status:pending|queued|running|waiting|completed|failed|cancelled, leaseOwner?, leaseExpiresAt?,
+        updatedAt}""",
     "briefRun": "{id, status:completed|failed|cancelled}",
     "briefStep": "{id, name, status:completed|failed_retryable|manual_review|failed, attempt}",
     "claimedRun": "{...run, ~checkpoints, ~checkpointsTruncated}",
@@ -56,7 +58,7 @@ OBJECTS = {
     "publicGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
         decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?,
         ~reviewUrl?}""",
-    "signal": "{id, runId, name, payload, timedOut, createdAt}",
+    "signal": "{id, runId, name, n:int, payload, timedOut, createdAt}",
     "state": "{runId, value, version, updatedAt}",
     "stateStream": """{id, runId, name, targetType, targetId, currentVersion, currentValue, metadata, createdAt,
         updatedAt}""",
@@ -100,7 +102,7 @@ OBJECTS = {
         plan:replays|runs|runs_again|stops_for_review|never, reason}""",
     "lightStep": """{id, name, position:int, status:running|completed|failed_retryable|manual_review|failed, attempt,
         startedAt?, completedAt?, createdAt, updatedAt, leaseOwner?, leaseExpiresAt?, inputHash, resumeContract,
-        reviewed?, error:briefError?, inputBytes:int?, outputBytes:int?, errorBytes:int?, optionsBytes:int?}""",
+        reviewed?, copied, error:briefError?, inputBytes:int?, outputBytes:int?, errorBytes:int?, optionsBytes:int?}""",
     "lightEvent": """{id:int, runId, seq, type, createdAt, payload, payloadBytes:int, payloadOmitted:bool, stepId?,
         name?, attempt:int?}""",
     "lightStateVersion": """{id, streamId, streamName, runId, stepId?, version, label?, reason?,
@@ -108,7 +110,7 @@ OBJECTS = {
     "lightDelivery": """{id, runId, kind:recovery|push|channel, eventType, reason?, url, gateId?, channelId?,
         status:pending|delivered|failed, attempts, nextAttemptAt?, httpStatus?, errorText?, createdAt, completedAt?,
         payloadBytes:int?, responseBytes:int?}""",
-    "lightSignal": "{id, runId, name, timedOut, createdAt, payload, payloadBytes:int?, payloadOmitted:bool}",
+    "lightSignal": "{id, runId, name, n:int, timedOut, createdAt, payload, payloadBytes:int?, payloadOmitted:bool}",
     "lightUsage": """{id, runId, stepId?, stepName?, kind, provider?, model?, label?, quantity?, unit?, inputTokens?,
         outputTokens?, totalTokens?, costUsd?, createdAt}""",
     "treeRun": """{id, parentRunId?, name?, edgeType?, depth:int, workflowName, status, createdAt, startedAt?,
@@ -136,6 +138,7 @@ OBJECTS = {
     "error": """{error:string, code, ~issues:[{path, message}], ~run, ~step, ~gate, ~state?, ~leaseOwner,
         ~expectedInputHash, ~actualInputHash, ~runId, ~workflowName, ~runStatus, ~count:int, ~more}""",
     "refusal": "{...error, status:int}",
+    "heldRefusal": "{error:string, code, ~run:heldRun, status:int}",
 }
 
 BY_NAME: dict[str, Schema] = {
@@ -146,7 +149,7 @@ BY_NAME: dict[str, Schema] = {
          " running waiting failed completed cancelled oldestReadyMs inputTokens outputTokens totalTokens entries int",
          {"type": "integer"}),
         ("quantity costUsd number", {"type": "number"}),
-        ("created deduplicated requeued enabled checkpointsTruncated ok ready timedOut paused more bool",
+        ("created deduplicated requeued enabled checkpointsTruncated copied ok ready timedOut paused more bool",
          {"type": "boolean"}),
         ("time", {"type": "string", "format": "date-time"}),
         ("null", {"type": "null"}),
@@ -254,7 +257,9 @@ INTRODUCTION = (
 REFUSED = {  # what any route may answer, beside what it says of itself
     "400": ("invalid_request", "A value has the wrong form: issues says which, in the body, the path or the query."),
     "401": ("unauthorized", "The API key is missing or wrong."),
+    "403": ("foreign_origin", "A web page asks that is not this server's own; or, without a key, the Host is not."),
     "413": ("body_too_large", "The body is larger than TIDEBASE_MAX_BODY allows."),
+    "415": ("unsupported_media_type", "The body is not application/json, or has a Content-Encoding."),
     "503": ("database_unavailable", "PostgreSQL is away or busy: send this again, after Retry-After seconds."),
 }
 MEDIA = {"stream": "text/event-stream", "page": "text/html", "text": "text/plain", "csv": "text/csv"}
@@ -383,7 +388,8 @@ def document(app: flask.Flask, version: str, without_key: set[str], pages: set[s
             "tags": [*(group for group, (pattern, _) in GROUPS.items() if re.search(pattern, path)), "Server"][-2:][:1],
             "parameters": parameters,
         }
-        also = [("400", bool(parameters or bodies)), ("401", rule.endpoint not in without_key), ("413", bool(bodies)),
+        also = [("400", bool(parameters or bodies)), ("401", rule.endpoint not in without_key), ("403", True),
+                ("413", bool(bodies)), ("415", bool(bodies)),
                 ("503", rule.endpoint not in without_key or bool(bodies))]
         operation["responses"] = dict(sorted((answers | {
             status: REFUSED[status][0] for status, applies in also if applies and status not in answers}).items()))

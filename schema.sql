@@ -31,8 +31,9 @@
 --
 -- HOW IT EVOLVES
 --   Apply it with `python tidebase.py migrate` or `psql -1 -f schema.sql`: one transaction, any number of times, to an
---   empty or an older database. Changes are additive: "create table" shows today's shape and below it stands
---   "add column if not exists" for older databases. A changed signature needs "drop function if exists" above it.
+--   empty or an older database. Changes of tables are additive: "create table" shows today's shape and below it stands
+--   "add column if not exists" for older databases. All functions are dropped and made anew. Every change raises the
+--   version at the end: a server applies this file only to a database whose version is lower.
 
 -- ------------------------------------------------------------------------------
 -- Preamble: one lock for all who apply this file, else concurrent "if not exists" collide on the catalog.
@@ -45,6 +46,19 @@ create schema if not exists tidebase;
 -- ------------------------------------------------------------------------------
 create or replace function tidebase.now() returns timestamptz language sql volatile as
 $$ select date_trunc('milliseconds', clock_timestamp()) $$;
+
+-- Functions of an older build are dropped, whatever their signatures, so that no overload of one is left; all but now(),
+-- which column defaults need.
+do $$
+declare
+  v_function regprocedure;
+begin
+  for v_function in select oid from pg_proc where pronamespace = 'tidebase'::regnamespace
+                       and oid <> 'tidebase.now()'::regprocedure
+  loop
+    execute format('drop routine %s', v_function);
+  end loop;
+end $$;
 
 create or replace function tidebase._ms (p_ms bigint) returns interval language sql immutable as
 $$ select p_ms * interval '1 millisecond' $$;
@@ -83,6 +97,7 @@ create table if not exists tidebase.runs (
   error               json,
   failure_class       text,
   recovery_webhook    text,
+  recovery_secret     text,                                -- signs it; never leaves the database but to the sender
   queue               text,
   dedupe_key          text,
   priority            integer     not null default 0,
@@ -116,11 +131,15 @@ create table if not exists tidebase.runs (
   constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null)),
   constraint runs_waiting_whole check ((status = 'waiting') = (waiting_for is not null))
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
+alter table tidebase.runs add column if not exists recovery_secret text;
 -- At most one live run per queue and dedupe key; enqueue_runs reads the live one by it.
 create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedupe_key)
   where dedupe_key is not null and status in ('queued', 'running', 'waiting');
 -- Serves claim_runs: the ready runs of a queue and priority, by run_at; and the priorities in use.
 create index if not exists runs_ready_idx on tidebase.runs (queue, priority desc, run_at) where status = 'queued';
+-- Serves claims for some workflows, however many runs of others stand before theirs.
+create index if not exists runs_ready_workflow_idx on tidebase.runs (queue, workflow_name, priority desc, run_at)
+  where status = 'queued';
 -- Serves expire_leases (all of it: as many rows as there are workers), the concurrency cap (by queue) and the repeat
 -- of a claim (by queue and owner).
 create index if not exists runs_running_idx on tidebase.runs (queue, lease_owner)
@@ -171,6 +190,7 @@ create table if not exists tidebase.steps (
   fence            integer     not null default 0,         -- the run's fence when it was begun
   settled_by       text,                                   -- whose complete or fail came last: a repeat is known by it
   reviewed         text,                                   -- the last review's decision: likewise
+  copied           boolean     not null default false,     -- from the run that this one is a fork of
   attempt          integer     not null default 1,
   started_at       timestamptz,
   completed_at     timestamptz,
@@ -180,6 +200,7 @@ create table if not exists tidebase.steps (
   review_at        timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored,
   constraint steps_name_key unique (run_id, name)           -- also serves the run detail and every begin
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
+alter table tidebase.steps add column if not exists copied boolean not null default false;
 alter table tidebase.steps add column if not exists  -- older databases
   review_at timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored;
 -- Serves list_approvals.
@@ -273,8 +294,10 @@ create table if not exists tidebase.state_versions (
   metadata   jsonb       not null default '{}',
   created_by text,
   created_at timestamptz not null default tidebase.now(),
+  live_version integer,                                     -- of a write of the live state: the run's version after it
   constraint state_versions_version_key unique (stream_id, version)
 );
+alter table tidebase.state_versions add column if not exists live_version integer;  -- older databases
 -- Serves the run detail, the versions and the snapshots.
 create index if not exists state_versions_run_idx on tidebase.state_versions (run_id, stream_id, version);
 
@@ -319,8 +342,12 @@ create table if not exists tidebase.signals (
   payload    json,
   timed_out  boolean     not null default false,            -- nobody sent it in time: that is decided, too
   created_at timestamptz not null default tidebase.now(),
-  constraint signals_name_key unique (run_id, name)
+  n          integer     not null default 1                 -- 1, 2, 3 … of a name: the n-th wait takes the n-th signal
 );
+alter table tidebase.signals add column if not exists n integer not null default 1;  -- older databases
+alter table tidebase.signals drop constraint if exists signals_name_key;             -- where one of a name was kept
+-- One signal of a number; serves the next number, and those who wait for one.
+create unique index if not exists signals_number_key on tidebase.signals (run_id, name, n);
 
 create table if not exists tidebase.schedules (
   name             text        primary key,
@@ -349,6 +376,8 @@ create table if not exists tidebase.outbox (
   event_type      text        not null,                     -- run.resume, run.invoke, or the event's
   reason          text,
   url             text        not null,
+  host            text        generated always as           -- and port: whom a hanging receiver may not hold up
+                  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored,
   payload         json,
   status          text        not null default 'pending'
                   constraint outbox_status_known check (status in ('pending', 'delivered', 'failed')),
@@ -361,8 +390,14 @@ create table if not exists tidebase.outbox (
   completed_at    timestamptz
 );
 alter table tidebase.outbox drop constraint if exists outbox_channel_id_fkey;  -- read the table for each channel deleted
--- Serves take_deliveries.
-create index if not exists outbox_due_idx on tidebase.outbox (next_attempt_at) where status = 'pending';
+alter table tidebase.outbox add column if not exists host text generated always as
+  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
+-- Serve claim_webhooks: whether any is due (worded so that no search for a host's takes this index, and with it reads
+-- those of all hosts); and which hosts there are, and what is due for each.
+drop index if exists tidebase.outbox_due_idx;
+create index if not exists outbox_any_due_idx on tidebase.outbox (next_attempt_at) where completed_at is null;
+create index if not exists outbox_host_idx on tidebase.outbox (host, next_attempt_at)
+  where status = 'pending' and next_attempt_at is not null;
 -- Serves the order of a channel.
 create index if not exists outbox_channel_idx on tidebase.outbox (channel_id, seq) where status = 'pending';
 -- Serves the run detail.
@@ -420,17 +455,27 @@ create index if not exists queue_minutes_idx on tidebase.queue_minutes (queue, m
 create or replace function tidebase._iso (p_at timestamptz) returns text language sql stable as
 $$ select to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"') $$;
 
+-- An address without its credentials, which are for the receiver alone.
+create or replace function tidebase._shown_url (p_url text) returns text language sql immutable as
+$$ select regexp_replace(p_url, '^([^:]+://)[^/?#]*@', '\1***@') $$;
+
 create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as $$
   select json_build_object(
     'id', r.id, 'workflowName', r.workflow_name, 'input', r.input, 'metadata', r.metadata, 'status', r.status,
-    'result', r.result, 'error', r.error, 'recoveryWebhook', r.recovery_webhook, 'leaseOwner', r.lease_owner,
-    'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
+    'result', r.result, 'error', r.error, 'recoveryWebhook', tidebase._shown_url(r.recovery_webhook),
+    'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
     'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
     'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
     'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
     'completedAt', tidebase._iso(r.completed_at), 'waitingFor', r.waiting_for, 'stalled', r.stalled)
+$$;
+
+-- A run for who only asks whether it is still held.
+create or replace function tidebase._lease_json (r tidebase.runs) returns json language sql stable as $$
+  select json_build_object('id', r.id, 'status', r.status, 'leaseOwner', r.lease_owner,
+                           'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'updatedAt', tidebase._iso(r.updated_at))
 $$;
 
 create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
@@ -457,13 +502,13 @@ $$;
 
 create or replace function tidebase._channel_json (c tidebase.channels) returns json language sql stable as $$
   select json_build_object('id', c.id, 'runId', c.run_id, 'type', c.type,
-                           'config', json_build_object('url', c.url, 'secret', null),
+                           'config', json_build_object('url', tidebase._shown_url(c.url), 'secret', null),
                            'events', c.events, 'createdAt', tidebase._iso(c.created_at))
 $$;
 
 create or replace function tidebase._recovery_json (o tidebase.outbox) returns json language sql stable as $$
   select json_build_object(
-    'id', o.id, 'runId', o.run_id, 'reason', o.reason, 'webhookUrl', o.url, 'status', o.status,
+    'id', o.id, 'runId', o.run_id, 'reason', o.reason, 'webhookUrl', tidebase._shown_url(o.url), 'status', o.status,
     'httpStatus', o.http_status, 'responseBody', o.response_body, 'errorText', o.error_text,
     'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
     'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
@@ -550,7 +595,7 @@ create or replace function tidebase._edge_json (e tidebase.run_edges) returns js
 $$;
 
 create or replace function tidebase._signal_json (s tidebase.signals) returns json language sql stable as $$
-  select json_build_object('id', s.id, 'runId', s.run_id, 'name', s.name, 'payload', s.payload,
+  select json_build_object('id', s.id, 'runId', s.run_id, 'name', s.name, 'n', s.n, 'payload', s.payload,
                            'timedOut', s.timed_out, 'createdAt', tidebase._iso(s.created_at))
 $$;
 
@@ -564,13 +609,12 @@ $$;
 
 create or replace function tidebase._queue_json (q tidebase.queues) returns json language sql stable as $$
   select json_build_object('name', q.name, 'concurrency', q.concurrency, 'ratePerMinute', q.rate_per_minute,
-                           'invokeUrl', q.invoke_url, 'paused', q.paused)
+                           'invokeUrl', tidebase._shown_url(q.invoke_url), 'paused', q.paused)
 $$;
 
--- The completed steps of a run, for a worker that is to replay them; past 4 MiB of output the rest is asked for step
+-- The completed steps of a run, for a worker that is to replay them (those copied whatever their input); past 4 MiB of output the rest is asked for step
 -- by step.
-drop function if exists tidebase._checkpoints (text);  -- older databases: it answered one object
-create function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
+create or replace function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
   language plpgsql stable as $$
 declare
   v_limit constant bigint := 4 * 1024 * 1024;
@@ -584,7 +628,7 @@ begin
               from tidebase.steps where run_id = p_run_id and status = 'completed') as done;
   end if;
   select coalesce(json_agg(done), '[]') into checkpoints  -- of rows: a json_build_object for each takes longer
-    from (select name, input_hash as "inputHash", output, tidebase._iso(completed_at) as "completedAt"
+    from (select name, input_hash as "inputHash", output, copied, tidebase._iso(completed_at) as "completedAt"
             from tidebase.steps where run_id = p_run_id and status = 'completed' and position <= v_last
            order by position) as done;
 end $$;
@@ -597,7 +641,9 @@ $$ select (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json $
 -- Private helpers: locking, refusing and recording, the same way for every verb.
 -- ------------------------------------------------------------------------------
 
--- Ends the verb with nothing written: HTTP status, words, and {"code": …} with the case's extras for the answer.
+-- Ends the verb with nothing written: HTTP status, words, and {"code": …} with the case's extras for the answer. Postgres
+-- logs them: so of a run, step, gate or state they name the id ("run": ID; "state": the run's), and refusal_body puts
+-- the object in its place afterwards.
 create or replace function tidebase._refuse (p_status integer, p_code text, p_words text, p_extras json default null)
   returns void language plpgsql as $$
 begin
@@ -605,6 +651,17 @@ begin
     detail = case when p_extras is null then json_build_object('code', p_code)
                   else tidebase._joined(json_build_object('code', p_code), p_extras) end;
 end $$;
+
+-- The rest of a refusal's answer: its detail, with the objects that it names as they are now.
+create or replace function tidebase.refusal_body (p_detail json) returns json language sql stable as $$
+  select json_object_agg(m.key, case m.key
+           when 'run' then (select tidebase._run_json(r) from tidebase.runs r where r.id = m.value #>> '{}')
+           when 'step' then (select tidebase._step_json(s) from tidebase.steps s where s.id = m.value #>> '{}')
+           when 'gate' then (select tidebase._gate_json(g) from tidebase.gates g where g.id = m.value #>> '{}')
+           when 'state' then (select tidebase._state_json(s) from tidebase.states s where s.run_id = m.value #>> '{}')
+           else m.value end)
+    from json_each(p_detail) as m
+$$;
 
 create or replace function tidebase._lock_run (p_run_id text) returns tidebase.runs language plpgsql as $$
 declare
@@ -653,18 +710,30 @@ end $$;
 
 create or replace function tidebase._refuse_lost (p_run tidebase.runs) returns void language sql as $$
   select tidebase._refuse(409, 'lease_lost', format('the lease of run %s is not yours', p_run.id),
-                          json_build_object('run', tidebase._run_json(p_run)))
+                          json_build_object('run', p_run.id))
 $$;
 
 create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) returns void language sql as $$
   select tidebase._refuse(409, 'run_cancelled', format('run %s is cancelled', p_run.id),
-                          json_build_object('run', tidebase._run_json(p_run)))
+                          json_build_object('run', p_run.id))
 $$;
 
 -- A worker that was silent until its run went to another may still be at work: whatever it writes is refused.
 create or replace function tidebase._fence_off (p_run tidebase.runs, p_owner text) returns void language plpgsql as $$
 begin
   if p_owner = any (p_run.former_owners) and p_run.lease_owner is distinct from p_owner then
+    perform tidebase._refuse_lost(p_run);
+  end if;
+end $$;
+
+-- What a worker writes beside its steps names its owner, where it can; people and apps that look after a run name none.
+-- Refuses  an owner that is given and does not hold the run (TB409 lease_lost, run_cancelled).
+create or replace function tidebase._check_owner (p_run tidebase.runs, p_owner text) returns void language plpgsql as $$
+begin
+  if p_owner is not null and p_run.lease_owner is distinct from p_owner then
+    if p_run.status = 'cancelled' then
+      perform tidebase._refuse_cancelled(p_run);
+    end if;
     perform tidebase._refuse_lost(p_run);
   end if;
 end $$;
@@ -698,8 +767,8 @@ begin
 end $$;
 
 -- Puts a webhook into the outbox. Needs the run locked, so that a channel's rows stand in the order of its events.
-create or replace function tidebase._post (p_kind text, p_run_id text, p_channel_id text, p_gate_id text, p_type text,
-                                           p_reason text, p_url text, p_payload json)
+create or replace function tidebase._enqueue_webhook (p_kind text, p_run_id text, p_channel_id text, p_gate_id text,
+                                                      p_type text, p_reason text, p_url text, p_payload json)
   returns tidebase.outbox language sql as $$
   insert into tidebase.outbox (id, kind, run_id, channel_id, gate_id, event_type, reason, url, payload, next_attempt_at)
   values (tidebase._new_id(case p_kind when 'channel' then 'del' else 'rec' end), p_kind, p_run_id, p_channel_id,
@@ -714,7 +783,7 @@ create or replace function tidebase._notify (p_run tidebase.runs, p_type text, p
                                              p_gate_id text default null) returns void language plpgsql as $$
 begin
   if p_run.has_channels then
-    perform tidebase._post('channel', p_run.id, c.id, p_gate_id, p_type, null, c.url, p_payload)
+    perform tidebase._enqueue_webhook('channel', p_run.id, c.id, p_gate_id, p_type, null, c.url, p_payload)
        from tidebase.channels c
       where c.run_id = p_run.id and (c.gate_id is null or c.gate_id = p_gate_id)
         and (c.events = '[]' or c.events ? p_type);
@@ -732,19 +801,19 @@ create or replace function tidebase._add_channels (p_run_id text, p_gate_id text
       from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n
     returning *
   )
-  select coalesce(json_agg(json_build_object('type', type, 'url', url, 'events', events)), '[]') from added
+  select coalesce(json_agg(json_build_object('type', type, 'url', tidebase._shown_url(url), 'events', events)), '[]') from added
 $$;
 
 -- Asks the app, through the run's recovery webhook, to resume it.
 create or replace function tidebase._start_recovery (p_run tidebase.runs, p_reason text)
   returns tidebase.outbox language plpgsql as $$
 declare
-  v_post tidebase.outbox := tidebase._post('recovery', p_run.id, null, null, 'run.resume', p_reason,
-                                           p_run.recovery_webhook, null);
+  v_webhook tidebase.outbox := tidebase._enqueue_webhook('recovery', p_run.id, null, null, 'run.resume', p_reason,
+                                                         p_run.recovery_webhook, null);
 begin
-  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_post.id,
+  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_webhook.id,
                            'reason', p_reason));
-  return v_post;
+  return v_webhook;
 end $$;
 
 -- Counts a failed attempt for the chart of the last hour.
@@ -766,20 +835,20 @@ end $$;
 
 -- Inserts a run without a queue, its channels and its event run.created, to which p_extras adds keys.
 -- Answers  null when the id is taken.
-drop function if exists tidebase._create_run (text, text, json, jsonb, text, jsonb, bigint, json);
 create or replace function tidebase._create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
                                                  p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
-                                                 p_extras json, p_parent_id text default null)
+                                                 p_extras json, p_parent_id text default null,
+                                                 p_recovery_secret text default null)
   returns tidebase.runs language plpgsql as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_run   tidebase.runs;
   v_event json;
 begin
-  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, deadline_at, has_channels,
-                             parent_run_id, event_seq, created_at, updated_at)
+  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, deadline_at,
+                             has_channels, parent_run_id, event_seq, created_at, updated_at)
   values (coalesce(p_id, tidebase._new_id('run')), p_workflow_name, p_input, p_metadata, 'pending', p_recovery_webhook,
-          v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
+          p_recovery_secret, v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
   on conflict (id) do nothing returning * into v_run;
   if found then
     v_event := json_build_object('workflowName', p_workflow_name, 'input', p_input,
@@ -794,11 +863,13 @@ end $$;
 -- Needs    p_id not used by another workflow, else TB409 run_id_conflict.
 -- Leaves   the run pending, its channels, event run.created.    Returns  {"run", "created"}.
 create or replace function tidebase.create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
-                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint)
+                                                p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
+                                                p_recovery_secret text default null)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._create_run(p_id, p_workflow_name, p_input, p_metadata, p_recovery_webhook,
-                                              p_channels, p_deadline_ms, null);
+                                              p_channels, p_deadline_ms, null,
+                                              p_recovery_secret => p_recovery_secret);
   v_new boolean := v_run.id is not null;
 begin
   if not v_new then
@@ -867,7 +938,7 @@ end $$;
 
 -- Extends the leases of runs that their owners hold: no event, no attempt. One statement, so that a worker that holds
 -- hundreds pays for one.
--- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}.
+-- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}, of a run its lease alone.
 create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_owners text[])
   returns json language plpgsql
   set plan_cache_mode = force_generic_plan  -- both as claim_runs
@@ -887,11 +958,11 @@ begin
                                  'status', 404)
              when r.status = 'cancelled' then
                json_build_object('error', format('run %s is cancelled', r.id), 'code', 'run_cancelled',
-                                 'status', 409, 'run', tidebase._run_json(r))
+                                 'status', 409, 'run', tidebase._lease_json(r))
              when r.lease_owner is distinct from beat.owner then
                json_build_object('error', format('the lease of run %s is not yours', r.id), 'code', 'lease_lost',
-                                 'status', 409, 'run', tidebase._run_json(r))
-             else json_build_object('run', tidebase._run_json(r)) end order by n))
+                                 'status', 409, 'run', tidebase._lease_json(r))
+             else json_build_object('run', tidebase._lease_json(r)) end order by n))
       from unnest(p_run_ids, p_owners) with ordinality as beat (run_id, owner, n)
       left join tidebase.runs r on r.id = beat.run_id);
 end $$;
@@ -930,7 +1001,6 @@ end $$;
 -- Needs    p_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
 --          a run that already ended, and the owner's repeat, are answered unchanged.
 -- Returns  {"run"}; with p_brief its id and status alone.
-drop function if exists tidebase.complete_run (text, text, json);
 create or replace function tidebase.complete_run (p_run_id text, p_owner text, p_result json,
                                                   p_brief boolean default false)
   returns json language plpgsql as $$
@@ -1008,6 +1078,14 @@ begin
   return v_run;
 end $$;
 
+-- The class of a failure for which its reporter gave none. p_tried: all attempts were made.
+create or replace function tidebase._failure_class (p_run tidebase.runs, p_tried boolean)
+  returns text language sql stable as $$
+  select case when exists (select from tidebase.steps where run_id = p_run.id and status = 'manual_review')
+                then 'manual_review'
+              when p_tried then 'max_retries' end
+$$;
+
 -- Reports that an attempt at a run failed.
 -- Needs    p_owner, when given, holds it (TB409 lease_lost).
 -- Leaves   a queue run with attempts left queued, after 5 s · 2^(attempt-1), at most 5 min; else _fail. A run that
@@ -1030,7 +1108,7 @@ begin
     return json_build_object('run', tidebase._run_json(v_run), 'requeued', true);
   end if;
   v_run := tidebase._fail(v_run, p_error, coalesce(p_failure_class,
-             case when p_retryable and v_run.max_attempts > 1 then 'max_retries' end), v_run.lease_owner);
+             tidebase._failure_class(v_run, p_retryable and v_run.max_attempts > 1)), v_run.lease_owner);
   return json_build_object('run', tidebase._run_json(v_run), 'requeued', false);
 end $$;
 
@@ -1095,7 +1173,7 @@ declare
 begin
   if v_run.status = 'completed' then
     perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
-                             json_build_object('run', tidebase._run_json(v_run)));
+                             json_build_object('run', p_run_id));
   elsif v_run.status <> 'cancelled' then
     v_run := tidebase._cancel(v_run, p_reason, p_actor);
   end if;
@@ -1125,32 +1203,42 @@ begin
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
 
--- Puts a failed or cancelled run back, with its checkpoints and all its attempts.
--- Needs    not completed (TB409 run_completed); its dedupe key free (TB409 dedupe_conflict).
--- Leaves   it queued, or pending without a queue, event run.retried; a live run unchanged.    Returns  {"run"}.
+-- Puts a failed or cancelled run, which must be locked, back: with its checkpoints and all its attempts.
+-- Needs    its dedupe key free (TB409 dedupe_conflict).
+-- Leaves   it queued, or pending without a queue, event run.retried.
+create or replace function tidebase._put_back (p_run tidebase.runs) returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs;
+  v_now timestamptz := tidebase.now();
+begin
+  perform tidebase._tally(p_run.queue, p_run.status, -1);
+  update tidebase.runs
+     set status = case when queue is null then 'pending' else 'queued' end, run_at = v_now, attempt = 0,
+         failed_attempt = null, former_owners = array_remove(former_owners || settled_by, null), settled_by = null,
+         error = null, failure_class = null, cancel_reason = null,
+         cancel_actor = null, cancel_requested_at = null, cancelled_at = null, completed_at = null,
+         deadline_at = case when deadline_at > v_now then deadline_at end,
+         updated_at = v_now, event_seq = event_seq + 1
+   where id = p_run.id returning * into v_run;
+  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.retried', '{}');
+  return v_run;
+exception when unique_violation then
+  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run.id));
+end $$;
+
+-- Puts a failed or cancelled run back, likewise.
+-- Needs    not completed (TB409 run_completed).    Leaves  a live run unchanged.    Returns  {"run"}.
 create or replace function tidebase.retry_run (p_run_id text) returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'completed' then
     perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
-                             json_build_object('run', tidebase._run_json(v_run)));
+                             json_build_object('run', p_run_id));
   elsif v_run.status in ('failed', 'cancelled') then
-    perform tidebase._tally(v_run.queue, v_run.status, -1);
-    update tidebase.runs
-       set status = case when queue is null then 'pending' else 'queued' end, run_at = v_now, attempt = 0,
-           failed_attempt = null, former_owners = array_remove(former_owners || settled_by, null), settled_by = null,
-           error = null, failure_class = null, cancel_reason = null,
-           cancel_actor = null, cancel_requested_at = null, cancelled_at = null, completed_at = null,
-           deadline_at = case when deadline_at > v_now then deadline_at end,
-           updated_at = v_now, event_seq = event_seq + 1
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.retried', '{}');
+    v_run := tidebase._put_back(v_run);
   end if;
   return json_build_object('run', tidebase._run_json(v_run));
-exception when unique_violation then
-  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run_id));
 end $$;
 
 -- Posts the recovery webhook now.
@@ -1158,19 +1246,27 @@ end $$;
 --          it is sent adds none.    Returns  {"recoveryAttempt"}.
 create or replace function tidebase.recover_run (p_run_id text, p_reason text) returns json language plpgsql as $$
 declare
-  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
-  v_post tidebase.outbox;
+  v_run tidebase.runs := tidebase._lock_run(p_run_id);
 begin
   if v_run.recovery_webhook is null then
     perform tidebase._refuse(422, 'no_recovery_webhook', format('run %s has no recoveryWebhook', p_run_id));
   end if;
-  select * into v_post from tidebase.outbox
-   where run_id = p_run_id and kind = 'recovery' and reason = p_reason and status = 'pending' and attempts = 0
+  return json_build_object('recoveryAttempt', tidebase._recovery_json(tidebase._recover(v_run, p_reason)));
+end $$;
+
+-- The attempt that is posted, or was and has not been sent. Needs the run locked.
+create or replace function tidebase._recover (p_run tidebase.runs, p_reason text)
+  returns tidebase.outbox language plpgsql as $$
+declare
+  v_webhook tidebase.outbox;
+begin
+  select * into v_webhook from tidebase.outbox
+   where run_id = p_run.id and kind = 'recovery' and reason = p_reason and status = 'pending' and attempts = 0
    order by seq limit 1;
   if not found then
-    v_post := tidebase._start_recovery(v_run, p_reason);
+    v_webhook := tidebase._start_recovery(p_run, p_reason);
   end if;
-  return json_build_object('recoveryAttempt', tidebase._recovery_json(v_post));
+  return v_webhook;
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -1212,22 +1308,25 @@ create or replace function tidebase._contract (p_options json) returns json lang
     'credentials', tidebase._listed(p_options->'credentials'))
 $$;
 
--- Whether a step's row, which its caller does not own, is still somebody's: by its own lease, or by the run's, which
--- the owner's heartbeats keep. The run's holder need not heed a step begun before it took the run over: that owner is
--- gone.
+-- Whether a step is not p_owner's to begin. While somebody holds the run, its steps are that one's. A step that was
+-- begun while nobody did is its owner's, by its own lease, or by the run's, which heartbeats extend; but the run's holder
+-- need not heed a step begun before it took the run over: that owner is gone.
 create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
                                                 p_now timestamptz) returns boolean language sql immutable as $$
-  select p_step.status = 'running' and p_step.lease_owner is distinct from p_owner
-     and (p_step.lease_expires_at > p_now
-          or (p_run.lease_owner = p_step.lease_owner and p_run.lease_expires_at > p_now))
-     and not (p_run.lease_owner = p_owner and p_step.fence < p_run.fence)
+  select coalesce(p_run.lease_owner <> p_owner and p_run.lease_expires_at > p_now, false)
+      or coalesce(p_step.status = 'running' and p_step.lease_owner is distinct from p_owner
+                  and p_step.lease_expires_at > p_now
+                  and not (coalesce(p_run.lease_owner = p_owner, false) and p_step.fence < p_run.fence), false)
 $$;
 
 -- Whether only a person can tell if a step may run (again): an earlier owner began it, recorded no outcome and is
 -- gone, and its contract leaves replay to a person; or that was found before; or it failed and must never run again.
-create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_owner text)
-  returns boolean language sql immutable as $$
-  select p_step.status = 'manual_review'
+-- p_options: of the try that is to come. With an idempotency key it may follow one that failed into review (which has
+-- its end recorded), since the key was found missing there.
+create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
+                                                   p_options json) returns boolean language sql immutable as $$
+  select (p_step.status = 'manual_review'
+          and not (p_step.completed_at is not null and p_options->>'idempotencyKey' is not null))
       or (p_step.status = 'running' and p_step.contract->>'replay' in ('manual', 'never')
           and (p_step.lease_owner is distinct from p_owner or p_step.fence <> p_run.fence))
       or (p_step.status = 'failed' and p_step.contract->>'replay' = 'never')
@@ -1249,7 +1348,7 @@ create or replace function tidebase._needs_review (p_run tidebase.runs, p_step t
   select p_step.status = 'manual_review'
       or (coalesce(p_run.lease_expires_at <= p_now, true)
           and (p_run.status in ('failed', 'cancelled') or not tidebase._is_locked(p_run, p_step, '', p_now))
-          and tidebase._is_ambiguous(tidebase._as_taken_over(p_run, p_now), p_step, ''))
+          and tidebase._is_ambiguous(tidebase._as_taken_over(p_run, p_now), p_step, '', p_step.options))
 $$;
 
 -- Marks an ambiguous step, so that it can be reviewed.    Leaves  event step.manual_review.
@@ -1266,6 +1365,11 @@ begin
   return v_step;
 end $$;
 
+create or replace function tidebase._refuse_failed (p_step tidebase.steps) returns void language sql as $$
+  select tidebase._refuse(409, 'step_failed', format('step %s has failed for good: a person decided so', p_step.name),
+                          json_build_object('step', p_step.id))
+$$;
+
 create or replace function tidebase._step_started (s tidebase.steps) returns json language sql stable as $$
   select json_build_object('stepId', s.id, 'name', s.name, 'attempt', s.attempt, 'resumeContract', s.contract)
 $$;
@@ -1277,9 +1381,10 @@ $$;
 
 -- Asks what to do about a step, and takes it where the answer is "execute".
 -- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
--- Needs    p_owner did not lose the run (TB409 lease_lost).
+-- Needs    p_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409 step_failed).
 -- Leaves   on execute: the step running under p_owner's lease, attempt + 1, event step.started; begun again by its
---          owner: the lease extended and nothing else. On manual_review: the step so marked.
+--          owner, or a step that only waits (option wait) by whoever may: under p_owner's lease and nothing else. On
+--          manual_review: the step so marked.
 -- Returns  {"action", …}, and the HTTP status: 409 for manual_review, which is a refusal that writes.
 create or replace function tidebase.begin_step (p_run_id text, p_name text, p_input_hash text, p_input json,
                                                 p_options json, p_owner text, p_lease_ms integer,
@@ -1297,15 +1402,7 @@ begin
   perform tidebase._fence_off(v_run, p_owner);
   select * into v_step from tidebase.steps s where s.run_id = p_run_id and s.name = p_name;
 
-  if v_step.id is null then
-    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
-                                lease_expires_at, fence, started_at, created_at, updated_at)
-    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
-            tidebase._contract(p_options), 'running', p_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
-            v_now, v_now, v_now)
-    returning * into v_step;
-    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
-  elsif v_step.input_hash <> p_input_hash then
+  if v_step.input_hash <> p_input_hash and not v_step.copied then
     body := json_build_object('action', 'input_mismatch', 'step', tidebase._step_json(v_step),
                               'expectedInputHash', v_step.input_hash, 'actualInputHash', p_input_hash);
     return;
@@ -1313,9 +1410,20 @@ begin
     body := json_build_object('action', 'return', 'step', tidebase._step_json(v_step), 'output', v_step.output);
     return;
   elsif tidebase._is_locked(v_run, v_step, p_owner, v_now) then
-    body := json_build_object('action', 'locked', 'step', tidebase._step_json(v_step));
+    body := json_build_object('action', 'locked', 'step', case when v_step.id is not null
+                                                          then tidebase._step_json(v_step) end);
     return;
-  elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
+  elsif v_step.id is null then
+    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
+                                lease_expires_at, fence, started_at, created_at, updated_at)
+    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
+            tidebase._contract(p_options), 'running', p_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
+            v_now, v_now, v_now)
+    returning * into v_step;
+    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
+  elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
+    perform tidebase._refuse_failed(v_step);
+  elsif tidebase._is_ambiguous(v_run, v_step, p_owner, p_options) then
     if v_step.status <> 'manual_review' then  -- so that it can be reviewed
       v_step := tidebase._mark_for_review(v_run, v_step, p_owner);
     end if;
@@ -1323,8 +1431,10 @@ begin
     body := json_build_object('error', format('step %s may have run: a person must review it', p_name),
                               'code', 'manual_review', 'step', tidebase._step_json(v_step));
     return;
-  elsif v_step.status = 'running' and v_step.lease_owner = p_owner and v_step.fence = v_run.fence then
-    update tidebase.steps s set lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
+  elsif v_step.status = 'running'
+        and (v_step.options->>'wait' = 'true' or (v_step.lease_owner = p_owner and v_step.fence = v_run.fence)) then
+    update tidebase.steps s set lease_owner = p_owner, fence = v_run.fence,
+           lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
      where s.id = v_step.id returning * into v_step;
     update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
      where id = p_run_id and lease_owner = p_owner;
@@ -1373,7 +1483,7 @@ begin
   perform tidebase._fence_off(p_run, p_owner);
   if p_step.status <> 'running' or p_step.lease_owner <> p_owner then
     perform tidebase._refuse(409, 'lease_lost', format('step %s is not held by you', p_step.name),
-                             json_build_object('step', tidebase._step_json(p_step)));
+                             json_build_object('step', p_step.id));
   end if;
 end $$;
 
@@ -1428,12 +1538,10 @@ end $$;
 -- Records a step that already ran, in one write; for steps without external side effects, since a worker that dies
 -- before it leaves no trace.
 -- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled); the same input (TB409 input_mismatch); no review
---          pending (TB409 manual_review).
+--          pending (TB409 manual_review), and none that decided that it failed (TB409 step_failed).
 -- Leaves   the step ended, events step.started (unless p_owner had begun it) and step.completed or step.failed; a
 --          completed step, and a failure that began at the same p_started_at, unchanged.
 -- Returns  {"step"}; with p_brief without what was sent, unless another output stands.
-drop function if exists tidebase.record_step (text, text, text, text, json, json, json, json, boolean, text,
-                                              timestamptz, bigint);
 create or replace function tidebase.record_step (p_run_id text, p_owner text, p_name text, p_input_hash text,
                                                  p_input json, p_options json, p_output json, p_error json,
                                                  p_retryable boolean, p_decision text, p_started_at timestamptz,
@@ -1452,9 +1560,9 @@ begin
     perform tidebase._refuse_cancelled(v_run);
   end if;
   select * into v_step from tidebase.steps where run_id = p_run_id and name = p_name;
-  if v_step.input_hash <> p_input_hash then
+  if v_step.input_hash <> p_input_hash and not v_step.copied then
     perform tidebase._refuse(409, 'input_mismatch', format('step %s was recorded with another input', p_name),
-              json_build_object('step', tidebase._step_json(v_step), 'expectedInputHash', v_step.input_hash,
+              json_build_object('step', v_step.id, 'expectedInputHash', v_step.input_hash,
                                 'actualInputHash', p_input_hash));
   elsif v_step.status = 'completed' and (v_step.settled_by = p_owner or v_run.lease_owner = p_owner) then
     return tidebase._step_told(v_step, p_brief, p_output);
@@ -1462,9 +1570,11 @@ begin
     perform tidebase._refuse_lost(v_run);
   elsif v_step.settled_by = p_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
     return tidebase._step_told(v_step, p_brief, p_output);
-  elsif tidebase._is_ambiguous(v_run, v_step, p_owner) then
+  elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
+    perform tidebase._refuse_failed(v_step);
+  elsif tidebase._is_ambiguous(v_run, v_step, p_owner, p_options) then
     perform tidebase._refuse(409, 'manual_review', format('step %s may have run: a person must review it', p_name),
-                             json_build_object('step', tidebase._step_json(v_step)));
+                             json_build_object('step', v_step.id));
   end if;
   v_begun := coalesce(v_step.status = 'running' and v_step.lease_owner = p_owner, false);
   insert into tidebase.steps as s (id, run_id, name, position, input_hash, input, options, contract, status, output,
@@ -1490,8 +1600,10 @@ end $$;
 
 -- A person's word on a step that nobody can know the outcome of.
 -- Needs    the step in manual_review, or such that whoever took the run now would find it so (TB409 not_in_review).
--- Leaves   retry: failed_retryable; complete: completed with p_output; fail: failed. Event step.reviewed; the same
---          decision again is answered unchanged.    Returns  {"step"}.
+-- Leaves   retry: failed_retryable; complete: completed with p_output; fail: failed for good. Event step.reviewed. The run
+--          goes on: a failed one with a queue is put back (TB409 dedupe_conflict), another that nobody holds gets its
+--          recovery webhook, if any, with the reason manual. The same decision again is answered unchanged.
+-- Returns  {"step"}.
 create or replace function tidebase.review_step (p_run_id text, p_step_id text, p_decision text, p_output json,
                                                  p_actor text) returns json language plpgsql as $$
 declare
@@ -1505,7 +1617,7 @@ begin
   if v_step.status <> 'manual_review' then
     if v_step.reviewed is distinct from p_decision then
       perform tidebase._refuse(409, 'not_in_review', format('step %s is %s', v_step.name, v_step.status),
-                               json_build_object('step', tidebase._step_json(v_step)));
+                               json_build_object('step', v_step.id));
     end if;
     return json_build_object('step', tidebase._step_json(v_step));
   end if;
@@ -1520,6 +1632,13 @@ begin
    where id = v_step.id returning * into v_step;
   if p_decision = 'complete' then
     perform tidebase._record(v_run, null, 'step.completed', tidebase._step_completed(v_step));
+  end if;
+  if v_run.status = 'failed' and v_run.queue is not null then
+    perform tidebase._put_back(v_run);
+  elsif v_run.recovery_webhook is not null
+        and (v_run.status in ('pending', 'failed')
+             or (v_run.status = 'running' and v_run.queue is null and v_run.lease_expires_at <= v_now)) then
+    perform tidebase._recover(v_run, 'manual');
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1544,13 +1663,12 @@ end $$;
 
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
 -- p_child: {name, workflowName, metadata, channels, edgeType, edgeMetadata, maxAttempts, priority, ~id,
--- ~recoveryWebhook, ~queue}.
--- Needs    the parent (TB404), not cancelled (TB409 run_cancelled); an existing child of the name of the same workflow
+-- ~recoveryWebhook, ~recoverySecret, ~queue, ~leaseOwner}.
+-- Needs    the parent (TB404), not cancelled (TB409 run_cancelled), held by the leaseOwner given (_check_owner); an
+--          existing child of the name of the same workflow
 --          (TB409 edge_conflict).
 -- Leaves   the child pending, or queued where it has a queue, its metadata with parentRunId and parentEdgeName, events
 --          run.created on it and run.child.created on the parent.    Returns  {"run", "edge", "created"}.
-drop function if exists tidebase.create_child (text, text, text, text, json, jsonb, text, jsonb, text, jsonb, text,
-                                               integer, integer);
 create or replace function tidebase.create_child (p_parent_id text, p_child jsonb, p_input json)
   returns json language plpgsql as $$
 declare
@@ -1559,6 +1677,7 @@ declare
   v_run    tidebase.runs;
   v_edge   tidebase.run_edges;
 begin
+  perform tidebase._check_owner(v_parent, p_child->>'leaseOwner');
   select * into v_edge from tidebase.run_edges where parent_run_id = p_parent_id and name = v_name;
   if found then
     select * into v_run from tidebase.runs where id = v_edge.child_run_id;
@@ -1573,7 +1692,7 @@ begin
     p_child->>'id', p_child->>'workflowName', p_input,
     p_child->'metadata' || jsonb_build_object('parentRunId', p_parent_id, 'parentEdgeName', v_name),
     p_child->>'recoveryWebhook', p_child->'channels', null,
-    json_build_object('parentRunId', p_parent_id, 'edgeName', v_name), p_parent_id);
+    json_build_object('parentRunId', p_parent_id, 'edgeName', v_name), p_parent_id, p_child->>'recoverySecret');
   if v_run.id is null then
     perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_child->>'id'));
   end if;
@@ -1584,16 +1703,18 @@ begin
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
   values (tidebase._new_id('edge'), p_parent_id, v_run.id, v_name, p_child->>'edgeType', p_child->'edgeMetadata')
   returning * into v_edge;
-  perform tidebase._record(v_parent, null, 'run.child.created', json_build_object(
+  perform tidebase._record(v_parent, p_child->>'leaseOwner', 'run.child.created', json_build_object(
             'childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
   return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', true);
 end $$;
 
 -- Makes a new run of the same workflow that starts with copies of the checkpoints of another: of those begun before
--- p_from_step, or of all. p_input null: the same input. The same p_id again answers the run that is there.
+-- p_from_step, or of all. They answer whatever input changed code gives them. p_input null: the same input. The same
+-- p_id again answers the run that is there.
 -- Needs    the step, when named (TB404).
--- Leaves   the new run queued, where the other has a queue, else pending.    Returns  {"run", "created"}.
-create or replace function tidebase.fork_run (p_run_id text, p_id text, p_from_step text, p_input json)
+-- Leaves   the new run queued on p_queue, else on the other's queue; without either pending.
+-- Returns  {"run", "created"}.
+create or replace function tidebase.fork_run (p_run_id text, p_id text, p_from_step text, p_input json, p_queue text)
   returns json language plpgsql as $$
 declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
@@ -1609,20 +1730,22 @@ begin
   v_fork := tidebase._create_run(
     p_id, v_run.workflow_name, coalesce(p_input, v_run.input),
     v_run.metadata || jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
-    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step));
+    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
+    p_recovery_secret => v_run.recovery_secret);
   if v_fork.id is null then
     return json_build_object('run', tidebase._run_json(tidebase._same_run(p_id, v_run.workflow_name)),
                              'created', false);
   end if;
   insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output, attempt,
-                              started_at, completed_at)
+                              copied, started_at, completed_at)
   select tidebase._new_id('step'), v_fork.id, name, position - v_run.event_seq - 1, input_hash, input, options,
-         contract, status, output, attempt, started_at, completed_at
+         contract, status, output, attempt, true, started_at, completed_at
     from tidebase.steps
    where run_id = p_run_id and status = 'completed' and (v_position is null or position < v_position)
    order by position;
-  if v_run.queue is not null then
-    v_fork := tidebase._put_on_queue(v_fork, v_run.queue, v_run.max_attempts, v_run.priority);
+  if coalesce(p_queue, v_run.queue) is not null then
+    v_fork := tidebase._put_on_queue(v_fork, coalesce(p_queue, v_run.queue),
+                                     case when v_run.queue is null then 3 else v_run.max_attempts end, v_run.priority);
   end if;
   return json_build_object('run', tidebase._run_json(v_fork), 'created', true);
 end $$;
@@ -1632,12 +1755,12 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- Asks, or looks at what was asked before under this name.
--- Needs    the run not cancelled (TB409 run_cancelled).
+-- Needs    the run not cancelled (TB409 run_cancelled), and p_owner, when given, to hold it (_check_owner).
 -- Leaves   the gate pending, with channels of its own; event and channels gate.created.
 -- Returns  {"action": "wait" while it is pending, else "return", "gate"}.
 create or replace function tidebase.begin_gate (p_run_id text, p_name text, p_prompt text, p_data json,
                                                 p_channels jsonb, p_capability json, p_timeout_ms bigint,
-                                                p_base_url text) returns json language plpgsql as $$
+                                                p_base_url text, p_owner text default null) returns json language plpgsql as $$
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_now  timestamptz := tidebase.now();
@@ -1647,6 +1770,7 @@ begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
   end if;
+  perform tidebase._check_owner(v_run, p_owner);
   select * into v_gate from tidebase.gates where run_id = p_run_id and name = p_name;
   if not found then
     insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
@@ -1660,7 +1784,7 @@ begin
     if p_channels <> '[]' then
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
-    perform tidebase._record(v_run, null, 'gate.created',
+    perform tidebase._record(v_run, p_owner, 'gate.created',
                              json_build_object('gate', tidebase._public_gate(v_gate, false)));
     perform tidebase._notify(v_run, 'gate.created',
                              json_build_object('gate', tidebase._joined(
@@ -1712,7 +1836,7 @@ begin
   select * into v_gate from tidebase.gates where id = p_gate_id;  -- as it is now that nobody else can decide it
   if v_gate.status <> 'pending' then
     perform tidebase._refuse(409, 'gate_resolved', format('gate %s was %s', v_gate.name, v_gate.status),
-                             json_build_object('gate', tidebase._gate_json(v_gate)));
+                             json_build_object('gate', v_gate.id));
   elsif v_run.status in ('completed', 'failed', 'cancelled') then
     perform tidebase._refuse(409, 'run_ended', format('run %s is %s: gate %s can no longer be decided', p_run_id,
                              v_run.status, v_gate.name), json_build_object('runStatus', v_run.status));
@@ -1737,9 +1861,10 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- Appends a version to a stream of a run, which must be locked. p_about: {id?, label?, reason?, importance?, metadata?,
--- createdBy?, stepId?}.
+-- createdBy?, stepId?}. p_live_version: of a write of the live state, its version.
 create or replace function tidebase._add_version (p_run_id text, p_stream text, p_target_type text, p_target_id text,
-                                                  p_value jsonb, p_patch jsonb, p_about jsonb)
+                                                  p_value jsonb, p_patch jsonb, p_about jsonb,
+                                                  p_live_version integer default null)
   returns tidebase.state_versions language plpgsql as $$
 declare
   v_now     timestamptz := tidebase.now();
@@ -1753,10 +1878,11 @@ begin
      set current_version = s.current_version + 1, current_value = p_value, updated_at = v_now
   returning * into v_stream;
   insert into tidebase.state_versions (id, stream_id, run_id, step_id, version, value, patch, label, reason, importance,
-                                       metadata, created_by, created_at)
+                                       metadata, created_by, created_at, live_version)
   values (coalesce(p_about->>'id', tidebase._new_id('ver')), v_stream.id, p_run_id, p_about->>'stepId',
           v_stream.current_version, p_value, p_patch, p_about->>'label', p_about->>'reason',
-          coalesce(p_about->>'importance', 'normal'), coalesce(p_about->'metadata', '{}'), p_about->>'createdBy', v_now)
+          coalesce(p_about->>'importance', 'normal'), coalesce(p_about->'metadata', '{}'), p_about->>'createdBy', v_now,
+          p_live_version)
   on conflict (id) do nothing returning * into v_version;
   if not found then  -- another run's, written since the caller looked
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', p_about->>'id'));
@@ -1779,11 +1905,12 @@ end $$;
 
 -- Replaces the run's live value, or merges the top level of p_value into it, and records it as the stream's next
 -- version.
--- Needs    p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
+-- Needs    p_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
 --          an object on both sides (TB409 state_not_object).
--- Leaves   event and channels state.updated.    Returns  {"state"}.
+-- Leaves   event and channels state.updated; where the id was written before, everything as it was.
+-- Returns  {"state"} as this write, or the one of the same id before, left it.
 create or replace function tidebase.write_state (p_run_id text, p_stream text, p_value jsonb, p_merge boolean,
-                                                 p_if_version integer, p_about jsonb)
+                                                 p_if_version integer, p_about jsonb, p_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
@@ -1791,30 +1918,34 @@ declare
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
   v_event   json;
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   select * into v_state from tidebase.states where run_id = p_run_id;
-  if v_version.id is not null and v_state.run_id is null then
+  if v_version.id is not null and v_version.live_version is null then
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is a snapshot', v_version.id));
   elsif v_version.id is not null then
+    v_state := (p_run_id, v_version.value, v_version.live_version, v_version.created_at);
     return json_build_object('state', tidebase._state_json(v_state));
   elsif p_if_version <> coalesce(v_state.version, 0) then
     perform tidebase._refuse(409, 'version_conflict',
               format('the state is at version %s', coalesce(v_state.version, 0)),
-              json_build_object('state', case when v_state.run_id is not null then tidebase._state_json(v_state) end));
+              json_build_object('state', v_state.run_id));
   elsif p_merge and jsonb_typeof(v_state.value) <> 'object' then
     perform tidebase._refuse(409, 'state_not_object', 'the state is not an object, so nothing can be merged into it');
   end if;
-  insert into tidebase.states as s (run_id, value, version) values (p_run_id, p_value, 1)
+  v_version := tidebase._add_version(
+    p_run_id, p_stream, 'run', p_run_id,
+    case when p_merge then coalesce(v_state.value || p_value, p_value) else p_value end,
+    case when p_merge then p_value end, p_about, p_live_version => coalesce(v_state.version, 0) + 1);
+  insert into tidebase.states (run_id, value, version, updated_at)
+  values (p_run_id, v_version.value, v_version.live_version, v_version.created_at)
   on conflict (run_id) do update
-     set value = case when p_merge then s.value || p_value else p_value end, version = s.version + 1,
-         updated_at = tidebase.now()
+     set value = excluded.value, version = excluded.version, updated_at = excluded.updated_at
   returning * into v_state;
-  v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value,
-                                     case when p_merge then p_value end, p_about);
   v_event := json_build_object('value', v_state.value);
   if p_merge then
     v_event := tidebase._joined(v_event, json_build_object('patch', p_value));
   end if;
-  perform tidebase._record(v_run, null, 'state.updated', tidebase._joined(
+  perform tidebase._record(v_run, p_owner, 'state.updated', tidebase._joined(
             v_event, json_build_object('stateVersion', tidebase._version_event(v_version))));
   perform tidebase._notify(v_run, 'state.updated', json_build_object(
             'state', tidebase._state_json(v_state), 'stateVersion', tidebase._version_event(v_version)));
@@ -1823,13 +1954,14 @@ end $$;
 
 -- Labels the live value, whichever stream wrote it last, as the next version of p_stream.
 -- Needs    a live value (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
-create or replace function tidebase.save_state (p_run_id text, p_stream text, p_about jsonb)
+create or replace function tidebase.save_state (p_run_id text, p_stream text, p_about jsonb, p_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
   v_state   tidebase.states;
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   if v_version.id is null then
     select * into v_state from tidebase.states where run_id = p_run_id;
     if not found then
@@ -1837,7 +1969,7 @@ begin
     end if;
     v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value, null,
                                        '{"importance": "milestone"}' || p_about);
-    perform tidebase._record(v_run, null, 'state.saved',
+    perform tidebase._record(v_run, p_owner, 'state.saved',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('stateVersion', tidebase._version_json(v_version));
@@ -1846,17 +1978,19 @@ end $$;
 -- Keeps a labelled picture of something, beside the live state: in the stream type:id of what it is of.
 -- Leaves   event snapshot.created.    Returns  {"snapshot"}.
 create or replace function tidebase.create_snapshot (p_run_id text, p_target_type text, p_target_id text, p_state jsonb,
-                                                     p_about jsonb) returns json language plpgsql as $$
+                                                     p_about jsonb, p_owner text default null)
+  returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
   v_type    text := coalesce(p_target_type, 'run');
   v_target  text := coalesce(p_target_id, p_run_id);
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   if v_version.id is null then
     v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
                                        '{"importance": "milestone"}' || p_about);
-    perform tidebase._record(v_run, null, 'snapshot.created',
+    perform tidebase._record(v_run, p_owner, 'snapshot.created',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('snapshot', tidebase._version_json(v_version));
@@ -1884,12 +2018,13 @@ $$;
 -- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
 -- Needs    p_id not another run's (TB409 usage_id_conflict).
 -- Leaves   event and channels usage.recorded.    Returns  {"usage"}.
-create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb)
+create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb, p_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run   tidebase.runs := tidebase._lock_run(p_run_id);
   v_usage tidebase.usage;
 begin
+  perform tidebase._check_owner(v_run, p_owner);
   select * into v_usage from tidebase.usage where id = p_id;
   if v_usage.run_id <> p_run_id then
     perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
@@ -1906,7 +2041,7 @@ begin
     if not found then  -- another run's, written since it was looked for
       perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
     end if;
-    perform tidebase._record(v_run, null, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+    perform tidebase._record(v_run, p_owner, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
     perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
   end if;
   return json_build_object('usage', tidebase._usage_json(v_usage));
@@ -1935,16 +2070,31 @@ $$;
 -- Waiting: a queued run that waits for a person, a signal, a time or its children holds no worker.
 -- ------------------------------------------------------------------------------
 
--- Puts a waiting run, which must be locked, back on its queue, because what it waits for is there.
+-- Which of the signals of a name is waited for.
+create or replace function tidebase._number (p_for jsonb) returns integer language sql immutable as
+$$ select coalesce((p_for->>'n')::integer, 1) $$;
+
+-- Puts a waiting run, which must be locked, back on its queue, because what it waits for is there. The step of the
+-- wait, where it has one, completes with it: its output is the signal, or null.
 create or replace function tidebase._wake (p_run tidebase.runs) returns void language plpgsql as $$
 declare
-  v_now timestamptz := tidebase.now();
-  v_seq integer;
+  v_now  timestamptz := tidebase.now();
+  v_for  jsonb := p_run.waiting_for;
+  v_step tidebase.steps;
+  v_seq  integer;
 begin
+  update tidebase.steps s
+     set status = 'completed', lease_owner = null, lease_expires_at = null, completed_at = v_now, updated_at = v_now,
+         output = (select tidebase._signal_json(g) from tidebase.signals g
+                    where g.run_id = p_run.id and g.name = v_for->>'event' and g.n = tidebase._number(v_for))
+   where s.id = v_for->>'stepId' and s.run_id = p_run.id and s.status = 'running' returning * into v_step;
+  if found then
+    perform tidebase._record(p_run, null, 'step.completed', tidebase._step_completed(v_step));
+  end if;
   update tidebase.runs set status = 'queued', run_at = v_now, waiting_for = null, wake_at = null, offered_at = null,
          event_seq = event_seq + 1, updated_at = v_now
    where id = p_run.id returning event_seq into v_seq;
-  perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', p_run.waiting_for));
+  perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', v_for));
 end $$;
 
 -- Whether what a run would wait for is there already. Each child asks when it ends, so of many only one that is live is
@@ -1965,15 +2115,18 @@ begin
     return not exists (select from tidebase.gates
                         where run_id = p_run_id and id = p_for->>'gateId' and status = 'pending');
   elsif p_for ? 'event' then
-    return exists (select from tidebase.signals where run_id = p_run_id and name = p_for->>'event');
+    return exists (select from tidebase.signals
+                    where run_id = p_run_id and name = p_for->>'event' and n = tidebase._number(p_for));
   end if;
   return (p_for->>'until')::timestamptz <= p_now;
 end $$;
 
--- Gives a run's lease up until something is there: {"gateId"}, {"event": a signal's name}, {"until": a time}, or
--- {"children": names, or true for all} that ended. A signal that is not there after p_timeout_ms is timed out for good.
--- Needs    p_owner holds it (TB409 lease_lost, run_cancelled); it has a queue (TB409 no_queue).
--- Leaves   it waiting, no attempt spent, event run.waiting; where it is there already, everything as it was.
+-- Gives a run's lease up until something is there: {"gateId"}, {"event": a signal's name, "n": which of them},
+-- {"until": a time}, or {"children": names, or true for all} that ended; and "stepId", the step that records the wait.
+-- A signal that is not there after p_timeout_ms is timed out for good.
+-- Needs    p_owner holds it (TB409 lease_lost, run_cancelled); it has a queue (TB409 no_queue), and the step (TB404).
+-- Leaves   it waiting, no attempt spent, event run.waiting; where it is there already, everything as it was. When the
+--          wait is over, the step is completed (see _wake).
 -- Returns  {"run", "ready"}: ready when there was nothing to wait for, and the owner may go on.
 create or replace function tidebase.wait_run (p_run_id text, p_owner text, p_for jsonb, p_timeout_ms bigint)
   returns json language plpgsql as $$
@@ -1981,6 +2134,9 @@ declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
   v_now timestamptz := tidebase.now();
 begin
+  if p_for ? 'stepId' then
+    perform tidebase._step(p_run_id, p_for->>'stepId');
+  end if;
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
   elsif v_run.lease_owner is null and v_run.settled_by = p_owner and v_run.status in ('waiting', 'queued') then
@@ -2001,38 +2157,75 @@ begin
   return json_build_object('run', tidebase._run_json(v_run), 'ready', false);
 end $$;
 
--- Sends a signal to a run: kept until asked for, the first one of a name wins.
--- Leaves   event signal.received, and a run that waits for it queued.    Returns  {"signal"}.
+-- Writes down a signal of a run, which must be locked, or that it did not come in time.
+-- Needs    p_id not another signal's (TB409 signal_id_conflict).
+-- Leaves   event signal.received or signal.timed_out, and a run that waits for this one queued.
+create or replace function tidebase._add_signal (p_run tidebase.runs, p_id text, p_name text, p_n integer,
+                                                 p_payload json, p_timed_out boolean, p_owner text default null)
+  returns tidebase.signals language plpgsql as $$
+declare
+  v_signal tidebase.signals;
+begin
+  insert into tidebase.signals (id, run_id, name, n, payload, timed_out)
+  values (coalesce(p_id, tidebase._new_id('sig')), p_run.id, p_name, p_n, p_payload, p_timed_out)
+  on conflict (id) do nothing returning * into v_signal;
+  if not found then  -- another run's, written since the caller looked
+    perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
+  end if;
+  perform tidebase._record(p_run, p_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+                           json_build_object('signal', tidebase._signal_json(v_signal)));
+  if p_run.status = 'waiting' and p_run.waiting_for->>'event' = p_name
+     and tidebase._number(p_run.waiting_for) = p_n then
+    perform tidebase._wake(p_run);
+  end if;
+  return v_signal;
+end $$;
+
+-- Sends a signal to a run, kept until asked for: the next of its name.
+-- Needs    p_owner, when given, to hold the run (_check_owner); p_id not another signal's (TB409 signal_id_conflict).
+-- Leaves   as _add_signal; where the same p_id was sent before, everything as it was.    Returns  {"signal"}.
 create or replace function tidebase.send_signal (p_run_id text, p_id text, p_name text, p_payload json,
-                                                 p_timed_out boolean) returns json language plpgsql as $$
+                                                 p_owner text default null)
+  returns json language plpgsql as $$
+declare
+  v_run    tidebase.runs := tidebase._lock_run(p_run_id);
+  v_signal tidebase.signals;
+  v_last   integer;
+begin
+  perform tidebase._check_owner(v_run, p_owner);
+  select * into v_signal from tidebase.signals where id = p_id;
+  if not found then
+    select max(n) into v_last from tidebase.signals where run_id = p_run_id and name = p_name;
+    v_signal := tidebase._add_signal(v_run, p_id, p_name, coalesce(v_last, 0) + 1, p_payload, false, p_owner);
+  elsif v_signal.run_id <> p_run_id or v_signal.name <> p_name then
+    perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
+  end if;
+  return json_build_object('signal', tidebase._signal_json(v_signal));
+end $$;
+
+-- Decides that the p_n-th signal of a name did not come in time, unless it did.    Returns  {"signal"}, that counts.
+-- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled).
+create or replace function tidebase.expire_signal (p_run_id text, p_name text, p_n integer, p_owner text)
+  returns json language plpgsql as $$
 declare
   v_run    tidebase.runs := tidebase._lock_run(p_run_id);
   v_signal tidebase.signals;
 begin
-  insert into tidebase.signals (id, run_id, name, payload, timed_out)
-  values (coalesce(p_id, tidebase._new_id('sig')), p_run_id, p_name, p_payload, p_timed_out)
-  on conflict do nothing returning * into v_signal;
-  if found then
-    perform tidebase._record(v_run, null, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
-                             json_build_object('signal', tidebase._signal_json(v_signal)));
-    if v_run.status = 'waiting' and v_run.waiting_for->>'event' = p_name then
-      perform tidebase._wake(v_run);
-    end if;
-  else
-    select * into v_signal from tidebase.signals where run_id = p_run_id and name = p_name;
-    if not found then
-      perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
-    end if;
+  perform tidebase._check_owner(v_run, p_owner);
+  select * into v_signal from tidebase.signals where run_id = p_run_id and name = p_name and n = p_n;
+  if not found then
+    v_signal := tidebase._add_signal(v_run, null, p_name, p_n, null, true, p_owner);
   end if;
   return json_build_object('signal', tidebase._signal_json(v_signal));
 end $$;
 
 -- Returns  {"signal", "runStatus"}, signal null while there is none, and the run's event number to wait from.
-create or replace function tidebase.get_signal (p_run_id text, p_name text, out body json, out seq integer)
+create or replace function tidebase.get_signal (p_run_id text, p_name text, p_n integer, out body json, out seq integer)
   language plpgsql stable as $$
 begin
   select json_build_object('runStatus', r.status, 'signal', (
-           select tidebase._signal_json(s) from tidebase.signals s where s.run_id = p_run_id and s.name = p_name)),
+           select tidebase._signal_json(s) from tidebase.signals s
+            where s.run_id = p_run_id and s.name = p_name and s.n = p_n)),
          r.event_seq
     into body, seq from tidebase.runs r where r.id = p_run_id;
   if not found then
@@ -2044,8 +2237,8 @@ end $$;
 -- Queues: a job is a run. Put in once per dedupe key, claimed by one, within the queue's caps.
 -- ------------------------------------------------------------------------------
 
--- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, channels, dedupeKey?, delayMs?, runAt?,
--- maxAttempts, priority, deadlineMs?}.
+-- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, recoverySecret?, channels, dedupeKey?,
+-- delayMs?, runAt?, maxAttempts, priority, deadlineMs?}.
 -- Needs    an id given is not another workflow's (TB409 run_id_conflict), nor is the live run that has the dedupe key
 --          (TB409 dedupe_conflict).
 -- Leaves   the run queued, event run.enqueued; where its dedupe key or its id is taken, nothing new.
@@ -2057,11 +2250,12 @@ declare
 begin
   deduplicated := false;
   loop
-    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, queue, dedupe_key,
-                               priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
+    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, queue,
+                               dedupe_key, priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
                                created_at, updated_at)
     values (coalesce(p_job->>'id', tidebase._new_id('run')), p_job->>'workflowName', p_input, p_job->'metadata',
-            'queued', p_job->>'recoveryWebhook', p_queue, p_job->>'dedupeKey', (p_job->>'priority')::integer,
+            'queued', p_job->>'recoveryWebhook', p_job->>'recoverySecret', p_queue, p_job->>'dedupeKey',
+            (p_job->>'priority')::integer,
             coalesce((p_job->>'runAt')::timestamptz, v_now + tidebase._ms((p_job->>'delayMs')::bigint), v_now),
             (p_job->>'maxAttempts')::integer, v_now + tidebase._ms((p_job->>'deadlineMs')::bigint),
             p_job->'channels' <> '[]', 1, v_now, v_now)
@@ -2099,7 +2293,6 @@ $$;
 
 -- Has batches of jobs that have dedupe keys go one after the other on each of these queues: two that name the same keys
 -- in different orders would wait for each other.
-drop function if exists tidebase._lock_keys (text[], jsonb);
 create or replace function tidebase._lock_keys (p_jobs jsonb, p_queue text default null)
   returns void language plpgsql as $$
 begin
@@ -2169,18 +2362,76 @@ create or replace function tidebase._priorities (p_queue text) returns setof int
   select priority from levels where priority is not null
 $$;
 
--- Locks and answers at most p_limit ready runs that nobody else is just taking, by priority, then run_at. A priority at
--- a time: within one the index is ordered by run_at, so the scan ends at the first run that is not due, however many
--- are delayed.
-create or replace function tidebase._take_ready (p_queue text, p_limit integer, p_now timestamptz)
+-- Likewise of one workflow.
+create or replace function tidebase._priorities (p_queue text, p_workflow text)
+  returns setof integer language sql stable as $$
+  with recursive levels (priority) as (
+    select max(priority) from tidebase.runs
+     where queue = p_queue and workflow_name = p_workflow and status = 'queued'
+    union all
+    select (select max(r.priority) from tidebase.runs r where r.queue = p_queue and r.workflow_name = p_workflow
+               and r.status = 'queued' and r.priority < levels.priority)
+      from levels where levels.priority is not null
+  )
+  select priority from levels where priority is not null
+$$;
+
+-- The first p_limit ready runs of these workflows, by priority, then run_at: the first of each, merged.
+create or replace function tidebase._ready_of (p_queue text, p_workflows text[], p_limit integer, p_now timestamptz)
+  returns setof text language sql stable as $$
+  select ready.id from unnest(p_workflows) as workflow, tidebase._priorities(p_queue, workflow) as level,
+         lateral (select id, run_at from tidebase.runs
+                   where queue = p_queue and workflow_name = workflow and status = 'queued' and priority = level
+                     and run_at <= p_now
+                   order by run_at limit p_limit) ready
+   order by level desc, ready.run_at limit p_limit
+$$;
+
+-- Locks and answers at most p_limit ready runs that nobody else is just taking, by priority, then run_at; of these
+-- workflows, or of all. A priority at a time: within one the index is ordered by run_at, so the scan ends at the first
+-- run that is not due, however many are delayed.
+create or replace function tidebase._take_ready (p_queue text, p_limit integer, p_now timestamptz,
+                                                 p_workflows text[] default null)
   returns text[] language plpgsql as $$
+declare
+  v_look  integer := p_limit + 20;  -- more than are to be taken, since others may be taking the first
+  v_ready text[];
+  v_ids   text[] := '{}';
 begin
-  return array(
-    select ready.id from tidebase._priorities(p_queue) as level,
-           lateral (select id from tidebase.runs
-                     where queue = p_queue and status = 'queued' and priority = level and run_at <= p_now
-                     order by run_at limit p_limit for no key update skip locked) ready
-     limit p_limit);
+  if p_workflows is null then
+    return array(
+      select ready.id from tidebase._priorities(p_queue) as level,
+             lateral (select id from tidebase.runs
+                       where queue = p_queue and status = 'queued' and priority = level and run_at <= p_now
+                       order by run_at limit p_limit for no key update skip locked) ready
+       limit p_limit);
+  end if;
+  while cardinality(v_ids) < p_limit loop
+    v_ready := array(select * from tidebase._ready_of(p_queue, p_workflows, v_look, p_now));
+    v_ids := array(select id from tidebase.runs where id = any (v_ready) and status = 'queued' and run_at <= p_now
+                    order by priority desc, run_at limit p_limit for no key update skip locked);
+    exit when cardinality(v_ready) < v_look;
+    v_look := v_look * 4;
+  end loop;
+  return v_ids;
+end $$;
+
+-- Of runs that are to be claimed, the first whose answers together stay below about 8 MiB; at least one, unless others
+-- were claimed before. p_bytes: what those others come to, then these too.
+create or replace function tidebase._fitting (p_ids text[], p_checkpoints boolean, inout p_bytes bigint, out ids text[])
+  language plpgsql stable as $$
+declare
+  v_limit constant bigint := 8 * 1024 * 1024;
+begin
+  select coalesce(array_agg(id order by n), '{}'), p_bytes + coalesce(max(total), 0) into ids, p_bytes
+    from (select id, n, sum(bytes) over (order by n) as total
+            from (select taken.id, n, octet_length(r.input::text) + coalesce(octet_length(r.error::text), 0)
+                         + octet_length(r.metadata::text) + case when p_checkpoints then (
+                           select coalesce(sum(octet_length(s.output::text)), 0) from tidebase.steps s
+                            where s.run_id = taken.id and s.status = 'completed') else 0 end as bytes
+                    from unnest(p_ids) with ordinality as taken (id, n) join tidebase.runs r on r.id = taken.id
+                 ) as measured) as summed
+   where p_bytes + total <= v_limit or (n = 1 and p_bytes = 0);
 end $$;
 
 -- Takes the locks of those queues that have a cap, in the order of their names, so that two claimers that list them
@@ -2196,24 +2447,28 @@ begin
   end loop;
 end $$;
 
--- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two.
+-- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two. Of these
+-- workflows, or of all; no more than one answer should carry (_fitting).
 -- A repeat with the same p_claim_id answers what the first call took and the owner still holds.
 -- Leaves   each run running under p_owner's lease, attempt + 1, event run.claimed.
 -- Returns  {"runs", "leaseOwner"}, null when nothing is ready or the caps are reached. With p_checkpoints each run
 --          carries its "checkpoints" and "checkpointsTruncated".
 create or replace function tidebase.claim_runs (p_queues text[], p_owner text, p_claim_id text, p_limit integer,
-                                                p_lease_ms integer, p_checkpoints boolean)
+                                                p_lease_ms integer, p_checkpoints boolean,
+                                                p_workflows text[] default null)
   returns json language plpgsql
   set plan_cache_mode = force_generic_plan  -- else it is planned anew at every claim, for longer than it runs
   set enable_seqscan = off as $$            -- a plan made while the table was tiny is kept while it grows
 declare
   v_now      timestamptz;
+  v_ready    text[];
   v_ids      text[];
   v_run      tidebase.runs;
   v_runs     json[] := '{}';
   v_queue    text;
   v_room     integer;
   v_before   integer;
+  v_bytes    bigint := 0;
 begin
   if p_claim_id is not null then
     for v_run in select * from tidebase.runs where queue = any (p_queues) and lease_owner = p_owner
@@ -2232,7 +2487,11 @@ begin
     exit when cardinality(v_runs) >= p_limit;
     v_room := tidebase._queue_room(v_queue, p_limit - cardinality(v_runs));
     v_before := cardinality(v_runs);
-    v_ids := tidebase._take_ready(v_queue, v_room, v_now);
+    v_ready := tidebase._take_ready(v_queue, v_room, v_now, p_workflows);
+    v_ids := v_ready;
+    if p_limit > 1 then
+      select f.ids, f.p_bytes into v_ids, v_bytes from tidebase._fitting(v_ready, p_checkpoints, v_bytes) f;
+    end if;
     for v_run in
       with claimed as (
         update tidebase.runs
@@ -2248,6 +2507,7 @@ begin
       v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
     end loop;
     perform tidebase._count_claims(v_queue, cardinality(v_runs) - v_before);
+    exit when cardinality(v_ids) < cardinality(v_ready);
   end loop;
   return case when cardinality(v_runs) > 0
          then json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_owner) end;
@@ -2321,8 +2581,6 @@ $$;
 -- a step or a new run; a step's output or a run's result; a step's error.
 -- Needs    unless p_patient, that nobody else holds a lock for longer than a moment (55P03, and nothing is written).
 -- Returns  the verb's answer and HTTP status.
-drop function if exists tidebase.try_one (jsonb, json, json, json);
-drop function if exists tidebase.write_one (jsonb, json, json, json);
 create or replace function tidebase.write_one (p_write jsonb, p_input json, p_output json, p_error json,
                                                p_patient boolean, out body json, out status integer)
   language plpgsql as $$
@@ -2355,24 +2613,32 @@ begin
 end $$;
 
 -- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
--- Needs    unless p_patient, likewise, and that none has a large answer (P0001, and nothing is written).
+-- Needs    unless p_patient, likewise, and that none has a large answer and few are refused (P0001, and nothing is
+--          written).
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
 --          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
--- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status.
-drop function if exists tidebase.write_many (jsonb, json[], json[], json[]);
-drop function if exists tidebase.try_each (jsonb, json[], json[], json[]);
-drop function if exists tidebase.write_each (jsonb, json[], json[], json[]);
+-- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
+--          many refuse, only as many rows as were written: the rest are for another call.
+-- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
+-- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
+-- PostgreSQL keeps 64 of a transaction in memory, and beyond them all other transactions get slower.
 create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
                                                 p_patient boolean)
   returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
 declare
+  v_count    constant integer := jsonb_array_length(p_writes);
+  v_fresh    json[];
   v_bodies   json[];
-  v_statuses integer[] := array_fill(200, array[jsonb_array_length(p_writes)]);
+  v_statuses integer[] := array_fill(200, array[v_count]);
   v_written  record;
+  v_from     integer := 1;        -- where the part begins,
+  v_until    integer := v_count;  -- ends,
+  v_at       integer;             -- and has got to
+  v_parts    integer := 0;
   v_state    text;
   v_words    text;
   v_detail   text;
@@ -2387,26 +2653,40 @@ begin
                           select r.parent_run_id from jsonb_array_elements(p_writes) as w
                             join tidebase.runs r on r.id = w->>'runId' where w->>'do' = 'complete_run'))
     order by id for no key update;
-  v_bodies := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
-  for n in 1 .. cardinality(v_bodies) loop
-    continue when v_bodies[n] is not null;
+  v_fresh := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
+  v_bodies := v_fresh;
+  while v_from <= v_count and v_parts < 60 loop
     begin
-      v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n], true);
-      if not p_patient and pg_column_size(v_written.body) > 65536 then
-        raise exception 'who waits for others must not wait for an answer this large';
-      end if;
-      v_bodies[n] := v_written.body;
-      v_statuses[n] := v_written.status;
+      for n in v_from .. v_until loop
+        continue when v_fresh[n] is not null;
+        v_at := n;
+        v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n], true);
+        v_bodies[n] := v_written.body;
+        v_statuses[n] := v_written.status;
+      end loop;
+      v_parts := v_parts + 1;
+      v_from := v_until + 1;
+      v_until := v_count;
     exception when others then
       get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
       if v_state !~ '^TB' then
         raise;
+      elsif v_at > v_from then
+        v_until := v_at - 1;
+      else
+        v_bodies[v_at] := tidebase._joined(json_build_object('error', v_words),
+                                           tidebase.refusal_body(v_detail::json));
+        v_statuses[v_at] := substr(v_state, 3)::integer;
+        v_from := v_at + 1;
+        v_until := v_count;
       end if;
-      v_bodies[n] := tidebase._joined(json_build_object('error', v_words), v_detail::json);
-      v_statuses[n] := substr(v_state, 3)::integer;
     end;
   end loop;
-  return query select * from unnest(v_bodies, v_statuses);
+  if not p_patient and (v_from <= v_count
+                        or exists (select from unnest(v_bodies) as answer where pg_column_size(answer) > 65536)) then
+    raise exception 'a batch of several clients has an answer this large, or this many refusals';
+  end if;
+  return query select * from unnest(v_bodies[:v_from - 1], v_statuses[:v_from - 1]);
 end $$;
 
 -- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, of a run that
@@ -2517,7 +2797,8 @@ $$;
 --          workflow that somebody gave this very key stands for it.
 -- Returns  how many fired: 1 or 0.
 create or replace function tidebase.fire_schedule (p_name text, p_fire_at timestamptz, p_next_run_at timestamptz)
-  returns integer language plpgsql as $$
+  returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_schedule tidebase.schedules;
 begin
@@ -2621,14 +2902,16 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once.
+-- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once. None
+-- waits long for a lock: the sweeps after it would wait, too.
 -- ------------------------------------------------------------------------------
 
 -- Runs whose owner fell silent: a queue run goes back at once while attempts last, else fails; a plain run stays for a
 -- manual resume, event run.stalled, and its recovery webhook, if any, is posted once per lease.
 -- Returns  how many, and for the log [{"runId", "workflowName", "queue", "leaseOwner", "attempt", "maxAttempts"}].
 create or replace function tidebase.expire_leases (p_limit integer, out expired integer, out runs json)
-  language plpgsql as $$
+  language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
@@ -2653,7 +2936,7 @@ begin
     if v_run.queue is not null and v_run.attempt < v_run.max_attempts then
       perform tidebase._requeue(v_run, v_error, v_now, null, 'lease_expired');
     elsif v_run.queue is not null then
-      perform tidebase._fail(v_run, v_error, 'max_retries', null, 'lease_expired');
+      perform tidebase._fail(v_run, v_error, tidebase._failure_class(v_run, true), null, 'lease_expired');
     else
       update tidebase.runs set stalled = true, event_seq = event_seq + 1, updated_at = v_now
        where id = v_run.id returning * into v_run;
@@ -2668,23 +2951,27 @@ begin
   runs := array_to_json(v_runs);
 end $$;
 
--- Live runs whose deadline passed are cancelled.
-create or replace function tidebase.cancel_overdue (p_limit integer) returns integer language plpgsql as $$
+-- Live runs whose deadline passed are cancelled; what is locked is left to the next tick.
+create or replace function tidebase.cancel_overdue (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
-  v_id    text;
+  v_due   record;
   v_run   tidebase.runs;
   v_count integer := 0;
 begin
-  for v_id in select id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
-                 and status in ('pending', 'queued', 'running', 'waiting')
-               order by deadline_at limit p_limit
+  for v_due in select id, parent_run_id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
+                  and status in ('pending', 'queued', 'running', 'waiting') order by deadline_at limit 100 + p_limit
   loop
-    v_run := tidebase._lock_to_end(v_id);
-    if v_run.status in ('pending', 'queued', 'running', 'waiting') then  -- else it ended just in time
-      perform tidebase._cancel(v_run, 'deadline', 'reconciler');
-    end if;
+    -- As _lock_to_end, without waiting.
+    perform from tidebase.runs where id = v_due.parent_run_id for no key update skip locked;
+    continue when not found and v_due.parent_run_id is not null;
+    select * into v_run from tidebase.runs
+     where id = v_due.id and status in ('pending', 'queued', 'running', 'waiting') for no key update skip locked;
+    continue when not found;
+    perform tidebase._cancel(v_run, 'deadline', 'reconciler');
     v_count := v_count + 1;
+    exit when v_count >= p_limit;
   end loop;
   return v_count;
 end $$;
@@ -2693,7 +2980,8 @@ end $$;
 -- 60 s on, so that it is neither claimed meanwhile nor offered again before.
 -- Leaves   each offer in the outbox with its event recovery.started, and an older one that still waited failed, event
 --          recovery.failed.
-create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz;
   v_queue tidebase.queues;
@@ -2721,8 +3009,9 @@ begin
         perform tidebase._record(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
                   'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
       end loop;
-      perform tidebase._record(v_run, null, 'recovery.started', json_build_object('recoveryAttemptId', (tidebase._post(
-                'push', v_id, null, null, 'run.invoke', 'queue_dispatch', v_queue.invoke_url, null)).id,
+      perform tidebase._record(v_run, null, 'recovery.started', json_build_object(
+                'recoveryAttemptId', (tidebase._enqueue_webhook('push', v_id, null, null, 'run.invoke',
+                                                                'queue_dispatch', v_queue.invoke_url, null)).id,
                 'reason', 'queue_dispatch'));
       v_mine := v_mine + 1;
     end loop;
@@ -2733,7 +3022,8 @@ begin
 end $$;
 
 -- Pending gates whose time is up are cancelled. Their runs are locked first; one that is busy is left to the next tick.
-create or replace function tidebase.expire_gates (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.expire_gates (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
@@ -2756,7 +3046,8 @@ begin
 end $$;
 
 -- Waiting runs whose time has come go back to their queues; a signal that was waited for is timed out.
-create or replace function tidebase.wake_due (p_limit integer) returns integer language plpgsql as $$
+create or replace function tidebase.wake_due (p_limit integer) returns integer language plpgsql
+  set lock_timeout = '5s' as $$
 declare
   v_now   timestamptz := tidebase.now();
   v_run   tidebase.runs;
@@ -2766,7 +3057,8 @@ begin
                 order by wake_at limit p_limit for no key update skip locked
   loop
     if v_run.waiting_for ? 'event' then
-      perform tidebase.send_signal(v_run.id, null, v_run.waiting_for->>'event', null, true);
+      perform tidebase._add_signal(v_run, null, v_run.waiting_for->>'event', tidebase._number(v_run.waiting_for), null,
+                                   true);
     else
       perform tidebase._wake(v_run);
     end if;
@@ -2805,77 +3097,152 @@ create or replace function tidebase.fold_tallies (p_rows integer) returns intege
   select 0
 $$;
 
--- What the watcher asks for those who wait: how many runs of each queue could start now, at most p_limit; and how far
--- the events of each run have got.    Returns  {"queues": {NAME: n}, "runs": {ID: seq}}.
-create or replace function tidebase.watch (p_queues text[], p_limit integer, p_run_ids text[])
+-- What the watcher asks for those who wait: of each pair of a queue and what is claimed from it (a list of workflows, or
+-- null for all) how many runs could start now, at most p_limit; and how far the events of each run have got.
+-- Returns  {"claims": [n, …], "runs": {ID: seq}}.
+create or replace function tidebase.watch (p_queues text[], p_workflows jsonb, p_limit integer, p_run_ids text[])
   returns json language plpgsql volatile
   set plan_cache_mode = force_generic_plan  -- as claim_runs
   set enable_seqscan = off as $$
+declare
+  v_now    timestamptz := tidebase.now();
+  v_claims integer[] := '{}';
+  v_room   integer;
 begin
+  for n in 1 .. cardinality(p_queues) loop
+    v_room := tidebase._queue_room(p_queues[n], p_limit);
+    if jsonb_typeof(p_workflows->(n - 1)) = 'null' then
+      v_claims := v_claims || (
+        select count(*)::integer from (
+          select from tidebase._priorities(p_queues[n]) as level,
+                 lateral (select from tidebase.runs where queue = p_queues[n] and status = 'queued'
+                             and priority = level and run_at <= v_now
+                           order by run_at limit p_limit) due  -- ordered, else all are gathered first
+           limit v_room) ready);
+    else
+      v_claims := v_claims || (
+        select count(*)::integer
+          from tidebase._ready_of(p_queues[n], array(select jsonb_array_elements_text(p_workflows->(n - 1))), v_room,
+                                  v_now));
+    end if;
+  end loop;
   return json_build_object(
-    'queues', coalesce((
-      select json_object_agg(name, (
-               select count(*) from (
-                 select from tidebase._priorities(name) as level,
-                        lateral (select from tidebase.runs where queue = name and status = 'queued'
-                                    and priority = level and run_at <= at
-                                  order by run_at limit p_limit) due  -- ordered, else all are gathered first
-                  limit tidebase._queue_room(name, p_limit)) ready))
-        from unnest(p_queues) as name, tidebase.now() as at), '{}'),
+    'claims', v_claims,
     'runs', coalesce((select json_object_agg(id, event_seq) from tidebase.runs where id = any (p_run_ids)), '{}'));
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The sender's verbs: take what is due, send it, settle it. A sender that dies in between is made up for.
+-- The sender's verbs: claim what is due, renew the claim while it is in flight, settle it. A claim lasts p_hold_ms: what
+-- a sender that died had claimed is then due again, under the same id.
 -- ------------------------------------------------------------------------------
 
--- Takes due webhooks for p_hold_ms; taken and never settled, they are due again after that, under the same id.
--- Returns  [{id, attempt, kind, url, secret, body}], body being the exact text to sign and send.
-create or replace function tidebase.take_deliveries (p_limit integer, p_hold_ms bigint)
-  returns json language plpgsql as $$
+-- Claims due webhooks, for each host at most p_per_host beside those in flight already.
+-- p_in_flight: the ids of what this sender sends now. Hosts with fewer of these come first, and take turns, beginning
+-- after p_after: neither the backlog of one nor a hundred that hang hold up another. At most 1,000 hosts are looked at.
+-- Returns  {"webhooks": [{id, attempt, kind, url, secret, body}], "after": where the next call begins}; body is the
+--          exact text to sign and send.
+create or replace function tidebase.claim_webhooks (p_limit integer, p_hold_ms bigint, p_per_host integer,
+                                                    p_in_flight text[], p_after text)
+  returns json language plpgsql
+  set enable_seqscan = off as $$  -- a plan made while the table was tiny is kept while it grows
 declare
-  v_now timestamptz := tidebase.now();
-  v_ids bigint[] := array(select seq from tidebase.outbox where status = 'pending' and next_attempt_at <= v_now
-                           order by next_attempt_at limit p_limit for update skip locked);
+  v_now   timestamptz := tidebase.now();
+  v_ids   bigint[];
+  v_after text;
 begin
-  if cardinality(v_ids) = 0 then  -- mostly: who writes a lot asks often
-    return '[]';
+  perform from tidebase.outbox where completed_at is null and next_attempt_at <= v_now limit 1;
+  if not found then  -- mostly: who writes a lot asks often
+    return json_build_object('webhooks', '[]'::json, 'after', p_after);
   end if;
+  with recursive hosts (host, due_at, lap, turn) as (  -- from p_after on, then from the first to p_after: a probe each
+    select p_after, null::timestamptz, 0, 0
+    union all
+    select following.*, h.turn + 1
+      from hosts h, lateral (
+             (select o.host, o.next_attempt_at, h.lap from tidebase.outbox o
+               where o.status = 'pending' and o.next_attempt_at is not null and o.host > h.host
+               order by o.host, o.next_attempt_at limit 1)
+             union all
+             (select o.host, o.next_attempt_at, 1 from tidebase.outbox o
+               where o.status = 'pending' and o.next_attempt_at is not null and h.lap = 0
+               order by o.host, o.next_attempt_at limit 1)
+             order by 3 limit 1) as following (host, due_at, lap)
+     where h.turn < 1000 and (following.lap = 0 or following.host <= p_after)
+  ), flying as (
+    select o.host, count(*) as number from tidebase.outbox o where o.id = any (p_in_flight) group by o.host
+  ), free as (
+    select host, turn, coalesce(number, 0) as number from hosts left join flying using (host)
+     where due_at <= v_now and coalesce(number, 0) < p_per_host
+     order by coalesce(number, 0), turn limit p_limit
+  ), due as (
+    select free.host, free.turn, free.number + row_number() over (partition by free.host) as number, claimable.seq
+      from free, lateral (
+             select o.seq from tidebase.outbox o
+              where o.host = free.host and o.status = 'pending' and o.next_attempt_at <= v_now
+                and o.id <> all (p_in_flight)  -- whose claim could not be renewed in time
+              order by o.next_attempt_at limit p_per_host - free.number for update skip locked) as claimable
+  ), claimed as (
+    select * from due order by number, turn limit p_limit
+  )
+  select array_agg(seq order by number, turn),
+         coalesce((array_agg(host order by number desc, turn desc))[1], (select host from hosts where turn = 1000),
+                  p_after)
+    into v_ids, v_after from claimed;
   update tidebase.outbox set attempts = attempts + 1, next_attempt_at = v_now + tidebase._ms(p_hold_ms)
    where seq = any (v_ids);
-  return (
+  return json_build_object('after', v_after, 'webhooks', (
     select coalesce(json_agg(json_build_object(
-             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url, 'secret', c.secret, 'body',
-             case o.kind when 'channel' then
+             'id', o.id, 'attempt', o.attempts, 'kind', o.kind, 'url', o.url,
+             'secret', case o.kind when 'channel' then c.secret when 'recovery' then r.recovery_secret end,
+             'body', case o.kind when 'channel' then
                json_build_object('type', o.event_type, 'runId', o.run_id, 'gateId', o.gate_id, 'deliveryId', o.id,
                                  'payload', o.payload)::text
              else
                json_build_object('type', o.event_type, 'runId', o.run_id, 'workflowName', r.workflow_name,
                                  'reason', o.reason, 'attempt', r.attempt, 'deliveryId', o.id)::text
-             end) order by o.seq), '[]')
+             end) order by array_position(v_ids, o.seq)), '[]')
       from tidebase.outbox o join tidebase.runs r on r.id = o.run_id
       left join tidebase.channels c on c.id = o.channel_id
-     where o.seq = any (v_ids));
+     where o.seq = any (v_ids)));
+end $$;
+
+-- Renews claims for another p_hold_ms; what was settled or claimed by another meanwhile is left out, and what is locked
+-- is being changed. Waits for nobody.
+create or replace function tidebase.renew_webhooks (p_ids text[], p_attempts integer[], p_hold_ms bigint)
+  returns void language plpgsql as $$
+begin
+  update tidebase.outbox set next_attempt_at = tidebase.now() + tidebase._ms(p_hold_ms)
+   where seq in (select o.seq from unnest(p_ids, p_attempts) as claim (id, attempt)
+                   join tidebase.outbox o on o.id = claim.id and o.attempts = claim.attempt
+                  where o.status = 'pending' for update of o skip locked);
+end $$;
+
+-- Gives a claim back: due in p_delay_ms, and the try does not count.
+create or replace function tidebase.release_webhook (p_id text, p_attempt integer, p_delay_ms bigint)
+  returns void language plpgsql as $$
+begin
+  update tidebase.outbox set attempts = attempts - 1, next_attempt_at = tidebase.now() + tidebase._ms(p_delay_ms)
+   where id = p_id and attempts = p_attempt and status = 'pending';
 end $$;
 
 -- Records what became of a try; the next of the same channel becomes due once this one is through or given up.
 -- Tries    at most 8: after 1, 4, 10, 30 s, then 2, 8 and 20 min.
 -- Leaves   delivered, failed, or pending until the next try; events recovery.delivered and recovery.failed. A failed
---          try that was taken over by another sender meanwhile changes nothing.    Returns  {"status"}.
-create or replace function tidebase.settle_delivery (p_id text, p_attempt integer, p_delivered boolean,
-                                                     p_retryable boolean, p_http_status integer, p_response text,
-                                                     p_error text) returns json language plpgsql as $$
+--          try that was claimed by another sender meanwhile changes nothing.    Returns  {"status"}.
+create or replace function tidebase.settle_webhook (p_id text, p_attempt integer, p_delivered boolean,
+                                                    p_retryable boolean, p_http_status integer, p_response text,
+                                                    p_error text) returns json language plpgsql as $$
 declare
-  v_now    timestamptz := tidebase.now();
-  v_delays integer[] := array[1, 4, 10, 30, 120, 480, 1200];
-  v_run    tidebase.runs;
-  v_post   tidebase.outbox;
+  v_now     timestamptz := tidebase.now();
+  v_delays  integer[] := array[1, 4, 10, 30, 120, 480, 1200];
+  v_run     tidebase.runs;
+  v_webhook tidebase.outbox;
 begin
   select r.* into v_run from tidebase.runs r join tidebase.outbox o on o.run_id = r.id where o.id = p_id
      for no key update of r;
-  select * into v_post from tidebase.outbox where id = p_id;
-  if v_post.status <> 'pending' or (v_post.attempts <> p_attempt and not p_delivered) then
-    return json_build_object('status', v_post.status);
+  select * into v_webhook from tidebase.outbox where id = p_id;
+  if v_webhook.status <> 'pending' or (v_webhook.attempts <> p_attempt and not p_delivered) then
+    return json_build_object('status', v_webhook.status);
   end if;
   update tidebase.outbox
      set status = case when p_delivered then 'delivered'
@@ -2884,16 +3251,16 @@ begin
                                 then v_now + v_delays[p_attempt] * interval '1 second' end,
          completed_at = case when p_delivered or not p_retryable or p_attempt > cardinality(v_delays) then v_now end,
          http_status = p_http_status, response_body = p_response, error_text = p_error
-   where id = p_id returning * into v_post;
-  if v_post.status <> 'pending' then
+   where id = p_id returning * into v_webhook;
+  if v_webhook.status <> 'pending' then
     update tidebase.outbox set next_attempt_at = v_now
-     where seq = (select min(seq) from tidebase.outbox where channel_id = v_post.channel_id and status = 'pending');
-    if v_post.kind <> 'channel' then
-      perform tidebase._record(v_run, null, 'recovery.' || v_post.status, json_build_object(
-                'recoveryAttemptId', p_id, 'reason', v_post.reason, 'httpStatus', p_http_status, 'error', p_error));
+     where seq = (select min(seq) from tidebase.outbox where channel_id = v_webhook.channel_id and status = 'pending');
+    if v_webhook.kind <> 'channel' then
+      perform tidebase._record(v_run, null, 'recovery.' || v_webhook.status, json_build_object(
+                'recoveryAttemptId', p_id, 'reason', v_webhook.reason, 'httpStatus', p_http_status, 'error', p_error));
     end if;
   end if;
-  return json_build_object('status', v_post.status);
+  return json_build_object('status', v_webhook.status);
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -2940,7 +3307,8 @@ $$;
 
 -- What holds back the runs of each of these queues. p_asked: {QUEUE: {"agoMs", "workflows"}}, who asked this server for
 -- work that many ms ago and has not been noted in the database yet; workflows null: any.
--- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt", "workflows"}}.
+-- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt",
+--          "workflows"}}.
 create or replace function tidebase._queue_facts (p_queues text[], p_asked jsonb)
   returns jsonb language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -2971,10 +3339,12 @@ begin
       from (select last_asked_at as at, to_jsonb(workflows) as workflows from tidebase.workers
              where last_asked_at > v_now - interval '1 hour' and v_name = any (queues)
             union all
-            select v_now - tidebase._ms((p_asked->v_name->>'agoMs')::bigint), nullif(p_asked->v_name->'workflows', 'null')
+            select v_now - tidebase._ms((p_asked->v_name->>'agoMs')::bigint),
+                   nullif(p_asked->v_name->'workflows', 'null')
              where p_asked ? v_name) as traces;
     v_facts := v_facts || jsonb_build_object(v_name, jsonb_build_object(
-      'paused', coalesce(v_queue.paused, false), 'pushed', v_queue.invoke_url is not null, 'concurrency', v_queue.concurrency, 'running', cardinality(v_ids),
+      'paused', coalesce(v_queue.paused, false), 'pushed', v_queue.invoke_url is not null,
+      'concurrency', v_queue.concurrency, 'running', cardinality(v_ids),
       'holders', to_jsonb(v_ids[1:3]), 'rate', v_queue.rate_per_minute, 'rateUntil', v_until,
       'askedAt', v_asked->'at', 'workflows', v_asked->'workflows'));
   end loop;
@@ -3176,8 +3546,8 @@ end $$;
 -- Plans    replays: completed; runs: nothing was done that counts; runs_again: it may have had its effect, and is safe
 --          to repeat by its key or by its declaration; stops_for_review: it may have had its effect, and a person must
 --          say so; never: likewise, and it is declared never to run twice.
--- Returns  {"runId", "runStatus", "safe", "verdict", "counts", "blocking", "steps", "stepsTruncated", "actions"}; safe is
---          null for a run that needs no resume. TB404.
+-- Returns  {"runId", "runStatus", "safe", "verdict", "counts", "blocking", "steps", "stepsTruncated", "actions"}; safe
+--          is null for a run that needs no resume. TB404.
 create or replace function tidebase.rerun_plan (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -3200,7 +3570,7 @@ begin
     select s.id, s.name, s.position, s.status, s.attempt, case
              when s.status = 'completed' then 'replays'
              when s.status = 'failed' and s.reviewed = 'fail' then 'never'
-             when tidebase._is_ambiguous(v_next, s, '')
+             when tidebase._is_ambiguous(v_next, s, '', s.options)
                then case s.contract->>'replay' when 'never' then 'never' else 'stops_for_review' end
              when s.reviewed = 'retry' and s.status = 'failed_retryable' then 'runs'
              when tidebase._is_harmless(s.contract->'sideEffects') then 'runs'
@@ -3231,7 +3601,8 @@ begin
          count(*) filter (where plan = 'runs_again') as runs_again,
          count(*) filter (where plan = 'stops_for_review') as stops, count(*) filter (where plan = 'never') as never,
          count(*) as steps,
-         coalesce(json_agg(name order by position) filter (where plan in ('stops_for_review', 'never')), '[]') as blocking,
+         coalesce(json_agg(name order by position)
+                    filter (where plan in ('stops_for_review', 'never')), '[]') as blocking,
          string_agg(quote_literal(name), ', ' order by position)
            filter (where plan in ('stops_for_review', 'never')) as blocked,
          (select coalesce(json_agg(step order by position), '[]')
@@ -3254,7 +3625,8 @@ begin
       else 'Safe: ' || concat_ws(', ',
              case when v_plan.replays > 0 then tidebase._steps_do(v_plan.replays, 'replay') end,
              case when v_plan.runs > 0 then tidebase._steps_do(v_plan.runs, 'run') end,
-             case when v_plan.runs_again > 0 then tidebase._steps_do(v_plan.runs_again, 'run') || ' again' end) || '.' end,
+             case when v_plan.runs_again > 0 then tidebase._steps_do(v_plan.runs_again, 'run') || ' again' end)
+           || '.' end,
     'counts', json_build_object('replays', v_plan.replays, 'runs', v_plan.runs, 'runs_again', v_plan.runs_again,
                                 'stops_for_review', v_plan.stops, 'never', v_plan.never),
     'blocking', v_plan.blocking, 'steps', v_plan.told, 'stepsTruncated', v_plan.steps > 1000,
@@ -3271,7 +3643,7 @@ create or replace function tidebase._step_light (s tidebase.steps) returns json 
     'startedAt', tidebase._iso(s.started_at), 'completedAt', tidebase._iso(s.completed_at),
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at), 'leaseOwner', s.lease_owner,
     'leaseExpiresAt', tidebase._iso(s.lease_expires_at), 'inputHash', s.input_hash, 'resumeContract', s.contract,
-    'reviewed', s.reviewed, 'error', tidebase._error_brief(s.error), 'inputBytes', octet_length(s.input::text),
+    'reviewed', s.reviewed, 'copied', s.copied, 'error', tidebase._error_brief(s.error), 'inputBytes', octet_length(s.input::text),
     'outputBytes', octet_length(s.output::text), 'errorBytes', octet_length(s.error::text),
     'optionsBytes', octet_length(s.options::text))
 $$;
@@ -3508,8 +3880,8 @@ end $$;
 
 create or replace function tidebase._delivery_light (o tidebase.outbox) returns json language sql stable as $$
   select json_build_object(
-    'id', o.id, 'runId', o.run_id, 'kind', o.kind, 'eventType', o.event_type, 'reason', o.reason, 'url', o.url,
-    'gateId', o.gate_id, 'channelId', o.channel_id, 'status', o.status, 'attempts', o.attempts,
+    'id', o.id, 'runId', o.run_id, 'kind', o.kind, 'eventType', o.event_type, 'reason', o.reason,
+    'url', tidebase._shown_url(o.url), 'gateId', o.gate_id, 'channelId', o.channel_id, 'status', o.status, 'attempts', o.attempts,
     'nextAttemptAt', tidebase._iso(o.next_attempt_at), 'httpStatus', o.http_status, 'errorText', o.error_text,
     'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
     'payloadBytes', octet_length(o.payload::text), 'responseBytes', octet_length(o.response_body))
@@ -3533,9 +3905,9 @@ begin
                            'nextCursor', case when cardinality(v_found) = p_limit then v_last end);
 end $$;
 
--- Sends a webhook once more, under the same id, its tries counted anew.
--- Needs    it is not being tried (TB409 delivery_pending). TB404.
--- Leaves   it due, or in its place among its channel's.    Returns  {"delivery"}.
+-- Sends a webhook once more, under the same id, its tries counted anew.    TB404.
+-- Leaves   it due, or in its place among its channel's; one that is still being tried unchanged.
+-- Returns  {"delivery"}.
 create or replace function tidebase.resend_delivery (p_run_id text, p_delivery_id text)
   returns json language plpgsql as $$
 declare
@@ -3546,7 +3918,7 @@ begin
   if not found then
     perform tidebase._refuse(404, 'not_found', format('run %s has no delivery %s', p_run_id, p_delivery_id));
   elsif v_post.status = 'pending' then
-    perform tidebase._refuse(409, 'delivery_pending', format('delivery %s is still being tried', p_delivery_id));
+    return json_build_object('delivery', tidebase._delivery_light(v_post));
   end if;
   update tidebase.outbox
      set status = 'pending', attempts = 0, completed_at = null, http_status = null, response_body = null,
@@ -3563,7 +3935,7 @@ create or replace function tidebase.list_signals (p_run_id text) returns json
 begin
   return (select json_build_object('signals', (
             select coalesce(json_agg(json_build_object(
-                     'id', s.id, 'runId', s.run_id, 'name', s.name, 'timedOut', s.timed_out,
+                     'id', s.id, 'runId', s.run_id, 'name', s.name, 'n', s.n, 'timedOut', s.timed_out,
                      'createdAt', tidebase._iso(s.created_at),
                      'payload', case when octet_length(s.payload::text) <= 1000 then s.payload end,
                      'payloadBytes', octet_length(s.payload::text),
@@ -3650,7 +4022,8 @@ begin
     select from (select run_id from tidebase.gates where status = 'pending' order by created_at, id limit v_most) g
       join tidebase.runs r on r.id = g.run_id and r.status in ('pending', 'queued', 'running', 'waiting')
     union all
-    select from (select id from tidebase.steps where review_at is not null order by review_at, id limit v_most) s
+    select from (select run_id from tidebase.steps where review_at is not null order by review_at, id limit v_most) s
+      join tidebase.runs r on r.id = s.run_id and r.status not in ('completed', 'cancelled')
     limit 1001) as waiting;
   with page as (
     (select 'gate' as kind, g.id, g.created_at as at, g.run_id
@@ -3660,17 +4033,21 @@ begin
        join tidebase.runs r on r.id = g.run_id and r.status in ('pending', 'queued', 'running', 'waiting')
       order by g.created_at, g.id limit p_limit)
     union all
-    (select 'review', id, review_at, run_id from tidebase.steps
-      where review_at is not null and not p_decided
-        and (p_after_id is null or (review_at, id) > (p_after_at, p_after_id)) order by review_at, id limit p_limit)
+    (select 'review', s.id, s.review_at, s.run_id
+       from (select id, review_at, run_id from tidebase.steps where review_at is not null and not p_decided
+                and (p_after_id is null or (review_at, id) > (p_after_at, p_after_id))
+              order by review_at, id limit v_most) s
+       join tidebase.runs r on r.id = s.run_id and r.status not in ('completed', 'cancelled')
+      order by s.review_at, s.id limit p_limit)
     union all
     (select 'gate', id, resolved_at, run_id from tidebase.gates
       where resolved_at is not null and p_decided
         and (p_after_id is null or (resolved_at, id) < (p_after_at, p_after_id))
       order by resolved_at desc, id desc limit p_limit)
   ), numbered as (
-    select *, row_number() over (order by case when not p_decided then at end, case when not p_decided then id end,
-                                          case when p_decided then at end desc, case when p_decided then id end desc) as n
+    select *, row_number() over (
+             order by case when not p_decided then at end, case when not p_decided then id end,
+                      case when p_decided then at end desc, case when p_decided then id end desc) as n
       from page
   )
   select array_agg(json_build_object(
@@ -3816,9 +4193,11 @@ declare
   v_now      timestamptz := tidebase.now();
   v_schedule tidebase.schedules;
 begin
-  update tidebase.schedules set last_enqueued_at = v_now where name = p_name returning * into v_schedule;
+  select * into v_schedule from tidebase.schedules where name = p_name for update;
   if not found then
     perform tidebase._refuse(404, 'not_found', format('schedule %s does not exist', p_name));
+  elsif not exists (select from tidebase.runs where id = p_id) then
+    update tidebase.schedules set last_enqueued_at = v_now where name = p_name;
   end if;
   return (select json_build_object('run', tidebase._run_json(e.run))
             from tidebase._enqueue(v_schedule.queue, jsonb_build_object(
@@ -3846,8 +4225,16 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- Version: what this file leaves behind. A server refuses to work on an older one.
+-- Version: what this file leaves behind. A server refuses to work on an older one; a newer one is never turned back.
 -- ------------------------------------------------------------------------------
-insert into tidebase.meta (version) values (1)
-on conflict (only_row) do update set version = excluded.version, applied_at = excluded.applied_at
-  where tidebase.meta.version <= excluded.version;
+do $$
+declare
+  v_version constant integer := 3;  -- tidebase.py's SCHEMA_VERSION; tests/test_schema.py pins it
+begin
+  insert into tidebase.meta (version) values (v_version)
+  on conflict (only_row) do update set version = v_version, digest = null, applied_at = tidebase.now()
+    where tidebase.meta.version <= v_version;
+  if not found then
+    raise exception 'the database has a newer schema than version %, and it is left alone', v_version;
+  end if;
+end $$;

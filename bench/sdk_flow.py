@@ -35,7 +35,7 @@ def measure(args, module, url, concurrency):
     def flow(run, input):
         started = time.perf_counter()
         if not window.is_over():
-            tide.enqueue("flow", queue, input=input)
+            tide.enqueue("flow", queue=queue, input=input)
         for number in range(args.steps):
             step = time.perf_counter()
             run.step(f"step {number}", lambda: text, input=input, **options)
@@ -48,7 +48,7 @@ def measure(args, module, url, concurrency):
 
         started = time.perf_counter()
         if not window.is_over():
-            await tide.enqueue("flow", queue, input=input)
+            await tide.enqueue("flow", queue=queue, input=input)
         for number in range(args.steps):
             step = time.perf_counter()
             await run.step(f"step {number}", give, input=input, **options)
@@ -62,7 +62,7 @@ def measure(args, module, url, concurrency):
 
     async def work():
         async with tide:
-            await asyncio.gather(*(tide.enqueue("flow", queue, input=text) for _ in range(concurrency)))
+            await asyncio.gather(*(tide.enqueue("flow", queue=queue, input=text) for _ in range(concurrency)))
             await tide.work([queue], concurrency=concurrency, stop=over)
 
     tide = (module.AsyncTidebase if args.awaited else module.Tidebase)(url)
@@ -72,7 +72,7 @@ def measure(args, module, url, concurrency):
     else:
         with tide:
             for _ in range(concurrency):
-                tide.enqueue("flow", queue, input=text)
+                tide.enqueue("flow", queue=queue, input=text)
             tide.work([queue], concurrency=concurrency, stop=over)
     steps = window.times.get("step", ())
     return {"concurrency": concurrency, "awaited": args.awaited, "writesPerStep": 2 if args.begin else 1,

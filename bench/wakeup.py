@@ -63,8 +63,8 @@ def measure(database: str, servers: int, runs: int) -> list[float]:
     worker = start(__file__, "--work", tides[-1]._server.url)
     deciding, latencies = tides[0], []
     try:
-        ids = [deciding.enqueue("wakeup", "wakeup")["run"]["id"] for _ in range(runs)]
-        while deciding.queues.list()["queues"][0]["waiting"] < runs:
+        ids = [deciding.enqueue("wakeup", queue="wakeup")["run"]["id"] for _ in range(runs)]
+        while deciding.queues.list()[0]["waiting"] < runs:
             time.sleep(0.1)
         for run_id in ids:
             gate = deciding.runs.get(run_id, include=["gates"])["gates"][0]

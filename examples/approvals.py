@@ -46,7 +46,7 @@ def form(data: bytes) -> dict[str, str]:
 @app.get("/")
 def letters():
     rows = "".join(f'<li><a href="/letters/{run["id"]}">to {escape(str(run["input"]["to"]))}</a>: {run["status"]}'
-                   for run in tide.runs.list(workflow="letter")["runs"])
+                   for run in tide.runs.list(workflow="letter"))
     return page(f'<h1>Letters</h1><form method="post" action="/letters"><label>To <input name="to" required></label> '
                 f"<button>Draft a letter</button></form><ul>{rows}</ul>")
 

@@ -166,7 +166,8 @@ class Processes:
     """The demo's children. They end with it: workers first, then the server; who does not go is made to."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.running = folder, []
+        self.folder = folder
+        self.running: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Processes:
         return self

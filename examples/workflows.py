@@ -155,7 +155,8 @@ def read_submodules(topic: str, submodules: list[str]) -> list[dict[str, Any]]:
             continue
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
-        public = [n.name for n in tree.body if hasattr(n, "name") and not n.name.startswith("_")]
+        names = [getattr(node, "name", "_") for node in tree.body]  # of its functions and classes
+        public = [name for name in names if not name.startswith("_")]
         doc = ast.get_docstring(tree) or ""
         found.append(
             {"name": f"{topic}.{name}", "summary": first_sentence(doc), "public": public, "lines": source.count("\n")}

@@ -58,20 +58,25 @@ def _clean_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The address of the PostgreSQL's maintenance database."""
-    if given := os.environ.get("DATABASE_URL"):
-        yield given
+def embedded() -> Iterator[tuple[tidebase.EmbeddedPostgres, str] | None]:
+    """The PostgreSQL that these tests started, and its address; None where DATABASE_URL names another."""
+    if os.environ.get("DATABASE_URL"):
+        yield None
         return
     with an_embedded_postgres() as (embedded, conninfo):
         _tune(embedded, conninfo)
-        yield conninfo
+        yield embedded, conninfo
+
+
+@pytest.fixture(scope="session")
+def postgres(embedded: tuple[tidebase.EmbeddedPostgres, str] | None) -> str:
+    """The address of the PostgreSQL's maintenance database."""
+    return embedded[1] if embedded else os.environ["DATABASE_URL"]
 
 
 @contextmanager
 def an_embedded_postgres() -> Iterator[tuple[tidebase.EmbeddedPostgres, str]]:
-    """A PostgreSQL of the test's own, and its address. Not below pytest's folder, which each pytest that starts on the
-    machine closes to other users, as whom PostgreSQL runs when the tests are run by root."""
+    """A PostgreSQL of the test's own, and its address."""
     with tempfile.TemporaryDirectory(prefix="tidebase-test-", ignore_cleanup_errors=True) as folder:
         embedded = tidebase.EmbeddedPostgres(folder)
         try:
@@ -86,7 +91,7 @@ def _tune(embedded: tidebase.EmbeddedPostgres, conninfo: str) -> None:
         connection.execute("alter system set fsync = off")
         connection.execute("alter system set max_connections = 400")
         connection.execute("alter system set autovacuum_naptime = '5s'")
-    embedded._postgres.stop()
+    embedded.halt()
     embedded.revive()
 
 
@@ -268,7 +273,7 @@ def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
     lasting_server.let_send(True)
     yield lasting_server
     lasting_server.let_send(False)
-    eventually(lambda: not lasting_server.watcher.waiters and lasting_server.sender.free == tidebase.SEND_SLOTS)
+    eventually(lambda: not lasting_server.watcher.waiters and not lasting_server.sender.in_flight)
 
 
 def free_port() -> int:

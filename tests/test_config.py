@@ -40,6 +40,8 @@ import tidebase
     ({"TIDEBASE_INSECURE": "true"}, "0 or 1"), ({"HOST": "0.0.0.0"}, "TIDEBASE_API_KEY"),
     ({"HOST": "::"}, "TIDEBASE_INSECURE=1"), ({"HOST": "example.test"}, "TIDEBASE_API_KEY"),
     ({"HOST": "0.0.0.0", "TIDEBASE_API_KEY": ""}, "TIDEBASE_API_KEY"),
+    ({"HOST": "0.0.0.0", "TIDEBASE_API_KEY": "hushhush1234567"}, "secrets.token_urlsafe(32)"),
+    ({"HOST": "::", "TIDEBASE_API_KEY": "hushhush", "TIDEBASE_INSECURE": "1"}, "at least 16 characters"),
     ({"DATABASE_URL": "mysql://me:hushhush@db/x"}, "DATABASE_URL"), ({"DATABASE_URL": "hushhush"}, "postgresql://"),
     ({"DATABASE_URL": "postgresql://me:hushhush@db:port:/x?a=b"}, "DATABASE_URL"),
     ({"TIDEBASE_API_KEY": "hushhush\udcff"}, "TIDEBASE_API_KEY"),
@@ -53,7 +55,9 @@ def test_a_setting_that_cannot_be_is_refused_with_its_name_and_the_way_out(setti
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"HOST": "127.0.0.1"}, {"HOST": "localhost"}, {"HOST": "::1"}, {"HOST": "0.0.0.0", "TIDEBASE_API_KEY": "k"},
+    {}, {"HOST": "127.0.0.1"}, {"HOST": "localhost"}, {"HOST": "::1"},
+    {"HOST": "0.0.0.0", "TIDEBASE_API_KEY": "k" * 16},
+    {"TIDEBASE_API_KEY": "k"},
     {"HOST": "0.0.0.0", "TIDEBASE_INSECURE": "1"}, {"PORT": "", "DATABASE_URL": ""},
     {"DATABASE_URL": "postgres://me:pw@db.test/x?sslmode=require"}, {"DATABASE_URL": "host=/tmp dbname=x"},
 ])
@@ -92,10 +96,10 @@ def test_a_refused_setting_ends_the_process_with_one_line(tmp_path):
 
 
 def test_beyond_loopback_with_a_key_nothing_is_warned_of_and_without_one_loudly(spawn_server):
-    server = spawn_server(HOST="0.0.0.0", TIDEBASE_API_KEY="k")
+    server = spawn_server(HOST="0.0.0.0", TIDEBASE_API_KEY="k" * 16)
     assert "TIDEBASE_INSECURE" not in server.log.read_text()
     refused(Api(server.url).get("/runs"), 401, "unauthorized")
-    assert Api(server.url, key="k").get("/runs")["runs"] == []
+    assert Api(server.url, key="k" * 16).get("/runs")["runs"] == []
     server = spawn_server(HOST="0.0.0.0", TIDEBASE_INSECURE="1")
     assert "ANYONE WHO CAN REACH" in server.log.read_text()
     assert Api(server.url).get("/runs")["runs"] == []
@@ -105,10 +109,11 @@ def test_more_clients_than_files_wait_outside_and_are_served_when_others_leave(s
     server = spawn_server(files=100)
     with ExitStack() as inside:
         crowd = [inside.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(150)]
-        crowd[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        crowd[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert crowd[0].recv(12) == b"HTTP/1.1 200"
         late = inside.enter_context(closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)))
-        late.request("POST", "/queues/default/enqueue", '{"workflowName": "report"}')
+        late.request("POST", "/queues/default/enqueue", '{"workflowName": "report"}',
+                     {"content-type": "application/json"})
         eventually(lambda: "connection limit" in server.log.read_text())
         for connection in crowd[1:]:
             connection.close()
@@ -121,7 +126,7 @@ def test_more_clients_than_files_wait_outside_and_are_served_when_others_leave(s
 
 @pytest.fixture(scope="module")
 def data_dir() -> Iterator[Path]:
-    """A data directory, which the first server on it fills; not in pytest's folder, see an_embedded_postgres."""
+    """A data directory, which the first server on it fills."""
     with tempfile.TemporaryDirectory(prefix="tidebase-test-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -141,6 +146,11 @@ def own(data_dir: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess]
     for server in servers:
         server.end(signal.SIGTERM)
     assert postmaster(data_dir) is None
+
+
+def address_in(data_dir: Path) -> str:
+    """The address of the embedded PostgreSQL."""
+    return f"host={data_dir}/postgres user=postgres password={(data_dir / 'postgres.password').read_text()}"
 
 
 def postmaster(data_dir: Path) -> int | None:
@@ -175,7 +185,8 @@ def test_sigterm_and_sigint_end_it_with_status_0_and_its_postgres_too(own, data_
 
     runs = [eventually(created) for _ in range(4)]
     log = server.log.read_text()
-    assert f"listens on {server.url}" in log
+    assert f"listens on {server.url}\n" in log
+    assert f"{server.url}/studio\n" in log
     assert str(data_dir) in log
     assert postmaster(data_dir)
     assert server.end(number) == 0
@@ -205,7 +216,7 @@ def test_a_request_that_was_taken_before_the_end_is_answered(own, data_dir):
     assert [done.exception() for done in ended] == [None] * 16
     assert "Traceback" not in server.log.read_text()
     own()
-    with psycopg.connect(f"host={data_dir}/postgres user=postgres") as connection:
+    with psycopg.connect(address_in(data_dir)) as connection:
         kept = connection.execute("select id from tidebase.runs where workflow_name = 'steady'").fetchall()
     assert sorted(run for run, in kept) == sorted(created)
 
@@ -216,7 +227,7 @@ def test_a_held_claim_is_answered_before_the_end(own, data_dir):
     with ThreadPoolExecutor(1) as threads:
         held = threads.submit(api.claim, waitMs=25_000)
         watching = "select from pg_stat_activity where query like '%tidebase.watch(%' and pid <> pg_backend_pid()"
-        with psycopg.connect(f"host={data_dir}/postgres user=postgres", autocommit=True) as connection:
+        with psycopg.connect(address_in(data_dir), autocommit=True) as connection:
             eventually(lambda: connection.execute(watching.encode()).fetchall())
         assert server.end(signal.SIGTERM) == 0
         assert held.result(10) == []
@@ -226,7 +237,7 @@ def test_killed_it_loses_nothing_and_the_next_start_just_works(own, data_dir):
     server = own()
     run = Api(server.url).create()
     server.end(signal.SIGKILL)
-    assert postmaster(data_dir)  # nobody was left to stop it
+    eventually(lambda: postmaster(data_dir) is None, 30)  # its keeper stops it
     server.start()
     assert Api(server.url).run(run)["status"] == "pending"
     assert server.end(signal.SIGTERM) == 0
@@ -236,11 +247,11 @@ def test_killed_it_loses_nothing_and_the_next_start_just_works(own, data_dir):
 def test_killed_with_its_postgres_it_loses_nothing_and_the_next_start_just_works(own, data_dir):
     server = own()
     run = Api(server.url).create()
-    server.end(signal.SIGKILL)
     pid = postmaster(data_dir)
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: not Path(f"/proc/{pid}").exists(), 30)
+    server.end(signal.SIGKILL)
     server.start()
+    assert postmaster(data_dir) != pid
     assert Api(server.url).run(run)["status"] == "pending"
 
 
@@ -308,7 +319,7 @@ def test_processes_whose_parent_was_killed_end(spawn_server):
 
 
 def end(embedded: tidebase.EmbeddedPostgres, number: int) -> None:
-    pid = embedded._postgres.get_pid()
+    pid = embedded.pid()
     os.kill(pid, number)
     eventually(lambda: not Path(f"/proc/{pid}").exists(), 30)  # reaped, too: till then it counts as running
 
@@ -426,15 +437,15 @@ def test_a_held_claim_outlives_a_restart_of_the_database_or_says_to_ask_again(re
             refused(answer, 503, "database_unavailable")
 
 
-def test_webhooks_wait_for_the_database_and_are_sent_when_it_is_back(restarted, receiver):
+def test_webhooks_wait_for_the_database_and_are_sent_when_it_is_back(restarted, receiver, monkeypatch):
     postgres, conninfo = restarted
     with serving(conninfo) as api:
         eventually(lambda: healthy(api), 30)
         run = api.create(channels=[{"type": "webhook", "url": receiver.url}])
-        api.server.sender.free = 0
+        monkeypatch.setattr(tidebase, "SEND_THREADS", 0)
         api.complete(run)["run"]
         restart(postgres, signal.SIGQUIT)
-        api.server.sender.free = 8
+        monkeypatch.undo()
         assert receiver.wait_for(1, 30)[0]["type"] == "run.completed"
 
 

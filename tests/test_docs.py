@@ -6,9 +6,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import tidebase
 
@@ -37,7 +40,54 @@ def test_each_of_the_first_two_commands_sets_up_all_that_it_needs():
     assert "pytest" in test
     for block in (run, test):
         assert "-m venv" in block
-        assert "pip install" in block
+        assert re.search(r"pip install -q --require-hashes -r requirements(-dev)?\.lock ", block)
+
+
+def asked_for(name: str) -> list[Requirement]:
+    """What a requirements file names, and those that it includes."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    included = [one for line in lines if line.startswith("-r ") for one in asked_for(line.removeprefix("-r "))]
+    return included + [Requirement(line) for line in lines if line and not line.startswith("-r ")]
+
+
+def locked(name: str) -> dict[str, str]:
+    """The packages of a lock and their versions, after asserting that each has the hashes of its files."""
+    versions = {}
+    for entry in (ROOT / name).read_text().replace("\\\n", " ").splitlines():
+        if entry.startswith("#"):
+            continue
+        words, *hashes = entry.split(" --hash=")
+        requirement = Requirement(words.strip())
+        assert hashes, entry
+        assert all(re.fullmatch("sha256:[0-9a-f]{64}", one.strip()) for one in hashes), entry
+        versions[canonicalize_name(requirement.name)] = str(requirement.specifier)
+    return versions
+
+
+def all_needed(asked: list[Requirement]) -> set[str]:
+    """The packages that these need on this machine, themselves among them, as those installed here say."""
+    seen: set[tuple[str, str]] = set()
+    left = [(one.name, extra) for one in asked for extra in ("", *one.extras)]
+    while left:
+        name, extra = left.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        for one in map(Requirement, metadata.requires(name) or []):
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                left += [(one.name, of) for of in ("", *one.extras)]
+    return {canonicalize_name(name) for name, _ in seen}
+
+
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+def test_the_lock_is_of_the_requirements_and_of_all_that_they_need_each_file_with_its_hash(name):
+    asked, lock = asked_for(f"{name}.txt"), locked(f"{name}.lock")
+    for one in asked:
+        assert lock.get(canonicalize_name(one.name)) == str(one.specifier), f"make {name}.lock anew: {one}"
+    assert all_needed(asked) <= lock.keys()
+    assert all(re.fullmatch("==[^*]+", version) for version in lock.values())
+    assert "://" not in (ROOT / f"{name}.lock").read_text()
+    assert lock.items() <= locked("requirements-dev.lock").items()
 
 
 @pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]], ids=["ruff", "mypy"])

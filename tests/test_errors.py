@@ -5,17 +5,20 @@ Every route that takes a body is in BODIES; a test fails when one is missing the
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import psycopg
 import pytest
-from conftest import Answer, Api, LocalServer, refused, together
+from conftest import Answer, Api, LocalServer, an_embedded_postgres, config, refused, together
 
 import tidebase
 
@@ -39,15 +42,15 @@ class Sent(NamedTuple):
 
 
 RUN = {"id": "name", "metadata": "object", "recoveryWebhook": "url", "channels": "channels", "deadlineMs": "whole"}
-CHILD = {**RUN, "name": "name", "workflowName": "name", "edgeType": "name", "edgeMetadata": "object", "queue": "name",
-         "maxAttempts": "whole", "priority": "whole"}
+CHILD = {**RUN, "leaseOwner": "name", "name": "name", "workflowName": "name", "edgeType": "name",
+         "edgeMetadata": "object", "queue": "name", "maxAttempts": "whole", "priority": "whole"}
 JOB = {**RUN, "workflowName": "name", "dedupeKey": "name", "delayMs": "whole", "runAt": "time", "maxAttempts": "whole",
        "priority": "whole"}
 STEP = {"name": "name", "inputHash": "name", "options": "object", "leaseOwner": "name"}
 FAILURE = {"retryable": "flag", "resumeDecision": "choice"}
 RECORD = {**STEP, **FAILURE, "startedAt": "time", "durationMs": "whole", "brief": "flag"}
-ABOUT = {"id": "name", "label": "name", "reason": "text", "importance": "choice", "metadata": "object",
-         "createdBy": "text", "stepId": "text"}
+ABOUT = {"id": "name", "leaseOwner": "name", "label": "name", "reason": "text", "importance": "choice",
+         "metadata": "object", "createdBy": "text", "stepId": "text"}
 OWNER = {"leaseOwner": "a"}
 A_STEP = {"name": "s", "inputHash": "h"}
 BODIES = {
@@ -63,7 +66,7 @@ BODIES = {
     "release": Sent("POST", "/runs/x/release", OWNER, {"leaseOwner": "name"}),
     "retry": Sent("POST", "/runs/x/retry", {}, {}),
     "recover": Sent("POST", "/runs/x/recover", {}, {"reason": "name"}),
-    "fork": Sent("POST", "/runs/x/fork", {}, {"id": "name", "fromStep": "name"}),
+    "fork": Sent("POST", "/runs/x/fork", {}, {"id": "name", "fromStep": "name", "queue": "name"}),
     "children": Sent("POST", "/runs/x/children", {"name": "c", "workflowName": "w"}, CHILD),
     "step begin": Sent("POST", "/runs/x/steps/begin", A_STEP, STEP),
     "step complete": Sent("POST", "/runs/x/steps/x/complete", OWNER, {"leaseOwner": "name"}),
@@ -88,31 +91,41 @@ BODIES = {
     "write a child": Sent("POST", "/writes", {"do": "create_child", "runId": "r", "name": "c", "workflowName": "w"},
                           {**CHILD, "do": "choice", "runId": "name"}, lambda body: {"writes": [body]}),
     "gate begin": Sent("POST", "/runs/x/gates/begin", {"name": "g", "prompt": "?"},
-                       {"name": "name", "prompt": "text", "channels": "channels", "timeoutMs": "whole"}),
+                       {"name": "name", "prompt": "text", "channels": "channels", "timeoutMs": "whole",
+                        "leaseOwner": "name"}),
     "gate resolve": Sent("POST", "/runs/x/gates/x/resolve", {"token": "t", "decision": "approved"},
                          {"token": "text", "decision": "choice", "actor": "text"}),
     "wait": Sent("POST", "/runs/x/wait", {**OWNER, "for": {"event": "e"}},
                  {"leaseOwner": "name", "for": "object", "timeoutMs": "whole"}),
-    "signal": Sent("POST", "/runs/x/signals", {"name": "s"}, {"id": "name", "name": "name"}),
+    "signal": Sent("POST", "/runs/x/signals", {"name": "s"}, {"id": "name", "name": "name", "leaseOwner": "name"}),
+    "signal expire": Sent("POST", "/runs/x/signals/x/expire", OWNER, {"leaseOwner": "name", "n": "whole"}),
     "state put": Sent("PUT", "/runs/x/state", {}, {**ABOUT, "stream": "name", "ifVersion": "whole"}),
     "state patch": Sent("PATCH", "/runs/x/state", {},
                         {**ABOUT, "stream": "name", "ifVersion": "whole", "value": "object"}),
     "state save": Sent("POST", "/runs/x/state/save", {"label": "l"}, {**ABOUT, "stream": "name"}),
     "snapshot": Sent("POST", "/runs/x/snapshots", {"label": "l"}, {**ABOUT, "target": "object"}),
     "usage": Sent("POST", "/runs/x/usage", {}, {
-        **dict.fromkeys(("id", "kind"), "name"), "metadata": "object", "quantity": "amount", "costUsd": "amount",
-        **dict.fromkeys(("stepId", "provider", "model", "label", "unit"), "text"),
+        **dict.fromkeys(("id", "kind", "leaseOwner"), "name"), "metadata": "object", "quantity": "amount",
+        "costUsd": "amount", **dict.fromkeys(("stepId", "provider", "model", "label", "unit"), "text"),
         **dict.fromkeys(("inputTokens", "outputTokens", "totalTokens"), "whole")}),
     "enqueue": Sent("POST", "/queues/x/enqueue", {"workflowName": "w"}, JOB),
     "enqueue many": Sent("POST", "/queues/x/enqueue", {"workflowName": "w"}, JOB, lambda body: {"runs": [body]}),
     "claim": Sent("POST", "/queues/claim", {"queues": ["q"]},
                   {"queues": "names", "id": "name", "leaseOwner": "name", "limit": "whole", "waitMs": "whole",
-                   "checkpoints": "flag"}),
+                   "checkpoints": "flag", "workflows": "workflows"}),
     "queue config": Sent("PUT", "/queues/x/config", {},
                          {"concurrency": "cap", "ratePerMinute": "cap", "invokeUrl": "no url"}),
     "schedule": Sent("PUT", "/schedules/x", {"cron": "* * * * *", "workflowName": "w"},
                      {"cron": "text", "timezone": "text", "workflowName": "name", "queue": "name",
                       "maxAttempts": "whole", "enabled": "flag"}),
+    "schedule preview": Sent("POST", "/schedules/preview", {"cron": "* * * * *"}, {"cron": "text", "timezone": "text"}),
+    "schedule run": Sent("POST", "/schedules/x/run", {}, {"id": "name"}),
+    "changes": Sent("POST", "/changes", {}, {"query": "text", "known": "object"}),
+    "bulk": Sent("POST", "/bulk", {"action": "cancel", "ids": ["r"]},
+                 {"action": "choice", "ids": "names", "filter": "text", "dryRun": "flag", "expected": "whole",
+                  "cursor": "text", "limit": "whole", "reason": "text", "actor": "text"}),
+    "gate look": Sent("POST", "/runs/x/gates/x/look", {"token": "t"}, {"token": "text"}),
+    "resend": Sent("POST", "/runs/x/deliveries/x/resend", {}, {}),
 }
 TEXT = [5, 1.5, True, None, [], {}, "a\0b"]
 NAME = [*TEXT, "", "x" * 513]
@@ -126,6 +139,7 @@ WRONG: dict[str, list[Any]] = {
     "time": [5, True, None, "", "tomorrow", "2026-13-01T00:00:00Z", [], {}],
     "object": [5, "a", [], True, {"a\0b": "\0"}],
     "names": [5, "q", None, {}, [], [5], [None], [""], ["a\0b"], ["x" * 513], ["q"] * 1001],
+    "workflows": [5, "w", None, {}, [5], [None], [""], ["a\0b"], ["x" * 513], ["w"] * 1001],
     "channels": [5, "a", {}, None, [5], [{}], [{"type": "pigeon", "url": "http://h/"}],
                  [{"type": "webhook", "url": "h"}],
                  [{"type": "webhook", "url": "http://h/", "secret": None}],
@@ -137,7 +151,8 @@ def raw(api: Api, head: bytes, body: bytes = b"") -> Answer:
     """Send bytes as they are, which no client would."""
     host, port = api.address.split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(head.replace(b"\n", b"\r\n") + b"\r\nHost: h\r\nConnection: close\r\n\r\n" + body)
+        connection.sendall(head.replace(b"\n", b"\r\n") + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                           + body)
         response = http.client.HTTPResponse(connection)
         response.begin()
         return Answer(response.status, response.headers, response.read())
@@ -189,7 +204,8 @@ def test_no_body_counts_as_an_empty_one_whatever_the_content_type_says(api: Api,
     for verb in ("begin", "cancel", "retry"):
         assert api.post(f"/runs/{run}/{verb}", headers={"content-type": content_type}).status == 200
     assert api.post("/runs/report", raw=b" \r\n\t").status == 200
-    assert api.post("/runs/report", {"input": 1}, headers={"content-type": content_type})["run"]["input"] == 1
+    refused(api.post("/runs/report", {"input": 1}, headers={"content-type": content_type}), 415,
+            "unsupported_media_type")
 
 
 # ------------------------------------------------------------------------------
@@ -316,6 +332,103 @@ def test_of_two_equal_keys_the_last_counts(api: Api) -> None:
 
 
 # ------------------------------------------------------------------------------
+# What PostgreSQL's log gets
+# ------------------------------------------------------------------------------
+class Log:
+    """What PostgreSQL logs into a file, from now on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.start = path, path.stat().st_size
+
+    def grown(self) -> str:
+        return self.path.read_bytes()[self.start:].decode()
+
+
+@pytest.fixture
+def logged(request: pytest.FixtureRequest, embedded: Any) -> Iterator[tuple[Api, Path]]:
+    """A server, and the file that its PostgreSQL logs into."""
+    with ExitStack() as stack:
+        if embedded:
+            server, (own, _) = request.getfixturevalue("server"), embedded
+        else:  # whose log nobody gives us
+            own, conninfo = stack.enter_context(an_embedded_postgres())
+            server = LocalServer(config(), conninfo).start()
+            stack.callback(server.close)
+        yield Api(server.url, server), own.log
+
+
+SECRET = "of-a-patient"
+LARGE = SECRET + "x" * 1_000_000
+
+
+def refuse_a_run(api: Api) -> list[Callable[[], Any]]:
+    run, done = api.create(input=LARGE), api.create(input=LARGE)
+    api.begin(run, "a")["run"]
+    api.post(f"/runs/{run}/cancel")["run"]
+    api.complete(done)["run"]
+    beat = {"runId": run, "leaseOwner": "a", **A_STEP}
+    return [lambda: refused(api.heartbeat(run, "a"), 409, "run_cancelled")["run"],
+            lambda: refused(api.heartbeat(done, "a"), 409, "lease_lost")["run"],
+            lambda: refused(api.post(f"/runs/{done}/cancel"), 409, "run_completed")["run"],
+            lambda: api.post("/writes", {"writes": [{"do": "record_step", **beat}] * 2})["results"][1]["run"]]
+
+
+def refuse_a_step(api: Api) -> list[Callable[[], Any]]:
+    run = api.create()
+    api.begin(run, "a")["run"]
+    step = api.do_step(run, "s", "a", LARGE, input=LARGE)
+    return [lambda: refused(api.fail_step(run, step, "b"), 409, "lease_lost")["step"],
+            lambda: refused(api.post(f"/runs/{run}/steps", {**A_STEP, **OWNER, "inputHash": "other"}),
+                            409, "input_mismatch")["step"],
+            lambda: refused(api.post(f"/runs/{run}/steps/{step}/review", {"decision": "retry"}),
+                            409, "not_in_review")["step"]]
+
+
+def refuse_a_gate(api: Api) -> list[Callable[[], Any]]:
+    run = api.create()
+    gate = api.post(f"/runs/{run}/gates/begin", {"name": "g", "prompt": "?", "data": LARGE})["gate"]
+    decision = {"token": gate["resolveToken"], "decision": "approved", "payload": SECRET}
+    resolve = f"/runs/{run}/gates/{gate['id']}/resolve"
+    api.post(resolve, decision)["gate"]
+    return [lambda: refused(api.post(resolve, decision), 409, "gate_resolved")["gate"]]
+
+
+def refuse_a_state(api: Api) -> list[Callable[[], Any]]:
+    run = api.create()
+    api.put(f"/runs/{run}/state", {"value": LARGE})["state"]
+    return [lambda: refused(api.put(f"/runs/{run}/state", {"value": 1, "ifVersion": 5}), 409, "version_conflict")
+            ["state"]]
+
+
+@pytest.mark.parametrize("refuse", [refuse_a_run, refuse_a_step, refuse_a_gate, refuse_a_state])
+def test_a_refusal_carries_a_large_object_to_the_client_and_nothing_of_it_into_the_log_of_postgres(
+        logged: tuple[Api, Path], refuse: Callable[[Api], list[Callable[[], Any]]]) -> None:
+    api, log = logged[0], Log(logged[1])
+    requests = refuse(api)
+    for number in range(20):
+        assert LARGE in requests[number % len(requests)]().values()
+    assert len(log.grown()) < 64_000
+    assert SECRET not in log.grown()
+
+
+def test_errors_of_postgres_itself_put_no_payloads_into_its_log(logged: tuple[Api, Path]) -> None:
+    api, log = logged[0], Log(logged[1])
+    random = "".join(map(chr, Random(1).sample(range(0x4E00, 0x9FFF), 512)))  # together too long for an index's row
+    body = {"workflowName": "w", "input": LARGE, "metadata": {"a": LARGE}, "dedupeKey": random}
+    refused(api.post("/writes", {"writes": [{"do": "enqueue_run", "queue": random, **body}]}), 400, "invalid_request")
+    create = functools.partial(api.server.database.call, "create_run", "r", "w")
+    create("{}", "{}", None, "[]", None)
+    for wrong in ('["' + LARGE + '", nonsense]', '["' + LARGE + '\\u0000"]', "[" * 100_000 + LARGE):
+        with pytest.raises(psycopg.Error):  # such never gets past the routes
+            create("{}", wrong, None, "[]", None)
+    with pytest.raises(psycopg.IntegrityError), api.server.database.connection() as connection:
+        connection.execute("insert into tidebase.runs (id, workflow_name, status, input)"
+                           " values ('r', 'w', 'queued', %s)", [json.dumps(LARGE)])
+    assert len(log.grown()) < 64_000
+    assert LARGE[:200] not in log.grown()
+
+
+# ------------------------------------------------------------------------------
 # Size
 # ------------------------------------------------------------------------------
 @pytest.fixture
@@ -360,7 +473,7 @@ def test_a_body_without_an_end_is_cut_off_and_the_server_goes_on(small: Api) -> 
 # Routes, methods, paths
 # ------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", [
-    "/", "/nothing", "/runs/", "/runs//begin", "/runs/a/b/c", "/health/", "/runs/a/b%2Fbegin", "/runs/a%2Fbegin/x",
+    "/nothing", "/runs/", "/runs//begin", "/runs/a/b/c", "/health/", "/runs/a/b%2Fbegin", "/runs/a%2Fbegin/x",
     "/RUNS", "/runs/a/begin/"])
 def test_a_route_that_there_is_not_is_not_found(api: Api, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
@@ -399,7 +512,7 @@ def test_a_percent_sign_that_escapes_nothing_stands_for_itself(api: Api, part: s
 
 
 @pytest.mark.parametrize(("head", "status"), [
-    (b"GET http://other.example/health HTTP/1.1", 200),
+    (b"GET http://localhost/health HTTP/1.1", 200),
     (b"GET /health?x=%zz&&=#f HTTP/1.1", 200),
     (b"GET /runs/\xff\xfe HTTP/1.1", 400),
     (b"GET /runs/%ff HTTP/1.1", 400),

@@ -99,10 +99,20 @@ def test_a_heartbeat_of_another_than_the_holder_is_refused(api: Api) -> None:
     assert refused(api.heartbeat(run, "a"), 409, "lease_lost")["run"]["status"] == "completed"
 
 
-@pytest.mark.parametrize("write", ["begin_step", "begin_step_again", "complete_step", "fail_step", "record", "batch"])
+# What a worker writes beside its steps.
+BESIDE_STEPS = {
+    "state": ("PUT", "state", {"value": {"x": 1}}), "patch": ("PATCH", "state", {"value": {}}),
+    "save": ("POST", "state/save", {"label": "l"}), "snapshot": ("POST", "snapshots", {"label": "l", "state": 1}),
+    "usage": ("POST", "usage", {"kind": "k"}), "gate": ("POST", "gates/begin", {"name": "g", "prompt": "?"}),
+    "child": ("POST", "children", {"name": "c", "workflowName": "w"}), "signal": ("POST", "signals", {"name": "s"})}
+
+
+@pytest.mark.parametrize("write", ["begin_step", "begin_step_again", "complete_step", "fail_step", "record", "batch",
+                                   *BESIDE_STEPS])
 def test_every_write_of_the_owner_extends_the_runs_lease(api: Api, clock: Clock, write: str) -> None:
     run = begun(api)
     step = api.begin_step(run, "held", "a")["step"]["id"]
+    api.put(f"/runs/{run}/state", {"value": {}})["state"]
     record = {"name": "x", "inputHash": "h", "leaseOwner": "a", "output": 1}
     clock.advance(ms=LEASE_MS // 2)
     {"begin_step": lambda: api.begin_step(run, "x", "a"),
@@ -110,7 +120,9 @@ def test_every_write_of_the_owner_extends_the_runs_lease(api: Api, clock: Clock,
      "complete_step": lambda: api.complete_step(run, step, "a"),
      "fail_step": lambda: api.fail_step(run, step, "a"),
      "record": lambda: api.post(f"/runs/{run}/steps", record),
-     "batch": lambda: api.post("/steps", {"records": [{"runId": run, **record}]})}[write]()
+     "batch": lambda: api.post("/steps", {"records": [{"runId": run, **record}]}),
+     **{what: lambda call=call: api.send(call[0], f"/runs/{run}/{call[1]}", {**call[2], "leaseOwner": "a"})
+        for what, call in BESIDE_STEPS.items()}}[write]()
     clock.advance(ms=LEASE_MS - MARGIN_MS)
     refused(api.begin(run, "b"), 409, "run_leased")
     assert lease_ms(api.run(run)) == LEASE_MS
@@ -120,8 +132,9 @@ def test_a_write_of_somebody_else_does_not_extend_the_lease(api: Api, clock: Clo
     run = begun(api, recoveryWebhook=HOOK)
     before = api.run(run)["leaseExpiresAt"]
     clock.advance(ms=1_000)
-    api.do_step(run, "helper", "helper")
     api.post(f"/runs/{run}/recover")
+    for method, path, body in BESIDE_STEPS.values():
+        assert api.send(method, f"/runs/{run}/{path}", body).status == 200
     assert api.run(run)["leaseExpiresAt"] == before
 
 
@@ -140,7 +153,9 @@ def test_a_batch_of_heartbeats_answers_each_in_its_order(api: Api, clock: Clock)
     assert all(result["error"] for result in results if "code" in result)
     for run in (mine, other):
         assert lease_ms(api.run(run)) == LEASE_MS
-    assert results[1]["run"] == api.run(mine)
+    told = ("id", "status", "leaseOwner", "leaseExpiresAt", "updatedAt")  # not what a run carries
+    for number, run in ((0, other), (1, mine), (3, cancelled)):
+        assert results[number]["run"] == {key: api.run(run)[key] for key in told}
 
 
 # ------------------------------------------------------------------------------
@@ -211,12 +226,16 @@ def test_every_late_write_of_a_former_owner_is_refused_once_another_holds_the_ru
             lambda: api.begin_step(run, "new", "a"), lambda: api.begin_step(run, "open", "a"),
             lambda: api.complete_step(run, steps["open"], "a", 1), lambda: api.fail_step(run, steps["open"], "a"),
             lambda: api.complete_step(run, steps["taken"], "a", 1), lambda: api.fail_step(run, steps["taken"], "a"),
-            lambda: api.post(f"/runs/{run}/steps", record)):
-        refused(late(), 409, "lease_lost")
+            lambda: api.post(f"/runs/{run}/steps", record),
+            *(lambda call=call: api.send(call[0], f"/runs/{run}/{call[1]}", {**call[2], "leaseOwner": "a"})
+              for call in BESIDE_STEPS.values())):
+        assert refused(late(), 409, "lease_lost")
     refused(api.begin(run, "a"), 409, "run_leased")
     results = (api.post("/heartbeats", {"runs": [{"id": run, "leaseOwner": "a"}]})["results"]
-               + api.post("/steps", {"records": [{"runId": run, **record}]})["results"])
-    assert [result["code"] for result in results] == ["lease_lost"] * 2
+               + api.post("/steps", {"records": [{"runId": run, **record}]})["results"]
+               + api.post("/writes", {"writes": [{"do": "create_child", "runId": run, "name": "c", "workflowName": "w",
+                                                  "leaseOwner": "a"}] * 2})["results"])
+    assert [result["code"] for result in results] == ["lease_lost"] * 4
     assert api.detail(run) == before
 
     assert api.complete(run, leaseOwner="b", result="b's")["run"]["result"] == "b's"
@@ -248,6 +267,39 @@ def test_the_late_answer_of_a_stopped_worker_does_not_count_even_before_the_next
     refused(api.complete_step(run, step, "a"), 409, "lease_lost")
     refused(api.complete(run, leaseOwner="a"), 409, "lease_lost")
     assert api.run(run)["status"] == "queued"
+
+
+@pytest.mark.parametrize("what", BESIDE_STEPS)
+def test_an_owner_that_is_named_must_hold_the_run(api: Api, what: str) -> None:
+    method, path, body = BESIDE_STEPS[what]
+    idle, run, ended, cancelled = api.create(), begun(api), begun(api), begun(api)
+    for each in (idle, run, ended, cancelled):
+        api.put(f"/runs/{each}/state", {"value": {}})["state"]
+    api.complete(ended, leaseOwner="a")["run"]
+    api.post(f"/runs/{cancelled}/cancel")["run"]
+    for each, owner, code in ((idle, "a", "lease_lost"), (run, "forged", "lease_lost"), (ended, "a", "lease_lost"),
+                              (cancelled, "a", "run_cancelled")):
+        before = api.detail(each)
+        told = refused(api.send(method, f"/runs/{each}/{path}", {**body, "leaseOwner": owner}), 409, code)
+        assert told["run"]["id"] == each
+        assert api.detail(each) == before
+    for owner in ({"leaseOwner": "a"}, {}):  # one that names none is not a worker
+        assert api.send(method, f"/runs/{run}/{path}", {**body, **owner}).status == 200
+
+
+@pytest.mark.parametrize("owner", ["forged", None])
+def test_a_step_of_a_run_that_somebody_holds_is_locked_for_all_others(
+        api: Api, clock: Clock, owner: str | None) -> None:
+    run = begun(api)
+    assert api.begin_step(run, "new", owner).json == {"action": "locked", "step": None}
+    mine = api.begin_step(run, "mine", "a")["step"]
+    assert api.begin_step(run, "mine", owner).json == {"action": "locked", "step": mine}
+    failed = api.begin_step(run, "failed", "a")["step"]["id"]
+    failed = api.fail_step(run, failed, "a", retryable=True)["step"]
+    assert api.begin_step(run, "failed", owner).json == {"action": "locked", "step": failed}
+    assert [step["name"] for step in api.detail(run)["steps"]] == ["mine", "failed"]
+    clock.advance(ms=LEASE_MS)  # from now on nobody holds it
+    assert api.begin_step(run, "new", owner)["action"] == "execute"
 
 
 # ------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def document(api: Api) -> dict[str, Any]:
 
 def test_every_route_is_in_the_document_and_nothing_else(document: dict[str, Any]) -> None:
     routes = {(method, re.sub(r"<part:\w+>", "{}", rule.rule)) for rule in tidebase.app.url_map.iter_rules()
-              if rule.endpoint not in tidebase.PAGES for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
+              if rule.endpoint not in tidebase.PAGE_VIEWS for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}
     told = [(method.upper(), re.sub(r"{\w+}", "{}", path))
             for path, operations in document["paths"].items() for method in operations]
     assert sorted(told) == sorted(routes)
@@ -190,6 +190,11 @@ def test_answers_fit_the_document_and_bad_data_is_refused(
     }))
     turn = itertools.count()
 
+    def held() -> str:
+        run = api.enqueue("held")
+        api.begin(run, "owner")["run"]
+        return run
+
     def before_call(context: Any, case: Any, kwargs: Any) -> None:
         """Every other request is of something that is there; none waits or streams for long."""
         number, body = next(turn), case.body
@@ -227,9 +232,14 @@ def test_answers_fit_the_document_and_bad_data_is_refused(
                 case.path_parameters["gateId"], body["token"] = gate["id"], gate["resolveToken"]
             if "leaseOwner" in body:
                 body["leaseOwner"] = "owner"
-                if list(case.path_parameters or {}) == ["runId"]:  # others may have ended the first one meanwhile
-                    case.path_parameters["runId"] = api.enqueue("held")
-                    api.begin(case.path_parameters["runId"], "owner")["run"]
+                if "runId" in (case.path_parameters or {}):  # others may have ended the first one meanwhile
+                    case.path_parameters["runId"] = held()
+            if "stepId" in (case.path_parameters or {}):  # likewise
+                run = held()
+                step = api.begin_step(run, "s", "owner")["step"]["id"]
+                if case.path.endswith("/review"):
+                    api.fail_step(run, step, "owner", resumeDecision="manual_review")["step"]
+                case.path_parameters |= {"runId": run, "stepId": step}
             if "for" in body:
                 body["for"] = {"event": "later"}
 

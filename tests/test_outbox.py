@@ -55,7 +55,7 @@ def test_a_hundred_events_outlive_a_receiver_that_is_down_and_a_server_that_is_k
     receiver = Receiver(port)
     receiver.answering.clear()
     clock.advance(ms=60_000)
-    eventually(lambda: len(receiver.requests) >= 5)
+    eventually(lambda: len(receiver.requests) >= tidebase.SEND_PER_HOST)
     assert server.end(signal.SIGKILL) == -signal.SIGKILL
     unanswered = {headers["webhook-id"] for _, headers, _ in receiver.requests}
     assert tried("delivered") == 0

@@ -9,10 +9,12 @@ import http.client
 import json
 import re
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 import pytest
 from conftest import LEASE_MS, Answer, Api, eventually, refused
 
@@ -336,6 +338,64 @@ def test_a_claim_with_checkpoints_brings_what_is_completed(api):
     assert "checkpoints" not in api.run(run)
 
 
+def test_a_claim_for_some_workflows_is_given_no_others_runs(api):
+    order = [(workflow, priority) for priority in (0, 5) for workflow in "abcab"]
+    runs = [api.enqueue(workflow=workflow, priority=priority) for workflow, priority in order]
+    api.enqueue(workflow="a", priority=9, delayMs=60_000)
+    expected = [runs[n] for n in (5, 6, 8, 9, 0, 1, 3, 4)]  # the higher priority first, then the older
+    assert api.claim(workflows=[], limit=100) == []
+    assert api.claim(workflows=["unheard of"], limit=100) == []
+    assert [run["id"] for run in api.claim(workflows=["b"])] == [runs[6]]
+    expected.remove(runs[6])
+    taken = api.claim("nowhere", "default", workflows=["b", "unheard of", "a", "b"], limit=4, owner="o", id="c1")
+    assert [run["id"] for run in taken] == expected[:4]
+    again = api.claim("nowhere", "default", workflows=["b", "a"], limit=4, owner="o", id="c1")
+    assert [run["id"] for run in again] == expected[:4]
+    assert [run["id"] for run in api.claim(workflows=["a", "b"], limit=100)] == expected[4:]
+    assert [run["id"] for run in api.claim(limit=100)] == [runs[7], runs[2]]
+
+
+def test_claims_for_some_workflows_stay_within_the_caps(api):
+    api.put("/queues/default/config", {"concurrency": 3, "ratePerMinute": 4})["config"]
+    for workflow in "abab":
+        api.enqueue(workflow=workflow)
+    assert [run["workflowName"] for run in api.claim(workflows=["b"], limit=9)] == ["b", "b"]
+    taken = api.claim(workflows=["a", "b"], limit=9)
+    assert [run["workflowName"] for run in taken] == ["a"]
+    api.complete(taken[0]["id"])["run"]
+    assert len(api.claim(workflows=["a"], limit=9)) == 1
+    assert api.queue("default")["queued"] == 0
+    api.enqueue(workflow="a")
+    assert api.claim(workflows=["a"]) == []
+
+
+def test_what_others_are_just_taking_keeps_no_run_behind_it_from_a_claim(api, database):
+    runs = [api.enqueue(workflow="a") for _ in range(30)]
+    with psycopg.connect(database) as other:
+        other.execute("select from tidebase.runs where id = any (%s) for no key update", [runs[:25]])
+        assert [run["id"] for run in api.claim(workflows=["a"], limit=3)] == runs[25:28]
+        assert [run["id"] for run in api.claim(limit=1)] == runs[28:29]
+        other.rollback()
+    assert [run["id"] for run in api.claim(workflows=["a"], limit=100)] == [*runs[:25], runs[29]]
+
+
+@pytest.mark.parametrize("large", ["input", "checkpoints"])
+def test_a_claim_stops_where_its_answer_would_grow_too_large_and_gives_one_run_in_any_case(api, large):
+    text = "x" * 3_000_000
+    runs = [api.enqueue("first" if n < 2 else "second", input=text if large == "input" else 1) for n in range(5)]
+    if large == "checkpoints":
+        for run in runs:
+            api.do_step(run, "s", "a", text)
+    sizes = []
+    while taken := api.claim("first", "second", limit=100, checkpoints=large == "checkpoints"):
+        assert [run["id"] for run in taken] == runs[:len(taken)]
+        sizes.append(len(taken))
+        del runs[:len(taken)]
+    assert sizes == [2, 2, 1]
+    huge = api.enqueue("first", input=text * 4)
+    assert [run["id"] for run in api.claim("first", limit=100)] == [huge]
+
+
 @pytest.mark.parametrize("body", [
     {}, {"queues": []}, {"queues": "default"}, {"queues": [""]}, {"queues": [5]}, {"queues": ["a"] * 1001},
     {"queues": ["a"], "limit": 0}, {"queues": ["a"], "limit": 101}, {"queues": ["a"], "limit": "1"},
@@ -487,7 +547,8 @@ def test_without_a_place_to_wait_in_the_answer_comes_at_once_and_says_when_to_as
 
 def test_a_claimer_that_hung_up_while_it_waited_is_given_nothing(api):
     connection = http.client.HTTPConnection(api.address)
-    connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}))
+    connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}),
+                       {"content-type": "application/json"})
     waiting(api, 1)
     connection.close()
     waiting(api, 0)
@@ -503,16 +564,44 @@ def test_claimers_that_hung_up_keep_no_run_from_those_who_wait(start_server, mon
     api = Api(server.url, server)
     dead = [http.client.HTTPConnection(api.address) for _ in range(3)]
     for number, connection in enumerate(dead, 1):
-        connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}))
+        connection.request("POST", "/queues/claim", json.dumps({"queues": ["default"], "waitMs": 25_000}),
+                           {"content-type": "application/json"})
         waiting(api, number)
     thread, answers = hold(api)
     waiting(api, 4)
-    eventually(lambda: not server.watcher.poked.is_set())  # it has seen them wait
+    eventually(lambda: not server.watcher.notified.is_set())  # it has seen them wait
     for connection in dead:
         connection.close()
     run = api.enqueue()
     thread.join(15)
     assert [taken["id"] for taken in answers[0]["runs"]] == [run]
+
+
+def test_claims_that_wait_are_woken_by_runs_of_their_workflows_alone(api, server, monkeypatch):
+    asked = Counter()
+    call = server.database.call
+
+    def counted(function: str, *arguments: Any) -> Any:
+        asked[function] += 1
+        return call(function, *arguments)
+
+    for workflow in ("foreign", "foreign", "wanted elsewhere"):
+        api.enqueue(workflow=workflow)
+    monkeypatch.setattr(server.database, "call", counted)
+    held = [hold(api, workflows=["mine"]), hold(api, workflows=["mine", "other"]), hold(api, workflows=[], waitMs=900)]
+    waiting(api, 3)
+    looks = asked["watch"] + 10
+    eventually(lambda: asked["watch"] >= looks)
+    assert asked["claim_runs"] == 3  # each once, before it waited
+    run = api.enqueue(workflow="other")
+    held[1][0].join(10)
+    assert [taken["id"] for taken in held[1][1][0]["runs"]] == [run]
+    run = api.enqueue(workflow="mine")
+    held[0][0].join(10)
+    assert [taken["id"] for taken in held[0][1][0]["runs"]] == [run]
+    assert asked["claim_runs"] == 5
+    held[2][0].join(10)
+    assert held[2][1][0]["runs"] == []
 
 
 # --- caps and rates

@@ -21,11 +21,11 @@ Request = tuple[str, str, Any]
 @pytest.fixture
 def api(api: Api, server: LocalServer, sql: Callable[..., Any]) -> Iterator[Api]:
     """The verbs, at one instant, and with no webhook under way."""
-    server.sender.free = 0
+    server.let_send(False)
     sql("create or replace function tidebase.now() returns timestamptz language sql volatile as"
         " $$ select timestamptz '2026-06-12 10:31:00Z' $$")
     yield api
-    server.sender.free = tidebase.SEND_SLOTS
+    server.let_send(True)
 
 
 def send(api: Api, request: Request) -> Answer:
@@ -79,6 +79,20 @@ def saved(api: Api) -> Request:
 def scheduled(api: Api) -> Request:
     api.put("/schedules/nightly", SCHEDULE)["schedule"]
     return "DELETE", "/schedules/nightly", None
+
+
+def deleted(api: Api) -> Request:
+    return "DELETE", ended(api), None
+
+
+def looked(api: Api) -> Request:
+    asked = gate(api)
+    return "POST", f"/runs/r/gates/{asked['id']}/look", {"token": asked["resolveToken"]}
+
+
+def delivery(api: Api) -> str:
+    api.post(f"/runs/{api.create(id='r', channels=[{'type': 'webhook', 'url': HOOK}])}/cancel")["run"]
+    return f"/runs/r/deliveries/{api.get('/runs/r/deliveries')['deliveries'][0]['id']}"
 
 
 VERSION = f"ver_{0:032x}"
@@ -142,7 +156,10 @@ REQUESTS: dict[str, Callable[[Api], Request]] = {
             {"do": "complete_run", "runId": "nowhere"}]}),
     "ask a person": lambda api: ("POST", f"{begun(api)}/gates/begin", {"name": "g", "prompt": "?"}),
     "wait": lambda api: ("POST", f"{claimed(api)}/wait", {"leaseOwner": "a", "for": {"event": "e"}}),
+    "begin to wait": lambda api: ("POST", f"{begun(api)}/steps/begin", {
+        "name": "sleep:1", "inputHash": "h", "leaseOwner": "a", "input": {"seconds": 5}, "options": {"wait": True}}),
     "signal": lambda api: ("POST", f"{begun(api)}/signals", {"name": "s", "payload": 1, "id": "sig"}),
+    "expire a signal": lambda api: ("POST", f"{begun(api)}/signals/s/expire", {"leaseOwner": "a"}),
     "set the state": lambda api: ("PUT", f"{begun(api)}/state", {"id": VERSION, "value": {"n": 1}}),
     "merge into the state": lambda api: ("PATCH", f"{begun(api)}/state", {"id": VERSION, "value": {"n": 1}}),
     "save the state": saved,
@@ -157,6 +174,14 @@ REQUESTS: dict[str, Callable[[Api], Request]] = {
                                   "id": "claim1", "checkpoints": True}),
     "configure a queue": lambda api: ("PUT", "/queues/q/config", {"concurrency": 1, "invokeUrl": None}),
     "schedule": lambda api: ("PUT", "/schedules/nightly", SCHEDULE),
+    "run a schedule": lambda api: (
+        "POST", "/schedules/nightly/run", {"id": (api.put("/schedules/nightly", SCHEDULE), "r")[1]}),
+    "preview a schedule": lambda api: ("POST", "/schedules/preview", {"cron": "0 3 * * *"}),
+    "cancel many": lambda api: ("POST", "/bulk", {"action": "cancel", "ids": [begun(api)[6:], "nowhere"]}),
+    "retry many": lambda api: ("POST", "/bulk", {"action": "retry", "ids": [ended(api)[6:]]}),
+    "ask what changed": lambda api: ("POST", "/changes", {"query": "workflow=none"}),
+    "look at a gate": looked,
+    "send a webhook again": lambda api: ("POST", f"{delivery(api)}/resend", None),
 }
 SAYS_SO = {"created": (True, False), "deduplicated": (False, True)}  # by which a repeat may be told
 
@@ -196,14 +221,15 @@ def test_a_gate_that_was_decided_is_not_decided_again(api: Api) -> None:
 
 
 def test_what_was_deleted_is_not_there_to_delete(api: Api) -> None:
-    request = scheduled(api)
-    assert send(api, request).status == 200
-    refused(send(api, request), 404, "not_found")
+    for make in (scheduled, deleted):
+        request = make(api)
+        assert send(api, request).status == 200
+        refused(send(api, request), 404, "not_found")
 
 
 def test_every_mutating_route_is_sent_twice() -> None:
     urls = tidebase.app.url_map.bind("here")
-    requests = [make(MagicMock()) for make in (*REQUESTS.values(), resolved, scheduled)]
+    requests = [make(MagicMock()) for make in (*REQUESTS.values(), resolved, scheduled, deleted)]
     sent = {(method, urls.match(path, method)[0]) for method, path, _ in requests}
     assert sent == {(method, rule.endpoint) for rule in tidebase.app.url_map.iter_rules()
                     for method in (rule.methods or set()) & {"POST", "PUT", "PATCH", "DELETE"}}

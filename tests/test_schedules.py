@@ -13,6 +13,7 @@ import urllib.parse
 from datetime import UTC, datetime
 from typing import Any
 
+import psycopg
 import pytest
 from conftest import ROOT, Answer, Api, refused, together
 
@@ -35,7 +36,7 @@ def runs(api: Api) -> list[Any]:
 
 
 def fire_times(api: Api) -> list[str]:
-    return [run["metadata"]["fireTime"] for run in runs(api)]
+    return [run["metadata"]["fireTime"] for run in runs(api) if "fireTime" in run["metadata"]]
 
 
 def utc(text: str) -> datetime:
@@ -293,6 +294,90 @@ def test_a_machine_without_time_zones_has_them_all_the_same():
     environment = {**os.environ, "PYTHONTZPATH": "", "PYTHONPATH": str(ROOT)}
     said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "2024-05-16 09:00:00+02:00"
+
+
+# --- what fails apart
+
+
+def failed_sweeps(caplog) -> list[str]:
+    return [record.job for record in caplog.records if getattr(record, "event", "") == "sweep_failed"]
+
+
+def test_a_schedule_whose_time_zone_this_host_lacks_holds_up_nothing_else(api, clock, sql, caplog):
+    for name in ("after", "before", "there"):
+        schedule(api, name)["schedule"]
+    sql("update tidebase.schedules set timezone = 'Mars/Olympus' where name = 'before'")
+    sql("update tidebase.schedules set next_run_at = next_run_at - interval '1 hour' where name = 'before'")
+    run = api.enqueue()
+    api.claim(owner="a")
+    clock.advance(ms=3_600_000)
+    assert api.reconcile() == 3
+    assert sorted(run["metadata"].get("schedule", "") for run in runs(api)) == ["", "after", "there"]
+    assert api.run(run)["status"] == "queued"
+    assert failed_sweeps(caplog) == ["schedule 'before'"]
+    assert "Mars/Olympus" in caplog.text
+    assert api.reconcile() == 0
+    assert failed_sweeps(caplog) == ["schedule 'before'"]  # logged once, not at every tick
+    sql("update tidebase.schedules set timezone = 'UTC' where name = 'before'")
+    assert api.reconcile() == 1
+
+
+@pytest.fixture
+def hasty(sql, start_server):
+    """A server whose statements are cancelled after 300 ms."""
+    [(name,)] = sql("select current_database()")
+    sql(f"alter database {name} set statement_timeout = '300ms'")
+    try:
+        yield start_server()
+    finally:
+        sql(f"alter database {name} reset statement_timeout")
+
+
+@pytest.mark.parametrize(("locked", "sweep"), [
+    ("lock table tidebase.gates", "expire_gates"),
+    ("select from tidebase.queue_tallies for update", "fold_tallies"),
+    ("select pg_advisory_xact_lock(hashtextextended('tidebase.queue.pushed', 0))", "offer_runs"),
+    ("select from tidebase.schedules where name = 'locked' for update", "schedule 'locked'"),
+])
+def test_a_sweep_that_the_database_cancels_keeps_no_other_from_running(hasty, database, clock, caplog, locked, sweep):
+    api = Api(hasty.url, hasty)
+    for name in ("before", "locked", "then"):
+        schedule(api, name)["schedule"]
+    api.put("/queues/pushed/config", {"invokeUrl": "http://127.0.0.1:1/", "concurrency": 1})["config"]
+    api.enqueue("pushed")
+    run, overdue = api.enqueue(), api.create(deadlineMs=1000)
+    api.claim(owner="a")
+    clock.advance(ms=3_600_000)
+    patient_until = hasty.reconciler.patient_until
+    with psycopg.connect(database) as other:
+        if sweep == "fold_tallies":
+            other.execute("insert into tidebase.queue_tallies select 'q', 'failed', 1 from generate_series(1, 101)")
+            other.commit()
+        other.execute(locked)
+        hasty.reconciler.tick()
+        assert failed_sweeps(caplog) == [sweep]
+        assert "canceling statement due to statement timeout" in caplog.text
+        assert api.run(run)["status"] == "queued"
+        assert api.run(overdue)["status"] == "cancelled"
+        fired = {run["metadata"].get("schedule") for run in runs(api)}
+        assert fired >= {"before", "then"}
+    assert "database_away" not in {getattr(record, "event", "") for record in caplog.records}
+    assert hasty.reconciler.patient_until == patient_until  # no outage, so leases need no grace
+    hasty.reconciler.tick()
+    assert failed_sweeps(caplog) == [sweep]
+
+
+def test_an_overdue_run_that_somebody_has_locked_holds_up_nothing_else(api, database, clock):
+    first, second = (api.create(deadlineMs=1000 + n) for n in range(2))
+    schedule(api)["schedule"]
+    clock.advance(ms=3_600_000)
+    with psycopg.connect(database) as other:
+        other.execute("select from tidebase.runs where id = %s for update", (first,))
+        assert api.reconcile() == 2
+        assert [api.run(run)["status"] for run in (first, second)] == ["pending", "cancelled"]
+        assert len(fire_times(api)) == 1
+    assert api.reconcile() == 1
+    assert api.run(first)["status"] == "cancelled"
 
 
 # --- refusals

@@ -5,6 +5,7 @@ What it leaves stands in the schema `tidebase` alone; a server refuses to work o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
+PINNED = (3, "f543c3ab96398b2447a50f5b07e4a4a174fdc2a8e3e57cc3b664013747fb154f")
 
 
 def apply(conninfo: str) -> None:
@@ -187,6 +189,53 @@ def test_several_processes_that_may_not_migrate_end_together(empty_database):
     assert "python tidebase.py migrate" in refusal.stderr
 
 
+def test_every_change_of_the_schema_raises_its_version() -> None:
+    """A server applies schema.sql only to a database whose version is lower."""
+    assert (tidebase.SCHEMA_VERSION, hashlib.sha256(SCHEMA.encode()).hexdigest()) == PINNED, (
+        "schema.sql has changed: raise the version by one in both places, v_version at its end and SCHEMA_VERSION in "
+        "tidebase.py; then write into tests/test_schema.py\n"
+        f'PINNED = ({tidebase.SCHEMA_VERSION}, "{hashlib.sha256(SCHEMA.encode()).hexdigest()}")')
+
+
+def test_what_schema_sql_records_is_the_version_that_servers_look_for(empty_database):
+    apply(empty_database)
+    assert query(empty_database, "select version, digest from tidebase.meta") == [(tidebase.SCHEMA_VERSION, None)]
+
+
+def test_functions_of_an_older_build_are_gone_after_an_upgrade(empty_database, database):
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(SCHEMA.encode())
+        connection.execute("""
+            update tidebase.meta set version = version - 1;
+            create function tidebase.heartbeat (p_run_id text, p_owner text, p_older boolean) returns json
+              language sql as 'select null::json';
+            create function tidebase.heartbeat (p_run_id text) returns text language sql as 'select $1';
+            create procedure tidebase.once_there () language sql as '';
+            drop function tidebase.get_run (text);
+            create function tidebase.get_run (p_id text) returns text language sql as 'select $1'""")
+    assert shape(empty_database) != shape(database)
+    assert tidebase.Database(empty_database, 2).migrate() is True
+    assert shape(empty_database) == shape(database)
+
+
+def test_a_schema_of_the_same_version_from_another_build_is_left_alone_but_for_migrate_by_hand(empty_database, caplog):
+    command(empty_database, "migrate")
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("update tidebase.meta set digest = 'of another build'")
+    for settings in ({}, {"TIDEBASE_AUTO_MIGRATE": 0}):
+        caplog.clear()
+        with serving(empty_database, **settings) as api:
+            api.create()
+        [warning] = [record for record in caplog.records if getattr(record, "event", None) == "schema_differs"]
+        assert "python tidebase.py migrate" in warning.getMessage()
+        assert query(empty_database, "select digest from tidebase.meta") == [("of another build",)]
+    assert "brought up to date" in command(empty_database, "migrate").stdout
+    caplog.clear()
+    with serving(empty_database) as api:
+        api.create()
+    assert not [record for record in caplog.records if getattr(record, "event", "").startswith("schema_")]
+
+
 def test_migrate_says_whether_there_was_something_to_do(empty_database):
     assert "brought up to date" in command(empty_database, "migrate").stdout
     assert "is up to date" in command(empty_database, "migrate").stdout
@@ -211,9 +260,25 @@ def test_a_newer_schema_is_served_and_never_turned_back(empty_database):
     with serving(empty_database, TIDEBASE_AUTO_MIGRATE=0) as api:
         assert api.run(api.enqueue())["status"] == "queued"
         assert api.claim()[0]["attempt"] == 1
-    assert command(empty_database, "migrate").returncode == 0
-    apply(empty_database)
-    assert query(empty_database, "select version from tidebase.meta") == [(999,)]
+        before = shape(empty_database)
+    refusal = command(empty_database, "migrate")
+    assert refusal.returncode == 1
+    assert "999" in refusal.stderr
+    assert "Traceback" not in refusal.stderr
+    with pytest.raises(psycopg.errors.RaiseException, match="newer"):
+        apply(empty_database)
+    assert shape(empty_database) == before
+    assert query(empty_database, "select version, digest from tidebase.meta") == [(999, "of a later one")]
+
+
+def test_a_function_that_a_newer_schema_no_longer_has_is_a_503_and_not_a_defect(empty_database):
+    with serving(empty_database) as api:
+        run = api.create()
+        with psycopg.connect(empty_database, autocommit=True) as connection:
+            connection.execute("drop function tidebase.retry_run")
+        answer = api.post(f"/runs/{run}/retry")
+        assert conftest.refused(answer, 503, "database_unavailable")
+        assert answer.headers["retry-after"] == "1"
 
 
 # --- many runs
@@ -349,6 +414,9 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "a claim": (1, lambda bill, api: api.claim("queue1")),
     "a claim of a hundred": (100, lambda bill, api: api.claim("queue1", "queue0", limit=100, checkpoints=True)),
     "a claim of an empty queue": (0, lambda bill, api: api.claim("nowhere")),
+    "a claim for some workflows": (3, lambda bill, api: api.claim(
+        "queue1", limit=3, workflows=["workflow3", "workflow1", "nothing"])),
+    "a claim for workflows that have no run": (0, lambda bill, api: api.claim("queue1", workflows=["nothing", "none"])),
     "a repeated claim": (1, lambda bill, api: [api.claim("queue1", owner="a", id="c") for _ in range(2)][1]),
     "a claim within caps": (1, lambda bill, api: (
         api.put("/queues/queue1/config", {"concurrency": 500, "ratePerMinute": 500})["config"],
@@ -373,7 +441,8 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
         {"do": "create_child", "runId": RUNNING, "name": "c", "workflowName": "w", "queue": "queue1"},
         {"do": "complete_run", "runId": RUNNING, "leaseOwner": "owner17"},
         {"do": "enqueue_run", "queue": "queue1", "workflowName": "w", "dedupeKey": "key7"}]})["results"]),
-    "a look for those who wait": (None, lambda bill, api: bill.later(0, "watch", ["queue1", "queue2"], 9, [RUNNING])),
+    "a look for those who wait": (None, lambda bill, api: bill.later(
+        0, "watch", ["queue1", "queue2", "queue1"], '[null, null, ["workflow3", "nothing"]]', 9, [RUNNING])),
     "the end of one of many children": (None, lambda bill, api: (
         api.begin(LIVE[0], "a")["run"], api.complete(LIVE[0], leaseOwner="a")["run"])),
     "the newest runs": (100, lambda bill, api: api.get("/runs")["runs"]),
@@ -420,9 +489,11 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "offers of push queues": (100, lambda bill, api: (
         api.put("/queues/queue1/config", {"invokeUrl": "http://127.0.0.1:1/", "concurrency": 200})["config"],
         bill.later(0, "offer_runs", 100))[1]),
-    "deliveries": (8, lambda bill, api: bill.later(1, "take_deliveries", 8, 1000)),
+    "deliveries": (8, lambda bill, api: bill.later(1, "claim_webhooks", 8, 1000, 8, [], "")["webhooks"]),
+    "deliveries beside a host whose slots are taken": (0, lambda bill, api: bill.later(
+        1, "claim_webhooks", 8, 1000, 2, ["rec_" + numbered(1005), "rec_" + numbered(2005)], "")["webhooks"]),
     "the settling of a delivery": (None, lambda bill, api: bill.later(
-        0, "settle_delivery", "rec_" + numbered(1005), 0, True, False, 200, "", None)),
+        0, "settle_webhook", "rec_" + numbered(1005), 0, True, False, 200, "", None)),
 }
 
 

@@ -10,9 +10,11 @@ import asyncio
 import hashlib
 import hmac
 import inspect
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -29,12 +31,16 @@ from typing import Any
 import pytest
 from conftest import Api, eventually, free_port
 
+import tidebase
 import tidebase_sdk
 from tidebase_sdk import (
     AsyncTidebase,
+    BodyTooLarge,
     FanoutFailed,
     LeaseLost,
     RunCancelled,
+    RunCompleted,
+    StepFailed,
     StepInputMismatch,
     StepNeedsReview,
     StepTimeout,
@@ -143,6 +149,13 @@ def tide(actor: Callable[..., Any], server: Any) -> Any:
     return actor(server.url)
 
 
+def on_requests(tide: Any, before: Callable[[Any], Any]) -> None:
+    """Have before(effect) called ahead of each request of a client; what it returns, unless None, is sent instead."""
+    for driver in {tide.client._driver, tide.client._threads}:
+        exchange = driver._exchange
+        driver._exchange = lambda effect, exchange=exchange: exchange(before(effect) or effect)
+
+
 @pytest.fixture
 def working() -> Iterator[Callable[..., None]]:
     """Starts workers that stop at the end of the test: working(tide, {"name": workflow}, queues=[…], …)."""
@@ -239,21 +252,32 @@ def test_an_output_json_cannot_say_fails_the_step_and_names_it_and_the_type(tide
     run_id = new_run_id()
     with pytest.raises(TypeError, match=f"'odd one' is of type {type(output).__name__}"):
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
-    assert api.detail(run_id)["steps"][0]["status"] == "failed_retryable"
+    assert api.detail(run_id)["steps"][0]["status"] == "failed"
 
 
-def test_a_completed_step_with_another_input_is_refused_with_both_hashes(tide: Any, api: Api) -> None:
+@pytest.mark.parametrize("options", [{}, {"side_effects": ["email"]}])
+def test_a_completed_step_with_another_input_is_refused_with_both_inputs_and_two_ways_out(
+    tide: Any, options: Any
+) -> None:
+    page = "x" * 5000
+
     async def flow(run: Any, input: Any) -> None:
-        await run.step("fetch", lambda: 1, input={"page": run.attempt})
-        raise RuntimeError
+        await run.step("fetch", lambda: 1, input={"page": f"{page}{run.attempt}"}, **options)
+        raise KeyError
 
     run_id = new_run_id()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(KeyError):
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
     with pytest.raises(StepInputMismatch) as refused:
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
-    assert input_hash({"page": 1}) in str(refused.value)
-    assert input_hash({"page": 2}) in str(refused.value)
+    assert isinstance(refused.value, ValueError)
+    words = str(refused.value)
+    assert 'xxx1"}' in words
+    assert 'xxx2"}' in words
+    assert "a name of its own" in words
+    assert f"tide.runs.fork({run_id!r}, from_step='fetch')" in words
+    assert len(words) < 1000
+    assert refused.value.body["expectedInputHash"] == input_hash({"page": page + "1"})
 
 
 def test_retries_try_again_and_record_every_failure(tide: Any, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,8 +329,8 @@ def test_retries_of_a_step_that_must_not_replay_are_a_mistake(tide: Any) -> None
 @pytest.mark.parametrize(
     ("options", "decision"),
     [
-        ({}, "auto_retry"),
-        ({"side_effects": "read"}, "auto_retry"),
+        ({}, "safe_replay"),
+        ({"side_effects": "read"}, "safe_replay"),
         ({"side_effects": ["email"]}, "manual_review"),
         ({"side_effects": ["email"], "idempotency_key": "k"}, "safe_replay"),
         ({"replay": "never"}, "fail_hard"),
@@ -328,7 +352,7 @@ def test_an_ambiguous_step_waits_for_a_person(tide: Any, api: Api) -> None:
     async def flow(run: Any, input: Any) -> Any:
         return await run.step("mail", lambda: "sent", side_effects=["email"])
 
-    run_id = tide(lambda client: client.runs.create("flow"))["run"]["id"]
+    run_id = tide(lambda client: client.runs.create("flow"))["id"]
     owner = api.begin(run_id)["leaseOwner"]
     begun = api.begin_step(run_id, "mail", owner, hash=input_hash(None), options={"sideEffects": ["email"]})
     step_id = begun["step"]["id"]
@@ -337,6 +361,25 @@ def test_an_ambiguous_step_waits_for_a_person(tide: Any, api: Api) -> None:
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
     tide(lambda client: client.runs.review_step(run_id, step_id, "complete", output="seen in the outbox", actor="ada"))
     assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == "seen in the outbox"
+
+
+def test_a_step_that_a_person_declared_failed_raises_and_is_not_executed_again(tide: Any, api: Api) -> None:
+    executed = []
+
+    async def flow(run: Any, input: Any) -> Any:
+        try:
+            return await run.step("mail", lambda: executed.append(run.attempt) or 1 / 0, side_effects=["email"])
+        except StepFailed as failed:
+            return failed.retryable, failed.body["step"]["error"]["name"]
+
+    run_id = new_run_id()
+    with pytest.raises(ZeroDivisionError):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    [step] = api.detail(run_id)["steps"]
+    assert api.run(run_id)["failureClass"] == "manual_review"
+    tide(lambda client: client.runs.review_step(run_id, step["id"], "fail"))
+    assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id)) == [False, "ZeroDivisionError"]
+    assert executed == [1]
 
 
 def test_a_step_that_takes_too_long_raises_step_timeout(tide: Any) -> None:
@@ -365,7 +408,7 @@ def test_a_step_gets_its_input_when_it_requires_one_argument(tide: Any) -> None:
 def test_another_live_owner_is_told_as_it_came(tide: Any, api: Api) -> None:
     async def flow(run: Any, input: Any) -> None: ...
 
-    run_id = tide(lambda client: client.runs.create("flow"))["run"]["id"]
+    run_id = tide(lambda client: client.runs.create("flow"))["id"]
     api.begin(run_id, "somebody")
     with pytest.raises(TidebaseError) as refused:
         tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
@@ -435,7 +478,7 @@ def test_a_worker_executes_what_is_enqueued_and_survives_failures(
     broken = tide(lambda client: client.enqueue("bad", queue="team/a", max_attempts=1))["run"]["id"]
     runs = [tide(lambda client: client.enqueue("good", queue="team/a", input={"n": n}))["run"]["id"] for n in range(5)]  # noqa: B023
     working(tide, {"good": good, "bad": bad}, queues=("team/a",), concurrency=3,
-            on_error=lambda error, run: told.append((str(error), run.run_id)))
+            on_error=lambda error, run: told.append((str(error), run["id"])))
     eventually(lambda: all(api.run(run)["status"] == "completed" for run in runs))
     eventually(lambda: told == [("boom", broken)])
     assert [api.run(run)["result"] for run in runs] == [0, 2, 4, 6, 8]
@@ -461,20 +504,73 @@ def test_a_worker_never_holds_more_runs_than_it_has_places(tide: Any, api: Api, 
     assert most == [3]
 
 
-def test_a_worker_gives_a_run_of_an_unknown_workflow_back_and_goes_on(
-    tide: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_a_claim_asks_for_the_workflows_that_are_registered_at_that_moment(
+    tide: Any, api: Api, working: Callable[..., None]
+) -> None:
+    asked: list[Any] = []
+
+    async def flow(run: Any, input: Any) -> None: ...
+
+    on_requests(tide, lambda effect: asked.append(json.loads(effect.body)["workflows"])
+                if effect.path == "/queues/claim" else None)
+    working(tide, {"one": flow})
+    eventually(lambda: asked)
+    tide.client.workflow("another", tide.workflow(flow))
+    eventually(lambda: asked[-1] == ["another", "one"])
+    assert asked[0] == ["one"]
+
+
+def test_a_worker_of_an_older_server_gives_a_run_of_an_unknown_workflow_back_at_once_and_rests(
+    tide: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tidebase_sdk, "UNKNOWN_REST_S", 0.5)
+    claims: list[float] = []
+
+    def as_an_older_server(effect: Any) -> Any:
+        """What the server would do that does not know the key `workflows`."""
+        if effect.path != "/queues/claim":
+            return None
+        claims.append(time.monotonic())
+        body = json.loads(effect.body)
+        del body["workflows"]
+        return effect._replace(body=json.dumps(body).encode())
 
     async def known(run: Any, input: Any) -> str:
         return "done"
 
+    on_requests(tide, as_an_older_server)
     unknown_id = tide(lambda client: client.enqueue("unknown", priority=5))["run"]["id"]
     known_id = tide(lambda client: client.enqueue("known"))["run"]["id"]
-    working(tide, {"known": known})
+    working(tide, {"known": known}, concurrency=2)
     eventually(lambda: api.run(known_id)["status"] == "completed")
     eventually(lambda: "run.released" in api.event_types(unknown_id))
     assert api.run(unknown_id)["attempt"] <= 1
+    eventually(lambda: len(claims) > 1)
+    assert claims[1] - claims[0] >= 0.5
+    [record] = [each for each in caplog.records if getattr(each, "event", "") == "workflow_unknown"][:1]
+    assert record.levelname == "ERROR"
+    for word in (unknown_id, "unknown", tide.client.url):
+        assert word in record.getMessage()
+
+
+def test_on_error_gets_the_run_as_json_and_hears_of_cancelled_runs(
+    tide: Any, api: Api, working: Callable[..., None]
+) -> None:
+    told: list[Any] = []
+    begun = threading.Event()
+
+    async def flow(run: Any, input: Any) -> None:
+        for number in itertools.count():
+            await run.step(f"step {number}", lambda: begun.set() or time.sleep(0.02))
+
+    run_id = tide(lambda client: client.enqueue("flow", input={"n": 1}))["run"]["id"]
+    working(tide, {"flow": flow}, on_error=lambda error, run: told.append((error, run)))
+    assert begun.wait(15)
+    tide(lambda client: client.cancel(run_id, "enough"))
+    [(error, run)] = eventually(lambda: told)
+    assert isinstance(error, RunCancelled)
+    assert error.run_id == run_id
+    assert (run["id"], run["workflowName"], run["input"]) == (run_id, "flow", {"n": 1})
 
 
 def test_a_stopping_worker_unwinds_its_runs_at_the_next_boundary_and_gives_them_back(tide: Any, api: Api) -> None:
@@ -566,8 +662,8 @@ def test_200_async_runs_of_one_process_hold_their_leases_while_a_step_blocks_the
             await tide.work(concurrency=200, limit=50, poll_s=0.2,
                             stop=lambda: api.queue("default")["completed"] == 200)
             pages = [await tide.runs.list(queue="default")]
-            pages.append(await tide.runs.list(queue="default", before=pages[0]["nextCursor"]))
-            return [run for page in pages for run in page["runs"]]
+            pages.append(await tide.runs.list(queue="default", before=pages[0].next_cursor))
+            return [run for page in pages for run in page]
 
     runs = asyncio.run(main())
     assert Counter((run["status"], run["attempt"]) for run in runs) == {("completed", 1): 200}
@@ -596,6 +692,77 @@ def test_cancelling_the_task_of_an_async_run_gives_the_run_back(server: Any, api
 
     run = api.run(asyncio.run(main()))
     assert (run["status"], run["attempt"]) == ("queued", 0)
+
+
+def test_every_write_of_a_run_names_its_owner(tide: Any) -> None:
+    bodies: dict[str, Any] = {}
+
+    def note(effect: Any) -> None:
+        if effect.method != "GET" and "/heartbeat" not in effect.path:
+            bodies[f"{effect.method} {effect.path}"] = json.loads(effect.body)
+
+    async def flow(run: Any, input: Any) -> None:
+        bodies.clear()  # of what came before the run had an owner
+        await run.step("step", lambda: 1)
+        await run.step("mail", lambda: 1, side_effects="email")
+        await run.state.set({"a": 1})
+        await run.state.patch({"b": 1})
+        await run.state.save("seen")
+        await run.snapshots.create("draft", 1)
+        await run.usage.record(quantity=1)
+        await run.gates.begin("approve", "Sure?")
+        bodies["the run"] = {"leaseOwner": getattr(run, "_run", run)._held.owner}
+
+    on_requests(tide, note)
+    tide(lambda client: client.run("flow", tide.workflow(flow)))
+    assert len(bodies) == 11
+    [owner] = {body.get("leaseOwner") for body in bodies.values()}
+    assert owner
+
+
+def test_a_lease_that_ended_by_this_processs_clock_is_lost_before_anything_more_is_written(
+    actor: Callable[..., Any], start_server: Callable[..., Any]
+) -> None:
+    server = start_server(TIDEBASE_LEASE_MS=1000)
+    api, tide = Api(server.url), actor(server.url)
+    lost: list[Any] = []
+    sent: list[str] = []
+    session = tide(lambda client: client.attach("flow", heartbeat_s=None, on_lease_lost=lost.append))
+    tide(lambda client: session.state.set({"n": 1}))
+    ended = session._held.until
+    eventually(lambda: time.monotonic() > ended)
+    on_requests(tide, lambda effect: sent.append(effect.path))
+    for write in (lambda: session.state.set({"n": 2}), lambda: session.step("step", lambda: pytest.fail("executed")),
+                  lambda: session.usage.record(quantity=1), lambda: session.heartbeat(), lambda: session.complete(1)):
+        with pytest.raises(LeaseLost, match="was not renewed within 1 s"):
+            tide(lambda client: write())  # noqa: B023
+    assert sent == []
+    assert [type(error) for error in lost] == [LeaseLost]
+    assert len(api.detail(session.run_id)["stateVersions"]) == 1
+
+
+def test_writes_of_a_session_without_heartbeats_keep_its_lease(
+    actor: Callable[..., Any], start_server: Callable[..., Any]
+) -> None:
+    tide = actor(start_server(TIDEBASE_LEASE_MS=1000).url)
+    session = tide(lambda client: client.attach("flow", heartbeat_s=0))
+    began = time.monotonic()
+    for number in itertools.count():
+        tide(lambda client: session.step(f"step {number}", lambda: time.sleep(0.2)))  # noqa: B023
+        if time.monotonic() - began > 1.5:
+            break
+    assert tide(lambda client: session.complete(1))["run"]["status"] == "completed"
+
+
+def test_a_run_whose_wait_or_end_was_refused_is_held_as_before(tide: Any) -> None:
+    """A heartbeat that is refused means that the run's end arrived, but only while its end is under way."""
+    async def flow(run: Any, input: Any) -> str:
+        held = getattr(run, "_run", run)._held
+        with pytest.raises(TidebaseError), held.settling_now():
+            raise TidebaseError("refused")
+        return "held" if not held.settling else "settling"
+
+    assert tide(lambda client: client.run("flow", tide.workflow(flow))) == "held"
 
 
 WORKER = """
@@ -689,6 +856,52 @@ def test_all_late_writes_of_a_worker_that_was_frozen_are_refused(
     assert "ended cleanly" in frozen.communicate(timeout=20)[0]
 
 
+FROZEN = """
+import os, signal, time
+from tidebase_sdk import Tidebase
+def flow(run, input):
+    if run.attempt == 1:
+        frozen_at = time.monotonic()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        while time.monotonic() < frozen_at + 1.5:  # a lease; this thread may run on for a moment
+            time.sleep(0.01)
+        for write in (lambda: run.state.set({"by": "the former owner"}), lambda: run.usage.record(quantity=1),
+                      lambda: run.snapshots.create("late", 1), lambda: run.gates.begin("late", "Sure?")):
+            try:
+                write()
+            except Exception as error:
+                print(type(error).__name__, flush=True)
+    run.state.set({"by": os.getpid(), "attempt": run.attempt})
+    return run.attempt
+tide = Tidebase()
+tide.workflow("flow", flow)
+tide.work(poll_s=0.2)
+"""
+
+
+def test_a_frozen_workers_state_usage_snapshots_and_gates_are_refused_after_a_takeover(
+    start_server: Callable[..., Any]
+) -> None:
+    server = start_server(**SHORT)
+    api = Api(server.url)
+    environment = {**os.environ, "TIDEBASE_URL": server.url, "PYTHONPATH": str(ROOT)}
+    workers = [subprocess.Popen([sys.executable, "-c", FROZEN], env=environment, text=True, stdout=subprocess.PIPE)]
+    try:
+        run_id = api.enqueue(workflow="flow")
+        eventually(lambda: Path(f"/proc/{workers[0].pid}/stat").read_text().split(")")[1].split()[0] == "T")
+        workers.append(subprocess.Popen([sys.executable, "-c", FROZEN], env=environment, text=True))
+        eventually(lambda: api.run(run_id)["status"] == "completed", 30)
+        workers[0].send_signal(signal.SIGCONT)
+        assert [workers[0].stdout.readline() for _ in range(4)] == ["LeaseLost\n"] * 4
+        detail = api.detail(run_id)
+        assert detail["state"]["value"] == {"by": workers[1].pid, "attempt": 2}
+        assert (len(detail["stateVersions"]), detail["usage"], detail["gates"]) == (1, [], [])
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
 def test_a_killed_and_restarted_server_fails_no_run_and_repeats_no_completed_step(
     spawn_server: Callable[..., Any], actor: Callable[..., Any], working: Callable[..., None]
 ) -> None:
@@ -731,29 +944,81 @@ def test_enqueue_says_all_that_the_protocol_can_say(tide: Any, api: Api) -> None
 
 
 def test_runs_can_be_listed_cancelled_and_retried(tide: Any) -> None:
-    run_id = tide(lambda client: client.runs.create("flow", metadata={"team": "a"}))["run"]["id"]
+    run_id = tide(lambda client: client.runs.create("flow", metadata={"team": "a"}))["id"]
     tide(lambda client: client.runs.create("flow"))
-    found = tide(lambda client: client.runs.list(workflow="flow", metadata={"team": "a"}))["runs"]
+    found = tide(lambda client: client.runs.list(workflow="flow", metadata={"team": "a"}))
     assert [run["id"] for run in found] == [run_id]
-    assert tide(lambda client: client.cancel(run_id, reason="why", actor="ada"))["run"]["cancelReason"] == "why"
-    assert tide(lambda client: client.runs.retry(run_id))["run"]["status"] == "pending"
+    assert tide(lambda client: client.cancel(run_id, "why", "ada"))["cancelReason"] == "why"
+    assert tide(lambda client: client.runs.retry(run_id))["status"] == "pending"
     with pytest.raises(TidebaseError) as missing:
         tide(lambda client: client.runs.get("run_of/nobody"))
     assert (missing.value.status, missing.value.code, missing.value.path) == (404, "not_found", "/runs/run_of%2Fnobody")
 
 
-def test_a_queue_keeps_what_configure_leaves_out_and_clears_none(tide: Any) -> None:
-    tide(lambda client: client.queues.configure("q", concurrency=2, rate_per_minute=60))
-    assert tide(lambda client: client.queues.configure("q", concurrency=None))["config"]["ratePerMinute"] == 60
-    config = next(q for q in tide(lambda client: client.queues.list())["queues"] if q["name"] == "q")["config"]
-    assert (config["concurrency"], config["ratePerMinute"]) == (None, 60)
+def test_a_queue_keeps_what_configure_leaves_out_or_gives_as_none_and_clears_what_it_names(tide: Any) -> None:
+    def config(**settings: Any) -> tuple[Any, Any]:
+        told = tide(lambda client: client.queues.configure("q", **settings))["config"]
+        [queue] = tide(lambda client: client.queues.list())
+        assert queue["config"] == told
+        return told["concurrency"], told["ratePerMinute"]
+
+    assert config(concurrency=2, rate_per_minute=60) == (2, 60)
+    assert config(concurrency=None) == (2, 60)
+    assert config(rate_per_minute=30, clear="concurrency") == (None, 30)
+    assert config(clear=["rate_per_minute"]) == (None, None)
+    for wrong in ("ratePerMinute", "concurrency"):
+        with pytest.raises(ValueError, match=wrong):
+            config(concurrency=1, clear=[wrong])
 
 
-def test_a_wrong_body_is_told_field_by_field(tide: Any) -> None:
+def test_a_wrong_body_is_told_field_by_field_in_the_errors_words(tide: Any) -> None:
     with pytest.raises(TidebaseError) as refused:
         tide(lambda client: client.enqueue("flow", max_attempts="many"))
     assert (refused.value.status, refused.value.code) == (400, "invalid_request")
-    assert refused.value.body["issues"]
+    [issue] = refused.value.body["issues"]
+    assert f"{issue['path']}: {issue['message']}" in str(refused.value)
+    with pytest.raises(TidebaseError, match=re.escape("cron: '0 25 * * *' is not a cron expression of five fields")):
+        tide(lambda client: client.schedules.set("nightly", cron="0 25 * * *", workflow_name="flow"))
+
+
+@pytest.mark.parametrize("options", [{}, {"side_effects": ["email"], "idempotency_key": "k"}])
+def test_an_output_that_the_server_does_not_take_names_step_size_and_setting_and_is_not_tried_again(
+    actor: Callable[..., Any], start_server: Callable[..., Any], options: Any
+) -> None:
+    server = start_server(TIDEBASE_MAX_BODY=20_000)
+    api, tide = Api(server.url), actor(server.url)
+    tries: list[int] = []
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("render", lambda: tries.append(1) or "x" * 30_000, retries=3, **options)
+
+    run_id = new_run_id()
+    with pytest.raises(BodyTooLarge, match=r"'render'.* 30,002 bytes.*TIDEBASE_MAX_BODY"):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id))
+    assert tries == [1]
+    [step] = api.detail(run_id)["steps"]
+    assert (step["status"], step["error"]["name"]) == ("failed", "BodyTooLarge")
+    run = api.run(run_id)
+    assert (run["status"], run["error"]["step"]) == ("failed", "render")
+
+
+def test_an_input_and_a_result_that_the_server_does_not_take_say_so(
+    actor: Callable[..., Any], start_server: Callable[..., Any]
+) -> None:
+    tide = actor(start_server(TIDEBASE_MAX_BODY=20_000).url)
+
+    async def big_input(run: Any, input: Any) -> None:
+        await run.step("render", lambda page: 1, input="x" * 30_000)
+
+    async def big_result(run: Any, input: Any) -> str:
+        return "x" * 30_000
+
+    with pytest.raises(BodyTooLarge, match=r"'render'.*its input 30,002"):
+        tide(lambda client: client.run("flow", tide.workflow(big_input)))
+    with pytest.raises(BodyTooLarge, match=r"the result of run run_.* of workflow 'flow' has 30,002 bytes"):
+        tide(lambda client: client.run("flow", tide.workflow(big_result)))
+    with pytest.raises(BodyTooLarge, match=r"30,.* bytes are more than the server takes.*TIDEBASE_MAX_BODY"):
+        tide(lambda client: client.enqueue("flow", input="x" * 30_000))
 
 
 def test_a_server_that_is_away_is_unreachable_after_timeout_s(actor: Callable[..., Any]) -> None:
@@ -816,17 +1081,21 @@ def test_a_session_completes_fails_or_gives_back(server: Any, api: Api) -> None:
     with Tidebase(server.url) as tide:
         with tide.runs.attach("flow", input={"n": 1}) as session:
             assert session.step("add", lambda: session.input["n"] + 1) == 2
-            session.heartbeat()
-            session.complete({"sum": 2})
+            assert session.run["status"] == "running"
+            assert session.heartbeat()["run"]["leaseOwner"] == session.run["leaseOwner"]
+            assert session.complete({"sum": 2})["run"] == session.run == api.run(session.run_id)
         assert api.run(session.run_id)["result"] == {"sum": 2}
-        again = tide.attach("flow", run_id=session.run_id)
-        assert (again.completed, again.result) == (True, {"sum": 2})
+        with pytest.raises(RunCompleted) as completed:
+            tide.attach("flow", run_id=session.run_id)
+        assert (completed.value.run_id, completed.value.result) == (session.run_id, {"sum": 2})
         with tide.runs.attach("flow") as left:
             pass
         assert api.run(left.run_id)["status"] == "pending"
         with pytest.raises(ZeroDivisionError), tide.runs.attach("flow") as failing:
             failing.step("divide", lambda: 1 / 0)
         assert api.run(failing.run_id)["error"]["step"] == "divide"
+        failed = tide.runs.attach("flow").fail("no such page")
+        assert (failed["requeued"], failed["run"]["error"]) == (False, {"message": "no such page"})
 
 
 def test_a_webhook_is_verified_and_runs_the_registered_workflow(
@@ -853,6 +1122,59 @@ def test_a_webhook_is_verified_and_runs_the_registered_workflow(
     assert deliver(told) == 200
     assert api.run(run_id)["result"] == "recovered"
     assert deliver(told) == 200  # again: at least once is the promise
+
+
+def test_a_webhook_is_verified_by_all_its_headers_and_the_runs_own_secret(
+    actor: Callable[..., Any], server: Any, api: Api
+) -> None:
+    tide = actor(server.url, webhook_secret="shared")
+
+    async def flow(run: Any, input: Any) -> str:
+        return "recovered"
+
+    tide.client.workflow("flow", tide.workflow(flow))
+    run_id = api.create("flow")
+    raw = json.dumps({"type": "run.resume", "runId": run_id, "workflowName": "flow"}).encode()
+
+    def headers(secret: str, sent_at: int) -> dict[str, str]:
+        return {"Webhook-Id": "rec_1", "Webhook-Timestamp": str(sent_at),
+                **tidebase.sign(raw, secret, "rec_1", sent_at)}
+
+    def deliver(given: dict[str, str], **options: Any) -> int:
+        return int(tide(lambda client: client.handle_webhook(raw, headers=given, **options))[0])
+
+    now = int(time.time())
+    assert deliver(headers("shared", now - 400)) == 401  # intercepted, and sent again later
+    assert deliver(headers("own", now)) == 401
+    assert deliver(headers("shared", now), secret="own") == 401
+    assert deliver({}) == 401
+    assert deliver({"x-tidebase-signature": headers("shared", now)["x-tidebase-signature"]}) == 401  # has no time
+    assert api.run(run_id)["status"] == "pending"
+    assert deliver(headers("shared", now)) == 200
+    assert deliver(headers("own", now), secret="own") == 200
+    assert api.run(run_id)["result"] == "recovered"
+
+
+def test_every_way_to_make_a_run_takes_its_recovery_secret(
+    actor: Callable[..., Any], server: Any, sql: Callable[..., Any]
+) -> None:
+    tide = actor(server.url)
+    asks = {"recovery_webhook": "http://127.0.0.1:9/", "recovery_secret": "own"}
+
+    async def flow(run: Any, input: Any) -> str:
+        return "done"
+
+    async def parent(run: Any, input: Any) -> None:
+        await run.child("child", tide.workflow(flow), **asks)
+
+    tide(lambda client: client.runs.create("created", **asks))
+    tide(lambda client: client.enqueue("enqueued", **asks))
+    tide(lambda client: client.run("executed", tide.workflow(flow), **asks))
+    tide(lambda client: client.run("parent", tide.workflow(parent)))
+    tide(lambda client: client.runs.attach("attached", **asks))
+    assert sql("select workflow_name, recovery_secret from tidebase.runs order by workflow_name") == [
+        ("attached", "own"), ("child", "own"), ("created", "own"), ("enqueued", "own"), ("executed", "own"),
+        ("parent", None)]
 
 
 # ------------------------------------------------------------------------------
@@ -931,8 +1253,8 @@ def test_state_snapshots_and_usage_are_recorded(tide: Any, api: Api) -> None:
         await run.snapshots.create("draft", {"text": "a"}, target={"type": "document", "id": "d1"})
         await run.usage.record(model="m", input_tokens=10, output_tokens=5, cost_usd=0.25)
         await run.usage_record(model="m", input_tokens=1)
-        labels = [version["label"] for version in (await run.state.versions(labeled=True))["stateVersions"]]
-        return [moved.value.code, labels, len((await run.snapshots.list())["snapshots"])]
+        labels = [version["label"] for version in await run.state.versions(None, True)]
+        return [moved.value.code, labels, len(await run.snapshots.list())]
 
     run_id = new_run_id()
     code, labels, _ = tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
@@ -962,7 +1284,7 @@ def test_a_fanout_runs_children_once_and_joins_them_in_a_step(tide: Any, api: Ap
         return int(input["n"]) * 2
 
     async def parent(run: Any, input: Any) -> Any:
-        first = await run.child("first", tide.workflow(child), input={"n": 100}, workflow_name="doubled")
+        first = await run.child("doubled", tide.workflow(child), name="first", input={"n": 100})
         rest = await run.fanout("all", [{"name": f"n{n}", "workflow": tide.workflow(child), "input": {"n": n},
                                          "workflow_name": "doubled"} for n in range(20)])
         if run.attempt == 1:
@@ -1001,15 +1323,32 @@ def test_a_fork_starts_with_the_checkpoints_before_the_step(tide: Any) -> None:
 
     first = new_run_id()
     tide(lambda client: client.run("flow", tide.workflow(flow), run_id=first))
-    forked = tide(lambda client: client.runs.fork(first, from_step="two"))["run"]["id"]
+    forked = tide(lambda client: client.runs.fork(first, from_step="two"))["id"]
     assert tide(lambda client: client.run("flow", tide.workflow(flow), run_id=forked)) == [first, forked]
+
+
+def test_a_fork_runs_changed_code_on_the_checkpoints_that_it_copied(tide: Any, api: Api) -> None:
+    """The README's example: the fork has another input, which the copied step is called with, too."""
+    async def campaign(run: Any, input: Any) -> Any:
+        draft = await run.step("draft", lambda: f"draft for {input['to']}", input=input, retries=3)
+        return await run.step("send", lambda: f"{draft}, sent to {input['to']}", side_effects=["email"],
+                              idempotency_key=run.run_id)
+
+    first = new_run_id()
+    tide(lambda client: client.run("campaign", tide.workflow(campaign), run_id=first, input={"to": "Ada"}))
+    for queue in (None, "mail"):
+        forked = tide(lambda client: client.runs.fork(
+            first, from_step="send", input={"to": "someone else"}, queue=queue))  # noqa: B023
+        assert (forked["queue"], forked["status"]) == (queue, "queued" if queue else "pending")
+        assert tide(lambda client: client.run("campaign", tide.workflow(campaign), run_id=forked["id"])) == (  # noqa: B023
+            "draft for Ada, sent to someone else")
 
 
 def test_schedules_are_set_listed_and_deleted(tide: Any) -> None:
     made = tide(lambda client: client.schedules.set("nightly", cron="0 3 * * *", workflow_name="report",
-                                                    input={"a": 1}, timezone="Europe/Berlin"))["schedule"]
+                                                    input={"a": 1}, timezone="Europe/Berlin"))
     assert (made["cron"], made["timezone"], made["queue"]) == ("0 3 * * *", "Europe/Berlin", "default")
-    assert [schedule["name"] for schedule in tide(lambda client: client.schedules.list())["schedules"]] == ["nightly"]
+    assert [schedule["name"] for schedule in tide(lambda client: client.schedules.list())] == ["nightly"]
     assert tide(lambda client: client.schedules.delete("nightly")) == {"deleted": "nightly"}
     with pytest.raises(TidebaseError) as missing:
         tide(lambda client: client.schedules.delete("nightly"))
@@ -1114,17 +1453,25 @@ def test_the_blocking_and_the_awaited_client_have_one_surface() -> None:
     assert not inspect.iscoroutinefunction(Tidebase("http://localhost:1").run)
 
 
+def interpreter(version: str) -> str:
+    """A Python of that version that runs: a version manager's shim may stand for one that is not in use."""
+    on_path = shutil.which(f"python{version}")
+    managed = map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for python in [*managed, *([on_path] if on_path else [])]:
+        told = subprocess.run([python, "--version"], capture_output=True, text=True, check=False)
+        if told.returncode == 0 and told.stdout.startswith(f"Python {version}."):
+            return python
+    pytest.skip(f"CPython {version} is not on this machine")
+
+
 @pytest.mark.parametrize("version", ["3.9", "3.13"])
 def test_the_file_copied_as_tidebase_py_imports_on_an_interpreter_with_nothing_installed(
     version: str, tmp_path: Path
 ) -> None:
-    found = [*Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
-    python = str(found[0]) if found else shutil.which(f"python{version}")
-    if python is None:
-        pytest.skip(f"CPython {version} is not on this machine")
+    python = interpreter(version)
     shutil.copy(ROOT / "tidebase_sdk.py", tmp_path / "tidebase.py")
     code = ("import tidebase; tidebase.aio.AsyncTidebase; from tidebase.aio import AsyncTidebase, LeaseLost; "
-            "from tidebase import Tidebase, verify_webhook_signature; import asyncio; "
+            "from tidebase import Tidebase, verify_webhook, verify_webhook_signature; import asyncio; "
             "Tidebase().close(); asyncio.run(AsyncTidebase().close()); print(tidebase.new_run_id())")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"
     done = subprocess.run([python, "-I", "-S", "-W", "error", "-c", code], capture_output=True, text=True, check=False)

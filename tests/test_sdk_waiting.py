@@ -329,8 +329,7 @@ def test_a_signal_wakes_its_run_once_and_one_sent_early_is_kept(
         return [first, await run.wait_for_signal("paid", timeout_s=3600, hold_s=0), run.attempt]
 
     run_id = enqueue(tide, "order")
-    told = [tide(lambda client: client.runs.signal(run_id, "early", n))["signal"]["payload"] for n in (1, 2)]  # noqa: B023
-    assert told == [1, 1]  # the first one wins
+    tide(lambda client: client.runs.signal(run_id, "early", 1))
     working(tide, {"order": order})
     is_waiting(api, run_id)
     tide(lambda client: client.runs.signal(run_id, "paid", {"cents": 500}))
@@ -353,7 +352,8 @@ def test_a_signal_that_does_not_come_in_time_is_timed_out_for_every_replay(
     clock.advance(ms=3_600_000)
     api.reconcile()
     eventually(lambda: (api.run(run_id)["waitingFor"] or {}).get("event") == "go")
-    assert tide(lambda client: client.runs.signal(run_id, "paid", 1))["signal"]["timedOut"] is True
+    late = tide(lambda client: client.runs.signal(run_id, "paid", 1))
+    assert (late["n"], late["timedOut"]) == (2, False)  # for the next wait, where there is one
     tide(lambda client: client.runs.signal(run_id, "go", "on"))
     assert result(tide, run_id) == ["on", "unpaid"]
 
@@ -394,7 +394,7 @@ def test_a_parent_waits_for_children_of_other_workers_without_one(
 
     async def parent(run: Any, input: Any) -> Any:
         entered.append(run.attempt)
-        one = await run.child("one", "double", input={"n": 21}, queue="default", priority=5)
+        one = await run.child("double", name="one", input={"n": 21}, queue="default", priority=5)
         some = [{"name": f"n{n}", "workflow": "double", "input": {"n": n}} for n in range(10)]
         return [one, await run.fanout("some", some, queue="default")]
 
@@ -502,7 +502,7 @@ def test_failed_children_surface_as_one_error_or_stand_in_the_list(
 
     with pytest.raises(RuntimeError):
         execute()
-    assert execute() == [["by 0"], True, queue is None]  # on a queue it had its attempts
+    assert execute() == [["by 0#2"], True, queue is None]  # on a queue it had its attempts
     assert seen == [[1.0, (RunFailed, "ZeroDivisionError"), 0.5]] * 2
 
 
@@ -513,7 +513,7 @@ def test_a_child_that_failed_for_good_fails_its_parent_at_once(
         raise LookupError("nothing there")
 
     async def parent(run: Any, input: Any) -> Any:
-        await run.child("one", "broken", queue="default", max_attempts=1)
+        await run.child("broken", queue="default", max_attempts=1)
 
     run_id = enqueue(tide, "parent")
     working(tide, {"parent": parent, "broken": broken})

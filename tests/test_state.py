@@ -233,6 +233,24 @@ def test_a_write_that_arrives_twice_is_written_once(api):
     assert (len(detail["stateVersions"]), len(detail["usage"])) == (5, 1)
 
 
+def test_a_repeated_write_is_answered_as_the_first_time_whatever_was_written_since(api):
+    run = api.create()
+    first = put(api, run, {"a": 1}, id=version_id(1), ifVersion=0)["state"]
+    merged = patch(api, run, {"b": 2}, id=version_id(2), stream="plan", ifVersion=1)["state"]
+    saved, snapped = save(api, run, id=version_id(3)), snap(api, run, id=version_id(4))
+    put(api, run, {"c": 3})["state"]
+    before = api.detail(run)
+    assert put(api, run, {"another": 1}, id=version_id(1), ifVersion=0)["state"] == first
+    assert put(api, run, {"a": 1}, id=version_id(1), ifVersion=7)["state"] == first  # it was written, at its time
+    assert patch(api, run, {"another": 1}, id=version_id(2), stream="plan", ifVersion=1)["state"] == merged
+    assert (merged["value"], merged["version"]) == ({"a": 1, "b": 2}, 2)
+    assert save(api, run, "another", id=version_id(3)).json == saved.json
+    assert snap(api, run, "another", id=version_id(4)).json == snapped.json
+    assert api.detail(run) == before
+    for written in (3, 4):  # these did not write the live state
+        refused(put(api, run, {}, id=version_id(written)), 409, "version_id_conflict")
+
+
 def test_the_id_of_another_run_s_version_or_entry_is_refused(api):
     run, other = api.create(), api.create()
     put(api, run, {}, id=version_id(1))["state"]
@@ -276,7 +294,7 @@ def test_an_entry_needs_nothing_and_its_total_is_the_sum_unless_it_is_given(api)
 @pytest.mark.parametrize("field", ["quantity", "costUsd", "inputTokens", "outputTokens", "totalTokens"])
 def test_a_figure_is_a_number_from_zero_on(api, field):
     run = api.create()
-    raw = ["-1", "-0.001", "true", '"5"', "null", "[]", "1e400", "1e16", "NaN"]
+    raw = ["-1", "-0.001", "true", '"5"', "null", "[]", "1e400", "1e16", "1000000000000000.1", "1e-2000", "NaN"]
     if field.endswith("Tokens"):
         raw += ["1.5", "1e3", "9007199254740994"]
     for text in raw:
@@ -285,6 +303,29 @@ def test_a_figure_is_a_number_from_zero_on(api, field):
         assert issues[0]["path"] == ("" if text == "NaN" else field), text
     assert api.detail(run)["usage"] == []
     assert use(api, run, **{field: 0})["usage"][field] == 0
+
+
+@pytest.mark.parametrize(("spelled", "shown"), [
+    ("0.1", "0.1"), ("0.10", "0.10"), ("0.1234567890123456789012345678901234567890", None),
+    ("999999999999999.000000000000000000001", None), ("90071992547409.93000", None), ("12.5e-3", "0.0125"),
+    ("1E+2", "100"), ("0e5", "0"), ("1e-30", "0." + "0" * 29 + "1"), ("0." + "3" * 900, None)])
+def test_an_amount_keeps_every_digit(api, spelled, shown):
+    run = api.create()
+    shown = shown or spelled
+    for field in ("quantity", "costUsd"):
+        answer = api.post(f"/runs/{run}/usage", raw=f'{{"model": "{field}", "{field}": {spelled}}}'.encode())
+        assert answer.status == 200, answer
+        assert f'"{field}" : {shown},' in answer.text
+    detail = api.get(f"/runs/{run}").text
+    assert detail.count(f'"costUsd" : {shown},') == detail.count(f'"quantity" : {shown},') == 2  # the entry, the event
+    assert f'"costUsd" : {shown}}}' in api.get("/usage").text
+
+
+def test_amounts_are_summed_up_exactly(api):
+    run = api.create()
+    for amount in (*["0.1"] * 10, "0.00000000000000000001"):
+        assert api.post(f"/runs/{run}/usage", raw=b'{"costUsd": %s}' % amount.encode()).status == 200
+    assert '"costUsd" : 1.00000000000000000001}' in api.get("/usage").text
 
 
 def test_the_ledger_is_summed_up_by_model_workflow_and_day_dearest_first(api, clock):

@@ -56,8 +56,12 @@ def review(api: Api, run: str, step: str, decision: str, **body: Any) -> Answer:
     return api.post(f"/runs/{run}/steps/{step}/review", {"decision": decision, **body})
 
 
+def only_steps(api: Api, run: str) -> Any:
+    return api.get(f"/runs/{run}?include=steps")["steps"]
+
+
 def only_step(api: Api, run: str) -> Any:
-    step, = api.get(f"/runs/{run}?include=steps")["steps"]
+    step, = only_steps(api, run)
     return step
 
 
@@ -94,7 +98,8 @@ def test_the_events_of_a_step_say_which_and_what_was_promised(api: Api, run: str
                                  "resumeContract": CONTRACT, "error": {"message": "boom"}}
 
 
-def test_a_begin_without_an_owner_makes_one_that_completes_the_step(api: Api, run: str) -> None:
+def test_a_begin_without_an_owner_makes_one_that_completes_the_step(api: Api) -> None:
+    run = api.create()
     begun = api.begin_step(run, "s")
     assert begun["leaseOwner"] == begun["step"]["leaseOwner"] is not None
     assert api.complete_step(run, begun["step"]["id"], begun["leaseOwner"], 1)["step"]["output"] == 1
@@ -160,8 +165,8 @@ def test_another_input_is_a_mismatch_whatever_became_of_the_step(api: Api, run: 
 
 
 def test_return_comes_before_locked(api: Api, run: str) -> None:
-    api.do_step(run, "s", "helper", output=1)
-    assert api.begin_step(run, "s", "a")["action"] == "return"
+    api.do_step(run, "s", "a", output=1)
+    assert api.begin_step(run, "s", "b")["action"] == "return"
 
 
 def test_locked_comes_before_ambiguous(api: Api, run: str) -> None:
@@ -381,10 +386,34 @@ def test_after_a_review_the_step_runs_or_is_returned(
         assert api.complete_step(run, step, "b", 1)["step"]["status"] == "completed"
 
 
-def test_a_step_reviewed_as_failed_is_failed(api: Api, run: str, clock: Clock) -> None:
-    step = leave_ambiguous(api, clock, run)
-    refused(api.begin_step(run, "s", "b"), 409, "manual_review")
+@pytest.mark.parametrize("replay", ["auto", "manual", "never"])
+def test_a_step_reviewed_as_failed_has_failed_for_good(api: Api, run: str, replay: str) -> None:
+    step = begin(api, run, options={"replay": replay})
+    api.fail_step(run, step, "a", "boom", resumeDecision="manual_review")["step"]
     assert review(api, run, step, "fail")["step"]["status"] == "failed"
+    for refusal in (api.begin_step(run, "s", "a"), api.begin_step(run, "s", "a", options={"idempotencyKey": "k"}),
+                    record(api, run), record(api, run, options={"idempotencyKey": "k"})):
+        told = refused(refusal, 409, "step_failed")["step"]
+        assert (told["id"], told["status"], told["error"]) == (step, "failed", "boom")
+    assert only_step(api, run)["attempt"] == 1
+
+
+def test_a_step_that_failed_into_review_may_run_with_an_idempotency_key(api: Api, run: str, clock: Clock) -> None:
+    effects = {"sideEffects": ["email"]}
+    for again in (lambda: api.begin_step(run, "s", "a", options={**effects, "idempotencyKey": "k"}),
+                  lambda: record(api, run, "r", output=1, options={**effects, "idempotencyKey": "k"})):
+        name = "r" if only_steps(api, run) else "s"
+        step = begin(api, run, name, options=effects)
+        assert api.fail_step(run, step, "a", None)["step"]["status"] == "manual_review"
+        refused(api.begin_step(run, name, "a", options=effects), 409, "manual_review")
+        refused(record(api, run, name, options=effects), 409, "manual_review")
+        answer = again()
+        assert (answer["step"]["attempt"], answer["step"]["id"]) == (2, step)
+    other = api.create()
+    api.begin(other, "a")["run"]
+    leave_ambiguous(api, clock, other)  # it may have had its effect without the key
+    for _ in range(2):
+        refused(api.begin_step(other, "s", "b", options={**effects, "idempotencyKey": "k"}), 409, "manual_review")
 
 
 def test_a_failure_put_up_for_review_waits_for_it(api: Api, run: str) -> None:
@@ -404,6 +433,101 @@ def test_the_same_word_again_is_a_repeat_and_another_one_is_refused(api: Api, ru
     assert review(api, run, step, "retry").json == first.json
     assert refused(review(api, run, step, "fail"), 409, "not_in_review")["step"]["status"] == "failed_retryable"
     assert api.event_types(run).count("step.reviewed") == 1
+
+
+def in_review(api: Api, run: str, owner: str = "a") -> str:
+    """A step that failed into review.  :returns: its id."""
+    step = begin(api, run, "doubtful", owner)
+    api.fail_step(run, step, owner, resumeDecision="manual_review")["step"]
+    return step
+
+
+def test_a_run_that_fails_while_a_step_waits_for_review_says_so(api: Api, clock: Clock) -> None:
+    plain, named, queued, lost, retried = api.create(), api.create(), *(api.enqueue(maxAttempts=n) for n in (1, 2, 2))
+    for run in (plain, named):
+        api.begin(run, "a")["run"]
+    assert {claimed["id"] for claimed in api.claim(owner="a", limit=9)} == {queued, lost, retried}
+    for run in (plain, named, queued, lost, retried):
+        in_review(api, run)
+    assert api.fail(plain, leaseOwner="a")["run"]["failureClass"] == "manual_review"
+    assert api.fail(named, leaseOwner="a", failureClass="mine")["run"]["failureClass"] == "mine"
+    assert api.fail(queued, leaseOwner="a")["run"]["failureClass"] == "manual_review"
+    assert api.events(queued)[-1]["payload"]["failureClass"] == "manual_review"
+    assert api.fail(retried, leaseOwner="a")["requeued"] is True
+    clock.advance(ms=LEASE_MS)
+    api.reconcile()
+    assert {claimed["id"] for claimed in api.claim(owner="b", limit=9)} == {lost, retried}
+    clock.advance(ms=LEASE_MS)
+    api.reconcile()
+    for run in (lost, retried):
+        assert (api.run(run)["status"], api.run(run)["failureClass"]) == ("failed", "manual_review")
+    review(api, lost, only_step(api, lost)["id"], "complete")["step"]
+    api.claim(owner="c")
+    assert api.fail(lost, leaseOwner="c", retryable=False)["run"]["failureClass"] is None
+
+
+@pytest.mark.parametrize("decision", ["retry", "complete", "fail"])
+def test_a_review_queues_a_failed_run_again_with_all_its_attempts(api: Api, decision: str) -> None:
+    run = api.enqueue(maxAttempts=1)
+    api.claim(owner="a")
+    step = in_review(api, run)
+    assert api.fail(run, leaseOwner="a")["requeued"] is False
+    first = review(api, run, step, decision)
+    back = api.run(run)
+    assert (back["status"], back["attempt"], back["error"], back["failureClass"]) == ("queued", 0, None, None)
+    assert api.event_types(run)[-1] == "run.retried"
+    assert [claimed["attempt"] for claimed in api.claim(owner="b")] == [1]
+    assert review(api, run, step, decision).json == first.json
+    assert api.event_types(run).count("run.retried") == 1
+    assert (api.queue("default")["failed"], api.queue("default")["running"]) == (0, 1)
+
+
+def test_a_review_does_not_queue_a_run_whose_dedupe_key_another_has_by_now(api: Api) -> None:
+    run = api.enqueue(maxAttempts=1, dedupeKey="k")
+    api.claim(owner="a")
+    step = in_review(api, run)
+    api.fail(run, leaseOwner="a")["run"]
+    other = api.enqueue(dedupeKey="k")
+    refused(review(api, run, step, "retry"), 409, "dedupe_conflict")
+    assert only_step(api, run)["status"] == "manual_review"
+    api.post(f"/runs/{other}/cancel")["run"]
+    assert review(api, run, step, "retry")["step"]["status"] == "failed_retryable"
+    assert api.run(run)["status"] == "queued"
+
+
+def test_a_review_has_a_run_without_a_queue_resumed_by_its_recovery_webhook(api: Api, clock: Clock) -> None:
+    failed, stalled, pending = (api.create(recoveryWebhook=HOOK) for _ in range(3))
+    without = api.create()
+    steps = {}
+    for run in (failed, stalled, pending, without):
+        api.begin(run, "a")["run"]
+        steps[run] = in_review(api, run)
+    for run in (failed, pending, without):
+        api.fail(run, leaseOwner="a")["run"]
+    api.post(f"/runs/{pending}/retry")["run"]
+    clock.advance(ms=LEASE_MS)
+    for run in (failed, stalled, pending, without) * 2:
+        review(api, run, steps[run], "complete")["step"]
+    reasons = {run: [attempt["reason"] for attempt in api.detail(run)["recoveryAttempts"]] for run in steps}
+    assert {run: each.count("manual") for run, each in reasons.items()} == {
+        failed: 1, stalled: 1, pending: 1, without: 0}
+    assert [api.run(run)["status"] for run in steps] == ["failed", "running", "pending", "failed"]
+
+
+@pytest.mark.parametrize("state", ["running", "running by its app", "queued", "waiting", "completed", "cancelled"])
+def test_a_review_leaves_a_run_that_is_live_or_ended_otherwise_as_it_is(api: Api, state: str) -> None:
+    run = api.create(recoveryWebhook=HOOK) if "app" in state else api.enqueue(recoveryWebhook=HOOK)
+    api.begin(run, "a")["run"]
+    step = in_review(api, run)
+    owner = {"leaseOwner": "a"}
+    {"queued": lambda: api.fail(run, **owner), "completed": lambda: api.complete(run),
+     "waiting": lambda: api.post(f"/runs/{run}/wait", {**owner, "for": {"event": "e"}}),
+     "cancelled": lambda: api.post(f"/runs/{run}/cancel")}.get(state, lambda: None)()
+    before = api.run(run)
+    assert before["status"] == state.split()[0]
+    review(api, run, step, "retry")["step"]
+    assert api.run(run) == {**before, "updatedAt": api.run(run)["updatedAt"]}
+    assert api.event_types(run)[-1] == "step.reviewed"
 
 
 def test_a_step_comes_up_for_review_as_often_as_it_is_lost(api: Api, run: str, clock: Clock) -> None:
@@ -532,7 +656,8 @@ def test_of_eight_takeovers_of_an_expired_step_exactly_one_executes(api: Api, cl
     assert only_step(api, run)["attempt"] == 2
 
 
-def test_a_late_completion_and_a_takeover_at_once_leave_one_output(api: Api, run: str, clock: Clock) -> None:
+def test_a_late_completion_and_a_takeover_at_once_leave_one_output(api: Api, clock: Clock) -> None:
+    run = api.create()
     for number in range(3):
         name = f"s{number}"
         step = begin(api, run, name, owner="helper")
@@ -559,9 +684,9 @@ def test_a_review_twice_at_once_is_one_review(api: Api, run: str) -> None:
 
 
 def test_what_happens_at_once_has_one_time(api, sql):
-    sql("create sequence if not exists tidebase.ticks")  # stays: the server asks the clock until it is put back
+    sql("create sequence if not exists public.ticks")  # stays: the server asks the clock until it is put back
     sql("create or replace function tidebase.now() returns timestamptz language sql volatile as $$ select"
-        " date_trunc('milliseconds', clock_timestamp()) + nextval('tidebase.ticks') * interval '1 millisecond' $$")
+        " date_trunc('milliseconds', clock_timestamp()) + nextval('public.ticks') * interval '1 millisecond' $$")
     run = api.create()
     api.begin(run, "owner")["run"]
     done, failed, reviewed = (api.begin_step(run, name, "owner")["step"]["id"] for name in "abc")

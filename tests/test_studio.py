@@ -656,7 +656,7 @@ def test_whatever_users_call_things_stays_text(tab: Tab, api: Api, clock: Clock,
         expect(page.locator("body")).to_contain_text("onerror")
         assert (
             page.evaluate(
-                "document.querySelectorAll(`img:not([src^='/studio/']), script:not([src^='/studio/']), [onerror]`).length"
+                "document.querySelectorAll(`img:not([src^='/studio']), script:not([src^='/studio']), [onerror]`).length"
             )
             == 0
         ), address

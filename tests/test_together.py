@@ -270,7 +270,7 @@ def test_requests_that_come_before_the_database_is_prepared_hold_up_no_other(
         early, late = ([stack.enter_context(connected(api)) for _ in range(4)] for _ in range(2))
         with door.lock:  # those who watch have the first, and see all the others at once
             for connection in early:
-                connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             for number, connection in enumerate(late):
                 connection.sendall(request(f"/runs/{run}/steps", {
                     "inputHash": "h", "leaseOwner": "a", "name": f"s{number}"}))
@@ -302,7 +302,8 @@ def test_a_stop_does_not_wait_for_a_lock_that_the_first_request_waits_for(
 # ------------------------------------------------------------------------------
 def request(path: str, body: Any) -> bytes:
     data = json.dumps(body).encode()
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    return (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n").encode() + data
 
 
 def answers_on(connection: socket.socket, count: int) -> list[tuple[int, Any]]:
@@ -472,7 +473,8 @@ def test_only_the_main_loop_closes_connections(
     monkeypatch.setattr(connections.Channel, "del_channel", note)
     with connected(Api(server.url, server)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it ends with a reset
-        connection.sendall(b"POST /steps HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 50\r\n\r\n")
+        connection.sendall(b"POST /steps HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+                           b"Content-Length: 50\r\n\r\n")
     eventually(lambda: closed)
     eventually(lambda: not server._http.waitress.active_channels)
     assert set(closed) == {server.thread}
@@ -490,7 +492,7 @@ def test_the_answer_says_what_becomes_of_the_connection(api: Api, sent: bytes, t
 
 def test_a_target_that_is_no_address_is_refused_and_the_others_are_answered(api: Api) -> None:
     with connected(api) as connection:
-        connection.sendall(b"POST http://[ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        connection.sendall(b"POST http://[ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
         [(status, _)] = answers_on(connection, 1)
         assert status == 400
     assert record(api, held(api)).status == 200

@@ -63,16 +63,56 @@ def test_a_gate_decided_three_leases_later_still_wakes_its_run(api, clock):
     came_back(api, run)
 
 
-def test_a_run_that_waits_for_a_signal_gets_the_first_one_and_one_wake_up(api):
+def signal(api, run, name="paid", **body):
+    return api.post(f"/runs/{run}/signals", {"name": name, **body})
+
+
+def test_signals_sent_at_once_are_numbered_and_wake_their_run_once(api):
     run = waiting(api, {"event": "paid"})
-    with together(*[lambda n=n: api.post(f"/runs/{run}/signals", {"name": "paid", "payload": {"n": n}})
-                    for n in range(8)]) as answers:
-        winners = {answer["signal"]["payload"]["n"] for answer in answers}
-    assert len(winners) == 1
-    assert api.get(f"/runs/{run}/signals/paid")["signal"]["payload"]["n"] in winners
+    with together(*[lambda n=n: signal(api, run, payload=n) for n in range(8)]) as answers:
+        sent = {answer["signal"]["n"]: answer["signal"] for answer in answers}
+    assert sorted(sent) == list(range(1, 9))
+    assert api.get(f"/runs/{run}/signals/paid")["signal"] == sent[1]
+    assert [api.get(f"/runs/{run}/signals/paid?n={n}")["signal"] for n in range(1, 10)] == [
+        *(sent[n] for n in range(1, 9)), None]
     assert api.event_types(run).count("run.resumed") == 1
-    assert api.event_types(run).count("signal.received") == 1
+    assert api.event_types(run).count("signal.received") == 8
     came_back(api, run)
+
+
+def test_a_wait_for_the_second_signal_of_a_name_is_not_over_with_the_first(api):
+    run = waiting(api, {"event": "paid", "n": 2})
+    signal(api, run)["signal"]
+    signal(api, run, "other")["signal"]
+    assert api.run(run)["status"] == "waiting"
+    signal(api, run, payload="second")["signal"]
+    came_back(api, run)
+    assert api.get(f"/runs/{run}/signals/paid?n=2&waitMs=20000")["signal"]["payload"] == "second"
+
+
+def test_a_signal_whose_id_was_sent_before_is_that_signal(api):
+    run, other = api.create(), api.create()
+    first = signal(api, run, id="s", payload=1)
+    assert signal(api, run, id="s", payload=2).json == first.json
+    assert signal(api, run, payload=3)["signal"]["n"] == 2
+    refused(signal(api, run, "another", id="s"), 409, "signal_id_conflict")
+    refused(signal(api, other, id="s"), 409, "signal_id_conflict")
+
+
+def test_a_signal_that_is_given_up_uses_its_number_and_one_that_is_there_counts(api):
+    run = api.create()
+    api.begin(run, "w")["run"]
+    expire = f"/runs/{run}/signals/paid/expire"
+    given_up = api.post(expire, {"leaseOwner": "w"})["signal"]
+    assert (given_up["n"], given_up["timedOut"], given_up["payload"]) == (1, True, None)
+    late = signal(api, run, payload=5)["signal"]
+    assert (late["n"], late["timedOut"]) == (2, False)
+    assert api.post(expire, {"leaseOwner": "w", "n": 2})["signal"] == late
+    assert api.get(f"/runs/{run}/signals/paid")["signal"] == given_up
+    assert api.event_types(run)[-2:] == ["signal.timed_out", "signal.received"]
+    refused(api.post(expire, {"leaseOwner": "v", "n": 3}), 409, "lease_lost")
+    api.post(f"/runs/{run}/cancel")["run"]
+    refused(api.post(expire, {"leaseOwner": "w", "n": 3}), 409, "run_cancelled")
 
 
 def test_a_signal_sent_early_is_kept(api):
@@ -89,9 +129,52 @@ def test_a_signal_that_does_not_come_in_time_is_timed_out_for_good(api, clock):
     clock.advance(ms=1000)
     api.reconcile()
     came_back(api, run)
-    late = api.post(f"/runs/{run}/signals", {"name": "paid", "payload": 1})["signal"]
-    assert late["timedOut"] is True
-    assert late["payload"] is None
+    late = signal(api, run, payload=1)["signal"]
+    assert (late["n"], late["timedOut"]) == (2, False)
+    first = api.get(f"/runs/{run}/signals/paid")["signal"]
+    assert (first["timedOut"], first["payload"]) == (True, None)
+
+
+def step_of_a_wait(api, owner="w", **body):
+    """A run of that worker, and the step that records what it waits for."""
+    run = api.enqueue()
+    api.claim(owner=owner)
+    return run, api.begin_step(run, "wait", owner, options={"wait": True}, **body)["step"]["id"]
+
+
+def test_the_step_of_a_wait_completes_as_its_run_is_resumed(api, clock):
+    run, step = step_of_a_wait(api)
+    wait_for = {"event": "paid", "n": 1, "stepId": step}
+    api.post(f"/runs/{run}/wait", {"leaseOwner": "w", "for": wait_for})["run"]
+    assert api.run(run)["waitingFor"] == wait_for
+    sent = signal(api, run, payload={"cents": 5})["signal"]
+    assert api.event_types(run)[2:] == [
+        "step.started", "run.waiting", "signal.received", "step.completed", "run.resumed"]
+    shown = api.detail(run)["steps"][0]
+    assert (shown["status"], shown["output"], shown["attempt"], shown["leaseOwner"]) == ("completed", sent, 1, None)
+
+    came_back(api, run)
+
+    run, step = step_of_a_wait(api, "v")
+    until = "2100-01-01T00:00:00Z"
+    api.post(f"/runs/{run}/wait", {"leaseOwner": "v", "for": {"until": until, "stepId": step}})["run"]
+    clock.advance(ms=75 * 366 * 86_400_000)
+    api.reconcile()
+    assert api.event_types(run)[2:] == ["step.started", "run.waiting", "step.completed", "run.resumed"]
+
+
+def test_a_wait_taken_over_is_the_same_wait_and_no_further_attempt(api, clock):
+    run, step = step_of_a_wait(api, input={"seconds": 5})
+    clock.advance(ms=60_000)
+    api.reconcile()
+    clock.advance(ms=5000)
+    assert [claimed["id"] for claimed in api.claim(owner="next")] == [run]
+    begun = api.begin_step(run, "wait", "next", options={"wait": True}, input={"seconds": 9})
+    assert begun["action"] == "execute"
+    assert (begun["step"]["id"], begun["step"]["attempt"], begun["step"]["input"]) == (step, 1, {"seconds": 5})
+    assert api.event_types(run).count("step.started") == 1
+    refused(api.complete_step(run, step, "w"), 409, "lease_lost")
+    assert api.complete_step(run, step, "next")["step"]["status"] == "completed"
 
 
 def test_a_run_sleeps_until_its_time_by_the_databases_clock_and_wakes_once(api, clock):
@@ -188,10 +271,13 @@ def test_waiting_needs_the_lease_a_queue_and_one_thing_to_wait_for(api):
     run = api.enqueue()
     api.claim(owner="w")
     refused(api.post(f"/runs/{run}/wait", {"leaseOwner": "v", "for": {"event": "e"}}), 409, "lease_lost")
-    for wrong in ({}, {"event": "e", "gateId": "g"}, {"until": "soon"}, {"children": 3}, None, {"event": 1}):
+    for wrong in ({}, {"event": "e", "gateId": "g"}, {"until": "soon"}, {"children": 3}, None, {"event": 1}, {"n": 1},
+                  {"event": "e", "n": 0}, {"event": "e", "n": "1"}, {"children": True, "n": 1}, {"stepId": "s"}):
         body = refused(api.post(f"/runs/{run}/wait", {"leaseOwner": "w", "for": wrong}), 400, "invalid_request")
         assert body["issues"][0]["path"].startswith("for")
     refused(api.post("/runs/run_none/wait", {"leaseOwner": "w", "for": {"event": "e"}}), 404, "not_found")
+    refused(api.post(f"/runs/{run}/wait", {"leaseOwner": "w", "for": {"event": "e", "stepId": "s"}}), 404, "not_found")
+    refused(api.get(f"/runs/{run}/signals/e?n=0"), 400, "invalid_request")
 
 
 def test_a_push_queue_offers_a_run_again_when_it_wakes(api, receiver):

@@ -5,8 +5,10 @@ What a worker that holds many runs has ready goes in one transaction: finished s
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import psycopg
 import pytest
 from conftest import Answer, Api, Clock, Receiver, refused, together
 
@@ -168,9 +170,10 @@ def test_a_step_extends_the_lease_of_its_run_and_of_no_other(api: Api, clock: Cl
 
 
 def test_a_step_that_another_owner_began_is_decided_as_if_it_had_come_alone(api: Api) -> None:
-    run, review = held(api), held(api)
+    run, review = held(api), api.create()
     api.begin_step(run, "s", "a")["step"]
     api.begin_step(review, "s", "b", options={"replay": "manual"})["step"]
+    api.begin(review, "a")["run"]
     results = writes(api, step(run, output=1), step(review, output=1))
     assert codes(results) == [None, "manual_review"]
     assert api.event_types(run)[2:] == ["step.started", "step.completed"]
@@ -215,6 +218,55 @@ def test_a_result_among_others_wakes_the_parent_that_waits_for_it(api: Api) -> N
     api.post(f"/runs/{parent}/wait", {"leaseOwner": "a", "for": {"children": ["c"]}})["run"]
     writes(api, step(held(api)), completion(child, leaseOwner="b", result=1))
     assert api.run(parent)["status"] == "queued"
+
+
+def test_a_refusal_in_between_changes_nothing_of_those_around_it(api: Api) -> None:
+    run, other = held(api), held(api)
+    api.do_step(other, "s", "a")
+    results = writes(
+        api, step(run, "one", output=1), begin(run, "two"), child(run, "c"), step(other, "s", inputHash="x"),
+        job(dedupeKey="k"), step(run, "two", output=2), step(other, "s", owner="b"), completion("nowhere"),
+        job(dedupeKey="k"), begin(run, "three"), completion(run, leaseOwner="a"))
+    assert codes(results) == [None] * 3 + ["input_mismatch", None, None, "lease_lost", "not_found"] + [None] * 3
+    assert results[3]["step"] == api.detail(other)["steps"][0]
+    assert results[8]["run"]["id"] == results[4]["run"]["id"]
+    assert api.event_types(run)[2:] == ["step.started", "step.completed", "step.started", "run.child.created",
+                                        "step.completed", "step.started", "run.completed"]
+    assert [named["attempt"] for named in api.detail(run)["steps"]] == [1, 1, 1]
+    assert api.queue("q")["queued"] == 1
+
+
+def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> None:
+    """PostgreSQL keeps 64 of a transaction at hand; beyond those, every snapshot of others gets dearer."""
+    run, many = held(api), 300
+    batch = [job(id=f"r{n}", metadata={}, channels=[], maxAttempts=1, priority=0) if n % 2 else begin(
+        run, f"s{n}", options={}, leaseMs=1000) for n in range(many)]
+    batch[100] = completion("nowhere", brief=True)
+    with psycopg.connect(database) as connection:
+        def call(those: list[Any]) -> tuple[list[int], int]:
+            payloads = ["{}"] * len(those)
+            rows = connection.execute("select status from tidebase.write_each("
+                                      " %s, %s::json[], %s::json[], array_fill(null::json, array[1000]), true)",
+                                      [json.dumps(those), payloads, payloads]).fetchall()
+            taken = connection.execute("select distinct xmin::text from tidebase.events").fetchall()
+            connection.rollback()
+            return [status for status, in rows], len(taken)
+
+        statuses, taken = call(batch)
+        assert statuses == [200] * 100 + [404] + [200] * 199
+        assert taken < 64
+        # What is left after 60 is for another call.
+        statuses, taken = call([each for pair in zip(batch[:100], [batch[100]] * 100, strict=True) for each in pair])
+        assert statuses == [200, 404] * 59 + [200]
+        assert taken < 64
+
+
+def test_a_batch_of_which_every_other_is_refused_is_answered_whole(api: Api) -> None:
+    run = held(api)
+    results = writes(api, *(each for n in range(150) for each in (begin(run, f"s{n}"), completion("nowhere"))))
+    assert codes(results) == [None, "not_found"] * 150
+    assert [result["step"]["name"] for result in results[::2]] == [f"s{n}" for n in range(150)]
+    assert api.event_types(run)[2:] == ["step.started"] * 150
 
 
 # ------------------------------------------------------------------------------

@@ -1,1 +1,2 @@
-"""What the server, tidebase.py, is built on: parts that one need not read to know how Tidebase works."""
+"""What somebody who reads tidebase.py need not read: each module here is one matter of the server, and uses nothing of
+tidebase.py."""

@@ -47,13 +47,13 @@ from tidebase import (
     call,
     choice_of,
     core,
+    database_refused,
     found,
     invalid,
     is_refusal,
     next_fire,
     parse,
     query,
-    refusal_of,
     reply,
     time_of,
     whole_of,
@@ -491,8 +491,7 @@ def list_changes() -> Reply:
     return reply(f'{{"ids": {json.dumps(ids)}, "runs": {runs}, "nextCursor": {json.dumps(cursor)}}}')
 
 
-FITS = {"cancel": ("pending", "queued", "running", "waiting", "failed"), "retry": ("failed", "cancelled"),
-        "delete": ENDED}
+FITS = {"cancel": ("pending", "queued", "running", "waiting"), "retry": ("failed", "cancelled"), "delete": ENDED}
 
 
 class BulkBody(Body):
@@ -511,7 +510,7 @@ class BulkBody(Body):
     @marshmallow.validates_schema
     def _one_of_them(self, data: dict[str, Any], **_: Any) -> None:
         if (data.get("ids") is None) == (data.get("filter") is None):
-            raise marshmallow.ValidationError("must have either ids or filter")
+            raise marshmallow.ValidationError("must be there, or else filter", "ids")
 
 
 @routes.post("/bulk")
@@ -566,9 +565,10 @@ def _act(body: dict[str, Any], ids: list[str], cursor: str | None) -> Reply:
             run = json.loads(text or "{}").get("run") or {}
             results.append({"id": run_id, "ok": True, "status": run.get("status"), "code": None, "error": None})
         except psycopg.Error as error:
-            if not is_refusal(error):
+            answer = database_refused(error) if is_refusal(error) else None
+            if answer is None:
                 raise
-            refused = json.loads(refusal_of(error)[0])
+            refused = json.loads(answer[0])
             results.append({"id": run_id, "ok": False, "status": None, "code": refused["code"],
                             "error": refused["error"]})
     core().wrote()
@@ -663,7 +663,8 @@ def list_deliveries(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/deliveries/<part:delivery_id>/resend")
 def resend_delivery(run_id: str, delivery_id: str) -> Reply:
-    """Send a webhook once more, under the same id.  200 {delivery:lightDelivery}, 404, 409 delivery_pending."""
+    """Send a webhook once more, under the same id; one that is still being tried stays as it is.
+    200 {delivery:lightDelivery}, 404."""
     parse(Body)
     return call("resend_delivery", run_id, delivery_id)
 
