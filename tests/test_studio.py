@@ -40,7 +40,7 @@ HOUR_MS = 3_600_000
 # ------------------------------------------------------------------------------
 # A browser for all tests, a context for each.
 # ------------------------------------------------------------------------------
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # two at once in a process are refused, and other modules have theirs
 def browser() -> Iterator[Any]:
     expect.set_options(timeout=PATIENCE_MS)
     with playwright.sync_playwright() as driver:
