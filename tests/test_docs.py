@@ -99,6 +99,8 @@ def test_the_code_passes(command):
 def test_the_files_say_nothing_of_the_machine_they_were_written_on():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in files:
+        if name.endswith(".png"):
+            continue
         text = (ROOT / name).read_text(errors="replace")
         for word in ("TO" + "DO", "FIX" + "ME", "X" + "XX"):
             assert not re.search(rf"\b{word}\b", text), f"{name} holds a {word}"

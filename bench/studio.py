@@ -1,0 +1,187 @@
+"""How quick Studio is, measured in a real browser:  python bench/studio.py
+
+The list over 100,000 runs; a run of 1,000 steps and 5,000 events that is scrolled through; and what one live event of
+it costs the tab. Needs playwright and Chromium (see requirements-dev.txt). Brings its own database and server.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from story import Story
+
+import tidebase
+
+RUNS = 100_000
+STEPS, USAGES = 1_000, 3_000  # with a step.started and a step.completed each: 5,000 events
+LIVE_EVENTS = 200
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="tidebase-bench-") as folder:
+        embedded = tidebase.EmbeddedPostgres(folder)
+        try:
+            measure(embedded.start())
+        finally:
+            embedded.stop()
+
+
+def measure(conninfo: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    settings = {"DATABASE_URL": conninfo, "PORT": str(port), "TIDEBASE_LEASE_MS": "3600000"}
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tidebase.py")],
+        env={**os.environ, **settings},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(f"{url}/health")
+        story = Story(url, conninfo)
+        run = long_run(story)
+        many_runs(conninfo)
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+            )
+            page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+            measure_list(page, url)
+            measure_run(page, url, run, story)
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_for(url: str) -> None:
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(url, timeout=2)
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(url)
+
+
+def long_run(story: Story) -> str:
+    run = story.enqueue("long", "bench")
+    story.claim("bench", "w")
+    for first in range(0, STEPS, 100):
+        story.post(
+            "/steps",
+            {
+                "records": [
+                    {
+                        "runId": run,
+                        "name": f"step {number}",
+                        "inputHash": "h",
+                        "leaseOwner": "w",
+                        "output": {"n": number},
+                        "durationMs": 20,
+                    }
+                    for number in range(first, first + 100)
+                ]
+            },
+        )
+    for number in range(USAGES):
+        story.usage(run, None, "opal-4", number, 1, 0.0001)
+    return run
+
+
+def many_runs(conninfo: str) -> None:
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        connection.execute(
+            "insert into tidebase.runs (id, workflow_name, input, metadata, status, queue, created_at, updated_at,"
+            " completed_at)"
+            " select 'run_' || md5(n::text), 'report-' || n %% 20, '{}', '{}',"
+            " case when n %% 50 = 0 then 'failed' else 'completed' end,"
+            " 'queue-' || n %% 7, now() - n * interval '1 second', now(), now() from generate_series(1, %s) n",
+            (RUNS,),
+        )
+        connection.execute("analyze tidebase.runs")
+
+
+def measure_list(page: Any, url: str) -> None:
+    times = []
+    for _ in range(5):
+        page.goto(f"{url}/studio/runs")
+        page.wait_for_selector(".runs tbody tr")
+        times.append(
+            page.evaluate("""() => new Promise((resolve) => requestAnimationFrame(() => {
+            const html = performance.getEntriesByType("navigation")[0].responseEnd;
+            const list = performance.getEntriesByType("resource").find((entry) => /\\/runs\\?/.test(entry.name));
+            resolve(list.responseEnd - html); }))""")
+        )
+    print(f"list of {RUNS:,} runs: rows answered {min(times):.0f} to {max(times):.0f} ms after the HTML")
+
+
+METRICS = ("ScriptDuration", "LayoutDuration", "RecalcStyleDuration")
+
+
+def measure_run(page: Any, url: str, run: str, story: Story) -> None:
+    page.add_init_script(
+        "window.long = []; new PerformanceObserver((list) =>"
+        " window.long.push(...list.getEntries().map((entry) => entry.duration))).observe({entryTypes: ['longtask']});"
+    )
+    begun = time.monotonic()
+    page.goto(f"{url}/studio/runs/{run}")
+    page.get_by_role("tab", name=re.compile(r"Events\s*5,0")).wait_for()
+    page.wait_for_timeout(1500)
+    print(
+        f"run of {STEPS:,} steps: open after {1000 * (time.monotonic() - begun) - 1500:.0f} ms,"
+        f" longest task while it opens {max(page.evaluate('window.long') or [0]):.0f} ms"
+    )
+    for tab in ("Timeline", "Events"):
+        page.get_by_role("tab", name=tab).click()
+        page.evaluate("window.long.length = 0")
+        page.mouse.move(500, 600)
+        for _ in range(60):
+            page.mouse.wheel(0, 900)
+            page.wait_for_timeout(16)
+        print(f"  {tab} scrolled by {page.evaluate('scrollY'):,} px: long tasks {page.evaluate('window.long')} ms")
+    page.get_by_role("tab", name="Timeline").click()
+    page.evaluate("scrollTo(0, 0)")
+    cdp = page.context.new_cdp_session(page)
+    cdp.send("Performance.enable")
+
+    def spent() -> float:
+        found = {metric["name"]: metric["value"] for metric in cdp.send("Performance.getMetrics")["metrics"]}
+        return 1000 * sum(found[name] for name in METRICS)
+
+    page.wait_for_timeout(1000)
+    quiet, begun = spent(), time.monotonic()
+    page.wait_for_timeout(4000)
+    idle = (spent() - quiet) / (time.monotonic() - begun)
+    before, begun = spent(), time.monotonic()
+    for number in range(LIVE_EVENTS // 2):
+        story.post(
+            f"/runs/{run}/steps",
+            {"name": f"live {number}", "inputHash": "h", "leaseOwner": "w", "output": 1, "durationMs": 5},
+        )
+        page.wait_for_timeout(20)
+    page.wait_for_timeout(1500)
+    live = spent() - before - idle * (time.monotonic() - begun)
+    print(f"  {LIVE_EVENTS} live events: {live / LIVE_EVENTS:.2f} ms of the tab's main thread each")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+// The server: requests, refusals, and streams of events.
+//
+// The API key lives in this tab's session storage and is sent as a header, by streams too (they are read with fetch, not
+// with EventSource, which can send none). Reads of a page are given up when it is left.
+
+import { toast } from "./dom.js";
+
+const KEY = "tidebase.key";
+
+/** A refusal of the server; `status` 0: it could not be reached. */
+export class ApiError extends Error {
+	constructor(status, body) {
+		super(body.issues?.map((issue) => `${issue.path}: ${issue.message}`).join("; ") ?? body.error ?? `the server answered ${status}`);
+		Object.assign(this, { status, code: body.code, body });
+	}
+}
+
+export const session = { access: "full", key: sessionStorage.getItem(KEY), leaseMs: 60_000 };
+export const canWrite = () => session.access === "full";
+
+export function keepKey(key) {
+	session.key = key;
+	if (key) sessionStorage.setItem(KEY, key);
+	else sessionStorage.removeItem(KEY);
+}
+
+/** What the frame wants to know: onUnauthorized(), onReachable(reachable). */
+export const watch = { onUnauthorized() {}, onReachable() {} };
+let leaving = null; // ends the reads of the page that is open
+export const setPageSignal = (signal) => { leaving = signal; };
+
+/** A path with its parts escaped: path`/runs/${id}/cancel`. */
+export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
+
+/** A query string of what is set. */
+export function query(values) {
+	const set = Object.entries(values).filter(([, value]) => value !== null && value !== undefined && value !== "");
+	return set.length ? `?${set.map((pair) => pair.map(encodeURIComponent).join("=")).join("&")}` : "";
+}
+
+async function send(method, url, { body, signal, accept = "application/json", key = session.key } = {}) {
+	const headers = { accept };
+	if (key) headers.authorization = `Bearer ${key}`;
+	if (body !== undefined) headers["content-type"] = "application/json";
+	let response;
+	try {
+		// A body that is a string is JSON already: a payload that somebody typed goes out as it was typed.
+		response = await fetch(url, { method, headers, signal, cache: "no-store", body: typeof body === "object" ? JSON.stringify(body) : body });
+	} catch (error) {
+		if (error.name === "AbortError") throw error;
+		watch.onReachable(false);
+		throw new ApiError(0, { error: "the server cannot be reached" });
+	}
+	watch.onReachable(true);
+	if (response.ok) return response;
+	const refusal = await response.json().catch(() => ({}));
+	if (response.status === 401 && key === session.key) watch.onUnauthorized();
+	throw new ApiError(response.status, refusal);
+}
+
+export const getResponse = (url, parameters = {}, options = {}) => send("GET", url + query(parameters), { signal: leaving, ...options });
+/** The answer's text, exactly as it came. */
+export const getText = async (...asked) => (await getResponse(...asked)).text();
+export const get = async (...asked) => (await getResponse(...asked)).json();
+export const postText = async (url, body, options = {}) => (await send("POST", url, { body, ...options })).text();
+export const post = async (url, body = {}, options = {}) => JSON.parse(await postText(url, body, options));
+export const put = async (url, body) => (await send("PUT", url, { body })).json();
+export const remove = async (url) => (await send("DELETE", url)).json();
+
+/** Do something that the server may refuse: the refusal is shown. Resolves to whether it was done. */
+export async function attempt(action) {
+	try {
+		await action();
+		return true;
+	} catch (error) {
+		if (error.name !== "AbortError") {
+			if (!(error instanceof ApiError)) throw error;
+			toast(error.message, "error");
+		}
+		return false;
+	}
+}
+
+/** Leave a failure to the next try, which comes by itself: the page's mark says that it is not up to date. */
+export function laterAgain(error) {
+	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
+}
+
+const RETRY_MS = [300, 1000, 2000, 5000];
+const STALE_MS = 20_000; // this long without a connection, the page says that it is stale
+const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
+
+/**
+ * Follow a run's events while the tab is visible: closed when it is hidden, resumed by number.
+ * onEvents gets all that came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or ended.
+ */
+export function follow(runId, after, onEvents, onState, signal) {
+	let connection = null;
+	let failures = 0;
+	let lostAt = null;
+	let timer;
+
+	async function connect() {
+		clearTimeout(timer);
+		if (signal.aborted || document.hidden || connection) return;
+		const mine = connection = new AbortController();
+		let silence;
+		const heard = () => {
+			clearTimeout(silence);
+			silence = setTimeout(() => mine.abort(), SILENT_MS);
+		};
+		try {
+			heard();
+			const response = await getResponse(path`/runs/${runId}/events`, { after, view: "light" }, { signal: AbortSignal.any([mine.signal, signal]), accept: "text/event-stream" });
+			failures = 0;
+			lostAt = null;
+			onState("live");
+			await read(response.body, heard);
+		} catch (error) {
+			if (error.status === 404 || error.status === 401) return onState("ended");
+		} finally {
+			clearTimeout(silence);
+			if (connection === mine) connection = null;
+		}
+		if (signal.aborted || document.hidden || connection) return;
+		lostAt ??= Date.now();
+		onState(Date.now() - lostAt > STALE_MS ? "stale" : "reconnecting");
+		timer = setTimeout(connect, RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]);
+		failures += 1;
+	}
+
+	async function read(body, heard) {
+		const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+		let rest = "";
+		for (;;) {
+			const { value, done } = await reader.read();
+			if (done) return;
+			heard();
+			const blocks = (rest + value).split("\n\n");
+			rest = blocks.pop();
+			const events = blocks.map((block) => /^id: (\d+)\ndata: (.*)$/m.exec(block)).filter(Boolean)
+				.map(([, seq, text]) => ({ seq: Number(seq), text })).filter((event) => event.seq > after);
+			if (events.length === 0) continue;
+			after = events.at(-1).seq;
+			onEvents(events);
+		}
+	}
+
+	document.addEventListener("visibilitychange", () => {
+		if (!document.hidden) return connect();
+		clearTimeout(timer);
+		connection?.abort();
+		connection = null;
+		onState("paused");
+	}, { signal });
+	signal.addEventListener("abort", () => clearTimeout(timer));
+	connect();
+}
+
+/** Call `load` now and every so many milliseconds while the tab is visible, and at once when it is shown again. */
+export function poll(load, milliseconds, signal) {
+	let timer;
+	let running = null;
+	async function tick() {
+		clearTimeout(timer);
+		if (signal.aborted || document.hidden) return;
+		await (running ??= Promise.resolve(load()).catch(laterAgain).finally(() => { running = null; }));
+		clearTimeout(timer);
+		if (!signal.aborted) timer = setTimeout(tick, milliseconds);
+	}
+	document.addEventListener("visibilitychange", tick, { signal });
+	signal.addEventListener("abort", () => clearTimeout(timer));
+	tick();
+	return tick;
+}

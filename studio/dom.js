@@ -1,0 +1,327 @@
+// Elements, times and numbers: what every page of Studio is made of.
+//
+// el() is the only place where elements are made. It sets attributes and text, never markup, so that whatever a run or a
+// webhook is called stays text. Pages build their elements once; live updates change texts and rows in place (setText,
+// syncRows, grid), so that focus, selection and scroll position stay where they are.
+
+const SVG = "http://www.w3.org/2000/svg";
+const SVG_TAGS = new Set(["svg", "path", "rect", "line", "text", "title"]);
+
+/**
+ * Make an element: el("button.primary", {onclick: save}, "Save"), or without attributes el("td.num", 3). Attributes that
+ * are null or false are left out; functions are listeners. Children may be nodes, strings, numbers, null or lists of those.
+ */
+export function el(selector, attributes, ...children) {
+	const [tag, ...classes] = selector.split(".");
+	const node = SVG_TAGS.has(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);
+	if (classes.length) node.setAttribute("class", classes.join(" "));
+	if (attributes?.constructor === Object) {
+		for (const [name, value] of Object.entries(attributes)) {
+			if (value === null || value === undefined || value === false) continue;
+			if (typeof value === "function") node.addEventListener(name.slice(2), value);
+			else if (name === "value" && "value" in node) node.value = value;
+			else node.setAttribute(name, value === true ? "" : value);
+		}
+	} else children.unshift(attributes);
+	return add(node, children);
+}
+
+function add(node, children) {
+	for (const child of children.flat(Infinity)) {
+		if (child !== null && child !== undefined && child !== false) node.append(child);
+	}
+	return node;
+}
+
+/** Replace what is in a node. */
+export function fill(node, ...children) {
+	node.replaceChildren();
+	return add(node, children);
+}
+
+/** Set a node's text only when it differs: an unchanged node keeps the reader's selection and costs no layout. */
+export function setText(node, text) {
+	if (node.textContent !== String(text ?? "")) node.textContent = text ?? "";
+}
+
+export function show(node, visible) {
+	node.hidden = !visible;
+}
+
+/** Bring the children of `parent` in line with `items`: the node of each key is kept, made by make, brought up to date by update. */
+export function syncRows(parent, items, keyOf, make, update) {
+	const nodes = new Map([...parent.children].map((node) => [node.dataset.key, node]));
+	let next = parent.firstElementChild;
+	for (const item of items) {
+		const key = String(keyOf(item));
+		let node = nodes.get(key);
+		if (!nodes.delete(key)) {
+			node = make(item);
+			node.dataset.key = key;
+		}
+		update?.(node, item);
+		if (node === next) next = next.nextElementSibling;
+		else parent.insertBefore(node, next);
+	}
+	for (const node of nodes.values()) node.remove();
+}
+
+/**
+ * A table of columns [head, cell(item), class?]. set(items) changes only the rows whose item differs; on a narrow screen
+ * a row is a list, and the heads stand beside the values.
+ */
+export function grid(keyOf, columns) {
+	const body = el("tbody");
+	const head = columns.map(([word, , kind]) => el("th", { class: kind }, word));
+	return {
+		element: el("div.card.table-wrap", el("table.stacked", el("thead", el("tr", head)), body)),
+		set: (items) => syncRows(body, items, keyOf, () => el("tr"), (row, item) => {
+			const is = JSON.stringify(item);
+			if (row.is === is) return;
+			row.is = is;
+			fill(row, columns.map(([word, cell, kind]) => el("td", { class: kind, "data-label": word }, cell(item))));
+		}),
+	};
+}
+
+// --- icons: drawn here, so that a status differs by its shape and not only by its colour
+
+const RING = "M8 2.5a5.5 5.5 0 1 1 0 11 5.5 5.5 0 0 1 0-11";
+const CHECK = "M3 8.5 6.3 12 13 4.5";
+const CROSS = "M4 4l8 8M12 4l-8 8";
+const WARNING = "M8 2 14.5 13.5h-13zM8 6.5v3M8 11.4v.4";
+const CLOCK = `${RING}M8 5v3l2 1.5`;
+const ICONS = {
+	queued: CLOCK, failed_retryable: CLOCK, clock: CLOCK, waiting: `${RING}M6.4 6v4M9.6 6v4`, paused: `${RING}M6.4 6v4M9.6 6v4`,
+	running: "M8 2a6 6 0 1 1-6 6M5.8 8a2.2 2.2 0 1 0 4.4 0 2.2 2.2 0 0 0-4.4 0",
+	completed: CHECK, approved: CHECK, delivered: CHECK, check: CHECK, failed: CROSS, rejected: CROSS, close: CROSS,
+	cancelled: `${RING}M4.2 4.2l7.6 7.6`, canceled: `${RING}M4.2 4.2l7.6 7.6`, stalled: WARNING, manual_review: WARNING,
+	runs: "M2 4h12M2 8h8M2 12h10", approvals: "M3 3h10v7H8l-3 3v-3H3z", queues: "M2 3h12v3H2zM2 8h12v2H2zM2 12h12v1.5H2z",
+	schedules: "M2.5 4h11v9.5h-11zM2.5 7h11M5.5 2v3M10.5 2v3", costs: "M3 13.5V9M8 13.5V3M13 13.5V6.5",
+	workers: "M3 3h10v7H3zM1.5 13h13M8 10v3", copy: "M5.5 5.5h8v8h-8zM3 10.5H2.5v-8h8V3", chevron: "M6 3.5 10.5 8 6 12.5",
+	search: "M7 2.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M10.5 10.5 14 14", download: "M8 2.5v7.5M4.8 7 8 10.2 11.2 7M3 13.5h10",
+};
+
+export const icon = (name) => el(`svg.icon.icon-${name}`, { viewBox: "0 0 16 16", "aria-hidden": "true" }, el("path", { d: ICONS[name] ?? RING }));
+
+const STATUS_WORDS = { failed_retryable: "to be retried", manual_review: "in review", canceled: "expired" };
+
+/** A status with its shape and colour. */
+export const status = (name, word = STATUS_WORDS[name] ?? name) => el(`span.status.status-${name}`, icon(name), el("span", word));
+
+// --- times: one zone for the whole page, the whole instant on hover
+
+let zone = localStorage.getItem("tidebase.zone") === "utc" ? "UTC" : undefined;
+let clockOffset = 0; // the server's clock minus this computer's, in milliseconds
+const formats = new Map();
+
+const hereZone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+export const zoneName = () => zone ?? hereZone;
+export const zoneNote = () => el("span.muted", "Times in ", el("span", { "data-zone": "" }, zoneName()));
+
+export function switchZone() {
+	zone = zone ? undefined : "UTC";
+	localStorage.setItem("tidebase.zone", zone ? "utc" : "local");
+	formats.clear();
+	for (const node of document.querySelectorAll("time[data-kind]")) writeTime(node);
+	for (const node of document.querySelectorAll("[data-zone]")) setText(node, zoneName());
+}
+
+export const setServerTime = (iso) => { clockOffset = new Date(iso) - Date.now(); };
+
+/** Now, by the server's clock: ages stay right when this computer's clock is wrong. */
+export const now = () => Date.now() + clockOffset;
+
+const OF_DAY = { hour: "2-digit", minute: "2-digit", second: "2-digit" };
+const FORMATS = {
+	day: { year: "numeric", month: "short", day: "numeric" }, clock: OF_DAY, precise: { ...OF_DAY, fractionalSecondDigits: 3 },
+	date: { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" },
+	long: { year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" },
+	whole: { weekday: "short", year: "numeric", month: "short", day: "numeric", ...OF_DAY, fractionalSecondDigits: 3 },
+};
+
+function format(name, at) {
+	if (!formats.has(name)) formats.set(name, new Intl.DateTimeFormat("en-GB", { hourCycle: "h23", timeZone: zone, ...FORMATS[name] }));
+	return formats.get(name).format(at);
+}
+
+/** "14:02:10" today, "24 Nov 14:02" this year, else with the year. */
+function shortTime(at) {
+	if (format("day", at) === format("day", now())) return format("clock", at);
+	return format(at.getUTCFullYear() === new Date(now()).getUTCFullYear() ? "date" : "long", at).replace(",", "");
+}
+
+export const wholeInstant = (at) => `${format("whole", new Date(at))} (${zoneName()})\n${new Date(at).toISOString()}`;
+
+const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+
+/** "12 ms", "2.4 s", "12 s", "3 min 20 s", "2 h 5 min", "4 d 3 h". */
+export function duration(milliseconds) {
+	const ms = Math.max(0, milliseconds);
+	if (ms < 1000) return `${Math.round(ms)} ms`;
+	if (ms < 9950) return `${(ms / 1000).toFixed(1)} s`;
+	const seconds = Math.round(ms / 1000);
+	const first = UNITS.findIndex(([size]) => seconds >= size);
+	const [size, unit] = UNITS[first];
+	const [smaller, smallerUnit] = UNITS[first + 1] ?? [1, ""];
+	const rest = Math.floor((seconds % size) / smaller);
+	return `${Math.floor(seconds / size)} ${unit}${rest ? ` ${rest} ${smallerUnit}` : ""}`;
+}
+
+function ago(at) {
+	const ms = now() - at;
+	const words = duration(Math.abs(ms)).replace(/^(\d+)\.\d s/, "$1 s").replace(/^(\d+ \w+) .*/, "$1");
+	return Math.abs(ms) < 1000 ? "now" : ms > 0 ? `${words} ago` : `in ${words}`;
+}
+
+const TIME_KINDS = { ago, short: shortTime, precise: (at) => format("precise", at), since: (at) => duration(now() - at) };
+
+/** A time that keeps itself up to date: ago, short, precise, or since (a duration that goes on). */
+export function time(iso, kind = "ago") {
+	if (!iso) return el("span.none", "–");
+	return writeTime(el("time", { datetime: iso, "data-kind": kind }));
+}
+
+function writeTime(node) {
+	setText(node, TIME_KINDS[node.dataset.kind](new Date(node.dateTime)));
+	return node;
+}
+
+// The whole instant is worked out when somebody points at a time: a list has many of them.
+document.addEventListener("mouseover", ({ target }) => {
+	if (target.dateTime) target.title = wholeInstant(target.dateTime);
+	else if (target.describe) target.title = target.describe();
+});
+
+setInterval(() => {
+	if (document.hidden) return;
+	for (const node of document.querySelectorAll("time[data-kind=ago], time[data-kind=since]")) {
+		setText(node, TIME_KINDS[node.dataset.kind](new Date(node.dateTime)));
+	}
+}, 1000);
+
+// --- numbers
+
+const grouped = new Intl.NumberFormat("en-US");
+export const count = (number) => grouped.format(number);
+export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
+export const bytes = (size) => (size < 1000 ? `${size} B` : size < 1e6 ? `${(size / 1000).toFixed(1)} kB` : `${(size / 1e6).toFixed(1)} MB`);
+export const compactCount = (number) => (number < 1e4 ? count(number) : number < 1e6 ? `${(number / 1e3).toFixed(1)} k` : `${(number / 1e6).toFixed(2)} M`);
+
+/** Cents and up with two digits, less than that with as many as show it. */
+export function money(usd) {
+	const amount = Number(usd ?? 0);
+	return amount === 0 ? "$0" : amount >= 0.0995 ? `$${amount.toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: 2 })}` : `$${Number(amount.toPrecision(2))}`;
+}
+
+// --- small parts
+
+/** A button that submits no form. */
+export const button = (word, onclick, kind = "", attributes = {}) => el(`button${kind && `.${kind}`}`, { type: "button", onclick, ...attributes }, word);
+export const iconButton = (name, label, onclick, attributes = {}) => button(icon(name), onclick, "bare", { title: label, "aria-label": label, ...attributes });
+
+export const field = (label, input, hint = null) => el("label.field", el("span", label), input, hint && el("small", hint));
+export const empty = (title, ...details) => el("div.empty", el("strong", title), el("p", details));
+export const card = (title, aside, ...body) => el("section.card", el("header", el("h2", title), aside), el("div.body.stack", body));
+
+/** Names and values: rows [name, value, ...]; rows that are false are left out. */
+export const facts = (rows) => el("dl.facts", rows.filter(Boolean).map(([name, ...value]) => el("div", el("dt", name), el("dd", value))));
+
+/** Costs [name, usd] as numbers and bars. */
+export function meters(title, rows) {
+	const most = Math.max(...rows.map(([, cost]) => cost), 1e-12);
+	return el("section.card", el("header", el("h2", title)), el("table.meters", el("tbody", rows.map(([name, cost]) => {
+		const bar = el("div.meter");
+		bar.style.width = `${(100 * cost) / most}%`;
+		return el("tr", el("td", name), el("td.num", money(cost)), el("td", bar));
+	}))));
+}
+
+/** Rows of grey while the first answer is on its way; they appear after a moment, so that quick answers do not flicker. */
+export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", "aria-label": "Loading" }, Array.from({ length: rows }, () => el("i")));
+
+/** An input to search with; action(text) is called as one types. */
+export function searchInput(placeholder, label, action, attributes = {}) {
+	const input = el("input", { type: "search", placeholder, "aria-label": label, oninput: () => action?.(input.value), ...attributes });
+	return el("div.search", icon("search"), input);
+}
+
+export const select = (label, choices, onchange, attributes = {}) => el("select", { "aria-label": label, onchange, ...attributes },
+	choices.map(([value, word]) => el("option", { value }, word)));
+
+/** Copy without the clipboard API too, which browsers withhold on plain HTTP. */
+async function copyText(text) {
+	try {
+		await navigator.clipboard.writeText(text);
+		return true;
+	} catch {
+		const area = el("textarea.offscreen", { readonly: true, "aria-hidden": "true", value: text });
+		const focused = document.activeElement;
+		(document.querySelector("dialog[open]") ?? document.body).append(area);
+		area.select();
+		const copied = document.execCommand("copy");
+		area.remove();
+		focused?.focus({ preventScroll: true });
+		return copied;
+	}
+}
+
+/** A button that copies a text, or what a function brings. */
+export function copyButton(text, label, word = null) {
+	const copy = button(icon("copy"), async (event) => {
+		event.stopPropagation();
+		const copied = await copyText(typeof text === "function" ? await text() : text);
+		copy.firstChild.replaceWith(icon(copied ? "check" : "close"));
+		announce(copied ? "Copied" : "Copying failed");
+		setTimeout(() => copy.firstChild.replaceWith(icon("copy")), 1200);
+	}, word ? "quiet" : "bare", { title: label, "aria-label": word ? null : label });
+	return add(copy, [word]);
+}
+
+export const idText = (id) => el("span.id", el("code", id), copyButton(id, `Copy ${id}`));
+
+const live = el("div.offscreen", { role: "status", "aria-live": "polite" });
+const toasts = el("div.toasts", { role: "alert" });
+
+/** Say something to a screen reader. */
+export function announce(text) {
+	if (!live.isConnected) document.body.append(live);
+	live.textContent = text;
+}
+
+/** Show a short message at the edge of the page; errors stay until they are closed. */
+export function toast(text, kind = "ok") {
+	(document.querySelector("dialog[open]") ?? document.body).append(toasts); // a modal dialog makes the rest inert
+	const note = el(`div.toast.toast-${kind}`, el("span", text), iconButton("close", "Close message", () => note.remove()));
+	toasts.append(note);
+	if (kind !== "error") setTimeout(() => note.remove(), 4000);
+}
+
+/** Open a modal dialog. `closed` resolves to the value of the button that submitted its form, or "". */
+export function dialog(title, content, ...buttons) {
+	const form = el("form", { method: "dialog" }, el("header", el("h2", title), iconButton("close", "Close", () => box.close(""))),
+		el("div.dialog-body", content), buttons.length > 0 && el("footer", buttons));
+	const box = el("dialog", { "aria-label": title, onclick: (event) => event.target === box && box.close("") }, form);
+	document.body.append(box);
+	box.showModal();
+	const closed = new Promise((resolve) => box.addEventListener("close", () => {
+		if (toasts.parentNode === box) document.body.append(toasts);
+		box.remove();
+		resolve(box.returnValue);
+	}));
+	return { form, closed };
+}
+
+/** Ask in a dialog; resolves to the form's values when it was submitted, else to null. */
+export async function ask(title, content, word, { kind = "primary", otherwise = null } = {}) {
+	const { form, closed } = dialog(title, content, otherwise && el("button", { value: "", formnovalidate: true }, otherwise), el(`button.${kind}`, { value: "go" }, word));
+	return (await closed) === "go" ? Object.fromEntries(new FormData(form)) : null;
+}
+
+export function debounce(action, milliseconds) {
+	let timer;
+	return (...values) => {
+		clearTimeout(timer);
+		timer = setTimeout(() => action(...values), milliseconds);
+	};
+}

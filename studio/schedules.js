@@ -1,0 +1,88 @@
+// Schedules: when they fire next, on and off, run now; and a form that shows the next five fires as one types.
+
+import { attempt, canWrite, getText, path, poll, post, put, query, remove } from "./api.js";
+import { bodyOf, jsonInput } from "./decide.js";
+import { ask, button, debounce, el, empty, field, fill, grid, skeleton, status, time, toast, wholeInstant, zoneNote } from "./dom.js";
+import { items, member } from "./json.js";
+
+export async function open({ main, signal }) {
+	const box = el("div", skeleton());
+	const table = grid((schedule) => schedule.name, [
+		["Schedule", ({ name }) => el("strong", name)],
+		["On", ({ enabled }) => (enabled ? status("completed", "on") : status("paused", "off"))],
+		["Cron", ({ cron, timezone }) => el("span", el("code", cron), el("span.muted", ` ${timezone}`))],
+		["Workflow", ({ name, workflowName }) => el("a.link", { href: `/studio/runs${query({ "metadata.schedule": name })}` }, workflowName)],
+		["Queue", ({ queue }) => queue],
+		["Next", ({ enabled, nextRunAt }) => (enabled && nextRunAt ? el("span", time(nextRunAt, "short"), el("span.muted", " ", time(nextRunAt))) : el("span.none", "–"))],
+		["Last", ({ lastEnqueuedAt }) => time(lastEnqueuedAt)],
+		["", (schedule) => canWrite() && el("div.row", button("Run now", () => act(() => runNow(schedule))), button(schedule.enabled ? "Disable" : "Enable", () => act(() => toggle(schedule))),
+			button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger"))],
+	]);
+	fill(main, el("header.spread", el("h1", "Schedules"), el("div.row", zoneNote(), canWrite() && button("New schedule", () => edit(null), "primary"))), box);
+
+	async function act(action) {
+		await attempt(action);
+		await load();
+	}
+
+	async function runNow({ name }) {
+		const { run } = await post(path`/schedules/${name}/run`);
+		toast(`Enqueued as ${run.id}.`);
+	}
+
+	/** Its input goes back as the text that came. */
+	const toggle = ({ name, cron, timezone, workflowName, queue, maxAttempts, enabled, inputText }) =>
+		put(path`/schedules/${name}`, bodyOf({ cron, timezone, workflowName, queue, maxAttempts, enabled: !enabled }, { input: inputText }));
+
+	async function forget({ name }) {
+		const sure = await ask(`Delete ${name}?`, el("p", "It fires no more. Runs that it enqueued stay."), "Delete", { kind: "danger", otherwise: "Keep it" });
+		if (sure) await act(() => remove(path`/schedules/${name}`));
+	}
+
+	async function edit(schedule) {
+		const values = await askSchedule(schedule);
+		if (!values) return;
+		const { name, input, maxAttempts, ...fields } = values;
+		await act(() => put(path`/schedules/${name}`, bodyOf({ ...fields, maxAttempts: Number(maxAttempts), enabled: schedule?.enabled ?? true }, { input })));
+	}
+
+	async function load() {
+		const schedules = [...items(member(await getText("/schedules"), "schedules"))].map((raw) => ({ ...JSON.parse(raw), inputText: member(raw, "input") }));
+		if (schedules.length === 0) return fill(box, empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once, however many servers there are."));
+		if (table.element.parentNode !== box) fill(box, table.element);
+		table.set(schedules);
+	}
+	await load();
+	poll(load, 5000, signal);
+}
+
+function askSchedule(schedule) {
+	const input = (name, otherwise, attributes = {}) => el("input", { name, required: true, value: schedule?.[name] ?? otherwise, ...attributes });
+	const fires = el("div", { role: "status" });
+	const zones = el("datalist", { id: "zones" }, (Intl.supportedValuesOf?.("timeZone") ?? ["UTC"]).map((name) => el("option", { value: name })));
+	const cron = input("cron", "0 9 * * 1-5", { oninput: () => preview(), autocomplete: "off" });
+	const zone = input("timezone", Intl.DateTimeFormat().resolvedOptions().timeZone, { oninput: () => preview(), list: "zones" });
+	const payload = jsonInput("input", { value: schedule?.inputText ?? "{}" });
+	const preview = debounce(async () => {
+		const asked = { cron: cron.value, timezone: zone.value };
+		let fault = "";
+		let shown;
+		try {
+			const { next } = await post("/schedules/preview", asked);
+			shown = next.length ? el("ol.fires", next.map((at) => el("li", { title: wholeInstant(at) }, inZone(at, asked.timezone), el("span.muted", " ", time(at))))) : el("p.muted", "It never fires.");
+		} catch (error) {
+			fault = error.message;
+			shown = el("p.error-text", fault);
+		}
+		if (asked.cron !== cron.value || asked.timezone !== zone.value) return; // typed on meanwhile
+		cron.setCustomValidity(fault);
+		fill(fires, shown);
+	}, 120);
+	preview();
+	return ask(schedule ? `Schedule ${schedule.name}` : "New schedule", el("div.fields", field("Name", input("name", "", { maxlength: 512, readonly: Boolean(schedule) })),
+		field("Workflow", input("workflowName", "")), field("Cron", cron, "minute hour day month weekday"), field("Time zone", zone),
+		el("section.all.payload", el("header", el("h3", "Next fires")), el("div.dialog-body", fires)),
+		field("Queue", input("queue", "default")), field("Attempts", input("maxAttempts", 3, { type: "number", min: 1 })), el("div.all", field("Input", payload)), zones), "Save");
+}
+
+const inZone = (iso, timeZone) => new Intl.DateTimeFormat("en-GB", { timeZone, weekday: "short", day: "numeric", month: "short", hour: "2-digit", minute: "2-digit", timeZoneName: "short" }).format(new Date(iso));

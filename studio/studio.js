@@ -1,0 +1,211 @@
+// Tidebase Studio: the frame around the pages: session, navigation, keyboard, and what all pages share.
+//
+// A page is a module with open(context) -> {escape?, onQuery?} | nothing. context: main (where it builds itself), parts (of
+// the path), query, signal (aborted when the page is left: it ends its reads, streams, timers and listeners).
+
+import { ApiError, get, keepKey, poll, session, setPageSignal, watch } from "./api.js";
+import { button, dialog, el, field, fill, icon, setServerTime, setText, show, skeleton, switchZone, toast, zoneName } from "./dom.js";
+import { goBack, navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
+
+const PAGES = {
+	runs: { title: "Runs", key: "r", load: (parts) => (parts.length ? import("./run.js") : import("./runs.js")) },
+	approvals: { title: "Approvals", key: "a", load: () => import("./approvals.js") },
+	queues: { title: "Queues", key: "q", load: () => import("./queues.js") },
+	schedules: { title: "Schedules", key: "s", load: () => import("./schedules.js") },
+	costs: { title: "Costs", key: "c", load: () => import("./costs.js") },
+	workers: { title: "Workers", key: "w", load: () => import("./workers.js") },
+	compare: { title: "Side by side", load: () => import("./compare.js"), section: "runs" },
+};
+
+const main = el("main.page", { id: "main", tabindex: "-1" });
+let page = null; // what the page that is open gave back
+let shownPath = null;
+let leaving = new AbortController();
+
+// --- opening pages
+
+async function open(scroll) {
+	const url = new URL(location.href);
+	const [name, ...parts] = url.pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
+	if (!name) return navigate(`/studio/runs${url.search}`, { replace: true });
+	if (url.pathname === shownPath && page?.onQuery) return page.onQuery(url.searchParams);
+	for (const box of document.querySelectorAll("dialog[open]")) box.close("");
+	leaving.abort();
+	const { signal } = leaving = new AbortController();
+	setPageSignal(signal);
+	shownPath = url.pathname;
+	page = null;
+	const entry = PAGES[name];
+	for (const link of document.querySelectorAll(".nav-links a")) {
+		if (link.dataset.page === (entry?.section ?? name)) link.setAttribute("aria-current", "page");
+		else link.removeAttribute("aria-current");
+	}
+	setTitle(entry?.title ?? "Not found");
+	if (!entry) return fill(main, el("h1", "There is no such page"), el("a.link", { href: "/studio/runs" }, "All runs"));
+	fill(main, skeleton());
+	try {
+		const module = await entry.load(parts).catch(() => { throw new ApiError(0, { error: "the server cannot be reached" }); });
+		if (signal.aborted) return; // left before it was there
+		const opened = await module.open({ main, parts, query: url.searchParams, signal });
+		if (signal.aborted) return;
+		page = opened;
+	} catch (error) {
+		if (signal.aborted || error.name === "AbortError") return;
+		showFault(error, entry.title);
+		if (!(error instanceof ApiError)) throw error;
+	}
+	scrollTo(0, scroll);
+	if (!main.contains(document.activeElement)) main.focus({ preventScroll: true });
+}
+
+function showFault(error, title) {
+	if (error.status === 401) return;
+	fill(main, el("h1", title), el("div.fault", { role: "alert" }, el("strong", error.status === 404 ? "It does not exist, or no longer" : "This could not be loaded"),
+		el("p", error.message), button("Try again", () => { shownPath = null; open(0); })));
+}
+
+document.addEventListener("click", (event) => {
+	const link = event.target.closest?.("a[href^='/studio']");
+	if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
+	event.preventDefault();
+	navigate(link.getAttribute("href"));
+});
+addEventListener("popstate", (event) => open(event.state?.scroll ?? 0));
+let scrolled;
+addEventListener("scroll", () => {
+	clearTimeout(scrolled);
+	scrolled = setTimeout(rememberScroll, 200);
+}, { passive: true });
+history.scrollRestoration = "manual";
+setOpener(open);
+
+// --- keyboard
+
+let goUntil = 0; // after g, the next key names a page
+
+document.addEventListener("keydown", (event) => {
+	const { key, target } = event;
+	const inDialog = document.querySelector("dialog[open]");
+	if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+	const typing = target.closest("input:not([type=checkbox], [type=range]), textarea, select");
+	if (key === "Escape" && typing && !inDialog) return target.blur();
+	if (typing || inDialog || !main.isConnected) return;
+	if (Date.now() < goUntil) {
+		goUntil = 0;
+		const [name] = Object.entries(PAGES).find(([, entry]) => entry.key === key) ?? [];
+		if (name) return navigate(`/studio/${name}`);
+	}
+	if (key === "g") goUntil = Date.now() + 2000;
+	else if (key === "?") showHelp();
+	else if (key === "/") {
+		event.preventDefault();
+		const input = main.querySelector("[data-search]");
+		if (input) input.select();
+		else navigate("/studio/runs?focus=search");
+	} else if (key === "j" || key === "k") moveFocus(target, key === "j" ? 1 : -1);
+	else if (key === "x") target.closest("tr")?.querySelector("input[type=checkbox]")?.click();
+	else if (key === "Escape" && !page?.escape?.() && location.pathname !== "/studio/runs") goBack();
+});
+
+/** To the next or previous row: what bears data-row in it is focused, and Enter opens it. */
+function moveFocus(from, by) {
+	const rows = [...main.querySelectorAll("[data-row]")];
+	const index = rows.indexOf(from.closest("tr, [role=listitem]")?.querySelector("[data-row]"));
+	rows[Math.max(0, Math.min(rows.length - 1, index + by))]?.focus();
+}
+
+const KEYS = [["/", "search"], ["j k", "next, previous row"], ["Enter", "open the row"], ["x", "select the row"], ["Esc", "close, or go back"],
+	...Object.values(PAGES).filter((entry) => entry.key).map((entry) => [`g ${entry.key}`, entry.title]), ["?", "this help"]];
+const showHelp = () => dialog("Keyboard", el("table", el("tbody", KEYS.map(([keys, what]) => el("tr", el("td.row", keys.split(" ").map((key) => el("kbd", key))), el("td", what))))));
+
+// --- the frame
+
+const banner = el("div.banner", { role: "status", hidden: true });
+const badge = el("span.badge", { hidden: true });
+let countApprovals = () => {};
+let counting = new AbortController();
+
+function buildFrame() {
+	const links = Object.entries(PAGES).filter(([, entry]) => entry.key).map(([name, entry]) =>
+		el("a", { href: `/studio/${name}`, "data-page": name, title: `g ${entry.key}` }, icon(name), el("span", entry.title), name === "approvals" && badge));
+	fill(document.body, el("div.frame",
+		el("nav.nav", { "aria-label": "Studio" },
+			el("a.brand", { href: "/studio/runs" }, el("img", { src: "/studio/icon.svg", alt: "" }), "Tidebase"), el("div.nav-links", links),
+			el("div.nav-foot", session.access === "read" && el("span.tag", { title: "Signed in with TIDEBASE_READ_KEY" }, "read only"),
+				button([icon("clock"), el("span", { "data-zone": "" }, zoneName())], switchZone, "quiet", { title: "Show times in UTC or in this computer's zone" }),
+				button([el("kbd", "?"), "Keyboard"], showHelp, "quiet"), session.key && button("Sign out", signOut, "quiet"))),
+		el("div", banner, main)));
+}
+
+watch.onReachable = (reachable) => {
+	if (reachable === banner.hidden) return;
+	show(banner, !reachable);
+	fill(banner, el("strong", "The server cannot be reached."), `What you see is as of ${new Date().toLocaleTimeString()}. Trying again.`);
+};
+
+// --- session
+
+function signOut() {
+	keepKey(null);
+	location.assign("/studio");
+}
+
+function showSignIn(words = "") {
+	leaving.abort();
+	counting.abort();
+	shownPath = null;
+	setTitle("Sign in");
+	const input = el("input", { type: "password", required: true, autocomplete: "current-password" });
+	const fault = el("p.error-text", { role: "alert" }, words);
+	fill(document.body, el("main.sign-in", el("form.card", { async onsubmit(event) {
+		event.preventDefault();
+		try {
+			await get("/session", {}, { key: input.value, signal: null });
+		} catch (error) {
+			setText(fault, error.status === 401 ? "That key is not the server's." : error.message);
+			return input.select();
+		}
+		keepKey(input.value);
+		start();
+	} }, el("div.row", el("img", { src: "/studio/icon.svg", alt: "", width: 32, height: 32 }), el("h1", "Tidebase Studio")),
+	field("API key", input, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you close it."), fault, el("button.primary", "Sign in"))));
+	input.focus();
+}
+
+async function readSession() {
+	Object.assign(session, await get("/session", {}, { signal: null }));
+	setServerTime(session.now);
+}
+
+async function start() {
+	if (location.pathname === "/studio/review") return (await import("./approvals.js")).openReview(document.body);
+	try {
+		await readSession();
+	} catch (error) {
+		if (error.status === 401) return showSignIn(session.key ? "Your key is no longer the server's." : "");
+		fill(document.body, el("main.sign-in", el("div.fault", el("strong", "Tidebase Studio"), error.message, ". Trying again.")));
+		return setTimeout(start, 2000);
+	}
+	buildFrame();
+	counting.abort();
+	counting = new AbortController();
+	countApprovals = poll(async () => {
+		const { count, more } = await get("/approvals", { limit: 1 }, { signal: counting.signal });
+		setWaiting(count);
+		show(badge, count > 0);
+		setText(badge, more ? `${count}+` : count);
+	}, 5000, counting.signal);
+	await open(history.state?.scroll ?? 0);
+}
+
+watch.onUnauthorized = () => main.isConnected && showSignIn("Your key is no longer the server's.");
+addEventListener("unhandledrejection", (event) => {
+	const { reason } = event;
+	if (reason?.name === "AbortError" || reason instanceof ApiError) event.preventDefault();
+	if (reason instanceof ApiError && reason.status !== 401 && reason.status !== 0) toast(reason.message, "error");
+});
+document.addEventListener("decided", () => countApprovals());
+document.addEventListener("visibilitychange", () => {
+	if (!document.hidden && main.isConnected) readSession().catch(() => {}); // this computer may have slept: its clock is compared again
+});
+start();
