@@ -1,4 +1,4 @@
-"""What the README and docs/ print runs as printed.
+"""What the README, SECURITY.md and docs/ print runs as printed.
 
 A Python block is saved under the name in its first line, beside the client that is copied in as tidebase.py, and
 started as a reader would. A shell block runs in a copy of the repository, whose .venv is the environment that these
@@ -26,12 +26,13 @@ import pytest
 from conftest import ROOT, Answer, Api, eventually, free_port
 from packaging.requirements import Requirement
 
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (
+    ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))}
 TEXT = "\n".join(PAGES.values())
 PROGRAMS: dict[str, str] = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", TEXT, re.M | re.S))
 SH_BLOCKS = {name: re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S) for name, text in PAGES.items()}
 DEMO, TESTS, APP = SH_BLOCKS["README.md"]
-PSQL, KEY = SH_BLOCKS["operating.md"]
+PSQL, KEY = SH_BLOCKS["docs/operating.md"]
 SECRET = "the-secret-of-the-test"
 
 
@@ -142,9 +143,8 @@ def test_every_sh_block_is_run_here_but_that_of_the_tests_which_is_how_they_are_
 
 def test_links_lead_to_files():
     for name, text in PAGES.items():
-        base = ROOT if name == "README.md" else ROOT / "docs"
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (base / link).exists(), f"{name} links to {link}"
+            assert ((ROOT / name).parent / link).exists(), f"{name} links to {link}"
 
 
 def test_greet_answers_twice_the_same(folder: Folder):
