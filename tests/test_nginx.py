@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import select
 import shutil
 import socket
 import ssl
@@ -193,12 +194,14 @@ def test_of_an_upload_without_a_key_nothing_is_stored(start_nginx, server):
     with nginx.connect() as stranger:
         stranger.sendall(b"POST /runs/report HTTP/1.1\r\nHost: tide.example\r\nContent-Type: application/json\r\n"
                          b"Content-Length: %d\r\n\r\n" % len(body) + body[:500_000])
-        eventually(lambda: connections_to(server))
+        eventually(lambda: connections_to(server) or select.select([stranger], [], [], 0)[0])
         assert os.listdir(nginx.folder / "client_body") == []
         with suppress(ConnectionError):  # it may have been refused by now
             stranger.sendall(body[500_000:])
-        assert b" 401 " in stranger.recv(1000).split(b"\r\n")[0]
+        # 502 when the server closed the connection, which it may do after its 401, before nginx had sent it all.
+        assert stranger.recv(1000).split()[1] in (b"401", b"502")
     assert os.listdir(nginx.folder / "client_body") == []
+    assert Api(server.url, key=KEY).get("/runs")["runs"] == []
 
 
 def test_a_body_that_is_too_large_is_refused_as_the_server_does(start_nginx):
