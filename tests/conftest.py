@@ -387,6 +387,7 @@ class Api:
         connection = http.client.HTTPConnection(self.address, timeout=60)
         try:
             fields = {"content-type": "application/json", **self.headers, **(headers or {})}
+            connection.connect()
             with suppress(ConnectionError):  # a server that refuses a body hangs up while it is sent, after its answer
                 connection.request(method, path, data, fields)
             response = connection.getresponse()
