@@ -119,6 +119,7 @@ def test_ordinary_requests_go_through(start_nginx):
         tide.work("team/a", on_error=lambda *_: ended.append(False), poll_s=0.1, stop=lambda: bool(
             ended or tide.runs.list(workflow="greet", status="completed")[1:]))
         assert tide.runs.list(queue="team/a")[0]["result"] == "Hello, bob!"
+        assert len(tide.runs.create("report", "x" * 2_000_000)["input"]) == 2_000_000
     api = Api(nginx.url, key=KEY)
     refused(Api(nginx.url).get("/runs"), 401, "unauthorized")
     refused(Api(nginx.url, key="guessed").post("/runs/report"), 401, "unauthorized")
