@@ -2079,9 +2079,9 @@ def authorize() -> flask.Response | None:
     if request.path in ("/health", "/openapi.json", "/docs") or request.endpoint in PAGE_VIEWS:
         return None
     if request.endpoint not in WITHOUT_KEY:
-        # Browsers' streams send no headers.
-        given = request.args.get("token") if request.endpoint == "routes.stream_events" else None
-        expires_at = run_token_expiry(given) if request.endpoint == "routes.stream_events" else None
+        is_stream = request.endpoint == "routes.stream_events"
+        given = request.args.get("token") if is_stream else None  # browsers' streams send no headers
+        expires_at = run_token_expiry(given) if is_stream else None
         if expires_at is not None:
             flask.g.may_write, flask.g.expires_at = False, expires_at
         else:
@@ -2868,7 +2868,7 @@ class LogFormat(logging.Formatter):
     """
 
     EXTRAS = ("event", "delivery_id", "job", "path")
-    TOKEN = re.compile(r"((?:[?&;]|%3f|%26)token(?:=|%3d))[^\s&;#\"'<>]*?(?=%26|[\s&;#\"'<>]|$)", re.I)
+    TOKEN = re.compile(r"((?:[?&;]|%3f|%26)token(?:=|%3d))[^\s&]*", re.I)  # neither stands in a value as it is sent
 
     def format(self, record: logging.LogRecord) -> str:
         extras = [f"{name}={getattr(record, name)}" for name in self.EXTRAS if hasattr(record, name)]

@@ -390,8 +390,7 @@ def test_a_run_token_counts_until_it_expires_by_the_servers_clock(locked: LocalS
         locked.access.clock = lambda: 999.999
         assert way(page, f"/runs/{run}/events", token).status == 200
         locked.access.clock = lambda: 1000.0
-        told = refused(way(page, f"/runs/{run}/events", token), 401, "unauthorized")
-        assert "expired" in told["error"]
+        assert "expired" in refused(way(page, f"/runs/{run}/events", token), 401, "unauthorized")["error"]
         assert "expired" not in refused(way(page, f"/runs/{run}/events", signed(run, 900, "x")), 401,
                                         "unauthorized")["error"]
 
@@ -465,8 +464,8 @@ def use_tokens(api: Api, sql: Callable[..., Any], log: Callable[[], str]) -> lis
     for path in (f"/runs/{run}/events?token={guess}", f"/runs?token={guess}", f"/nothing?token={guess}",
                  f"/runs/{run}/events%3Ftoken={guess}", f"/runs/{run}/events?token={guess}%00",
                  f"/runs/{run}/events?token={guess}&token={guess}", f"/studio?token={guess}"):
-        assert guess not in page.get(path).text or "%3F" in path
-        assert guess not in api.get(path).text or "%3F" in path
+        assert guess not in page.get(path).text
+        assert guess not in api.get(path).text
     for target in (f"http://[?token={guess}", f"http://[::1?token={guess}/runs", f"/runs/{gone}/events?token={guess} x",
                    f"/{'x' * 70_000}?token={guess}", f"/runs?token={guess}\x00", f"//?token={guess}"):
         for version in ("HTTP/1.1", "HTTP/9.9", "HTCPCP/1.0"):
@@ -474,10 +473,10 @@ def use_tokens(api: Api, sql: Callable[..., Any], log: Callable[[], str]) -> lis
                 try:
                     connection.sendall(f"GET {target} {version}\r\nHost: localhost\r\n"
                                        "Connection: close\r\n\r\n".encode())
-                    told = b"".join(iter(lambda: connection.recv(65_536), b""))
+                    answer = b"".join(iter(lambda: connection.recv(65_536), b""))
                 except ConnectionError:  # closed on what it was still sent
                     continue
-            assert guess.encode() not in told
+            assert guess.encode() not in answer
     return secrets
 
 
@@ -498,9 +497,9 @@ def test_credentials_in_the_query_are_in_no_record_that_is_logged(
     caplog.set_level(logging.DEBUG)
     secrets = use_tokens(Api(locked.url, key=KEY), sql, lambda: caplog.text)
     assert "schema_differs" in [getattr(record, "event", "") for record in caplog.records]
-    told = caplog.text + "".join(map(repr, (vars(record) for record in caplog.records)))
+    logged = caplog.text + "".join(map(repr, (vars(record) for record in caplog.records)))
     for secret in secrets:
-        assert secret not in told
+        assert secret not in logged
 
 
 @pytest.mark.parametrize("line", [
@@ -510,17 +509,17 @@ def test_credentials_in_the_query_are_in_no_record_that_is_logged(
 def test_whatever_line_has_a_query_its_token_is_struck_from_it(line: str) -> None:
     """Also of a library that logs a request as a whole, which none does today: werkzeug's own server would."""
     format = tidebase.LogFormat("%(levelname)s %(message)s")
-    for secret in ("s3cret", run_token("r"), "a%2Fb+c~d"):
+    for secret in ("s3cret", run_token("r"), "a%2Fb%26c;d'e\"+~f"):
         try:
             raise RuntimeError(line.format(secret))
         except RuntimeError as error:
             raised = (type(error), error, error.__traceback__)
         for record in (logging.LogRecord("werkzeug", logging.INFO, "x.py", 1, "%s", (line.format(secret),), raised),
                        logging.makeLogRecord({"msg": "x", "levelname": "INFO", "path": line.format(secret)})):
-            told = format.format(record)
-            assert secret not in told
-            assert "***" in told
-            assert told.replace("***", secret).count(line.format(secret)) >= 1
+            text = format.format(record)
+            assert secret not in text
+            assert line.partition("{}")[0] + "***" in text
+            assert ("follow=false" in text) == ("follow=false" in line), "what follows stays"
 
 
 # ------------------------------------------------------------------------------
