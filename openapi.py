@@ -254,6 +254,10 @@ INTRODUCTION = (
     "JSON over HTTP. Times are ISO-8601 in UTC. A key that a body does not know is ignored, and so should you ignore a "
     "key that you do not know. Optional is not nullable: null is refused where the type has none. Path parts are "
     "percent-encoded, / included. Every write may be sent again when its answer was lost.")
+RUN_TOKEN = (
+    "Opens the events of one run, to read, until it expires. The client makes it, without a request (`runs.token`): "
+    "EXPIRY in whole seconds since 1970; MAC the HMAC-SHA256 of `tidebase-run-token.v1.EXPIRY.RUN_ID`, keyed with the "
+    "API key or the read key, as base64url without padding.")
 REFUSED = {  # what any route may answer, beside what it says of itself
     "400": ("invalid_request", "A value has the wrong form: issues says which, in the body, the path or the query."),
     "401": ("unauthorized", "The API key is missing or wrong."),
@@ -370,9 +374,13 @@ def document(app: flask.Flask, version: str, without_key: set[str], pages: set[s
         spec.components.schema(name, shape(text))
     for code, words in REFUSED.values():
         spec.components.response(code, refusal([code], words))
-    spec.components.security_scheme("key", {"type": "http", "scheme": "bearer"})
-    spec.components.security_scheme("token", {"type": "apiKey", "in": "query", "name": "token",
-                                              "description": "For browsers' streams, which send no headers."})
+    spec.components.security_scheme("key", {"type": "http", "scheme": "bearer",
+                                            "description": "The API key; for reading, the read key, too."})
+    spec.components.security_scheme("runToken", {
+        "type": "http", "scheme": "bearer", "bearerFormat": "v1.EXPIRY.MAC", "description": RUN_TOKEN})
+    spec.components.security_scheme("token", {
+        "type": "apiKey", "in": "query", "name": "token",
+        "description": "A run token, or a key, for browsers' streams, which send no headers."})
     for rule in app.url_map.iter_rules():
         if rule.endpoint in pages:
             continue
@@ -398,7 +406,8 @@ def document(app: flask.Flask, version: str, without_key: set[str], pages: set[s
             content = {"schema": bodies[0] if len(bodies) == 1 else {"anyOf": bodies}}
             operation["requestBody"] = {"required": required, "content": {"application/json": content}}
         streams = MEDIA["stream"] in operation["responses"]["200"]["content"]
-        operation["security"] = [] if rule.endpoint in without_key else [{"key": []}] + [{"token": []}] * streams
+        operation["security"] = [] if rule.endpoint in without_key else [
+            {"key": []}, *([{"runToken": []}, {"token": []}] if streams else [])]
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             spec.path(path, operations={method.lower(): operation})
     return spec.to_dict()

@@ -43,6 +43,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -1979,6 +1980,17 @@ def no_key() -> Refusal:
     return Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
 
 
+def run_token_expiry(given: str | None) -> int | None:
+    """When the run token expires that a request for a run's events brings as `given` or, without it, as the
+    Authorization header; None when it brings none.  :raises Refusal: 401, when the token has expired."""
+    access, request = core().access, flask.request
+    sent = access.key_in(request.headers.get("Authorization", "")) if given is None else given.encode()
+    expires_at = access.run_token_expiry(sent, (request.view_args or {})["run_id"])
+    if expires_at is not None and expires_at <= access.clock():
+        raise Refusal(401, "unauthorized", "this run token has expired: get another one")
+    return expires_at
+
+
 def read_only() -> Refusal:
     return Refusal(403, "read_only", "this key may only read")
 
@@ -1992,15 +2004,19 @@ def check_prepared() -> None:
 def authorize() -> flask.Response | None:
     """Before every request: preflights are answered, sender, key and database checked."""
     check_sender()
-    request, flask.g.may_write = flask.request, True
+    request, flask.g.may_write, flask.g.expires_at = flask.request, True, math.inf
     if request.method == "OPTIONS" and core().config.cors_origin:
         return flask.Response(status=204)
     if request.path in ("/health", "/openapi.json", "/docs") or request.endpoint in PAGE_VIEWS:
         return None
     if request.endpoint not in WITHOUT_KEY:
-        # Browsers' streams send no headers.
-        flask.g.may_write = check_key(
-            request.args.get("token") if request.endpoint == "routes.stream_events" else None)
+        is_stream = request.endpoint == "routes.stream_events"
+        given = request.args.get("token") if is_stream else None  # browsers' streams send no headers
+        expires_at = run_token_expiry(given) if is_stream else None
+        if expires_at is not None:
+            flask.g.may_write, flask.g.expires_at = False, expires_at
+        else:
+            flask.g.may_write = check_key(given)
         if not flask.g.may_write and request.method not in ("GET", "HEAD") and request.endpoint not in READS:
             raise read_only()
     check_prepared()
@@ -2406,12 +2422,13 @@ def time_of(name: str, text: str | None) -> datetime | None:
 
 @routes.get("/runs/<part:run_id>/events")
 def stream_events(run_id: str) -> Reply | flask.Response:
-    """A run's events after a number, as a stream that goes on; as a list for Accept: application/json.
+    """A run's events after a number, as a stream that goes on; as a list for Accept: application/json. A stream that a
+    run token opened ends when the token expires.
     ?after:0..2147483647=0 ?follow:true|false=true (false: end with the run) @Last-Event-ID (counts before after)
     ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
     ?limit:1..1000 (of the list)
     200 stream or [event] or [lightEvent], 404, 503 busy when all places for streams are taken."""
-    request, server = flask.request, core()
+    request, server, expires_at = flask.request, core(), flask.g.expires_at
     asked = query("after", "follow", "token", "view", "types", "limit")
     after = whole_of("after", request.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
     follow = choice_of("follow", asked.get("follow"), ("true", "false"), "true") == "true"
@@ -2441,7 +2458,7 @@ def stream_events(run_id: str) -> Reply | flask.Response:
 
     def stream() -> Iterator[str]:
         yield ": tidebase\n\n"
-        while not server.watcher.stopping:
+        while not server.watcher.stopping and (seconds_left := expires_at - server.access.clock()) > 0:
             waiter.woken.clear()
             try:
                 some = events(waiter.seq, EVENTS_AT_ONCE)
@@ -2455,7 +2472,7 @@ def stream_events(run_id: str) -> Reply | flask.Response:
                 yield f"id: {seq}\ndata: {text.translate(LINE_BREAKS)}\n\n"
             if ended:
                 return
-            if not some and not waiter.woken.wait(BEAT_SECONDS):
+            if not some and not waiter.woken.wait(min(BEAT_SECONDS, seconds_left)):
                 yield ": beat\n\n"
 
     response = flask.Response(stream(), mimetype="text/event-stream")
@@ -2754,13 +2771,18 @@ def listen(config: Config) -> socket.socket:
 
 
 class LogFormat(logging.Formatter):
-    """A line a person can read, with the event and the ids that the record carries."""
+    """A line a person can read, with the event and the ids that the record carries.
+
+    Nothing logs the query of a request, which may hold a credential as `token`. Should a library do so, or a client
+    send its ? percent-encoded, and so as part of the path, the credential is replaced by ***.
+    """
 
     EXTRAS = ("event", "delivery_id", "job", "path")
+    TOKEN = re.compile(r"((?:[?&;]|%3f|%26)token(?:=|%3d))[^\s&]*", re.I)  # neither stands in a value as it is sent
 
     def format(self, record: logging.LogRecord) -> str:
         extras = [f"{name}={getattr(record, name)}" for name in self.EXTRAS if hasattr(record, name)]
-        return " ".join([super().format(record), *extras])
+        return self.TOKEN.sub(r"\1***", " ".join([super().format(record), *extras]))
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -104,6 +104,8 @@ UNKNOWN_REST_S = 10.0  # after an older server gave a run of a workflow that is 
 SHUTDOWN_S = 25.0  # platforms send SIGKILL 30 s after SIGTERM
 STREAM_SILENCE_S = 45.0  # an event stream sends a comment every 15 s: three missed, and the connection is dead
 CONNECTIONS = 32  # requests of one event loop under way at once, held ones apart: more would only queue in the server
+RUN_TOKEN_S = 900.0  # for a page to open its stream; one that stays open gets another token from its own server
+RUN_TOKEN_MAX_S = 86_400.0  # a day: more is most likely milliseconds, by mistake
 CLAIM_HOLD_S = 20.0  # how long a claim waits for work: below the 30 s after which proxies give a silent request up
 CLAIM_S = 10.0  # beyond that for its answer: a hung server is noticed
 CLAIM_REST_S = 1.0  # at most, by chance, beyond what the server asks for when it has no place for a claim to wait in
@@ -2227,6 +2229,26 @@ class Runs(_Part[M]):
         path = _path("runs", run_id, "steps", step_id, "review")
         return _member(self._client._request("POST", path, body), "step")
 
+    def token(self, run_id: str, *, ttl_s: float = RUN_TOKEN_S) -> str:
+        """A run token: what you give a browser for its EventSource, instead of the key, which opens everything.
+
+        It opens GET /runs/:id/events of this one run, as `?token=` or `Authorization: Bearer`, to read, until it
+        expires by the server's clock; a stream ends then, too.  It opens nothing else.  It is computed here, from the
+        client's key: nothing is sent, nothing is stored, and only a change of the key takes it back.
+        ttl_s: seconds until it expires, rounded up to a whole one, at most a day.  Raises ValueError for another;
+        TidebaseError when the client has no key.
+        """
+        key = self._client.api_key
+        if key is None:
+            raise TidebaseError("this client has no API key, from which run tokens are made: give it api_key, or set "
+                                "TIDEBASE_API_KEY; a server without a key needs no tokens", code="no_api_key")
+        if not 0 < ttl_s <= RUN_TOKEN_MAX_S:
+            raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, more than 0 and at most {RUN_TOKEN_MAX_S:.0f}")
+        expiry = math.ceil(time.time() + ttl_s)
+        signed = f"tidebase-run-token.v1.{expiry}.{run_id}".encode()
+        mac = base64.urlsafe_b64encode(hmac.new(key.encode(), signed, hashlib.sha256).digest()).decode()
+        return f"v1.{expiry}.{mac.rstrip('=')}"
+
     @session_op
     def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
                metadata: Json | None = None, recovery_webhook: str | None = None,
@@ -3670,7 +3692,7 @@ class AsyncTidebase(Client[Awaited]):
     """The client whose methods are awaited; workflows and steps may be `async def`.  One object serves a process.
 
     So are those of `runs`, `queues`, `schedules` and `gates`, and those of the runs and sessions that it gives; only
-    `workflow` and `runs.subscribe`, for `async for`, are called as they are.
+    `workflow`, `runs.token` and `runs.subscribe`, for `async for`, are called as they are.
     """
 
     _context, _session = AsyncRunContext, AsyncRunSession

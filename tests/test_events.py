@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from conftest import Api, LocalServer, eventually, refused
 
 import tidebase
+from tidebase import Tidebase, TidebaseError
 
 PATHS_OF_BAD_NUMBERS = ["after=x", "after=-1", "after=1.5", "after=", "after=2147483648", "after=%D9%A3"]
 
@@ -301,6 +303,44 @@ def test_the_key_may_stand_in_the_query_of_a_stream_and_nowhere_else(start_serve
     for path in (f"/runs/{run}", "/runs", "/queues", f"/runs/{run}/snapshots"):
         refused(browser.get(f"{path}?token={token}"), 401, "unauthorized")
     refused(browser.post(f"/runs/{run}/cancel?token={token}"), 401, "unauthorized")
+
+
+def test_a_stream_opened_with_a_run_token_ends_when_it_expires(start_server, beating):
+    server = start_server(TIDEBASE_API_KEY="the-key")
+    api = Api(server.url, server, key="the-key")
+    run = api.create()
+    token = Tidebase(server.url, "the-key").runs.token(run, ttl_s=60)
+    page = Api(server.url, server)
+    with listening(page, run, f"?token={token}") as stream, listening(api, run) as keyed:
+        events = stream.events()
+        assert next(events)["seq"] == 1
+        server.access.clock = lambda: time.time() + 61
+        assert list(events) == []
+        use(api, run, 1)
+        assert numbers(keyed.take(2)) == [1, 2]
+    eventually(lambda: not server.watcher.waiters)
+    refused(page.get(f"/runs/{run}/events?after=1&token={token}"), 401, "unauthorized")
+
+
+def test_a_stream_ends_at_the_expiry_though_nothing_happens(start_server):
+    server = start_server(TIDEBASE_API_KEY="the-key")
+    run = Api(server.url, key="the-key").create()
+    token = Tidebase(server.url, "the-key").runs.token(run, ttl_s=0.1)  # which is rounded up to whole seconds
+    with listening(Api(server.url), run, f"?token={token}") as stream:
+        assert numbers(list(stream.events())) == [1]
+
+
+def test_a_client_that_has_a_run_token_for_its_key_reads_the_stream_of_that_run(start_server):
+    server = start_server(TIDEBASE_API_KEY="the-key")
+    api = Api(server.url, server, key="the-key")
+    run, other = api.create(), api.create()
+    api.complete(run)["run"]
+    with Tidebase(server.url, Tidebase(server.url, "the-key").runs.token(run)) as reader:
+        assert numbers(list(reader.runs.subscribe(run))) == [1, 2]
+        for refusal in (lambda: next(reader.runs.subscribe(other)), lambda: reader.runs.get(run)):
+            with pytest.raises(TidebaseError) as refused_to:
+                refusal()
+            assert refused_to.value.status == 401
 
 
 # --- places

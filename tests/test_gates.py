@@ -335,9 +335,15 @@ def test_the_resolve_url_never_comes_from_a_request_s_host(start_server, setting
     api = Api(f"http://127.0.0.1:{server.listener.getsockname()[1]}", key=KEY)
     run = api.create()
     for name, headers in (("a", {}), ("b", {"host": "evil.example", "x-forwarded-host": "evil.example"})):
-        answer = api.post(f"/runs/{run}/gates/begin", {"name": name, "prompt": "?"}, headers=headers)
+        channels = [{"type": "webhook", "url": "http://127.0.0.1:9/"}]
+        answer = api.post(f"/runs/{run}/gates/begin", {"name": name, "prompt": "?", "channels": channels},
+                          headers=headers)
         url = api.events(run)[-1]["payload"]["gate"]["resolveUrl"]
         assert url == f"{server.url if base is None else base}/runs/{run}/gates/{answer['gate']['id']}/resolve"
+        sent = api.get(f"/runs/{run}/deliveries")["deliveries"]
+        webhooks = [api.get(f"/runs/{run}/payload?of=delivery&id={delivery['id']}").text for delivery in sent]
+        assert len([text for text in webhooks if url in text]) == 1
+        assert "evil" not in "".join([answer.text, *webhooks])
 
 
 def test_a_server_that_others_reach_and_that_does_not_know_its_address_says_so_at_its_start(spawn_server):
@@ -476,7 +482,9 @@ def test_a_wrong_token_waits_for_nobody_who_works_on_the_run(api, database, bloc
     gate = ask(api, api.create())["gate"]
     with psycopg.connect(database) as connection:
         connection.execute("select from tidebase.runs where id = %s for no key update", (gate["runId"],))
-        refused(resolve(api, {**gate, "resolveToken": "guess"}), 409, "gate_token_wrong")
+        for wrong in ({"resolveToken": "guess"}, {"id": "gate_0"}):
+            refused(resolve(api, {**gate, **wrong}), 409, "gate_token_wrong")
+        refused(api.post(f"/runs/{gate['runId']}/gates/{gate['id']}/look", {"token": "guess"}), 409, "gate_token_wrong")
         with together(lambda: resolve(api, gate), lambda: (blocked(1), connection.rollback())) as answers:
             assert answers[0]["gate"]["status"] == "approved"
 

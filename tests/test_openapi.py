@@ -121,6 +121,18 @@ def test_all_limits_are_told_in_the_schemas_and_in_the_words(document: dict[str,
         assert limit in words, limit
 
 
+def test_the_routes_tell_what_opens_them_and_run_tokens_are_described(document: dict[str, Any]) -> None:
+    schemes = document["components"]["securitySchemes"]
+    assert "HMAC-SHA256 of `tidebase-run-token.v1.EXPIRY.RUN_ID`" in schemes["runToken"]["description"]
+    assert {path for path, operations in document["paths"].items() for operation in operations.values()
+            if operation["security"] not in ([], [{"key": []}])} == {"/runs/{runId}/events"}
+    assert document["paths"]["/runs/{runId}/events"]["get"]["security"] == [
+        {"key": []}, {"runToken": []}, {"token": []}]
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert {name for one in operation["security"] for name in one} <= schemes.keys()
+
+
 def seed(api: Api) -> dict[str, list[str]]:
     """Something of everything.  :returns: the ids by the path parameters' names."""
     channel = {"type": "webhook", "url": "http://127.0.0.1:9/hook", "secret": "s"}

@@ -104,6 +104,9 @@ CLIENT = [
         lambda step: (step["name"], step["status"]) == ("mail", "completed")),
     Row("tide.runs.subscribe", "run_id, after=0, *, kinds", lambda tide, api: after_its_end(tide, api).next(),
         lambda event: event["type"] == "run.cancelled"),
+    Row("tide.runs.token", "run_id, *, ttl_s=900.0",  # awaited on neither client: nothing is sent
+        lambda tide, api: type(tide)(tide.url, "a-key").runs.token("r", ttl_s=60),
+        lambda token: re.fullmatch(r"v1\.[0-9]{10}\.[\w-]{43}", token)),
     Row("tide.runs.attach", "workflow_name, *, run_id, input, metadata, recovery_webhook, channels, heartbeat_s=20.0,"
                             " on_lease_lost, recovery_secret",
         lambda tide, api: tide.runs.attach("report"), lambda session: is_run(session.run)),

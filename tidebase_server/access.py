@@ -1,5 +1,9 @@
 """Who may ask: what the head of a request must say before its body is looked at.
 
+Run tokens, for browsers' streams, are `v1.EXPIRY.MAC`. EXPIRY is when it ends, in whole seconds since 1970, as decimal
+digits. MAC is the HMAC-SHA256 of `tidebase-run-token.v1.EXPIRY.RUN_ID`, keyed with the API key or the read key, all in
+UTF-8, as base64url without padding. The run's id is part of what is signed and not of the token: the path has it.
+
 A server without a key trusts whoever can connect, and so must keep out the web pages that a browser on this machine
 shows. A browser sends their requests to any address, and says in `Origin` and `Sec-Fetch-Site` whose they are. For a
 page that lets its own name point to this server, the two are of the same origin; but `Host` has that name.
@@ -7,15 +11,18 @@ page that lets its own name point to this server, the two are of the same origin
 
 from __future__ import annotations
 
+import base64
 import hmac
 import ipaddress
 import re
+import time
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 DEFAULT_PORTS = {"http": 80, "https": 443}
+RUN_TOKEN = re.compile(rb"v1\.([0-9]{1,12})\.([A-Za-z0-9_-]{43})")
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:/@,\s]+)(?::([0-9]{1,5}))?", re.I)
 
 
@@ -50,6 +57,7 @@ class Access:
         self.read_key = read_key
         self.cors_origin = cors_origin
         self.pages = pages
+        self.clock = time.time  # by which run tokens expire
         self.public = origin_of(public_url)
         own = one_spelling(host)
         self.names = LOOPBACK | {own} | ({self.public.host} if self.public else set())
@@ -112,6 +120,17 @@ class Access:
 
     def is_read_key(self, sent: bytes) -> bool:
         return bool(self.read_key) and hmac.compare_digest(sent, self.read_key.encode())
+
+    def run_token_expiry(self, sent: bytes, run_id: str) -> int | None:
+        """When this run token expires, or has expired, in seconds since 1970; None when it is no token of this run."""
+        found = RUN_TOKEN.fullmatch(sent)
+        if not found:
+            return None
+        text = b"tidebase-run-token.v1." + found[1] + b"." + run_id.encode()
+        macs = [base64.urlsafe_b64encode(hmac.digest(key.encode(), text, "sha256")).rstrip(b"=")
+                for key in (self.api_key, self.read_key) if key]
+        matches = [hmac.compare_digest(found[2], mac) for mac in macs]
+        return int(found[1]) if any(matches) else None
 
 
 def of_body(environ: Mapping[str, Any]) -> Denial | None:
