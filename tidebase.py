@@ -1709,7 +1709,7 @@ class Admission(Gatekeeper):
         if not access.api_key or access.is_key(key) or access.is_read_key(key):
             return None
         if not takes_no_key(head.method, path):
-            return self._answer(refused(no_key()))
+            return self._answer(refused(no_key(key)))
         if head.body_bytes is None or head.body_bytes > KEYLESS_BYTES:
             return self.refuse(413, "")
         return None
@@ -1972,12 +1972,13 @@ def check_key(given: str | None = None) -> bool:
     if access.is_key(key):
         return True
     if not access.is_read_key(key):
-        raise no_key()
+        raise no_key(key)
     return False
 
 
-def no_key() -> Refusal:
-    return Refusal(401, "unauthorized", "send the API key: Authorization: Bearer KEY")
+def no_key(sent: bytes) -> Refusal:
+    return Refusal(401, "unauthorized", "the API key that was sent is not this server's" if sent else
+                   "send the API key: Authorization: Bearer KEY")
 
 
 def run_token_expiry(given: str | None) -> int | None:

@@ -460,6 +460,10 @@ class GateDecision(NamedTuple):
         """Whether the answer was yes."""
         return self.status == "approved"
 
+    def __bool__(self) -> bool:
+        """Likewise, so that `if run.gate(...)` means what it says."""
+        return self.approved
+
 
 # ------------------------------------------------------------------------------
 # Pure helpers: identifiers, canonical JSON, signatures, bodies; no I/O, each naming the standard it follows.
@@ -672,26 +676,44 @@ def _fit(fn: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
     return args[: next((count for count in range(len(args), 0, -1) if _accepts(fn, count)), 0)]
 
 
-def _captured(fn: Callable[..., Any]) -> tuple[Any, ...]:
-    """A function's code and the values bound to it: the same for a lambda that is made anew by the same line."""
-    if isinstance(fn, functools.partial):
-        return (*_captured(fn.func), *fn.args, *fn.keywords.values())
+def _called_with(fn: Callable[..., Any]) -> tuple[Any, ...] | None:
+    """A function's code and what is bound to it: equal for a lambda that the same line makes anew for the same item,
+    and for a method of an object that has not changed meanwhile, as far as that shows.  None where nobody can tell."""
+    bound: list[Any] = []
+    while isinstance(fn, functools.partial):
+        bound += [*fn.args, *fn.keywords.values()]
+        fn = fn.func
     if isinstance(fn, types.MethodType):
-        return fn.__func__, fn.__self__
+        bound.append(fn.__self__)
+        fn = fn.__func__
     if not isinstance(fn, types.FunctionType):
-        return (fn,)
-    values: list[Any] = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+        return None
+    bound += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
     for cell in fn.__closure__ or ():
         with contextlib.suppress(ValueError):  # a name that has no value yet
-            values.append(cell.cell_contents)
-    return (fn.__code__, *values)
+            bound.append(cell.cell_contents)
+    if any(isinstance(value, Iterator) for value in bound):  # it gives another item at each call
+        return None
+    return (fn.__code__, *map(_state_of, bound))
 
 
-def _alike(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    """Whether all of these are the same objects, or equal texts or numbers."""
-    return len(some) == len(others) and all(
-        one is other or (type(one) is type(other) and isinstance(one, (str, bytes, int, float)) and one == other)
-        for one, other in zip(some, others))
+def _state_of(value: Any) -> Any:
+    """A text or number itself; of an object, which one it is and the texts and numbers that it holds."""
+    if type(value) in _FIXED:
+        return value
+    held = {} if isinstance(value, (types.FunctionType, types.ModuleType, type)) else getattr(value, "__dict__", {})
+    return id(value), tuple((key, each) for key, each in held.items() if type(each) in _FIXED)
+
+
+_FIXED = (str, bytes, bool, int, float)
+
+
+def _words_of(error: BaseException) -> str:
+    """What an exception says; its own __str__ may fail."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"<{type(error).__name__} cannot be shown: {type(failure).__name__}>"
 
 
 def _error_json(error: BaseException) -> Json:
@@ -704,7 +726,7 @@ def _error_json(error: BaseException) -> Json:
             [(f.filename, f.lineno or 0, f.name, f.line) for f in part.stack if f.filename != __file__])
         part = part.__cause__ or part.__context__
     stack = "".join(told.format())[-STACK_CHARS:]
-    parts = {"name": type(error).__name__, "message": str(error)[:MESSAGE_CHARS], "stack": stack}
+    parts = {"name": type(error).__name__, "message": _words_of(error)[:MESSAGE_CHARS], "stack": stack}
     return {key: text.encode("utf-8", "replace").decode() for key, text in parts.items()}
 
 
@@ -972,7 +994,9 @@ class _Names:
     A call from within a step's function is `step/name`: a replay does not make it, as the step's output is there.
     """
 
+    # With whose they are: a step's function may run other runs.
     _within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
+    _place: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_place", default=None)
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
@@ -982,16 +1006,18 @@ class _Names:
         self._under_way: set[tuple[str, str]] = set()  # kind and name as called
         self._failed: dict[tuple[tuple[str, str], ...], list[tuple[list[str], tuple[Any, ...]]]] = {}
         self._executing = 0
-        self._last = ""  # the call that began last, and whether it failed
-        self._writes: Counter[tuple[str, str]] = Counter()  # ids given, by last call and verb
+        self._last = ""  # the call that began last, and whether it failed; each task has one of its own, in _place
+        self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
 
     @contextlib.contextmanager
-    def call(self, *asked: tuple[str, str], same: Callable[[], tuple[Any, ...]] | None = None) -> Iterator[list[str]]:
+    def call(self, *asked: tuple[str, str],
+             same: Callable[[], tuple[Any, ...] | None] | None = None) -> Iterator[list[str]]:
         """A call is under way.  Yields the names in the record.
 
         asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
-        good, what it is called with.  A replay executes such a call again, and so does the program that catches the
-        failure and makes the same call once more: it keeps the name, so that the replay finds its output.
+        good, what it is called with, None where nobody can tell.  A replay executes such a call again, and so does the
+        program that catches the failure and makes the same call once more: it keeps the name, so that the replay finds
+        its output.
         """
         within = self._within.get()
         nested = within is not None and within[0] is self
@@ -1006,26 +1032,40 @@ class _Names:
             names = self._failed_before(asked, same) or [self._next(kind, name) for kind, name in asked]
             self._under_way.update(asked)
             place = f"{asked[0][0]} {names[0]}"
-            self._last = self._last if nested else place
+            if not nested:
+                self._move_to(place)
         try:
             yield names
         except Exception:
-            if same is not None:
-                with self._lock:
-                    self._failed.setdefault(asked, []).append((names, same()))
-                    self._last = f"{place} failed" if self._last == place else self._last
+            called_with = same and same()
+            with self._lock:
+                if called_with is not None:
+                    self._failed.setdefault(asked, []).append((names, called_with))
+                if same is not None and self.last_here() == place:
+                    self._move_to(f"{place} failed")
             raise
         finally:
             with self._lock:
                 self._under_way.difference_update(asked)
 
+    def _move_to(self, place: str) -> None:
+        self._last = place
+        self._place.set((self, place))
+
+    def last_here(self) -> str:
+        """The call that began last in this task or thread or, where it made none, in any."""
+        here = self._place.get()
+        return here[1] if here is not None and here[0] is self else self._last
+
     def _failed_before(self, asked: tuple[tuple[str, str], ...],
-                       same: Callable[[], tuple[Any, ...]] | None) -> list[str] | None:
+                       same: Callable[[], tuple[Any, ...] | None] | None) -> list[str] | None:
         """The names of the same call, if it failed."""
-        for failed in self._failed.get(asked, ()):
-            if same is not None and _alike(failed[1], same()):
-                self._failed[asked].remove(failed)
-                return failed[0]
+        if asked in self._failed and same is not None:
+            called_with = same()
+            for failed in self._failed[asked]:
+                if failed[1] == called_with:
+                    self._failed[asked].remove(failed)
+                    return failed[0]
         return None
 
     def _next(self, kind: str, name: str) -> str:
@@ -1067,18 +1107,19 @@ class _Names:
         """Whether a step or a child of the run is executed here."""
         return self._executing > 0
 
-    def write_id(self, prefix: str, verb: str) -> str:
+    def write_id(self, prefix: str, verb: str, *about: str | None) -> str:
         """The id of a write: between calls the same in every execution, so that a replay writes it once.
 
-        It is made of the run, the call before it, and its number among the writes since.  While a call is under way it
-        is a fresh one: within a step because what is executed again was spent again, beside one because the order of
-        the two is not known.
+        It is made of the run, the call before it in this task or thread, what it is about, and its number among such
+        writes since.  While a call is under way it is a fresh one: within a step because what is executed again was
+        spent again, beside one because the order of the two is not known.
         """
         with self._lock:
             if self._under_way:
                 return _new_id(prefix)
-            self._writes[self._last, verb] += 1
-            place = (self._run_id, self._last, verb, str(self._writes[self._last, verb]))
+            kind = (self.last_here(), verb, *(part or "" for part in about))
+            self._writes[kind] += 1
+            place = (self._run_id, *kind, str(self._writes[kind]))
         return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
@@ -1278,8 +1319,8 @@ class _RunPart(Surface[M]):
         self._client = run._client
         self._run: Run[M] = run
 
-    def _write_id(self, prefix: str, verb: str) -> str:
-        return self._run._names.write_id(prefix, verb)
+    def _write_id(self, prefix: str, verb: str, *about: str | None) -> str:
+        return self._run._names.write_id(prefix, verb, *about)
 
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
         held = self._run._held
@@ -1306,21 +1347,27 @@ class State(_RunPart[M]):
         importance: transient, normal, checkpoint or milestone.  if_version: refuse (409 version_conflict) when the live
         version is another one.
         """
-        return self._request("PUT", "state", body={**_body(locals(), id=self._write_id("ver", "set")), "value": value})
+        body = {**_body(locals(), id=self._write_id("ver", "set", stream)), "value": value}
+        answer = yield from self._request("PUT", "state", body=body)
+        given = {} if value is None else _plain(value, "a state")
+        after = self._run._names.last_here()
+        self._run._warn_of_differences("the state that is written after", after, answer["state"], value=given)
+        return answer
 
     @op
     def patch(self, value: Json, *, stream: str | None = None, label: str | None = None,
               reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
               created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
         """Merge into the top level of the value; else as `set`."""
-        return self._request("PATCH", "state", body=_body(locals(), id=self._write_id("ver", "patch")))
+        return self._request("PATCH", "state", body=_body(locals(), id=self._write_id("ver", "patch", stream)))
 
     @op
     def save(self, label: str, *, stream: str | None = None, reason: str | None = None,
              importance: str | None = None, metadata: Json | None = None,
              created_by: str | None = None) -> Op[Json]:
         """Label the current value, importance `milestone` unless given.  {"stateVersion": ...}; 404 without a value."""
-        return self._request("POST", "state", "save", body=_body(locals(), id=self._write_id("ver", "save")))
+        body = _body(locals(), id=self._write_id("ver", "save", stream, label))
+        return self._request("POST", "state", "save", body=body)
 
     @op
     def versions(self, stream: str | None = None, labeled: bool | None = None) -> Op[JsonList]:
@@ -1336,8 +1383,11 @@ class Snapshots(_RunPart[M]):
     def create(self, label: str, state: Any, *, target: Json | None = None, reason: str | None = None,
                metadata: Json | None = None, created_by: str | None = None) -> Op[Json]:
         """Keep `state` under a label; durable on return.  target: {"type": ..., "id": ...}, default the run itself."""
-        body = {**_body(locals(), id=self._write_id("ver", "snapshot")), "state": state}
-        return self._request("POST", "snapshots", body=body)
+        body = {**_body(locals(), id=self._write_id("ver", "snapshot", label)), "state": state}
+        answer = yield from self._request("POST", "snapshots", body=body)
+        given = {} if state is None else _plain(state, "a state")
+        self._run._warn_of_differences("snapshot", label, answer["snapshot"], value=given)
+        return answer
 
     @op
     def list(self) -> Op[JsonList]:
@@ -1361,7 +1411,7 @@ class Usage(_RunPart[M]):
                total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
                step_id: str | None = None) -> Op[Json]:
         """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
-        body = _body(locals(), id=self._write_id("use", "usage"))
+        body = _body(locals(), id=self._write_id("use", "usage", kind, provider, model, label))
         answer = yield from self._request("POST", "usage", body=body)
         figures = {key: value for key, value in body.items() if key not in ("metadata", "stepId")}
         self._run._warn_of_differences("usage", answer["usage"]["id"], answer["usage"], **figures)
@@ -1475,7 +1525,7 @@ class Run(Surface[M]):
         held.boundary()
         plain = None if input is None else _plain(input, f"the input of step {name!r}")
         hashed = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
-        same: Callable[[], tuple[Any, ...]] = lambda: _captured(fn) if plain is None else (hashed,)  # noqa: E731
+        same = functools.partial(_called_with, fn) if plain is None else lambda: (hashed,)
         with self._names.call(("step", name), same=same) as (name,):
             known = self._checkpoint(name, hashed)
             if known is not None:
@@ -2294,6 +2344,7 @@ class Events(Surface[M]):
     def __init__(self, client: Client[M], run_id: str, seq: int, kinds: Sequence[str] | None) -> None:
         self._client = client
         self.run_id, self.seq, self.ended = run_id, seq, False
+        self._ended_at: int | None = None  # `seq` when the run was seen to have ended
         self._kinds = None if kinds is None else frozenset(kinds)
         self._stream: Any = None
         self._bytes = b""
@@ -2328,7 +2379,14 @@ class Events(Surface[M]):
             if self._stream.status != 200:
                 raise _refusal(self._stream.status, _loads((yield ReadStream(self._stream))), path)
         data = yield ReadStream(self._stream)
-        if not data:
+        if not data:  # the server has no more, or stops
+            if self._ended_at == self.seq:
+                self.ended = True
+                self.close()
+                return
+            run = yield from self._client._request("GET", _path("runs", self.run_id, include="run"))
+            if _has_ended(run):
+                self._ended_at = self.seq  # what it wrote until then is asked for once more
             raise ConnectionResetError("the stream ended")
         events, self._bytes = _events_in(self._bytes + data)
         for event in events:

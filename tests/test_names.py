@@ -797,7 +797,7 @@ def test_what_a_failed_try_has_used_and_what_the_next_has_are_two_entries(tide: 
         ("failed", 1), ("failed", 2), ("well", 3)]
 
 
-def test_an_entry_that_is_repeated_with_other_figures_stays_and_the_log_says_so_of_usage_alone(
+def test_an_entry_that_is_repeated_with_other_figures_stays_and_the_log_says_so(
     tide: Any, api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     executions: list[int] = []
@@ -814,9 +814,11 @@ def test_an_entry_that_is_repeated_with_other_figures_stays_and_the_log_says_so_
     detail = api.detail(run_id)
     assert [entry["inputTokens"] for entry in detail["usage"]] == [1]
     assert [version["value"] for version in detail["stateVersions"]] == [{"at": 1}, {"at": 1}]
-    [told] = warnings(caplog)
-    assert f"run {run_id}: usage" in told
-    assert "another inputTokens" in told
+    usage, state, snapshot = (line for line in warnings(caplog) if f"run {run_id}: " in line)
+    assert "usage" in usage
+    assert "another inputTokens" in usage
+    assert "the state that is written after 'step one'" in state
+    assert "snapshot 'draft'" in snapshot
 
 
 def test_a_write_at_a_version_is_repeated_by_a_replay_without_a_conflict(tide: Any, api: Api) -> None:
@@ -943,3 +945,104 @@ def test_a_run_whose_worker_is_killed_in_its_loop_counts_once_what_it_wrote_betw
     assert detail["run"]["result"] == [0, 10, 20, 30]
     assert [version["value"]["pages"] for version in detail["stateVersions"]] == [1, 2, 3, 4]
     assert len(detail["usage"]) == 4
+
+
+# ------------------------------------------------------------------------------
+# Programs that a new user wrote, each of which went silently wrong.
+# ------------------------------------------------------------------------------
+
+
+class Crawler:
+    """An object that changes between the calls of its method."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.fails = {"bad"}
+
+    def fetch(self) -> str:
+        if self.url in self.fails:
+            raise OSError
+        return f"page of {self.url}"
+
+
+def test_after_a_caught_failure_a_method_of_an_object_that_changed_is_another_call(tide: Any, api: Api) -> None:
+    crawler = Crawler()
+
+    async def flow(run: Any) -> Any:
+        pages: dict[str, Any] = {}
+        for crawler.url in ("bad", "good", "fine"):
+            try:
+                pages[crawler.url] = await run.step("fetch", crawler.fetch)
+            except OSError:
+                pages[crawler.url] = None
+        crawler.fails.clear()
+        return pages
+
+    first, second = replayed(tide, flow)
+    assert first == {"bad": None, "good": "page of good", "fine": "page of fine"}
+    assert second == {**first, "bad": "page of bad"}  # a failed step is executed again
+
+
+def test_writes_of_tasks_side_by_side_do_not_take_each_others_place(api: Api, server: Any) -> None:
+    fails = [True]
+
+    async def branch(run: Any, name: str, work_s: float, rest_s: float) -> None:
+        await run.step(name, functools.partial(asyncio.sleep, work_s))
+        await asyncio.sleep(rest_s)
+        if name == "b" and fails:
+            fails.clear()
+            raise Crashed
+        await run.state.set({"of": name}, stream=name)
+        await run.usage.record(provider="p", model=name, cost_usd=1)
+
+    async def flow(run: Any, input: Any) -> None:
+        await asyncio.gather(branch(run, "a", 0.02, 0.06), branch(run, "b", 0.06, 0.04))
+
+    async def twice() -> str:
+        run_id = new_run_id()
+        async with tidebase_sdk.AsyncTidebase(server.url) as client:
+            with pytest.raises(Crashed):
+                await client.run("flow", flow, run_id=run_id)
+            await client.run("flow", flow, run_id=run_id)
+        return run_id
+
+    detail = api.detail(asyncio.run(twice()))
+    assert {stream["name"] for stream in detail["stateStreams"]} == {"a", "b"}
+    assert sorted(entry["model"] for entry in detail["usage"]) == ["a", "b"]
+
+
+def test_a_state_that_a_resume_would_write_otherwise_stays_and_the_log_says_so(
+        tide: Any, caplog: pytest.LogCaptureFixture) -> None:
+    executions: list[int] = []
+
+    async def flow(run: Any) -> Any:
+        executions.append(1)
+        return (await run.state.set({"execution": len(executions)}))["state"]["value"]
+
+    assert replayed(tide, flow) == [{"execution": 1}] * 2
+    assert any("the state that is written after" in line and "another value" in line for line in warnings(caplog))
+
+
+def test_a_gate_that_was_not_approved_is_false() -> None:
+    decision = tidebase_sdk.GateDecision("gate_1", "deploy", "rejected", "rejected", "ada", {})
+    assert not decision
+    assert decision._replace(status="approved")
+
+
+def test_a_failure_that_cannot_be_shown_is_recorded_all_the_same(tide: Any, api: Api) -> None:
+    class Unshowable(Exception):
+        def __str__(self) -> str:
+            raise AttributeError("response")
+
+    def fail() -> None:
+        raise Unshowable
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("ask", fail)
+
+    run_id = new_run_id()
+    with pytest.raises(Unshowable):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    detail = api.detail(run_id)
+    assert (detail["run"]["status"], detail["run"]["error"]["name"]) == ("failed", "Unshowable")
+    assert detail["steps"][0]["error"]["message"] == "<Unshowable cannot be shown: AttributeError>"

@@ -1344,6 +1344,26 @@ def test_a_fork_runs_changed_code_on_the_checkpoints_that_it_copied(tide: Any, a
             "draft for Ada, sent to someone else")
 
 
+@pytest.mark.parametrize("after", [0, 1, 2, 100])
+def test_a_subscription_to_a_run_that_has_ended_ends_wherever_it_begins(tide: Any, api: Api, after: int) -> None:
+    run_id = api.create()
+    api.post(f"/runs/{run_id}/cancel")["run"]
+
+    async def read(client: Any) -> Any:
+        events = client.runs.subscribe(run_id, after)
+        if isinstance(client, AsyncTidebase):
+            return [event["seq"] async for event in events]
+        return [event["seq"] for event in events]
+
+    seqs = asyncio.run(_read_awaited(api, read)) if isinstance(tide, AwaitedActor) else asyncio.run(read(tide.client))
+    assert seqs == [1, 2][after:]
+
+
+async def _read_awaited(api: Api, read: Any) -> Any:
+    async with AsyncTidebase(f"http://{api.address}") as client:
+        return await read(client)
+
+
 def test_schedules_are_set_listed_and_deleted(tide: Any) -> None:
     made = tide(lambda client: client.schedules.set("nightly", cron="0 3 * * *", workflow_name="report",
                                                     input={"a": 1}, timezone="Europe/Berlin"))
