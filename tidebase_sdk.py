@@ -3231,6 +3231,7 @@ class _BlockingDriver:
     def __init__(self, server: _Server) -> None:
         self._server = server
         self._idle: deque[_BlockingConnection] = deque()
+        self._closed = 0  # how often: a connection that was in use meanwhile is not kept
         self._process = os.getpid()
         self._methods: dict[Any, Callable[..., Any]] = {}  # of each operation: to make one takes longer than to call it
 
@@ -3306,6 +3307,7 @@ class _BlockingDriver:
         request = self._server.request(effect)
         if self._process != os.getpid():  # forked: the parent goes on using its connections
             self._idle, self._process = deque(), os.getpid()
+        closed = self._closed
         while True:
             connection = None
             with contextlib.suppress(IndexError):  # not `if self._idle`: other threads take from it, too
@@ -3325,14 +3327,15 @@ class _BlockingDriver:
                     continue  # the server had closed this idle connection; the next may be the same, the last is new
                 raise
             answer = connection.answer
-            if answer.keeps_alive():
+            if answer.keeps_alive() and closed == self._closed:
                 self._idle.append(connection)
             else:
                 connection.close()
             return Reply(answer.status, answer.headers.get("retry-after", ""), data)
 
     def close(self) -> None:
-        """Close the idle connections."""
+        """Close the idle connections, and those in use as soon as they are not."""
+        self._closed += 1
         while self._idle:
             self._idle.pop().close()
 

@@ -986,17 +986,19 @@ def test_after_a_caught_failure_a_method_of_an_object_that_changed_is_another_ca
 def test_writes_of_tasks_side_by_side_do_not_take_each_others_place(api: Api, server: Any) -> None:
     fails = [True]
 
-    async def branch(run: Any, name: str, work_s: float, rest_s: float) -> None:
-        await run.step(name, functools.partial(asyncio.sleep, work_s))
-        await asyncio.sleep(rest_s)
+    async def branch(run: Any, name: str, other: asyncio.Event, mine: asyncio.Event) -> None:
+        await run.step(name, functools.partial(asyncio.sleep, 0))
         if name == "b" and fails:
+            await other.wait()
             fails.clear()
             raise Crashed
         await run.state.set({"of": name}, stream=name)
         await run.usage.record(provider="p", model=name, cost_usd=1)
+        mine.set()
 
     async def flow(run: Any, input: Any) -> None:
-        await asyncio.gather(branch(run, "a", 0.02, 0.06), branch(run, "b", 0.06, 0.04))
+        a, b = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(branch(run, "a", b, a), branch(run, "b", a, b))
 
     async def twice() -> str:
         run_id = new_run_id()
