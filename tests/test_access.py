@@ -372,7 +372,7 @@ def test_a_forged_run_token_opens_nothing(locked: LocalServer) -> None:
                 refused(way(page, f"/runs/{run}/events", each), 401, "unauthorized")
 
 
-def test_without_a_read_key_nothing_is_signed_by_it(start_server: Callable[..., LocalServer]) -> None:
+def test_without_a_read_key_no_run_token_is_signed_by_it(start_server: Callable[..., LocalServer]) -> None:
     """The empty key is everybody's."""
     server = start_server(TIDEBASE_API_KEY=KEY)
     api, page = Api(server.url, key=KEY), Api(server.url)
@@ -671,7 +671,7 @@ def test_in_a_browser_a_run_token_opens_the_live_events_of_one_run_and_nothing_e
         assert page.evaluate(status, [f"{server.url}{path}?token={token}", method, json_type]) == 401
     accept = {"accept": "application/json"}
     assert page.evaluate(status, [at, "GET", accept]) == 200
-    server.access.clock = lambda: time.time() + 60
+    server.access.clock = lambda: time.time() + 61
     assert page.evaluate(status, [at, "GET", accept]) == 401
     assert page.evaluate(listen, [at, "late"]) == "refused"
     assert [each["id"] for each in api.get("/runs")["runs"]] == [other, run]
