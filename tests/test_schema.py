@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "e5f6fdaa287ca178c960695cf170386f97ec2c9fcc1f50ab44d385c71e96b709")
+PINNED = (3, "5250bb94a990ba6fb74d0b1500fc3a6b1f0161102c547a92d75959f947c8faa9")
 
 
 def apply(conninfo: str) -> None:
