@@ -3378,6 +3378,7 @@ end $$;
 -- Claims due webhooks, for each host at most p_per_host beside those in flight already.
 -- p_in_flight: the ids of what this sender sends now. Hosts with fewer of these come first, and take turns, beginning
 -- after p_after: neither the backlog of one nor a hundred that hang hold up another. At most 1,000 hosts are looked at.
+-- Payloads of more than _budget() bytes together are not claimed at once.
 -- Returns  {"webhooks": [{id, attempt, kind, url, secret, body}], "after": where the next call begins}; body is the
 --          exact text to sign and send.
 create or replace function tidebase.claim_webhooks (p_limit integer, p_hold_ms bigint, p_per_host integer,
@@ -3420,8 +3421,12 @@ begin
               where o.host = free.host and o.status = 'pending' and o.next_attempt_at <= v_now
                 and o.id <> all (p_in_flight)  -- whose claim could not be renewed in time
               order by o.next_attempt_at limit p_per_host - free.number for update skip locked) as claimable
+  ), sized as (
+    select due.*, row_number() over in_turn as place,
+           sum(coalesce(octet_length(tidebase._webhook_payload(o)::text), 0)) over in_turn as bytes
+      from due join tidebase.outbox o on o.seq = due.seq window in_turn as (order by due.number, due.turn)
   ), claimed as (
-    select * from due order by number, turn limit p_limit
+    select * from sized where place = 1 or bytes <= tidebase._budget() order by number, turn limit p_limit
   )
   select array_agg(seq order by number, turn),
          coalesce((array_agg(host order by number desc, turn desc))[1], (select host from hosts where turn = 1000),

@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "5250bb94a990ba6fb74d0b1500fc3a6b1f0161102c547a92d75959f947c8faa9")
+PINNED = (3, "9533081ceca4f0c3da87c46712101a666da3015ec104ba6d7170778f831e469d")
 
 
 def apply(conninfo: str) -> None:

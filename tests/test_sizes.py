@@ -275,6 +275,18 @@ def test_a_gates_own_channels_and_the_runs_share_a_payload_too(api: Api, sql: Ca
     assert sql("select count(*), count(payload) from tidebase.outbox") == [(12, 1)]
 
 
+def test_webhooks_with_large_payloads_are_claimed_a_budget_at_a_time(api: Api, sql: Callable[..., Any]) -> None:
+    assert api.server
+    api.server.let_send(False)
+    run = api.create()
+    sql("insert into tidebase.outbox (id, kind, run_id, event_type, url, payload, next_attempt_at)"
+        " select 'del_' || n, 'channel', %s, 'e', format('http://h%%s.example/', n), to_json(repeat('x', 6000000)),"
+        " tidebase.now() - interval '1 s' from generate_series(1, 5) n", run)
+    claimed = [[webhook["id"] for webhook in sql(
+        "select tidebase.claim_webhooks(8, 60000, 2, '{}', '')")[0][0]["webhooks"]] for _ in range(4)]
+    assert claimed == [["del_1", "del_2"], ["del_3", "del_4"], ["del_5"], []]
+
+
 # --- batches
 
 
