@@ -465,34 +465,29 @@ $$ select regexp_replace(p_url, '^([^:]+://)[^/?#]*@', '\1***@') $$;
 create or replace function tidebase._budget () returns integer language sql immutable as
 $$ select 16 * 1024 * 1024 $$;
 
--- The bytes of a payload's text, 0 for null. One whose stored form alone shows that it is too large for a list is not
--- read: then it is the stored size. jsonb takes up to four times as many bytes as its text.
-create or replace function tidebase._listed_bytes (p_value json) returns integer language sql immutable as $$
-  select case when pg_column_size(p_value) > 65540 then pg_column_size(p_value)
-              else coalesce(octet_length(p_value::text), 0) end
+-- The bytes of a payload's text, 0 for null, without reading it where its stored form tells enough: what is not
+-- compressed, or too large for a list even so. Of jsonb that is about right: its text may have a quarter of its bytes, or,
+-- by its numbers, 26 times as many.
+create or replace function tidebase._bytes (p_value json) returns integer language sql stable as $$
+  select coalesce(case when pg_column_size(p_value) > 65540 or pg_column_compression(p_value) is null
+                       then pg_column_size(p_value) else octet_length(p_value::text) end, 0)
 $$;
 
-create or replace function tidebase._listed_bytes (p_value jsonb) returns integer language sql immutable as $$
-  select case when pg_column_size(p_value) > 262148 then pg_column_size(p_value)
-              else coalesce(octet_length(p_value::text), 0) end
+create or replace function tidebase._bytes (p_value jsonb) returns integer language sql stable as $$
+  select coalesce(case when pg_column_size(p_value) > 262148
+                         or (pg_column_size(p_value) <= 2400 and pg_column_compression(p_value) is null)
+                       then pg_column_size(p_value) else octet_length(p_value::text) end, 0)
 $$;
 
--- The payload as a list has it: null if p_room is false or its text has more than 64 KiB.
-create or replace function tidebase._in_list (p_value json, p_room boolean) returns json language sql immutable as
-$$ select case when p_room and tidebase._listed_bytes(p_value) <= 65536 then p_value end $$;
+-- A payload as a list has it: null if p_room is false or it has more than 64 KiB.
+create or replace function tidebase._in_list (p_value json, p_room boolean) returns json language sql stable as
+$$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
 
-create or replace function tidebase._in_list (p_value jsonb, p_room boolean) returns jsonb language sql immutable as
-$$ select case when p_room and tidebase._listed_bytes(p_value) <= 65536 then p_value end $$;
+create or replace function tidebase._in_list (p_value jsonb, p_room boolean) returns jsonb language sql stable as
+$$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
 
--- The object, marked if one of its payloads, whose sizes p_bytes has, is left out.
-create or replace function tidebase._marked (p_object json, p_room boolean, p_bytes integer[])
-  returns json language plpgsql immutable as $$
-begin
-  if p_room and 65536 >= all (p_bytes) then
-    return p_object;
-  end if;
-  return tidebase._joined(p_object, '{"payloadOmitted": true}');
-end $$;
+create or replace function tidebase._marked (p_object json) returns json language sql immutable as
+$$ select (left(p_object::text, -1) || ', "payloadOmitted": true}')::json $$;
 
 -- p_input, … are r's own, or null where a list leaves them out.
 create or replace function tidebase._run_shown (r tidebase.runs, p_input json, p_metadata jsonb, p_result json,
@@ -513,23 +508,28 @@ $$;
 create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as
 $$ select tidebase._run_shown(r, r.input, r.metadata, r.result, r.error, r.waiting_for) $$;
 
--- A run of a list: without its payloads of more than 64 KiB; without p_room, without any.
-create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean) returns json language sql stable as $$
-  select tidebase._marked(
-    tidebase._run_shown(r, tidebase._in_list(r.input, p_room), tidebase._in_list(r.metadata, p_room),
-                        tidebase._in_list(r.result, p_room), tidebase._in_list(r.error, p_room),
-                        tidebase._in_list(r.waiting_for, p_room)),
-    p_room, array[tidebase._listed_bytes(r.input), tidebase._listed_bytes(r.metadata),
-                  tidebase._listed_bytes(r.result), tidebase._listed_bytes(r.error),
-                  tidebase._listed_bytes(r.waiting_for)])
+-- The bytes of a run's largest payload, and of those that a list would show.
+create or replace function tidebase._largest (r tidebase.runs) returns integer language sql stable as $$
+  select greatest(tidebase._bytes(r.input), tidebase._bytes(r.metadata), tidebase._bytes(r.result),
+                  tidebase._bytes(r.error), tidebase._bytes(r.waiting_for))
 $$;
 
--- The bytes of those payloads that a list would show.
-create or replace function tidebase._run_bytes (r tidebase.runs) returns bigint language sql stable as $$
-  select coalesce(sum(bytes) filter (where bytes <= 65536), 0)
-    from unnest(array[tidebase._listed_bytes(r.input), tidebase._listed_bytes(r.metadata),
-                      tidebase._listed_bytes(r.result), tidebase._listed_bytes(r.error),
-                      tidebase._listed_bytes(r.waiting_for)]) as bytes
+create or replace function tidebase._run_bytes (r tidebase.runs) returns integer language sql stable as $$
+  select case when tidebase._bytes(r.input) <= 65536 then tidebase._bytes(r.input) else 0 end
+       + case when tidebase._bytes(r.metadata) <= 65536 then tidebase._bytes(r.metadata) else 0 end
+       + case when tidebase._bytes(r.result) <= 65536 then tidebase._bytes(r.result) else 0 end
+       + case when tidebase._bytes(r.error) <= 65536 then tidebase._bytes(r.error) else 0 end
+       + case when tidebase._bytes(r.waiting_for) <= 65536 then tidebase._bytes(r.waiting_for) else 0 end
+$$;
+
+-- A run of a list: without its payloads of more than 64 KiB; without p_room, without any. p_largest as above.
+create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean, p_largest integer)
+  returns json language sql stable as $$
+  select case when p_room and p_largest <= 65536 then tidebase._run_json(r)
+    else tidebase._marked(tidebase._run_shown(
+           r, tidebase._in_list(r.input, p_room), tidebase._in_list(r.metadata, p_room),
+           tidebase._in_list(r.result, p_room), tidebase._in_list(r.error, p_room),
+           tidebase._in_list(r.waiting_for, p_room))) end
 $$;
 
 -- A run for who only asks whether it is still held.
@@ -641,20 +641,21 @@ $$;
 create or replace function tidebase._version_json (v tidebase.state_versions) returns json language sql stable as
 $$ select tidebase._version_shown(v, v.value, v.patch, v.metadata) $$;
 
--- A version of a list, likewise.
-create or replace function tidebase._version_listed (v tidebase.state_versions, p_room boolean)
-  returns json language sql stable as $$
-  select tidebase._marked(
-    tidebase._version_shown(v, tidebase._in_list(v.value, p_room), tidebase._in_list(v.patch, p_room),
-                            tidebase._in_list(v.metadata, p_room)),
-    p_room, array[tidebase._listed_bytes(v.value), tidebase._listed_bytes(v.patch),
-                  tidebase._listed_bytes(v.metadata)])
+-- Likewise of a version.
+create or replace function tidebase._largest (v tidebase.state_versions) returns integer language sql stable as
+$$ select greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch), tidebase._bytes(v.metadata)) $$;
+
+create or replace function tidebase._version_bytes (v tidebase.state_versions) returns integer language sql stable as $$
+  select case when tidebase._bytes(v.value) <= 65536 then tidebase._bytes(v.value) else 0 end
+       + case when tidebase._bytes(v.patch) <= 65536 then tidebase._bytes(v.patch) else 0 end
+       + case when tidebase._bytes(v.metadata) <= 65536 then tidebase._bytes(v.metadata) else 0 end
 $$;
 
-create or replace function tidebase._version_bytes (v tidebase.state_versions) returns bigint language sql stable as $$
-  select coalesce(sum(bytes) filter (where bytes <= 65536), 0)
-    from unnest(array[tidebase._listed_bytes(v.value), tidebase._listed_bytes(v.patch),
-                      tidebase._listed_bytes(v.metadata)]) as bytes
+create or replace function tidebase._version_listed (v tidebase.state_versions, p_room boolean, p_largest integer)
+  returns json language sql stable as $$
+  select case when p_room and p_largest <= 65536 then tidebase._version_json(v)
+    else tidebase._marked(tidebase._version_shown(v, tidebase._in_list(v.value, p_room),
+                            tidebase._in_list(v.patch, p_room), tidebase._in_list(v.metadata, p_room))) end
 $$;
 
 -- As events show a version: what and why, not the value.
@@ -2121,9 +2122,9 @@ begin
   if not exists (select from tidebase.runs where id = p_run_id) then
     return null;
   end if;
-  select array_agg(tidebase._version_listed(v, page.room) order by page.n), array_agg(v.id order by page.n)
+  select array_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n), array_agg(v.id order by page.n)
     into v_found, v_ids
-    from (select v.id, row_number() over by_number as n,
+    from (select v.id, p.n, tidebase._largest(v) as largest,
                  sum(tidebase._version_bytes(v)) over by_number <= tidebase._budget() as room
             from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
             join tidebase.state_versions v on v.id = p.id window by_number as (order by p.n)) as page
@@ -2152,10 +2153,10 @@ end $$;
 -- Returns  {"snapshots"}, null when there is no such run.
 create or replace function tidebase.list_snapshots (p_run_id text) returns json language sql stable as $$
   select json_build_object('snapshots', (
-           select coalesce(json_agg(tidebase._version_listed(v, m.room) order by m.n), '[]')
-             from (select id, n, sum(bytes) over (order by n) <= tidebase._budget() as room
+           select coalesce(json_agg(tidebase._version_listed(v, m.room, m.largest) order by m.n), '[]')
+             from (select id, n, largest, sum(bytes) over (order by n) <= tidebase._budget() as room
                      from (select v.id, row_number() over (order by v.created_at desc, v.id desc) as n,
-                                  tidebase._version_bytes(v) as bytes
+                                  tidebase._version_bytes(v) as bytes, tidebase._largest(v) as largest
                              from tidebase.state_versions v where v.run_id = p_run_id and v.label is not null
                             order by v.created_at desc, v.id desc limit 10000) as newest) as m
              join tidebase.state_versions v on v.id = m.id))
@@ -2473,7 +2474,7 @@ begin
       v_bytes := v_bytes + octet_length(v_run::text);
     end if;
     if v_bytes > tidebase._budget() then
-      v_run := tidebase._run_listed(v_new.run, false);
+      v_run := tidebase._run_listed(v_new.run, false, 0);
     end if;
     v_runs := v_runs || tidebase._joined(v_run, json_build_object('deduplicated', v_new.deduplicated));
   end loop;
@@ -2961,13 +2962,13 @@ end $$;
 
 -- By name, without inputs of more than 64 KiB.    Returns  {"schedules"}.
 create or replace function tidebase.list_schedules () returns json language sql stable as $$
-  select json_build_object('schedules', coalesce(json_agg(tidebase._marked(
-           tidebase._schedule_shown(s, tidebase._in_list(s.input, m.room)), m.room,
-           array[tidebase._listed_bytes(s.input)]) order by s.name), '[]'))
+  select json_build_object('schedules', coalesce(json_agg(
+           case when m.is_shown then tidebase._schedule_json(s)
+                else tidebase._marked(tidebase._schedule_shown(s, null)) end order by s.name), '[]'))
     from tidebase.schedules s
-    join (select name, coalesce(sum(bytes) filter (where bytes <= 65536) over (order by name), 0)
-                           <= tidebase._budget() as room
-            from (select name, tidebase._listed_bytes(input) as bytes from tidebase.schedules) as sizes) as m
+    join (select name, bytes <= 65536 and sum(bytes) filter (where bytes <= 65536) over (order by name)
+                                          <= tidebase._budget() as is_shown
+            from (select name, tidebase._bytes(input) as bytes from tidebase.schedules) as sizes) as m
          on m.name = s.name
 $$;
 
@@ -3085,7 +3086,7 @@ begin
           from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
          where v.run_id = p_run_id order by s.name collate "C", v.version;
       when 'childRuns' then
-        open v_rows for select c.id, tidebase._run_listed(c, true)
+        open v_rows for select c.id, tidebase._run_listed(c, true, tidebase._largest(c))
           from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
          where e.parent_run_id = p_run_id order by e.created_at, e.id;
       when 'channelDeliveries' then
@@ -3781,9 +3782,10 @@ begin
                      cross join lateral (select tidebase._why(r.id, v_facts, v_now) as why offset 0) as w) as told
              where told.run->>'version' is distinct from p_known->>told.id);
   end if;
-  return (select coalesce(json_agg(tidebase._joined(tidebase._run_listed(r, m.room),
+  return (select coalesce(json_agg(tidebase._joined(tidebase._run_listed(r, m.room, m.largest),
                                                     tidebase._why(r.id, v_facts, v_now)) order by m.n), '[]')
-            from (select g.n, g.id, sum(tidebase._run_bytes(r)) over (order by g.n) <= tidebase._budget() as room
+            from (select g.n, g.id, tidebase._largest(r) as largest,
+                         sum(tidebase._run_bytes(r)) over (order by g.n) <= tidebase._budget() as room
                     from unnest(p_ids) with ordinality as g (id, n) join tidebase.runs r on r.id = g.id) as m
             join tidebase.runs r on r.id = m.id);
 end $$;
@@ -4312,8 +4314,8 @@ begin
            'context', tidebase._decision_context(p.run_id)) order by n),
          (array_agg(tidebase._iso(p.at) || '_' || p.id order by n))[p_limit]
     into v_items, v_last
-    from (select n.*, sum(coalesce(octet_length(m.prompt), 0) + tidebase._listed_bytes(m.data)
-                          + tidebase._listed_bytes(m.decision_payload) + tidebase._listed_bytes(m.capability))
+    from (select n.*, sum(coalesce(octet_length(m.prompt), 0) + tidebase._bytes(m.data)
+                          + tidebase._bytes(m.decision_payload) + tidebase._bytes(m.capability))
                         over (order by n.n) <= tidebase._budget() as room
             from numbered n left join tidebase.gates m on n.kind = 'gate' and m.id = n.id
            where n.n <= p_limit) as p
@@ -4331,7 +4333,7 @@ create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens bool
     'id', g.id, 'runId', g.run_id, 'name', g.name,
     'prompt', case when p_room then g.prompt else left(g.prompt, 1000) end,
     'data', tidebase._in_list(g.data, p_room),
-    'dataOmitted', not p_room or tidebase._listed_bytes(g.data) > 65536, 'status', g.status, 'decision', g.decision,
+    'dataOmitted', not p_room or tidebase._bytes(g.data) > 65536, 'status', g.status, 'decision', g.decision,
     'actor', g.actor, 'decisionPayload', tidebase._in_list(g.decision_payload, p_room),
     'capability', tidebase._in_list(g.capability, p_room), 'channels', g.channels,
     'resolveToken', case when p_tokens and g.status = 'pending' then g.resolve_token end,

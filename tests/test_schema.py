@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "9533081ceca4f0c3da87c46712101a666da3015ec104ba6d7170778f831e469d")
+PINNED = (3, "1ec70e65fa14774ee24ff9d7fd5aa4cae3a081213333a6ae800b478f97c46e1b")
 
 
 def apply(conninfo: str) -> None:
