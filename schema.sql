@@ -379,6 +379,7 @@ create table if not exists tidebase.outbox (
   host            text        generated always as           -- and port: whom a hanging receiver may not hold up
                   (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored,
   payload         json,
+  payload_seq     bigint,                                   -- the row that has it instead: an event's is stored once
   status          text        not null default 'pending'
                   constraint outbox_status_known check (status in ('pending', 'delivered', 'failed')),
   attempts        integer     not null default 0,
@@ -390,6 +391,7 @@ create table if not exists tidebase.outbox (
   completed_at    timestamptz
 );
 alter table tidebase.outbox drop constraint if exists outbox_channel_id_fkey;  -- read the table for each channel deleted
+alter table tidebase.outbox add column if not exists payload_seq bigint;
 alter table tidebase.outbox add column if not exists host text generated always as
   (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
 -- Serve claim_webhooks: whether any is due (worded so that no search for a host's takes this index, and with it reads
@@ -459,17 +461,75 @@ $$ select to_char(p_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"') $$;
 create or replace function tidebase._shown_url (p_url text) returns text language sql immutable as
 $$ select regexp_replace(p_url, '^([^:]+://)[^/?#]*@', '\1***@') $$;
 
-create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as $$
+-- The most bytes of payloads in one answer that has a list. A function, so that all of them have the same.
+create or replace function tidebase._budget () returns integer language sql immutable as
+$$ select 16 * 1024 * 1024 $$;
+
+-- The bytes of a payload's text, 0 for null, without reading it where its stored form tells enough: what is not
+-- compressed, or too large for a list even so. Of jsonb that is about right: its text may have a quarter of its bytes, or,
+-- by its numbers, 26 times as many.
+create or replace function tidebase._bytes (p_value json) returns integer language sql stable as $$
+  select coalesce(case when pg_column_size(p_value) > 65540 or pg_column_compression(p_value) is null
+                       then pg_column_size(p_value) else octet_length(p_value::text) end, 0)
+$$;
+
+create or replace function tidebase._bytes (p_value jsonb) returns integer language sql stable as $$
+  select coalesce(case when pg_column_size(p_value) > 262148
+                         or (pg_column_size(p_value) <= 2400 and pg_column_compression(p_value) is null)
+                       then pg_column_size(p_value) else octet_length(p_value::text) end, 0)
+$$;
+
+-- A payload as a list has it: null if p_room is false or it has more than 64 KiB.
+create or replace function tidebase._in_list (p_value json, p_room boolean) returns json language sql stable as
+$$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
+
+create or replace function tidebase._in_list (p_value jsonb, p_room boolean) returns jsonb language sql stable as
+$$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
+
+create or replace function tidebase._marked (p_object json) returns json language sql immutable as
+$$ select (left(p_object::text, -1) || ', "payloadOmitted": true}')::json $$;
+
+-- p_input, … are r's own, or null where a list leaves them out.
+create or replace function tidebase._run_shown (r tidebase.runs, p_input json, p_metadata jsonb, p_result json,
+                                                p_error json, p_waiting_for jsonb)
+  returns json language sql stable as $$
   select json_build_object(
-    'id', r.id, 'workflowName', r.workflow_name, 'input', r.input, 'metadata', r.metadata, 'status', r.status,
-    'result', r.result, 'error', r.error, 'recoveryWebhook', tidebase._shown_url(r.recovery_webhook),
+    'id', r.id, 'workflowName', r.workflow_name, 'input', p_input, 'metadata', p_metadata, 'status', r.status,
+    'result', p_result, 'error', p_error, 'recoveryWebhook', tidebase._shown_url(r.recovery_webhook),
     'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
     'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
     'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
     'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
-    'completedAt', tidebase._iso(r.completed_at), 'waitingFor', r.waiting_for, 'stalled', r.stalled)
+    'completedAt', tidebase._iso(r.completed_at), 'waitingFor', p_waiting_for, 'stalled', r.stalled)
+$$;
+
+create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as
+$$ select tidebase._run_shown(r, r.input, r.metadata, r.result, r.error, r.waiting_for) $$;
+
+-- The bytes of a run's largest payload, and of those that a list would show.
+create or replace function tidebase._largest (r tidebase.runs) returns integer language sql stable as $$
+  select greatest(tidebase._bytes(r.input), tidebase._bytes(r.metadata), tidebase._bytes(r.result),
+                  tidebase._bytes(r.error), tidebase._bytes(r.waiting_for))
+$$;
+
+create or replace function tidebase._run_bytes (r tidebase.runs) returns integer language sql stable as $$
+  select case when tidebase._bytes(r.input) <= 65536 then tidebase._bytes(r.input) else 0 end
+       + case when tidebase._bytes(r.metadata) <= 65536 then tidebase._bytes(r.metadata) else 0 end
+       + case when tidebase._bytes(r.result) <= 65536 then tidebase._bytes(r.result) else 0 end
+       + case when tidebase._bytes(r.error) <= 65536 then tidebase._bytes(r.error) else 0 end
+       + case when tidebase._bytes(r.waiting_for) <= 65536 then tidebase._bytes(r.waiting_for) else 0 end
+$$;
+
+-- A run of a list: without its payloads of more than 64 KiB; without p_room, without any. p_largest as above.
+create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean, p_largest integer)
+  returns json language sql stable as $$
+  select case when p_room and p_largest <= 65536 then tidebase._run_json(r)
+    else tidebase._marked(tidebase._run_shown(
+           r, tidebase._in_list(r.input, p_room), tidebase._in_list(r.metadata, p_room),
+           tidebase._in_list(r.result, p_room), tidebase._in_list(r.error, p_room),
+           tidebase._in_list(r.waiting_for, p_room))) end
 $$;
 
 -- A run for who only asks whether it is still held.
@@ -514,12 +574,15 @@ create or replace function tidebase._recovery_json (o tidebase.outbox) returns j
     'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
 $$;
 
+create or replace function tidebase._webhook_payload (o tidebase.outbox) returns json language sql stable as
+$$ select p.payload from tidebase.outbox p where p.seq = coalesce(o.payload_seq, o.seq) $$;
+
 -- Without p_tokens the payload is left out that may hold a gate's.
 create or replace function tidebase._delivery_json (o tidebase.outbox, p_tokens boolean default true)
   returns json language sql stable as $$
   select json_build_object(
     'id', o.id, 'runId', o.run_id, 'channelId', o.channel_id, 'gateId', o.gate_id, 'eventType', o.event_type,
-    'payload', case when p_tokens or o.gate_id is null then o.payload end, 'status', o.status,
+    'payload', case when p_tokens or o.gate_id is null then tidebase._webhook_payload(o) end, 'status', o.status,
     'httpStatus', o.http_status, 'responseBody', o.response_body,
     'errorText', o.error_text, 'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
     'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at))
@@ -567,11 +630,32 @@ create or replace function tidebase._stream_json (s tidebase.state_streams) retu
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
 $$;
 
-create or replace function tidebase._version_json (v tidebase.state_versions) returns json language sql stable as $$
+create or replace function tidebase._version_shown (v tidebase.state_versions, p_value jsonb, p_patch jsonb,
+                                                    p_metadata jsonb) returns json language sql stable as $$
   select json_build_object(
     'id', v.id, 'streamId', v.stream_id, 'runId', v.run_id, 'stepId', v.step_id, 'version', v.version,
-    'value', v.value, 'patch', v.patch, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
-    'metadata', v.metadata, 'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at))
+    'value', p_value, 'patch', p_patch, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
+    'metadata', p_metadata, 'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at))
+$$;
+
+create or replace function tidebase._version_json (v tidebase.state_versions) returns json language sql stable as
+$$ select tidebase._version_shown(v, v.value, v.patch, v.metadata) $$;
+
+-- Likewise of a version.
+create or replace function tidebase._largest (v tidebase.state_versions) returns integer language sql stable as
+$$ select greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch), tidebase._bytes(v.metadata)) $$;
+
+create or replace function tidebase._version_bytes (v tidebase.state_versions) returns integer language sql stable as $$
+  select case when tidebase._bytes(v.value) <= 65536 then tidebase._bytes(v.value) else 0 end
+       + case when tidebase._bytes(v.patch) <= 65536 then tidebase._bytes(v.patch) else 0 end
+       + case when tidebase._bytes(v.metadata) <= 65536 then tidebase._bytes(v.metadata) else 0 end
+$$;
+
+create or replace function tidebase._version_listed (v tidebase.state_versions, p_room boolean, p_largest integer)
+  returns json language sql stable as $$
+  select case when p_room and p_largest <= 65536 then tidebase._version_json(v)
+    else tidebase._marked(tidebase._version_shown(v, tidebase._in_list(v.value, p_room),
+                            tidebase._in_list(v.patch, p_room), tidebase._in_list(v.metadata, p_room))) end
 $$;
 
 -- As events show a version: what and why, not the value.
@@ -599,13 +683,17 @@ create or replace function tidebase._signal_json (s tidebase.signals) returns js
                            'timedOut', s.timed_out, 'createdAt', tidebase._iso(s.created_at))
 $$;
 
-create or replace function tidebase._schedule_json (s tidebase.schedules) returns json language sql stable as $$
+create or replace function tidebase._schedule_shown (s tidebase.schedules, p_input json)
+  returns json language sql stable as $$
   select json_build_object(
-    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'workflowName', s.workflow_name, 'input', s.input,
+    'name', s.name, 'cron', s.cron, 'timezone', s.timezone, 'workflowName', s.workflow_name, 'input', p_input,
     'queue', s.queue, 'maxAttempts', s.max_attempts, 'enabled', s.enabled, 'nextRunAt', tidebase._iso(s.next_run_at),
     'lastEnqueuedAt', tidebase._iso(s.last_enqueued_at), 'createdAt', tidebase._iso(s.created_at),
     'updatedAt', tidebase._iso(s.updated_at))
 $$;
+
+create or replace function tidebase._schedule_json (s tidebase.schedules) returns json language sql stable as
+$$ select tidebase._schedule_shown(s, s.input) $$;
 
 create or replace function tidebase._queue_json (q tidebase.queues) returns json language sql stable as $$
   select json_build_object('name', q.name, 'concurrency', q.concurrency, 'ratePerMinute', q.rate_per_minute,
@@ -620,12 +708,18 @@ declare
   v_limit constant bigint := 4 * 1024 * 1024;
   v_last  integer := 2147483647;  -- the position of the last that is told
 begin
-  select coalesce(sum(octet_length(output::text)), 0) > v_limit into truncated
+  select coalesce(sum(pg_column_size(output)), 0) > v_limit into truncated  -- what is stored is never more than its text
     from tidebase.steps where run_id = p_run_id and status = 'completed';
+  if not truncated then
+    select coalesce(sum(octet_length(output::text)), 0) > v_limit into truncated
+      from tidebase.steps where run_id = p_run_id and status = 'completed';
+  end if;
   if truncated then  -- seldom: the running sum of a thousand steps takes as long as all the rest
     select coalesce(max(position) filter (where bytes <= v_limit), 0) into v_last
       from (select position, sum(coalesce(octet_length(output::text), 4)) over (order by position) as bytes
-              from tidebase.steps where run_id = p_run_id and status = 'completed') as done;
+              from (select position, output, sum(pg_column_size(output)) over (order by position) as stored
+                      from tidebase.steps where run_id = p_run_id and status = 'completed') as first
+             where coalesce(stored, 0) <= v_limit + 65536) as done;
   end if;
   select coalesce(json_agg(done), '[]') into checkpoints  -- of rows: a json_build_object for each takes longer
     from (select name, input_hash as "inputHash", output, copied, tidebase._iso(completed_at) as "completedAt"
@@ -767,12 +861,15 @@ begin
 end $$;
 
 -- Puts a webhook into the outbox. Needs the run locked, so that a channel's rows stand in the order of its events.
+-- p_payload_seq: the row that has the payload already.
 create or replace function tidebase._enqueue_webhook (p_kind text, p_run_id text, p_channel_id text, p_gate_id text,
-                                                      p_type text, p_reason text, p_url text, p_payload json)
+                                                      p_type text, p_reason text, p_url text, p_payload json,
+                                                      p_payload_seq bigint default null)
   returns tidebase.outbox language sql as $$
-  insert into tidebase.outbox (id, kind, run_id, channel_id, gate_id, event_type, reason, url, payload, next_attempt_at)
+  insert into tidebase.outbox (id, kind, run_id, channel_id, gate_id, event_type, reason, url, payload, payload_seq,
+                               next_attempt_at)
   values (tidebase._new_id(case p_kind when 'channel' then 'del' else 'rec' end), p_kind, p_run_id, p_channel_id,
-          p_gate_id, p_type, p_reason, p_url, p_payload,
+          p_gate_id, p_type, p_reason, p_url, p_payload, p_payload_seq,
           case when not exists (select from tidebase.outbox o
                                  where o.channel_id = p_channel_id and o.status = 'pending') then tidebase.now() end)
   returning *
@@ -781,12 +878,22 @@ $$;
 -- Tells the run's channels (and, of a gate, the gate's own) of an event that they want to hear of.
 create or replace function tidebase._notify (p_run tidebase.runs, p_type text, p_payload json,
                                              p_gate_id text default null) returns void language plpgsql as $$
+declare
+  v_channel tidebase.channels;
+  v_seq     bigint;  -- of the first webhook, which has the payload for all of them
+  v_first   bigint;
 begin
   if p_run.has_channels then
-    perform tidebase._enqueue_webhook('channel', p_run.id, c.id, p_gate_id, p_type, null, c.url, p_payload)
-       from tidebase.channels c
-      where c.run_id = p_run.id and (c.gate_id is null or c.gate_id = p_gate_id)
-        and (c.events = '[]' or c.events ? p_type);
+    for v_channel in
+      select * from tidebase.channels c
+       where c.run_id = p_run.id and (c.gate_id is null or c.gate_id = p_gate_id)
+         and (c.events = '[]' or c.events ? p_type)
+    loop
+      select seq into v_seq from tidebase._enqueue_webhook(
+        'channel', p_run.id, v_channel.id, p_gate_id, p_type, null, v_channel.url,
+        case when v_first is null then p_payload end, v_first);
+      v_first := coalesce(v_first, v_seq);
+    end loop;
   end if;
 end $$;
 
@@ -1906,7 +2013,7 @@ end $$;
 -- Replaces the run's live value, or merges the top level of p_value into it, and records it as the stream's next
 -- version.
 -- Needs    p_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
---          an object on both sides (TB409 state_not_object).
+--          an object on both sides (TB409 state_not_object), and merged no more than 32 MiB (TB400, issues).
 -- Leaves   event and channels state.updated; where the id was written before, everything as it was.
 -- Returns  {"state"} as this write, or the one of the same id before, left it.
 create or replace function tidebase.write_state (p_run_id text, p_stream text, p_value jsonb, p_merge boolean,
@@ -1917,6 +2024,8 @@ declare
   v_state   tidebase.states;
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
   v_event   json;
+  v_value   jsonb;
+  v_limit   constant integer := 32 * 1024 * 1024;
 begin
   perform tidebase._check_owner(v_run, p_owner);
   select * into v_state from tidebase.states where run_id = p_run_id;
@@ -1932,9 +2041,14 @@ begin
   elsif p_merge and jsonb_typeof(v_state.value) <> 'object' then
     perform tidebase._refuse(409, 'state_not_object', 'the state is not an object, so nothing can be merged into it');
   end if;
+  v_value := case when p_merge then coalesce(v_state.value || p_value, p_value) else p_value end;
+  if p_merge and pg_column_size(v_value) > 1048576 and octet_length(v_value::text) > v_limit then
+    perform tidebase._refuse(400, 'invalid_request', 'invalid request body', json_build_object('issues', json_build_array(
+              json_build_object('path', 'value', 'message', format(
+                'too large: the state would have %s bytes; at most %s', octet_length(v_value::text), v_limit)))));
+  end if;
   v_version := tidebase._add_version(
-    p_run_id, p_stream, 'run', p_run_id,
-    case when p_merge then coalesce(v_state.value || p_value, p_value) else p_value end,
+    p_run_id, p_stream, 'run', p_run_id, v_value,
     case when p_merge then p_value end, p_about, p_live_version => coalesce(v_state.version, 0) + 1);
   insert into tidebase.states (run_id, value, version, updated_at)
   values (p_run_id, v_version.value, v_version.live_version, v_version.created_at)
@@ -1996,22 +2110,56 @@ begin
   return json_build_object('snapshot', tidebase._version_json(v_version));
 end $$;
 
--- A run's versions, by stream and version.    Returns  {"stateVersions"}, null when there is no such run.
-create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean)
-  returns json language sql stable as $$
-  select json_build_object('stateVersions', (
-           select coalesce(json_agg(tidebase._version_json(v) order by s.name collate "C", v.version), '[]')
-             from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
-            where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
-              and (not p_labeled or v.label is not null)))
-    from tidebase.runs where id = p_run_id
-$$;
+-- A run's versions by stream and version, after one of them, without payloads of more than 64 KiB.
+-- Returns  {"stateVersions", "nextCursor"}: null, or what to go on after; null when there is no such run.
+create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean, p_after text,
+                                                   p_limit integer)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_found json[];
+  v_ids   text[];
+begin
+  if not exists (select from tidebase.runs where id = p_run_id) then
+    return null;
+  end if;
+  select array_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n), array_agg(v.id order by page.n)
+    into v_found, v_ids
+    from (select v.id, p.n, tidebase._largest(v) as largest,
+                 sum(tidebase._version_bytes(v)) over by_number <= tidebase._budget() as room
+            from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
+            join tidebase.state_versions v on v.id = p.id window by_number as (order by p.n)) as page
+    join tidebase.state_versions v on v.id = page.id;
+  return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
+                           'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
+end $$;
 
--- A run's labelled versions, newest first.    Returns  {"snapshots"}, null when there is no such run.
+-- The ids of a run's versions by stream and version, after one of them, numbered from 1.
+create or replace function tidebase._versions_page (p_run_id text, p_stream text, p_labeled boolean, p_after text,
+                                                    p_limit integer)
+  returns table (id text, n bigint) language plpgsql stable set enable_seqscan = off as $$
+begin
+  return query
+    select v.id, row_number() over (order by s.name collate "C", v.version)
+      from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
+     where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
+       and (not p_labeled or v.label is not null)
+       and (p_after is null or (s.name collate "C", v.version) > (
+             select a.name collate "C", p.version from tidebase.state_versions p
+               join tidebase.state_streams a on a.id = p.stream_id where p.id = p_after and p.run_id = p_run_id))
+     order by s.name collate "C", v.version limit p_limit;
+end $$;
+
+-- A run's labelled versions, the newest 10,000 first, without payloads of more than 64 KiB.
+-- Returns  {"snapshots"}, null when there is no such run.
 create or replace function tidebase.list_snapshots (p_run_id text) returns json language sql stable as $$
   select json_build_object('snapshots', (
-           select coalesce(json_agg(tidebase._version_json(v) order by v.created_at desc, v.id desc), '[]')
-             from tidebase.state_versions v where v.run_id = p_run_id and v.label is not null))
+           select coalesce(json_agg(tidebase._version_listed(v, m.room, m.largest) order by m.n), '[]')
+             from (select id, n, largest, sum(bytes) over (order by n) <= tidebase._budget() as room
+                     from (select v.id, row_number() over (order by v.created_at desc, v.id desc) as n,
+                                  tidebase._version_bytes(v) as bytes, tidebase._largest(v) as largest
+                             from tidebase.state_versions v where v.run_id = p_run_id and v.label is not null
+                            order by v.created_at desc, v.id desc limit 10000) as newest) as m
+             join tidebase.state_versions v on v.id = m.id))
     from tidebase.runs where id = p_run_id
 $$;
 
@@ -2303,17 +2451,34 @@ begin
   end if;
 end $$;
 
--- Many runs: all or, when one is refused, none.    Returns  {"runs"}, in the order given, each with "deduplicated".
+-- Many runs: all or, when one is refused, none.
+-- Returns  {"runs"}, in the order given, each with "deduplicated"; past _budget() bytes of payloads without them, with
+--          "payloadOmitted".
 -- Plans    on a table that was small when it was last looked at, each of thousands of rows would be found by a scan.
 create or replace function tidebase.enqueue_runs (p_queue text, p_jobs jsonb, p_inputs json[])
   returns json language plpgsql set enable_seqscan = off as $$
+declare
+  v_job   record;
+  v_new   record;
+  v_run   json;
+  v_runs  json[] := '{}';
+  v_bytes bigint := 0;
 begin
   perform tidebase._lock_keys(p_jobs, p_queue);
-  return (
-    select json_build_object('runs', json_agg(tidebase._joined(
-             tidebase._run_json(e.run), json_build_object('deduplicated', e.deduplicated)) order by n))
-      from rows from (jsonb_array_elements(p_jobs), unnest(p_inputs)) with ordinality as given (job, input, n),
-           tidebase._enqueue(p_queue, job, input) e);
+  for v_job in
+    select * from rows from (jsonb_array_elements(p_jobs), unnest(p_inputs)) as given (job, input)
+  loop
+    select * into v_new from tidebase._enqueue(p_queue, v_job.job, v_job.input);
+    if v_bytes <= tidebase._budget() then
+      v_run := tidebase._run_json(v_new.run);
+      v_bytes := v_bytes + octet_length(v_run::text);
+    end if;
+    if v_bytes > tidebase._budget() then
+      v_run := tidebase._run_listed(v_new.run, false, 0);
+    end if;
+    v_runs := v_runs || tidebase._joined(v_run, json_build_object('deduplicated', v_new.deduplicated));
+  end loop;
+  return json_build_object('runs', array_to_json(v_runs));
 end $$;
 
 -- How many runs of a queue may start now, at most p_limit.  Needs  the queue's lock, when it has a cap (_lock_capped).
@@ -2449,7 +2614,8 @@ end $$;
 
 -- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two. Of these
 -- workflows, or of all; no more than one answer should carry (_fitting).
--- A repeat with the same p_claim_id answers what the first call took and the owner still holds.
+-- A repeat with the same p_claim_id answers what the first call took and the owner still holds; past 8 MiB, which what
+-- was recorded since may come to, without more checkpoints, "checkpointsTruncated".
 -- Leaves   each run running under p_owner's lease, attempt + 1, event run.claimed.
 -- Returns  {"runs", "leaseOwner"}, null when nothing is ready or the caps are reached. With p_checkpoints each run
 --          carries its "checkpoints" and "checkpointsTruncated".
@@ -2475,7 +2641,8 @@ begin
                     and status = 'running' and not stalled and claim_id = p_claim_id
                   order by array_position(p_queues, queue), priority desc, run_at, id
     loop
-      v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
+      v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints, v_bytes < 4194304);
+      v_bytes := v_bytes + octet_length(v_runs[cardinality(v_runs)]::text);
     end loop;
     if cardinality(v_runs) > 0 then
       return json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_owner);
@@ -2513,18 +2680,22 @@ begin
          then json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_owner) end;
 end $$;
 
-create or replace function tidebase._claimed_json (p_run tidebase.runs, p_checkpoints boolean)
+create or replace function tidebase._claimed_json (p_run tidebase.runs, p_checkpoints boolean,
+                                                   p_room boolean default true)
   returns json language plpgsql stable as $$
+declare
+  v_checkpoints json := '[]';
+  v_truncated   boolean := true;
 begin
   if not p_checkpoints then
     return tidebase._run_json(p_run);
+  elsif p_room then
+    select checkpoints, truncated into v_checkpoints, v_truncated from tidebase._checkpoints(p_run.id);
   end if;
   return (select json_object_agg(key, value) from (  -- _joined would read all of it once more
             select * from json_each(tidebase._run_json(p_run))
             union all
-            select member.* from tidebase._checkpoints(p_run.id) c,
-                   lateral (values ('checkpoints', c.checkpoints),
-                                   ('checkpointsTruncated', to_json(c.truncated))) as member) as members);
+            values ('checkpoints', v_checkpoints), ('checkpointsTruncated', to_json(v_truncated))) as members);
 end $$;
 
 -- Sets what p_config names of {concurrency, ratePerMinute, invokeUrl, paused}; null clears.    Returns  {"config"}.
@@ -2614,7 +2785,8 @@ end $$;
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
---          many refuse, only as many rows as were written: the rest are for another call.
+--          many refuse, only as many rows as were written: the rest are for another call. Past _budget() bytes, answers
+--          without payloads, see _brief_answer.
 -- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
 -- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
 -- PostgreSQL keeps 64 of a transaction in memory, and beyond them all other transactions get slower.
@@ -2632,6 +2804,8 @@ declare
   v_until    integer := v_count;  -- ends,
   v_at       integer;             -- and has got to
   v_parts    integer := 0;
+  v_size     bigint;              -- of the answers; v_before: when the part began
+  v_before   bigint;
   v_state    text;
   v_words    text;
   v_detail   text;
@@ -2645,12 +2819,18 @@ begin
     order by id for no key update;
   v_fresh := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
   v_bodies := v_fresh;
+  select coalesce(sum(octet_length(fresh::text)), 0) into v_size from unnest(v_fresh) as fresh;
   while v_from <= v_count and v_parts < 60 loop
+    v_before := v_size;
     begin
       for n in v_from .. v_until loop
         continue when v_fresh[n] is not null;
         v_at := n;
         v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
+        if v_size + octet_length(v_written.body::text) > tidebase._budget() then
+          v_written := tidebase._brief_answer(p_writes->(n - 1)->>'do', v_written.body, v_written.status);
+        end if;
+        v_size := v_size + octet_length(v_written.body::text);
         v_bodies[n] := v_written.body;
         v_statuses[n] := v_written.status;
       end loop;
@@ -2659,6 +2839,7 @@ begin
       v_until := v_count;
     exception when others then
       get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
+      v_size := v_before;
       if v_state !~ '^TB' then
         raise;
       elsif v_at > v_from then
@@ -2666,6 +2847,10 @@ begin
       else
         v_bodies[v_at] := tidebase._joined(json_build_object('error', v_words),
                                            tidebase.refusal_body(v_detail::json));
+        if v_size + octet_length(v_bodies[v_at]::text) > tidebase._budget() then
+          v_bodies[v_at] := json_build_object('error', v_words, 'code', v_detail::json->'code', 'payloadOmitted', true);
+        end if;
+        v_size := v_size + octet_length(v_bodies[v_at]::text);
         v_statuses[v_at] := substr(v_state, 3)::integer;
         v_from := v_at + 1;
         v_until := v_count;
@@ -2673,6 +2858,28 @@ begin
     end;
   end loop;
   return query select * from unnest(v_bodies[:v_from - 1], v_statuses[:v_from - 1]);
+end $$;
+
+-- The answer to a write of a batch that has no room for it: what was recorded, by its id and status; or that the write
+-- is to be sent again by itself, since the answer says something that the client does not know.
+create or replace function tidebase._brief_answer (p_verb text, p_body json, p_status integer, out body json,
+                                                   out status integer) language plpgsql as $$
+declare
+  v_run  json := p_body->'run';
+  v_step json := p_body->'step';
+begin
+  status := p_status;
+  if p_status = 200 and p_verb in ('record_step', 'complete_step') then
+    body := json_build_object('step', json_build_object('id', v_step->'id', 'name', v_step->'name', 'status',
+              v_step->'status', 'attempt', v_step->'attempt', 'payloadOmitted', true));
+  elsif p_status = 200 and p_verb = 'complete_run' then
+    body := json_build_object('run', json_build_object('id', v_run->'id', 'status', v_run->'status',
+                                                       'payloadOmitted', true));
+  else
+    body := json_build_object('code', 'batch_too_large', 'error',
+                              'the answers to this batch are too large together: send this write again by itself');
+    status := 413;
+  end if;
 end $$;
 
 -- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, of a run that
@@ -2753,9 +2960,16 @@ begin
   return json_build_object('schedule', tidebase._schedule_json(v_schedule));
 end $$;
 
+-- By name, without inputs of more than 64 KiB.    Returns  {"schedules"}.
 create or replace function tidebase.list_schedules () returns json language sql stable as $$
-  select json_build_object('schedules', coalesce(json_agg(tidebase._schedule_json(s) order by s.name), '[]'))
+  select json_build_object('schedules', coalesce(json_agg(
+           case when m.is_shown then tidebase._schedule_json(s)
+                else tidebase._marked(tidebase._schedule_shown(s, null)) end order by s.name), '[]'))
     from tidebase.schedules s
+    join (select name, bytes <= 65536 and sum(bytes) filter (where bytes <= 65536) over (order by name)
+                                          <= tidebase._budget() as is_shown
+            from (select name, tidebase._bytes(input) as bytes from tidebase.schedules) as sizes) as m
+         on m.name = s.name
 $$;
 
 -- Returns  {"deleted": name}; TB404 when there is none.
@@ -2772,7 +2986,7 @@ end $$;
 -- Returns  {"now", "schedules": [{"name", "cron", "timezone", "nextRunAt"}]}.
 create or replace function tidebase.due_schedules () returns json language sql volatile as $$
   select json_build_object('now', tidebase._iso(at), 'schedules', (
-           select coalesce(json_agg(tidebase._schedule_json(s) order by s.next_run_at), '[]')
+           select coalesce(json_agg(tidebase._schedule_shown(s, null) order by s.next_run_at), '[]')
              from tidebase.schedules s where s.next_run_at <= at))
     from tidebase.now() as at
 $$;
@@ -2809,20 +3023,31 @@ end $$;
 -- The run detail: `stable`, so that all that it reads is of one instant.
 -- ------------------------------------------------------------------------------
 
+-- The lists of a run share _budget() bytes, the run and its state come whole. Steps go before versions and these before
+-- events, which have the last MiB to themselves: where a list gets no further, "truncated" has its key, and in that
+-- where to go on: after or before what. The first step comes in any case.
 -- Returns  the detail with the keys of p_include (null: all); null when there is no such run. p_asked as for _why;
 --          without p_tokens what holds a gate's token comes without it.
--- Plans    each part by itself, so that its plan is kept: to plan them all at each call takes longer than to read.
+-- Plans    each part by itself, so that its plan is kept: to plan them all at each call takes longer than to read. Row
+--          by row, so that no more is read than there is room for.
 create or replace function tidebase.run_detail (p_run_id text, p_include text[], p_asked jsonb default '{}',
                                                 p_tokens boolean default true) returns json
   language plpgsql stable set enable_seqscan = off as $$  -- as claim_runs
 declare
   v_keys  text[] := array(
-    select key from unnest(array['run', 'steps', 'state', 'stateStreams', 'stateVersions', 'runEdges', 'childRuns',
-                                 'recoveryAttempts', 'channels', 'channelDeliveries', 'gates', 'usage', 'events']) as key
+    select key from unnest(array['run', 'state', 'gates', 'runEdges', 'recoveryAttempts', 'channels', 'usage', 'steps',
+                                 'stateStreams', 'stateVersions', 'childRuns', 'channelDeliveries', 'events']) as key
      where p_include is null or key = any (p_include));
   v_key   text;
   v_part  json;
   v_parts json[] := '{}';
+  v_rows  refcursor;
+  v_at    text;    -- where a reader goes on who has this item
+  v_item  json;
+  v_items json[];
+  v_last  text;
+  v_left  integer := tidebase._budget();
+  v_cut   jsonb := '{}';
 begin
   if not exists (select from tidebase.runs where id = p_run_id) then
     return null;
@@ -2833,47 +3058,76 @@ begin
         v_part := (select tidebase._joined(tidebase._run_json(r), tidebase._why(r.id, tidebase._queue_facts(
                             case when r.status = 'queued' then array[r.queue] else '{}' end, p_asked), tidebase.now()))
                      from tidebase.runs r where r.id = p_run_id);
-      when 'steps' then
-        v_part := (select json_agg(tidebase._step_json(s) order by s.position)
-                     from tidebase.steps s where s.run_id = p_run_id);
       when 'state' then
         v_part := (select tidebase._state_json(s) from tidebase.states s where s.run_id = p_run_id);
-      when 'stateStreams' then
-        v_part := (select json_agg(tidebase._stream_json(s) order by s.created_at, s.id)
-                     from tidebase.state_streams s where s.run_id = p_run_id);
-      when 'stateVersions' then
-        v_part := (select json_agg(tidebase._version_json(v) order by s.name collate "C", v.version)
-                     from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
-                    where v.run_id = p_run_id);
-      when 'runEdges' then
-        v_part := (select json_agg(tidebase._edge_json(e) order by e.created_at, e.id)
-                     from tidebase.run_edges e where e.parent_run_id = p_run_id);
-      when 'childRuns' then
-        v_part := (select json_agg(tidebase._run_json(c) order by e.created_at, e.id)
-                     from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
-                    where e.parent_run_id = p_run_id);
       when 'gates' then
-        v_part := (select json_agg(tidebase._gate_json(g, p_tokens) order by g.created_at, g.id)
-                     from tidebase.gates g where g.run_id = p_run_id);
-      when 'usage' then
-        v_part := (select json_agg(tidebase._usage_json(u) order by u.created_at, u.id)
-                     from tidebase.usage u where u.run_id = p_run_id);
+        open v_rows for select g.id, tidebase._gate_json(g, p_tokens)
+          from tidebase.gates g where g.run_id = p_run_id order by g.created_at, g.id;
+      when 'stateStreams' then
+        open v_rows for select s.id, tidebase._stream_json(s)
+          from tidebase.state_streams s where s.run_id = p_run_id order by s.created_at, s.id;
+      when 'runEdges' then
+        open v_rows for select e.id, tidebase._edge_json(e)
+          from tidebase.run_edges e where e.parent_run_id = p_run_id order by e.created_at, e.id;
       when 'recoveryAttempts' then
-        v_part := (select json_agg(tidebase._recovery_json(o) order by o.seq desc)
-                     from tidebase.outbox o where o.run_id = p_run_id and o.kind in ('recovery', 'push'));
+        open v_rows for select o.seq, tidebase._recovery_json(o)
+          from tidebase.outbox o where o.run_id = p_run_id and o.kind in ('recovery', 'push') order by o.seq desc;
       when 'channels' then
-        v_part := (select json_agg(tidebase._channel_json(c) order by c.id)
-                     from tidebase.channels c where c.run_id = p_run_id and c.gate_id is null);
+        open v_rows for select c.id, tidebase._channel_json(c)
+          from tidebase.channels c where c.run_id = p_run_id and c.gate_id is null order by c.id;
+      when 'usage' then
+        open v_rows for select u.id, tidebase._usage_json(u)
+          from tidebase.usage u where u.run_id = p_run_id order by u.created_at, u.id;
+      when 'steps' then
+        open v_rows for select s.position, tidebase._step_json(s)
+          from tidebase.steps s where s.run_id = p_run_id order by s.position;
+      when 'stateVersions' then
+        open v_rows for select v.id, tidebase._version_json(v)
+          from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
+         where v.run_id = p_run_id order by s.name collate "C", v.version;
+      when 'childRuns' then
+        open v_rows for select c.id, tidebase._run_listed(c, true, tidebase._largest(c))
+          from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
+         where e.parent_run_id = p_run_id order by e.created_at, e.id;
       when 'channelDeliveries' then
-        v_part := (select json_agg(tidebase._delivery_json(o, p_tokens) order by o.seq desc)
-                     from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'channel');
+        open v_rows for select o.seq, tidebase._delivery_json(o, p_tokens)
+          from tidebase.outbox o where o.run_id = p_run_id and o.kind = 'channel' order by o.seq desc;
       when 'events' then
-        v_part := (select json_agg(tidebase._event_json(e) order by e.seq)
-                     from tidebase.events e where e.run_id = p_run_id);
+        open v_rows for select e.seq, tidebase._event_json(e)
+          from tidebase.events e where e.run_id = p_run_id order by e.seq;
     end case;
-    v_parts := v_parts || coalesce(v_part, case when v_key <> 'state' then '[]'::json end);
+    if v_key not in ('run', 'state') then
+      v_items := '{}';
+      v_last := null;
+      loop
+        fetch v_rows into v_at, v_item;
+        exit when not found;
+        v_left := v_left - octet_length(v_item::text);
+        if v_left < (case v_key when 'events' then 0 else 1048576 end)
+           and not (v_key = 'steps' and v_last is null) then
+          v_left := v_left + octet_length(v_item::text);
+          v_cut := v_cut || jsonb_build_object(v_key, jsonb_build_object(
+            case when v_key in ('recoveryAttempts', 'channelDeliveries') then 'before' else 'after' end,
+            case when v_key in ('steps', 'events', 'recoveryAttempts', 'channelDeliveries') then to_jsonb(v_last::bigint)
+                 else to_jsonb(v_last) end));
+          exit;
+        end if;
+        v_items := v_items || v_item;
+        v_last := v_at;
+      end loop;
+      close v_rows;
+      v_part := array_to_json(v_items);
+    end if;
+    v_parts := v_parts || v_part;
   end loop;
-  return (select coalesce(json_object_agg(key, part), '{}') from unnest(v_keys, v_parts) as told (key, part));
+  if v_cut <> '{}' then
+    v_keys := v_keys || 'truncated'::text;
+    v_parts := v_parts || v_cut::json;
+  end if;
+  return (select coalesce(json_object_agg(key, part order by array_position(array[
+                   'run', 'steps', 'state', 'stateStreams', 'stateVersions', 'runEdges', 'childRuns', 'recoveryAttempts',
+                   'channels', 'channelDeliveries', 'gates', 'usage', 'events'], key)), '{}')
+            from unnest(v_keys, v_parts) as told (key, part));
 end $$;
 
 -- Returns  {"run"}, and the run's event number to wait from.    TB404 when there is none.
@@ -3125,6 +3379,7 @@ end $$;
 -- Claims due webhooks, for each host at most p_per_host beside those in flight already.
 -- p_in_flight: the ids of what this sender sends now. Hosts with fewer of these come first, and take turns, beginning
 -- after p_after: neither the backlog of one nor a hundred that hang hold up another. At most 1,000 hosts are looked at.
+-- Payloads of more than _budget() bytes together are not claimed at once.
 -- Returns  {"webhooks": [{id, attempt, kind, url, secret, body}], "after": where the next call begins}; body is the
 --          exact text to sign and send.
 create or replace function tidebase.claim_webhooks (p_limit integer, p_hold_ms bigint, p_per_host integer,
@@ -3167,8 +3422,12 @@ begin
               where o.host = free.host and o.status = 'pending' and o.next_attempt_at <= v_now
                 and o.id <> all (p_in_flight)  -- whose claim could not be renewed in time
               order by o.next_attempt_at limit p_per_host - free.number for update skip locked) as claimable
+  ), sized as (
+    select due.*, row_number() over in_turn as place,
+           sum(coalesce(octet_length(tidebase._webhook_payload(o)::text), 0)) over in_turn as bytes
+      from due join tidebase.outbox o on o.seq = due.seq window in_turn as (order by due.number, due.turn)
   ), claimed as (
-    select * from due order by number, turn limit p_limit
+    select * from sized where place = 1 or bytes <= tidebase._budget() order by number, turn limit p_limit
   )
   select array_agg(seq order by number, turn),
          coalesce((array_agg(host order by number desc, turn desc))[1], (select host from hosts where turn = 1000),
@@ -3182,7 +3441,7 @@ begin
              'secret', case o.kind when 'channel' then c.secret when 'recovery' then r.recovery_secret end,
              'body', case o.kind when 'channel' then
                json_build_object('type', o.event_type, 'runId', o.run_id, 'gateId', o.gate_id, 'deliveryId', o.id,
-                                 'payload', o.payload)::text
+                                 'payload', tidebase._webhook_payload(o))::text
              else
                json_build_object('type', o.event_type, 'runId', o.run_id, 'workflowName', r.workflow_name,
                                  'reason', o.reason, 'attempt', r.attempt, 'deliveryId', o.id)::text
@@ -3523,9 +3782,12 @@ begin
                      cross join lateral (select tidebase._why(r.id, v_facts, v_now) as why offset 0) as w) as told
              where told.run->>'version' is distinct from p_known->>told.id);
   end if;
-  return (select coalesce(json_agg(tidebase._joined(tidebase._run_json(r), tidebase._why(r.id, v_facts, v_now))
-                                   order by g.n), '[]')
-            from unnest(p_ids) with ordinality as g (id, n) join tidebase.runs r on r.id = g.id);
+  return (select coalesce(json_agg(tidebase._joined(tidebase._run_listed(r, m.room, m.largest),
+                                                    tidebase._why(r.id, v_facts, v_now)) order by m.n), '[]')
+            from (select g.n, g.id, tidebase._largest(r) as largest,
+                         sum(tidebase._run_bytes(r)) over (order by g.n) <= tidebase._budget() as room
+                    from unnest(p_ids) with ordinality as g (id, n) join tidebase.runs r on r.id = g.id) as m
+            join tidebase.runs r on r.id = m.id);
 end $$;
 
 -- What a resume of a run would do now, step by step, by the rules of begin_step: those of whoever took the run next.
@@ -3628,7 +3890,10 @@ create or replace function tidebase._step_light (s tidebase.steps) returns json 
     'id', s.id, 'name', s.name, 'position', s.position, 'status', s.status, 'attempt', s.attempt,
     'startedAt', tidebase._iso(s.started_at), 'completedAt', tidebase._iso(s.completed_at),
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at), 'leaseOwner', s.lease_owner,
-    'leaseExpiresAt', tidebase._iso(s.lease_expires_at), 'inputHash', s.input_hash, 'resumeContract', s.contract,
+    'leaseExpiresAt', tidebase._iso(s.lease_expires_at), 'inputHash', s.input_hash, 'resumeContract', case when octet_length(s.contract::text) <= 4000 then s.contract
+      else json_build_object('sideEffects', '[]'::json, 'idempotencyKey', null, 'replay', s.contract->'replay',
+                             'checkpointInvariant', null, 'verifiedBy', null, 'credentials', '[]'::json,
+                             'payloadOmitted', true) end,
     'reviewed', s.reviewed, 'copied', s.copied, 'error', tidebase._error_brief(s.error), 'inputBytes', octet_length(s.input::text),
     'outputBytes', octet_length(s.output::text), 'errorBytes', octet_length(s.error::text),
     'optionsBytes', octet_length(s.options::text))
@@ -3671,18 +3936,28 @@ create or replace function tidebase._event_light (e tidebase.events) returns jso
 $$;
 
 -- Events of a run after a number. p_types: whole types, or beginnings that end with a dot; null for all.
--- Returns  rows of a number and the event's JSON.
+-- Returns  rows of a number and the event's JSON: no more than _budget() bytes, but one in any case.
 create or replace function tidebase.list_events (p_run_id text, p_after integer, p_limit integer, p_light boolean,
                                                  p_types text[])
   returns table (seq integer, event json) language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_rows  refcursor;
+  v_bytes bigint := 0;
 begin
-  return query
+  open v_rows for
     select e.seq, case when p_light then tidebase._event_light(e) else tidebase._event_json(e) end
       from tidebase.events e
      where e.run_id = p_run_id and e.seq > p_after
        and (p_types is null or e.type = any (p_types)
             or exists (select from unnest(p_types) as t where t like '%.' and starts_with(e.type, t)))
      order by e.seq limit p_limit;
+  loop  -- one by one, so that no more is read than is answered
+    fetch v_rows into seq, event;
+    exit when not found or (v_bytes > 0 and v_bytes + octet_length(event::text) > tidebase._budget());
+    v_bytes := v_bytes + octet_length(event::text);
+    return next;
+  end loop;
+  close v_rows;
 end $$;
 
 -- A payload as the text that is stored, of a run or, by p_id, of what belongs to it.
@@ -3711,7 +3986,7 @@ begin
     when 'state' then (select value::text from tidebase.state_versions where id = p_id and run_id = p_run_id)
     when 'state.patch' then (select patch::text from tidebase.state_versions where id = p_id and run_id = p_run_id)
     when 'signal' then (select payload::text from tidebase.signals where id = p_id and run_id = p_run_id)
-    when 'delivery' then (select payload::text from tidebase.outbox
+    when 'delivery' then (select tidebase._webhook_payload(o)::text from tidebase.outbox o
                            where id = p_id and run_id = p_run_id and (p_tokens or gate_id is null))
     when 'delivery.response' then (select response_body from tidebase.outbox where id = p_id and run_id = p_run_id)
     when 'usage.metadata' then (select metadata::text from tidebase.usage where id = p_id and run_id = p_run_id)
@@ -3847,19 +4122,15 @@ begin
   if not exists (select from tidebase.runs where id = p_run_id) then
     return null;
   end if;
-  select array_agg(told order by n), array_agg(id order by n) into v_found, v_ids
-    from (select v.id, row_number() over (order by s.name collate "C", v.version) as n, json_build_object(
-                   'id', v.id, 'streamId', v.stream_id, 'streamName', s.name, 'runId', v.run_id, 'stepId', v.step_id,
-                   'version', v.version, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
-                   'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at),
-                   'bytes', octet_length(v.value::text), 'patchBytes', octet_length(v.patch::text)) as told
-            from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
-           where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
-             and (not p_labeled or v.label is not null)
-             and (p_after is null or (s.name collate "C", v.version) > (
-                   select a.name collate "C", p.version from tidebase.state_versions p
-                     join tidebase.state_streams a on a.id = p.stream_id where p.id = p_after and p.run_id = p_run_id))
-           order by s.name collate "C", v.version limit p_limit) as page;
+  select array_agg(json_build_object(
+           'id', v.id, 'streamId', v.stream_id, 'streamName', s.name, 'runId', v.run_id, 'stepId', v.step_id,
+           'version', v.version, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
+           'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at),
+           'bytes', octet_length(v.value::text), 'patchBytes', octet_length(v.patch::text)) order by p.n),
+         array_agg(v.id order by p.n)
+    into v_found, v_ids
+    from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
+    join tidebase.state_versions v on v.id = p.id join tidebase.state_streams s on s.id = v.stream_id;
   return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
                            'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
 end $$;
@@ -3870,7 +4141,7 @@ create or replace function tidebase._delivery_light (o tidebase.outbox) returns 
     'url', tidebase._shown_url(o.url), 'gateId', o.gate_id, 'channelId', o.channel_id, 'status', o.status, 'attempts', o.attempts,
     'nextAttemptAt', tidebase._iso(o.next_attempt_at), 'httpStatus', o.http_status, 'errorText', o.error_text,
     'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
-    'payloadBytes', octet_length(o.payload::text), 'responseBytes', octet_length(o.response_body))
+    'payloadBytes', octet_length(tidebase._webhook_payload(o)::text), 'responseBytes', octet_length(o.response_body))
 $$;
 
 -- A run's webhooks, newest first.    Returns  {"deliveries", "nextCursor"}, null when there is no such run.
@@ -4038,28 +4309,33 @@ begin
   )
   select array_agg(json_build_object(
            'kind', p.kind, 'since', tidebase._iso(p.at), 'run', tidebase._run_head(r),
-           'gate', case when g.id is not null then tidebase._gate_asked(g, p_tokens) end,
+           'gate', case when g.id is not null then tidebase._gate_asked(g, p_tokens, p.room) end,
            'step', case when s.id is not null then tidebase._step_light(s) end,
            'context', tidebase._decision_context(p.run_id)) order by n),
          (array_agg(tidebase._iso(p.at) || '_' || p.id order by n))[p_limit]
     into v_items, v_last
-    from numbered p join tidebase.runs r on r.id = p.run_id
+    from (select n.*, sum(coalesce(octet_length(m.prompt), 0) + tidebase._bytes(m.data)
+                          + tidebase._bytes(m.decision_payload) + tidebase._bytes(m.capability))
+                        over (order by n.n) <= tidebase._budget() as room
+            from numbered n left join tidebase.gates m on n.kind = 'gate' and m.id = n.id
+           where n.n <= p_limit) as p
+    join tidebase.runs r on r.id = p.run_id
     left join tidebase.gates g on p.kind = 'gate' and g.id = p.id
-    left join tidebase.steps s on p.kind = 'review' and s.id = p.id
-   where n <= p_limit;
+    left join tidebase.steps s on p.kind = 'review' and s.id = p.id;
   return json_build_object('items', coalesce(array_to_json(v_items), '[]'), 'count', least(v_count, 1000),
                            'more', v_count > 1000, 'nextCursor', v_last);
 end $$;
 
--- A gate as a list shows it: large data left out, the token only to who may decide by it.
-create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens boolean)
+-- A gate as a list shows it: large data left out, without p_room all of it; the token only to who may decide by it.
+create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens boolean, p_room boolean)
   returns json language sql stable as $$
   select json_build_object(
-    'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt,
-    'data', case when octet_length(g.data::text) <= 65536 then g.data end,
-    'dataOmitted', octet_length(g.data::text) > 65536, 'status', g.status, 'decision', g.decision, 'actor', g.actor,
-    'decisionPayload', case when octet_length(g.decision_payload::text) <= 65536 then g.decision_payload end,
-    'capability', g.capability, 'channels', g.channels,
+    'id', g.id, 'runId', g.run_id, 'name', g.name,
+    'prompt', case when p_room then g.prompt else left(g.prompt, 1000) end,
+    'data', tidebase._in_list(g.data, p_room),
+    'dataOmitted', not p_room or tidebase._bytes(g.data) > 65536, 'status', g.status, 'decision', g.decision,
+    'actor', g.actor, 'decisionPayload', tidebase._in_list(g.decision_payload, p_room),
+    'capability', tidebase._in_list(g.capability, p_room), 'channels', g.channels,
     'resolveToken', case when p_tokens and g.status = 'pending' then g.resolve_token end,
     'reviewUrl', case when p_tokens then tidebase._review_url(g) end, 'expiresAt', tidebase._iso(g.expires_at),
     'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(g.updated_at),

@@ -293,7 +293,13 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     state = error.sqlstate or ""
     if is_refusal(error):
         return reply(*refusal_of(error, core().database))
-    # 22: a value out of range or not JSON for Postgres; 54: too long for an index, or nested too deeply.
+    words = error.diag.message_primary or ""
+    if state == "54000" and error.diag.constraint_name:  # an index, whose rows take about 2,700 bytes
+        field = INDEXED.get(error.diag.constraint_name, "name")
+        return refused(invalid(field, "too large: together with what else an index has of it, at most 2,700 bytes"))
+    if state == "54000" or "invalid memory alloc request size" in words:
+        return refused(Refusal(413, "body_too_large", f"this is too large for PostgreSQL: {words}"))
+    # 22: a value out of range or not JSON for Postgres; 54: nested too deeply.
     if state.startswith(("22", "54")):
         return refused(invalid("", (error.diag.message_primary or "a value was refused").split("\n")[0]))
     if isinstance(error, psycopg.errors.QueryCanceled):
@@ -312,6 +318,10 @@ def database_refused(error: psycopg.Error) -> Reply | None:
     return None
 
 
+# The body's member that makes a row of an index too long, where that is not its name.
+INDEXED = {"runs_dedupe_key": "dedupeKey", "runs_ready_workflow_idx": "workflowName", "runs_running_idx": "leaseOwner",
+           "runs_of_workflow_idx": "workflowName", "runs_of_queue_idx": "queue", "runs_ready_idx": "queue",
+           "runs_failure_idx": "failureClass", "runs_metadata_idx": "metadata"}
 REFERENCES = {"run", "step", "gate", "state"}  # members of a refusal's detail that name an object
 
 
@@ -484,6 +494,9 @@ def read_body(raw: bytes, schema: Body) -> dict[str, Any]:
 # Schemas: what a body may hold. Optional is not nullable: null is refused where the type has none.
 # ------------------------------------------------------------------------------
 MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits to about 2,700 bytes
+MAX_TEXT = 8192  # characters, of a reason, an actor and the like: lists show them
+MAX_PROMPT = 65_536
+MAX_SPELLED = 32 * 1024 * 1024  # bytes of a value that Postgres looks into, as it writes it: 1e300 has 301 digits
 MAX_MS = 36_525 * 86_400_000  # a hundred years: longer is a mistake of units
 MAX_WAIT_MS = 25_000  # proxies close what is silent for 30 s
 MAX_ATTEMPTS = 1_000_000
@@ -504,7 +517,8 @@ LIMITS = (
     f"Names are at most {MAX_NAME} characters long, priorities integers of 32 bits, maxAttempts 1 to {MAX_ATTEMPTS:,}. "
     f"Delays and timeouts reach 100 years ahead, waitMs {MAX_WAIT_MS // 1000} seconds. A claim names at most "
     f"{MAX_CLAIM_QUEUES:,} queues, a list of runs {MAX_FILTERS} metadata filters; a run has at most {MAX_RUN_CHANNELS} "
-    f"channels, a gate {MAX_GATE_CHANNELS}, a batch {MAX_BATCH:,} runs or {MAX_WRITES:,} writes, a number "
+    f"channels, a gate {MAX_GATE_CHANNELS}, a batch {MAX_BATCH:,} runs or {MAX_WRITES:,} writes, a reason, an actor or "
+    f"another text that is no payload {MAX_TEXT:,} characters, a gate's prompt {MAX_PROMPT:,}, a number "
     f"{MAX_NUMBER:,} characters, a body TIDEBASE_MAX_BODY bytes (16 MiB unless set otherwise).")
 
 
@@ -520,6 +534,8 @@ class Text(fields.String):
     json_schema: ClassVar[dict[str, Any]] = {"pattern": "^[^\\u0000]*$"}
 
     def __init__(self, *validators: Callable[[Any], Any], **options: Any) -> None:
+        if not any(isinstance(validator, validate.Length) for validator in validators):
+            validators = (validate.Length(max=MAX_TEXT), *validators)
         super().__init__(validate=[_no_nul, *validators], **options)
 
 
@@ -619,6 +635,20 @@ class JsonValue(JsonText):
             raise marshmallow.ValidationError("must not contain a number beyond a double") from None
         except RecursionError:
             raise marshmallow.ValidationError("nested too deeply") from None
+        if (size := spelled_bytes(value.text)) > MAX_SPELLED:
+            raise marshmallow.ValidationError(
+                f"too large: with its numbers written out it has {size:,} bytes; at most {MAX_SPELLED:,}")
+
+
+def spelled_bytes(text: str) -> int:
+    """About how many bytes Postgres needs for a JSON text: it writes numbers out, 1e300 as 301 digits."""
+    if not EXPONENT.search(text):
+        return len(text)
+    numbers = re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
+    return len(text) + sum(min(int(exponent), 400) for exponent in EXPONENT.findall(numbers))
+
+
+EXPONENT = re.compile(r"[0-9][eE][+-]?0*([0-9]{1,9})")
 
 
 class JsonObject(JsonValue):
@@ -935,7 +965,7 @@ class BeginGateBody(OwnerFields):
     """POST /runs/:id/gates/begin"""
 
     name = Name(required=True)
-    prompt = Text(required=True)
+    prompt = Text(validate.Length(max=MAX_PROMPT), required=True)
     data = JsonText(empty="{}")
     channels = channels_up_to(MAX_GATE_CHANNELS)
     capability = JsonText()
@@ -2096,12 +2126,13 @@ NOT_ONLY_TEXT = re.compile(r"-?(0|[1-9][0-9]{,99})(\.[0-9]{1,99})?|true|false|nu
 
 @routes.get("/runs")
 def list_runs() -> Reply:
-    """Runs, newest first, or as sort says; a search looks at so many runs at a time, and its cursor goes on.
+    """Runs, newest first, or as sort says; a search looks at so many runs at a time, and its cursor goes on. Payloads
+    of more than 64 KiB, and all that come after 16 MiB, are null: then payloadOmitted is true, and the detail has them.
     ?status (several by comma) ?workflow ?queue ?failureClass ?metadata.KEY (at most 16 of these) ?since:time
     ?until:time ?text (an id, or what an error holds) ?errors:true|false (true: failed, or queued again after it)
     ?parent
     ?sort:newest|oldest|ended=newest ?view:light|full=full (light: without payloads) ?limit:1..1000=100
-    ?before (a nextCursor)  200 {runs:[shownRun] or [lightRun], nextCursor?}."""
+    ?before (a nextCursor)  200 {runs:[listedRun] or [lightRun], nextCursor?}."""
     asked = query(*studio.LIST_PARAMETERS, *studio.FILTERS, prefix="metadata.")
     runs, _, cursor = studio.list_runs(asked)
     return reply(f'{{"runs": {runs}, "nextCursor": {json.dumps(cursor)}}}')
@@ -2113,7 +2144,12 @@ DETAILS = ("run", "steps", "state", "stateStreams", "stateVersions", "runEdges",
 
 @routes.get("/runs/<part:run_id>")
 def get_run(run_id: str) -> Reply:
-    """All that is known of a run, or parts of it; with waitMs the run alone, as soon as it ended.
+    """All that is known of a run, or parts of it; with waitMs the run alone, as soon as it ended. The run and its state
+    come whole, the lists share 16 MiB, and children come without payloads of more than 64 KiB (payloadOmitted). Where
+    there is more, truncated names the list and the after or before to read on with, null from the beginning: events at
+    GET /runs/:id/events, steps at /runs/:id/steps, stateVersions at /runs/:id/state/versions, channelDeliveries and
+    recoveryAttempts at /runs/:id/deliveries; childRuns are at /runs with the parameter parent, gates at
+    /runs/:id/gates/:gateId, usage at /runs/:id/usage, and a payload alone at /runs/:id/payload.
     ?include (run,state,gates and so on) ?waitMs:0..25000=0  200 runDetail, 404."""
     asked = query("include", "waitMs")
     if "waitMs" in asked:
@@ -2352,16 +2388,18 @@ def save_state(run_id: str) -> Reply:
 @routes.get("/runs/<part:run_id>/state/versions")
 def list_versions(run_id: str) -> Reply:
     """By stream and version.  ?stream ?labeled:true|false=false (true: only those with a label)
-    ?view:light|full=full (light: without their values, in pages) ?limit:1..1000=200 ?after (a nextCursor)
-    200 {stateVersions} or {stateVersions:[lightStateVersion], nextCursor?:string}, 404."""
+    ?view:light|full=full (light: without their values; full: without payloads of more than 64 KiB: then payloadOmitted
+    is true, and GET /runs/:id/payload has them)
+    ?limit:1..10000 (200 of the light, 10,000 of the full) ?after (a nextCursor)
+    200 {stateVersions:[listedStateVersion], nextCursor?:string} or {stateVersions:[lightStateVersion],
+    nextCursor?:string}, 404."""
     asked = query("stream", "labeled", "view", "limit", "after")
     stream = asked.get("stream")
     labeled = choice_of("labeled", asked.get("labeled"), ("true", "false"), "false") == "true"
-    limit = whole_of("limit", asked.get("limit", "200"), 1000, 1)
-    if choice_of("view", asked.get("view"), ("light", "full"), "full") == "light":
-        return found(core().database.read("list_versions_light", run_id, stream, labeled, asked.get("after"), limit)[0],
-                     run_id)
-    return found(core().database.read("list_versions", run_id, stream, labeled)[0], run_id)
+    light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
+    limit = whole_of("limit", asked.get("limit", "200" if light else "10000"), 1000 if light else 10_000, 1)
+    return found(core().database.read("list_versions_light" if light else "list_versions", run_id, stream, labeled,
+                                      asked.get("after"), limit)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/snapshots")
@@ -2376,7 +2414,8 @@ def create_snapshot(run_id: str) -> Reply:
 
 @routes.get("/runs/<part:run_id>/snapshots")
 def list_snapshots(run_id: str) -> Reply:
-    """Labelled versions, newest first.  200 {snapshots:[stateVersion]}, 404."""
+    """Labelled versions, newest first, at most ten thousand; payloads of more than 64 KiB are null: then payloadOmitted
+    is true, and GET /runs/:id/payload has them.  200 {snapshots:[listedStateVersion]}, 404."""
     query()
     return found(core().database.read("list_snapshots", run_id)[0], run_id)
 
@@ -2424,7 +2463,8 @@ def time_of(name: str, text: str | None) -> datetime | None:
 @routes.get("/runs/<part:run_id>/events")
 def stream_events(run_id: str) -> Reply | flask.Response:
     """A run's events after a number, as a stream that goes on; as a list for Accept: application/json. A stream that a
-    run token opened ends when the token expires.
+    run token opened ends when the token expires. A list has at most 16 MiB, or one event; where there may be more the
+    header x-tidebase-next has the number to go on after.
     ?after:0..2147483647=0 ?follow:true|false=true (false: end with the run) @Last-Event-ID (counts before after)
     ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
     ?limit:1..1000 (of the list)
@@ -2445,10 +2485,15 @@ def stream_events(run_id: str) -> Reply | flask.Response:
         return next(iter(server.database.select(
             "select status, event_seq from tidebase.runs where id = %s", (run_id,))), None)
 
-    if last() is None:
+    known = last()
+    if known is None:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
     if request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
-        return reply("[" + ", ".join(text for _, text in events(after, most)) + "]")
+        some = events(after, most)
+        answer = reply("[" + ", ".join(text for _, text in some) + "]")
+        if some and some[-1][0] < known[1]:
+            answer[2]["x-tidebase-next"] = str(some[-1][0])
+        return answer
 
     waiter = Waiter(run_id=run_id, seq=after)
     place = ExitStack()
@@ -2570,7 +2615,7 @@ def set_schedule(name: str) -> Reply:
 
 @routes.get("/schedules")
 def list_schedules() -> Reply:
-    """By name.  200 {schedules}."""
+    """By name; inputs of more than 64 KiB are null: then payloadOmitted is true.  200 {schedules:[listedSchedule]}."""
     query()
     return reply(core().database.read("list_schedules")[0] or "")
 

@@ -1292,7 +1292,9 @@ class _Flow:
                     write.outcome = copy.copy(error)
             return
         for write, result in zip(batch, answer["results"] if len(batch) > 1 else [answer]):
-            if "error" not in result:
+            if result.get("code") == "batch_too_large" and len(batch) > 1:  # its answer had no room beside the others'
+                yield from self._send([write])
+            elif "error" not in result:
                 write.outcome = result
                 if write.held is not None:
                     write.held.extend(sent)
@@ -1947,15 +1949,16 @@ class Run(Surface[M]):
     def _queue_children(self, described: list[tuple[Any, Json]]) -> Op[list[Any]]:
         """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
         bodies = {body["name"]: body for _, body in described}
-        existing = (yield from self._child_runs()) if len(bodies) > 1 else {}
+        existing, are_all = (yield from self._child_runs()) if len(bodies) > 1 else ({}, False)
         runs = {name: existing[name] for name, body in bodies.items() if name in existing
+                and "payloadOmitted" not in existing[name]
                 and existing[name]["workflowName"] == body["workflowName"]}  # else the server says what is wrong
         for name, run in runs.items():
             self._warn_of_input(bodies[name], run)
         missing = [body for name, body in bodies.items() if name not in runs]
         made = yield from self._create_children(missing)
         runs.update((body["name"], run) for body, run in zip(missing, made))
-        alone = len(bodies) > 1 and all(name in bodies or _has_ended({"run": run}) for name, run in existing.items())
+        alone = are_all and all(name in bodies or _has_ended({"run": run}) for name, run in existing.items())
         return (yield from self._join_children({name: runs[name] for name in bodies}, alone))
 
     def _create_children(self, bodies: Iterable[Json]) -> Op[list[Json]]:
@@ -1992,18 +1995,27 @@ class Run(Surface[M]):
                 return [_outcome(run) for run in runs.values()]
             ready = yield from self._leave_until({"children": True if alone else live[:CHILDREN_NAMED]})
             if ready and len(live) > 1:
-                told = yield from self._child_runs()
-                runs.update((name, told[name]) for name in live)
+                told, _ = yield from self._child_runs()
+                for name in live:
+                    if name in told and "payloadOmitted" not in told[name]:
+                        runs[name] = told[name]
+                    else:
+                        runs[name] = yield from self._child_run(runs[name]["id"])
             else:
                 answer = yield from self._client._watch("runs", runs[live[0]]["id"], is_over=_has_ended,
                                                         seconds=GATE_POLL_S, poll_s=GATE_POLL_S, held=self._held)
                 runs[live[0]] = answer["run"]
 
-    def _child_runs(self) -> Op[dict[str, Json]]:
-        """All children of this run, by name."""
+    def _child_runs(self) -> Op[tuple[dict[str, Json], bool]]:
+        """The children of this run, by name, and whether these are all.  Large payloads are left out."""
         path = _path("runs", self.run_id, include="childRuns")
         answer = yield from self._client._request("GET", path, held=self._held)
-        return {run["metadata"]["parentEdgeName"]: run for run in answer["childRuns"]}
+        named = {run["metadata"]["parentEdgeName"]: run for run in answer["childRuns"] if run["metadata"] is not None}
+        return named, "truncated" not in answer and len(named) == len(answer["childRuns"])
+
+    def _child_run(self, run_id: str) -> Op[Json]:
+        answer = yield from self._client._request("GET", _path("runs", run_id, include="run"), held=self._held)
+        return cast(Json, answer["run"])
 
     def _run_children(self, described: list[tuple[Any, Json]]) -> Op[list[Any]]:
         """Results or exceptions of the children, at most FANOUT under way at once."""

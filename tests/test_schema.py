@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "e5f6fdaa287ca178c960695cf170386f97ec2c9fcc1f50ab44d385c71e96b709")
+PINNED = (3, "1ec70e65fa14774ee24ff9d7fd5aa4cae3a081213333a6ae800b478f97c46e1b")
 
 
 def apply(conninfo: str) -> None:

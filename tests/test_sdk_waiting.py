@@ -472,6 +472,34 @@ def test_children_that_are_too_large_for_one_request_go_in_several(
     assert len(api.detail("p")["childRuns"]) == 29
 
 
+def test_results_of_children_that_lists_leave_out_arrive_whole(
+    tide: Any, api: Api, working: Callable[..., None]
+) -> None:
+    async def child(run: Any, input: Any) -> str:
+        return "x" * (100_000 + int(input))
+
+    async def parent(run: Any, input: Any) -> list[int]:
+        children = [{"name": f"c{n}", "workflow": "child", "input": n} for n in range(3)]
+        return [len(result) for result in await run.fanout("all", children, queue="default")]
+
+    run_id = enqueue(tide, "parent")
+    working(tide, {"parent": parent, "child": child}, concurrency=2)
+    assert result(tide, run_id) == [100_000, 100_001, 100_002]
+
+
+def test_a_replay_finds_its_children_though_their_results_are_too_large_for_one_answer(tide: Any, api: Api) -> None:
+    async def parent(run: Any, input: Any) -> list[int]:
+        children = [{"name": f"c{n}", "workflow": "elsewhere"} for n in range(7)]
+        return [len(result) for result in await run.fanout("all", children, queue="default", checkpoint=False)]
+
+    run_id = api.create("parent")
+    for n in range(7):
+        child = api.post(f"/runs/{run_id}/children", {"name": f"c{n}", "workflowName": "elsewhere", "queue": "default"})
+        api.complete(child["run"]["id"], result="x" * (3_000_000 + n))["run"]
+    done = tide(lambda client: client.run("parent", tide.workflow(parent), run_id=run_id))
+    assert done == [3_000_000 + n for n in range(7)]
+
+
 @pytest.mark.parametrize("queue", [None, "default"], ids=["here", "on a queue"])
 def test_failed_children_surface_as_one_error_or_stand_in_the_list(
     tide: Any, api: Api, working: Callable[..., None], queue: str | None
