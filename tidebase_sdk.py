@@ -3364,6 +3364,7 @@ class _Beats:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._held: dict[str, _Held] = {}
+        self._closed = False
         self._thread: threading.Thread | None = None
         self._rests_until = 0.0
         self._watched: dict[_Notice, None] = {}  # in the order of `due`
@@ -3422,7 +3423,8 @@ class _Beats:
                 del self._held[held.run_id]
 
     def close(self) -> None:
-        """Let the thread end now, if no lease is held."""
+        """Let the thread end now, if no lease is held, and later without leaving a connection."""
+        self._closed = True
         self._wake.set()
 
     def _be_up_at(self, moment: float) -> None:
@@ -3439,6 +3441,8 @@ class _Beats:
                 self._held = {run_id: held for run_id, held in self._held.items() if held.lost is None}
                 if not self._held:
                     self._thread = None
+                    if self._closed:  # what this thread opened since
+                        self._client._threads.close()
                     return
                 runs, now = list(self._held.values()), time.monotonic()
                 for notice in list(itertools.takewhile(lambda notice: notice.due <= now, self._watched)):  # noqa: B023

@@ -56,7 +56,7 @@ def test_a_run_at_work_says_whose_it_is_and_in_which_step(api: Api, clock):
 
 def test_a_queue_at_its_cap_names_the_runs_that_hold_it(api: Api):
     api.put("/queues/reports/config", {"concurrency": 2})["config"]
-    first, second, third = (api.enqueue("reports") for _ in range(3))
+    first, second, third = (api.enqueue("reports", priority=-number) for number in range(3))
     api.claim("reports", limit=3)
     text, detail = why(api, third)
     assert text == f"queue reports is at its cap of 2: {first}, {second} hold it" or text == (
