@@ -1674,9 +1674,10 @@ class Run(Surface[M]):
         25).  Raises RunCancelled, LeaseLost.
         """
         with self._names.call(("gate", name)) as (name,):
-            begun = yield from RunGates.begin(
-                self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
-            )
+            with self._names.executing():  # the run does not leave before it has asked all that it asks at once
+                begun = yield from RunGates.begin(
+                    self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
+                )
             gate_id = begun["gateId"]
             answer = yield from self._await({"gateId": gate_id}, "gates", gate_id, hold_s=hold_s, poll_s=poll_s,
                                             known=begun, is_over=lambda answer: answer["gate"]["status"] != "pending")
