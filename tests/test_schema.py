@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "55d736432d4f7b8af06423e33bf387acb805288b7e3efdbfb6fdc2b1819994dc")
+PINNED = (3, "cb991032b5e0a9225617b0724f08db3d48293bea7beab5c62482f88ac1fffa5c")
 
 
 def apply(conninfo: str) -> None:

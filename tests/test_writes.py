@@ -239,9 +239,11 @@ def test_a_refusal_in_between_changes_nothing_of_those_around_it(api: Api) -> No
 def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> None:
     """PostgreSQL keeps 64 of a transaction at hand; beyond those, every snapshot of others gets dearer."""
     run, many = held(api), 300
-    batch = [job(id=f"r{n}", metadata={}, channels=[], maxAttempts=1, priority=0) if n % 2 else begin(
-        run, f"s{n}", options={}, leaseMs=1000) for n in range(many)]
-    batch[100] = completion("nowhere", brief=True)
+    batch = [{"do": "enqueue_run", "queue": "q", "workflow_name": "w", "id": f"r{n}", "metadata": {}, "channels": [],
+              "max_attempts": 1, "priority": 0} if n % 2 else
+             {"do": "begin_step", "run_id": run, "lease_owner": "a", "name": f"s{n}", "input_hash": "h", "options": {},
+              "lease_ms": 1000} for n in range(many)]
+    batch[100] = {"do": "complete_run", "run_id": "nowhere", "brief": True}
     with psycopg.connect(database) as connection:
         def call(those: list[Any]) -> tuple[list[int], int]:
             payloads = ["{}"] * len(those)
