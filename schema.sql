@@ -2769,9 +2769,15 @@ begin
                p_write->>'lease_owner', (p_write->>'lease_ms')::integer) b;
     when 'complete_step' then
       body := tidebase.complete_step(p_write->>'run_id', p_write->>'step_id', p_write->>'lease_owner', p_output);
+    when 'fail_step' then
+      body := tidebase.fail_step(p_write->>'run_id', p_write->>'step_id', p_write->>'lease_owner', p_error,
+                                 (p_write->>'retryable')::boolean, p_write->>'resume_decision');
     when 'complete_run' then
       body := tidebase.complete_run(p_write->>'run_id', p_write->>'lease_owner', p_output,
-                                    (p_write->>'brief')::boolean);
+                                    coalesce((p_write->>'brief')::boolean, false));
+    when 'fail_run' then
+      body := tidebase.fail_run(p_write->>'run_id', p_write->>'lease_owner', p_error, p_write->>'failure_class',
+                                (p_write->>'retryable')::boolean);
     when 'enqueue_run' then
       body := tidebase.enqueue_run(p_write->>'queue', p_write, p_input);
     when 'create_child' then
@@ -2783,9 +2789,13 @@ end $$;
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
 --          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
--- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
+-- Chained  a write with "chained": true is refused (TB409 prior_refused) when an earlier write of the same run in this
+--          call was refused. So of a run's chained writes those that are durable are a prefix. A begin that is answered
+--          with 409 manual_review counts as refused; an answer that was only too large (413) does not.
+-- Leaves   what each verb leaves; those of one run in the order given.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
---          many refuse, only as many rows as were written: the rest are for another call. Past p_room bytes, answers
+--          many refuse, some are not reached: their answer is null, and they are for another call, in the same order.
+--          A chained write is answered by the call that refused an earlier write of its run. Past p_room bytes, answers
 --          without payloads, see _brief_answer.
 -- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
 -- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
@@ -2805,6 +2815,8 @@ declare
   v_until    integer := v_count;  -- ends,
   v_at       integer;             -- and has got to
   v_parts    integer := 0;
+  v_refused  text[] := '{}';      -- the runs of which a write was refused; v_earlier: when the part began
+  v_earlier  text[];
   v_size     bigint;              -- of the answers; v_before: when the part began
   v_before   bigint;
   v_state    text;
@@ -2823,11 +2835,20 @@ begin
   select coalesce(sum(octet_length(fresh::text)), 0) into v_size from unnest(v_fresh) as fresh;
   while v_from <= v_count and v_parts < 60 loop
     v_before := v_size;
+    v_earlier := v_refused;
     begin
       for n in v_from .. v_until loop
         continue when v_fresh[n] is not null;
         v_at := n;
+        if tidebase._is_prior_refused(p_writes->(n - 1), v_refused) then
+          v_bodies[n] := tidebase._prior_refused(p_writes->(n - 1));
+          v_statuses[n] := 409;
+          continue;
+        end if;
         v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
+        if v_written.status <> 200 then
+          v_refused := v_refused || (p_writes->(n - 1)->>'run_id');
+        end if;
         if v_size + octet_length(v_written.body::text) > p_room then
           v_written := tidebase._brief_answer(p_writes->(n - 1)->>'do', v_written.body, v_written.status);
         end if;
@@ -2841,6 +2862,7 @@ begin
     exception when others then
       get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
       v_size := v_before;
+      v_refused := v_earlier;
       if v_state !~ '^TB' then
         raise;
       elsif v_at > v_from then
@@ -2853,13 +2875,30 @@ begin
         end if;
         v_size := v_size + octet_length(v_bodies[v_at]::text);
         v_statuses[v_at] := substr(v_state, 3)::integer;
+        v_refused := v_refused || (p_writes->(v_at - 1)->>'run_id');
         v_from := v_at + 1;
         v_until := v_count;
       end if;
     end;
   end loop;
-  return query select * from unnest(v_bodies[:v_from - 1], v_statuses[:v_from - 1]);
+  for n in v_from .. v_count loop
+    if v_fresh[n] is null then  -- not reached, or reached in a part that was undone
+      v_bodies[n] := case when tidebase._is_prior_refused(p_writes->(n - 1), v_refused)
+                     then tidebase._prior_refused(p_writes->(n - 1)) end;
+      v_statuses[n] := 409;
+    end if;
+  end loop;
+  return query select * from unnest(v_bodies, v_statuses);
 end $$;
+
+create or replace function tidebase._is_prior_refused (p_write jsonb, p_refused text[])
+  returns boolean language sql immutable as
+$$ select p_write->'chained' = 'true' and p_write->>'run_id' = any (p_refused) $$;
+
+create or replace function tidebase._prior_refused (p_write jsonb) returns json language sql immutable as $$
+  select json_build_object('error', format('an earlier write of run %s was refused', p_write->>'run_id'),
+                           'code', 'prior_refused')
+$$;
 
 -- The answer to a write of a batch that has no room for it: what was recorded, by its id and status; or that the write
 -- is to be sent again by itself, since the answer says something that the client does not know.
@@ -2903,7 +2942,7 @@ begin
              coalesce((w->>'started_at')::timestamptz,
                       v_now - tidebase._ms(coalesce((w->>'duration_ms')::bigint, 0))) as started_at,
              row_number() over (partition by w->>'run_id' order by n) as place, w->>'do' as verb
-        from jsonb_array_elements(p_writes) with ordinality as given (w, n) where w->>'do' <> 'complete_run'
+        from jsonb_array_elements(p_writes) with ordinality as given (w, n)
     ), fresh as materialized (
       select g.*, r.event_seq, r.fence
         from given g join tidebase.runs r on r.id = g.run_id

@@ -1871,15 +1871,18 @@ def write(verb: str, body: dict[str, Any], **parts: str) -> Reply:
 
 def write_all(writes: list[Write]) -> Reply:
     """Make many writes, in one transaction unless many are refused; each is answered as if it had come alone."""
-    rows: list[tuple[Any, ...]] = []
-    while rest := writes[len(rows):]:  # where many are refused, it takes more than one transaction
-        rows += core().database.rows(
-            "write_each", "[" + ", ".join(write.fields for write in rest) + "]",
-            JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
-            JsonArray(write.error for write in rest), MAX_ANSWERS - sum(len(body) for body, _ in rows))
+    answers: dict[int, tuple[str, int]] = {}
+    while rest := [n for n in range(len(writes)) if n not in answers]:  # where many are refused, some are not reached
+        some = [writes[n] for n in rest]
+        rows = core().database.rows(
+            "write_each", "[" + ", ".join(write.fields for write in some) + "]",
+            JsonArray(write.input for write in some), JsonArray(write.output for write in some),
+            JsonArray(write.error for write in some), MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
+        answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
     core().wrote()
     return reply('{"results": [' + ", ".join(
-        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
+        body if status == 200 else f'{body[:-1]}, "status": {status}}}'
+        for body, status in map(answers.__getitem__, range(len(writes)))) + "]}")
 
 
 def log_failure(run_id: str, text: str) -> None:

@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "cb991032b5e0a9225617b0724f08db3d48293bea7beab5c62482f88ac1fffa5c")
+PINNED = (3, "fc29504c7de1b67269bfcc2dc19488eca3c205b8b2224b48c060ce1f1a46df4b")
 
 
 def apply(conninfo: str) -> None:
