@@ -761,22 +761,18 @@ class Write(NamedTuple):
     error: str | None
 
 
-# The fields of a write, but for its payloads: the member of the body, and its name for schema.sql.
-WIRE_NAMES = {
-    "id": "id", "run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name",
-    "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
-    "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",
-    "queue": "queue", "workflow_name": "workflowName", "metadata": "metadata", "recovery_webhook": "recoveryWebhook",
-    "recovery_secret": "recoverySecret",
-    "channels": "channels", "dedupe_key": "dedupeKey", "delay_ms": "delayMs", "run_at": "runAt",
-    "max_attempts": "maxAttempts", "priority": "priority", "deadline_ms": "deadlineMs", "edge_type": "edgeType",
-    "edge_metadata": "edgeMetadata"}
+# The fields of a write, but for its payloads.
+WRITE_FIELDS = frozenset({
+    "id", "run_id", "step_id", "lease_owner", "name", "input_hash", "options", "retryable", "resume_decision",
+    "started_at", "duration_ms", "brief", "queue", "workflow_name", "metadata", "recovery_webhook", "recovery_secret",
+    "channels", "dedupe_key", "delay_ms", "run_at", "max_attempts", "priority", "deadline_ms", "edge_type",
+    "edge_metadata"})
 
 
 def encode_fields(body: dict[str, Any], **extras: Any) -> str:
     """The JSON of a checked body's fields, but for its payloads."""
-    fields = {WIRE_NAMES[member]: value.isoformat() if isinstance(value, datetime) else value
-              for member, value in body.items() if member in WIRE_NAMES and value is not None}
+    fields = {member: value.isoformat() if isinstance(value, datetime) else value
+              for member, value in body.items() if member in WRITE_FIELDS and value is not None}
     return compose(fields | extras)
 
 
@@ -785,7 +781,7 @@ def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
     body |= parts
     extras: dict[str, Any] = {"do": verb}
     if verb == "begin_step":
-        extras |= {"leaseMs": core().config.lease_ms, "leaseOwner": body["lease_owner"] or new_owner()}
+        extras |= {"lease_ms": core().config.lease_ms, "lease_owner": body["lease_owner"] or new_owner()}
     return Write(encode_fields(body, **extras), body.get("input"),
                  body.get("result" if verb == "complete_run" else "output"), body.get("error"))
 
@@ -799,15 +795,19 @@ def write(verb: str, body: dict[str, Any], **parts: str) -> Reply:
 
 def write_all(writes: list[Write]) -> Reply:
     """Make many writes, in one transaction unless many are refused; each is answered as if it had come alone."""
-    rows: list[tuple[Any, ...]] = []
-    while rest := writes[len(rows):]:  # where many are refused, it takes more than one transaction
-        rows += core().database.rows(
-            "write_each", "[" + ", ".join(write.fields for write in rest) + "]",
-            JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
-            JsonArray(write.error for write in rest), bodies.MAX_ANSWERS - sum(len(body) for body, _ in rows))
+    answers: dict[int, tuple[str, int]] = {}
+    while rest := [n for n in range(len(writes)) if n not in answers]:  # where many are refused, some are not reached
+        some = [writes[n] for n in rest]
+        rows = core().database.rows(
+            "write_each", "[" + ", ".join(write.fields for write in some) + "]",
+            JsonArray(write.input for write in some), JsonArray(write.output for write in some),
+            JsonArray(write.error for write in some),
+            bodies.MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
+        answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
     core().wrote()
     return reply('{"results": [' + ", ".join(
-        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
+        body if status == 200 else f'{body[:-1]}, "status": {status}}}'
+        for body, status in map(answers.__getitem__, range(len(writes)))) + "]}")
 
 
 def log_failure(run_id: str, text: str) -> None:
@@ -1249,9 +1249,8 @@ def expire_signal(run_id: str, name: str) -> Reply:
 
 def about(body: dict[str, Any]) -> str:
     """The JSON of what a body says of a version of the state."""
-    names = {"id": "id", "label": "label", "reason": "reason", "importance": "importance", "metadata": "metadata",
-             "created_by": "createdBy", "step_id": "stepId"}
-    return compose({key: body[name] for name, key in names.items() if name in body})
+    names = ("id", "label", "reason", "importance", "metadata", "created_by", "step_id")
+    return compose({name: body[name] for name in names if name in body})
 
 
 @routes.put("/runs/<part:run_id>/state")
@@ -1319,9 +1318,7 @@ def list_snapshots(run_id: str) -> Reply:
 def record_usage(run_id: str) -> Reply:
     """Write into the cost ledger.  200 {usage}, 404, 409 lease_lost, run_cancelled, usage_id_conflict."""
     body = parse(bodies.UsageBody)
-    keys = {name: field.data_key or name for name, field in schema_of(bodies.UsageBody).fields.items()}
-    entry = compose({keys[name]: value for name, value in body.items()})
-    return call("record_usage", run_id, body["id"], entry, body["lease_owner"])
+    return call("record_usage", run_id, body["id"], compose(body), body["lease_owner"])
 
 
 @routes.get("/usage")
@@ -1476,8 +1473,7 @@ def list_queues() -> Reply:
 def configure_queue(queue: str) -> Reply:
     """Set its caps and where to push; a key left out keeps its value, null clears it.  200 {config: queueConfig}."""
     body = parse(bodies.QueueConfigBody)
-    known = {name: field.data_key or name for name, field in schema_of(bodies.QueueConfigBody).fields.items()}
-    return call("configure_queue", queue, json.dumps({known[name]: value for name, value in body.items()}))
+    return call("configure_queue", queue, json.dumps(body))
 
 
 @routes.put("/schedules/<part:name>")

@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import filters
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "55d736432d4f7b8af06423e33bf387acb805288b7e3efdbfb6fdc2b1819994dc")
+PINNED = (3, "fc29504c7de1b67269bfcc2dc19488eca3c205b8b2224b48c060ce1f1a46df4b")
 
 
 def apply(conninfo: str) -> None:

@@ -63,7 +63,7 @@ class Traces:
         with self.lock:
             return json.dumps([
                 {"owner": owner, "queues": trace.queues, "workflows": trace.workflows,
-                 "sinceMs": int((now - trace.since) * 1000), "agoMs": int((now - trace.at) * 1000)}
+                 "since_ms": int((now - trace.since) * 1000), "ago_ms": int((now - trace.at) * 1000)}
                 for owner, trace in self.traces.items()])
 
     def queues(self) -> str:
@@ -74,8 +74,8 @@ class Traces:
                 if now - trace.at > ASKED_SECONDS:
                     continue
                 for name in trace.queues:
-                    known = queues.setdefault(name, {"agoMs": 1 << 40, "workflows": []})
-                    known["agoMs"] = min(known["agoMs"], int((now - trace.at) * 1000))
+                    known = queues.setdefault(name, {"ago_ms": 1 << 40, "workflows": []})
+                    known["ago_ms"] = min(known["ago_ms"], int((now - trace.at) * 1000))
                     if trace.workflows is None or known["workflows"] is None:
                         known["workflows"] = None
                     else:
