@@ -729,6 +729,9 @@ class Verb(fields.String):
         self.json_schema = {"const": verb}
         super().__init__(required=True, validate=validate.Equal(verb))
 
+    def deserialize(self, value: Any, attr: str | None = None, data: Any = None, **kwargs: Any) -> Any:
+        return value if value == self.verb else super().deserialize(value, attr, data, **kwargs)
+
 
 def write_schema(verb: str, kind: type[Body], *parts: str) -> type[Body]:
     """The schema of one of many writes: that of the verb's own route, with the parts of the route's path in it."""
