@@ -120,13 +120,12 @@ function eventsTab(model) {
 	};
 }
 
-/** What an event's small payload says in a few words. */
-function describeEvent({ payload: p, payloadBytes, attempt: number, payloadOmitted }) {
+/** What an event's small payload says in a few words: its plain values, and those of what it is about. */
+function describeEvent({ payload: p, payloadBytes, payloadOmitted }) {
 	if (!p || typeof p !== "object") return payloadOmitted ? bytes(payloadBytes) : "";
-	const { stateVersion: version, usage, gate } = p;
-	return [number > 1 && `attempt ${number}`, p.leaseOwner, p.reason, errorLine(p.error), p.queue && `queue ${p.queue}`, p.for && JSON.stringify(p.for), version && `version ${version.version}`, version?.label,
-		usage?.model, usage?.totalTokens && `${count(usage.totalTokens)} tokens`, usage && money(usage.costUsd), gate?.prompt, gate?.decision, gate?.actor && `by ${gate.actor}`, p.signal?.name, p.decision, p.actor && `by ${p.actor}`]
-		.filter((word) => typeof word === "string" && word).join(" · ");
+	const about = p.usage ?? p.gate ?? p.stateVersion ?? p.signal ?? p.error ?? {};
+	return [...Object.entries(p), ...Object.entries(about)].filter(([name, value]) => ["string", "number"].includes(typeof value) && !/(id|hash|at|name|token|url)$/i.test(name))
+		.map(([name, value]) => `${name} ${value}`).join(" · ");
 }
 
 // --- state

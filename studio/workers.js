@@ -14,7 +14,7 @@ export async function open({ main, signal }) {
 			worker.id ? idText(worker.id) : muted("a client without a name"))],
 		["Queues", (worker) => el("div.row", (worker.queues ?? []).map((name) => el("span.tag", name)))],
 		["Workflows", (worker) => worker.workflows?.join(", ") ?? muted("all")],
-		["Runs", (worker) => el("div", worker.running === 0 && dash("none"), worker.runs.slice(0, MOST_RUNS).map((run) => el("div", link(runUrl(run.id), run.workflowName), " for ", time(run.since, "since"))),
+		["Runs", (worker) => el("div", worker.running === 0 && dash("none"), worker.runs.slice(0, MOST_RUNS).map((run) => el("div", link(runUrl(run.id), run.workflowName), muted(" heard ", time(run.heartbeatAt)))),
 			worker.running > MOST_RUNS && `and ${count(worker.running - MOST_RUNS)} more`)],
 		["Since", (worker) => time(worker.since)],
 		["Last heard", (worker) => time(worker.heard)],
