@@ -276,7 +276,7 @@ function webhooksTab(model) {
 		tab.again();
 	};
 	const table = grid((delivery) => delivery.id, [["Status", shownAs], ["Event", (delivery) => button(delivery.eventType ?? delivery.reason, () => open(delivery), "quiet")], ["To", (delivery) => delivery.url],
-		["Tries", (delivery) => delivery.attempts], ["Answer", (delivery) => [delivery.httpStatus, " ", el("span.error-text", delivery.errorText)]], ["Created", (delivery) => time(delivery.createdAt)],
+		["Tries", (delivery) => delivery.attempts], ["Answer", (delivery) => (delivery.errorText ? el("span.error-text", delivery.errorText) : delivery.httpStatus)], ["Created", (delivery) => time(delivery.createdAt)],
 		["", (delivery) => canWrite() && delivery.status !== "pending" && button("Resend", () => resend(delivery)), "buttons"]],
 	empty("No webhooks", "This run has no recovery webhook and no channel, or nothing has been sent yet."));
 	const tab = loadedTab(model, /^(recovery|run)\./, async (box) => {

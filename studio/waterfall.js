@@ -13,6 +13,7 @@ const ms = (iso) => (iso ? Date.parse(iso) : null);
 const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed" };
 const STATUS_OF_STEP = { started: "running", completed: "completed", failed: "failed", manual_review: "manual_review" };
 const OUTCOME_OF = { failed_retryable: "failed", manual_review: "review" }; // else a step's status
+const AFTER_REVIEW = { retry: "failed_retryable", fail: "failed" };
 const outcomeOf = (status) => OUTCOME_OF[status] ?? status;
 const IDLE_AFTER = { created: "queued", enqueued: "queued", retried: "queued", released: "queued", requeued: "queued", resumed: "queued", waiting: "waiting", stalled: "gap" };
 const ENDS = new Set(["completed", "failed", "cancelled"]);
@@ -116,7 +117,8 @@ export class Timeline {
 			const attempt = attemptOf(row, row.current ?? 1, at);
 			if (attempt.to === null) Object.assign(attempt, { to: at, outcome: outcomeOf(status) });
 		}
-		if (status && !(at < ms(row.step?.updatedAt))) row.status = status; // a row that was read after this event knows better
+		const shown = status ?? (verb === "reviewed" && AFTER_REVIEW[event.payload?.decision]);
+		if (shown && !(at < ms(row.step?.updatedAt))) row.status = shown; // a row that was read after this event knows better
 	}
 
 	/** A row's bars: {from, to (null: until now), kind, n, owner}. */

@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "cb991032b5e0a9225617b0724f08db3d48293bea7beab5c62482f88ac1fffa5c")
+PINNED = (3, "c250e7478fb2b36f1b4fe58a78e09cdfc2737e67440a1ab05fea7da1ea0f1d02")
 
 
 def apply(conninfo: str) -> None:
