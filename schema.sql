@@ -3549,21 +3549,20 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- Studio: why a run waits, what a resume would do, lists, counts, a run in pieces. Reads, but for the last few verbs; a
--- payload is read only where one is asked for. Each list is served by an index and bounded.
+-- Studio: why a run waits, what a resume would do, lists, and a run in pieces. Most functions only read. They read a
+-- payload only when it is asked for. An index serves each list, and each list is bounded.
 -- ------------------------------------------------------------------------------
 
--- JSON whose members can be taken out: Postgres' text holds no NUL, which a payload may.
+-- JSON whose members can be read as text. A payload may contain \u0000, which Postgres' text cannot hold.
 create or replace function tidebase._readable (p_value json) returns json language sql immutable as $$
   select case when strpos(p_value::text, '\u0000') > 0 then replace(p_value::text, '\u0000', '\ufffd')::json
               else p_value end
 $$;
 
--- An error's name and the beginning of its message; of one that is no object, its text.
+-- An error's name and the first 300 characters of its message. Without a name and a message: of its text.
 create or replace function tidebase._error_brief (p_error json) returns json language plpgsql immutable as $$
 declare
   v_error json;
-  v_kind  text;
 begin
   if p_error is null then
     return null;
@@ -3571,27 +3570,30 @@ begin
     return json_build_object('name', null, 'message', format('an error of %s bytes', octet_length(p_error::text)));
   end if;
   v_error := tidebase._readable(p_error);
-  v_kind := json_typeof(v_error);
-  return json_build_object(
-    'name', case when v_kind = 'object' then left(v_error->>'name', 100) end,
-    'message', left(case when v_kind = 'object' then coalesce(v_error->>'message', v_error::text)
-                         else v_error #>> '{}' end, 300));
+  if json_typeof(v_error) <> 'object' then
+    return json_build_object('name', null, 'message', left(v_error #>> '{}', 300));
+  end if;
+  return json_build_object('name', left(v_error->>'name', 100),
+                           'message', left(coalesce(v_error->>'message', case when v_error->>'name' is null
+                                                                              then v_error::text end), 300));
 end $$;
 
--- A length of time, and an instant seen from p_now, as they stand in a line for a person.
+-- A length of time in words: 12 s, 3 min, 2 h, 4 d.
 create or replace function tidebase._span (p_span interval) returns text language sql immutable as $$
   select case when s < 100 then s || ' s' when s < 6000 then s / 60 || ' min' when s < 172800 then s / 3600 || ' h'
               else s / 86400 || ' d' end
     from (select greatest(extract(epoch from p_span), 0)::bigint as s) as seconds
 $$;
 
+-- An instant in words: the time of day when it is within 12 hours of p_now, else the date, too.
 create or replace function tidebase._at (p_at timestamptz, p_now timestamptz) returns text language sql stable as $$
   select to_char(p_at at time zone 'UTC', case when abs(extract(epoch from p_at - p_now)) < 43200 then 'HH24:MI:SS'
                                                else 'YYYY-MM-DD HH24:MI' end) || ' UTC'
 $$;
 
--- What holds back the runs of each of these queues. p_asked: {QUEUE: {"ago_ms", "workflows"}}, who asked this server for
--- work that many ms ago and has not been noted in the database yet; workflows null: any.
+-- What decides whether queued runs of these queues start: pause, caps, rate, and who asks for work. p_asked are the
+-- requests for work that this server has not written to tidebase.workers yet: {QUEUE: {"ago_ms", "workflows"}}, where
+-- null workflows stand for all.
 -- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt",
 --          "workflows"}}.
 create or replace function tidebase._queue_facts (p_queues text[], p_asked jsonb)
@@ -3611,7 +3613,7 @@ begin
                     limit coalesce(v_queue.concurrency, 1000));
     v_until := null;
     if v_queue.rate_per_minute is not null then
-      select min(claimed_at) + interval '60 seconds' into v_until  -- after which enough of them are a minute old
+      select min(claimed_at) + interval '60 seconds' into v_until  -- by then enough claims are older than a minute
         from (select claimed_at, sum(claimed) over () as total, sum(claimed) over (order by claimed_at) as gone
                 from tidebase.queue_claims where queue = v_name and claimed_at > v_now - interval '60 seconds') as recent
        where total >= v_queue.rate_per_minute and total - gone < v_queue.rate_per_minute;
@@ -3636,8 +3638,9 @@ begin
   return v_facts;
 end $$;
 
--- Why a run that has not ended is where it is: one line and, as detail, its parts. p_facts: of its queue, see above.
--- Returns  {"why", "whyDetail"}, both null when it has ended.
+-- Why a run that has not ended does not go on: a line for people and the same as data. p_facts comes from
+-- _queue_facts.
+-- Returns  {"why", "whyDetail"}, both null for a run that ended.
 create or replace function tidebase._why (p_run_id text, p_facts jsonb, p_now timestamptz)
   returns json language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -3648,7 +3651,7 @@ declare
   v_line   text;
   v_detail json;
 begin
-  -- Not the whole row: its payloads may be large.
+  -- Only these columns: the payloads may be large.
   select id, workflow_name, status, queue, run_at, max_attempts, attempt, lease_owner, lease_expires_at, lease_ms, fence,
          stalled, offered_at, waiting_for, wake_at, event_seq, updated_at, created_at, error is not null as has_error
     into v_run from tidebase.runs where id = p_run_id;
@@ -3781,12 +3784,13 @@ begin
   return json_build_object('why', v_line, 'whyDetail', v_detail);
 end $$;
 
--- Looked at in this order: what is stored in more bytes is not read.
+-- Whether a value's text has at most 1,000 bytes. The stored size is compared first, so that a large value is not
+-- read.
 create or replace function tidebase._is_short (p_value jsonb) returns boolean language sql immutable as
 $$ select case when pg_column_size(p_value) > 1000 then false else octet_length(p_value::text) <= 1000 end $$;
 
--- A run without its payloads, p_why being what _why says of it. Its version changes with all that it shows, but not with
--- the seconds in `why`.
+-- A run without its payloads. p_why comes from _why. `version` changes with everything that is shown, except the
+-- seconds in `why`.
 create or replace function tidebase._run_light (r tidebase.runs, p_why json) returns json language sql stable as $$
   select json_build_object(
     'id', r.id, 'workflowName', r.workflow_name, 'status', r.status, 'queue', r.queue, 'priority', r.priority,
@@ -3805,8 +3809,8 @@ create or replace function tidebase._run_light (r tidebase.runs, p_why json) ret
                                                          p_why->'whyDetail')), 8))
 $$;
 
--- These runs in this order, those that are gone left out, each with why it waits. p_known: {ID: version}, of which those
--- that did not change are left out.
+-- Runs by id, in the order of p_ids, each with its _why. Deleted runs are left out, and so are runs whose version is
+-- the one in p_known, {ID: version}.
 create or replace function tidebase._list_runs (p_ids text[], p_light boolean, p_asked jsonb,
                                                 p_known jsonb default '{}')
   returns json language plpgsql stable set enable_seqscan = off as $$
@@ -3816,11 +3820,11 @@ declare
     select distinct queue from tidebase.runs where id = any (p_ids) and status = 'queued' and run_at <= v_now), p_asked);
 begin
   if p_light then
-    return (select coalesce(json_agg(told.run order by told.n), '[]')
+    return (select coalesce(json_agg(listed.run order by listed.n), '[]')
               from (select g.n, r.id, tidebase._run_light(r, w.why) as run
                       from unnest(p_ids) with ordinality as g (id, n) join tidebase.runs r on r.id = g.id
-                     cross join lateral (select tidebase._why(r.id, v_facts, v_now) as why offset 0) as w) as told
-             where told.run->>'version' is distinct from p_known->>told.id);
+                     cross join lateral (select tidebase._why(r.id, v_facts, v_now) as why offset 0) as w) as listed
+             where listed.run->>'version' is distinct from p_known->>listed.id);
   end if;
   return (select coalesce(json_agg(tidebase._joined(tidebase._run_listed(r, m.room, m.largest),
                                                     tidebase._why(r.id, v_facts, v_now)) order by m.n), '[]')
@@ -3830,12 +3834,12 @@ begin
             join tidebase.runs r on r.id = m.id);
 end $$;
 
--- What a resume of a run would do now, step by step, by the rules of begin_step: those of whoever took the run next.
--- Plans    replays: completed; runs: nothing was done that counts; runs_again: it may have had its effect, and is safe
---          to repeat by its key or by its declaration; stops_for_review: it may have had its effect, and a person must
---          say so; never: likewise, and it is declared never to run twice.
--- Returns  {"runId", "runStatus", "safe", "verdict", "counts", "blocking", "steps", "stepsTruncated", "actions"}; safe
---          is null for a run that needs no resume. TB404.
+-- What a resume of a run would do now, step by step, by the rules of begin_step for the next owner.
+-- Plans    replays: it completed. runs: it has had no effect. runs_again: it may have had its effect, and its key or
+--          its declaration makes a repeat safe. stops_for_review: it may have had its effect, and a person must
+--          decide. never: likewise, and it is declared never to run twice.
+-- Returns  {"runId", "runStatus", "safe", "verdict", "counts", "blocking", "steps", "stepsTruncated", "actions"};
+--          safe is null for a run that needs no resume. TB404.
 create or replace function tidebase.rerun_plan (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -3865,7 +3869,7 @@ begin
              else 'runs_again' end as plan,
            s.reviewed, s.contract->>'replay' as replay, s.contract->>'idempotencyKey' as key
       from tidebase.steps s where s.run_id = p_run_id
-  ), told as (
+  ), explained as (
     select position, plan, name, json_build_object('id', id, 'name', name, 'position', position, 'status', status,
              'attempt', attempt, 'plan', plan, 'reason', case
                when plan = 'replays' then 'completed: its output is kept'
@@ -3894,8 +3898,8 @@ begin
          string_agg(quote_literal(name), ', ' order by position)
            filter (where plan in ('stops_for_review', 'never')) as blocked,
          (select coalesce(json_agg(step order by position), '[]')
-            from (select step, position from told order by position limit 1000) as first) as told
-    into v_plan from told;
+            from (select step, position from explained order by position limit 1000) as first) as steps_json
+    into v_plan from explained;
   v_actions := array_remove(array[
     case when v_plan.stops + v_plan.never > 0 and not v_held and v_run.status <> 'completed' then 'review' end,
     case when v_ended then 'retry' end,
@@ -3917,7 +3921,7 @@ begin
            || '.' end,
     'counts', json_build_object('replays', v_plan.replays, 'runs', v_plan.runs, 'runs_again', v_plan.runs_again,
                                 'stops_for_review', v_plan.stops, 'never', v_plan.never),
-    'blocking', v_plan.blocking, 'steps', v_plan.told, 'stepsTruncated', v_plan.steps > 1000,
+    'blocking', v_plan.blocking, 'steps', v_plan.steps_json, 'stepsTruncated', v_plan.steps > 1000,
     'actions', to_json(v_actions));
 end $$;
 
@@ -3930,16 +3934,18 @@ create or replace function tidebase._step_light (s tidebase.steps) returns json 
     'id', s.id, 'name', s.name, 'position', s.position, 'status', s.status, 'attempt', s.attempt,
     'startedAt', tidebase._iso(s.started_at), 'completedAt', tidebase._iso(s.completed_at),
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at), 'leaseOwner', s.lease_owner,
-    'leaseExpiresAt', tidebase._iso(s.lease_expires_at), 'inputHash', s.input_hash, 'resumeContract', case when octet_length(s.contract::text) <= 4000 then s.contract
+    'leaseExpiresAt', tidebase._iso(s.lease_expires_at), 'inputHash', s.input_hash,
+    'resumeContract', case when octet_length(s.contract::text) <= 4000 then s.contract
       else json_build_object('sideEffects', '[]'::json, 'idempotencyKey', null, 'replay', s.contract->'replay',
                              'checkpointInvariant', null, 'verifiedBy', null, 'credentials', '[]'::json,
                              'payloadOmitted', true) end,
-    'reviewed', s.reviewed, 'copied', s.copied, 'error', tidebase._error_brief(s.error), 'inputBytes', octet_length(s.input::text),
-    'outputBytes', octet_length(s.output::text), 'errorBytes', octet_length(s.error::text),
-    'optionsBytes', octet_length(s.options::text))
+    'reviewed', s.reviewed, 'copied', s.copied, 'error', tidebase._error_brief(s.error),
+    'inputBytes', octet_length(s.input::text), 'outputBytes', octet_length(s.output::text),
+    'errorBytes', octet_length(s.error::text), 'optionsBytes', octet_length(s.options::text))
 $$;
 
--- The steps of a run after a position, without payloads; null, p_text and p_errors leave out what does not fit.
+-- The steps of a run after a position, without payloads. p_statuses and p_text (part of a name) filter unless they
+-- are null; p_errors keeps only failed steps and those to be reviewed.
 -- Returns  {"steps", "nextCursor"}, null when there is no such run.
 create or replace function tidebase.list_steps (p_run_id text, p_after integer, p_limit integer, p_statuses text[],
                                                 p_text text, p_errors boolean)
@@ -3948,9 +3954,6 @@ declare
   v_steps json[];
   v_last  integer;
 begin
-  if not exists (select from tidebase.runs where id = p_run_id) then
-    return null;
-  end if;
   select array_agg(tidebase._step_light(s) order by s.position), max(s.position) into v_steps, v_last
     from tidebase.steps s
     join (select id from tidebase.steps
@@ -3958,11 +3961,13 @@ begin
              and (p_text is null or strpos(lower(name), lower(p_text)) > 0)
              and (not p_errors or status in ('failed', 'failed_retryable', 'manual_review'))
            order by position limit p_limit) as page on page.id = s.id;
-  return json_build_object('steps', coalesce(array_to_json(v_steps), '[]'),
-                           'nextCursor', case when cardinality(v_steps) = p_limit then v_last end);
+  return (select json_build_object('steps', coalesce(array_to_json(v_steps), '[]'),
+                                   'nextCursor', case when cardinality(v_steps) = p_limit then v_last end)
+            from tidebase.runs where id = p_run_id);
 end $$;
 
--- An event whose payload is left out when it is long; what it names is told beside.
+-- An event, without a payload of more than 1,000 bytes. The step, the name and the attempt that the payload holds
+-- stand beside it.
 create or replace function tidebase._event_light (e tidebase.events) returns json language sql stable as $$
   select json_build_object(
     'id', e.id, 'runId', e.run_id, 'seq', e.seq, 'type', e.type, 'createdAt', tidebase._iso(e.created_at),
@@ -3975,8 +3980,8 @@ create or replace function tidebase._event_light (e tidebase.events) returns jso
           offset 0) as n
 $$;
 
--- Events of a run after a number. p_types: whole types, or beginnings that end with a dot; null for all.
--- Returns  rows of a number and the event's JSON: no more than _budget() bytes, but one in any case.
+-- Events of a run after a number. p_types holds whole types and prefixes that end with a dot; null stands for all.
+-- Returns  a row for each: its number and its JSON. Together at most _budget() bytes, but always at least one row.
 create or replace function tidebase.list_events (p_run_id text, p_after integer, p_limit integer, p_light boolean,
                                                  p_types text[])
   returns table (seq integer, event json) language plpgsql stable set enable_seqscan = off as $$
@@ -3991,7 +3996,7 @@ begin
        and (p_types is null or e.type = any (p_types)
             or exists (select from unnest(p_types) as t where t like '%.' and starts_with(e.type, t)))
      order by e.seq limit p_limit;
-  loop  -- one by one, so that no more is read than is answered
+  loop  -- one by one, so that no row is read beyond the budget
     fetch v_rows into seq, event;
     exit when not found or (v_bytes > 0 and v_bytes + octet_length(event::text) > tidebase._budget());
     v_bytes := v_bytes + octet_length(event::text);
@@ -4000,45 +4005,41 @@ begin
   close v_rows;
 end $$;
 
--- A payload as the text that is stored, of a run or, by p_id, of what belongs to it.
--- Returns  p_limit characters from p_offset on, null when there is no such payload; its size in bytes and characters.
+-- A payload as the stored text: of a run or, by p_id, of something that belongs to it. Without p_tokens a webhook
+-- about a gate is not shown, because it contains the gate's token.
+-- Returns  p_limit characters from p_offset on, and the whole size in bytes and characters; null when there is none.
 create or replace function tidebase.get_payload (p_run_id text, p_of text, p_id text, p_offset integer, p_limit integer,
                                                  p_tokens boolean, out part text, out bytes bigint,
                                                  out characters bigint)
   language plpgsql stable set enable_seqscan = off as $$
 declare
+  v_name text := split_part(p_of, '.', 2);
   v_text text;
 begin
-  v_text := case p_of
-    when 'input' then (select input::text from tidebase.runs where id = p_run_id)
-    when 'result' then (select result::text from tidebase.runs where id = p_run_id)
-    when 'error' then (select error::text from tidebase.runs where id = p_run_id)
-    when 'metadata' then (select metadata::text from tidebase.runs where id = p_run_id)
-    when 'step.input' then (select input::text from tidebase.steps where id = p_id and run_id = p_run_id)
-    when 'step.output' then (select output::text from tidebase.steps where id = p_id and run_id = p_run_id)
-    when 'step.error' then (select error::text from tidebase.steps where id = p_id and run_id = p_run_id)
-    when 'step.options' then (select options::text from tidebase.steps where id = p_id and run_id = p_run_id)
+  v_text := case split_part(p_of, '.', 1)
+    when 'step' then (select case v_name when 'input' then input::text when 'output' then output::text
+                                         when 'error' then error::text when 'options' then options::text end
+                        from tidebase.steps where id = p_id and run_id = p_run_id)
     when 'event' then (select payload::text from tidebase.events where run_id = p_run_id and seq = p_id::integer)
-    when 'gate.data' then (select data::text from tidebase.gates where id = p_id and run_id = p_run_id)
-    when 'gate.capability' then (select capability::text from tidebase.gates where id = p_id and run_id = p_run_id)
-    when 'gate.decisionPayload' then
-      (select decision_payload::text from tidebase.gates where id = p_id and run_id = p_run_id)
-    when 'state' then (select value::text from tidebase.state_versions where id = p_id and run_id = p_run_id)
-    when 'state.patch' then (select patch::text from tidebase.state_versions where id = p_id and run_id = p_run_id)
+    when 'gate' then (select case v_name when 'data' then data::text when 'capability' then capability::text
+                                         when 'decisionPayload' then decision_payload::text end
+                        from tidebase.gates where id = p_id and run_id = p_run_id)
+    when 'state' then (select case v_name when 'patch' then patch::text else value::text end
+                         from tidebase.state_versions where id = p_id and run_id = p_run_id)
     when 'signal' then (select payload::text from tidebase.signals where id = p_id and run_id = p_run_id)
-    when 'delivery' then (select tidebase._webhook_payload(o)::text from tidebase.outbox o
-                           where id = p_id and run_id = p_run_id and (p_tokens or gate_id is null))
-    when 'delivery.response' then (select response_body from tidebase.outbox where id = p_id and run_id = p_run_id)
-    when 'usage.metadata' then (select metadata::text from tidebase.usage where id = p_id and run_id = p_run_id)
-    when 'edge.metadata' then
-      (select metadata::text from tidebase.run_edges where id = p_id and parent_run_id = p_run_id)
-  end;
+    when 'delivery' then (select case when v_name = 'response' then response_body
+                                      when p_tokens or gate_id is null then tidebase._webhook_payload(o)::text end
+                            from tidebase.outbox o where id = p_id and run_id = p_run_id)
+    when 'usage' then (select metadata::text from tidebase.usage where id = p_id and run_id = p_run_id)
+    when 'edge' then (select metadata::text from tidebase.run_edges where id = p_id and parent_run_id = p_run_id)
+    else (select case p_of when 'input' then input::text when 'result' then result::text when 'error' then error::text
+                           when 'metadata' then metadata::text end from tidebase.runs where id = p_run_id) end;
   part := case when p_limit is null then substr(v_text, p_offset + 1) else substr(v_text, p_offset + 1, p_limit) end;
   bytes := octet_length(v_text);
   characters := length(v_text);
 end $$;
 
--- A run and its descendants, a generation after the other, at most p_limit.
+-- A run and its descendants, generation by generation, at most p_limit.
 create or replace function tidebase._subtree (p_run_id text, p_limit integer)
   returns table (id text, depth integer) language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4051,19 +4052,20 @@ begin
     v_next := array(select e.child_run_id from unnest(v_next) with ordinality as parent (id, n),
                            lateral (select child_run_id, created_at from tidebase.run_edges
                                      where parent_run_id = parent.id
-                                     order by name limit p_limit) e  -- ordered, so that its index is taken
+                                     order by name limit p_limit) e  -- by name, so that the planner takes its index
                      order by parent.n, e.created_at, e.child_run_id limit p_limit - cardinality(v_ids));
     v_ids := v_ids || v_next;
     depth := depth + 1;
   end loop;
 end $$;
 
--- When a run first began: one of its first events says so.
+-- When a run first began, by one of its first ten events.
 create or replace function tidebase._started_at (p_run_id text) returns timestamptz language sql stable as $$
   select e.created_at from tidebase.events e
    where e.run_id = p_run_id and e.seq <= 10 and e.type in ('run.claimed', 'run.started') order by e.seq limit 1
 $$;
 
+-- A run and its descendants, each with its _why.
 -- Returns  {"root", "runs", "truncated"}, null when there is no such run.
 create or replace function tidebase.run_tree (p_run_id text, p_limit integer, p_asked jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
@@ -4092,6 +4094,7 @@ begin
                            'truncated', cardinality(v_runs) > p_limit);
 end $$;
 
+-- The sums of the ledger's entries of these runs.
 create or replace function tidebase._cost (p_run_ids text[]) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4101,7 +4104,8 @@ begin
             from tidebase.usage where run_id = any (p_run_ids));
 end $$;
 
--- The head of a run: without payloads, but with what it cost, its children included, and how much it has of what.
+-- The head of a run: no payloads, but the cost of it and of its descendants, and how many steps, events, gates ...
+-- it has.
 -- Returns  {"run", "counts", "cost", "durationMs", "state", "parent"}, null when there is no such run.
 create or replace function tidebase.run_summary (p_run_id text, p_asked jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
@@ -4175,12 +4179,13 @@ begin
                            'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
 end $$;
 
+-- A webhook without its payload.
 create or replace function tidebase._delivery_light (o tidebase.outbox) returns json language sql stable as $$
   select json_build_object(
     'id', o.id, 'runId', o.run_id, 'kind', o.kind, 'eventType', o.event_type, 'reason', o.reason,
-    'url', tidebase._shown_url(o.url), 'gateId', o.gate_id, 'channelId', o.channel_id, 'status', o.status, 'attempts', o.attempts,
-    'nextAttemptAt', tidebase._iso(o.next_attempt_at), 'httpStatus', o.http_status, 'errorText', o.error_text,
-    'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
+    'url', tidebase._shown_url(o.url), 'gateId', o.gate_id, 'channelId', o.channel_id, 'status', o.status,
+    'attempts', o.attempts, 'nextAttemptAt', tidebase._iso(o.next_attempt_at), 'httpStatus', o.http_status,
+    'errorText', o.error_text, 'createdAt', tidebase._iso(o.created_at), 'completedAt', tidebase._iso(o.completed_at),
     'payloadBytes', octet_length(tidebase._webhook_payload(o)::text), 'responseBytes', octet_length(o.response_body))
 $$;
 
@@ -4191,19 +4196,17 @@ declare
   v_found json[];
   v_last  bigint;
 begin
-  if not exists (select from tidebase.runs where id = p_run_id) then
-    return null;
-  end if;
   select array_agg(tidebase._delivery_light(o) order by o.seq desc), min(o.seq) into v_found, v_last
     from tidebase.outbox o
     join (select seq from tidebase.outbox where run_id = p_run_id and seq < p_before order by seq desc limit p_limit)
          as page on page.seq = o.seq;
-  return json_build_object('deliveries', coalesce(array_to_json(v_found), '[]'),
-                           'nextCursor', case when cardinality(v_found) = p_limit then v_last end);
+  return (select json_build_object('deliveries', coalesce(array_to_json(v_found), '[]'),
+                                   'nextCursor', case when cardinality(v_found) = p_limit then v_last end)
+            from tidebase.runs where id = p_run_id);
 end $$;
 
--- Sends a webhook once more, under the same id, its tries counted anew.    TB404.
--- Leaves   it due, or in its place among its channel's; one that is still being tried unchanged.
+-- Sends a webhook once more under the same id, with a new count of attempts.    TB404.
+-- Leaves   it due, or behind the pending ones of its channel. A pending webhook stays as it is.
 -- Returns  {"delivery"}.
 create or replace function tidebase.resend_delivery (p_run_id text, p_delivery_id text)
   returns json language plpgsql as $$
@@ -4226,7 +4229,8 @@ begin
   return json_build_object('delivery', tidebase._delivery_light(v_post));
 end $$;
 
--- A run's signals, long payloads left out.    Returns  {"signals"}, null when there is no such run.
+-- The newest 1,000 signals of a run, oldest first, without payloads of more than 1,000 bytes.
+-- Returns  {"signals"}, null when there is no such run.
 create or replace function tidebase.list_signals (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4243,7 +4247,7 @@ begin
             from tidebase.runs r where r.id = p_run_id);
 end $$;
 
--- The ledger of a run, or of it and all that descends from it: its newest entries, and sums by model.
+-- The ledger of a run or, with p_subtree, of it and its descendants: the newest entries, and sums by model.
 -- Returns  {"usage", "byModel", "truncated"}, null when there is no such run.
 create or replace function tidebase.run_usage (p_run_id text, p_subtree boolean, p_limit integer) returns json
   language plpgsql stable set enable_seqscan = off as $$
@@ -4251,9 +4255,7 @@ declare
   v_ids  text[] := array[p_run_id];
   v_rows json[];
 begin
-  if not exists (select from tidebase.runs where id = p_run_id) then
-    return null;
-  elsif p_subtree then
+  if p_subtree then
     v_ids := array(select id from tidebase._subtree(p_run_id, 10000));
   end if;
   v_rows := array(
@@ -4264,7 +4266,7 @@ begin
              'costUsd', u.cost_usd, 'createdAt', tidebase._iso(u.created_at))
       from tidebase.usage u left join tidebase.steps s on s.id = u.step_id
      where u.run_id = any (v_ids) order by u.created_at desc, u.id desc limit p_limit + 1);
-  return json_build_object(
+  return (select json_build_object(
     'usage', (select coalesce(json_agg(entry order by n desc), '[]')
                 from unnest(v_rows[1:p_limit]) with ordinality as newest (entry, n)),
     'truncated', cardinality(v_rows) > p_limit,
@@ -4276,10 +4278,11 @@ begin
         from (select model, count(*) as entries, count(distinct run_id) as runs,
                      coalesce(sum(input_tokens), 0) as input_tokens, coalesce(sum(output_tokens), 0) as output_tokens,
                      coalesce(sum(total_tokens), 0) as total_tokens, coalesce(sum(cost_usd), 0) as cost
-                from tidebase.usage where run_id = any (v_ids) group by model) as by_model));
+                from tidebase.usage where run_id = any (v_ids) group by model) as by_model))
+    from tidebase.runs where id = p_run_id);
 end $$;
 
--- What has happened so far in a run that somebody is to decide about.
+-- What has happened so far in a run about which a person has to decide.
 create or replace function tidebase._decision_context (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4297,15 +4300,17 @@ begin
     left join tidebase.states s on s.run_id = p_run_id);
 end $$;
 
+-- The run as an approval shows it.
 create or replace function tidebase._run_head (r tidebase.runs) returns json language sql stable as $$
   select json_build_object('id', r.id, 'workflowName', r.workflow_name, 'status', r.status, 'queue', r.queue,
                            'attempt', r.attempt, 'createdAt', tidebase._iso(r.created_at))
 $$;
 
--- What waits for a person, oldest first: gates of runs that go on, and steps to be reviewed; or what was decided,
--- newest first. p_after_at and p_after_id: of the last item of the page before.
--- Bounds   a call looks at no more than 2,000 of each kind.
--- Returns  {"items", "count", "more", "nextCursor"}; without p_tokens no gate's token. count: of those that wait.
+-- What waits for a person, oldest first: pending gates of live runs, and steps to be reviewed. With p_decided: the
+-- gates that were decided, newest first. p_after_at and p_after_id are those of the last item of the page before.
+-- Bounds   at most 2,000 gates and 2,000 steps are looked at.
+-- Returns  {"items", "count", "more", "nextCursor"}. `count` is of those that wait. Without p_tokens no gate has a
+-- token.
 create or replace function tidebase.list_approvals (p_decided boolean, p_limit integer, p_after_at timestamptz,
                                                     p_after_id text, p_tokens boolean)
   returns json language plpgsql stable set enable_seqscan = off as $$
@@ -4366,7 +4371,8 @@ begin
                            'more', v_count > 1000, 'nextCursor', v_last);
 end $$;
 
--- A gate as a list shows it: large data left out, without p_room all of it; the token only to who may decide by it.
+-- A gate in a list. Data of more than 65,536 bytes is left out, and all data is without p_room. The token is
+-- included with p_tokens, while the gate is pending.
 create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens boolean, p_room boolean)
   returns json language sql stable as $$
   select json_build_object(
@@ -4382,7 +4388,7 @@ create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens bool
     'resolvedAt', tidebase._iso(g.resolved_at))
 $$;
 
--- What somebody who has a gate's token and no key may see: the gate, and how its run is.
+-- What the token of a gate shows without an API key: the gate, and its run's name and status.
 -- Needs    the token (TB409 gate_token_wrong, as resolve_gate).    Returns  {"gate"}.
 create or replace function tidebase.look_at_gate (p_run_id text, p_gate_id text, p_token text) returns json
   language plpgsql stable as $$
@@ -4402,8 +4408,9 @@ begin
             from tidebase.runs r where r.id = p_run_id);
 end $$;
 
--- Notes who asked for work, deletes who did not for a day, and keeps the minutes of the last hour few. p_workers:
--- [{"owner", "queues", "workflows", "since_ms", "ago_ms"}], the first time and the last so many milliseconds ago.
+-- Records which workers asked for work, deletes workers that have not asked for a day, and sums up the minutes of
+-- the last hour. p_workers: [{"owner", "queues", "workflows", "since_ms", "ago_ms"}]; it first asked since_ms ago
+-- and last ago_ms ago.
 create or replace function tidebase.note_workers (p_workers jsonb) returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
@@ -4412,7 +4419,7 @@ begin
   select owner, queues, workflows, v_now - tidebase._ms(since_ms), v_now - tidebase._ms(ago_ms)
     from jsonb_to_recordset(p_workers)
          as given (owner text, queues text[], workflows text[], since_ms bigint, ago_ms bigint)
-   order by owner  -- the order in which another server's are locked
+   order by owner  -- every server locks the rows in this order
   on conflict (owner) do update
      set queues = excluded.queues, workflows = excluded.workflows,
          last_asked_at = greatest(w.last_asked_at, excluded.last_asked_at);
@@ -4445,8 +4452,8 @@ begin
            on c.minute = m.at);
 end $$;
 
--- Who asked for work within the last day, or holds a run, the last heard first, at most 500. p_workers: as
--- note_workers takes them, those not noted yet.    Returns  {"workers", "now"}.
+-- The workers that asked for work within a day or hold a run, the last heard first, at most 500. p_workers are those
+-- that this server has not recorded yet, as for note_workers.    Returns  {"workers", "now"}.
 create or replace function tidebase.list_workers (p_workers jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4487,9 +4494,10 @@ begin
              order by 1 desc limit 500) as workers);
 end $$;
 
--- Fires a schedule now, beside the times it is due at.
+-- Enqueues a schedule's run now. Its next fire stays as it is.
 -- Needs    the schedule (TB404); p_id not another workflow's (TB409 run_id_conflict).
--- Leaves   a run on its queue, with metadata {"schedule", "fireTime"}; the same p_id again nothing.    Returns  {"run"}.
+-- Leaves   a run on its queue, with metadata {"schedule", "fireTime"}; the same p_id again nothing.    Returns 
+-- {"run"}.
 create or replace function tidebase.run_schedule (p_name text, p_id text) returns json language plpgsql as $$
 declare
   v_now      timestamptz := tidebase.now();
@@ -4508,8 +4516,9 @@ begin
                    'max_attempts', v_schedule.max_attempts), v_schedule.input) e);
 end $$;
 
--- Deletes a run with all that belongs to it.
--- Needs    it ended, and its parent, which would begin it anew when it is replayed (TB409 run_not_ended). TB404.
+-- Deletes a run with everything that belongs to it.
+-- Needs    the run to have ended, and its parent to have completed: a replayed parent would create the child again
+--          (TB409 run_not_ended). TB404.
 -- Returns  {"deleted"}.
 create or replace function tidebase.delete_run (p_run_id text) returns json language plpgsql as $$
 declare

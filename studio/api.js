@@ -1,7 +1,7 @@
 // The server: requests, refusals, and streams of events.
 //
-// The API key lives in this tab's session storage and is sent as a header, by streams too (they are read with fetch, not
-// with EventSource, which can send none). Reads of a page are given up when it is left.
+// The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch, since
+// EventSource can send none. Reads of a page are given up when it is left.
 
 import { toast } from "./dom.js";
 
@@ -81,7 +81,7 @@ export async function attempt(action) {
 	}
 }
 
-/** Leave a failure to the next try, which comes by itself: the page's mark says that it is not up to date. */
+/** Leave a failure to the next try, which comes by itself. */
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
 }
@@ -92,7 +92,7 @@ const SILENT_MS = 40_000; // the server says something every 15 s: after this lo
 
 /**
  * Follow a run's events while the tab is visible: closed when it is hidden, resumed by number.
- * onEvents gets all that came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or ended.
+ * onEvents gets all that came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or not live.
  */
 export function follow(runId, after, onEvents, onState, signal) {
 	let connection = null;
@@ -117,7 +117,7 @@ export function follow(runId, after, onEvents, onState, signal) {
 			onState("live");
 			await read(response.body, heard);
 		} catch (error) {
-			if (error.status === 404 || error.status === 401) return onState("ended");
+			if (error.status === 404 || error.status === 401) return onState("not live");
 		} finally {
 			clearTimeout(silence);
 			if (connection === mine) connection = null;
@@ -157,19 +157,30 @@ export function follow(runId, after, onEvents, onState, signal) {
 	connect();
 }
 
-/** Call `load` now and every so many milliseconds while the tab is visible, and at once when it is shown again. */
-export function poll(load, milliseconds, signal) {
+/** Call `load` every so many milliseconds while the tab is visible, and at once when it is shown again or a person decided something. */
+export function every(load, milliseconds, signal) {
 	let timer;
 	let running = null;
 	async function tick() {
 		clearTimeout(timer);
 		if (signal.aborted || document.hidden) return;
 		await (running ??= Promise.resolve(load()).catch(laterAgain).finally(() => { running = null; }));
+		later();
+	}
+	function later() {
 		clearTimeout(timer);
 		if (!signal.aborted) timer = setTimeout(tick, milliseconds);
 	}
-	document.addEventListener("visibilitychange", tick, { signal });
+	for (const name of ["visibilitychange", "decided"]) document.addEventListener(name, tick, { signal });
 	signal.addEventListener("abort", () => clearTimeout(timer));
-	tick();
-	return tick;
+	later();
+}
+
+/** The same, but first of all now. Resolves when that is done; its failure is the caller's. */
+export async function poll(load, milliseconds, signal) {
+	try {
+		await load();
+	} finally {
+		every(load, milliseconds, signal);
+	}
 }

@@ -3,9 +3,9 @@
 // openReview is that page: it is opened with the gate's token alone, which stands in the fragment of its address and so in
 // no request line, log or Referer; the token is sent in the body.
 
-import { canWrite, getText, path, poll, postText } from "./api.js";
+import { canWrite, every, getText, path, postText } from "./api.js";
 import { gateForm, reviewForm } from "./decide.js";
-import { button, card, compactCount, count, duration, el, empty, facts, fill, money, setText, show, skeleton, status, syncRows, time, toast, zoneNote } from "./dom.js";
+import { button, card, compactCount, count, duration, el, empty, facts, fill, link, money, plainTable, setText, show, skeleton, status, strong, syncRows, time, toast, zoneNote } from "./dom.js";
 import { items, member } from "./json.js";
 import { inlinePayload } from "./payload.js";
 import { runUrl, setQuery, setTitle } from "./router.js";
@@ -64,7 +64,7 @@ export async function open({ main, query, signal }) {
 	}
 
 	function makeAsk(item) {
-		return el("div", { role: "listitem" }, button([el("strong", headline(item)), el("span.row.muted", el("span", item.run.workflowName), "·",
+		return el("div", { role: "listitem" }, button([strong(headline(item)), el("span.row.muted", el("span", item.run.workflowName), "·",
 			tab === "pending" ? el("span", "since ", time(item.since, "since")) : time(item.gate?.resolvedAt ?? item.since, "short"),
 			item.gate ? tab === "decided" && status(item.gate.status) : el("span.tag", "step review"), tab === "decided" && item.gate?.actor && `by ${item.gate.actor}`)], () => {
 			choose(item);
@@ -94,12 +94,12 @@ export async function open({ main, query, signal }) {
 		fill(detail,
 			card(gate?.name ?? step.name, el("div.row", status(!gate ? "manual_review" : gate.status === "pending" ? "waiting" : gate.status), time(item.since, "short")),
 				body, tab === "pending" && canWrite() && (!gate ? reviewForm(run.id, step, done) : gate.resolveToken && gateForm(gate, done))),
-			card("The run so far", el("a.link", { href: runUrl(run.id) }, run.workflowName),
+			card("The run so far", link(runUrl(run.id), run.workflowName),
 				facts([["Status", status(run.status)], ["Steps completed", count(context.stepsCompleted)], ["Cost", money(context.costUsd)], context.totalTokens && ["Tokens", compactCount(context.totalTokens)], ["Created", time(run.createdAt)]]),
-				context.steps.length > 0 && el("table", el("tbody", context.steps.map((one) => el("tr", el("td", status(one.status)), el("td", one.name),
-					el("td.num.muted", one.completedAt && duration(new Date(one.completedAt) - new Date(one.startedAt ?? one.completedAt))))))),
+				context.steps.length > 0 && plainTable(context.steps.map((one) => [status(one.status), one.name,
+					el("td.num.muted", one.completedAt && duration(new Date(one.completedAt) - new Date(one.startedAt ?? one.completedAt)))])),
 				item.stateText && item.stateText !== "null" && inlinePayload(`State, version ${context.stateVersion}`, item.stateText, `${run.id}-state`),
-				context.stateOmitted && el("p.muted", "Its state is long: ", el("a.link", { href: runUrl(run.id, "?tab=state") }, "open it"), ".")));
+				context.stateOmitted && el("p.muted", "Its state is long: ", link(runUrl(run.id, "?tab=state"), "open it"), ".")));
 	}
 
 	async function onQuery(parameters) {
@@ -115,7 +115,7 @@ export async function open({ main, query, signal }) {
 	}
 
 	await onQuery(query);
-	poll(load, 3000, signal);
+	every(load, 3000, signal);
 	return { onQuery };
 }
 

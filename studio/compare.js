@@ -1,8 +1,8 @@
 // Fork a run from a step, with a preview of what is reused; and two runs side by side.
 
-import { follow, get, laterAgain, path, poll, post } from "./api.js";
+import { every, follow, get, laterAgain, path, post } from "./api.js";
 import { bodyOf, jsonInput } from "./decide.js";
-import { ask, button, card, debounce, duration, el, facts, field, fill, grid, idText, money, plural, setText, skeleton, status, time } from "./dom.js";
+import { ask, button, card, dash, debounce, duration, el, empty, facts, field, fill, grid, idText, money, muted, plural, setText, skeleton, status, time } from "./dom.js";
 import { diffTable, readPayload } from "./payload.js";
 import { runUrl } from "./router.js";
 import { outcome, runDuration, shownStatus } from "./why.js";
@@ -40,9 +40,9 @@ export async function open({ main, query, signal }) {
 	const same = new Map(); // step name -> whether both outputs are the same, once they were read
 	const tally = el("p.muted", { role: "status" });
 	const details = el("div");
-	const cell = (side) => ({ [side]: step }) => (step ? el("span.row", status(step.status), el("span.muted", step.copied ? "reused" : step.completedAt && step.startedAt && duration(new Date(step.completedAt) - new Date(step.startedAt)))) : el("span.none", "–"));
+	const cell = (side) => ({ [side]: step }) => (step ? el("span.row", status(step.status), muted(step.copied ? "reused" : step.completedAt && step.startedAt && duration(new Date(step.completedAt) - new Date(step.startedAt)))) : dash());
 	const table = grid(({ name }) => name, [["Step", ({ name }) => name], ["First", cell("a")], ["Second", cell("b")],
-		["Output", ({ name, word }) => (word === "differs" ? button("differs: show", () => showDifference(name), "quiet") : el("span.muted", word))]]);
+		["Output", ({ name, word }) => (word === "differs" ? button("differs: show", () => showDifference(name), "quiet") : muted(word))]], empty("No steps"));
 	fill(main, el("h1", "Side by side"), el("div.sides", first.head, second.head), tally, table.element, details);
 
 	async function load() {
@@ -89,5 +89,5 @@ export async function open({ main, query, signal }) {
 	await load();
 	const again = debounce(() => load().catch(laterAgain), 300);
 	follow(second.id, second.run.eventSeq, again, () => {}, signal); // one stream a tab: the second is the one under way
-	poll(async () => sides.every((side) => side.run.completedAt) || again(), 3000, signal);
+	every(async () => sides.every((side) => side.run.completedAt) || again(), 3000, signal);
 }

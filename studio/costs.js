@@ -1,7 +1,7 @@
 // Costs: the ledger by day, workflow and model; a chart, the numbers beside it, and CSV.
 
 import { get, getText } from "./api.js";
-import { button, card, compactCount, count, el, empty, facts, fill, icon, meters, money, select, skeleton } from "./dom.js";
+import { button, card, code, compactCount, count, el, empty, facts, fill, icon, meters, money, plainTable, select, skeleton, strong } from "./dom.js";
 import { download } from "./payload.js";
 import { setQuery } from "./router.js";
 
@@ -23,34 +23,30 @@ export async function open({ main, query }) {
 		setQuery({ by: by.value, days: days.value });
 		const kind = by.value;
 		const { groups } = await get("/usage", asked());
-		if (groups.length === 0) return fill(box, el("div.card", empty("Nothing was recorded in this time", "Usage is what workflows record: ", el("code", "run.usage.record(model=…, cost_usd=…)"), ".")));
+		if (groups.length === 0) return fill(box, el("div.card", empty("Nothing was recorded in this time", "Usage is what workflows record: ", code("run.usage.record(model=…, cost_usd=…)"), ".")));
 		const rows = groups.map((group) => ({ ...group, name: String(group[kind] ?? group.key ?? "not named").slice(0, 200), cost: Number(group.costUsd ?? 0) }));
 		if (kind === "day") rows.sort((a, b) => (a.name < b.name ? 1 : -1));
 		else rows.sort((a, b) => b.cost - a.cost);
 		const sum = (name) => rows.reduce((all, row) => all + Number(row[name] ?? 0), 0);
-		fill(box, facts([["Cost", el("strong", money(sum("cost")))], ["Tokens in", compactCount(sum("inputTokens"))], ["Tokens out", compactCount(sum("outputTokens"))], ["Entries", count(sum("entries"))]]),
-			el("div.split", kind === "day" ? card("Cost by day", el("small", "days in UTC"), dayChart(rows, today(), Number(days.value))) : meters(`Cost by ${kind}`, rows.slice(0, 40).map((row) => [row.name, row.cost])),
-				el("div.card.table-wrap", el("table", el("thead", el("tr", el("th", HEADS[kind]), ["Runs", "Tokens", "Cost"].map((word) => el("th.num", word)))),
-					el("tbody", rows.map((row) => el("tr", el("td", row.name), el("td.num", count(row.runs ?? 0)), el("td.num", compactCount(row.totalTokens ?? 0)),
-						el("td.num", { title: row.costUsd }, money(row.cost)))))))));
+		fill(box, facts([["Cost", strong(money(sum("cost")))], ["Tokens in", compactCount(sum("inputTokens"))], ["Tokens out", compactCount(sum("outputTokens"))], ["Entries", count(sum("entries"))]]),
+			el("div.split", kind === "day" ? card("Cost by day", el("small", "days in UTC"), dayChart(rows, today(), Number(days.value), Math.min(720, box.clientWidth - 24))) : meters(`Cost by ${kind}`, rows.slice(0, 40).map((row) => [row.name, row.cost])),
+				el("div.card", plainTable(rows.map((row) => [row.name, el("td.num", count(row.runs ?? 0)), el("td.num", compactCount(row.totalTokens ?? 0)),
+					el("td.num", { title: row.costUsd }, money(row.cost))]), [HEADS[kind], ...["Runs", "Tokens", "Cost"].map((word) => el("div.num", word))]))));
 	}
 	await load();
 }
 
-const WIDTH = 720;
-const chart = (height, ...content) => el("svg.chart", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": "Cost; the numbers stand in the table" }, content);
-
-function dayChart(rows, today, days) {
+function dayChart(rows, today, days, width) {
 	const [height, left, bottom] = [260, 52, 22];
 	const byDay = new Map(rows.map((row) => [row.name.slice(0, 10), row]));
 	const most = Math.max(...rows.map((row) => row.cost)) || 1;
 	const size = 10 ** Math.floor(Math.log10(most / 3));
 	const step = [1, 2, 5, 10].map((factor) => factor * size).find((one) => one >= most / 3);
 	const lines = Array.from({ length: Math.ceil(most / step - 1e-9) + 1 }, (_, index) => index * step);
-	const room = (WIDTH - left) / days;
+	const room = (width - left) / days;
 	const y = (value) => 8 + (height - bottom - 8) * (1 - value / lines.at(-1));
-	const every = Math.ceil(days / 8);
-	return chart(height, lines.map((value) => [el("line", { x1: left, x2: WIDTH, y1: y(value), y2: y(value) }), el("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, money(value))]),
+	const every = Math.ceil(days / Math.floor(width / 85));
+	return el("svg.chart", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Cost; the numbers stand in the table" }, lines.map((value) => [el("line", { x1: left, x2: width, y1: y(value), y2: y(value) }), el("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, money(value))]),
 		Array.from({ length: days }, (_, index) => {
 			const day = new Date((today - days + 1 + index) * DAY_MS);
 			const row = byDay.get(day.toISOString().slice(0, 10));

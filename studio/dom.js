@@ -1,15 +1,14 @@
 // Elements, times and numbers: what every page of Studio is made of.
 //
-// el() is the only place where elements are made. It sets attributes and text, never markup, so that whatever a run or a
-// webhook is called stays text. Pages build their elements once; live updates change texts and rows in place (setText,
-// syncRows, grid), so that focus, selection and scroll position stay where they are.
+// el() is the only place where elements are made. It sets attributes and text, never markup, so whatever a run is called
+// stays text. Live updates change texts, rows and cells in place, so that focus, selection and scroll position stay.
 
 const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "rect", "line", "text", "title"]);
 
 /**
- * Make an element: el("button.primary", {onclick: save}, "Save"), or without attributes el("td.num", 3). Attributes that
- * are null or false are left out; functions are listeners. Children may be nodes, strings, numbers, null or lists of those.
+ * Make an element: el("button.primary", {onclick: save}, "Save") or, without attributes, el("td.num", 3). Attributes that
+ * are null or false are left out, functions are listeners. Children: nodes, strings, numbers, null, or lists of those.
  */
 export function el(selector, attributes, ...children) {
 	const [tag, ...classes] = selector.split(".");
@@ -17,7 +16,7 @@ export function el(selector, attributes, ...children) {
 	if (classes.length) node.setAttribute("class", classes.join(" "));
 	if (attributes?.constructor === Object) {
 		for (const [name, value] of Object.entries(attributes)) {
-			if (value === null || value === undefined || value === false) continue;
+			if (isNothing(value)) continue;
 			if (typeof value === "function") node.addEventListener(name.slice(2), value);
 			else if (name === "value" && "value" in node) node.value = value;
 			else node.setAttribute(name, value === true ? "" : value);
@@ -26,10 +25,10 @@ export function el(selector, attributes, ...children) {
 	return add(node, children);
 }
 
+const isNothing = (value) => value === null || value === undefined || value === false;
+
 function add(node, children) {
-	for (const child of children.flat(Infinity)) {
-		if (child !== null && child !== undefined && child !== false) node.append(child);
-	}
+	node.append(...children.flat(Infinity).filter((child) => !isNothing(child)));
 	return node;
 }
 
@@ -39,16 +38,14 @@ export function fill(node, ...children) {
 	return add(node, children);
 }
 
-/** Set a node's text only when it differs: an unchanged node keeps the reader's selection and costs no layout. */
+/** Set a node's text when it differs: an unchanged node keeps the reader's selection and costs no layout. */
 export function setText(node, text) {
 	if (node.textContent !== String(text ?? "")) node.textContent = text ?? "";
 }
 
-export function show(node, visible) {
-	node.hidden = !visible;
-}
+export const show = (node, visible) => { node.hidden = !visible; };
 
-/** Bring the children of `parent` in line with `items`: the node of each key is kept, made by make, brought up to date by update. */
+/** Bring the children of `parent` in line with `items`: each key's node is kept, made by make and brought up to date by update. */
 export function syncRows(parent, items, keyOf, make, update) {
 	const nodes = new Map([...parent.children].map((node) => [node.dataset.key, node]));
 	let next = parent.firstElementChild;
@@ -66,22 +63,36 @@ export function syncRows(parent, items, keyOf, make, update) {
 	for (const node of nodes.values()) node.remove();
 }
 
+/** A table of rows of cells, which may be td elements; heads: their words, or null. */
+export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table", heads && el("thead", el("tr", heads.map((word) => el("th", word)))),
+	el("tbody", rows.filter(Boolean).map((cells) => el("tr", cells.map((cell) => (cell?.tagName === "TD" ? cell : el("td", cell))))))));
+
 /**
- * A table of columns [head, cell(item), class?]. set(items) changes only the rows whose item differs; on a narrow screen
- * a row is a list, and the heads stand beside the values.
+ * A live table of columns [head, cell(item), class?]. set(items) replaces only the cells that look different, and shows
+ * `nothing` when there are none. On a narrow screen a row is a list, and the heads stand beside the values.
  */
-export function grid(keyOf, columns) {
+export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow } = {}) {
 	const body = el("tbody");
-	const head = columns.map(([word, , kind]) => el("th", { class: kind }, word));
-	return {
-		element: el("div.card.table-wrap", el("table.stacked", el("thead", el("tr", head)), body)),
-		set: (items) => syncRows(body, items, keyOf, () => el("tr"), (row, item) => {
-			const is = JSON.stringify(item);
-			if (row.is === is) return;
+	const whole = el(`table.${kind}`, el("thead", el("tr", columns.map(([word, , of]) => el("th", { class: of }, word)))), body);
+	const element = el("div.card.table-wrap", skeleton());
+	const update = (row, item) => {
+		const is = JSON.stringify(item);
+		if (row.is !== is) {
 			row.is = is;
-			fill(row, columns.map(([word, cell, kind]) => el("td", { class: kind, "data-label": word }, cell(item))));
-		}),
+			row.item = Object.assign(row.item ?? {}, item); // the same object: the buttons of cells that stay act on it
+			const cells = columns.map(([word, cell, of]) => el("td", { class: of, "data-label": word }, cell(row.item)));
+			if (row.firstChild) cells.forEach((cell, index) => cell.isEqualNode(row.children[index]) || row.children[index].replaceWith(cell));
+			else row.append(...cells);
+		}
+		onRow?.(row, item);
 	};
+	return { element, set(items) {
+		const { activeElement } = document;
+		if (items.length && !whole.isConnected) fill(element, whole);
+		syncRows(body, items, keyOf, () => el("tr"), update);
+		if (!items.length) fill(element, nothing);
+		if (activeElement.isConnected && activeElement !== document.activeElement) activeElement.focus({ preventScroll: true }); // its row was moved
+	} };
 }
 
 // --- icons: drawn here, so that a status differs by its shape and not only by its colour
@@ -117,7 +128,7 @@ const formats = new Map();
 
 const hereZone = Intl.DateTimeFormat().resolvedOptions().timeZone;
 export const zoneName = () => zone ?? hereZone;
-export const zoneNote = () => el("span.muted", "Times in ", el("span", { "data-zone": "" }, zoneName()));
+export const zoneNote = () => muted("Times in ", el("span", { "data-zone": "" }, zoneName()));
 
 export function switchZone() {
 	zone = zone ? undefined : "UTC";
@@ -177,17 +188,14 @@ function ago(at) {
 const TIME_KINDS = { ago, short: shortTime, precise: (at) => format("precise", at), since: (at) => duration(now() - at) };
 
 /** A time that keeps itself up to date: ago, short, precise, or since (a duration that goes on). */
-export function time(iso, kind = "ago") {
-	if (!iso) return el("span.none", "–");
-	return writeTime(el("time", { datetime: iso, "data-kind": kind }));
-}
+export const time = (iso, kind = "ago") => (iso ? writeTime(el("time", { datetime: iso, "data-kind": kind })) : dash());
 
-function writeTime(node) {
+const writeTime = (node) => {
 	setText(node, TIME_KINDS[node.dataset.kind](new Date(node.dateTime)));
 	return node;
-}
+};
 
-// The whole instant is worked out when somebody points at a time: a list has many of them.
+// The whole instant, worked out when somebody points at a time: a list has many.
 document.addEventListener("mouseover", ({ target }) => {
 	if (target.dateTime) target.title = wholeInstant(target.dateTime);
 	else if (target.describe) target.title = target.describe();
@@ -195,9 +203,7 @@ document.addEventListener("mouseover", ({ target }) => {
 
 setInterval(() => {
 	if (document.hidden) return;
-	for (const node of document.querySelectorAll("time[data-kind=ago], time[data-kind=since]")) {
-		setText(node, TIME_KINDS[node.dataset.kind](new Date(node.dateTime)));
-	}
+	for (const node of document.querySelectorAll("time[data-kind=ago], time[data-kind=since]")) writeTime(node);
 }, 1000);
 
 // --- numbers
@@ -216,7 +222,12 @@ export function money(usd) {
 
 // --- small parts
 
-/** A button that submits no form. */
+export const code = (text) => el("code", text);
+export const strong = (...children) => el("strong", children);
+export const muted = (...children) => el("span.muted", children);
+export const dash = (word = "–") => el("span.none", word);
+export const link = (href, ...children) => el("a.link", { href }, children);
+
 export const button = (word, onclick, kind = "", attributes = {}) => el(`button${kind && `.${kind}`}`, { type: "button", onclick, ...attributes }, word);
 export const iconButton = (name, label, onclick, attributes = {}) => button(icon(name), onclick, "bare", { title: label, "aria-label": label, ...attributes });
 
@@ -224,30 +235,34 @@ export const field = (label, input, hint = null) => el("label.field", el("span",
 export const empty = (title, ...details) => el("div.empty", el("strong", title), el("p", details));
 export const card = (title, aside, ...body) => el("section.card", el("header", el("h2", title), aside), el("div.body.stack", body));
 
-/** Names and values: rows [name, value, ...]; rows that are false are left out. */
+/** Names and values, of rows [name, value, ...]. */
 export const facts = (rows) => el("dl.facts", rows.filter(Boolean).map(([name, ...value]) => el("div", el("dt", name), el("dd", value))));
 
 /** Costs [name, usd] as numbers and bars. */
 export function meters(title, rows) {
 	const most = Math.max(...rows.map(([, cost]) => cost), 1e-12);
-	return el("section.card", el("header", el("h2", title)), el("table.meters", el("tbody", rows.map(([name, cost]) => {
+	return card(title, null, plainTable(rows.map(([name, cost]) => {
 		const bar = el("div.meter");
 		bar.style.width = `${(100 * cost) / most}%`;
-		return el("tr", el("td", name), el("td.num", money(cost)), el("td", bar));
-	}))));
+		return [name, el("td.num", money(cost)), el("td.half", bar)];
+	})));
 }
 
-/** Rows of grey while the first answer is on its way; they appear after a moment, so that quick answers do not flicker. */
+/** Grey rows while the first answer is on its way; they appear after a moment, so that quick answers do not flicker. */
 export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", "aria-label": "Loading" }, Array.from({ length: rows }, () => el("i")));
 
 /** An input to search with; action(text) is called as one types. */
-export function searchInput(placeholder, label, action, attributes = {}) {
-	const input = el("input", { type: "search", placeholder, "aria-label": label, oninput: () => action?.(input.value), ...attributes });
-	return el("div.search", icon("search"), input);
-}
+export const searchInput = (placeholder, label, action, attributes = {}) => el("div.search", icon("search"),
+	el("input", { type: "search", placeholder, "aria-label": label, oninput: ({ target }) => action?.(target.value), ...attributes }));
 
 export const select = (label, choices, onchange, attributes = {}) => el("select", { "aria-label": label, onchange, ...attributes },
 	choices.map(([value, word]) => el("option", { value }, word)));
+
+/** Say in a mark how fresh a page is: live, reconnecting, stale, paused. */
+export function setMark(mark, state) {
+	mark.className = `mark mark-${state}`;
+	setText(mark, state);
+}
 
 /** Copy without the clipboard API too, which browsers withhold on plain HTTP. */
 async function copyText(text) {
@@ -278,7 +293,7 @@ export function copyButton(text, label, word = null) {
 	return add(copy, [word]);
 }
 
-export const idText = (id) => el("span.id", el("code", id), copyButton(id, `Copy ${id}`));
+export const idText = (id) => el("span.id", code(id), copyButton(id, `Copy ${id}`));
 
 const live = el("div.offscreen", { role: "status", "aria-live": "polite" });
 const toasts = el("div.toasts", { role: "alert" });

@@ -2,7 +2,7 @@
 // Indenting adds white space between tokens and changes none of them.
 
 import { attempt, getResponse, getText, path } from "./api.js";
-import { button, bytes, copyButton, el, fill, iconButton, skeleton } from "./dom.js";
+import { button, bytes, code, copyButton, dash, el, fill, iconButton, plainTable, skeleton } from "./dom.js";
 import { differences, indented, members } from "./json.js";
 
 const FIRST = 65_536; // characters
@@ -17,7 +17,7 @@ const paint = ({ kind, text }) => (kind === "sign" || kind === "space" ? text : 
 /** For people who decide: an object's members as names and values, line breaks as such. */
 function readable(text) {
 	return el("dl.readable", [...members(text)].map(([name, value]) => el("div", el("dt", name),
-		el("dd", value.startsWith('"') ? JSON.parse(value) : /^[[{]/.test(value) ? el("code", [...indented(value)].map(paint)) : value))));
+		el("dd", value.startsWith('"') ? JSON.parse(value) : /^[[{]/.test(value) ? code([...indented(value)].map(paint)) : value))));
 }
 
 function frame(title, text, { complete = true, size, whole, name, toRead = false }) {
@@ -71,8 +71,7 @@ export const download = (whole, name, type = "application/json") => attempt(asyn
 export function diffTable(before, after) {
 	const rows = differences(before, after);
 	if (rows.length === 0) return el("p.muted", "The two are the same.");
-	const side = (tag, text) => el("td", text === null ? el("span.none", "–") : el(tag, text.slice(0, 2000)));
-	return el("div.table-wrap", el("table.diff", el("thead", el("tr", ["Path", "Before", "After"].map((word) => el("th", word)))),
-		el("tbody", rows.slice(0, MOST_ROWS).map((row) => el("tr", el("td", row.path), side("del", row.before), side("ins", row.after))))),
-	rows.length > MOST_ROWS && el("p.muted", `and ${rows.length - MOST_ROWS} more`));
+	const side = (tag, text) => (text === null ? dash() : el(tag, text.slice(0, 2000)));
+	return el("div.diff", plainTable(rows.slice(0, MOST_ROWS).map((row) => [row.path, side("del", row.before), side("ins", row.after)]), ["Path", "Before", "After"]),
+		rows.length > MOST_ROWS && el("p.muted", `and ${rows.length - MOST_ROWS} more`));
 }

@@ -1,24 +1,24 @@
 // Queues: how much waits and runs, the last hour minute by minute, caps, pause and resume.
 
-import { attempt, canWrite, get, laterAgain, path, poll, put, query } from "./api.js";
-import { ask, button, count, duration, el, empty, field, fill, grid, plural, skeleton, status, toast } from "./dom.js";
+import { attempt, canWrite, get, laterAgain, path, poll, put } from "./api.js";
+import { ask, button, code, count, dash, duration, el, empty, field, fill, grid, link, plural, status, strong, toast } from "./dom.js";
+import { runsUrl } from "./router.js";
 
 export async function open({ main, signal }) {
-	const box = el("div", skeleton());
 	const hours = new Map(); // queue -> its chart, which is read less often than the counts
-	const runsOf = (queue, name) => (queue[name] ? el("a.link", { href: `/studio/runs${query({ queue: queue.name, status: name })}` }, count(queue[name])) : el("span.none", "0"));
+	const runsOf = (queue, name) => (queue[name] ? link(runsUrl({ queue: queue.name, status: name }), count(queue[name])) : dash("0"));
 	const table = grid((queue) => queue.name, [
-		["Queue", ({ name, config }) => el("div.row", el("a", { href: `/studio/runs${query({ queue: name })}` }, el("strong", name)), config?.paused && status("paused"))],
+		["Queue", ({ name, config }) => el("div.row", el("a", { href: runsUrl({ queue: name }) }, strong(name)), config?.paused && status("paused"))],
 		["Queued", (queue) => runsOf(queue, "queued"), "num"],
 		["Running", (queue) => el("span", runsOf(queue, "running"), queue.config?.concurrency && ` of ${count(queue.config.concurrency)}`), "num"],
 		["Waiting", (queue) => runsOf(queue, "waiting"), "num"],
-		["Oldest ready", ({ oldestReadyMs }) => (oldestReadyMs ? duration(oldestReadyMs) : el("span.none", "–")), "num"],
+		["Oldest ready", ({ oldestReadyMs }) => (oldestReadyMs ? duration(oldestReadyMs) : dash()), "num"],
 		["Last hour", ({ name }) => hours.get(name)],
 		["Caps", ({ config }) => [config?.concurrency && `${count(config.concurrency)} at once`, config?.ratePerMinute && `${count(config.ratePerMinute)} a minute`, config?.invokeUrl && "push"]
-			.filter(Boolean).join(", ") || el("span.none", "none")],
-		["", (queue) => canWrite() && el("div.row", button(queue.config?.paused ? "Resume" : "Pause", () => pause(queue)), button("Edit caps", () => edit(queue), "quiet"))],
-	]);
-	fill(main, el("h1", "Queues"), box);
+			.filter(Boolean).join(", ") || dash("none")],
+		["", (queue) => canWrite() && el("div.row", button(queue.config?.paused ? "Resume" : "Pause", () => pause(queue)), button("Edit caps", () => edit(queue), "quiet")), "buttons"],
+	], empty("No queues yet", "A queue is there as soon as something is put on it: ", code('tide.enqueue("report", queue="default")'), "."));
+	fill(main, el("h1", "Queues"), table.element);
 
 	async function change({ name }, changes) {
 		const done = await attempt(() => put(path`/queues/${name}/config`, changes));
@@ -41,18 +41,15 @@ export async function open({ main, signal }) {
 
 	async function load() {
 		const { queues } = await get("/queues");
-		if (queues.length === 0) return fill(box, empty("No queues yet", "A queue is there as soon as something is put on it: ", el("code", 'tide.enqueue("report", queue="default")'), "."));
 		for (const { name } of queues) {
 			if (hours.has(name)) continue;
 			const chart = el("div");
 			hours.set(name, chart);
-			poll(async () => fill(chart, spark((await get(path`/queues/${name}/minutes`)).minutes)), 30_000, signal);
+			poll(async () => fill(chart, spark((await get(path`/queues/${name}/minutes`)).minutes)), 30_000, signal).catch(laterAgain);
 		}
-		if (table.element.parentNode !== box) fill(box, table.element);
 		table.set(queues);
 	}
-	await load();
-	poll(() => load().catch(laterAgain), 3000, signal);
+	await poll(load, 3000, signal);
 }
 
 /** Claims as bars upwards and failures as bars downwards, a minute each. */
@@ -60,7 +57,7 @@ function spark(minutes) {
 	const sum = (name) => minutes.reduce((all, minute) => all + minute[name], 0);
 	const most = Math.max(1, ...minutes.map((minute) => Math.max(minute.claims, minute.failures)));
 	const text = `${plural(sum("claims"), "claim")} and ${plural(sum("failures"), "failure")} in the last hour, at most ${count(most)} in a minute`;
-	if (sum("claims") + sum("failures") === 0) return el("span.none", "quiet");
+	if (sum("claims") + sum("failures") === 0) return dash("quiet");
 	const bar = (kind, index, value, room) => {
 		const height = Math.max(1, (room * value) / most);
 		return value > 0 && el(`rect.${kind}`, { x: index * 2, width: 1.5, y: kind === "ok" ? 16 - height : 17, height });

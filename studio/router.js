@@ -1,9 +1,12 @@
 // Addresses: every view has a URL of its own, made with pushState, so that it can be shared, reloaded and gone back to.
 
+import { query } from "./api.js";
+
 let open = () => {};
 export const setOpener = (opener) => { open = opener; };
 
-export const runUrl = (id, query = "") => `/studio/runs/${encodeURIComponent(id)}${query}`;
+export const runUrl = (id, parameters = "") => `/studio/runs/${encodeURIComponent(id)}${parameters}`;
+export const runsUrl = (filters) => `/studio/runs${query(filters)}`;
 export const rememberScroll = () => history.replaceState({ ...history.state, scroll: scrollY }, "");
 
 /** Go to another view. The scroll position of this one is kept for the way back. */
@@ -20,10 +23,7 @@ export const goBack = () => (history.state?.depth ? history.back() : navigate("/
 /** Change parameters of this view's address in place: null takes one out. The view is not opened again. */
 export function setQuery(changes) {
 	const url = new URL(location.href);
-	for (const [name, value] of Object.entries(changes)) {
-		if (value === null) url.searchParams.delete(name);
-		else url.searchParams.set(name, value);
-	}
+	for (const [name, value] of Object.entries(changes)) url.searchParams[value === null ? "delete" : "set"](name, value);
 	history.replaceState(history.state, "", url);
 }
 

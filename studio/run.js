@@ -3,11 +3,12 @@
 // The page reads a summary and the steps once, follows the run's event stream by seq, and applies each event to the
 // timeline. Rows are read again only for what an event does not carry. What is open, selected and scrolled stays.
 
-import { attempt, canWrite, follow, get, laterAgain, path, poll, post, query as toQuery, session } from "./api.js";
+import { attempt, canWrite, every, follow, get, laterAgain, path, post, query as toQuery, session } from "./api.js";
 import { actor, bodyOf, jsonInput, reviewForm } from "./decide.js";
-import { ask, button, compactCount, count, debounce, duration, el, facts, field, fill, icon, iconButton, idText, money, plural, setText, show, status, time, toast } from "./dom.js";
+import { ask, button, code, compactCount, count, debounce, duration, el, facts, field, fill, icon, iconButton, idText, link, money, muted, plainTable, plural, setMark, setText, show, status, strong,
+	time, toast } from "./dom.js";
 import { payload, readPayload } from "./payload.js";
-import { navigate, runUrl, setQuery, setTitle } from "./router.js";
+import { navigate, runsUrl, runUrl, setQuery, setTitle } from "./router.js";
 import { stepPanel, TABS } from "./tabs.js";
 import { Timeline, Waterfall } from "./waterfall.js";
 import { outcome, shownStatus } from "./why.js";
@@ -36,9 +37,9 @@ export async function open({ main, parts: [id], query, signal }) {
 	const content = el("div.stack", { role: "tabpanel", tabindex: "-1" });
 	const { workflowName, forkedFrom } = summary.run;
 	fill(main,
-		el("nav.crumbs", { "aria-label": "Where" }, el("a", { href: "/studio/runs" }, "Runs"), "/", el("a", { href: `/studio/runs${toQuery({ workflow: workflowName })}` }, workflowName),
-			summary.parent && ["/ child of ", el("a.link", { href: runUrl(summary.parent.id) }, summary.parent.name ?? summary.parent.id)],
-			forkedFrom && ["/ fork of ", el("a.link", { href: runUrl(forkedFrom) }, forkedFrom), el("a.link", { href: `/studio/compare${toQuery({ a: forkedFrom, b: id })}` }, "compare")],
+		el("nav.crumbs", { "aria-label": "Where" }, el("a", { href: "/studio/runs" }, "Runs"), "/", el("a", { href: runsUrl({ workflow: workflowName }) }, workflowName),
+			summary.parent && ["/ child of ", link(runUrl(summary.parent.id), summary.parent.name ?? summary.parent.id)],
+			forkedFrom && ["/ fork of ", link(runUrl(forkedFrom), forkedFrom), link(compareUrl(forkedFrom, id), "compare")],
 			el("span.grow"), mark),
 		el("header.stack", el("div.spread", el("h1", workflowName, badge), actions), idText(id), why, about), verdict, tabs, el("div.split", content, panel));
 
@@ -75,15 +76,15 @@ export async function open({ main, parts: [id], query, signal }) {
 		return [
 			["Duration", live ? time(r.createdAt, "since") : duration(summary.durationMs ?? 0)],
 			["Attempt", r.maxAttempts > 1 ? `${r.attempt} of ${r.maxAttempts}` : r.attempt],
-			r.queue && ["Queue", el("a.link", { href: `/studio/runs${toQuery({ queue: r.queue })}` }, r.queue)],
-			r.leaseOwner && ["Owner", el("code", r.leaseOwner)],
+			r.queue && ["Queue", link(runsUrl({ queue: r.queue }), r.queue)],
+			r.leaseOwner && ["Owner", code(r.leaseOwner)],
 			r.leaseExpiresAt && ["Lease ends", time(r.leaseExpiresAt)],
 			(Number(spent?.costUsd) > 0 || spent?.totalTokens > 0) && [more ? `Cost of ${plural(cost.subtree.runs, "run")}` : "Cost",
 				el("span", { title: `${count(spent.inputTokens ?? 0)} in, ${count(spent.outputTokens ?? 0)} out; its own: ${money(cost.own.costUsd)}` },
-					money(spent.costUsd), spent.totalTokens > 0 && el("span.muted", ` · ${compactCount(spent.totalTokens)} tokens`))],
+					money(spent.costUsd), spent.totalTokens > 0 && muted(` · ${compactCount(spent.totalTokens)} tokens`))],
 			budget !== undefined && budget !== null && ["Budget", typeof budget === "number" ? money(budget) : JSON.stringify(budget)],
 			["Created", time(r.createdAt, "short")], r.completedAt && ["Ended", time(r.completedAt, "short")], r.deadlineAt && ["Deadline", time(r.deadlineAt, live ? "ago" : "short")],
-			r.dedupeKey && ["Dedupe key", el("code", r.dedupeKey)], r.priority !== 0 && ["Priority", r.priority], r.failureClass && ["Failure class", el("span.tag", r.failureClass)],
+			r.dedupeKey && ["Dedupe key", code(r.dedupeKey)], r.priority !== 0 && ["Priority", r.priority], r.failureClass && ["Failure class", el("span.tag", r.failureClass)],
 		];
 	}
 
@@ -116,9 +117,9 @@ export async function open({ main, parts: [id], query, signal }) {
 		const blocking = canWrite() ? plan.steps.filter((step) => step.plan === "stops_for_review") : [];
 		verdict.classList.toggle("safe", plan.safe);
 		fill(verdict, el("div.spread", el("h2", icon(plan.safe ? "completed" : "stalled"), el("span", plan.verdict)), canWrite() && el("div.row", inVerdict.map((name, index) => actionButton(name, index === 0 && plan.safe ? "primary" : "")))),
-			blocking.map((step) => el("details", { open: blocking.length === 1 }, el("summary", "Decide ", el("strong", step.name)), reviewForm(id, step, () => { readVerdict(); readSummary(); }))),
-			plan.steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"), el("div.table-wrap", el("table", el("tbody", plan.steps.map((step) =>
-				el("tr", el("td", step.name), el("td", el(`span.act.act-${step.plan}`, step.plan.replaceAll("_", " "))), el("td.muted", step.reason))))))));
+			blocking.map((step) => el("details", { open: blocking.length === 1 }, el("summary", "Decide ", strong(step.name)), reviewForm(id, step, () => { readVerdict(); readSummary(); }))),
+			plan.steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"),
+				plainTable(plan.steps.map((step) => [step.name, el(`span.act.act-${step.plan}`, step.plan.replaceAll("_", " ")), el("td.muted", step.reason)]))));
 	}
 
 	// --- actions
@@ -151,7 +152,7 @@ export async function open({ main, parts: [id], query, signal }) {
 	async function forkRun() {
 		const { askFork } = await import("./compare.js");
 		const fork = await askFork(summary, [...model.steps.values()], summary.run.inputBytes > 0 ? await readPayload(id, "input") : "{}");
-		if (fork) navigate(`/studio/compare${toQuery({ a: id, b: fork.id })}`);
+		if (fork) navigate(compareUrl(id, fork.id));
 	}
 
 	// --- the side panel: one step, event or delivery, else the run's own payloads
@@ -269,7 +270,8 @@ export async function open({ main, parts: [id], query, signal }) {
 
 	async function readSteps() {
 		for (let more = true; more;) {
-			const { steps, nextCursor } = await get(path`/runs/${id}/steps`, { after: lastPosition || null, limit: 1000 });
+			const { steps, nextCursor } = await get(path`/runs/${id}/steps`, { after: lastPosition || null, limit: 500 });
+			await breathe();
 			steps.forEach(keepStep);
 			more = nextCursor;
 		}
@@ -289,16 +291,16 @@ export async function open({ main, parts: [id], query, signal }) {
 	}, 60);
 
 	function onState(state) {
-		mark.className = `mark mark-${state}`;
-		setText(mark, state === "ended" ? "not live" : state);
+		setMark(mark, state);
 		if (state === "live" && mark.lost) readSummary().catch(laterAgain);
 		mark.lost = state !== "live";
 	}
 
+	showHeader();
 	await readSteps();
 	if (summary.counts.gates) readGates();
 	if (summary.counts.children) readTree();
-	showHeader();
+	await breathe();
 	showTab(query.get("tab"));
 	const chosen = timeline.rows.get(query.get("step"));
 	if (chosen) select(chosen);
@@ -306,7 +308,7 @@ export async function open({ main, parts: [id], query, signal }) {
 	model.firstSeq = Math.max(0, summary.run.eventSeq - MOST_EVENTS);
 	follow(id, model.firstSeq, onEvents, onState, signal);
 	let seconds = 0;
-	poll(async () => {
+	every(async () => {
 		seconds += 1;
 		const live = LIVE.has(summary.run.status);
 		if (seconds % (live ? 3 : 15) === 0) await readSummary();
@@ -319,6 +321,11 @@ export async function open({ main, parts: [id], query, signal }) {
 		escape: () => panelOf && (closePanel(), true),
 	};
 }
+
+const compareUrl = (a, b) => `/studio/compare${toQuery({ a, b })}`;
+
+/** Let the browser draw and take input before going on: what is long is done in slices. */
+const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
 /** Do something with a node only when what it is made from is not what it was made from. */
 function once(node, source, action) {

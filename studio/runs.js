@@ -1,12 +1,12 @@
 // The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once.
 //
-// The page holds one page of light runs. POST /changes says, under any filter, which ids stand there now and sends only
-// the rows whose version differs; nothing is read twice, and no list loads a payload.
+// The page holds one page of light runs. POST /changes says, under any filter, which ids stand there now, and sends only
+// the rows whose version differs. No list loads a payload.
 
-import { canWrite, get, laterAgain, poll, post, query as toQuery } from "./api.js";
-import { announce, ask, button, compactCount, copyButton, count, debounce, dialog, el, empty, field, fill, icon, iconButton, plural, searchInput, select, setText,
-	show, skeleton, status, syncRows, time, toast, zoneNote } from "./dom.js";
-import { navigate, runUrl } from "./router.js";
+import { canWrite, every, get, laterAgain, post, query as toQuery } from "./api.js";
+import { announce, ask, button, code, compactCount, copyButton, count, dash, debounce, dialog, el, empty, field, fill, grid, icon, iconButton, link, muted, plainTable, plural,
+	searchInput, select, setMark, setText, show, skeleton, status, syncRows, time, toast, zoneNote } from "./dom.js";
+import { navigate, runsUrl, runUrl } from "./router.js";
 import { outcome, runDuration, shortId, shownStatus } from "./why.js";
 
 const PAGE_SIZE = 50;
@@ -17,7 +17,19 @@ const WORDS = { failureClass: "class", since: "from", until: "before", parent: "
 const ACTIONS = { cancel: ["Cancel", "cancelled", "danger"], retry: ["Retry", "put back", "primary"], delete: ["Delete", "deleted", "danger"] };
 const lastPages = new Map(); // what was on the screen for an address: shown at once on the way back
 
-const filtersOf = (parameters) => Object.fromEntries([...parameters].filter(([name, value]) => value && (FILTERS.includes(name) || name.startsWith("metadata."))));
+/** The filters and the paging that an address asks for. */
+function readAddress(parameters) {
+	const filters = Object.fromEntries([...parameters].filter(([name, value]) => value && (FILTERS.includes(name) || name.startsWith("metadata."))));
+	return [filters, { sort: parameters.get("sort"), before: parameters.get("before") }];
+}
+
+const readPage = (filters, paging) => get("/runs", { ...filters, ...paging, view: "light", limit: PAGE_SIZE });
+let early = null;
+/** Read the first page while the session is still being read. */
+export function begin(parameters) {
+	early = readPage(...readAddress(parameters));
+	early.catch(() => {}); // who takes it sees the failure
+}
 
 export async function open({ main, query, signal }) {
 	let filters = {};
@@ -36,11 +48,35 @@ export async function open({ main, query, signal }) {
 	const sort = select("Order", [["newest", "Newest first"], ["oldest", "Oldest first"], ["ended", "Last ended first"]], () => change({ sort: sort.value }));
 	const period = select("Created", [["", "Any time"], ["1", "Last hour"], ["24", "Last 24 hours"], ["168", "Last 7 days"], ["720", "Last 30 days"]], () =>
 		change({ since: period.value && new Date(Math.floor(Date.now() / 6e4) * 6e4 - period.value * 3600e3).toISOString(), until: null }));
-	const all = el("input", { type: "checkbox", "aria-label": "Select all runs on this page", onchange: () => choose(rows.map((run) => run.id), all.checked) });
-	const body = el("tbody");
-	const table = el("table.runs", el("thead", el("tr", canWrite() && el("th.c-select", all), [["status", "Status"], ["name", "Run"], ["why", "Why, or how it ended"], ["queue", "Queue"],
-		["attempt", "Attempt"], ["duration", "Duration"], ["time", "Created"]].map(([name, word]) => el(`th.c-${name}`, word)))), body);
-	const nothing = el("div");
+	const checkbox = (label, onchange) => el("input", { type: "checkbox", "aria-label": label, onchange });
+	const all = checkbox("Select all runs on this page", () => choose(rows.map((run) => run.id), all.checked));
+	const table = grid((run) => run.id, [
+		canWrite() && [all, (run) => checkbox(`Select ${run.workflowName} ${run.id}`, ({ target }) => choose([run.id], target.checked)), "c-select"],
+		["Status", (run) => status(shownStatus(run)), "c-status"],
+		["Run", (run) => el("div.run-name", el("a", { href: runUrl(run.id), title: run.workflowName, "data-row": "" }, run.workflowName), el("code", { title: run.id }, shortId(run.id))), "c-name"],
+		["Why, or how it ended", (run) => {
+			const line = el("div.clip", outcome(run));
+			line.title = line.textContent;
+			return line;
+		}, "c-why"],
+		["Queue", (run) => run.queue ?? dash(), "c-queue"],
+		["Attempt", (run) => (run.maxAttempts > 1 ? `${run.attempt} of ${run.maxAttempts}` : run.attempt), "c-attempt"],
+		["Duration", runDuration, "c-duration"],
+		["Created", (run) => time(run.createdAt), "c-time"],
+	].filter(Boolean), null, { kind: "runs", onRow(row, run) {
+		const on = allMatching || selected.has(run.id);
+		row.setAttribute("aria-selected", String(on));
+		if (canWrite()) row.firstChild.firstChild.checked = on;
+		if (row.version && row.version !== run.version) {
+			row.classList.remove("fresh");
+			requestAnimationFrame(() => row.classList.add("fresh"));
+		}
+		row.version = run.version;
+	} });
+	table.element.addEventListener("click", ({ target }) => {
+		const row = target.closest("tbody tr");
+		if (row && !target.closest("a, button, input, .c-select") && !getSelection().toString()) navigate(runUrl(row.dataset.key));
+	});
 	const older = button("", () => navigate(address({ before: nextCursor })));
 	const newest = button("First page", () => navigate(address({ before: null })));
 	const bulkText = el("span.grow");
@@ -53,11 +89,11 @@ export async function open({ main, query, signal }) {
 		Object.entries(ACTIONS).map(([action, [word, , kind]]) => button(word, () => act(action), kind === "danger" ? kind : "")), button("Clear", clearSelection, "quiet"));
 	fill(main, el("header.spread", el("h1", "Runs"), mark),
 		el("search.stack", el("div.filters", el("form.grow", { onsubmit: searched }, search), period, sort), el("div.spread", counts, chips)),
-		el("div.card", table, nothing), bulk, el("div.row", newest, older, zoneNote()));
+		table.element, bulk, el("div.row", newest, older, zoneNote()));
 
 	// --- filters
 
-	const address = (changes) => `/studio/runs${toQuery({ ...filters, ...paging, ...changes })}`;
+	const address = (changes) => runsUrl({ ...filters, ...paging, ...changes });
 	const change = (changes) => navigate(address({ before: null, ...changes }));
 
 	function showFilters() {
@@ -86,41 +122,12 @@ export async function open({ main, query, signal }) {
 
 	// --- rows
 
-	function makeRow(run) {
-		const cells = Object.fromEntries(["status", "why", "queue", "attempt", "duration"].map((name) => [name, el(`td.c-${name}`)]));
-		const box = el("input", { type: "checkbox", "aria-label": `Select ${run.workflowName} ${run.id}`, onchange: () => choose([run.id], box.checked) });
-		const row = el("tr", { onclick: (event) => {
-			if (!event.target.closest("a, button, input, .c-select") && !getSelection().toString()) navigate(runUrl(run.id));
-		} }, canWrite() && el("td.c-select", box), cells.status, el("td.c-name", el("div.run-name", el("a", { href: runUrl(run.id), title: run.workflowName, "data-row": "" }, run.workflowName),
-			el("code", { title: run.id }, shortId(run.id)))), cells.why, cells.queue, cells.attempt, cells.duration, el("td.c-time", time(run.createdAt)));
-		return Object.assign(row, { parts: cells, box });
-	}
-
-	function updateRow(row, run) {
-		row.box.checked = allMatching || selected.has(run.id);
-		row.setAttribute("aria-selected", String(row.box.checked));
-		if (row.version === run.version) return;
-		if (row.version) {
-			row.classList.remove("fresh");
-			requestAnimationFrame(() => row.classList.add("fresh"));
-		}
-		row.version = run.version;
-		fill(row.parts.status, status(shownStatus(run)));
-		fill(row.parts.why, outcome(run)).title = row.parts.why.textContent;
-		fill(row.parts.queue, run.queue ?? el("span.none", "–"));
-		fill(row.parts.attempt, run.maxAttempts > 1 ? `${run.attempt} of ${run.maxAttempts}` : run.attempt);
-		fill(row.parts.duration, runDuration(run));
-	}
-
 	function render() {
-		const focused = document.activeElement;
-		syncRows(body, rows, (run) => run.id, makeRow, updateRow);
-		if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true }); // its row was moved
-		show(table, rows.length > 0);
-		fill(nothing, rows.length === 0 && nothingHere());
-		show(older, Boolean(nextCursor));
+		table.set(rows);
+		if (rows.length === 0) fill(table.element, nothingHere());
+		show(older, nextCursor);
 		setText(older, rows.length < PAGE_SIZE ? "Search further" : "Next page");
-		show(newest, Boolean(paging.before));
+		show(newest, paging.before);
 		const onPage = rows.filter((run) => selected.has(run.id)).length;
 		all.checked = rows.length > 0 && (allMatching || onPage === rows.length);
 		show(bulk, allMatching || selected.size > 0);
@@ -130,35 +137,32 @@ export async function open({ main, query, signal }) {
 
 	function nothingHere() {
 		if (nextCursor) return empty("Nothing among those that were looked through", "There are more runs: search further below.");
-		if (Object.keys(filters).length) return empty("No run matches", el("a.link", { href: "/studio/runs" }, "Show all runs"));
-		return empty("No runs yet", "A run appears here as soon as a program creates one: ", el("code", 'tide.enqueue("report")'), ", or ", el("code", "python tidebase.py demo"), " on the command line.");
+		if (Object.keys(filters).length) return empty("No run matches", link("/studio/runs", "Show all runs"));
+		return empty("No runs yet", "A run appears here as soon as a program creates one: ", code('tide.enqueue("report")'), ", or ", code("python tidebase.py demo"), " on the command line.");
 	}
 
 	// --- reading
 
-	const listQuery = () => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
-
 	async function load() {
 		const asked = address();
-		const answer = await get("/runs", listQuery());
+		const answer = await (early ?? readPage(filters, paging));
 		if (asked === address()) take(answer.runs, answer.nextCursor);
 	}
 
 	async function refresh() {
 		const asked = address();
-		const known = new Map(rows.map((run) => [run.id, run]));
+		const known = Object.fromEntries(rows.map((run) => [run.id, run]));
 		try {
-			const answer = await post("/changes", { query: toQuery(listQuery()).slice(1), known: Object.fromEntries(rows.map((run) => [run.id, run.version])) }, { signal });
+			const { ids, runs, nextCursor: next } = await post("/changes", { query: toQuery({ ...filters, ...paging, view: "light", limit: PAGE_SIZE }).slice(1),
+				known: Object.fromEntries(rows.map((run) => [run.id, run.version])) }, { signal });
 			if (asked !== address()) return;
-			const same = answer.runs.length === 0 && answer.ids.join() === rows.map((run) => run.id).join() && answer.nextCursor === nextCursor;
-			setMark("live");
-			if (same) return;
-			for (const run of answer.runs) known.set(run.id, run);
-			rows = answer.ids.map((id) => known.get(id)).filter(Boolean);
-			take(rows, answer.nextCursor);
+			setMark(mark, "live");
+			if (runs.length === 0 && ids.join() === rows.map((run) => run.id).join() && next === nextCursor) return;
+			for (const run of runs) known[run.id] = run;
+			take(ids.map((id) => known[id]).filter(Boolean), next);
 			readCounts();
 		} catch (error) {
-			setMark(error.status === 0 ? "stale" : "reconnecting");
+			setMark(mark, error.status === 0 ? "stale" : "reconnecting");
 			throw error;
 		}
 	}
@@ -166,15 +170,15 @@ export async function open({ main, query, signal }) {
 	function take(runs, cursor) {
 		rows = runs;
 		nextCursor = cursor;
-		lastPages.set(address(), { rows, nextCursor });
-		setMark("live");
+		lastPages.set(address(), [rows, cursor]);
+		setMark(mark, "live");
 		render();
 	}
 
 	const readCounts = debounce(async () => {
 		const { counts: found, total } = await get("/counts", { ...filters, status: null });
 		const chosen = new Set(filters.status?.split(","));
-		const entries = [["All", total], ...STATUSES.map((name) => [name, found[name] ?? { count: 0 }])].filter(([name, { count: many }]) => name === "All" || many > 0 || chosen.has(name));
+		const entries = [["All", total], ...STATUSES.map((name) => [name, found[name]])].filter(([name, { count: many }]) => name === "All" || many > 0 || chosen.has(name));
 		syncRows(counts, entries, ([name]) => name, ([name]) => button("", () => toggleStatus(name)), (node, [name, { count: many, more }]) => {
 			node.setAttribute("aria-pressed", String(name === "All" ? chosen.size === 0 : chosen.has(name)));
 			const number = `${compactCount(many)}${more ? "+" : ""}`;
@@ -187,11 +191,6 @@ export async function open({ main, query, signal }) {
 		const chosen = new Set(name === "All" ? [] : filters.status?.split(","));
 		if (name !== "All" && !chosen.delete(name)) chosen.add(name);
 		change({ status: [...chosen].join(",") });
-	}
-
-	function setMark(state) {
-		mark.className = `mark mark-${state}`;
-		setText(mark, state);
 	}
 
 	// --- selection
@@ -208,25 +207,19 @@ export async function open({ main, query, signal }) {
 	}
 
 	async function act(action) {
-		const done = await runBulk(action, allMatching ? { filter: toQuery(filters).slice(1) } : { ids: [...selected] });
-		if (!done) return;
+		if (!await runBulk(action, allMatching ? { filter: toQuery(filters).slice(1) } : { ids: [...selected] })) return;
 		clearSelection();
 		refresh().catch(laterAgain);
 	}
 
 	async function onQuery(parameters) {
-		filters = filtersOf(parameters);
-		paging = { sort: parameters.get("sort"), before: parameters.get("before") };
+		[filters, paging] = readAddress(parameters);
 		selected.clear();
 		allMatching = false;
 		showFilters();
-		readCounts();
 		const last = lastPages.get(address());
-		if (last) take(last.rows, last.nextCursor);
-		else if (rows.length === 0) {
-			show(table, false);
-			fill(nothing, skeleton(12));
-		}
+		if (last) take(...last);
+		else if (rows.length === 0) fill(table.element, skeleton(12));
 		try {
 			await load();
 		} catch (error) {
@@ -234,13 +227,16 @@ export async function open({ main, query, signal }) {
 			if (error.status !== 400) throw error;
 			rows = [];
 			render();
-			fill(nothing, el("div.fault", { role: "alert" }, error.message));
+			fill(table.element, el("div.fault", { role: "alert" }, error.message));
+		} finally {
+			early = null;
+			readCounts();
 		}
 	}
 
 	await onQuery(query);
 	if (query.get("focus")) input.focus();
-	poll(refresh, REFRESH_MS, signal);
+	every(refresh, REFRESH_MS, signal);
 	return { onQuery, escape: () => (selected.size || allMatching) && (clearSelection(), true) };
 }
 
@@ -259,28 +255,26 @@ function readSearch(words) {
 /** Say how many an action is for, ask, do it in batches and show a result for each. Resolves to whether it was begun. */
 async function runBulk(action, target) {
 	const [title, done, kind] = ACTIONS[action];
-	const preview = await post("/bulk", { action, ...target, dryRun: true });
-	if (preview.count === 0) return toast(`None of them can be ${done}.`);
-	const words = `${title} ${count(preview.count)}${preview.more ? "+" : ""} ${preview.count === 1 ? "run" : "runs"}`;
+	const { count: many, more, sample, cursor: start } = await post("/bulk", { action, ...target, dryRun: true });
+	if (many === 0) return toast(`None of them can be ${done}.`);
+	const words = `${title} ${count(many)}${more ? "+" : ""} ${many === 1 ? "run" : "runs"}`;
 	const asked = await ask(`${words}?`, [
-		el("div.card.table-wrap", el("table", el("tbody", preview.sample.map((run) => el("tr", el("td", status(shownStatus(run))), el("td", run.workflowName), el("td", el("code", { title: run.id }, shortId(run.id)))))))),
-		preview.count > preview.sample.length && el("p.muted", `and ${count(preview.count - preview.sample.length)} more`),
+		el("div.card", plainTable(sample.map((run) => [status(shownStatus(run)), run.workflowName, el("code", { title: run.id }, shortId(run.id))]))),
+		many > sample.length && el("p.muted", `and ${count(many - sample.length)} more`),
 		action === "cancel" && field("Reason", el("input", { name: "reason" })),
 		action === "delete" && el("p", "Their steps, events and state go with them. This cannot be undone."),
 	], words, { kind, otherwise: "Keep them" });
 	if (!asked) return false;
 
-	const results = el("tbody");
+	const results = el("div.stack");
 	const summary = el("strong", { role: "status" });
 	const list = [];
 	let open = true;
-	dialog(words, [summary, el("div.card.table-wrap", el("table", results))], copyButton(() => list.map((one) => `${one.id}\t${one.ok ? done : one.error}`).join("\n"), "Copy results", "Copy results"))
-		.closed.then(() => { open = false; });
-	let { cursor } = preview;
-	do { // closing the report stops after the batch that is under way
+	dialog(words, [summary, results], copyButton(() => list.map((one) => `${one.id}\t${one.ok ? done : one.error}`).join("\n"), "Copy results", "Copy results")).closed.then(() => { open = false; });
+	for (let cursor = start; cursor !== null && open;) { // closing the report stops after the batch that is under way
 		let batch;
 		try {
-			batch = await post("/bulk", { action, ...target, cursor: cursor ?? undefined, reason: asked.reason || undefined, actor: "studio" });
+			batch = await post("/bulk", { action, ...target, cursor, reason: asked.reason || undefined, actor: "studio" });
 		} catch (error) {
 			setText(summary, `${summary.textContent} Stopped: ${error.message}.`);
 			return true;
@@ -288,9 +282,8 @@ async function runBulk(action, target) {
 		list.push(...batch.results);
 		const refused = list.filter((one) => !one.ok).length;
 		setText(summary, `${count(list.length - refused)} ${done}${refused ? `, ${count(refused)} refused` : ""}.`);
-		results.append(...batch.results.map((one) => el("tr", el("td", one.ok ? status("completed", done) : status("failed", one.code ?? "refused")),
-			el("td", el("a.link", { href: runUrl(one.id) }, el("code", one.id))), el("td.muted", one.error))));
+		results.append(plainTable(batch.results.map((one) => [one.ok ? status("completed", done) : status("failed", one.code ?? "refused"), link(runUrl(one.id), code(one.id)), muted(one.error)])));
 		({ cursor } = batch);
-	} while (cursor && open);
+	}
 	return true;
 }

@@ -1,24 +1,24 @@
 // Schedules: when they fire next, on and off, run now; and a form that shows the next five fires as one types.
 
-import { attempt, canWrite, getText, path, poll, post, put, query, remove } from "./api.js";
+import { attempt, canWrite, getText, path, poll, post, put, remove } from "./api.js";
 import { bodyOf, jsonInput } from "./decide.js";
-import { ask, button, debounce, el, empty, field, fill, grid, skeleton, status, time, toast, wholeInstant, zoneNote } from "./dom.js";
+import { ask, button, code, dash, debounce, el, empty, field, fill, grid, link, muted, status, strong, time, toast, wholeInstant, zoneNote } from "./dom.js";
 import { items, member } from "./json.js";
+import { runsUrl } from "./router.js";
 
 export async function open({ main, signal }) {
-	const box = el("div", skeleton());
 	const table = grid((schedule) => schedule.name, [
-		["Schedule", ({ name }) => el("strong", name)],
+		["Schedule", ({ name }) => strong(name)],
 		["On", ({ enabled }) => (enabled ? status("completed", "on") : status("paused", "off"))],
-		["Cron", ({ cron, timezone }) => el("span", el("code", cron), el("span.muted", ` ${timezone}`))],
-		["Workflow", ({ name, workflowName }) => el("a.link", { href: `/studio/runs${query({ "metadata.schedule": name })}` }, workflowName)],
+		["Cron", ({ cron, timezone }) => el("span", code(cron), muted(` ${timezone}`))],
+		["Workflow", ({ name, workflowName }) => link(runsUrl({ "metadata.schedule": name }), workflowName)],
 		["Queue", ({ queue }) => queue],
-		["Next", ({ enabled, nextRunAt }) => (enabled && nextRunAt ? el("span", time(nextRunAt, "short"), el("span.muted", " ", time(nextRunAt))) : el("span.none", "–"))],
+		["Next", ({ enabled, nextRunAt }) => (enabled && nextRunAt ? el("span", time(nextRunAt, "short"), muted(" ", time(nextRunAt))) : dash())],
 		["Last", ({ lastEnqueuedAt }) => time(lastEnqueuedAt)],
 		["", (schedule) => canWrite() && el("div.row", button("Run now", () => act(() => runNow(schedule))), button(schedule.enabled ? "Disable" : "Enable", () => act(() => toggle(schedule))),
-			button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger"))],
-	]);
-	fill(main, el("header.spread", el("h1", "Schedules"), el("div.row", zoneNote(), canWrite() && button("New schedule", () => edit(null), "primary"))), box);
+			button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger")), "buttons"],
+	], empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once, however many servers there are."));
+	fill(main, el("header.spread", el("h1", "Schedules"), el("div.row", zoneNote(), canWrite() && button("New schedule", () => edit(null), "primary"))), table.element);
 
 	async function act(action) {
 		await attempt(action);
@@ -46,14 +46,8 @@ export async function open({ main, signal }) {
 		await act(() => put(path`/schedules/${name}`, bodyOf({ ...fields, maxAttempts: Number(maxAttempts), enabled: schedule?.enabled ?? true }, { input })));
 	}
 
-	async function load() {
-		const schedules = [...items(member(await getText("/schedules"), "schedules"))].map((raw) => ({ ...JSON.parse(raw), inputText: member(raw, "input") }));
-		if (schedules.length === 0) return fill(box, empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once, however many servers there are."));
-		if (table.element.parentNode !== box) fill(box, table.element);
-		table.set(schedules);
-	}
-	await load();
-	poll(load, 5000, signal);
+	const load = async () => table.set([...items(member(await getText("/schedules"), "schedules"))].map((raw) => ({ ...JSON.parse(raw), inputText: member(raw, "input") })));
+	await poll(load, 5000, signal);
 }
 
 function askSchedule(schedule) {
@@ -69,7 +63,7 @@ function askSchedule(schedule) {
 		let shown;
 		try {
 			const { next } = await post("/schedules/preview", asked);
-			shown = next.length ? el("ol.fires", next.map((at) => el("li", { title: wholeInstant(at) }, inZone(at, asked.timezone), el("span.muted", " ", time(at))))) : el("p.muted", "It never fires.");
+			shown = next.length ? el("ol.fires", next.map((at) => el("li", { title: wholeInstant(at) }, inZone(at, asked.timezone), muted(" ", time(at))))) : el("p.muted", "It never fires.");
 		} catch (error) {
 			fault = error.message;
 			shown = el("p.error-text", fault);

@@ -1,21 +1,15 @@
 // Tidebase Studio: the frame around the pages: session, navigation, keyboard, and what all pages share.
 //
-// A page is a module with open(context) -> {escape?, onQuery?} | nothing. context: main (where it builds itself), parts (of
-// the path), query, signal (aborted when the page is left: it ends its reads, streams, timers and listeners).
+// A page is a module with open({main, parts, query, signal}) -> {escape?, onQuery?} | nothing: the element where it builds
+// itself, the rest of the path, the query, and a signal that ends its reads, streams, timers and listeners.
 
-import { ApiError, get, keepKey, poll, session, setPageSignal, watch } from "./api.js";
-import { button, dialog, el, field, fill, icon, setServerTime, setText, show, skeleton, switchZone, toast, zoneName } from "./dom.js";
+import { ApiError, get, keepKey, laterAgain, poll, session, setPageSignal, watch } from "./api.js";
+import { button, dialog, el, field, fill, icon, link, plainTable, setServerTime, setText, show, skeleton, strong, switchZone, toast, zoneName } from "./dom.js";
 import { goBack, navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
+import { begin as beginList } from "./runs.js";
 
-const PAGES = {
-	runs: { title: "Runs", key: "r", load: (parts) => (parts.length ? import("./run.js") : import("./runs.js")) },
-	approvals: { title: "Approvals", key: "a", load: () => import("./approvals.js") },
-	queues: { title: "Queues", key: "q", load: () => import("./queues.js") },
-	schedules: { title: "Schedules", key: "s", load: () => import("./schedules.js") },
-	costs: { title: "Costs", key: "c", load: () => import("./costs.js") },
-	workers: { title: "Workers", key: "w", load: () => import("./workers.js") },
-	compare: { title: "Side by side", load: () => import("./compare.js"), section: "runs" },
-};
+const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs", workers: "Workers" };
+const OTHERS = { compare: "Side by side" };
 
 const main = el("main.page", { id: "main", tabindex: "-1" });
 let page = null; // what the page that is open gave back
@@ -35,23 +29,23 @@ async function open(scroll) {
 	setPageSignal(signal);
 	shownPath = url.pathname;
 	page = null;
-	const entry = PAGES[name];
-	for (const link of document.querySelectorAll(".nav-links a")) {
-		if (link.dataset.page === (entry?.section ?? name)) link.setAttribute("aria-current", "page");
-		else link.removeAttribute("aria-current");
+	const title = PAGES[name] ?? OTHERS[name];
+	for (const anchor of document.querySelectorAll(".nav-links a")) {
+		if (anchor.dataset.page === (PAGES[name] ? name : "runs")) anchor.setAttribute("aria-current", "page");
+		else anchor.removeAttribute("aria-current");
 	}
-	setTitle(entry?.title ?? "Not found");
-	if (!entry) return fill(main, el("h1", "There is no such page"), el("a.link", { href: "/studio/runs" }, "All runs"));
+	setTitle(title ?? "Not found");
+	if (!title) return fill(main, el("h1", "There is no such page"), link("/studio/runs", "All runs"));
 	fill(main, skeleton());
 	try {
-		const module = await entry.load(parts).catch(() => { throw new ApiError(0, { error: "the server cannot be reached" }); });
+		const module = await import(`./${name === "runs" && parts.length ? "run" : name}.js`).catch(() => { throw new ApiError(0, { error: "the server cannot be reached" }); });
 		if (signal.aborted) return; // left before it was there
 		const opened = await module.open({ main, parts, query: url.searchParams, signal });
 		if (signal.aborted) return;
 		page = opened;
 	} catch (error) {
 		if (signal.aborted || error.name === "AbortError") return;
-		showFault(error, entry.title);
+		showFault(error, title);
 		if (!(error instanceof ApiError)) throw error;
 	}
 	scrollTo(0, scroll);
@@ -60,15 +54,15 @@ async function open(scroll) {
 
 function showFault(error, title) {
 	if (error.status === 401) return;
-	fill(main, el("h1", title), el("div.fault", { role: "alert" }, el("strong", error.status === 404 ? "It does not exist, or no longer" : "This could not be loaded"),
+	fill(main, el("h1", title), el("div.fault", { role: "alert" }, strong(error.status === 404 ? "It does not exist, or no longer" : "This could not be loaded"),
 		el("p", error.message), button("Try again", () => { shownPath = null; open(0); })));
 }
 
 document.addEventListener("click", (event) => {
-	const link = event.target.closest?.("a[href^='/studio']");
-	if (!link || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
+	const anchor = event.target.closest?.("a[href^='/studio']");
+	if (!anchor || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
 	event.preventDefault();
-	navigate(link.getAttribute("href"));
+	navigate(anchor.getAttribute("href"));
 });
 addEventListener("popstate", (event) => open(event.state?.scroll ?? 0));
 let scrolled;
@@ -81,7 +75,7 @@ setOpener(open);
 
 // --- keyboard
 
-let goUntil = 0; // after g, the next key names a page
+let goUntil = 0; // after g, the next key is a page's first letter
 
 document.addEventListener("keydown", (event) => {
 	const { key, target } = event;
@@ -92,7 +86,7 @@ document.addEventListener("keydown", (event) => {
 	if (typing || inDialog || !main.isConnected) return;
 	if (Date.now() < goUntil) {
 		goUntil = 0;
-		const [name] = Object.entries(PAGES).find(([, entry]) => entry.key === key) ?? [];
+		const name = Object.keys(PAGES).find((one) => one[0] === key);
 		if (name) return navigate(`/studio/${name}`);
 	}
 	if (key === "g") goUntil = Date.now() + 2000;
@@ -115,19 +109,18 @@ function moveFocus(from, by) {
 }
 
 const KEYS = [["/", "search"], ["j k", "next, previous row"], ["Enter", "open the row"], ["x", "select the row"], ["Esc", "close, or go back"],
-	...Object.values(PAGES).filter((entry) => entry.key).map((entry) => [`g ${entry.key}`, entry.title]), ["?", "this help"]];
-const showHelp = () => dialog("Keyboard", el("table", el("tbody", KEYS.map(([keys, what]) => el("tr", el("td.row", keys.split(" ").map((key) => el("kbd", key))), el("td", what))))));
+	...Object.entries(PAGES).map(([name, title]) => [`g ${name[0]}`, title]), ["?", "this help"]];
+const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) => [el("td.row", keys.split(" ").map((key) => el("kbd", key))), what])));
 
 // --- the frame
 
 const banner = el("div.banner", { role: "status", hidden: true });
 const badge = el("span.badge", { hidden: true });
-let countApprovals = () => {};
 let counting = new AbortController();
 
 function buildFrame() {
-	const links = Object.entries(PAGES).filter(([, entry]) => entry.key).map(([name, entry]) =>
-		el("a", { href: `/studio/${name}`, "data-page": name, title: `g ${entry.key}` }, icon(name), el("span", entry.title), name === "approvals" && badge));
+	const links = Object.entries(PAGES).map(([name, title]) =>
+		el("a", { href: `/studio/${name}`, "data-page": name, title: `g ${name[0]}` }, icon(name), el("span", title), name === "approvals" && badge));
 	fill(document.body, el("div.frame",
 		el("nav.nav", { "aria-label": "Studio" },
 			el("a.brand", { href: "/studio/runs" }, el("img", { src: "/studio/icon.svg", alt: "" }), "Tidebase"), el("div.nav-links", links),
@@ -140,7 +133,7 @@ function buildFrame() {
 watch.onReachable = (reachable) => {
 	if (reachable === banner.hidden) return;
 	show(banner, !reachable);
-	fill(banner, el("strong", "The server cannot be reached."), `What you see is as of ${new Date().toLocaleTimeString()}. Trying again.`);
+	fill(banner, strong("The server cannot be reached."), `What you see is as of ${new Date().toLocaleTimeString()}. Trying again.`);
 };
 
 // --- session
@@ -179,23 +172,24 @@ async function readSession() {
 
 async function start() {
 	if (location.pathname === "/studio/review") return (await import("./approvals.js")).openReview(document.body);
+	if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) beginList(new URLSearchParams(location.search)); // two answers in the time of one
 	try {
 		await readSession();
 	} catch (error) {
 		if (error.status === 401) return showSignIn(session.key ? "Your key is no longer the server's." : "");
-		fill(document.body, el("main.sign-in", el("div.fault", el("strong", "Tidebase Studio"), error.message, ". Trying again.")));
+		fill(document.body, el("main.sign-in", el("div.fault", strong("Tidebase Studio"), error.message, ". Trying again.")));
 		return setTimeout(start, 2000);
 	}
 	buildFrame();
 	counting.abort();
-	counting = new AbortController();
-	countApprovals = poll(async () => {
-		const { count, more } = await get("/approvals", { limit: 1 }, { signal: counting.signal });
+	const { signal } = counting = new AbortController();
+	await open(history.state?.scroll ?? 0);
+	poll(async () => {
+		const { count, more } = await get("/approvals", { limit: 1 }, { signal });
 		setWaiting(count);
 		show(badge, count > 0);
 		setText(badge, more ? `${count}+` : count);
-	}, 5000, counting.signal);
-	await open(history.state?.scroll ?? 0);
+	}, 5000, signal).catch(laterAgain);
 }
 
 watch.onUnauthorized = () => main.isConnected && showSignIn("Your key is no longer the server's.");
@@ -204,7 +198,6 @@ addEventListener("unhandledrejection", (event) => {
 	if (reason?.name === "AbortError" || reason instanceof ApiError) event.preventDefault();
 	if (reason instanceof ApiError && reason.status !== 401 && reason.status !== 0) toast(reason.message, "error");
 });
-document.addEventListener("decided", () => countApprovals());
 document.addEventListener("visibilitychange", () => {
 	if (!document.hidden && main.isConnected) readSession().catch(() => {}); // this computer may have slept: its clock is compared again
 });

@@ -1,19 +1,17 @@
 // What is behind a run's tabs, and the panel of one step.
 //
-// Each tab is a function of the run's model that gives {element, update?(new events)}; it is built when it is first
-// shown and keeps what it has read.
+// A tab is a function of the run's model that gives {element, update?(new events)}. It is built when it is first shown, and
+// keeps what it has read.
 
 import { attempt, canWrite, get, getText, laterAgain, path, post } from "./api.js";
 import { gateForm, reviewForm } from "./decide.js";
-import { button, bytes, card, copyButton, count, debounce, duration, el, empty, facts, fill, grid, iconButton, meters, money, plural, searchInput, select, setText, show,
-	skeleton, status, time, toast } from "./dom.js";
+import { button, bytes, card, code, copyButton, count, debounce, duration, el, empty, facts, fill, grid, iconButton, link, meters, money, muted, plainTable, plural, searchInput,
+	select, setText, show, skeleton, status, strong, time, toast } from "./dom.js";
 import { items, member } from "./json.js";
 import { diffTable, inlinePayload, payload, readPayload } from "./payload.js";
 import { runUrl } from "./router.js";
 import { VirtualRows } from "./virtual.js";
 import { errorLine, outcome, shownStatus } from "./why.js";
-
-const code = (text) => el("code", text);
 
 /** A tab that is read by load(box) when it is shown, again after events of a kind, and with the summary when `watched`. */
 function loadedTab(model, kind, load, watched = false) {
@@ -47,8 +45,8 @@ export function stepPanel(model, row) {
 				row.copied && ["Copied", "from the run that this is a fork of"]]),
 			step.status === "manual_review" && canWrite() && card("Decide it", null, reviewForm(runId, step, () => { load(); model.readSummary(); })),
 			step.error && el("p.error-text", errorLine(step.error)), stack, shown("Error", "error"), shown("Output", "output"), shown("Input", "input"),
-			row.attempts.length > 1 && el("section", el("h3", "Attempts"), el("table", el("tbody", row.attempts.map(({ n, from, to, outcome: ended }) => el("tr", el("td", n),
-				el("td", status(...ATTEMPTS[ended] ?? [ended])), el("td", time(new Date(from).toISOString(), "precise")), el("td.num", to === null ? "…" : duration(to - from))))))),
+			row.attempts.length > 1 && el("section", el("h3", "Attempts"), plainTable(row.attempts.map(({ n, from, to, outcome: ended }) =>
+				[n, status(...ATTEMPTS[ended] ?? [ended]), time(new Date(from).toISOString(), "precise"), el("td.num", to === null ? "…" : duration(to - from))]))),
 			el("h3", "Contract"), facts([["Side effects", contract.sideEffects?.length ? contract.sideEffects.map((effect) => el("span.tag", String(effect))) : "none declared"],
 				["On a crash", REPLAY[contract.replay] ?? contract.replay], contract.idempotencyKey && ["Idempotency key", code(contract.idempotencyKey), copyButton(contract.idempotencyKey, "Copy the key")],
 				["Input hash", code(step.inputHash.slice(0, 12)), copyButton(step.inputHash, "Copy the input hash")]]),
@@ -78,11 +76,11 @@ function eventsTab(model) {
 	let at = null;
 	const search = searchInput("Filter by name or text", "Filter events", (typed) => { text = typed.toLowerCase(); refilter(); });
 	const kind = select("Type", KINDS, () => refilter());
-	const tally = el("span.muted");
+	const tally = muted();
 	const table = el("table.events", el("thead", el("tr", [["seq", "#"], ["time", "Time"], ["type", "Event"], ["what", "What"]].map(([name, word]) => el(`th.e-${name}`, word)))));
 	const rows = new VirtualRows(table, 4, { keyOf: (event) => event.seq, update: (row, event) => row.classList.toggle("chosen", at === event),
-		make: (event) => el("tr", { onclick: () => open(event) }, el("td.e-seq", event.seq), el("td.e-time", time(event.createdAt, "precise")), el("td.e-type", el("button", { type: "button", "data-row": "" }, event.type)),
-			el("td.e-what.muted", event.name && [el("strong", event.name), " "], describeEvent(event))) }, model.signal);
+		make: (event) => el("tr", { onclick: () => open(event) }, el("td.e-seq", event.seq), el("td.e-time", time(event.createdAt, "precise")), el("td.e-type", button(event.type, null, "", { "data-row": "" })),
+			el("td.e-what.muted", event.name && [strong(event.name), " "], describeEvent(event))) }, model.signal);
 	const earlier = button("Read the 1,000 events before", readEarlier, "quiet");
 	const fits = (event) => event.type.startsWith(kind.value) && (!text || event.text.toLowerCase().includes(text));
 
@@ -122,13 +120,12 @@ function eventsTab(model) {
 	};
 }
 
-/** What an event's small payload says in a few words. */
-function describeEvent({ payload: p, payloadBytes, attempt: number, payloadOmitted }) {
+/** What an event's small payload says in a few words: its plain values, and those of what it is about. */
+function describeEvent({ payload: p, payloadBytes, payloadOmitted }) {
 	if (!p || typeof p !== "object") return payloadOmitted ? bytes(payloadBytes) : "";
-	const { stateVersion: version, usage, gate } = p;
-	return [number > 1 && `attempt ${number}`, p.leaseOwner, p.reason, errorLine(p.error), p.queue && `queue ${p.queue}`, p.for && JSON.stringify(p.for), version && `version ${version.version}`, version?.label,
-		usage?.model, usage?.totalTokens && `${count(usage.totalTokens)} tokens`, usage && money(usage.costUsd), gate?.prompt, gate?.decision, gate?.actor && `by ${gate.actor}`, p.signal?.name, p.decision, p.actor && `by ${p.actor}`]
-		.filter((word) => typeof word === "string" && word).join(" · ");
+	const about = p.usage ?? p.gate ?? p.stateVersion ?? p.signal ?? p.error ?? {};
+	return [...Object.entries(p), ...Object.entries(about)].filter(([name, value]) => ["string", "number"].includes(typeof value) && !/(id|hash|at|name|token|url)$/i.test(name))
+		.map(([name, value]) => `${name} ${value}`).join(" · ");
 }
 
 // --- state
@@ -152,7 +149,7 @@ function stateTab(model) {
 		range.value = at;
 		range.setAttribute("aria-valuetext", `version ${wordOf(version)}`);
 		against.value = Math.max(0, at - 1);
-		fill(about, facts([["Version", `${version.version} of ${versions.length}`], streams() && ["Stream", version.streamName], version.label && ["Label", el("strong", version.label)],
+		fill(about, facts([["Version", `${version.version} of ${versions.length}`], streams() && ["Stream", version.streamName], version.label && ["Label", strong(version.label)],
 			version.reason && ["Reason", version.reason], version.importance !== "normal" && ["Importance", version.importance], version.createdBy && ["By", version.createdBy], ["Time", time(version.createdAt, "precise")]]));
 		drawSoon();
 	}
@@ -207,7 +204,7 @@ export function gateBody(gate) {
 	return [el("p.prompt", gate.prompt),
 		(gate.capability || gate.expiresAt) && facts([gate.capability && ["Capability", code(typeof gate.capability === "string" ? gate.capability : JSON.stringify(gate.capability))], gate.expiresAt && ["Expires", time(gate.expiresAt)]]),
 		gate.dataOmitted ? payload("Data", gate.runId, "gate.data", gate.id) : shown("Data", "data"), shown("Answer", "decisionPayload"),
-		gate.reviewUrl && canWrite() && el("p.row", copyButton(gate.reviewUrl, "Copy the review link", "Copy review link"), el("span.muted", "Whoever has it may decide this gate, without a key."))];
+		gate.reviewUrl && canWrite() && el("p.row", copyButton(gate.reviewUrl, "Copy the review link", "Copy review link"), muted("Whoever has it may decide this gate, without a key."))];
 }
 
 // --- usage
@@ -222,16 +219,16 @@ function usageTab(model) {
 	const tokens = (number) => (number === null ? "" : count(number));
 	const table = grid((entry) => entry.id, [["Time", (entry) => time(entry.createdAt, "short")], ["Step", stepOf], ["Model", (entry) => [entry.provider, entry.model].filter(Boolean).join(" ") || entry.kind],
 		["Label", (entry) => entry.label ?? (entry.quantity === null ? "" : `${entry.quantity} ${entry.unit ?? ""}`)], ["In", (entry) => tokens(entry.inputTokens), "num"], ["Out", (entry) => tokens(entry.outputTokens), "num"],
-		["Cost", (entry) => el("span", { title: entry.costUsd }, money(entry.costUsd)), "num"]]);
+		["Cost", (entry) => el("span", { title: entry.costUsd }, money(entry.costUsd)), "num"]], empty("No usage", "Recorded by ", code("run.usage.record(model=…, cost_usd=…)"), "."));
 	const tab = loadedTab(model, /^usage\./, async (box) => {
 		const { usage, byModel, truncated } = await get(path`/runs/${model.id}/usage`, { limit: 1000, subtree });
 		const total = byModel.reduce((sum, group) => sum + Number(group.costUsd ?? 0), 0);
 		const bySteps = new Map();
 		for (const entry of usage) bySteps.set(stepOf(entry), (bySteps.get(stepOf(entry)) ?? 0) + Number(entry.costUsd ?? 0));
 		table.set(usage);
-		fill(box, el("div.spread", el("span", el("strong", money(total)), ` in ${plural(usage.length, "entry", "entries")}`, truncated && " (the first of more)"), model.summary.counts.children > 0 && el("label.row", withChildren, "With its children")),
-			usage.length === 0 ? empty("No usage", "Recorded by ", code("run.usage.record(model=…, cost_usd=…)"), ".") : [meters("By model", byModel.map((group) => [group.model ?? group.key ?? "no model", Number(group.costUsd ?? 0)])),
-				!subtree && meters("By step", [...bySteps].sort((a, b) => b[1] - a[1]).slice(0, 30)), table.element]);
+		fill(box, el("div.spread", el("span", strong(money(total)), ` in ${plural(usage.length, "entry", "entries")}`, truncated && " (the first of more)"), model.summary.counts.children > 0 && el("label.row", withChildren, "With its children")),
+			usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd ?? 0)])), !subtree && meters("By step", [...bySteps].sort((a, b) => b[1] - a[1]).slice(0, 30))],
+			table.element);
 	});
 	return tab;
 }
@@ -242,7 +239,6 @@ function childrenTab(model) {
 	const folded = new Set();
 	const tab = loadedTab(model, /^run\.child/, async (box) => {
 		const { runs, truncated } = await get(path`/runs/${model.id}/tree`, { limit: 1000 });
-		if (runs.length < 2) return fill(box, empty("No children", "Runs for parts of its work: ", code('run.child("name", "workflow")'), "."));
 		const list = [];
 		const addBelow = (parent) => {
 			for (const run of runs.filter((one) => one.parentRunId === parent)) {
@@ -259,10 +255,11 @@ function childrenTab(model) {
 			const name = el("div.unfolds", run.below && iconButton("chevron", `Children of ${run.name}`, () => {
 				if (!folded.delete(run.id)) folded.add(run.id);
 				tab.again();
-			}, { "aria-expanded": String(!run.folded) }), el("a.link", { href: runUrl(run.id) }, run.name ?? run.id));
+			}, { "aria-expanded": String(!run.folded) }), link(runUrl(run.id), run.name ?? run.id));
 			name.style.paddingLeft = `${run.depth * 1.3 - 0.8}rem`;
 			return name;
-		}], ["Status", (run) => status(shownStatus(run))], ["Workflow", (run) => run.workflowName], ["Why, or how it ended", (run) => outcome(run)], ["Created", (run) => time(run.createdAt)]]);
+		}], ["Status", (run) => status(shownStatus(run))], ["Workflow", (run) => run.workflowName], ["Why, or how it ended", (run) => outcome(run)], ["Created", (run) => time(run.createdAt)]],
+	empty("No children", "Runs for parts of its work: ", code('run.child("name", "workflow")'), "."));
 	return tab;
 }
 
@@ -278,12 +275,12 @@ function webhooksTab(model) {
 		if (await attempt(() => post(path`/runs/${model.id}/deliveries/${delivery.id}/resend`))) toast("It is sent again.");
 		tab.again();
 	};
-	const table = grid((delivery) => delivery.id, [["Status", shownAs], ["Event", (delivery) => button(delivery.eventType ?? delivery.reason, () => open(delivery), "quiet")], ["To", (delivery) => el("span.url", delivery.url)],
-		["Tries", (delivery) => delivery.attempts], ["Answer", (delivery) => [delivery.httpStatus, " ", el("span.error-text", delivery.errorText)]], ["Created", (delivery) => time(delivery.createdAt)],
-		["", (delivery) => canWrite() && delivery.status !== "pending" && button("Resend", () => resend(delivery))]]);
+	const table = grid((delivery) => delivery.id, [["Status", shownAs], ["Event", (delivery) => button(delivery.eventType ?? delivery.reason, () => open(delivery), "quiet")], ["To", (delivery) => delivery.url],
+		["Tries", (delivery) => delivery.attempts], ["Answer", (delivery) => (delivery.errorText ? el("span.error-text", delivery.errorText) : delivery.httpStatus)], ["Created", (delivery) => time(delivery.createdAt)],
+		["", (delivery) => canWrite() && delivery.status !== "pending" && button("Resend", () => resend(delivery)), "buttons"]],
+	empty("No webhooks", "This run has no recovery webhook and no channel, or nothing has been sent yet."));
 	const tab = loadedTab(model, /^(recovery|run)\./, async (box) => {
 		const { deliveries, nextCursor } = await get(path`/runs/${model.id}/deliveries`, { limit: 200 });
-		if (deliveries.length === 0) return fill(box, empty("No webhooks", "This run has no recovery webhook and no channel, or nothing has been sent yet."));
 		table.set(deliveries);
 		fill(box, table.element, nextCursor && el("p.muted", "The newest 200."));
 	}, true);

@@ -1,15 +1,14 @@
 // Why a run does not go on, in one line, in the page's own time zone and with times that keep running.
 
-import { duration, el, plural, time } from "./dom.js";
+import { code, dash, duration, el, plural, strong, time } from "./dom.js";
 import { runUrl } from "./router.js";
 
 const at = (iso) => time(iso, "short");
 const since = (iso) => time(iso, "since");
-const strong = (text) => el("strong", text);
 
-/** The end of a long id: ids begin with the time they were made, so that those of one hour begin alike. */
+/** The end of a long id: ids begin with the time they were made, so those of one hour begin alike. */
 export const shortId = (id) => (id.length > 20 ? `…${id.slice(-8)}` : id);
-const link = (id, index) => [index > 0 && ", ", el("a", { href: runUrl(id), title: id }, el("code", shortId(id)))];
+const link = (id, index) => [index > 0 && ", ", el("a", { href: runUrl(id), title: id }, code(shortId(id)))];
 
 const LINES = {
 	running: (d) => ["claimed by ", strong(d.worker), ", heartbeat ", time(d.heartbeatAt), d.step ? [", in step ", strong(d.step), " for ", since(d.stepSince)] : ", between steps"],
@@ -48,4 +47,4 @@ export function errorLine(error) {
 export const shownStatus = (run) => (run.stalled ? "stalled" : run.status);
 
 /** How long a run took, or takes so far, from its creation. */
-export const runDuration = (run) => (run.completedAt ? duration(run.durationMs ?? 0) : run.status === "running" ? time(run.createdAt, "since") : el("span.none", "–"));
+export const runDuration = (run) => (run.completedAt ? duration(run.durationMs ?? 0) : run.status === "running" ? time(run.createdAt, "since") : dash());

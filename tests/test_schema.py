@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "fc29504c7de1b67269bfcc2dc19488eca3c205b8b2224b48c060ce1f1a46df4b")
+PINNED = (3, "075904e5e9aa68f79d6bced62632010282468de6ceb34541941353376d7304ba")
 
 
 def apply(conninfo: str) -> None:
