@@ -90,9 +90,33 @@ def _tune(embedded: tidebase.EmbeddedPostgres, conninfo: str) -> None:
         # Flushing to disk matters when a machine loses power, which no test does; processes may still be killed.
         connection.execute("alter system set fsync = off")
         connection.execute("alter system set max_connections = 400")
+        connection.execute("alter system set shared_buffers = '16MB'")  # each connection maps and unmaps them
         connection.execute("alter system set autovacuum_naptime = '5s'")
+        if connection.info.server_version >= 160_000:
+            # The password is still asked for, but its hash is cheap: else it costs half the CPU time of a connection.
+            connection.execute("set scram_iterations = 1")
+            connection.execute(psycopg.sql.SQL("alter role current_user password {}").format(connection.info.password))
     embedded.halt()
     embedded.revive()
+
+
+class Psql:
+    """A connection that lasts for all tests of this process: a new one costs more than a small test's statements."""
+
+    def __init__(self, conninfo: str) -> None:
+        self.conninfo = conninfo
+        self.connection: psycopg.Connection[Any] | None = None
+
+    def __call__(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Run a statement, or several when there are no values.  :returns: the rows."""
+        if self.connection is None or self.connection.closed:  # a test may have restarted PostgreSQL
+            self.connection = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
+        cursor = self.connection.execute(statement.encode(), values or None)
+        return cursor.fetchall() if cursor.description else []
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
 
 
 def in_database(conninfo: str, name: str) -> str:
@@ -100,13 +124,13 @@ def in_database(conninfo: str, name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def migrated(postgres: str) -> Iterator[tuple[str, str]]:
-    """The address of a database with the schema, and the definition of its clock."""
+def migrated(postgres: str) -> Iterator[Psql]:
+    """A database with the schema."""
     for conninfo in _database(postgres):
         tidebase.Database(conninfo, 2).migrate()
-        with psycopg.connect(conninfo, autocommit=True) as connection:
-            [clock] = connection.execute("select pg_get_functiondef('tidebase.now'::regproc)").fetchone()
-        yield conninfo, clock
+        psql = Psql(conninfo)
+        yield psql
+        psql.close()
 
 
 @pytest.fixture
@@ -115,22 +139,32 @@ def empty_database(postgres: str) -> Iterator[str]:
     yield from _database(postgres)
 
 
+CLOCK = "select pg_get_functiondef('tidebase.now'::regproc)"
+TABLES = ("runs", "queues", "queue_tallies", "queue_claims", "queue_minutes", "workers",
+          "schedules")  # the rest goes with its run
+EMPTY = "; ".join([
+    "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
+    " and pid <> pg_backend_pid() and application_name <> 'tidebase'",  # a server's, which the next test may go on with
+    *(f"delete from tidebase.{table}" for table in TABLES)])  # noqa: S608
+
+
 @pytest.fixture
-def database(migrated: tuple[str, str]) -> Iterator[str]:
+def database(migrated: Psql, clock_as_made: str) -> Iterator[str]:
     """The address of a database with the schema and no rows.
 
     One after the other, tests have the same: to empty it takes milliseconds, where a new one takes up to half a second.
     """
-    conninfo, clock = migrated
-    yield conninfo
-    with psycopg.connect(conninfo, autocommit=True) as connection:
-        connection.execute("select pg_terminate_backend(pid) from pg_stat_activity"
-                           " where datname = current_database() and pid <> pg_backend_pid()"
-                           " and application_name <> 'tidebase'")  # a server's, which the next test may go on with
-        for table in ("runs", "queues", "queue_tallies", "queue_claims", "queue_minutes", "workers",
-                      "schedules"):  # the rest goes with its run
-            connection.execute(f"delete from tidebase.{table}")  # noqa: S608
-        connection.execute(clock)
+    yield migrated.conninfo
+    migrated(EMPTY)
+    if migrated(CLOCK) != [(clock_as_made,)]:  # to replace a function has all connections plan their statements anew
+        migrated(clock_as_made)
+
+
+@pytest.fixture(scope="session")
+def clock_as_made(migrated: Psql) -> str:
+    """The definition of the database's clock, before a test moves it on."""
+    [(clock,)] = migrated(CLOCK)
+    return str(clock)
 
 
 def _database(postgres: str) -> Iterator[str]:
@@ -143,44 +177,36 @@ def _database(postgres: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def sql(database: str) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
+def sql(database: str, migrated: Psql) -> Psql:
     """Runs a statement in the test's database: sql("select …", value, …) -> rows."""
-    with psycopg.connect(database, autocommit=True, prepare_threshold=None) as connection:  # a pooler may be between
-        def run(statement: str, *values: Any) -> list[tuple[Any, ...]]:
-            cursor = connection.execute(statement, values)
-            return cursor.fetchall() if cursor.description else []
-
-        yield run
+    return migrated
 
 
 class Clock:
     """The database's clock, which is the only one that decides: tests move it on."""
 
-    def __init__(self, database: str) -> None:
-        self.database = database
+    def __init__(self, psql: Psql) -> None:
+        self.psql = psql
         self.ahead_ms = 0
 
     def advance(self, *, ms: int) -> None:
         self.ahead_ms += ms
-        with psycopg.connect(self.database, autocommit=True) as connection:
-            connection.execute(
-                "create or replace function tidebase.now() returns timestamptz language sql volatile as $$ select "
-                f"date_trunc('milliseconds', clock_timestamp()) + interval '{self.ahead_ms} milliseconds' $$")
+        self.psql("create or replace function tidebase.now() returns timestamptz language sql volatile as $$ select "
+                  f"date_trunc('milliseconds', clock_timestamp()) + interval '{self.ahead_ms} milliseconds' $$")
 
 
 @pytest.fixture
-def clock(database: str) -> Clock:
-    return Clock(database)
+def clock(sql: Psql) -> Clock:
+    return Clock(sql)
 
 
 @pytest.fixture
-def blocked(database: str) -> Callable[[int], None]:
+def blocked(sql: Psql) -> Callable[[int], None]:
     """Waits until that many connections to the test's database wait for a lock."""
     def wait(count: int) -> None:
-        with psycopg.connect(database, autocommit=True) as connection:
-            eventually(lambda: connection.execute(
-                "select count(*) from pg_stat_activity where datname = current_database()"
-                " and cardinality(pg_blocking_pids(pid)) > 0").fetchone()[0] >= count)
+        eventually(lambda: sql(
+            "select count(*) from pg_stat_activity where datname = current_database()"
+            " and cardinality(pg_blocking_pids(pid)) > 0")[0][0] >= count)
 
     return wait
 
@@ -257,9 +283,9 @@ def start_server(lasting_server: LocalServer, database: str) -> Iterator[Callabl
 
 
 @pytest.fixture(scope="session")
-def lasting_server(migrated: tuple[str, str]) -> Iterator[LocalServer]:
+def lasting_server(migrated: Psql) -> Iterator[LocalServer]:
     """It does nothing by itself: tests that do without it share its database."""
-    server = LocalServer(config(), migrated[0])
+    server = LocalServer(config(), migrated.conninfo)
     server.let_send(False)
     yield server.start()
     server.close()

@@ -81,7 +81,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "tidebase_sdk.py", folder / "tidebase" / "__init__.py")
     (folder / "tidebase" / "aio.py").write_text("from tidebase import *\n")
     (folder / "program.py").write_text(PROGRAM)
-    shutil.copy(ROOT / "tidebase_sdk.py", folder)  # the demo takes it from the repository
+    (folder / "tidebase_sdk.py").write_text("from tidebase import *\n")  # as the repository has it, for the demo
     return folder
 
 
