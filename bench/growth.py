@@ -73,13 +73,13 @@ def main():
         servers = {}
         for name in ("empty", "past", "backlog"):
             url = stack.enter_context(database(server_url, name))
-            servers[name] = stack.enter_context(tidebase(url, args.server_processes)).url
+            servers[name] = stack.enter_context(tidebase(url, args.server_processes))
             if name != "empty":
                 fill(url, PAST if name == "past" else BACKLOG, runs)
         for _ in range(args.rounds):
             for concurrency in args.concurrency:
-                for name, url in servers.items():
-                    figures = flow.measure(args, url, concurrency)
+                for name, server in servers.items():
+                    figures = flow.measure(args, server.url, concurrency, server.pids)
                     rates.setdefault((concurrency, name), []).append(figures["stepsPerSecond"])
     for (concurrency, name), values in rates.items():
         empty = median(rates[concurrency, "empty"]) or 1
