@@ -813,18 +813,18 @@ create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) retu
 $$;
 
 -- A worker that was silent until its run went to another may still be at work: whatever it writes is refused.
-create or replace function tidebase._fence_off (p_run tidebase.runs, p_owner text) returns void language plpgsql as $$
+create or replace function tidebase._fence_off (p_run tidebase.runs, p_lease_owner text) returns void language plpgsql as $$
 begin
-  if p_owner = any (p_run.former_owners) and p_run.lease_owner is distinct from p_owner then
+  if p_lease_owner = any (p_run.former_owners) and p_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(p_run);
   end if;
 end $$;
 
 -- What a worker writes beside its steps names its owner, where it can; people and apps that look after a run name none.
 -- Refuses  an owner that is given and does not hold the run (TB409 lease_lost, run_cancelled).
-create or replace function tidebase._check_owner (p_run tidebase.runs, p_owner text) returns void language plpgsql as $$
+create or replace function tidebase._check_owner (p_run tidebase.runs, p_lease_owner text) returns void language plpgsql as $$
 begin
-  if p_owner is not null and p_run.lease_owner is distinct from p_owner then
+  if p_lease_owner is not null and p_run.lease_owner is distinct from p_lease_owner then
     if p_run.status = 'cancelled' then
       perform tidebase._refuse_cancelled(p_run);
     end if;
@@ -841,15 +841,15 @@ end $$;
 
 -- Counts and writes an event of a run that is locked and does not change otherwise; the owner's lease is extended.
 -- p_started: of a step that is recorded at its end alone, the payload of a step.started to go before it.
-create or replace function tidebase._record (p_run tidebase.runs, p_owner text, p_type text, p_payload json,
+create or replace function tidebase._record (p_run tidebase.runs, p_lease_owner text, p_type text, p_payload json,
                                              p_started json default null) returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
   v_seq integer;
 begin
   update tidebase.runs set event_seq = event_seq + case when p_started is null then 1 else 2 end, updated_at = v_now,
-         stalled = stalled and lease_owner is distinct from p_owner,
-         lease_expires_at = case when lease_owner = p_owner then v_now + tidebase._ms(lease_ms)
+         stalled = stalled and lease_owner is distinct from p_lease_owner,
+         lease_expires_at = case when lease_owner = p_lease_owner then v_now + tidebase._ms(lease_ms)
                                  else lease_expires_at end
    where id = p_run.id returning event_seq into v_seq;
   if p_started is not null then
@@ -1003,7 +1003,7 @@ end $$;
 -- Leaves   the run running, attempt + 1, event run.started; a repeat by the holder only extends the lease; a
 --          completed run is answered as it is, without a lease.
 -- Returns  {"run", "leaseOwner"}, with p_checkpoints also "checkpoints" and "checkpointsTruncated".
-create or replace function tidebase.begin_run (p_run_id text, p_owner text, p_lease_ms integer, p_checkpoints boolean)
+create or replace function tidebase.begin_run (p_run_id text, p_lease_owner text, p_lease_ms integer, p_checkpoints boolean)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
@@ -1013,7 +1013,7 @@ begin
     perform tidebase._refuse_cancelled(v_run);
   elsif v_run.status = 'completed' then
     return json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', null);
-  elsif v_run.status = 'running' and v_run.lease_expires_at > v_now and v_run.lease_owner <> p_owner then
+  elsif v_run.status = 'running' and v_run.lease_expires_at > v_now and v_run.lease_owner <> p_lease_owner then
     perform tidebase._refuse(409, 'run_leased', format('run %s is leased by another worker', p_run_id),
                              json_build_object('leaseOwner', v_run.lease_owner));
   elsif v_run.status = 'running' and v_run.lease_expires_at > v_now then
@@ -1024,19 +1024,19 @@ begin
       perform tidebase._tally(v_run.queue, 'failed', -1);
     end if;
     update tidebase.runs
-       set status = 'running', attempt = attempt + 1, lease_owner = p_owner, lease_ms = p_lease_ms,
+       set status = 'running', attempt = attempt + 1, lease_owner = p_lease_owner, lease_ms = p_lease_ms,
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, stalled = false, claim_id = null,
            waiting_for = null, wake_at = null, offered_at = null,
-           former_owners = array_remove(array_remove(former_owners || lease_owner || settled_by, p_owner), null),
+           former_owners = array_remove(array_remove(former_owners || lease_owner || settled_by, p_lease_owner), null),
            error = null, failure_class = null, completed_at = null, event_seq = event_seq + 1, updated_at = v_now
      where id = p_run_id returning * into v_run;
     perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.started',
-                                   json_build_object('leaseOwner', p_owner, 'attempt', v_run.attempt));
+                                   json_build_object('leaseOwner', p_lease_owner, 'attempt', v_run.attempt));
   end if;
   if not p_checkpoints then
-    return json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_owner);
+    return json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_lease_owner);
   end if;
-  return (select json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_owner,
+  return (select json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_lease_owner,
                                    'checkpoints', c.checkpoints, 'checkpointsTruncated', c.truncated)
             from tidebase._checkpoints(p_run_id) c);
 exception when unique_violation then  -- a failed run begun again, while another took its dedupe key
@@ -1046,7 +1046,7 @@ end $$;
 -- Extends the leases of runs that their owners hold: no event, no attempt. One statement, so that a worker that holds
 -- hundreds pays for one.
 -- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}, of a run its lease alone.
-create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_owners text[])
+create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_lease_owners text[])
   returns json language plpgsql
   set plan_cache_mode = force_generic_plan  -- both as claim_runs
   set enable_seqscan = off as $$
@@ -1056,7 +1056,7 @@ begin
   perform from tidebase.runs where id = any (p_run_ids) order by id for no key update;
   update tidebase.runs r
      set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
-    from unnest(p_run_ids, p_owners) as beat (run_id, owner)
+    from unnest(p_run_ids, p_lease_owners) as beat (run_id, owner)
    where r.id = beat.run_id and r.lease_owner = beat.owner and r.status = 'running';
   return (
     select json_build_object('results', json_agg(case
@@ -1070,19 +1070,19 @@ begin
                json_build_object('error', format('the lease of run %s is not yours', r.id), 'code', 'lease_lost',
                                  'status', 409, 'run', tidebase._lease_json(r))
              else json_build_object('run', tidebase._lease_json(r)) end order by n))
-      from unnest(p_run_ids, p_owners) with ordinality as beat (run_id, owner, n)
+      from unnest(p_run_ids, p_lease_owners) with ordinality as beat (run_id, owner, n)
       left join tidebase.runs r on r.id = beat.run_id);
 end $$;
 
--- One run's heartbeat.   Needs  p_owner holds it: else TB409 lease_lost or run_cancelled, TB404.   Returns  {"run"}.
-create or replace function tidebase.heartbeat (p_run_id text, p_owner text) returns json language plpgsql as $$
+-- One run's heartbeat.   Needs  p_lease_owner holds it: else TB409 lease_lost or run_cancelled, TB404.   Returns  {"run"}.
+create or replace function tidebase.heartbeat (p_run_id text, p_lease_owner text) returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
   v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
-  elsif v_run.lease_owner is distinct from p_owner then
+  elsif v_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(v_run);
   end if;
   update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
@@ -1090,32 +1090,32 @@ begin
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
 
--- Whether the outcome that p_owner reports changes nothing, since the run ended already.
--- Refuses  TB409 lease_lost when p_owner is given and the lease is, or the outcome was, another's.
-create or replace function tidebase._is_settled (p_run tidebase.runs, p_owner text)
+-- Whether the outcome that p_lease_owner reports changes nothing, since the run ended already.
+-- Refuses  TB409 lease_lost when p_lease_owner is given and the lease is, or the outcome was, another's.
+create or replace function tidebase._is_settled (p_run tidebase.runs, p_lease_owner text)
   returns boolean language plpgsql as $$
 begin
   if p_run.status = 'cancelled'
-     or (p_run.status in ('completed', 'failed') and (p_owner is null or p_run.settled_by = p_owner)) then
+     or (p_run.status in ('completed', 'failed') and (p_lease_owner is null or p_run.settled_by = p_lease_owner)) then
     return true;
-  elsif p_owner is not null and p_run.lease_owner is distinct from p_owner then
+  elsif p_lease_owner is not null and p_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(p_run);
   end if;
   return false;
 end $$;
 
 -- Ends a run well.
--- Needs    p_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
+-- Needs    p_lease_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
 --          a run that already ended, and the owner's repeat, are answered unchanged.
 -- Returns  {"run"}; with p_brief its id and status alone.
-create or replace function tidebase.complete_run (p_run_id text, p_owner text, p_result json,
+create or replace function tidebase.complete_run (p_run_id text, p_lease_owner text, p_result json,
                                                   p_brief boolean default false)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
   v_now timestamptz := tidebase.now();
 begin
-  if not tidebase._is_settled(v_run, p_owner) then
+  if not tidebase._is_settled(v_run, p_lease_owner) then
     update tidebase.runs
        set status = 'completed', result = p_result, error = null, failure_class = null, settled_by = lease_owner,
            lease_owner = null, lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
@@ -1194,18 +1194,18 @@ create or replace function tidebase._failure_class (p_run tidebase.runs, p_tried
 $$;
 
 -- Reports that an attempt at a run failed.
--- Needs    p_owner, when given, holds it (TB409 lease_lost).
+-- Needs    p_lease_owner, when given, holds it (TB409 lease_lost).
 -- Leaves   a queue run with attempts left queued, after 5 s · 2^(attempt-1), at most 5 min; else _fail. A run that
 --          already ended, and a repeat, are answered unchanged.    Returns  {"run", "requeued"}.
-create or replace function tidebase.fail_run (p_run_id text, p_owner text, p_error json, p_failure_class text,
+create or replace function tidebase.fail_run (p_run_id text, p_lease_owner text, p_error json, p_failure_class text,
                                               p_retryable boolean)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
 begin
   if (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
-      and (p_owner is null or v_run.settled_by = p_owner))
-     or tidebase._is_settled(v_run, p_owner) then
+      and (p_lease_owner is null or v_run.settled_by = p_lease_owner))
+     or tidebase._is_settled(v_run, p_lease_owner) then
     return json_build_object('run', tidebase._run_json(v_run), 'requeued', v_run.status = 'queued');
   elsif v_run.queue is not null and v_run.attempt < v_run.max_attempts and p_retryable then
     v_run := tidebase._requeue(v_run, p_error,
@@ -1288,23 +1288,23 @@ begin
 end $$;
 
 -- Gives a run back that its owner will not go on with (a worker that shuts down).
--- Needs    p_owner holds it (TB409 lease_lost, run_cancelled).
+-- Needs    p_lease_owner holds it (TB409 lease_lost, run_cancelled).
 -- Leaves   it queued, or pending without a queue, no attempt spent, event run.released.    Returns  {"run"}.
-create or replace function tidebase.release_run (p_run_id text, p_owner text) returns json language plpgsql as $$
+create or replace function tidebase.release_run (p_run_id text, p_lease_owner text) returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
   v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
-  elsif v_run.lease_owner = p_owner then
+  elsif v_run.lease_owner = p_lease_owner then
     update tidebase.runs
        set status = case when queue is null then 'pending' else 'queued' end, run_at = least(run_at, v_now),
            attempt = attempt - 1, settled_by = lease_owner, lease_owner = null, lease_expires_at = null,
            stalled = false, updated_at = v_now, event_seq = event_seq + 1
      where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.released', json_build_object('leaseOwner', p_owner));
-  elsif v_run.lease_owner is not null or v_run.settled_by is distinct from p_owner then
+    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.released', json_build_object('leaseOwner', p_lease_owner));
+  elsif v_run.lease_owner is not null or v_run.settled_by is distinct from p_lease_owner then
     perform tidebase._refuse_lost(v_run);
   end if;
   return json_build_object('run', tidebase._run_json(v_run));
@@ -1415,27 +1415,27 @@ create or replace function tidebase._contract (p_options json) returns json lang
     'credentials', tidebase._listed(p_options->'credentials'))
 $$;
 
--- Whether a step is not p_owner's to begin. While somebody holds the run, its steps are that one's. A step that was
+-- Whether a step is not p_lease_owner's to begin. While somebody holds the run, its steps are that one's. A step that was
 -- begun while nobody did is its owner's, by its own lease, or by the run's, which heartbeats extend; but the run's holder
 -- need not heed a step begun before it took the run over: that owner is gone.
-create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
+create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text,
                                                 p_now timestamptz) returns boolean language sql immutable as $$
-  select coalesce(p_run.lease_owner <> p_owner and p_run.lease_expires_at > p_now, false)
-      or coalesce(p_step.status = 'running' and p_step.lease_owner is distinct from p_owner
+  select coalesce(p_run.lease_owner <> p_lease_owner and p_run.lease_expires_at > p_now, false)
+      or coalesce(p_step.status = 'running' and p_step.lease_owner is distinct from p_lease_owner
                   and p_step.lease_expires_at > p_now
-                  and not (coalesce(p_run.lease_owner = p_owner, false) and p_step.fence < p_run.fence), false)
+                  and not (coalesce(p_run.lease_owner = p_lease_owner, false) and p_step.fence < p_run.fence), false)
 $$;
 
 -- Whether only a person can tell if a step may run (again): an earlier owner began it, recorded no outcome and is
 -- gone, and its contract leaves replay to a person; or that was found before; or it failed and must never run again.
 -- p_options: of the try that is to come. With an idempotency key it may follow one that failed into review (which has
 -- its end recorded), since the key was found missing there.
-create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_owner text,
+create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text,
                                                    p_options json) returns boolean language sql immutable as $$
   select (p_step.status = 'manual_review'
           and not (p_step.completed_at is not null and p_options->>'idempotencyKey' is not null))
       or (p_step.status = 'running' and p_step.contract->>'replay' in ('manual', 'never')
-          and (p_step.lease_owner is distinct from p_owner or p_step.fence <> p_run.fence))
+          and (p_step.lease_owner is distinct from p_lease_owner or p_step.fence <> p_run.fence))
       or (p_step.status = 'failed' and p_step.contract->>'replay' = 'never')
 $$;
 
@@ -1459,7 +1459,7 @@ create or replace function tidebase._needs_review (p_run tidebase.runs, p_step t
 $$;
 
 -- Marks an ambiguous step, so that it can be reviewed.    Leaves  event step.manual_review.
-create or replace function tidebase._mark_for_review (p_run tidebase.runs, p_step tidebase.steps, p_owner text)
+create or replace function tidebase._mark_for_review (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text)
   returns tidebase.steps language plpgsql as $$
 declare
   v_step tidebase.steps;
@@ -1467,7 +1467,7 @@ begin
   update tidebase.steps set status = 'manual_review', lease_owner = null, lease_expires_at = null,
          updated_at = tidebase.now()
    where id = p_step.id returning * into v_step;
-  perform tidebase._record(p_run, p_owner, 'step.manual_review', json_build_object('stepId', v_step.id,
+  perform tidebase._record(p_run, p_lease_owner, 'step.manual_review', json_build_object('stepId', v_step.id,
                            'name', v_step.name, 'attempt', v_step.attempt, 'resumeContract', v_step.contract));
   return v_step;
 end $$;
@@ -1488,13 +1488,13 @@ $$;
 
 -- Asks what to do about a step, and takes it where the answer is "execute".
 -- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
--- Needs    p_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409 step_failed).
--- Leaves   on execute: the step running under p_owner's lease, attempt + 1, event step.started; begun again by its
---          owner, or a step that only waits (option wait) by whoever may: under p_owner's lease and nothing else. On
+-- Needs    p_lease_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409 step_failed).
+-- Leaves   on execute: the step running under p_lease_owner's lease, attempt + 1, event step.started; begun again by its
+--          owner, or a step that only waits (option wait) by whoever may: under p_lease_owner's lease and nothing else. On
 --          manual_review: the step so marked.
 -- Returns  {"action", …}, and the HTTP status: 409 for manual_review, which is a refusal that writes.
 create or replace function tidebase.begin_step (p_run_id text, p_name text, p_input_hash text, p_input json,
-                                                p_options json, p_owner text, p_lease_ms integer,
+                                                p_options json, p_lease_owner text, p_lease_ms integer,
                                                 out body json, out status integer) language plpgsql as $$
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
@@ -1506,7 +1506,7 @@ begin
     body := json_build_object('action', 'cancelled', 'run', tidebase._run_json(v_run));
     return;
   end if;
-  perform tidebase._fence_off(v_run, p_owner);
+  perform tidebase._fence_off(v_run, p_lease_owner);
   select * into v_step from tidebase.steps s where s.run_id = p_run_id and s.name = p_name;
 
   if v_step.input_hash <> p_input_hash and not v_step.copied then
@@ -1516,7 +1516,7 @@ begin
   elsif v_step.status = 'completed' then
     body := json_build_object('action', 'return', 'step', tidebase._step_json(v_step), 'output', v_step.output);
     return;
-  elsif tidebase._is_locked(v_run, v_step, p_owner, v_now) then
+  elsif tidebase._is_locked(v_run, v_step, p_lease_owner, v_now) then
     body := json_build_object('action', 'locked', 'step', case when v_step.id is not null
                                                           then tidebase._step_json(v_step) end);
     return;
@@ -1524,43 +1524,43 @@ begin
     insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
                                 lease_expires_at, fence, started_at, created_at, updated_at)
     values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
-            tidebase._contract(p_options), 'running', p_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
+            tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
             v_now, v_now, v_now)
     returning * into v_step;
-    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
+    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
-  elsif tidebase._is_ambiguous(v_run, v_step, p_owner, p_options) then
+  elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
     if v_step.status <> 'manual_review' then  -- so that it can be reviewed
-      v_step := tidebase._mark_for_review(v_run, v_step, p_owner);
+      v_step := tidebase._mark_for_review(v_run, v_step, p_lease_owner);
     end if;
     status := 409;
     body := json_build_object('error', format('step %s may have run: a person must review it', p_name),
                               'code', 'manual_review', 'step', tidebase._step_json(v_step));
     return;
   elsif v_step.status = 'running'
-        and (v_step.options->>'wait' = 'true' or (v_step.lease_owner = p_owner and v_step.fence = v_run.fence)) then
-    update tidebase.steps s set lease_owner = p_owner, fence = v_run.fence,
+        and (v_step.options->>'wait' = 'true' or (v_step.lease_owner = p_lease_owner and v_step.fence = v_run.fence)) then
+    update tidebase.steps s set lease_owner = p_lease_owner, fence = v_run.fence,
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
      where s.id = v_step.id returning * into v_step;
     update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
-     where id = p_run_id and lease_owner = p_owner;
+     where id = p_run_id and lease_owner = p_lease_owner;
   else
     update tidebase.steps s
        set status = 'running', attempt = s.attempt + 1, input = p_input, options = p_options,
-           contract = tidebase._contract(p_options), lease_owner = p_owner,
+           contract = tidebase._contract(p_options), lease_owner = p_lease_owner,
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
            completed_at = null, updated_at = v_now
      where s.id = v_step.id returning * into v_step;
-    perform tidebase._record(v_run, p_owner, 'step.started', tidebase._step_started(v_step));
+    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
   end if;
-  body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_owner);
+  body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_lease_owner);
 end $$;
 
 -- What is decided about a failed step when its owner decided nothing.
-create or replace function tidebase._decision (p_decision text, p_retryable boolean, p_contract json)
+create or replace function tidebase._decision (p_resume_decision text, p_retryable boolean, p_contract json)
   returns text language sql immutable as $$
-  select coalesce(p_decision, case when p_retryable then 'auto_retry' else
+  select coalesce(p_resume_decision, case when p_retryable then 'auto_retry' else
            case p_contract->>'replay' when 'manual' then 'manual_review' when 'never' then 'fail_hard'
                                       else 'safe_replay' end end)
 $$;
@@ -1572,23 +1572,23 @@ create or replace function tidebase._failed_status (p_decision text, p_retryable
 $$;
 
 -- Tells of a step that just failed; p_started as for _record.
-create or replace function tidebase._tell_failed (p_run tidebase.runs, s tidebase.steps, p_owner text,
+create or replace function tidebase._tell_failed (p_run tidebase.runs, s tidebase.steps, p_lease_owner text,
                                                   p_retryable boolean, p_decision text, p_started json default null)
   returns void language plpgsql as $$
 begin
-  perform tidebase._record(p_run, p_owner, 'step.failed', json_build_object('stepId', s.id, 'name', s.name,
+  perform tidebase._record(p_run, p_lease_owner, 'step.failed', json_build_object('stepId', s.id, 'name', s.name,
             'retryable', p_retryable, 'resumeDecision', p_decision, 'resumeContract', s.contract, 'error', s.error),
             p_started);
   perform tidebase._notify(p_run, 'step.failed', json_build_object('step', tidebase._step_json(s),
             'retryable', p_retryable, 'resumeDecision', p_decision, 'error', s.error));
 end $$;
 
--- Needs  p_owner holds the running step, and did not lose the run: else TB409 lease_lost.
-create or replace function tidebase._refuse_unless_held (p_run tidebase.runs, p_step tidebase.steps, p_owner text)
+-- Needs  p_lease_owner holds the running step, and did not lose the run: else TB409 lease_lost.
+create or replace function tidebase._refuse_unless_held (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text)
   returns void language plpgsql as $$
 begin
-  perform tidebase._fence_off(p_run, p_owner);
-  if p_step.status <> 'running' or p_step.lease_owner <> p_owner then
+  perform tidebase._fence_off(p_run, p_lease_owner);
+  if p_step.status <> 'running' or p_step.lease_owner <> p_lease_owner then
     perform tidebase._refuse(409, 'lease_lost', format('step %s is not held by you', p_step.name),
                              json_build_object('step', p_step.id));
   end if;
@@ -1596,32 +1596,32 @@ end $$;
 
 -- Records a step's output, once: from here on it is a checkpoint. Accepted on a run that ended meanwhile, too: the work
 -- was done, and a retry must not do it again.
--- Needs    p_owner holds the step (TB409 lease_lost).
+-- Needs    p_lease_owner holds the step (TB409 lease_lost).
 -- Leaves   the step completed, event step.completed; the owner's repeat unchanged.    Returns  {"step"}.
-create or replace function tidebase.complete_step (p_run_id text, p_step_id text, p_owner text, p_output json)
+create or replace function tidebase.complete_step (p_run_id text, p_step_id text, p_lease_owner text, p_output json)
   returns json language plpgsql as $$
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
   v_now  timestamptz := tidebase.now();
 begin
-  if v_step.status <> 'completed' or v_step.settled_by is distinct from p_owner then
-    perform tidebase._refuse_unless_held(v_run, v_step, p_owner);
+  if v_step.status <> 'completed' or v_step.settled_by is distinct from p_lease_owner then
+    perform tidebase._refuse_unless_held(v_run, v_step, p_lease_owner);
     update tidebase.steps
-       set status = 'completed', output = p_output, error = null, settled_by = p_owner, lease_owner = null,
+       set status = 'completed', output = p_output, error = null, settled_by = p_lease_owner, lease_owner = null,
            lease_expires_at = null, completed_at = v_now, updated_at = v_now
      where id = p_step_id returning * into v_step;
-    perform tidebase._record(v_run, p_owner, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step));
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
 
 -- Records a step's failure, and what it means for the next attempt.
--- Needs    p_owner holds the step (TB409 lease_lost).
+-- Needs    p_lease_owner holds the step (TB409 lease_lost).
 -- Leaves   failed_retryable, manual_review or failed, event and channels step.failed; the owner's repeat unchanged.
 -- Returns  {"step"}.
-create or replace function tidebase.fail_step (p_run_id text, p_step_id text, p_owner text, p_error json,
-                                               p_retryable boolean, p_decision text)
+create or replace function tidebase.fail_step (p_run_id text, p_step_id text, p_lease_owner text, p_error json,
+                                               p_retryable boolean, p_resume_decision text)
   returns json language plpgsql as $$
 declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
@@ -1630,35 +1630,35 @@ declare
   v_decision text;
 begin
   if v_step.status not in ('failed', 'failed_retryable', 'manual_review')
-     or v_step.settled_by is distinct from p_owner then
-    perform tidebase._refuse_unless_held(v_run, v_step, p_owner);
-    v_decision := tidebase._decision(p_decision, p_retryable, v_step.contract);
+     or v_step.settled_by is distinct from p_lease_owner then
+    perform tidebase._refuse_unless_held(v_run, v_step, p_lease_owner);
+    v_decision := tidebase._decision(p_resume_decision, p_retryable, v_step.contract);
     update tidebase.steps
-       set status = tidebase._failed_status(v_decision, p_retryable), error = p_error, settled_by = p_owner,
+       set status = tidebase._failed_status(v_decision, p_retryable), error = p_error, settled_by = p_lease_owner,
            lease_owner = null, lease_expires_at = null, completed_at = v_now, updated_at = v_now
      where id = p_step_id returning * into v_step;
-    perform tidebase._tell_failed(v_run, v_step, p_owner, p_retryable, v_decision);
+    perform tidebase._tell_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision);
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
 
 -- Records a step that already ran, in one write; for steps without external side effects, since a worker that dies
 -- before it leaves no trace.
--- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled); the same input (TB409 input_mismatch); no review
+-- Needs    p_lease_owner holds the run (TB409 lease_lost, run_cancelled); the same input (TB409 input_mismatch); no review
 --          pending (TB409 manual_review), and none that decided that it failed (TB409 step_failed).
--- Leaves   the step ended, events step.started (unless p_owner had begun it) and step.completed or step.failed; a
+-- Leaves   the step ended, events step.started (unless p_lease_owner had begun it) and step.completed or step.failed; a
 --          completed step, and a failure that began at the same p_started_at, unchanged.
 -- Returns  {"step"}; with p_brief without what was sent, unless another output stands.
-create or replace function tidebase.record_step (p_run_id text, p_owner text, p_name text, p_input_hash text,
+create or replace function tidebase.record_step (p_run_id text, p_lease_owner text, p_name text, p_input_hash text,
                                                  p_input json, p_options json, p_output json, p_error json,
-                                                 p_retryable boolean, p_decision text, p_started_at timestamptz,
+                                                 p_retryable boolean, p_resume_decision text, p_started_at timestamptz,
                                                  p_duration_ms bigint, p_brief boolean default false)
   returns json language plpgsql as $$
 declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
   v_now      timestamptz := tidebase.now();
   v_contract json := tidebase._contract(p_options);
-  v_decision text := tidebase._decision(p_decision, p_retryable, v_contract);
+  v_decision text := tidebase._decision(p_resume_decision, p_retryable, v_contract);
   v_step     tidebase.steps;
   v_begun    boolean;
   v_started  json;
@@ -1671,36 +1671,36 @@ begin
     perform tidebase._refuse(409, 'input_mismatch', format('step %s was recorded with another input', p_name),
               json_build_object('step', v_step.id, 'expectedInputHash', v_step.input_hash,
                                 'actualInputHash', p_input_hash));
-  elsif v_step.status = 'completed' and (v_step.settled_by = p_owner or v_run.lease_owner = p_owner) then
+  elsif v_step.status = 'completed' and (v_step.settled_by = p_lease_owner or v_run.lease_owner = p_lease_owner) then
     return tidebase._step_told(v_step, p_brief, p_output);
-  elsif v_run.lease_owner is distinct from p_owner then
+  elsif v_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(v_run);
-  elsif v_step.settled_by = p_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
+  elsif v_step.settled_by = p_lease_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
     return tidebase._step_told(v_step, p_brief, p_output);
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
-  elsif tidebase._is_ambiguous(v_run, v_step, p_owner, p_options) then
+  elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
     perform tidebase._refuse(409, 'manual_review', format('step %s may have run: a person must review it', p_name),
                              json_build_object('step', v_step.id));
   end if;
-  v_begun := coalesce(v_step.status = 'running' and v_step.lease_owner = p_owner, false);
+  v_begun := coalesce(v_step.status = 'running' and v_step.lease_owner = p_lease_owner, false);
   insert into tidebase.steps as s (id, run_id, name, position, input_hash, input, options, contract, status, output,
                                    error, settled_by, fence, started_at, completed_at, created_at, updated_at)
   values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options, v_contract,
           case when p_error is null then 'completed' else tidebase._failed_status(v_decision, p_retryable) end,
-          p_output, p_error, p_owner, v_run.fence,
+          p_output, p_error, p_lease_owner, v_run.fence,
           coalesce(p_started_at, v_now - tidebase._ms(p_duration_ms), v_step.started_at, v_now), v_now, v_now, v_now)
   on conflict (run_id, name) do update
      set attempt = s.attempt + case when v_begun then 0 else 1 end, input = p_input, options = p_options,
-         contract = v_contract, status = excluded.status, output = p_output, error = p_error, settled_by = p_owner,
+         contract = v_contract, status = excluded.status, output = p_output, error = p_error, settled_by = p_lease_owner,
          lease_owner = null, lease_expires_at = null, fence = v_run.fence, started_at = excluded.started_at,
          completed_at = v_now, updated_at = v_now
   returning * into v_step;
   v_started := case when not v_begun then tidebase._step_started(v_step) end;
   if p_error is null then
-    perform tidebase._record(v_run, p_owner, 'step.completed', tidebase._step_completed(v_step), v_started);
+    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step), v_started);
   else
-    perform tidebase._tell_failed(v_run, v_step, p_owner, p_retryable, v_decision, v_started);
+    perform tidebase._tell_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision, v_started);
   end if;
   return tidebase._step_told(v_step, p_brief, p_output);
 end $$;
@@ -1769,26 +1769,26 @@ begin
 end $$;
 
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
--- p_child: {name, workflowName, metadata, channels, edgeType, edgeMetadata, maxAttempts, priority, ~id,
--- ~recoveryWebhook, ~recoverySecret, ~queue, ~leaseOwner}.
--- Needs    the parent (TB404), not cancelled (TB409 run_cancelled), held by the leaseOwner given (_check_owner); an
+-- p_child: {name, workflow_name, metadata, channels, edge_type, edge_metadata, max_attempts, priority, id?,
+-- recovery_webhook?, recovery_secret?, queue?, lease_owner?}.
+-- Needs    the parent (TB404), not cancelled (TB409 run_cancelled), held by the lease_owner given (_check_owner); an
 --          existing child of the name of the same workflow
 --          (TB409 edge_conflict).
 -- Leaves   the child pending, or queued where it has a queue, its metadata with parentRunId and parentEdgeName, events
 --          run.created on it and run.child.created on the parent.    Returns  {"run", "edge", "created"}.
-create or replace function tidebase.create_child (p_parent_id text, p_child jsonb, p_input json)
+create or replace function tidebase.create_child (p_run_id text, p_child jsonb, p_input json)
   returns json language plpgsql as $$
 declare
-  v_parent tidebase.runs := tidebase._lock_run(p_parent_id);
+  v_parent tidebase.runs := tidebase._lock_run(p_run_id);
   v_name   text := p_child->>'name';
   v_run    tidebase.runs;
   v_edge   tidebase.run_edges;
 begin
-  perform tidebase._check_owner(v_parent, p_child->>'leaseOwner');
-  select * into v_edge from tidebase.run_edges where parent_run_id = p_parent_id and name = v_name;
+  perform tidebase._check_owner(v_parent, p_child->>'lease_owner');
+  select * into v_edge from tidebase.run_edges where parent_run_id = p_run_id and name = v_name;
   if found then
     select * into v_run from tidebase.runs where id = v_edge.child_run_id;
-    if v_run.workflow_name <> p_child->>'workflowName' then
+    if v_run.workflow_name <> p_child->>'workflow_name' then
       perform tidebase._refuse(409, 'edge_conflict', format('child %s is of workflow %s', v_name, v_run.workflow_name));
     end if;
     return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', false);
@@ -1796,21 +1796,21 @@ begin
     perform tidebase._refuse_cancelled(v_parent);
   end if;
   v_run := tidebase._create_run(
-    p_child->>'id', p_child->>'workflowName', p_input,
-    p_child->'metadata' || jsonb_build_object('parentRunId', p_parent_id, 'parentEdgeName', v_name),
-    p_child->>'recoveryWebhook', p_child->'channels', null,
-    json_build_object('parentRunId', p_parent_id, 'edgeName', v_name), p_parent_id, p_child->>'recoverySecret');
+    p_child->>'id', p_child->>'workflow_name', p_input,
+    p_child->'metadata' || jsonb_build_object('parentRunId', p_run_id, 'parentEdgeName', v_name),
+    p_child->>'recovery_webhook', p_child->'channels', null,
+    json_build_object('parentRunId', p_run_id, 'edgeName', v_name), p_run_id, p_child->>'recovery_secret');
   if v_run.id is null then
     perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_child->>'id'));
   end if;
   if p_child->>'queue' is not null then
-    v_run := tidebase._put_on_queue(v_run, p_child->>'queue', (p_child->>'maxAttempts')::integer,
+    v_run := tidebase._put_on_queue(v_run, p_child->>'queue', (p_child->>'max_attempts')::integer,
                                     (p_child->>'priority')::integer);
   end if;
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
-  values (tidebase._new_id('edge'), p_parent_id, v_run.id, v_name, p_child->>'edgeType', p_child->'edgeMetadata')
+  values (tidebase._new_id('edge'), p_run_id, v_run.id, v_name, p_child->>'edge_type', p_child->'edge_metadata')
   returning * into v_edge;
-  perform tidebase._record(v_parent, p_child->>'leaseOwner', 'run.child.created', json_build_object(
+  perform tidebase._record(v_parent, p_child->>'lease_owner', 'run.child.created', json_build_object(
             'childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
   return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', true);
 end $$;
@@ -1862,12 +1862,12 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- Asks, or looks at what was asked before under this name.
--- Needs    the run not cancelled (TB409 run_cancelled), and p_owner, when given, to hold it (_check_owner).
+-- Needs    the run not cancelled (TB409 run_cancelled), and p_lease_owner, when given, to hold it (_check_owner).
 -- Leaves   the gate pending, with channels of its own; event and channels gate.created.
 -- Returns  {"action": "wait" while it is pending, else "return", "gate"}.
 create or replace function tidebase.begin_gate (p_run_id text, p_name text, p_prompt text, p_data json,
                                                 p_channels jsonb, p_capability json, p_timeout_ms bigint,
-                                                p_base_url text, p_owner text default null) returns json language plpgsql as $$
+                                                p_public_url text, p_lease_owner text default null) returns json language plpgsql as $$
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_now  timestamptz := tidebase.now();
@@ -1877,7 +1877,7 @@ begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
   end if;
-  perform tidebase._check_owner(v_run, p_owner);
+  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_gate from tidebase.gates where run_id = p_run_id and name = p_name;
   if not found then
     insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
@@ -1885,13 +1885,13 @@ begin
     values (v_id, p_run_id, p_name, p_prompt, p_data, p_capability,
             tidebase._add_channels(p_run_id, v_id, p_channels),
             replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''),
-            p_base_url || '/runs/' || p_run_id || '/gates/' || v_id || '/resolve',
+            p_public_url || '/runs/' || p_run_id || '/gates/' || v_id || '/resolve',
             v_now + tidebase._ms(p_timeout_ms), v_now, v_now)
     returning * into v_gate;
     if p_channels <> '[]' then
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
-    perform tidebase._record(v_run, p_owner, 'gate.created',
+    perform tidebase._record(v_run, p_lease_owner, 'gate.created',
                              json_build_object('gate', tidebase._public_gate(v_gate, false)));
     perform tidebase._notify(v_run, 'gate.created',
                              json_build_object('gate', tidebase._joined(
@@ -1967,10 +1967,10 @@ end $$;
 -- State and usage: what a run shows of itself while it works, and what it cost.
 -- ------------------------------------------------------------------------------
 
--- Appends a version to a stream of a run, which must be locked. p_about: {id?, label?, reason?, importance?, metadata?,
--- createdBy?, stepId?}. p_live_version: of a write of the live state, its version.
+-- Appends a version to a stream of a run, which must be locked. p_version: {id?, label?, reason?, importance?, metadata?,
+-- created_by?, step_id?}. p_live_version: of a write of the live state, its version.
 create or replace function tidebase._add_version (p_run_id text, p_stream text, p_target_type text, p_target_id text,
-                                                  p_value jsonb, p_patch jsonb, p_about jsonb,
+                                                  p_value jsonb, p_patch jsonb, p_version jsonb,
                                                   p_live_version integer default null)
   returns tidebase.state_versions language plpgsql as $$
 declare
@@ -1986,24 +1986,24 @@ begin
   returning * into v_stream;
   insert into tidebase.state_versions (id, stream_id, run_id, step_id, version, value, patch, label, reason, importance,
                                        metadata, created_by, created_at, live_version)
-  values (coalesce(p_about->>'id', tidebase._new_id('ver')), v_stream.id, p_run_id, p_about->>'stepId',
-          v_stream.current_version, p_value, p_patch, p_about->>'label', p_about->>'reason',
-          coalesce(p_about->>'importance', 'normal'), coalesce(p_about->'metadata', '{}'), p_about->>'createdBy', v_now,
+  values (coalesce(p_version->>'id', tidebase._new_id('ver')), v_stream.id, p_run_id, p_version->>'step_id',
+          v_stream.current_version, p_value, p_patch, p_version->>'label', p_version->>'reason',
+          coalesce(p_version->>'importance', 'normal'), coalesce(p_version->'metadata', '{}'), p_version->>'created_by', v_now,
           p_live_version)
   on conflict (id) do nothing returning * into v_version;
   if not found then  -- another run's, written since the caller looked
-    perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', p_about->>'id'));
+    perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', p_version->>'id'));
   end if;
   return v_version;
 end $$;
 
 -- The version that a client's id already names, of a repeated request; TB409 version_id_conflict when another run's.
-create or replace function tidebase._same_version (p_run_id text, p_about jsonb)
+create or replace function tidebase._same_version (p_run_id text, p_version jsonb)
   returns tidebase.state_versions language plpgsql as $$
 declare
   v_version tidebase.state_versions;
 begin
-  select * into v_version from tidebase.state_versions where id = p_about->>'id';
+  select * into v_version from tidebase.state_versions where id = p_version->>'id';
   if v_version.run_id <> p_run_id then
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', v_version.id));
   end if;
@@ -2012,22 +2012,22 @@ end $$;
 
 -- Replaces the run's live value, or merges the top level of p_value into it, and records it as the stream's next
 -- version.
--- Needs    p_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
+-- Needs    p_lease_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
 --          an object on both sides (TB409 state_not_object), and merged no more than 32 MiB (TB400, issues).
 -- Leaves   event and channels state.updated; where the id was written before, everything as it was.
 -- Returns  {"state"} as this write, or the one of the same id before, left it.
 create or replace function tidebase.write_state (p_run_id text, p_stream text, p_value jsonb, p_merge boolean,
-                                                 p_if_version integer, p_about jsonb, p_owner text default null)
+                                                 p_if_version integer, p_version jsonb, p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
   v_state   tidebase.states;
-  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
+  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_version);
   v_event   json;
   v_value   jsonb;
   v_limit   constant integer := 32 * 1024 * 1024;
 begin
-  perform tidebase._check_owner(v_run, p_owner);
+  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_state from tidebase.states where run_id = p_run_id;
   if v_version.id is not null and v_version.live_version is null then
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is a snapshot', v_version.id));
@@ -2049,7 +2049,7 @@ begin
   end if;
   v_version := tidebase._add_version(
     p_run_id, p_stream, 'run', p_run_id, v_value,
-    case when p_merge then p_value end, p_about, p_live_version => coalesce(v_state.version, 0) + 1);
+    case when p_merge then p_value end, p_version, p_live_version => coalesce(v_state.version, 0) + 1);
   insert into tidebase.states (run_id, value, version, updated_at)
   values (p_run_id, v_version.value, v_version.live_version, v_version.created_at)
   on conflict (run_id) do update
@@ -2059,7 +2059,7 @@ begin
   if p_merge then
     v_event := tidebase._joined(v_event, json_build_object('patch', p_value));
   end if;
-  perform tidebase._record(v_run, p_owner, 'state.updated', tidebase._joined(
+  perform tidebase._record(v_run, p_lease_owner, 'state.updated', tidebase._joined(
             v_event, json_build_object('stateVersion', tidebase._version_event(v_version))));
   perform tidebase._notify(v_run, 'state.updated', json_build_object(
             'state', tidebase._state_json(v_state), 'stateVersion', tidebase._version_event(v_version)));
@@ -2068,22 +2068,22 @@ end $$;
 
 -- Labels the live value, whichever stream wrote it last, as the next version of p_stream.
 -- Needs    a live value (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
-create or replace function tidebase.save_state (p_run_id text, p_stream text, p_about jsonb, p_owner text default null)
+create or replace function tidebase.save_state (p_run_id text, p_stream text, p_version jsonb, p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
   v_state   tidebase.states;
-  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
+  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_version);
 begin
-  perform tidebase._check_owner(v_run, p_owner);
+  perform tidebase._check_owner(v_run, p_lease_owner);
   if v_version.id is null then
     select * into v_state from tidebase.states where run_id = p_run_id;
     if not found then
       perform tidebase._refuse(404, 'not_found', format('run %s has no state yet', p_run_id));
     end if;
     v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value, null,
-                                       '{"importance": "milestone"}' || p_about);
-    perform tidebase._record(v_run, p_owner, 'state.saved',
+                                       '{"importance": "milestone"}' || p_version);
+    perform tidebase._record(v_run, p_lease_owner, 'state.saved',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('stateVersion', tidebase._version_json(v_version));
@@ -2092,19 +2092,19 @@ end $$;
 -- Keeps a labelled picture of something, beside the live state: in the stream type:id of what it is of.
 -- Leaves   event snapshot.created.    Returns  {"snapshot"}.
 create or replace function tidebase.create_snapshot (p_run_id text, p_target_type text, p_target_id text, p_state jsonb,
-                                                     p_about jsonb, p_owner text default null)
+                                                     p_version jsonb, p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
-  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_about);
+  v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_version);
   v_type    text := coalesce(p_target_type, 'run');
   v_target  text := coalesce(p_target_id, p_run_id);
 begin
-  perform tidebase._check_owner(v_run, p_owner);
+  perform tidebase._check_owner(v_run, p_lease_owner);
   if v_version.id is null then
     v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
-                                       '{"importance": "milestone"}' || p_about);
-    perform tidebase._record(v_run, p_owner, 'snapshot.created',
+                                       '{"importance": "milestone"}' || p_version);
+    perform tidebase._record(v_run, p_lease_owner, 'snapshot.created',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('snapshot', tidebase._version_json(v_version));
@@ -2166,30 +2166,30 @@ $$;
 -- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
 -- Needs    p_id not another run's (TB409 usage_id_conflict).
 -- Leaves   event and channels usage.recorded.    Returns  {"usage"}.
-create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb, p_owner text default null)
+create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb, p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run   tidebase.runs := tidebase._lock_run(p_run_id);
   v_usage tidebase.usage;
 begin
-  perform tidebase._check_owner(v_run, p_owner);
+  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_usage from tidebase.usage where id = p_id;
   if v_usage.run_id <> p_run_id then
     perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
   elsif v_usage.id is null then
     insert into tidebase.usage (id, run_id, step_id, kind, provider, model, label, quantity, unit, input_tokens,
                                 output_tokens, total_tokens, cost_usd, metadata)
-    select coalesce(p_id, tidebase._new_id('use')), p_run_id, "stepId", kind, provider, model, label, quantity, unit,
-           "inputTokens", "outputTokens",
-           coalesce("totalTokens", "inputTokens" + "outputTokens", "inputTokens", "outputTokens"), "costUsd", metadata
+    select coalesce(p_id, tidebase._new_id('use')), p_run_id, step_id, kind, provider, model, label, quantity, unit,
+           input_tokens, output_tokens,
+           coalesce(total_tokens, input_tokens + output_tokens, input_tokens, output_tokens), cost_usd, metadata
       from jsonb_to_record(p_entry) as entry (
-             "stepId" text, kind text, provider text, model text, label text, quantity numeric, unit text,
-             "inputTokens" bigint, "outputTokens" bigint, "totalTokens" bigint, "costUsd" numeric, metadata jsonb)
+             step_id text, kind text, provider text, model text, label text, quantity numeric, unit text,
+             input_tokens bigint, output_tokens bigint, total_tokens bigint, cost_usd numeric, metadata jsonb)
     on conflict (id) do nothing returning * into v_usage;
     if not found then  -- another run's, written since it was looked for
       perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
     end if;
-    perform tidebase._record(v_run, p_owner, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+    perform tidebase._record(v_run, p_lease_owner, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
     perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
   end if;
   return json_build_object('usage', tidebase._usage_json(v_usage));
@@ -2272,36 +2272,36 @@ end $$;
 -- Gives a run's lease up until something is there: {"gateId"}, {"event": a signal's name, "n": which of them},
 -- {"until": a time}, or {"children": names, or true for all} that ended; and "stepId", the step that records the wait.
 -- A signal that is not there after p_timeout_ms is timed out for good.
--- Needs    p_owner holds it (TB409 lease_lost, run_cancelled); it has a queue (TB409 no_queue), and the step (TB404).
+-- Needs    p_lease_owner holds it (TB409 lease_lost, run_cancelled); it has a queue (TB409 no_queue), and the step (TB404).
 -- Leaves   it waiting, no attempt spent, event run.waiting; where it is there already, everything as it was. When the
 --          wait is over, the step is completed (see _wake).
 -- Returns  {"run", "ready"}: ready when there was nothing to wait for, and the owner may go on.
-create or replace function tidebase.wait_run (p_run_id text, p_owner text, p_for jsonb, p_timeout_ms bigint)
+create or replace function tidebase.wait_run (p_run_id text, p_lease_owner text, p_wait_for jsonb, p_timeout_ms bigint)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
   v_now timestamptz := tidebase.now();
 begin
-  if p_for ? 'stepId' then
-    perform tidebase._step(p_run_id, p_for->>'stepId');
+  if p_wait_for ? 'stepId' then
+    perform tidebase._step(p_run_id, p_wait_for->>'stepId');
   end if;
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
-  elsif v_run.lease_owner is null and v_run.settled_by = p_owner and v_run.status in ('waiting', 'queued') then
+  elsif v_run.lease_owner is null and v_run.settled_by = p_lease_owner and v_run.status in ('waiting', 'queued') then
     return json_build_object('run', tidebase._run_json(v_run), 'ready', false);  -- its repeat
-  elsif v_run.lease_owner is distinct from p_owner then
+  elsif v_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(v_run);
   elsif v_run.queue is null then
     perform tidebase._refuse(409, 'no_queue', format('run %s has no queue to come back to', p_run_id));
-  elsif tidebase._is_there(p_run_id, p_for, v_now) then
+  elsif tidebase._is_there(p_run_id, p_wait_for, v_now) then
     return json_build_object('run', tidebase._run_json(v_run), 'ready', true);
   end if;
   update tidebase.runs
-     set status = 'waiting', waiting_for = p_for, attempt = attempt - 1, settled_by = lease_owner, lease_owner = null,
-         wake_at = coalesce((p_for->>'until')::timestamptz, v_now + tidebase._ms(p_timeout_ms)),
+     set status = 'waiting', waiting_for = p_wait_for, attempt = attempt - 1, settled_by = lease_owner, lease_owner = null,
+         wake_at = coalesce((p_wait_for->>'until')::timestamptz, v_now + tidebase._ms(p_timeout_ms)),
          lease_expires_at = null, updated_at = v_now, event_seq = event_seq + 1
    where id = p_run_id returning * into v_run;
-  perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.waiting', json_build_object('for', p_for));
+  perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.waiting', json_build_object('for', p_wait_for));
   return json_build_object('run', tidebase._run_json(v_run), 'ready', false);
 end $$;
 
@@ -2309,7 +2309,7 @@ end $$;
 -- Needs    p_id not another signal's (TB409 signal_id_conflict).
 -- Leaves   event signal.received or signal.timed_out, and a run that waits for this one queued.
 create or replace function tidebase._add_signal (p_run tidebase.runs, p_id text, p_name text, p_n integer,
-                                                 p_payload json, p_timed_out boolean, p_owner text default null)
+                                                 p_payload json, p_timed_out boolean, p_lease_owner text default null)
   returns tidebase.signals language plpgsql as $$
 declare
   v_signal tidebase.signals;
@@ -2320,7 +2320,7 @@ begin
   if not found then  -- another run's, written since the caller looked
     perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
   end if;
-  perform tidebase._record(p_run, p_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+  perform tidebase._record(p_run, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
                            json_build_object('signal', tidebase._signal_json(v_signal)));
   if p_run.status = 'waiting' and p_run.waiting_for->>'event' = p_name
      and tidebase._number(p_run.waiting_for) = p_n then
@@ -2330,21 +2330,21 @@ begin
 end $$;
 
 -- Sends a signal to a run, kept until asked for: the next of its name.
--- Needs    p_owner, when given, to hold the run (_check_owner); p_id not another signal's (TB409 signal_id_conflict).
+-- Needs    p_lease_owner, when given, to hold the run (_check_owner); p_id not another signal's (TB409 signal_id_conflict).
 -- Leaves   as _add_signal; where the same p_id was sent before, everything as it was.    Returns  {"signal"}.
 create or replace function tidebase.send_signal (p_run_id text, p_id text, p_name text, p_payload json,
-                                                 p_owner text default null)
+                                                 p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run    tidebase.runs := tidebase._lock_run(p_run_id);
   v_signal tidebase.signals;
   v_last   integer;
 begin
-  perform tidebase._check_owner(v_run, p_owner);
+  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_signal from tidebase.signals where id = p_id;
   if not found then
     select max(n) into v_last from tidebase.signals where run_id = p_run_id and name = p_name;
-    v_signal := tidebase._add_signal(v_run, p_id, p_name, coalesce(v_last, 0) + 1, p_payload, false, p_owner);
+    v_signal := tidebase._add_signal(v_run, p_id, p_name, coalesce(v_last, 0) + 1, p_payload, false, p_lease_owner);
   elsif v_signal.run_id <> p_run_id or v_signal.name <> p_name then
     perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
   end if;
@@ -2352,17 +2352,17 @@ begin
 end $$;
 
 -- Decides that the p_n-th signal of a name did not come in time, unless it did.    Returns  {"signal"}, that counts.
--- Needs    p_owner holds the run (TB409 lease_lost, run_cancelled).
-create or replace function tidebase.expire_signal (p_run_id text, p_name text, p_n integer, p_owner text)
+-- Needs    p_lease_owner holds the run (TB409 lease_lost, run_cancelled).
+create or replace function tidebase.expire_signal (p_run_id text, p_name text, p_n integer, p_lease_owner text)
   returns json language plpgsql as $$
 declare
   v_run    tidebase.runs := tidebase._lock_run(p_run_id);
   v_signal tidebase.signals;
 begin
-  perform tidebase._check_owner(v_run, p_owner);
+  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_signal from tidebase.signals where run_id = p_run_id and name = p_name and n = p_n;
   if not found then
-    v_signal := tidebase._add_signal(v_run, null, p_name, p_n, null, true, p_owner);
+    v_signal := tidebase._add_signal(v_run, null, p_name, p_n, null, true, p_lease_owner);
   end if;
   return json_build_object('signal', tidebase._signal_json(v_signal));
 end $$;
@@ -2385,8 +2385,8 @@ end $$;
 -- Queues: a job is a run. Put in once per dedupe key, claimed by one, within the queue's caps.
 -- ------------------------------------------------------------------------------
 
--- Puts a run on a queue. p_job: {id?, workflowName, metadata, recoveryWebhook?, recoverySecret?, channels, dedupeKey?,
--- delayMs?, runAt?, maxAttempts, priority, deadlineMs?}.
+-- Puts a run on a queue. p_job: {id?, workflow_name, metadata, recovery_webhook?, recovery_secret?, channels, dedupe_key?,
+-- delay_ms?, run_at?, max_attempts, priority, deadline_ms?}.
 -- Needs    an id given is not another workflow's (TB409 run_id_conflict), nor is the live run that has the dedupe key
 --          (TB409 dedupe_conflict).
 -- Leaves   the run queued, event run.enqueued; where its dedupe key or its id is taken, nothing new.
@@ -2401,24 +2401,24 @@ begin
     insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, queue,
                                dedupe_key, priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
                                created_at, updated_at)
-    values (coalesce(p_job->>'id', tidebase._new_id('run')), p_job->>'workflowName', p_input, p_job->'metadata',
-            'queued', p_job->>'recoveryWebhook', p_job->>'recoverySecret', p_queue, p_job->>'dedupeKey',
+    values (coalesce(p_job->>'id', tidebase._new_id('run')), p_job->>'workflow_name', p_input, p_job->'metadata',
+            'queued', p_job->>'recovery_webhook', p_job->>'recovery_secret', p_queue, p_job->>'dedupe_key',
             (p_job->>'priority')::integer,
-            coalesce((p_job->>'runAt')::timestamptz, v_now + tidebase._ms((p_job->>'delayMs')::bigint), v_now),
-            (p_job->>'maxAttempts')::integer, v_now + tidebase._ms((p_job->>'deadlineMs')::bigint),
+            coalesce((p_job->>'run_at')::timestamptz, v_now + tidebase._ms((p_job->>'delay_ms')::bigint), v_now),
+            (p_job->>'max_attempts')::integer, v_now + tidebase._ms((p_job->>'deadline_ms')::bigint),
             p_job->'channels' <> '[]', 1, v_now, v_now)
     on conflict do nothing returning * into run;
     exit when found;
     if exists (select from tidebase.runs where id = p_job->>'id') then
-      run := tidebase._same_run(p_job->>'id', p_job->>'workflowName');
+      run := tidebase._same_run(p_job->>'id', p_job->>'workflow_name');
       return;
     end if;
     select * into run from tidebase.runs
-     where queue = p_queue and dedupe_key = p_job->>'dedupeKey' and status in ('queued', 'running', 'waiting');
-    if found and run.workflow_name <> p_job->>'workflowName' then
+     where queue = p_queue and dedupe_key = p_job->>'dedupe_key' and status in ('queued', 'running', 'waiting');
+    if found and run.workflow_name <> p_job->>'workflow_name' then
       perform tidebase._refuse(409, 'dedupe_conflict', format(
                 'dedupe key %s of queue %s is held by run %s of workflow %s: it cannot stand for one of workflow %s',
-                run.dedupe_key, p_queue, run.id, run.workflow_name, p_job->>'workflowName'),
+                run.dedupe_key, p_queue, run.id, run.workflow_name, p_job->>'workflow_name'),
                 json_build_object('runId', run.id, 'workflowName', run.workflow_name));
     elsif found then
       deduplicated := true;
@@ -2444,10 +2444,10 @@ $$;
 create or replace function tidebase._lock_keys (p_jobs jsonb, p_queue text default null)
   returns void language plpgsql as $$
 begin
-  if jsonb_path_exists(p_jobs, '$[*].dedupeKey ? (@ != null)') then
+  if jsonb_path_exists(p_jobs, '$[*].dedupe_key ? (@ != null)') then
     perform pg_advisory_xact_lock(hashtextextended('tidebase.enqueue.' || queue, 0))
        from (select distinct coalesce(p_queue, job->>'queue') as queue from jsonb_array_elements(p_jobs) as job
-              where job->>'dedupeKey' is not null order by queue) as queues;
+              where job->>'dedupe_key' is not null order by queue) as queues;
   end if;
 end $$;
 
@@ -2614,12 +2614,12 @@ end $$;
 
 -- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two. Of these
 -- workflows, or of all; no more than one answer should carry (_fitting).
--- A repeat with the same p_claim_id answers what the first call took and the owner still holds; past 8 MiB, which what
+-- A repeat with the same p_id answers what the first call took and the owner still holds; past 8 MiB, which what
 -- was recorded since may come to, without more checkpoints, "checkpointsTruncated".
--- Leaves   each run running under p_owner's lease, attempt + 1, event run.claimed.
+-- Leaves   each run running under p_lease_owner's lease, attempt + 1, event run.claimed.
 -- Returns  {"runs", "leaseOwner"}, null when nothing is ready or the caps are reached. With p_checkpoints each run
 --          carries its "checkpoints" and "checkpointsTruncated".
-create or replace function tidebase.claim_runs (p_queues text[], p_owner text, p_claim_id text, p_limit integer,
+create or replace function tidebase.claim_runs (p_queues text[], p_lease_owner text, p_id text, p_limit integer,
                                                 p_lease_ms integer, p_checkpoints boolean,
                                                 p_workflows text[] default null)
   returns json language plpgsql
@@ -2636,16 +2636,16 @@ declare
   v_before   integer;
   v_bytes    bigint := 0;
 begin
-  if p_claim_id is not null then
-    for v_run in select * from tidebase.runs where queue = any (p_queues) and lease_owner = p_owner
-                    and status = 'running' and not stalled and claim_id = p_claim_id
+  if p_id is not null then
+    for v_run in select * from tidebase.runs where queue = any (p_queues) and lease_owner = p_lease_owner
+                    and status = 'running' and not stalled and claim_id = p_id
                   order by array_position(p_queues, queue), priority desc, run_at, id
     loop
       v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints, v_bytes < 4194304);
       v_bytes := v_bytes + octet_length(v_runs[cardinality(v_runs)]::text);
     end loop;
     if cardinality(v_runs) > 0 then
-      return json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_owner);
+      return json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_lease_owner);
     end if;
   end if;
   perform tidebase._lock_capped(p_queues);
@@ -2662,22 +2662,22 @@ begin
     for v_run in
       with claimed as (
         update tidebase.runs
-           set status = 'running', attempt = attempt + 1, lease_owner = p_owner, lease_ms = p_lease_ms,
-               lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, claim_id = p_claim_id,
-               former_owners = array_remove(array_remove(former_owners || settled_by, p_owner), null),
+           set status = 'running', attempt = attempt + 1, lease_owner = p_lease_owner, lease_ms = p_lease_ms,
+               lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, claim_id = p_id,
+               former_owners = array_remove(array_remove(former_owners || settled_by, p_lease_owner), null),
                event_seq = event_seq + 1, updated_at = v_now
          where id = any (v_ids) returning *)
       select * from claimed order by array_position(v_ids, id)
     loop
       perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.claimed', json_build_object(
-                'leaseOwner', p_owner, 'queue', v_queue, 'attempt', v_run.attempt));
+                'leaseOwner', p_lease_owner, 'queue', v_queue, 'attempt', v_run.attempt));
       v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
     end loop;
     perform tidebase._count_claims(v_queue, cardinality(v_runs) - v_before);
     exit when cardinality(v_ids) < cardinality(v_ready);
   end loop;
   return case when cardinality(v_runs) > 0
-         then json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_owner) end;
+         then json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_lease_owner) end;
 end $$;
 
 create or replace function tidebase._claimed_json (p_run tidebase.runs, p_checkpoints boolean,
@@ -2698,19 +2698,19 @@ begin
             values ('checkpoints', v_checkpoints), ('checkpointsTruncated', to_json(v_truncated))) as members);
 end $$;
 
--- Sets what p_config names of {concurrency, ratePerMinute, invokeUrl, paused}; null clears.    Returns  {"config"}.
+-- Sets what p_config names of {concurrency, rate_per_minute, invoke_url, paused}; null clears.    Returns  {"config"}.
 create or replace function tidebase.configure_queue (p_queue text, p_config jsonb) returns json language plpgsql as $$
 declare
   v_queue tidebase.queues;
 begin
   insert into tidebase.queues as q (name, concurrency, rate_per_minute, invoke_url, paused)
-  values (p_queue, (p_config->>'concurrency')::integer, (p_config->>'ratePerMinute')::integer, p_config->>'invokeUrl',
+  values (p_queue, (p_config->>'concurrency')::integer, (p_config->>'rate_per_minute')::integer, p_config->>'invoke_url',
           coalesce((p_config->>'paused')::boolean, false))
   on conflict (name) do update
      set concurrency = case when p_config ? 'concurrency' then excluded.concurrency else q.concurrency end,
-         rate_per_minute = case when p_config ? 'ratePerMinute' then excluded.rate_per_minute
+         rate_per_minute = case when p_config ? 'rate_per_minute' then excluded.rate_per_minute
                                 else q.rate_per_minute end,
-         invoke_url = case when p_config ? 'invokeUrl' then excluded.invoke_url else q.invoke_url end,
+         invoke_url = case when p_config ? 'invoke_url' then excluded.invoke_url else q.invoke_url end,
          paused = case when p_config ? 'paused' then excluded.paused else q.paused end
   returning * into v_queue;
   return json_build_object('config', tidebase._queue_json(v_queue));
@@ -2759,23 +2759,29 @@ begin
   case p_write->>'do'
     when 'record_step' then
       body := tidebase.record_step(
-        p_write->>'runId', p_write->>'leaseOwner', p_write->>'name', p_write->>'inputHash', p_input,
-        (p_write->'options')::json, p_output, p_error, (p_write->>'retryable')::boolean, p_write->>'resumeDecision',
-        (p_write->>'startedAt')::timestamptz, (p_write->>'durationMs')::bigint, (p_write->>'brief')::boolean);
+        p_write->>'run_id', p_write->>'lease_owner', p_write->>'name', p_write->>'input_hash', p_input,
+        (p_write->'options')::json, p_output, p_error, (p_write->>'retryable')::boolean, p_write->>'resume_decision',
+        (p_write->>'started_at')::timestamptz, (p_write->>'duration_ms')::bigint, (p_write->>'brief')::boolean);
     when 'begin_step' then
       select b.body, b.status into body, status
         from tidebase.begin_step(
-               p_write->>'runId', p_write->>'name', p_write->>'inputHash', p_input, (p_write->'options')::json,
-               p_write->>'leaseOwner', (p_write->>'leaseMs')::integer) b;
+               p_write->>'run_id', p_write->>'name', p_write->>'input_hash', p_input, (p_write->'options')::json,
+               p_write->>'lease_owner', (p_write->>'lease_ms')::integer) b;
     when 'complete_step' then
-      body := tidebase.complete_step(p_write->>'runId', p_write->>'stepId', p_write->>'leaseOwner', p_output);
+      body := tidebase.complete_step(p_write->>'run_id', p_write->>'step_id', p_write->>'lease_owner', p_output);
+    when 'fail_step' then
+      body := tidebase.fail_step(p_write->>'run_id', p_write->>'step_id', p_write->>'lease_owner', p_error,
+                                 (p_write->>'retryable')::boolean, p_write->>'resume_decision');
     when 'complete_run' then
-      body := tidebase.complete_run(p_write->>'runId', p_write->>'leaseOwner', p_output,
-                                    (p_write->>'brief')::boolean);
+      body := tidebase.complete_run(p_write->>'run_id', p_write->>'lease_owner', p_output,
+                                    coalesce((p_write->>'brief')::boolean, false));
+    when 'fail_run' then
+      body := tidebase.fail_run(p_write->>'run_id', p_write->>'lease_owner', p_error, p_write->>'failure_class',
+                                (p_write->>'retryable')::boolean);
     when 'enqueue_run' then
       body := tidebase.enqueue_run(p_write->>'queue', p_write, p_input);
     when 'create_child' then
-      body := tidebase.create_child(p_write->>'runId', p_write, p_input);
+      body := tidebase.create_child(p_write->>'run_id', p_write, p_input);
   end case;
 end $$;
 
@@ -2783,9 +2789,13 @@ end $$;
 -- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
 --          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
--- Leaves   what each verb leaves; those of one run in the order given, but for a step before its run's completion.
+-- Chained  a write with "chained": true is refused (TB409 prior_refused) when an earlier write of the same run in this
+--          call was refused. So of a run's chained writes those that are durable are a prefix. A begin that is answered
+--          with 409 manual_review counts as refused; an answer that was only too large (413) does not.
+-- Leaves   what each verb leaves; those of one run in the order given.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
---          many refuse, only as many rows as were written: the rest are for another call. Past p_room bytes, answers
+--          many refuse, some are not reached: their answer is null, and they are for another call, in the same order.
+--          A chained write is answered by the call that refused an earlier write of its run. Past p_room bytes, answers
 --          without payloads, see _brief_answer.
 -- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
 -- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
@@ -2805,6 +2815,8 @@ declare
   v_until    integer := v_count;  -- ends,
   v_at       integer;             -- and has got to
   v_parts    integer := 0;
+  v_refused  text[] := '{}';      -- the runs of which a write was refused; v_earlier: when the part began
+  v_earlier  text[];
   v_size     bigint;              -- of the answers; v_before: when the part began
   v_before   bigint;
   v_state    text;
@@ -2813,21 +2825,30 @@ declare
 begin
   perform tidebase._lock_keys(p_writes);
   perform from tidebase.runs
-    where id = any (array(select w->>'runId' from jsonb_array_elements(p_writes) as w
+    where id = any (array(select w->>'run_id' from jsonb_array_elements(p_writes) as w
                           union
                           select r.parent_run_id from jsonb_array_elements(p_writes) as w
-                            join tidebase.runs r on r.id = w->>'runId' where w->>'do' = 'complete_run'))
+                            join tidebase.runs r on r.id = w->>'run_id' where w->>'do' = 'complete_run'))
     order by id for no key update;
   v_fresh := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
   v_bodies := v_fresh;
   select coalesce(sum(octet_length(fresh::text)), 0) into v_size from unnest(v_fresh) as fresh;
   while v_from <= v_count and v_parts < 60 loop
     v_before := v_size;
+    v_earlier := v_refused;
     begin
       for n in v_from .. v_until loop
         continue when v_fresh[n] is not null;
         v_at := n;
+        if tidebase._is_prior_refused(p_writes->(n - 1), v_refused) then
+          v_bodies[n] := tidebase._prior_refused(p_writes->(n - 1));
+          v_statuses[n] := 409;
+          continue;
+        end if;
         v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
+        if v_written.status <> 200 then
+          v_refused := v_refused || (p_writes->(n - 1)->>'run_id');
+        end if;
         if v_size + octet_length(v_written.body::text) > p_room then
           v_written := tidebase._brief_answer(p_writes->(n - 1)->>'do', v_written.body, v_written.status);
         end if;
@@ -2841,6 +2862,7 @@ begin
     exception when others then
       get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
       v_size := v_before;
+      v_refused := v_earlier;
       if v_state !~ '^TB' then
         raise;
       elsif v_at > v_from then
@@ -2853,13 +2875,30 @@ begin
         end if;
         v_size := v_size + octet_length(v_bodies[v_at]::text);
         v_statuses[v_at] := substr(v_state, 3)::integer;
+        v_refused := v_refused || (p_writes->(v_at - 1)->>'run_id');
         v_from := v_at + 1;
         v_until := v_count;
       end if;
     end;
   end loop;
-  return query select * from unnest(v_bodies[:v_from - 1], v_statuses[:v_from - 1]);
+  for n in v_from .. v_count loop
+    if v_fresh[n] is null then  -- not reached, or reached in a part that was undone
+      v_bodies[n] := case when tidebase._is_prior_refused(p_writes->(n - 1), v_refused)
+                     then tidebase._prior_refused(p_writes->(n - 1)) end;
+      v_statuses[n] := 409;
+    end if;
+  end loop;
+  return query select * from unnest(v_bodies, v_statuses);
 end $$;
+
+create or replace function tidebase._is_prior_refused (p_write jsonb, p_refused text[])
+  returns boolean language sql immutable as
+$$ select p_write->'chained' = 'true' and p_write->>'run_id' = any (p_refused) $$;
+
+create or replace function tidebase._prior_refused (p_write jsonb) returns json language sql immutable as $$
+  select json_build_object('error', format('an earlier write of run %s was refused', p_write->>'run_id'),
+                           'code', 'prior_refused')
+$$;
 
 -- The answer to a write of a batch that has no room for it: what was recorded, by its id and status; or that the write
 -- is to be sent again by itself, since the answer says something that the client does not know.
@@ -2898,12 +2937,12 @@ declare
 begin
   for v_fresh in
     with given as (
-      select n::integer, w->>'runId' as run_id, w->>'leaseOwner' as owner, w->>'name' as name,
-             w->>'inputHash' as input_hash, (w->'options')::json as options, (w->>'brief')::boolean as brief,
-             coalesce((w->>'startedAt')::timestamptz,
-                      v_now - tidebase._ms(coalesce((w->>'durationMs')::bigint, 0))) as started_at,
-             row_number() over (partition by w->>'runId' order by n) as place, w->>'do' as verb
-        from jsonb_array_elements(p_writes) with ordinality as given (w, n) where w->>'do' <> 'complete_run'
+      select n::integer, w->>'run_id' as run_id, w->>'lease_owner' as owner, w->>'name' as name,
+             w->>'input_hash' as input_hash, (w->'options')::json as options, (w->>'brief')::boolean as brief,
+             coalesce((w->>'started_at')::timestamptz,
+                      v_now - tidebase._ms(coalesce((w->>'duration_ms')::bigint, 0))) as started_at,
+             row_number() over (partition by w->>'run_id' order by n) as place, w->>'do' as verb
+        from jsonb_array_elements(p_writes) with ordinality as given (w, n)
     ), fresh as materialized (
       select g.*, r.event_seq, r.fence
         from given g join tidebase.runs r on r.id = g.run_id
@@ -3010,10 +3049,10 @@ begin
     return 0;
   end if;
   perform tidebase._enqueue(v_schedule.queue, jsonb_build_object(
-            'workflowName', v_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
+            'workflow_name', v_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
             'metadata', jsonb_build_object('schedule', p_name, 'fireTime', tidebase._iso(p_fire_at)),
-            'dedupeKey', 'sched:' || p_name || ':' || tidebase._iso(p_fire_at),
-            'maxAttempts', v_schedule.max_attempts), v_schedule.input);
+            'dedupe_key', 'sched:' || p_name || ':' || tidebase._iso(p_fire_at),
+            'max_attempts', v_schedule.max_attempts), v_schedule.input);
   return 1;
 exception when sqlstate 'TB409' then  -- the key is taken: else the schedule would stand still for as long as that run
   update tidebase.schedules set next_run_at = p_next_run_at where name = p_name and next_run_at = p_fire_at;
@@ -3551,7 +3590,7 @@ create or replace function tidebase._at (p_at timestamptz, p_now timestamptz) re
                                                else 'YYYY-MM-DD HH24:MI' end) || ' UTC'
 $$;
 
--- What holds back the runs of each of these queues. p_asked: {QUEUE: {"agoMs", "workflows"}}, who asked this server for
+-- What holds back the runs of each of these queues. p_asked: {QUEUE: {"ago_ms", "workflows"}}, who asked this server for
 -- work that many ms ago and has not been noted in the database yet; workflows null: any.
 -- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt",
 --          "workflows"}}.
@@ -3585,7 +3624,7 @@ begin
       from (select last_asked_at as at, to_jsonb(workflows) as workflows from tidebase.workers
              where last_asked_at > v_now - interval '1 hour' and v_name = any (queues)
             union all
-            select v_now - tidebase._ms((p_asked->v_name->>'agoMs')::bigint),
+            select v_now - tidebase._ms((p_asked->v_name->>'ago_ms')::bigint),
                    nullif(p_asked->v_name->'workflows', 'null')
              where p_asked ? v_name) as traces;
     v_facts := v_facts || jsonb_build_object(v_name, jsonb_build_object(
@@ -4364,15 +4403,15 @@ begin
 end $$;
 
 -- Notes who asked for work, deletes who did not for a day, and keeps the minutes of the last hour few. p_workers:
--- [{"owner", "queues", "workflows", "sinceMs", "agoMs"}], the first time and the last so many milliseconds ago.
+-- [{"owner", "queues", "workflows", "since_ms", "ago_ms"}], the first time and the last so many milliseconds ago.
 create or replace function tidebase.note_workers (p_workers jsonb) returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
 begin
   insert into tidebase.workers as w (owner, queues, workflows, since, last_asked_at)
-  select owner, queues, workflows, v_now - tidebase._ms("sinceMs"), v_now - tidebase._ms("agoMs")
+  select owner, queues, workflows, v_now - tidebase._ms(since_ms), v_now - tidebase._ms(ago_ms)
     from jsonb_to_recordset(p_workers)
-         as given (owner text, queues text[], workflows text[], "sinceMs" bigint, "agoMs" bigint)
+         as given (owner text, queues text[], workflows text[], since_ms bigint, ago_ms bigint)
    order by owner  -- the order in which another server's are locked
   on conflict (owner) do update
      set queues = excluded.queues, workflows = excluded.workflows,
@@ -4420,10 +4459,10 @@ begin
         from (select owner, since, last_asked_at as at, to_jsonb(queues) as queues, to_jsonb(workflows) as workflows
                 from (select * from tidebase.workers order by last_asked_at desc limit 1000) as noted
               union all
-              select owner, v_now - tidebase._ms("sinceMs"), v_now - tidebase._ms("agoMs"), queues,
+              select owner, v_now - tidebase._ms(since_ms), v_now - tidebase._ms(ago_ms), queues,
                      nullif(workflows, 'null')
                 from jsonb_to_recordset(p_workers)
-                     as given (owner text, queues jsonb, workflows jsonb, "sinceMs" bigint, "agoMs" bigint)) as traces
+                     as given (owner text, queues jsonb, workflows jsonb, since_ms bigint, ago_ms bigint)) as traces
        group by owner
     ), held as (
       select lease_owner as owner, count(*) as running, max(lease_expires_at - tidebase._ms(lease_ms)) as at,
@@ -4464,9 +4503,9 @@ begin
   end if;
   return (select json_build_object('run', tidebase._run_json(e.run))
             from tidebase._enqueue(v_schedule.queue, jsonb_build_object(
-                   'id', p_id, 'workflowName', v_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
+                   'id', p_id, 'workflow_name', v_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
                    'metadata', jsonb_build_object('schedule', p_name, 'fireTime', tidebase._iso(v_now)),
-                   'maxAttempts', v_schedule.max_attempts), v_schedule.input) e);
+                   'max_attempts', v_schedule.max_attempts), v_schedule.input) e);
 end $$;
 
 -- Deletes a run with all that belongs to it.

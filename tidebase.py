@@ -36,7 +36,6 @@ from __future__ import annotations
 import base64
 import difflib
 import functools
-import hashlib
 import hmac
 import http
 import importlib
@@ -47,40 +46,63 @@ import math
 import os
 import re
 import secrets
-import signal
 import socket
 import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, ClassVar, LiteralString, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, LiteralString, NamedTuple, TypeVar, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import click
 import flask
-import marshmallow
 import psycopg
-import psycopg_pool
 import requests
 from cronsim import CronSim, CronSimError
-from marshmallow import fields, validate
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
-from werkzeug.routing import BaseConverter
+from werkzeug.exceptions import HTTPException
 
-import openapi
 import tidebase_sdk
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
+from tidebase_server import bodies, filters, openapi, request, studio
 from tidebase_server.access import LOOPBACK, Access
-from tidebase_server.database import EmbeddedError, EmbeddedPostgres
+from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database_refused, invalid, refused, reply
+from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, compose, read_body, schema_of
+from tidebase_server.database import (
+    CONNECT_SECONDS,
+    Database,
+    JsonArray,
+    SchemaAhead,
+    SchemaBehind,
+    cannot_write,
+)
+from tidebase_server.embedded import EmbeddedError, EmbeddedPostgres
 from tidebase_server.exchange import Cut, Exchange, TargetRefused
+from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
+from tidebase_server.logs import LogFormat, one_line, place_of
+from tidebase_server.processes import Processes, on_stop
+from tidebase_server.request import (
+    Part,
+    call,
+    check,
+    choice_of,
+    found,
+    parse,
+    path_of,
+    query,
+    reads_only,
+    received,
+    time_of,
+    whole_of,
+)
 from tidebase_server.serving import Gatekeeper, Head, HttpServer, Refused
 from tidebase_server.targets import WebhookTargets
+from tidebase_server.traces import Traces
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
@@ -91,7 +113,6 @@ aio = tidebase_sdk.aio
 HERE = Path(__file__).resolve().parent
 logger = logging.getLogger("tidebase.server")
 T = TypeVar("T")
-Reply = tuple[str, int, dict[str, str]]  # body, status and headers, as a Flask view may return them
 
 
 # ------------------------------------------------------------------------------
@@ -231,1061 +252,6 @@ class Config:
 
     def webhook_targets(self) -> WebhookTargets:
         return WebhookTargets(self.webhook_allow, on_loopback=self.host in LOOPBACK)
-
-
-# ------------------------------------------------------------------------------
-# Answers and errors: how JSON text and refusals become responses; schema.sql decides status, code and words.
-# ------------------------------------------------------------------------------
-class Refusal(HTTPException):
-    """A request that is refused here, before any database function saw it."""
-
-    def __init__(self, status: int, code: str, words: str, **extras: Any) -> None:
-        super().__init__(words)
-        self.code = status
-        self.body = {"error": words, "code": code, **extras}
-
-
-def invalid(path: str, message: str) -> Refusal:
-    """The 400 for one wrong value; `path` says where it stands, dotted, and is empty for the body as a whole."""
-    return Refusal(400, "invalid_request", "invalid request body", issues=[{"path": path, "message": message}])
-
-
-# On every answer: what browsers must not guess at, nor they or proxies keep.
-SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-
-
-def reply(text: str, status: int = 200) -> Reply:
-    return text, status, {"Content-Type": "application/json", **SAFE_HEADERS}
-
-
-def answer_to(error: Exception) -> Reply:
-    """The answer to a request that raised.  What is a defect is told in full to the log, and in one word to the
-    client."""
-    if isinstance(error, HTTPException):
-        return refused(error)
-    known = None
-    if isinstance(error, psycopg.Error):
-        try:
-            known = database_refused(error)
-        except psycopg.Error as later:  # the database went away before the objects of a refusal were read
-            known = database_refused(later)
-    if known is None:
-        logger.error("request failed", exc_info=error, extra={
-            "event": "request_failed", "path": flask.request.path})
-    return known or reply('{"error": "internal error", "code": "internal_error"}', 500)
-
-
-def refused(error: HTTPException) -> Reply:
-    """Answer a refusal of this file, or of Flask (no such route, wrong method)."""
-    status = error.code or 500
-    body = getattr(error, "body", None) or (invalid("", error.description or "malformed").body if status == 400 else {
-        "error": error.description, "code": {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
-            status, "http_error")})
-    text, status, headers = reply(json.dumps(body), status)
-    if isinstance(error, MethodNotAllowed) and error.valid_methods:
-        headers["Allow"] = ", ".join(sorted(error.valid_methods))
-    return text, status, headers
-
-
-def database_refused(error: psycopg.Error) -> Reply | None:
-    """Answer an error of Postgres: a refusal of schema.sql (SQLSTATE TBnnn: status nnn, DETAIL the JSON with the code),
-    a value that Postgres cannot take (400), or a database that is away or busy (503, to be sent again)."""
-    state = error.sqlstate or ""
-    if is_refusal(error):
-        return reply(*refusal_of(error, core().database))
-    words = error.diag.message_primary or ""
-    if state == "54000" and error.diag.constraint_name:  # an index, whose rows take about 2,700 bytes
-        field = INDEXED.get(error.diag.constraint_name, "name")
-        return refused(invalid(field, "too large: together with what else an index has of it, at most 2,700 bytes"))
-    if state == "54000" or "invalid memory alloc request size" in words:
-        return refused(Refusal(413, "body_too_large", f"this is too large for PostgreSQL: {words}"))
-    # 22: a value out of range or not JSON for Postgres; 54: nested too deeply.
-    if state.startswith(("22", "54")):
-        return refused(invalid("", (error.diag.message_primary or "a value was refused").split("\n")[0]))
-    if isinstance(error, psycopg.errors.QueryCanceled):
-        return busy(reply('{"error": "the database took too long to answer this: ask for less, or send it again later",'
-                          ' "code": "query_timeout"}', 503))
-    # A function is not there, or was replaced as it was called: the schema is being, or has been, brought to another
-    # build's version, whose servers can answer this.
-    if state == "42883" or (state == "XX000" and "cache lookup failed" in (error.diag.message_primary or "")):
-        logger.error("the database's schema is another build's: %s", error.diag.message_primary,
-                     extra={"event": "schema_differs", "path": flask.request.path})
-        return busy(reply('{"error": "the database\'s schema is another build\'s: send this again", '
-                          '"code": "database_unavailable"}', 503))
-    # 25006: a standby after a failover. The rest of these classes are connections, locks, resources, shutdown.
-    if isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)) or state == "25006":
-        return busy(reply('{"error": "the database is away: send this again", "code": "database_unavailable"}', 503))
-    return None
-
-
-# The body's member that makes a row of an index too long, where that is not its name.
-INDEXED = {"runs_dedupe_key": "dedupeKey", "runs_ready_workflow_idx": "workflowName", "runs_running_idx": "leaseOwner",
-           "runs_of_workflow_idx": "workflowName", "runs_of_queue_idx": "queue", "runs_ready_idx": "queue",
-           "runs_failure_idx": "failureClass", "runs_metadata_idx": "metadata"}
-REFERENCES = {"run", "step", "gate", "state"}  # members of a refusal's detail that name an object
-
-
-def is_refusal(error: psycopg.Error) -> bool:
-    return (error.sqlstate or "").startswith("TB")
-
-
-def refusal_of(error: psycopg.Error, database: Database) -> tuple[str, int]:
-    """The body and the status of a refusal of schema.sql; the objects that its detail names are read now.
-
-    :raises psycopg.Error: they cannot be.
-    """
-    words, detail = json.dumps(error.diag.message_primary), error.diag.message_detail or ""
-    if not REFERENCES.isdisjoint(json.loads(detail)):
-        detail = database.call("refusal_body", detail)[0] or ""
-    return '{"error": ' + words + ", " + detail[1:], int((error.sqlstate or "")[2:])
-
-
-LOGGED_CHARACTERS = 120  # of what somebody else wrote: a line of the log is no place for a payload
-
-
-def one_line(text: str) -> str:
-    """The first words of somebody's text, for a line of the log."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * LOGGED_CHARACTERS]).split())
-    return words if len(words) <= LOGGED_CHARACTERS else words[:LOGGED_CHARACTERS] + "…"
-
-
-def place_of(run: dict[str, Any]) -> str:
-    """Its workflow and queue, for a line of the log."""
-    queue = "no queue" if run["queue"] is None else f"queue {one_line(run['queue'])}"
-    return f"workflow {one_line(run['workflowName'])}, {queue}"
-
-
-def busy(answer: Reply) -> Reply:
-    """Ask for the request again, in a second."""
-    answer[2]["Retry-After"] = "1"
-    return answer
-
-
-# ------------------------------------------------------------------------------
-# Reading JSON: a body becomes Python values to check, while its payloads stay the text that came.
-# ------------------------------------------------------------------------------
-MAX_NUMBER = 1000  # characters; a longer number is no number that anybody means, and costs quadratic time
-
-
-class Json(NamedTuple):
-    """A member that is passed on as it came: its value, to check, and its text."""
-
-    value: Any
-    text: str
-
-
-class RawText(str):
-    """JSON text that is put into larger JSON as it is (see compose)."""
-
-
-def compose(value: dict[str, Any]) -> str:
-    """The JSON of a dict, its RawText members unparsed."""
-    members = [f"{json.dumps(k)}: {v}" for k, v in value.items() if isinstance(v, RawText)]
-    rest = json.dumps({k: v for k, v in value.items() if not isinstance(v, RawText)})
-    return "{" + ", ".join([rest[1:-1], *members] if len(rest) > 2 else members) + "}"
-
-
-def _number(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(digits: str) -> Any:
-        if len(digits) > MAX_NUMBER:
-            raise ValueError(f"a number of {len(digits)} characters")
-        return convert(digits)
-
-    return parse
-
-
-def _no_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")  # Python's parser takes NaN and Infinity
-
-
-_decoder = json.JSONDecoder(parse_int=_number(int), parse_float=_number(float), parse_constant=_no_constant)
-# The two halves of the standard decoder that say where a value ends; its stubs leave them out.
-_scan: Callable[[str, int], tuple[Any, int]] = _decoder.scan_once  # type: ignore[attr-defined]
-_scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
-_space = re.compile(r"[ \t\n\r]*").match
-_key = re.compile(r'"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*').match  # one without escapes
-_comma = re.compile(r"[ \t\n\r]*,[ \t\n\r]*").match
-
-
-def _skip(text: str, at: int) -> int:
-    return _space(text, at).end()  # type: ignore[union-attr]  # it matches always
-
-
-def _expect(text: str, at: int, allowed: str) -> str:
-    if text[at : at + 1] not in tuple(allowed):
-        raise ValueError(f"expected {' or '.join(allowed)} at character {at}")
-    return text[at]
-
-
-def _read_key(text: str, at: int) -> tuple[str, int]:
-    """The key at `at`, and where its value begins."""
-    if usual := _key(text, at):
-        return usual[1], usual.end()
-    _expect(text, at, '"')
-    key, at = _scan_string(text, at + 1)
-    at = _skip(text, at)
-    _expect(text, at, ":")
-    return key, _skip(text, at + 1)
-
-
-def _read_object(text: str, at: int, schema: Body) -> tuple[dict[str, Any], int]:
-    """The object that begins at `at`, and where it ends. Members that the schema keeps as text become Json; lists of
-    objects that have a schema of their own are read with it; the last of two equal keys counts, as everywhere."""
-    members: dict[str, Any] = {}
-    _expect(text, at, "{")
-    at = _skip(text, at + 1)
-    while text[at : at + 1] != "}" or members:
-        key, begin = _read_key(text, at)
-        if key in schema.lists and text[begin : begin + 1] == "[":
-            members[key], at = _read_list(text, begin, schema.lists[key])
-        else:
-            value, at = _scan(text, begin)
-            members[key] = Json(value, text[begin:at]) if key in schema.texts else value
-        comma = _comma(text, at)
-        if comma is None:
-            at = _skip(text, at)
-            _expect(text, at, ",}")
-            break
-        at = comma.end()
-    return members, at + 1
-
-
-def _read_list(text: str, at: int, schema: Body) -> tuple[list[Any], int]:
-    items: list[Any] = []
-    at = _skip(text, at + 1)
-    while text[at : at + 1] != "]" or items:
-        item, at = _read_object(text, at, schema) if text[at : at + 1] == "{" else _scan(text, at)
-        items.append(item)
-        at = _skip(text, at)
-        if _expect(text, at, ",]") == "]":
-            break
-        at = _skip(text, at + 1)
-    return items, at + 1
-
-
-def read_body(raw: bytes, schema: Body) -> dict[str, Any]:
-    """The members of a body; nothing at all counts as {}.
-
-    :raises Refusal: 400, when it is not a JSON object. Lone surrogates are refused too: they are no text.
-    """
-    try:
-        text = raw.decode("utf-8")
-        at = _skip(text, 0)
-        if at == len(text):
-            return {}
-        if text[at] != "{":
-            _scan(text, at)
-            raise invalid("", "must be a JSON object")
-        members, at = _read_object(text, at, schema)
-        if _skip(text, at) != len(text):
-            raise ValueError(f"more after the end, at character {at}")
-        if "\\u" in text:
-            json.dumps(_scan(text, _skip(text, 0))[0], ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise invalid("", "nested too deeply") from None
-    except StopIteration as error:
-        raise invalid("", f"malformed JSON at character {error.value}") from None
-    except ValueError as error:  # among them UnicodeError and json.JSONDecodeError
-        raise invalid("", f"malformed JSON: {str(error)[:200]}") from None
-    return members
-
-
-# ------------------------------------------------------------------------------
-# Schemas: what a body may hold. Optional is not nullable: null is refused where the type has none.
-# ------------------------------------------------------------------------------
-MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits to about 2,700 bytes
-MAX_TEXT = 8192  # characters, of a reason, an actor and the like: lists show them
-MAX_PROMPT = 65_536
-MAX_SPELLED = 32 * 1024 * 1024  # bytes of a value that Postgres looks into, as it writes it: 1e300 has 301 digits
-MAX_MS = 36_525 * 86_400_000  # a hundred years: longer is a mistake of units
-MAX_WAIT_MS = 25_000  # proxies close what is silent for 30 s
-MAX_ATTEMPTS = 1_000_000
-MAX_PRIORITY = 2**31 - 1
-MAX_CLAIM_QUEUES = 1000
-MAX_FILTERS = 16  # metadata filters of a list
-MAX_RUN_CHANNELS = 32
-MAX_GATE_CHANNELS = 8
-MAX_BATCH = 10_000
-MAX_SIGNALS = 1_000_000  # of one name and run
-MAX_AMOUNT = 10**15
-MAX_WORKFLOWS = 1000  # of a claim: each is looked for by itself
-MAX_ANSWERS = 16 * 1024 * 1024  # characters of the answers to a batch, as _budget() of schema.sql
-MAX_WRITES = 1000  # of a batch whose writes are made one by one, in one transaction
-# As parts of a URL . and .. are the folder and the one above it.
-ID = validate.Regexp(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z",
-                     error="must be 1 to 128 of A-Z a-z 0-9 _ . : -, and not . or ..")
-LIMITS = (
-    f"Names are at most {MAX_NAME} characters long, priorities integers of 32 bits, maxAttempts 1 to {MAX_ATTEMPTS:,}. "
-    f"Delays and timeouts reach 100 years ahead, waitMs {MAX_WAIT_MS // 1000} seconds. A claim names at most "
-    f"{MAX_CLAIM_QUEUES:,} queues, a list of runs {MAX_FILTERS} metadata filters; a run has at most {MAX_RUN_CHANNELS} "
-    f"channels, a gate {MAX_GATE_CHANNELS}, a batch {MAX_BATCH:,} runs or {MAX_WRITES:,} writes, a reason, an actor or "
-    f"another text that is no payload {MAX_TEXT:,} characters, a gate's prompt {MAX_PROMPT:,}, a number "
-    f"{MAX_NUMBER:,} characters, a body TIDEBASE_MAX_BODY bytes (16 MiB unless set otherwise).")
-
-
-def _no_nul(value: str) -> None:
-    if "\x00" in value:
-        raise marshmallow.ValidationError("must not contain NUL")
-
-
-class Text(fields.String):
-    """A string as Postgres can hold it."""
-
-    # For /openapi.json, here and below: what the validators cannot tell.
-    json_schema: ClassVar[dict[str, Any]] = {"pattern": "^[^\\u0000]*$"}
-
-    def __init__(self, *validators: Callable[[Any], Any], **options: Any) -> None:
-        if not any(isinstance(validator, validate.Length) for validator in validators):
-            validators = (validate.Length(max=MAX_TEXT), *validators)
-        super().__init__(validate=[_no_nul, *validators], **options)
-
-
-class Name(Text):
-    def __init__(self, *validators: Callable[[Any], Any], **options: Any) -> None:
-        super().__init__(validate.Length(1, MAX_NAME), *validators, **options)
-
-
-class Whole(fields.Integer):
-    """A strict integer: "5", 1.5 and true are refused."""
-
-    def __init__(self, low: int, high: int, **options: Any) -> None:
-        super().__init__(strict=True, validate=validate.Range(low, high), **options)
-
-    def _validated(self, value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
-
-
-class Flag(fields.Boolean):
-    """true or false, and none of the words that marshmallow would take for them."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
-        if not isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return value
-
-
-class Url(Text):
-    """An http or https address, for a webhook."""
-
-    json_schema: ClassVar[dict[str, Any]] = {"pattern": "^[Hh][Tt][Tt][Pp][Ss]?://."}
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(validate.Length(1, 8192), _http_url, **options)
-
-
-def _http_url(value: str) -> None:
-    try:
-        parts = urllib.parse.urlsplit(value)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise marshmallow.ValidationError("must be an http or https URL")
-
-
-class JsonText(fields.Field[RawText | None]):
-    """A member that goes to Postgres as the text it came as; null, or none at all, is `empty`."""
-
-    def __init__(self, empty: str | None = None, **options: Any) -> None:
-        self.empty = None if empty is None else RawText(empty)
-        if not options.get("required"):
-            options["load_default"] = self.empty
-        super().__init__(allow_none=True, **options)
-
-    def _deserialize(self, value: Json, attr: str | None, data: Any, **kwargs: Any) -> RawText | None:
-        if value.value is None:
-            return self.empty
-        self.inspect(value)
-        return RawText(value.text)
-
-    def inspect(self, value: Json) -> None:
-        """Nothing to object to: a payload is the user's."""
-
-
-class Amount(JsonText):
-    """A number from 0 on. It goes to Postgres as it is spelled, so that no digit is lost; null, true and "5" are
-    none."""
-
-    json_schema: ClassVar[dict[str, Any]] = {"type": "number", "minimum": 0, "maximum": MAX_AMOUNT}
-
-    def _deserialize(self, value: Json, attr: str | None, data: Any, **kwargs: Any) -> RawText:
-        if type(value.value) not in (int, float):
-            raise marshmallow.ValidationError("must be a number")
-        amount = Decimal(value.text)
-        if not 0 <= amount <= MAX_AMOUNT:
-            raise marshmallow.ValidationError(f"must be 0 to {MAX_AMOUNT}")
-        if cast(int, amount.as_tuple().exponent) < -MAX_NUMBER:
-            raise marshmallow.ValidationError(f"must have at most {MAX_NUMBER} decimals")
-        return RawText(value.text)
-
-
-class JsonValue(JsonText):
-    """A value that Postgres looks into, so that NUL, which its text cannot hold, is refused."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(empty="{}", **options)
-
-    def inspect(self, value: Json) -> None:
-        if re.search(r"(?<!\\)(\\\\)*\\u0000", value.text):
-            raise marshmallow.ValidationError("must not contain NUL")
-        try:
-            json.dumps(value.value, allow_nan=False)
-        except ValueError:  # jsonb would write 1e99999 out, in so many digits that clients cannot read it
-            raise marshmallow.ValidationError("must not contain a number beyond a double") from None
-        except RecursionError:
-            raise marshmallow.ValidationError("nested too deeply") from None
-        if (size := spelled_bytes(value.text)) > MAX_SPELLED:
-            raise marshmallow.ValidationError(
-                f"too large: with its numbers written out it has {size:,} bytes; at most {MAX_SPELLED:,}")
-
-
-def spelled_bytes(text: str) -> int:
-    """About how many bytes Postgres needs for a JSON text: it writes numbers out, 1e300 as 301 digits."""
-    if not EXPONENT.search(text):
-        return len(text)
-    numbers = re.sub(r'"(?:[^"\\]|\\.)*"', '""', text)
-    return len(text) + sum(min(int(exponent), 400) for exponent in EXPONENT.findall(numbers))
-
-
-EXPONENT = re.compile(r"[0-9][eE][+-]?0*([0-9]{1,9})")
-
-
-class JsonObject(JsonValue):
-    """Likewise, and an object."""
-
-    json_schema: ClassVar[dict[str, Any]] = {"type": ["object", "null"]}
-
-    def __init__(self, schema: type[Body] | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.shape = schema
-
-    def inspect(self, value: Json) -> None:
-        if not isinstance(value.value, dict):
-            raise marshmallow.ValidationError("must be an object")
-        super().inspect(value)
-        if self.shape and value.value:
-            schema_of(self.shape).load(value.value, partial=True)
-
-
-class OneOrMany(fields.Field[Any]):
-    """A list, or a string that stands for a list of one."""
-
-    json_schema: ClassVar[dict[str, Any]] = {"type": ["array", "string", "null"]}
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        if isinstance(value, (list, str)):
-            return value
-        raise marshmallow.ValidationError("must be a list, or a string")
-
-
-class Names(fields.Field[Any]):
-    """A list of names, or true for all."""
-
-    json_schema: ClassVar[dict[str, Any]] = {"anyOf": [
-        {"const": True},
-        {"type": "array", "maxItems": MAX_BATCH, "items": {"type": "string", "minLength": 1, "maxLength": MAX_NAME}}]}
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        if value is True or (isinstance(value, list) and len(value) <= MAX_BATCH
-                             and all(isinstance(name, str) and 0 < len(name) <= MAX_NAME for name in value)):
-            return value
-        raise marshmallow.ValidationError("must be a list of names, or true")
-
-
-class Body(marshmallow.Schema):
-    """The base of all bodies: a key that it does not know is ignored, since existing clients send some."""
-
-    class Meta:
-        unknown = marshmallow.EXCLUDE
-
-    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
-        if field_obj.load_default is None and not isinstance(field_obj, JsonText):
-            field_obj.allow_none = False  # else marshmallow takes such a default for "may be null"
-
-    @functools.cached_property
-    def by_key(self) -> dict[str, fields.Field[Any]]:
-        return {field.data_key or name: field for name, field in self.fields.items()}
-
-    @functools.cached_property
-    def texts(self) -> set[str]:
-        """The members that stay the text they came as."""
-        return {key for key, field in self.by_key.items() if isinstance(field, JsonText)}
-
-    @functools.cached_property
-    def lists(self) -> dict[str, Body]:
-        """The members that are lists of objects, and what those may hold."""
-        return {key: cast(Body, field.inner.schema) for key, field in self.by_key.items()
-                if isinstance(field, fields.List) and isinstance(field.inner, fields.Nested)}
-
-
-@functools.cache
-def schema_of(kind: type[Body]) -> Body:
-    return kind()
-
-
-class Verb(fields.String):
-    """The member `do` of a write: which of its kinds it is."""
-
-    def __init__(self, verb: str) -> None:
-        self.verb = verb
-        self.json_schema = {"const": verb}
-        super().__init__(required=True, validate=validate.Equal(verb))
-
-
-class OneOf(fields.Nested):
-    """One of several bodies, told apart by their Verb; `read` has the members of all."""
-
-    def __init__(self, read: type[Body], *kinds: type[Body]) -> None:
-        self.kinds = {cast(Verb, kind._declared_fields["do"]).verb: kind for kind in kinds}
-        super().__init__(read)
-
-    def _deserialize(self, value: Any, attr: str | None, data: Any, partial: Any = None, **kwargs: Any) -> Any:
-        if not isinstance(value, dict):
-            raise self.make_error("type", input=value, type=type(value).__name__)
-        verb = value.get("do")
-        if not isinstance(verb, str) or verb not in self.kinds:
-            raise marshmallow.ValidationError({"do": [f"must be one of {', '.join(self.kinds)}"]})
-        return schema_of(self.kinds[verb]).load(value)
-
-
-class ChannelBody(Body):
-    type = fields.Str(required=True, validate=validate.OneOf(["webhook"]))
-    url = Url(required=True)
-    secret = Text(validate.Length(1, 1024))
-    events = fields.List(Name())
-
-
-def channels_up_to(count: int) -> fields.List[Any]:
-    """Where to send the events of a run, or of a gate: each event is written once for each of them."""
-    return fields.List(fields.Nested(ChannelBody), load_default=list, validate=validate.Length(max=count))
-
-
-class RunFields(Body):
-    """What every way to make a run takes."""
-
-    id = Text(ID, load_default=None)
-    input = JsonText(empty="{}")
-    metadata = JsonObject()
-    recovery_webhook = Url(data_key="recoveryWebhook", load_default=None)
-    recovery_secret = Text(validate.Length(1, 1024), data_key="recoverySecret", load_default=None)
-    channels = channels_up_to(MAX_RUN_CHANNELS)
-    deadline_ms = Whole(1, MAX_MS, data_key="deadlineMs", load_default=None)
-
-
-class CreateRunBody(RunFields):
-    """POST /runs/:workflowName"""
-
-
-class EnqueueBody(RunFields):
-    """POST /queues/:queue/enqueue"""
-
-    workflow_name = Name(data_key="workflowName", required=True)
-    dedupe_key = Name(data_key="dedupeKey", load_default=None)
-    delay_ms = Whole(0, MAX_MS, data_key="delayMs", load_default=None)
-    run_at = fields.AwareDateTime(format="iso", data_key="runAt", load_default=None, default_timezone=UTC)
-    max_attempts = Whole(1, MAX_ATTEMPTS, data_key="maxAttempts", load_default=3)  # so that a dead worker's run goes on
-    priority = Whole(-MAX_PRIORITY - 1, MAX_PRIORITY, load_default=0)
-
-
-class EnqueueManyBody(Body):
-    runs = fields.List(fields.Nested(EnqueueBody), required=True, validate=validate.Length(1, MAX_BATCH))
-
-
-class EnqueueAnyBody(EnqueueBody, EnqueueManyBody):
-    """Either of the two, to read it before it is known which."""
-
-
-class BeginRunBody(Body):
-    checkpoints = Flag(load_default=False)
-
-
-class HeartbeatBody(Body):
-    lease_owner = Name(data_key="leaseOwner", required=True)
-
-
-class OwnerFields(Body):
-    """Who writes: a worker that lost its run is refused; one that names no owner is not looked at."""
-
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
-
-
-class BeatBody(HeartbeatBody):
-    id = Name(required=True)
-
-
-class HeartbeatsBody(Body):
-    runs = fields.List(fields.Nested(BeatBody), required=True, validate=validate.Length(1, MAX_BATCH))
-
-
-class CompleteRunBody(OwnerFields):
-    result = JsonText()
-    brief = Flag(load_default=False)
-
-
-class FailRunBody(OwnerFields):
-    error = JsonText()
-    failure_class = Name(data_key="failureClass", load_default=None)
-    retryable = Flag(load_default=True)
-
-
-class CancelBody(Body):
-    reason = Text(load_default=None)
-    actor = Text(load_default=None)
-
-
-class RecoverBody(Body):
-    reason = Name(load_default="manual")
-
-
-class StepOptions(Body):
-    """What a step's options promise of it; they may hold more. Here null counts as absent."""
-
-    side_effects = OneOrMany(data_key="sideEffects", allow_none=True)
-    idempotency_key = Text(data_key="idempotencyKey", allow_none=True)
-    replay = fields.Str(allow_none=True, validate=validate.OneOf(["auto", "manual", "never"]))
-    # The older spelling of sideEffects and, below, of replay.
-    side_effect = Text(data_key="sideEffect", allow_none=True)
-    on_ambiguous_failure = fields.Str(data_key="onAmbiguousFailure", allow_none=True, validate=validate.OneOf(
-        ["retry", "review", "fail"]))
-    checkpoint_invariant = fields.Raw(data_key="checkpointInvariant", allow_none=True)
-    verified_by = fields.Raw(data_key="verifiedBy", allow_none=True)
-    credentials = fields.Raw(allow_none=True)
-
-
-class StepFields(Body):
-    name = Name(required=True)
-    input_hash = Name(data_key="inputHash", required=True)
-    input = JsonText(empty="{}")
-    options = JsonObject(StepOptions)
-
-
-class BeginStepBody(StepFields, OwnerFields):
-    """POST /runs/:id/steps/begin"""
-
-
-class CompleteStepBody(Body):
-    lease_owner = Name(data_key="leaseOwner", required=True)
-    output = JsonText()
-
-
-class StepFailure(Body):
-    """How a failure is judged: whether, and how, the step may run again."""
-
-    retryable = Flag(load_default=False)
-    resume_decision = fields.Str(data_key="resumeDecision", load_default=None, validate=validate.OneOf(
-        ["auto_retry", "safe_replay", "manual_review", "fail_hard"]))
-
-
-class FailStepBody(StepFailure):
-    lease_owner = Name(data_key="leaseOwner", required=True)
-    error = JsonText(required=True)
-
-
-class RecordStepBody(StepFields, StepFailure):
-    """POST /runs/:id/steps: a step that already ran."""
-
-    lease_owner = Name(data_key="leaseOwner", required=True)
-    output = JsonText()
-    error = JsonText()
-    started_at = fields.AwareDateTime(format="iso", data_key="startedAt", load_default=None, default_timezone=UTC)
-    duration_ms = Whole(0, MAX_MS, data_key="durationMs", load_default=None)
-    brief = Flag(load_default=False)
-
-
-class RecordOfRun(RecordStepBody):
-    run_id = Name(data_key="runId", required=True)
-
-
-class RecordStepsBody(Body):
-    records = fields.List(fields.Nested(RecordOfRun), required=True, validate=validate.Length(1, MAX_WRITES))
-
-
-class ReviewBody(Body):
-    decision = fields.Str(required=True, validate=validate.OneOf(["retry", "complete", "fail"]))
-    output = JsonText()
-    actor = Text(load_default=None)
-
-
-class ChildBody(RunFields, OwnerFields):
-    """POST /runs/:id/children"""
-
-    name = Name(required=True)
-    workflow_name = Name(data_key="workflowName", required=True)
-    edge_type = Name(data_key="edgeType", load_default="child")
-    edge_metadata = JsonObject(data_key="edgeMetadata")
-    queue = Name(load_default=None)
-    max_attempts = Whole(1, MAX_ATTEMPTS, data_key="maxAttempts", load_default=3)
-    priority = Whole(-MAX_PRIORITY - 1, MAX_PRIORITY, load_default=0)
-
-
-class WaitFor(Body):
-    """What a run waits for: one of these."""
-
-    gate_id = Name(data_key="gateId")
-    event = Name()
-    until = fields.AwareDateTime(format="iso", default_timezone=UTC)
-    children = Names()
-    n = Whole(1, MAX_SIGNALS)  # of an event: which of its signals
-    step_id = Name(data_key="stepId")  # the step that records the wait, and ends with it
-
-    @marshmallow.validates_schema
-    def _one_of_them(self, data: dict[str, Any], **_: Any) -> None:
-        if len(data.keys() - {"n", "step_id"}) != 1:
-            raise marshmallow.ValidationError("must be one of gateId, event, until and children")
-        if "n" in data and "event" not in data:
-            raise marshmallow.ValidationError("is the number of an event", "n")
-
-
-class WaitBody(HeartbeatBody):
-    wait_for = fields.Nested(WaitFor, data_key="for", required=True)
-    timeout_ms = Whole(1, MAX_MS, data_key="timeoutMs", load_default=None)
-
-
-class ExpireSignalBody(HeartbeatBody):
-    """POST /runs/:id/signals/:name/expire"""
-
-    n = Whole(1, MAX_SIGNALS, load_default=1)
-
-
-class SignalBody(OwnerFields):
-    id = Text(ID, load_default=None)
-    name = Name(required=True)
-    payload = JsonText()
-
-
-class ForkBody(Body):
-    id = Text(ID, load_default=None)
-    from_step = Name(data_key="fromStep", load_default=None)
-    input = JsonText()
-    queue = Name(load_default=None)
-
-
-class BeginGateBody(OwnerFields):
-    """POST /runs/:id/gates/begin"""
-
-    name = Name(required=True)
-    prompt = Text(validate.Length(max=MAX_PROMPT), required=True)
-    data = JsonText(empty="{}")
-    channels = channels_up_to(MAX_GATE_CHANNELS)
-    capability = JsonText()
-    timeout_ms = Whole(1, MAX_MS, data_key="timeoutMs", load_default=None)
-
-
-class ResolveGateBody(Body):
-    token = Text(required=True)
-    decision = fields.Str(required=True, validate=validate.OneOf(["approved", "rejected", "canceled"]))
-    actor = Text(load_default=None)
-    payload = JsonText(empty="{}")
-
-
-class About(Body):
-    """What may be said of a version of the state."""
-
-    id = Text(ID)
-    label = Name()
-    reason = Text()
-    importance = fields.Str(validate=validate.OneOf(["transient", "normal", "checkpoint", "milestone"]))
-    metadata = JsonObject()
-    created_by = Text(data_key="createdBy")
-    step_id = Text(data_key="stepId")
-
-
-class PutStateBody(About, OwnerFields):
-    value = JsonValue()
-    stream = Name(load_default="run")
-    if_version = Whole(0, 2**31 - 1, data_key="ifVersion", load_default=None)
-
-
-class PatchStateBody(PutStateBody):
-    value = JsonObject()
-
-
-class SaveStateBody(About, OwnerFields):
-    label = Name(required=True)
-    stream = Name(load_default="run")
-
-
-class SnapshotTarget(Body):
-    type = Name(required=True)
-    id = Name(required=True)
-
-
-class SnapshotBody(About, OwnerFields):
-    label = Name(required=True)
-    state = JsonValue()
-    target = fields.Nested(SnapshotTarget, load_default=None)
-
-
-class UsageBody(OwnerFields):
-    """POST /runs/:id/usage"""
-
-    id = Text(ID, load_default=None)
-    step_id = Text(data_key="stepId")
-    kind = Name(load_default="custom")
-    provider = Text()
-    model = Text()
-    label = Text()
-    quantity = Amount()
-    unit = Text()
-    input_tokens = Whole(0, 2**53, data_key="inputTokens")
-    output_tokens = Whole(0, 2**53, data_key="outputTokens")
-    total_tokens = Whole(0, 2**53, data_key="totalTokens")
-    cost_usd = Amount(data_key="costUsd")
-    metadata = JsonObject()
-
-
-class ScheduleBody(Body):
-    """PUT /schedules/:name"""
-
-    cron = Text(required=True)
-    timezone = Text(load_default="UTC")
-    workflow_name = Name(data_key="workflowName", required=True)
-    input = JsonText(empty="{}")
-    queue = Name(load_default="default")
-    max_attempts = Whole(1, MAX_ATTEMPTS, data_key="maxAttempts", load_default=3)
-    enabled = Flag(load_default=True)
-
-
-class ClaimBody(Body):
-    """POST /queues/claim"""
-
-    queues = fields.List(Name(), required=True, validate=validate.Length(1, MAX_CLAIM_QUEUES))
-    id = Text(ID, load_default=None)
-    lease_owner = Name(data_key="leaseOwner", load_default=None)
-    limit = Whole(1, 100, load_default=1)
-    workflows = fields.List(Name(), load_default=None, validate=validate.Length(0, MAX_WORKFLOWS))
-    wait_ms = Whole(0, MAX_WAIT_MS, data_key="waitMs", load_default=0)
-    checkpoints = Flag(load_default=False)
-
-
-class RecordWrite(RecordOfRun):
-    do = Verb("record_step")
-
-
-class BeginStepWrite(BeginStepBody):
-    do = Verb("begin_step")
-    run_id = Name(data_key="runId", required=True)
-
-
-class CompleteStepWrite(CompleteStepBody):
-    do = Verb("complete_step")
-    run_id = Name(data_key="runId", required=True)
-    step_id = Name(data_key="stepId", required=True)
-
-
-class CompleteRunWrite(CompleteRunBody):
-    do = Verb("complete_run")
-    run_id = Name(data_key="runId", required=True)
-
-
-class EnqueueWrite(EnqueueBody):
-    do = Verb("enqueue_run")
-    queue = Name(required=True)
-
-
-class ChildWrite(ChildBody):
-    do = Verb("create_child")
-    run_id = Name(data_key="runId", required=True)
-
-
-class AnyWrite(RecordWrite, BeginStepWrite, CompleteStepWrite, CompleteRunWrite, EnqueueWrite, ChildWrite):
-    """Any of them, to read it before it is known which."""
-
-
-class WritesBody(Body):
-    """POST /writes"""
-
-    writes = fields.List(
-        OneOf(AnyWrite, RecordWrite, BeginStepWrite, CompleteStepWrite, CompleteRunWrite, EnqueueWrite, ChildWrite),
-        required=True, validate=validate.Length(1, MAX_WRITES))
-
-
-class QueueConfigBody(Body):
-    concurrency = Whole(1, 1_000_000, allow_none=True)
-    rate_per_minute = Whole(1, 100_000_000, data_key="ratePerMinute", allow_none=True)
-    invoke_url = Url(data_key="invokeUrl", allow_none=True)
-    paused = Flag()
-
-
-# ------------------------------------------------------------------------------
-# Database: the schema, one pool, and one call: a function of schema.sql, one transaction.
-# ------------------------------------------------------------------------------
-SCHEMA_VERSION = 3  # what schema.sql records at its end; both are raised with every change of that file
-CONNECT_SECONDS = 5
-
-
-class JsonArray(list[str | None]):
-    """JSON texts for an argument of type json[]."""
-
-
-class JsonArrayDumper(psycopg.adapt.Dumper):
-    """Writes one as PostgreSQL reads it, several times as fast as psycopg writes a list of anything."""
-
-    oid = psycopg.adapters.types["json"].array_oid
-
-    def dump(self, obj: JsonArray) -> bytes:
-        return ("{" + ",".join(
-            "null" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in obj
-        ) + "}").encode()
-
-
-class SchemaBehind(Exception):
-    """The database's schema is older than this server's, and it may not bring it up to date."""
-
-    def __init__(self) -> None:
-        super().__init__("the database's schema is older than this server's: run `python tidebase.py migrate`")
-
-
-class SchemaAhead(Exception):
-    """The database's schema is newer than this build's, and is left alone."""
-
-    def __init__(self, version: int) -> None:
-        super().__init__(f"the database's schema has version {version}, newer than {SCHEMA_VERSION}, which this build "
-                         "has: it is left alone; migrate with the newer build")
-
-
-def is_away(error: psycopg.Error) -> bool:
-    """Whether it tells of a lost connection or of a server that ends: nobody knows whether the transaction stands."""
-    return isinstance(error, psycopg.OperationalError) and (
-        error.sqlstate is None or error.sqlstate.startswith(("08", "57P")))
-
-
-def cannot_write(error: psycopg.Error) -> bool:
-    """Whether nobody can write now: the database is away, or it is a standby (25006), as after a failover."""
-    return is_away(error) or error.sqlstate == "25006"
-
-
-class Database:
-    """One pool; `call` and, where there are many answers, `rows` are the only ways from here to the rules. What a GET
-    asks for is read by `read` and `select`, within a limit of time."""
-
-    def __init__(self, conninfo: str, size: int, read_ms: int = 10_000) -> None:
-        # Functions answer JSON text, which is passed on: it must not be parsed.
-        adapters = psycopg.adapt.AdaptersMap(psycopg.adapters)
-        adapters.register_loader("json", psycopg.types.string.TextLoader)
-        adapters.register_dumper(JsonArray, JsonArrayDumper)
-        self.conninfo = conninfo
-        self.read_ms = read_ms
-        self.pool = psycopg_pool.ConnectionPool(
-            conninfo, min_size=1, max_size=size, open=False, name="tidebase",
-            timeout=CONNECT_SECONDS, reconnect_timeout=CONNECT_SECONDS,  # then the next request tries anew
-            max_idle=60, max_lifetime=3600,
-            kwargs={
-                "autocommit": True,          # a call is one statement, so one transaction in one round trip
-                "prepare_threshold": None,   # named statements would not survive a transaction pooler
-                "context": adapters,
-                "connect_timeout": CONNECT_SECONDS,
-                "tcp_user_timeout": 10_000,  # a peer that vanished is noticed
-                "application_name": "tidebase",
-            },
-        )
-        logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # an outage is told once, by the reconciler
-
-    @contextmanager
-    def connection(self) -> Iterator[psycopg.Connection[Any]]:
-        """A connection from the pool.
-
-        :raises psycopg.OperationalError: Postgres is away. The others in the pool are then looked at, too.
-        """
-        try:
-            with self.pool.connection() as connection:
-                yield connection
-        except psycopg.OperationalError as error:
-            if is_away(error):
-                with suppress(RuntimeError):  # the machine gives no more threads: the next failure is another chance
-                    threading.Thread(target=self._look_at_pool, name="tidebase-pool-check", daemon=True).start()
-            raise
-
-    def _look_at_pool(self) -> None:
-        try:
-            self.pool.check()
-        except psycopg.Error as error:  # still away: the next request will say so
-            logger.debug("pool check: %s", type(error).__name__, extra={"event": "pool_check_failed"})
-
-    def call(self, function: str, *arguments: Any) -> tuple[str | None, int]:
-        """Call a function of schema.sql, in a transaction of its own.
-
-        :returns: the JSON text of the answer, None for SQL's null, and the HTTP status (200 unless it says another).
-        :raises psycopg.Error: as raised; SQLSTATE TBnnn is a refusal.
-        """
-        [row] = self.rows(function, *arguments)
-        return row[0], row[1] if len(row) > 1 else 200
-
-    def rows(self, function: str, *arguments: Any) -> list[tuple[Any, ...]]:
-        """Call a function of schema.sql that answers rows, likewise."""
-        marks = ", ".join(["%s"] * len(arguments))
-        with self.connection() as connection:
-            return connection.execute(f"select * from tidebase.{function}({marks})", arguments).fetchall()  # noqa: S608
-
-    def read(self, function: str, *arguments: Any) -> tuple[str | None, int]:
-        """Call a function that only reads, likewise, for at most `read_ms`.
-
-        :raises psycopg.errors.QueryCanceled: it took longer.
-        """
-        marks = ", ".join(["%s"] * len(arguments))
-        [row] = self.select(f"select * from tidebase.{function}({marks})", arguments)  # noqa: S608
-        return row[0], row[1] if len(row) > 1 else 200
-
-    def select(self, query: LiteralString | psycopg.sql.Composed, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """The rows of a query, likewise."""
-        with self.connection() as connection:
-            text = query if isinstance(query, str) else query.as_string(connection)
-            # Both statements in one message, which is one transaction: the limit ends with it, and holds for the second
-            # one, since PostgreSQL counts the time of each statement by itself. Only a ClientCursor can send two.
-            cursor = psycopg.ClientCursor(connection)
-            cursor.execute(f"select set_config('statement_timeout', '{self.read_ms}', true); {text}", values)
-            cursor.nextset()
-            return cursor.fetchall()
-
-    def count(self, function: str, *arguments: Any) -> int:
-        """Call a function that answers how much it did."""
-        return int(self.call(function, *arguments)[0] or 0)
-
-    def migrate(self, allowed: bool = True, by_hand: bool = False) -> bool:
-        """Bring an older schema to this build's version. One of this version that another build applied is left alone,
-        unless somebody asks for it by hand: two builds side by side must not replace each other's functions in turns.
-
-        :returns: whether anything was applied.
-        :raises SchemaBehind: it is older, and `allowed` is false.
-        :raises SchemaAhead: it is newer, and was asked for by hand; a server works on a newer one as it is.
-        """
-        script = (HERE / "schema.sql").read_text()
-        digest = hashlib.sha256(script.encode()).hexdigest()
-
-        def is_to_be_applied(connection: psycopg.Connection[Any]) -> bool:
-            # to_regclass, since to select from a table that is not there would be an error.
-            known = connection.execute("select to_regclass('tidebase.meta')").fetchone()
-            row = known and known[0] and connection.execute("select version, digest from tidebase.meta").fetchone()
-            if not row or row[0] < SCHEMA_VERSION:
-                return True
-            if by_hand and row[0] > SCHEMA_VERSION:
-                raise SchemaAhead(row[0])
-            if by_hand:
-                return bool(row[1] != digest)
-            if row[0] > SCHEMA_VERSION:
-                logger.warning("the database's schema has version %d, newer than this server's %d: it is left alone",
-                               row[0], SCHEMA_VERSION, extra={"event": "schema_newer"})
-            elif row[1] not in (None, digest):  # None: psql applied it
-                logger.warning("the database's schema has version %d, as this server's, but is of another build: it is "
-                               "left alone; `python tidebase.py migrate` applies this one", SCHEMA_VERSION,
-                               extra={"event": "schema_differs"})
-            return False
-
-        with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
-            if not is_to_be_applied(connection):
-                return False
-            if not allowed:
-                raise SchemaBehind
-            with connection.transaction():
-                connection.execute("select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0))")
-                if not is_to_be_applied(connection):  # another server was faster
-                    return False
-                connection.execute(script.encode())
-                connection.execute("update tidebase.meta set digest = %s", (digest,))
-        return True
-
 
 # ------------------------------------------------------------------------------
 # Waiting: one watcher asks Postgres for all who wait; each of them holds a thread, so their number is bounded.
@@ -1764,68 +730,26 @@ def takes_no_key(method: str, path: str) -> bool:
         return False
 
 
-def path_of(target: str) -> str:
-    """The path of a request's target, as it was sent."""
-    if not target.startswith("/"):
-        target = urllib.parse.urlsplit(target).path
-    return target.split("?")[0]
-
-
-def part_of(value: str) -> str:
-    """A path part as the client meant it: percent-decoded after the path was split, so that team%2Fa is one part."""
-    try:
-        part = urllib.parse.unquote(value, errors="strict")
-    except UnicodeDecodeError:
-        raise invalid("path", "is not UTF-8") from None
-    if "\x00" in part or len(part) > MAX_NAME:
-        raise invalid("path", f"a part must not contain NUL nor be longer than {MAX_NAME} characters")
-    return part
-
-
-class Part(BaseConverter):
-    """A part_of the path, in a route's rule."""
-
-    def to_python(self, value: str) -> str:
-        return part_of(value)
-
-
 def core() -> Server:
     """The server that this request came to."""
-    return cast(Server, flask.request.environ["tidebase.server"])
+    return cast(Server, request.core())
 
 
-def received() -> bytes:
-    """The request's body, which is within TIDEBASE_MAX_BODY."""
-    return cast(bytes, flask.request.environ["wsgi.input"].read())
-
-
-def parse(kind: type[Body]) -> dict[str, Any]:
-    """The request's body, checked.  :raises Refusal: 400 with the fields named."""
-    return check(kind, read_body(received(), schema_of(kind)))
-
-
-def check(kind: type[Body], members: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return cast(dict[str, Any], schema_of(kind).load(members))
-    except marshmallow.ValidationError as error:
-        raise Refusal(400, "invalid_request", "invalid request body", issues=list(issues(error.messages))) from None
-
-
-def issues(messages: Any, path: str = "") -> Iterator[dict[str, str]]:
-    """marshmallow's tree of messages as a list of {path, message}."""
-    if isinstance(messages, dict):
-        for key, below in messages.items():
-            yield from issues(below, path if key == "_schema" else f"{path}.{key}" if path else str(key))
-    else:
-        for message in messages:
-            yield {"path": path, "message": str(message).rstrip(".")}
-
-
-def call(function: str, *arguments: Any) -> Reply:
-    """Call one function of schema.sql, pass its answer on, and tell those who may wait for what it wrote."""
-    text, status = core().database.call(function, *arguments)
-    core().wrote()
-    return reply(text or "null", status)
+def answer_to(error: Exception) -> Reply:
+    """The answer to a request that raised.  What is a defect is told in full to the log, and in one word to the
+    client."""
+    if isinstance(error, HTTPException):
+        return refused(error)
+    known = None
+    if isinstance(error, psycopg.Error):
+        try:
+            known = database_refused(error, core().database)
+        except psycopg.Error as later:  # the database went away before the objects of a refusal were read
+            known = database_refused(later, core().database)
+    if known is None:
+        logger.error("request failed", exc_info=error, extra={
+            "event": "request_failed", "path": flask.request.path})
+    return known or reply('{"error": "internal error", "code": "internal_error"}', 500)
 
 
 class Write(NamedTuple):
@@ -1837,22 +761,18 @@ class Write(NamedTuple):
     error: str | None
 
 
-# The fields of a write, but for its payloads: the member of the body, and its name for schema.sql.
-WIRE_NAMES = {
-    "id": "id", "run_id": "runId", "step_id": "stepId", "lease_owner": "leaseOwner", "name": "name",
-    "input_hash": "inputHash", "options": "options", "retryable": "retryable", "resume_decision": "resumeDecision",
-    "started_at": "startedAt", "duration_ms": "durationMs", "brief": "brief",
-    "queue": "queue", "workflow_name": "workflowName", "metadata": "metadata", "recovery_webhook": "recoveryWebhook",
-    "recovery_secret": "recoverySecret",
-    "channels": "channels", "dedupe_key": "dedupeKey", "delay_ms": "delayMs", "run_at": "runAt",
-    "max_attempts": "maxAttempts", "priority": "priority", "deadline_ms": "deadlineMs", "edge_type": "edgeType",
-    "edge_metadata": "edgeMetadata"}
+# The fields of a write, but for its payloads.
+WRITE_FIELDS = frozenset({
+    "id", "run_id", "step_id", "lease_owner", "name", "input_hash", "options", "retryable", "resume_decision",
+    "started_at", "duration_ms", "brief", "queue", "workflow_name", "metadata", "recovery_webhook", "recovery_secret",
+    "channels", "dedupe_key", "delay_ms", "run_at", "max_attempts", "priority", "deadline_ms", "edge_type",
+    "edge_metadata"})
 
 
 def encode_fields(body: dict[str, Any], **extras: Any) -> str:
     """The JSON of a checked body's fields, but for its payloads."""
-    fields = {WIRE_NAMES[member]: value.isoformat() if isinstance(value, datetime) else value
-              for member, value in body.items() if member in WIRE_NAMES and value is not None}
+    fields = {member: value.isoformat() if isinstance(value, datetime) else value
+              for member, value in body.items() if member in WRITE_FIELDS and value is not None}
     return compose(fields | extras)
 
 
@@ -1861,7 +781,7 @@ def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
     body |= parts
     extras: dict[str, Any] = {"do": verb}
     if verb == "begin_step":
-        extras |= {"leaseMs": core().config.lease_ms, "leaseOwner": body["lease_owner"] or new_owner()}
+        extras |= {"lease_ms": core().config.lease_ms, "lease_owner": body["lease_owner"] or new_owner()}
     return Write(encode_fields(body, **extras), body.get("input"),
                  body.get("result" if verb == "complete_run" else "output"), body.get("error"))
 
@@ -1875,15 +795,19 @@ def write(verb: str, body: dict[str, Any], **parts: str) -> Reply:
 
 def write_all(writes: list[Write]) -> Reply:
     """Make many writes, in one transaction unless many are refused; each is answered as if it had come alone."""
-    rows: list[tuple[Any, ...]] = []
-    while rest := writes[len(rows):]:  # where many are refused, it takes more than one transaction
-        rows += core().database.rows(
-            "write_each", "[" + ", ".join(write.fields for write in rest) + "]",
-            JsonArray(write.input for write in rest), JsonArray(write.output for write in rest),
-            JsonArray(write.error for write in rest), MAX_ANSWERS - sum(len(body) for body, _ in rows))
+    answers: dict[int, tuple[str, int]] = {}
+    while rest := [n for n in range(len(writes)) if n not in answers]:  # where many are refused, some are not reached
+        some = [writes[n] for n in rest]
+        rows = core().database.rows(
+            "write_each", "[" + ", ".join(write.fields for write in some) + "]",
+            JsonArray(write.input for write in some), JsonArray(write.output for write in some),
+            JsonArray(write.error for write in some),
+            bodies.MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
+        answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
     core().wrote()
     return reply('{"results": [' + ", ".join(
-        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
+        body if status == 200 else f'{body[:-1]}, "status": {status}}}'
+        for body, status in map(answers.__getitem__, range(len(writes)))) + "]}")
 
 
 def log_failure(run_id: str, text: str) -> None:
@@ -1903,46 +827,6 @@ def log_failure(run_id: str, text: str) -> None:
                    run["maxAttempts"], words and f": {words}",
                    f"it is queued again for {run['runAt']}" if answer["requeued"] else "it is not queued again",
                    extra={"event": "run_requeued" if answer["requeued"] else "run_failed", "run_id": run_id})
-
-
-def found(text: str | None, run_id: str) -> Reply:
-    if text is None:
-        raise Refusal(404, "not_found", f"run {run_id} does not exist")
-    return reply(text)
-
-
-def query(*names: str, prefix: str | None = None, text: str | None = None) -> dict[str, str]:
-    """The query string of a route that takes these parameters, and any that begin with `prefix`; or `text` instead.
-
-    :raises Refusal: 400, with what it does not take, or is there twice, named.
-    """
-    given = flask.request.args.items(multi=True) if text is None else urllib.parse.parse_qsl(
-        text.removeprefix("?"), keep_blank_values=True)
-    asked: dict[str, str] = {}
-    for name, value in given:
-        if "\x00" in name or "\x00" in value:
-            raise invalid(name[:100].replace("\x00", ""), "must not contain NUL")
-        if name not in names and not (prefix and name.startswith(prefix)):
-            near = difflib.get_close_matches(name, names, 1)
-            raise invalid(name[:100], "is not a parameter of this route"
-                                      + (f"; did you mean {near[0]}?" if near else ""))
-        if name in asked:
-            raise invalid(name[:100], "is there twice")
-        asked[name] = value
-    return asked
-
-
-def choice_of(name: str, text: str | None, choices: Sequence[str], default: str) -> str:
-    """A word of the query string.  :raises Refusal: 400, when it is none of the choices."""
-    if text is not None and text not in choices:
-        raise invalid(name, f"must be one of {', '.join(choices)}")
-    return default if text is None else text
-
-
-def whole_of(name: str, text: str, high: int, low: int = 0) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text) or not low <= int(text) <= high:
-        raise invalid(name, f"must be a whole number from {low} to {high}")
-    return int(text)
 
 
 def held(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString,
@@ -1977,7 +861,7 @@ WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.re
                "studio.front", "studio.page"}
 PAGE_VIEWS = {"studio.front", "studio.page"}  # for people, and no part of the interface that /openapi.json describes
 # Their bodies are questions: they write nothing.
-READS = {"studio.list_changes", "studio.preview_schedule"}
+READS = {"studio.list_changes", "routes.preview_schedule"}
 
 
 # For people, who may follow a link to them from anywhere.
@@ -2068,7 +952,6 @@ def add_headers(response: flask.Response) -> flask.Response:
 # and 503.
 # ------------------------------------------------------------------------------
 routes = flask.Blueprint("routes", __name__)
-ENDED = ("completed", "failed", "cancelled")
 
 
 @routes.get("/health")
@@ -2085,9 +968,22 @@ def health() -> Reply:
     return reply(json.dumps({"ok": True, "database": "ok", "version": __version__}))
 
 
+@routes.get("/session")
+def session() -> Reply:
+    """What the key that was sent may do, and what the page needs to know of this server.
+    200 {access:full|read, keyRequired:bool, version:string, now:time, leaseMs:int, reconcileMs:int, publicUrl?}."""
+    query()
+    config = core().config
+    [(now,)] = core().database.select("select tidebase._iso(tidebase.now())", ())
+    return reply(json.dumps({
+        "access": "read" if reads_only() else "full", "keyRequired": bool(config.api_key), "version": __version__,
+        "now": now, "leaseMs": config.lease_ms, "reconcileMs": config.reconcile_ms,
+        "publicUrl": config.public_url or None}))
+
+
 @functools.cache
 def described() -> dict[str, Any]:
-    return openapi.document(app, __version__, WITHOUT_KEY, PAGE_VIEWS, LIMITS)
+    return openapi.document(app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS)
 
 
 @routes.get("/openapi.json")
@@ -2116,13 +1012,11 @@ def create_run(workflow_name: str) -> Reply:
     """Create a run without a queue, or get the one with this id.  200 {run, created}, 409 run_id_conflict."""
     if not workflow_name:
         raise invalid("workflowName", "must not be empty")
-    body = parse(CreateRunBody)
+    body = parse(bodies.CreateRunBody)
     return call("create_run", body["id"], workflow_name, body["input"], body["metadata"], body["recovery_webhook"],
                 channels_of(body), body["deadline_ms"], body["recovery_secret"])
 
 
-STATUSES = ("pending", "queued", "running", "waiting", "completed", "failed", "cancelled")
-NOT_ONLY_TEXT = re.compile(r"-?(0|[1-9][0-9]{,99})(\.[0-9]{1,99})?|true|false|null")
 
 
 @routes.get("/runs")
@@ -2134,8 +1028,8 @@ def list_runs() -> Reply:
     ?parent
     ?sort:newest|oldest|ended=newest ?view:light|full=full (light: without payloads) ?limit:1..1000=100
     ?before (a nextCursor)  200 {runs:[listedRun] or [lightRun], nextCursor?}."""
-    asked = query(*studio.LIST_PARAMETERS, *studio.FILTERS, prefix="metadata.")
-    runs, _, cursor = studio.list_runs(asked)
+    asked = query(*LIST_PARAMETERS, *FILTERS, prefix="metadata.")
+    runs, _, cursor = filters.list_runs(asked)
     return reply(f'{{"runs": {runs}, "nextCursor": {json.dumps(cursor)}}}')
 
 
@@ -2169,32 +1063,32 @@ def begin_run(run_id: str) -> Reply:
     owner = flask.request.headers.get("x-tidebase-worker") or new_owner()
     if len(owner) > MAX_NAME:
         raise invalid("x-tidebase-worker", f"must be at most {MAX_NAME} characters")
-    return call("begin_run", run_id, owner, core().config.lease_ms, parse(BeginRunBody)["checkpoints"])
+    return call("begin_run", run_id, owner, core().config.lease_ms, parse(bodies.BeginRunBody)["checkpoints"])
 
 
 @routes.post("/runs/<part:run_id>/heartbeat")
 def heartbeat(run_id: str) -> Reply:
     """Extend the lease.  200 {run}, 404, 409 lease_lost, run_cancelled."""
-    return call("heartbeat", run_id, parse(HeartbeatBody)["lease_owner"])
+    return call("heartbeat", run_id, parse(bodies.HeartbeatBody)["lease_owner"])
 
 
 @routes.post("/heartbeats")
 def heartbeats() -> Reply:
     """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
-    beats = parse(HeartbeatsBody)["runs"]
+    beats = parse(bodies.HeartbeatsBody)["runs"]
     return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
 
 
 @routes.post("/runs/<part:run_id>/complete")
 def complete_run(run_id: str) -> Reply:
     """End it well.  200 {run} or {run:briefRun}, 404, 409 lease_lost."""
-    return write("complete_run", parse(CompleteRunBody), run_id=run_id)
+    return write("complete_run", parse(bodies.CompleteRunBody), run_id=run_id)
 
 
 @routes.post("/runs/<part:run_id>/fail")
 def fail_run(run_id: str) -> Reply:
     """Report a failed attempt.  200 {run, requeued}, 404, 409 lease_lost."""
-    body = parse(FailRunBody)
+    body = parse(bodies.FailRunBody)
     answer = call("fail_run", run_id, body["lease_owner"], body["error"], body["failure_class"], body["retryable"])
     log_failure(run_id, answer[0])
     return answer
@@ -2203,33 +1097,33 @@ def fail_run(run_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/cancel")
 def cancel_run(run_id: str) -> Reply:
     """End it at once.  200 {run}, 404, 409 run_completed."""
-    body = parse(CancelBody)
+    body = parse(bodies.CancelBody)
     return call("cancel_run", run_id, body["reason"], body["actor"])
 
 
 @routes.post("/runs/<part:run_id>/release")
 def release_run(run_id: str) -> Reply:
     """Give it back, no attempt spent.  200 {run}, 404, 409 lease_lost, run_cancelled."""
-    return call("release_run", run_id, parse(HeartbeatBody)["lease_owner"])
+    return call("release_run", run_id, parse(bodies.HeartbeatBody)["lease_owner"])
 
 
 @routes.post("/runs/<part:run_id>/retry")
 def retry_run(run_id: str) -> Reply:
     """Put a failed or cancelled run back.  200 {run}, 404, 409 run_completed, dedupe_conflict."""
-    parse(Body)
+    parse(bodies.Body)
     return call("retry_run", run_id)
 
 
 @routes.post("/runs/<part:run_id>/recover")
 def recover_run(run_id: str) -> Reply:
     """Post its recovery webhook.  200 {recoveryAttempt}, 404, 422 no_recovery_webhook."""
-    return call("recover_run", run_id, parse(RecoverBody)["reason"])
+    return call("recover_run", run_id, parse(bodies.RecoverBody)["reason"])
 
 
 @routes.post("/runs/<part:run_id>/fork")
 def fork_run(run_id: str) -> Reply:
     """A new run that starts with copies of its checkpoints.  200 {run, created}, 404, 409 run_id_conflict."""
-    body = parse(ForkBody)
+    body = parse(bodies.ForkBody)
     return call("fork_run", run_id, body["id"], body["from_step"], body["input"], body["queue"])
 
 
@@ -2237,7 +1131,7 @@ def fork_run(run_id: str) -> Reply:
 def create_child(run_id: str) -> Reply:
     """A run for a part of its work, one per name.  200 {run, edge:runEdge, created}, 404, 409 run_cancelled,
     lease_lost, edge_conflict, run_id_conflict."""
-    return write("create_child", parse(ChildBody), run_id=run_id)
+    return write("create_child", parse(bodies.ChildBody), run_id=run_id)
 
 
 # --- steps
@@ -2248,19 +1142,19 @@ def begin_step(run_id: str) -> Reply:
     """Ask what to do about a step.  200 {action=execute, step, leaseOwner} or {action=return, step, output}
     or {action=locked, step?} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
     or {action=cancelled, run}, 404, 409 manual_review, step_failed, lease_lost."""
-    return write("begin_step", parse(BeginStepBody), run_id=run_id)
+    return write("begin_step", parse(bodies.BeginStepBody), run_id=run_id)
 
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/complete")
 def complete_step(run_id: str, step_id: str) -> Reply:
     """Record a step's output, once.  200 {step}, 404, 409 lease_lost."""
-    return write("complete_step", parse(CompleteStepBody), run_id=run_id, step_id=step_id)
+    return write("complete_step", parse(bodies.CompleteStepBody), run_id=run_id, step_id=step_id)
 
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/fail")
 def fail_step(run_id: str, step_id: str) -> Reply:
     """Record a step's failure.  200 {step}, 404, 409 lease_lost."""
-    body = parse(FailStepBody)
+    body = parse(bodies.FailStepBody)
     return call("fail_step", run_id, step_id, body["lease_owner"], body["error"], body["retryable"],
                 body["resume_decision"])
 
@@ -2269,7 +1163,7 @@ def fail_step(run_id: str, step_id: str) -> Reply:
 def review_step(run_id: str, step_id: str) -> Reply:
     """A person's decision on an ambiguous step; the run goes on.  200 {step}, 404, 409 not_in_review,
     dedupe_conflict."""
-    body = parse(ReviewBody)
+    body = parse(bodies.ReviewBody)
     return call("review_step", run_id, step_id, body["decision"], body["output"], body["actor"])
 
 
@@ -2277,13 +1171,13 @@ def review_step(run_id: str, step_id: str) -> Reply:
 def record_step(run_id: str) -> Reply:
     """Record a step that already ran.  200 {step} or {step:briefStep}, 404, 409 lease_lost, run_cancelled,
     input_mismatch, manual_review, step_failed."""
-    return write("record_step", parse(RecordStepBody), run_id=run_id)
+    return write("record_step", parse(bodies.RecordStepBody), run_id=run_id)
 
 
 @routes.post("/steps")
 def record_steps() -> Reply:
     """Record many, of any runs.  200 {results: [{step} or {step:briefStep} or refusal]}."""
-    return write_all([write_of("record_step", record) for record in parse(RecordStepsBody)["records"]])
+    return write_all([write_of("record_step", record) for record in parse(bodies.RecordStepsBody)["records"]])
 
 
 # --- gates
@@ -2292,7 +1186,7 @@ def record_steps() -> Reply:
 @routes.post("/runs/<part:run_id>/gates/begin")
 def begin_gate(run_id: str) -> Reply:
     """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled, lease_lost."""
-    body = parse(BeginGateBody)
+    body = parse(bodies.BeginGateBody)
     return call("begin_gate", run_id, body["name"], body["prompt"], body["data"], channels_of(body),
                 body["capability"], body["timeout_ms"], core().public_url, body["lease_owner"])
 
@@ -2309,7 +1203,7 @@ def get_gate(run_id: str, gate_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/gates/<part:gate_id>/resolve")
 def resolve_gate(run_id: str, gate_id: str) -> Reply:
     """Decide it, by its token alone.  200 {gate}, 409 gate_token_wrong, gate_resolved, run_ended."""
-    body = parse(ResolveGateBody)
+    body = parse(bodies.ResolveGateBody)
     return call("resolve_gate", run_id, gate_id, body["token"], body["decision"], body["actor"], body["payload"])
 
 
@@ -2319,7 +1213,7 @@ def resolve_gate(run_id: str, gate_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/wait")
 def wait_run(run_id: str) -> Reply:
     """Give the lease up until something is there.  200 {run, ready}, 404, 409 lease_lost, run_cancelled, no_queue."""
-    body = parse(WaitBody)
+    body = parse(bodies.WaitBody)
     keys = {"gate_id": "gateId", "step_id": "stepId"}
     waiting_for = {keys.get(name, name): value.isoformat() if name == "until" else value
                    for name, value in body["wait_for"].items()}
@@ -2329,7 +1223,7 @@ def wait_run(run_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/signals")
 def send_signal(run_id: str) -> Reply:
     """Send it a signal, the next of its name.  200 {signal}, 404, 409 lease_lost, run_cancelled, signal_id_conflict."""
-    body = parse(SignalBody)
+    body = parse(bodies.SignalBody)
     return call("send_signal", run_id, body["id"], body["name"], body["payload"], body["lease_owner"])
 
 
@@ -2339,14 +1233,14 @@ def get_signal(run_id: str, name: str) -> Reply:
     ?n:1..1000000=1 ?waitMs:0..25000=0 (how long to wait for it)  200 {signal?, runStatus}, 404."""
     asked = query("n", "waitMs")
     return held(run_id, asked.get("waitMs", "0"), f"body->>'signal' is not null or body->>'runStatus' in {ENDED}",
-                "get_signal", run_id, name, whole_of("n", asked.get("n", "1"), MAX_SIGNALS, low=1))
+                "get_signal", run_id, name, whole_of("n", asked.get("n", "1"), bodies.MAX_SIGNALS, low=1))
 
 
 @routes.post("/runs/<part:run_id>/signals/<part:name>/expire")
 def expire_signal(run_id: str, name: str) -> Reply:
     """Decide that the n-th signal of a name did not come in time, unless it did; the answer is what counts.
     200 {signal}, 404, 409 lease_lost, run_cancelled."""
-    body = parse(ExpireSignalBody)
+    body = parse(bodies.ExpireSignalBody)
     return call("expire_signal", run_id, name, body["n"], body["lease_owner"])
 
 
@@ -2355,16 +1249,15 @@ def expire_signal(run_id: str, name: str) -> Reply:
 
 def about(body: dict[str, Any]) -> str:
     """The JSON of what a body says of a version of the state."""
-    names = {"id": "id", "label": "label", "reason": "reason", "importance": "importance", "metadata": "metadata",
-             "created_by": "createdBy", "step_id": "stepId"}
-    return compose({key: body[name] for name, key in names.items() if name in body})
+    names = ("id", "label", "reason", "importance", "metadata", "created_by", "step_id")
+    return compose({name: body[name] for name in names if name in body})
 
 
 @routes.put("/runs/<part:run_id>/state")
 def put_state(run_id: str) -> Reply:
     """Replace the live value.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
     version_id_conflict."""
-    body = parse(PutStateBody)
+    body = parse(bodies.PutStateBody)
     return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body),
                 body["lease_owner"])
 
@@ -2373,7 +1266,7 @@ def put_state(run_id: str) -> Reply:
 def patch_state(run_id: str) -> Reply:
     """Merge into its top level.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
     version_id_conflict, state_not_object."""
-    body = parse(PatchStateBody)
+    body = parse(bodies.PatchStateBody)
     return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body),
                 body["lease_owner"])
 
@@ -2382,7 +1275,7 @@ def patch_state(run_id: str) -> Reply:
 def save_state(run_id: str) -> Reply:
     """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 lease_lost, run_cancelled,
     version_id_conflict."""
-    body = parse(SaveStateBody)
+    body = parse(bodies.SaveStateBody)
     return call("save_state", run_id, body["stream"], about(body), body["lease_owner"])
 
 
@@ -2407,7 +1300,7 @@ def list_versions(run_id: str) -> Reply:
 def create_snapshot(run_id: str) -> Reply:
     """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 lease_lost, run_cancelled,
     version_id_conflict."""
-    body = parse(SnapshotBody)
+    body = parse(bodies.SnapshotBody)
     target = body["target"] or {"type": None, "id": None}
     return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body),
                 body["lease_owner"])
@@ -2424,10 +1317,8 @@ def list_snapshots(run_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/usage")
 def record_usage(run_id: str) -> Reply:
     """Write into the cost ledger.  200 {usage}, 404, 409 lease_lost, run_cancelled, usage_id_conflict."""
-    body = parse(UsageBody)
-    keys = {name: field.data_key or name for name, field in schema_of(UsageBody).fields.items()}
-    entry = compose({keys[name]: value for name, value in body.items()})
-    return call("record_usage", run_id, body["id"], entry, body["lease_owner"])
+    body = parse(bodies.UsageBody)
+    return call("record_usage", run_id, body["id"], compose(body), body["lease_owner"])
 
 
 @routes.get("/usage")
@@ -2448,17 +1339,6 @@ def usage() -> Reply:
 
 EVENTS_AT_ONCE = 500
 BEAT_SECONDS = 15  # a stream without news says something: proxies keep it open, and a reader that is gone is noticed
-
-
-def time_of(name: str, text: str | None) -> datetime | None:
-    """A time in the query string, ISO-8601; without a zone it is UTC.  :raises Refusal: 400."""
-    if text is None:
-        return None
-    try:
-        at = datetime.fromisoformat(text.replace(" ", "+"))  # a + that was not escaped
-        return at if at.tzinfo else at.replace(tzinfo=UTC)
-    except ValueError:
-        raise invalid(name, "must be a time, as 2026-06-12T10:31:00.000Z") from None
 
 
 @routes.get("/runs/<part:run_id>/events")
@@ -2540,12 +1420,12 @@ def enqueue(queue: str) -> Reply:
     dedupe_conflict."""
     if not queue:
         raise invalid("queue", "must not be empty")
-    members = read_body(received(), schema_of(EnqueueAnyBody))
+    members = read_body(received(), schema_of(bodies.EnqueueAnyBody))
     if "runs" in members:
-        jobs = check(EnqueueManyBody, members)["runs"]
+        jobs = check(bodies.EnqueueManyBody, members)["runs"]
         return call("enqueue_runs", queue, "[" + ", ".join(map(encode_fields, jobs)) + "]",
                     JsonArray(job["input"] for job in jobs))
-    return write("enqueue_run", check(EnqueueBody, members), queue=queue)
+    return write("enqueue_run", check(bodies.EnqueueBody, members), queue=queue)
 
 
 @routes.post("/writes")
@@ -2554,14 +1434,14 @@ def write_batch() -> Reply:
     answered as if it had come alone, and none touches another.
     200 {results: [{action, ~step, ~output, ~leaseOwner, ~run, ~expectedInputHash, ~actualInputHash} or {step}
     or {step:briefStep} or {run, ~deduplicated} or {run, edge:runEdge, created} or {run:briefRun} or refusal]}."""
-    return write_all([write_of(body.pop("do"), body) for body in parse(WritesBody)["writes"]])
+    return write_all([write_of(body.pop("do"), body) for body in parse(bodies.WritesBody)["writes"]])
 
 
 @routes.post("/queues/claim")
 def claim() -> Reply:
     """Take ready runs, of these workflows or of all, waiting up to waitMs for one; with Retry-After when it may not
     wait.  200 {runs: [claimedRun], leaseOwner}."""
-    body = parse(ClaimBody)
+    body = parse(bodies.ClaimBody)
     server, owner = core(), body["lease_owner"] or new_owner()
     workflows = None if body["workflows"] is None else sorted(set(body["workflows"]))
 
@@ -2592,9 +1472,8 @@ def list_queues() -> Reply:
 @routes.put("/queues/<part:queue>/config")
 def configure_queue(queue: str) -> Reply:
     """Set its caps and where to push; a key left out keeps its value, null clears it.  200 {config: queueConfig}."""
-    body = parse(QueueConfigBody)
-    known = {name: field.data_key or name for name, field in schema_of(QueueConfigBody).fields.items()}
-    return call("configure_queue", queue, json.dumps({known[name]: value for name, value in body.items()}))
+    body = parse(bodies.QueueConfigBody)
+    return call("configure_queue", queue, json.dumps(body))
 
 
 @routes.put("/schedules/<part:name>")
@@ -2602,7 +1481,7 @@ def set_schedule(name: str) -> Reply:
     """Enqueue a run whenever a cron expression says.  200 {schedule}."""
     if not name:
         raise invalid("name", "must not be empty")
-    body = parse(ScheduleBody)
+    body = parse(bodies.ScheduleBody)
     if len((name + body["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
         raise invalid("name", f"together with queue, must be at most {4 * MAX_NAME} bytes")
     now = datetime.fromisoformat(json.loads(core().database.call("due_schedules")[0] or "{}")["now"])
@@ -2612,6 +1491,19 @@ def set_schedule(name: str) -> Reply:
         raise invalid("timezone" if "time zone" in str(error) else "cron", str(error)) from None
     return call("set_schedule", name, body["cron"], body["timezone"], body["workflow_name"], body["input"],
                 body["queue"], body["max_attempts"], body["enabled"], coming)
+
+
+@routes.post("/schedules/preview")
+def preview_schedule() -> Reply:
+    """When a cron expression fires next: five times, fewer when it fires no more.  200 {next:[time]}."""
+    body, times = parse(bodies.PreviewBody), list[str]()
+    [(at,)] = core().database.select("select tidebase.now()", ())
+    try:
+        while len(times) < 5 and (at := next_fire(body["cron"], body["timezone"], at)) is not None:
+            times.append(at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"))
+    except ValueError as error:
+        raise invalid("timezone" if "time zone" in str(error) else "cron", str(error)) from None
+    return reply(json.dumps({"next": times}))
 
 
 @routes.get("/schedules")
@@ -2633,9 +1525,6 @@ def delete_schedule(name: str) -> Reply:
 OTHER_FILES = 256   # beside connections and the pool: webhooks under way, large bodies, what Python opens
 DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
 KEYLESS_BYTES = 65_536  # of a body that comes without a key, for the routes that need none: a gate's decision
-
-
-from tidebase_server import studio  # noqa: E402 - it takes names of this file
 
 
 def create_app() -> flask.Flask:
@@ -2665,7 +1554,7 @@ class Server:
                              public_url=config.public_url, cors_origin=config.cors_origin, pages=PAGES)
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.places)
-        self.traces = studio.Traces()
+        self.traces = Traces()
         self.sender = Sender(self.database, config.webhook_secret, config.webhook_targets())
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
@@ -2817,30 +1706,6 @@ def listen(config: Config) -> socket.socket:
     return listener
 
 
-class LogFormat(logging.Formatter):
-    """A line a person can read, with the event and the ids that the record carries.
-
-    Nothing logs the query of a request, which may hold a credential as `token`. Should a library do so, or a client
-    send its ? percent-encoded, and so as part of the path, the credential is replaced by ***.
-    """
-
-    EXTRAS = ("event", "delivery_id", "job", "path")
-    TOKEN = re.compile(r"((?:[?&;]|%3f|%26)token(?:=|%3d))[^\s&]*", re.I)  # neither stands in a value as it is sent
-
-    def format(self, record: logging.LogRecord) -> str:
-        extras = [f"{name}={getattr(record, name)}" for name in self.EXTRAS if hasattr(record, name)]
-        return self.TOKEN.sub(r"\1***", " ".join([super().format(record), *extras]))
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-BEHIND_STATUS = 3  # of a server process that found SchemaBehind
-
-
-def on_stop(heed: Callable[..., Any]) -> None:
-    for number in STOP_SIGNALS:
-        signal.signal(number, heed)
-
-
 def serve_one(config: Config, conninfo: str, listener: socket.socket, revive: Callable[[], None] | None,
               signals: list[int]) -> None:
     """Serve in this process until SIGTERM or SIGINT, also one that came before and stands in `signals`."""
@@ -2848,78 +1713,6 @@ def serve_one(config: Config, conninfo: str, listener: socket.socket, revive: Ca
     on_stop(lambda *_: server.stop())
     if not signals:
         server.serve()
-
-
-class Processes:
-    """Server processes that share one socket. This one starts them, and another for each that ends by itself; told to
-    stop, it ends them all."""
-
-    def __init__(self, serve: Callable[[], None], signals: list[int]) -> None:
-        self.serve = serve  # in a process of its own
-        self.signals = signals
-        self.parent = os.getpid()
-        self.children: set[int] = set()
-
-    def run(self, count: int) -> None:
-        """Until the last has ended.  :raises SchemaBehind: the reason why they did."""
-        on_stop(self.stop)
-        is_behind = False
-        for _ in range(count):
-            self.start()
-        while self.children:
-            child, status = os.wait()
-            if child not in self.children:  # the first process of a container gets to know of others' children, too
-                continue
-            self.children.discard(child)
-            if os.waitstatus_to_exitcode(status) == BEHIND_STATUS:
-                is_behind = True
-                self.stop()
-            elif not self.signals:
-                logger.error("a server process ended; starting another", extra={"event": "process_ended"})
-                time.sleep(1)  # a process that cannot start must not be started as fast as it fails
-                if not self.signals:
-                    self.start()
-        if is_behind:
-            raise SchemaBehind
-
-    def stop(self, number: int = signal.SIGTERM, _: Any = None) -> None:
-        self.signals.append(number)
-        for child in list(self.children):
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGTERM)
-
-    def start(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until it is known whose a signal is
-        child = os.fork()
-        if not child:
-            self._live()
-        self.children.add(child)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        if self.signals:
-            self.stop()
-
-    def _live(self) -> NoReturn:
-        """A child's life."""
-        on_stop(lambda *_: os._exit(0))  # nothing is served yet
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        status = 1
-        try:
-            threading.Thread(target=end_with, args=(self.parent,), name="tidebase-parent", daemon=True).start()
-            self.serve()
-            status = 0
-        except SchemaBehind:
-            status = BEHIND_STATUS
-        except Exception:
-            logger.exception("server process failed", extra={"event": "process_failed"})
-        finally:
-            os._exit(status)  # what the parent has to clean up at its exit is the parent's
-
-
-def end_with(parent: int) -> None:
-    """End this server process when the one that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

@@ -155,8 +155,8 @@ def postgres(url=None):
 def embedded():
     """The server's module with a PostgreSQL in it."""
     sys.path.insert(0, str(ROOT))
-    from tidebase_server import database
-    return database
+    from tidebase_server import embedded
+    return embedded
 
 
 def binary(name):

@@ -26,6 +26,7 @@ import pytest
 from conftest import ROOT, Api, ServerProcess, an_embedded_postgres, config, eventually, free_port, refused
 
 import tidebase
+from tidebase_server import database
 
 # --- settings
 
@@ -473,7 +474,7 @@ def psycopg_when_back(postgres: Any, conninfo: str) -> Iterator[psycopg.Connecti
 def test_an_embedded_postgres_that_died_is_started_again(restarted, monkeypatch):
     postgres, conninfo = restarted
     monkeypatch.setattr(tidebase, "REVIVE_SECONDS", 0.2)
-    monkeypatch.setattr(tidebase, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(database, "CONNECT_SECONDS", 1)
     with serving(conninfo, postgres.revive) as api:
         eventually(lambda: healthy(api), 30)
         run = api.create()
@@ -485,7 +486,7 @@ def test_an_embedded_postgres_that_died_is_started_again(restarted, monkeypatch)
 def test_a_failed_start_of_the_embedded_postgres_is_tried_again(restarted, monkeypatch, caplog):
     postgres, conninfo = restarted
     monkeypatch.setattr(tidebase, "REVIVE_SECONDS", 0.0)
-    monkeypatch.setattr(tidebase, "CONNECT_SECONDS", 1)  # else each tick that fails waits for 5 s
+    monkeypatch.setattr(database, "CONNECT_SECONDS", 1)  # else each tick that fails waits for 5 s
     tries: list[int] = []
 
     def revive() -> None:

@@ -22,7 +22,7 @@ import psycopg
 import pytest
 from conftest import ROOT, eventually, together
 
-from tidebase_server import database
+from tidebase_server import embedded as database
 
 NOBODY = 65534
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
@@ -79,7 +79,8 @@ def python(code: str, *arguments: str, user: int | None = None) -> list[str]:
     the interpreter and the modules of this one."""
     drop = f"os.setgroups([]); os.setgid({user}); os.setuid({user})" if user else ""
     head = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import psycopg, socket, subprocess; "
-            f"from tidebase_server import database; database.wheel(); os.chdir('/'); os.umask(0o022)\n{drop}\n")
+            "from tidebase_server import embedded as database; database.wheel(); "
+            f"os.chdir('/'); os.umask(0o022)\n{drop}\n")
     return [sys.executable, "-c", head + textwrap.dedent(code), *arguments]
 
 

@@ -524,7 +524,7 @@ def test_a_child_is_found_by_its_workflow_name_and_a_call_that_no_worker_could_r
 def test_a_fanout_of_more_children_than_can_be_named_waits_without_a_worker(
     tide: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch, other_child: bool
 ) -> None:
-    monkeypatch.setattr("tidebase.MAX_BATCH", 5)  # as the server has it at 10,000
+    monkeypatch.setattr("tidebase_server.bodies.MAX_BATCH", 5)  # as the server has it at 10,000
     monkeypatch.setattr(tidebase_sdk, "CHILDREN_NAMED", 5)
 
     async def part(run: Any, input: Any) -> int:

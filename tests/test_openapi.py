@@ -18,8 +18,8 @@ from schemathesis import GenerationMode
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, events, from_schema
 
-import openapi
 import tidebase
+from tidebase_server import openapi
 
 KEY = "the key"
 EXAMPLES = 5  # per route and kind of data: what the coverage phase adds to it is the same every time

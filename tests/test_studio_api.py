@@ -14,7 +14,7 @@ from conftest import LEASE_MS, Api, Receiver, config, eventually, refused
 
 import tidebase
 from tidebase_sdk import Tidebase
-from tidebase_server import studio
+from tidebase_server import filters, studio
 
 MINUTE_MS = 60_000
 
@@ -371,7 +371,7 @@ def test_pages_follow_each_other_without_gap_or_repeat_whatever_the_filter(api: 
 
 
 def test_a_search_goes_on_with_its_cursor_where_it_stopped_looking(api: Api, monkeypatch):
-    monkeypatch.setattr(studio, "SEARCHED", 4)
+    monkeypatch.setattr(filters, "SEARCHED", 4)
     names = ["rare" if number in (0, 5) else "usual" for number in range(11)]
     runs = [api.enqueue(name, "mail") for name in names]
     found, cursor, asked = [], "", 0
@@ -391,7 +391,7 @@ def test_runs_are_counted_by_status_with_the_same_filters(api: Api, monkeypatch)
     assert not any(count["more"] for count in counts.values())
     assert api.get("/counts?workflow=mail&status=failed")["total"] == {"count": 2, "more": False}
     assert api.get("/counts?errors=true")["total"]["count"] == 2
-    monkeypatch.setattr(studio, "COUNTED", 1)
+    monkeypatch.setattr(filters, "COUNTED", 1)
     assert api.get("/counts")["counts"]["queued"] == {"count": 1, "more": True}
     refused(api.get("/counts?limit=3"), 400, "invalid_request")
 

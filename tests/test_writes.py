@@ -239,13 +239,15 @@ def test_a_refusal_in_between_changes_nothing_of_those_around_it(api: Api) -> No
 def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> None:
     """PostgreSQL keeps 64 of a transaction at hand; beyond those, every snapshot of others gets dearer."""
     run, many = held(api), 300
-    batch = [job(id=f"r{n}", metadata={}, channels=[], maxAttempts=1, priority=0) if n % 2 else begin(
-        run, f"s{n}", options={}, leaseMs=1000) for n in range(many)]
-    batch[100] = completion("nowhere", brief=True)
+    batch = [{"do": "enqueue_run", "queue": "q", "workflow_name": "w", "id": f"r{n}", "metadata": {}, "channels": [],
+              "max_attempts": 1, "priority": 0} if n % 2 else
+             {"do": "begin_step", "run_id": run, "lease_owner": "a", "name": f"s{n}", "input_hash": "h", "options": {},
+              "lease_ms": 1000} for n in range(many)]
+    batch[100] = {"do": "complete_run", "run_id": "nowhere", "brief": True}
     with psycopg.connect(database) as connection:
         def call(those: list[Any]) -> tuple[list[int], int]:
             payloads = ["{}"] * len(those)
-            rows = connection.execute("select status from tidebase.write_each("
+            rows = connection.execute("select case when body is not null then status end from tidebase.write_each("
                                       " %s, %s::json[], %s::json[], array_fill(null::json, array[1000]))",
                                       [json.dumps(those), payloads, payloads]).fetchall()
             taken = connection.execute("select distinct xmin::text from tidebase.events").fetchall()
@@ -255,9 +257,9 @@ def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> Non
         statuses, taken = call(batch)
         assert statuses == [200] * 100 + [404] + [200] * 199
         assert taken < 64
-        # What is left after 60 is for another call.
+        # What is not reached after 60 is for another call.
         statuses, taken = call([each for pair in zip(batch[:100], [batch[100]] * 100, strict=True) for each in pair])
-        assert statuses == [200, 404] * 59 + [200]
+        assert statuses == [200, 404] * 59 + [200] + [None] * 81
         assert taken < 64
 
 
@@ -267,6 +269,90 @@ def test_a_batch_of_which_every_other_is_refused_is_answered_whole(api: Api) -> 
     assert codes(results) == [None, "not_found"] * 150
     assert [result["step"]["name"] for result in results[::2]] == [f"s{n}" for n in range(150)]
     assert api.event_types(run)[2:] == ["step.started"] * 150
+
+
+# ------------------------------------------------------------------------------
+# One after the other
+# ------------------------------------------------------------------------------
+def record(run: str, name: str, **fields: Any) -> Any:
+    """A write as schema.sql takes it, its fields in snake_case."""
+    return {"do": "record_step", "run_id": run, "lease_owner": "a", "name": name, "input_hash": "h", "options": {},
+            "retryable": False, "brief": True, **fields}
+
+
+def begin_field(run: str, name: str, **fields: Any) -> Any:
+    return {"do": "begin_step", "run_id": run, "lease_owner": "a", "name": name, "input_hash": "h", "options": {},
+            "lease_ms": 60000, **fields}
+
+
+def finish(run: str, **fields: Any) -> Any:
+    return {"do": "complete_run", "run_id": run, "lease_owner": "a", "brief": True, **fields}
+
+
+def write_each(database: str, *given: Any) -> list[Any]:
+    """The answers of one call: what each write was refused with, True where it was done, None where not reached."""
+    with psycopg.connect(database) as connection:
+        payloads = [each.get("payload", "1") for each in given]
+        rows = connection.execute(
+            "select body, status from tidebase.write_each(%s, %s::json[], %s::json[], %s::json[])", [
+                json.dumps(given), payloads, payloads,
+                [payload if each["do"].startswith("fail") else None
+                 for each, payload in zip(given, payloads, strict=True)]]).fetchall()
+    return [body if body is None else body.get("code", True) if status == 409 else status == 200 or status
+            for body, status in rows]
+
+
+def test_a_chained_write_is_refused_after_one_of_its_run_was_and_those_of_other_runs_are_not(api: Api, database: str):
+    run, other = held(api), held(api)
+    assert write_each(
+        database, record(run, "one", chained=True), record(run, "one", input_hash="x", chained=True),
+        record(other, "one", chained=True), record(run, "two", chained=True), record(run, "free"),
+        finish(run, chained=True), finish(other, chained=True)) == [
+            True, "input_mismatch", True, "prior_refused", True, "prior_refused", True]
+    assert [one["name"] for one in api.detail(run)["steps"]] == ["one", "free"]
+    assert [api.run(each)["status"] for each in (run, other)] == ["running", "completed"]
+
+
+def test_chained_writes_of_a_worker_that_lost_its_run_leave_nothing(api: Api, database: str):
+    run = held(api, "b")
+    chain = [record(run, f"s{n}", chained=True) for n in range(5)]
+    assert write_each(database, *chain, finish(run, chained=True)) == ["lease_lost"] + ["prior_refused"] * 5
+    assert api.detail(run)["steps"] == []
+
+
+def test_a_begin_that_needs_a_review_counts_as_refused_for_those_chained_to_it(api: Api, database: str):
+    run = held(api)
+    api.fail_step(run, api.begin_step(run, "s", "a", options={"replay": "manual"})["step"]["id"], "a",
+                  resumeDecision="manual_review")["step"]
+    assert write_each(database, begin_field(run, "s"), record(run, "t", chained=True),
+                      finish(run, chained=True)) == ["manual_review", "prior_refused", "prior_refused"]
+
+
+def test_however_many_are_refused_no_chained_write_overtakes(api: Api, database: str):
+    """Where a call does not reach all of them, those chained to a refused one are answered all the same."""
+    run, busy = held(api), held(api)
+    noise = [each for n in range(100) for each in (begin_field(busy, f"s{n}"), finish("nowhere"))]
+    answers = write_each(database, record(run, "one", lease_owner="b"), *noise, record(run, "two", chained=True),
+                         record(busy, "last", chained=True))
+    assert answers[0] == "lease_lost"
+    assert answers[-2:] == ["prior_refused", None]
+    assert 404 in answers
+    assert None in answers[1:-2]
+    assert api.detail(run)["steps"] == []
+
+
+def test_failures_of_steps_and_runs_come_in_batches_too(api: Api, database: str):
+    run = held(api)
+    step_id = api.begin_step(run, "s", "a")["step"]["id"]
+    fail_step = {"do": "fail_step", "run_id": run, "step_id": step_id, "lease_owner": "a", "retryable": False,
+                 "payload": '{"message": "boom"}'}
+    fail_run = {"do": "fail_run", "run_id": run, "lease_owner": "a", "retryable": False, "failure_class": "mine",
+                "payload": '"no"'}
+    assert write_each(database, fail_step, {**fail_run, "lease_owner": "b"}, fail_run) == [True, "lease_lost", True]
+    assert api.detail(run)["steps"][0]["error"] == {"message": "boom"}
+    assert {key: api.run(run)[key] for key in ("status", "error", "failureClass")} == {
+        "status": "failed", "error": "no", "failureClass": "mine"}
+    assert api.event_types(run)[2:] == ["step.started", "step.failed", "run.failed"]
 
 
 # ------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 from markupsafe import Markup, escape
 
+from . import bodies
+
 Schema = dict[str, Any]
 
 # ------------------------------------------------------------------------------
@@ -345,7 +347,7 @@ def answers_of(tail: str) -> dict[str, Schema]:
 def bodies_of(view: Callable[..., Any]) -> list[type[marshmallow.Schema]]:
     """The schemas that a route's code names: what it parses. One that combines others stands for those."""
     code: Any = inspect.unwrap(view)
-    named = [code.__globals__.get(name) for name in code.__code__.co_names]
+    named = [code.__globals__.get(name, getattr(bodies, name, None)) for name in code.__code__.co_names]
     kinds = [kind for kind in named if isinstance(kind, type) and issubclass(kind, marshmallow.Schema)
              and kind._declared_fields]
     return [kind for kind in kinds if not any(other is not kind and issubclass(kind, other) for other in kinds)]
