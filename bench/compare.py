@@ -6,9 +6,9 @@ commits); they run one after the other, three rounds, and medians count. The flo
 ten checkpointed steps of 200 bytes, complete. Checkpointed steps a second at 1, 8 and 32 runs at a time, and the CPU
 that one step costs the client, the server and PostgreSQL.
 
-    compare.py                            the whole: three quarters of an hour, on a machine that does nothing else
-    compare.py --short                    the rows that the aims are about, three rounds of 2.5 s: twelve minutes
-    compare.py --quick                    a smoke run of the whole, whose figures mean nothing; --short makes it shorter
+    compare.py                            the whole: half an hour, on a machine that does nothing else
+    compare.py --short                    the rows that the aims are about, three rounds of 2.5 s: ten minutes
+    compare.py --quick                    a smoke run of a few minutes, whose figures mean nothing
     compare.py --old PATH                 ... and beside it the same rows of an older source tree, by turns
     compare.py --only write-behind idle   rows and single figures that have one of these words in their names
     compare.py --write                    ... and bench/RESULTS.md from it
@@ -43,11 +43,12 @@ class Contender(NamedTuple):
 
 
 class Single(NamedTuple):
-    """A program that takes figures of its own, once a round."""
+    """A program that takes figures of its own, once."""
 
     name: str
     command: list
     figures: dict  # key in a line of its output -> what it is, with other values of that line in it
+    short: bool = True
 
 
 FLOW = ["flow.py", "--processes", "2"]
@@ -73,13 +74,13 @@ BEFORE = ("Tidebase, threads", "Tidebase, asyncio", "Tidebase, separate clients"
 RESUME = "resume, 1,000 completed steps, ms"
 PICK_UP = "pick-up by an idle worker, {serverProcesses} server process(es), {part}, ms"
 IDLE = "{workers} idle workers, {part}, % of a core"
-GROWTH = "growth, {concurrency} at a time, {database} ÷ empty database"
+GROWTH = "growth, {concurrency} at a time, database with a {database} ÷ an empty one"
 SINGLES = (
-    Single("resume", ["resume.py"], {"resumeMilliseconds": RESUME}),
+    Single("resume", ["resume.py", "--rounds", "15"], {"resumeMilliseconds": RESUME}),
     Single("pick-up", ["pickup.py", "-n", "100"], {part: PICK_UP.replace("{part}", part) for part in ("p50", "p99")}),
     Single("idle", ["idle.py", "-d", "15"], {"serverPercent": IDLE.replace("{part}", "the server"),
                                              "postgresPercent": IDLE.replace("{part}", "PostgreSQL")}),
-    Single("growth", ["growth.py", "--scale", "0.1", "--rounds", "1", "-d", "4"], {"ratio": GROWTH}),
+    Single("growth", ["growth.py", "--scale", "0.1", "-c", "8", "-d", "3"], {"ratio": GROWTH}, short=False),
 )
 
 
@@ -92,7 +93,7 @@ def run(command, timeout, **environment):
         return [{"error": f"not over after {timeout:.0f} s"}]
     lines = [json.loads(line) for line in (done.stdout + done.stderr).splitlines() if line.startswith("{")]
     if done.returncode and not any("error" in line for line in lines):
-        lines.append({"error": " / ".join(done.stderr.strip().splitlines()[-2:]) or f"status {done.returncode}"})
+        lines.append({"error": "".join(done.stderr.strip().splitlines()[-1:]) or f"status {done.returncode}"})
     return lines
 
 
@@ -118,7 +119,7 @@ def turn(contender, server_url, seconds):
 
 
 class Results:
-    """What was measured: one value a round."""
+    """What was measured: a list of values each, one per round."""
 
     def __init__(self):
         self.steps, self.cpu = {}, {}  # by contender's name and concurrency
@@ -132,7 +133,8 @@ class Results:
             else:
                 key = contender.name, line["concurrency"]
                 self.steps.setdefault(key, []).append(line["stepsPerSecond"])
-                self.cpu.setdefault(key, []).append(line.get("cpu", {}))
+                if "cpu" in line:
+                    self.cpu.setdefault(key, []).append(line["cpu"])
 
     def add_single(self, single, whose, lines):
         for line in lines:
@@ -242,15 +244,18 @@ def report(results, contenders, versions, args):
     lines = ["# Results", "", f"Measured {datetime.date.today()} by `bench/compare.py` on {machine()}.",
              f"{versions}.", f"{args.rounds} round(s) of {args.seconds:g} s by turns; medians. The flow: enqueue, "
              "claim, ten checkpointed steps of 200 bytes, complete.", ""]
-    lines += [*markdown(rates_table(results, contenders)), "", "## What a step costs", "",
-              "The CPU of the client's, the server's and PostgreSQL's processes in the time that counts, divided by the "
-              "steps. Restate's server holds its own storage.", "", *markdown(cpu_table(results, contenders))]
+    lines += markdown(rates_table(results, contenders))
+    if results.cpu:
+        lines += ["", "## What a step costs", "", "The CPU of the client's, the server's and PostgreSQL's processes in "
+                  "the time that counts, divided by the steps. Restate's server holds its own storage.", ""]
+        lines += markdown(cpu_table(results, contenders))
     if results.singles:
         lines += ["", "## Single figures", "", *markdown(singles_table(results))]
     lines += ["", "## What was aimed for", "", *markdown([["what", "aim", "is", ""],
                                                          *(aim_row(*aim) for aim in aims(results))])]
     if results.errors:
-        lines += ["", "## What could not be measured", "", *(f"- {name}: {why}" for name, why in results.errors.items())]
+        lines += ["", "## What could not be measured", ""]
+        lines += [f"- {name}: {why}" for name, why in results.errors.items()]
     return lines
 
 
@@ -270,20 +275,15 @@ def versions_of(server_url, old):
 
 def chosen(args):
     """The contenders and the single figures that these arguments ask for."""
-    contenders, singles = [], []
+    contenders = []
     for contender in CONTENDERS:
         if contender.short or not args.short:
             contenders.append(contender)
             if args.old and contender.name in BEFORE:
                 contenders.append(contender._replace(name=before(contender.name), tree=args.old))
-    for single in SINGLES:
-        if not args.short:
-            singles.append(single)
-    if args.only:
-        def is_meant(row):
-            return any(word in row.name for word in args.only)
-        return list(filter(is_meant, contenders)), list(filter(is_meant, SINGLES))
-    return contenders, singles
+    singles = [single for single in SINGLES if single.short or not args.short]
+    return [[row for row in rows if not args.only or any(word in row.name for word in args.only)]
+            for rows in (contenders, singles)]
 
 
 def take_single(single, results, server_url, old):
@@ -300,7 +300,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", "--seconds", type=float, help="default: 8; with --short 2.5")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--short", action="store_true", help="the rows that the aims are about, without single figures")
+    parser.add_argument("--short", action="store_true", help="the rows that the aims are about")
     parser.add_argument("--quick", action="store_true", help="one round of one second each")
     parser.add_argument("--old", type=lambda path: Path(path).resolve(), help="an older source tree, to compare with")
     parser.add_argument("--only", nargs="+", help="what has one of these words in its name")
@@ -319,9 +319,9 @@ def main():
                 results.add(contender, lines)
                 told = ", ".join(str(line.get("stepsPerSecond", line.get("error"))) for line in lines)
                 print(f"round {number}: {contender.name}: {told}", file=sys.stderr, flush=True)
-            for single in singles:
-                take_single(single, results, server_url, args.old)
-                print(f"round {number}: {single.name}", file=sys.stderr, flush=True)
+        for single in singles:
+            take_single(single, results, server_url, args.old)
+            print(single.name, file=sys.stderr, flush=True)
         lines = report(results, contenders, versions_of(server_url, args.old), args)
     print("\n".join(lines))
     if args.write:

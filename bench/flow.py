@@ -49,7 +49,7 @@ async def worker(args, url, queue, window):
         await call("complete run", f"{path}/complete", {"result": text, "leaseOwner": owner})
 
     async def write_behind(run_id, owner):
-        of_run = {"runId": run_id, "leaseOwner": owner, "brief": True}
+        of_run = {"runId": run_id, "leaseOwner": owner, "brief": True, "chained": True}
         records = [{"do": "record_step", **of_run, "name": f"s{step}", "inputHash": "h", "input": text, "options": {},
                     "output": text, "startedAt": STARTED_AT, "durationMs": 5} for step in range(args.steps)]
         # The first is sent at once; the others, which are there when it is answered, with the run's completion.

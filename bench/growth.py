@@ -82,10 +82,12 @@ def main():
                     figures = flow.measure(args, server.url, concurrency, server.pids)
                     rates.setdefault((concurrency, name), []).append(figures["stepsPerSecond"])
     for (concurrency, name), values in rates.items():
-        empty = median(rates[concurrency, "empty"]) or 1
-        show({"concurrency": concurrency, "database": name, "runs": 0 if name == "empty" else runs,
-              "stepsPerSecond": median(values), "ratio": round(median(values) / empty, 2)}, args.json,
-             "c={concurrency:<3d} {database:8s} {runs:>9,} runs {stepsPerSecond:8.1f} steps/s   ratio {ratio}")
+        if name != "empty":
+            empty = median(rates[concurrency, "empty"])
+            show({"concurrency": concurrency, "database": name, "runs": runs, "stepsPerSecond": median(values),
+                  "emptyStepsPerSecond": empty, "ratio": round(median(values) / empty, 2)}, args.json,
+                 "c={concurrency:<3d} {database:8s} {runs:>9,} runs {stepsPerSecond:8.1f} steps/s, "
+                 "empty {emptyStepsPerSecond:8.1f}   ratio {ratio}")
 
 
 if __name__ == "__main__":

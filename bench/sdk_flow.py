@@ -28,7 +28,9 @@ def measure(args, module, url, concurrency, processes):
     window = Window(args.seconds)
     window.watch_cpu(processes)
     options = {"side_effects": ["email"]} if args.begin else {}
-    working = {"concurrency": concurrency, "stop": window.is_over, **({"write_behind": True} if args.write_behind else {})}
+    working = {"concurrency": concurrency, "stop": window.is_over}
+    if args.write_behind:  # older clients do not know it
+        working["write_behind"] = True
 
     def flow(run, input):
         started = time.perf_counter()
