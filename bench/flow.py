@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Load one Tidebase server over HTTP and print what it sustained.
 
-Each of C workers is a client of its own, with its own connection: until the time is up, it enqueues a run, claims it,
-checkpoints S steps and completes it. No client library: raw keep-alive HTTP on asyncio, so that the client's cost is
-small and the same for every server measured; --processes spreads the workers, so that one core is not the limit.
-Prints the CPU per step of this process and its children, of the server and of PostgreSQL, too.
+Each of C workers is a client of its own, with its own connection: until the time is up, it claims a run, checkpoints S
+steps, completes the run and enqueues the next. No client library: raw keep-alive HTTP on asyncio, so that the client's
+cost is small and the same for every server measured; --processes spreads the workers, so that one core is not the
+limit. Prints the CPU per step of this process and its children, of the server and of PostgreSQL, too.
 
     flow.py                                        a server and a PostgreSQL of its own, 1, 8 and 32 workers
     flow.py --url http://127.0.0.1:7373 -c 8       a server that runs already: two writes a step, begin and complete
     flow.py --one-write                            one write a step: POST /runs/:id/steps
-    flow.py --write-behind                         a run's records in two requests: POST /writes, the end with the last
+    flow.py --write-behind                         POST /writes twice a run: the first record; all others, the run's
+                                                   completion and the next run
     flow.py --queue shared                         all workers claim from one queue, not each from its own
 
 Compare servers in one run, by turns, on one machine; quote ratios and medians of at least three rounds.
@@ -33,6 +34,9 @@ async def worker(args, url, queue, window):
         window.note(name, started)
         return answer
 
+    async def enqueue():
+        await call("enqueue", f"/queues/{queue}/enqueue", {"workflowName": "bench", "input": text})
+
     async def step_by_step(run_id, owner):
         path = f"/runs/{run_id}"
         for step in range(args.steps):
@@ -47,23 +51,26 @@ async def worker(args, url, queue, window):
                 await call("complete step", f"{path}/steps/{begun['step']['id']}/complete", body)
             window.note("step", started)
         await call("complete run", f"{path}/complete", {"result": text, "leaseOwner": owner})
+        await enqueue()
 
     async def write_behind(run_id, owner):
         of_run = {"runId": run_id, "leaseOwner": owner, "brief": True, "chained": True}
         records = [{"do": "record_step", **of_run, "name": f"s{step}", "inputHash": "h", "input": text, "options": {},
                     "output": text, "startedAt": STARTED_AT, "durationMs": 5} for step in range(args.steps)]
-        # The first is sent at once; the others, which are there when it is answered, with the run's completion.
-        for sent, end in ((records[:1], []), (records[1:], [{"do": "complete_run", **of_run, "result": text}])):
+        end = [{"do": "complete_run", **of_run, "result": text},
+               {"do": "enqueue_run", "queue": queue, "workflowName": "bench", "input": text}]
+        # The first record is sent at once; when it is answered, all that follows it is ready.
+        for sent, others in ((records[:1], []), (records[1:], end)):
             started = time.perf_counter()
-            answer = await call("writes", "/writes", {"writes": sent + end})
+            answer = await call("writes", "/writes", {"writes": sent + others})
             if refused := [result for result in answer["results"] if "error" in result]:
                 raise Refused(refused[0])
             for _ in sent:
                 window.note("step", started)
 
+    await enqueue()
     while not window.is_over():
         began = time.perf_counter()
-        await call("enqueue", f"/queues/{queue}/enqueue", {"workflowName": "bench", "input": text})
         claim = await call("claim", "/queues/claim", {"queues": [queue], "limit": 1})
         if not claim["runs"]:  # on a shared queue somebody else may have been faster
             continue
