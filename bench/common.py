@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
-ENVIRONMENTS = BENCH / ".env"  # what the peers need is installed here
+ENVIRONMENTS = Path(os.environ.get("BENCH_PEERS", BENCH / ".env"))  # what the peers need is installed here
 WARM_UP_S = 1.0  # before figures are taken: connections are opened, functions planned
 DURABLE = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
 
@@ -52,6 +53,31 @@ class Window:
     def is_over(self):
         return time.perf_counter() >= self.end
 
+    def watch_cpu(self, processes):
+        """Take the CPU of this process' tree, the client, and of other ones, when the window begins and when it ends.
+
+        processes: {name: pid}, of this machine; those below this process do not count as the client. Called when it is
+        settled when the window begins.
+        """
+        pids = {"client": os.getpid(), **processes}
+
+        def cpu_at(moment):
+            time.sleep(max(0.0, moment - time.perf_counter()))
+            return {name: cpu_seconds(pid, set(processes.values()) - {pid}) for name, pid in pids.items()}
+
+        def watch():
+            before, after = cpu_at(self.began), cpu_at(self.end)
+            self.cpu = {name: after[name] - before[name] for name in pids}
+
+        self.watcher = threading.Thread(target=watch, daemon=True)
+        self.watcher.start()
+
+    def cpu_per_step(self):
+        """Microseconds of CPU by name, divided by the steps that ended in the window: of what watch_cpu watches."""
+        self.watcher.join()
+        steps = max(len(self.times.get("step", ())), 1)
+        return {name: round(seconds / steps * 1e6) for name, seconds in self.cpu.items()}
+
     def rate(self, name):
         """How many a second."""
         return round(len(self.times.get(name, ())) / self.seconds, 1)
@@ -63,7 +89,17 @@ def spread(times):
     return {name: round(times[int(len(times) * part)] * 1e3, 2) for name, part in (("p50", 0.5), ("p99", 0.99))}
 
 
+def cpu_seconds(pid, without=()):
+    """User and system time of a process and all below it, those that have ended included, but not of `without`."""
+    process = Path(f"/proc/{pid}")
+    spent = process.joinpath("stat").read_text().rpartition(")")[2].split()[11:15]  # its own, and of ended children
+    children = [int(child) for task in process.glob("task/*/children") for child in task.read_text().split()]
+    return sum(map(int, spent)) / os.sysconf("SC_CLK_TCK") \
+        + sum(cpu_seconds(child, without) for child in children if child not in without)
+
+
 def median(values):
+    """The upper one of the two in the middle, where there are two; None of nothing."""
     values = sorted(value for value in values if value is not None)
     return values[len(values) // 2] if values else None
 
@@ -76,7 +112,14 @@ def parser_of(doc, concurrency=(1, 8, 32), seconds=8.0):
     parser.add_argument("-s", "--steps", type=int, default=10)
     parser.add_argument("--payload", type=int, default=200, help="bytes of text in each input and output")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line, instead of words")
+    parser.add_argument("--cpu", metavar="NAME=PID", nargs="+", default=[], type=lambda text: text.split("=", 1),
+                        help="processes whose CPU per step is to be printed, beside the client's own")
     return parser
+
+
+def watched(args):
+    """--cpu as {name: pid}."""
+    return {name: int(pid) for name, pid in args.cpu}
 
 
 def show(figures, as_json, words):
@@ -179,40 +222,38 @@ def running(command, health, **options):
             process.kill()
 
 
+def postmaster_of(database_url):
+    """The process id of a PostgreSQL on this machine. Takes a superuser's address."""
+    return sql(database_url, "select (regexp_split_to_array(pg_read_file('postmaster.pid'), '\\n'))[1]::int")[0][0]
+
+
 class Tidebase(NamedTuple):
-    """A server that runs."""
+    """A server that runs, and the processes that its steps cost CPU: {name: pid}."""
 
     url: str
-    pid: int
+    pids: dict
 
 
 @contextlib.contextmanager
-def tidebase(database_url, processes=1, **settings):
-    """A Tidebase server on a free port, in `processes` processes."""
+def tidebase(database_url, processes=1, tree=ROOT, **settings):
+    """A Tidebase server, from the source in `tree`, on a free port, in `processes` processes."""
     port = free_port()
     environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port), "DATABASE_URL": database_url,
                    "WEB_CONCURRENCY": str(processes), **settings}
     url = f"http://127.0.0.1:{port}"
-    with running([sys.executable, str(ROOT / "tidebase.py")], f"{url}/health", env=environment) as process:
-        yield Tidebase(url, process.pid)
+    with running([sys.executable, str(tree / "tidebase.py")], f"{url}/health", env=environment) as process:
+        yield Tidebase(url, {"server": process.pid, "postgres": postmaster_of(database_url)})
 
 
 @contextlib.contextmanager
 def tidebase_of_our_own(processes=1, url=None, **settings):
     """A server with a PostgreSQL of its own; or, when `url` is given, the one that answers there."""
     if url:
-        yield Tidebase(url, 0)
+        yield Tidebase(url, {})
         return
     with postgres() as server_url, database(server_url) as database_url, \
             tidebase(database_url, processes, **settings) as server:
         yield server
-
-
-def cpu_seconds(pid):
-    """What a process and its children have used, since they started."""
-    import psutil
-    process = psutil.Process(pid)
-    return sum(sum(p.cpu_times()[:2]) for p in [process, *process.children(recursive=True)])
 
 
 # --- a raw client
@@ -271,7 +312,7 @@ def client_module(path=ROOT / "tidebase_sdk.py"):
     return tidebase_sdk
 
 
-# --- the peers: each in an environment of its own, under bench/.env
+# --- the peers: each in an environment of its own, under bench/.env or the folder that BENCH_PEERS names
 
 
 def install(peer, packages, npm=()):
@@ -294,8 +335,8 @@ def install(peer, packages, npm=()):
 def peer_main(doc, name, packages, measure, resume, npm=(), needs_database=True, modes=("",)):
     """The command line of a peer's script.
 
-    measure(args, concurrency) -> Window, and resume(args) -> milliseconds, run in the peer's environment, in a process
-    of their own for each concurrency, with args.database the address of a new database.
+    measure(args, concurrency) -> Window, whose CPU is watched, and resume(args) -> milliseconds, run in the peer's
+    environment, in a process of their own for each concurrency, with args.database the address of a new database.
     """
     parser = parser_of(doc)
     parser.add_argument("--resume", action="store_true", help="measure the replay of 1,000 steps instead")
@@ -310,7 +351,8 @@ def peer_main(doc, name, packages, measure, resume, npm=(), needs_database=True,
         else:
             window = measure(args, args.concurrency[0])
             figures = {"peer": name, "concurrency": args.concurrency[0], "stepsPerSecond": window.rate("step"),
-                       "runsPerSecond": window.rate("run"), "step": spread(window.times.get("step"))}
+                       "runsPerSecond": window.rate("run"), "step": spread(window.times.get("step", ())),
+                       "cpu": window.cpu_per_step()}
             print(json.dumps(figures), flush=True)
         os._exit(0)  # some leave threads behind that would go on
     try:
@@ -325,6 +367,8 @@ def peer_main(doc, name, packages, measure, resume, npm=(), needs_database=True,
                 command = [folder / "bin" / "python", sys.argv[0], "--database", url, "-c", str(concurrency),
                            "-d", str(args.seconds), "-s", str(args.steps), "--payload", str(args.payload),
                            "--mode", args.mode]
+                if needs_database:
+                    command += ["--cpu", f"postgres={postmaster_of(url)}"]
                 done = subprocess.run([*map(str, command), *["--resume"] * args.resume], env=environment, text=True,
                                       capture_output=True, timeout=args.seconds + 300, check=False)
                 lines = done.stdout.strip().splitlines()
@@ -333,4 +377,5 @@ def peer_main(doc, name, packages, measure, resume, npm=(), needs_database=True,
                     raise SystemExit(json.dumps({"peer": name, "error": f"does not run: {why}"}))
                 figures = json.loads(lines[-1])
                 show(figures, args.json, "{peer} {resumeMilliseconds} ms to the first new step" if args.resume else
-                     "{peer} c={concurrency:<3d} {stepsPerSecond:8.1f} steps/s {runsPerSecond:7.1f} runs/s")
+                     "{peer} c={concurrency:<3d} {stepsPerSecond:8.1f} steps/s {runsPerSecond:7.1f} runs/s   "
+                     "us CPU a step: {cpu}")

@@ -19,25 +19,26 @@ fi
 script=$(mktemp)
 trap 'rm -f "$script"' EXIT
 text="{\"text\":\"$(printf 'x%.0s' $(seq 200))\"}"
-job='{"workflowName":"floor","metadata":{},"channels":[],"maxAttempts":3,"priority":0}'
+job='{"workflow_name":"floor","metadata":{},"channels":[],"max_attempts":3,"priority":0}'
+run="p_run_id => :run, p_lease_owner => 'floor' || :client_id"
 {
   cat <<SQL
-select tidebase.enqueue_run('floor' || :client_id, '$job', '$text');
-select tidebase.claim_runs(array['floor' || :client_id], 'floor' || :client_id, null, 1, 60000, false)#>>'{runs,0,id}' as run \\gset
+select tidebase.enqueue_run(p_queue => 'floor' || :client_id, p_job => '$job', p_input => '$text');
+select tidebase.claim_runs(p_queues => array['floor' || :client_id], p_lease_owner => 'floor' || :client_id, p_id => null, p_limit => 1, p_lease_ms => 60000, p_checkpoints => false)#>>'{runs,0,id}' as run \\gset
 SQL
   for step in $(seq "$steps"); do
     if [ -n "${TWO_WRITES:-}" ]; then
       cat <<SQL
-select (body->'step')->>'id' as step from tidebase.begin_step(:run, 's$step', 'h', '$text', '{}', 'floor' || :client_id, 60000) \\gset
-select tidebase.complete_step(:run, :step, 'floor' || :client_id, '$text');
+select (body->'step')->>'id' as step from tidebase.begin_step($run, p_name => 's$step', p_input_hash => 'h', p_input => '$text', p_options => '{}', p_lease_ms => 60000) \\gset
+select tidebase.complete_step($run, p_step_id => :step, p_output => '$text');
 SQL
     else
       cat <<SQL
-select tidebase.record_step(:run, 'floor' || :client_id, 's$step', 'h', '$text', '{}', '$text', null, false, null, now(), 5);
+select tidebase.record_step($run, p_name => 's$step', p_input_hash => 'h', p_input => '$text', p_options => '{}', p_output => '$text', p_error => null, p_retryable => false, p_resume_decision => null, p_started_at => now(), p_duration_ms => 5);
 SQL
     fi
   done
-  echo "select tidebase.complete_run(:run, 'floor' || :client_id, '$text');"
+  echo "select tidebase.complete_run($run, p_result => '$text');"
 } >"$script"
 
 report=$("$PGBENCH" -n -M "${PROTOCOL:-extended}" -f "$script" -c "$clients" -j "$((clients < 2 ? 1 : 2))" \

@@ -73,19 +73,21 @@ def main():
         servers = {}
         for name in ("empty", "past", "backlog"):
             url = stack.enter_context(database(server_url, name))
-            servers[name] = stack.enter_context(tidebase(url, args.server_processes)).url
+            servers[name] = stack.enter_context(tidebase(url, args.server_processes))
             if name != "empty":
                 fill(url, PAST if name == "past" else BACKLOG, runs)
         for _ in range(args.rounds):
             for concurrency in args.concurrency:
-                for name, url in servers.items():
-                    figures = flow.measure(args, url, concurrency)
+                for name, server in servers.items():
+                    figures = flow.measure(args, server.url, concurrency, server.pids)
                     rates.setdefault((concurrency, name), []).append(figures["stepsPerSecond"])
     for (concurrency, name), values in rates.items():
-        empty = median(rates[concurrency, "empty"]) or 1
-        show({"concurrency": concurrency, "database": name, "runs": 0 if name == "empty" else runs,
-              "stepsPerSecond": median(values), "ratio": round(median(values) / empty, 2)}, args.json,
-             "c={concurrency:<3d} {database:8s} {runs:>9,} runs {stepsPerSecond:8.1f} steps/s   ratio {ratio}")
+        if name != "empty":
+            empty = median(rates[concurrency, "empty"])
+            show({"concurrency": concurrency, "database": name, "runs": runs, "stepsPerSecond": median(values),
+                  "emptyStepsPerSecond": empty, "ratio": round(median(values) / empty, 2)}, args.json,
+                 "c={concurrency:<3d} {database:8s} {runs:>9,} runs {stepsPerSecond:8.1f} steps/s, "
+                 "empty {emptyStepsPerSecond:8.1f}   ratio {ratio}")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ import asyncio
 import contextlib
 import time
 
-from common import client_module, cpu_seconds, database, postgres, show, sql, tidebase
+from common import client_module, cpu_seconds, database, postgres, show, tidebase
 
 SETTLE_S = 5  # until all of them wait
-
-
-def postmaster_of(server_url):
-    return sql(server_url, "select (regexp_split_to_array(pg_read_file('postmaster.pid'), '\\n'))[1]::int")[0][0]
 
 
 async def idle(url, workers, seconds, cpu):
     module = client_module()
     clients = [module.AsyncTidebase(url) for _ in range(workers)]
+    for client in clients:
+        client.workflow("idle", lambda run: None)  # a worker without a workflow claims nothing
     tasks = [asyncio.create_task(client.work([f"idle{n}"])) for n, client in enumerate(clients)]
     await asyncio.sleep(SETTLE_S)
     began, before = time.perf_counter(), cpu()
@@ -42,9 +40,8 @@ def main():
     args = parser.parse_args()
     with postgres() as server_url, database(server_url) as database_url, \
             tidebase(database_url, args.server_processes) as server:
-        postmaster = postmaster_of(server_url)
         percent = asyncio.run(idle(server.url, args.workers, args.seconds,
-                                   lambda: (cpu_seconds(server.pid), cpu_seconds(postmaster))))
+                                   lambda: [cpu_seconds(server.pids[name]) for name in ("server", "postgres")]))
     show({"workers": args.workers, "serverPercent": percent[0], "postgresPercent": percent[1]}, args.json,
          "{workers} idle workers: the server {serverPercent} % of a core, PostgreSQL {postgresPercent} %")
 

@@ -16,7 +16,7 @@ def main():
     with tidebase_of_our_own(args.server_processes, args.url) as server:
         for args.payload in SIZES:
             for concurrency in args.concurrency:
-                figures = flow.measure(args, server.url, concurrency)
+                figures = flow.measure(args, server.url, concurrency, server.pids)
                 figures.update(payload=args.payload, **figures["milliseconds"].get("step", {"p50": 0, "p99": 0}),
                                megabytesPerSecond=round(figures["stepsPerSecond"] * 2 * args.payload / 1e6, 2))
                 show(figures, args.json, "{payload:>9,} bytes c={concurrency:<3d} {stepsPerSecond:8.1f} steps/s "

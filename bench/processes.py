@@ -44,20 +44,31 @@ def rate(url, requests, status, seconds):
     with selectors.DefaultSelector() as selector:
         for path, body in requests:
             data = json.dumps(body).encode()
-            head = f"POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-length: {len(data)}\r\n\r\n"
+            head = f"POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n" \
+                   f"content-length: {len(data)}\r\n\r\n"
             connection = socket.create_connection((host, int(port)))
-            selector.register(connection, selectors.EVENT_READ, head.encode() + data)
+            selector.register(connection, selectors.EVENT_READ, (head.encode() + data, bytearray()))
             connection.sendall(head.encode() + data)
         while not window.is_over():
             for key, _ in selector.select(1):
-                answer = key.fileobj.recv(65_536)  # workers' requests are answered in one piece
+                request, answer = key.data
+                answer += key.fileobj.recv(65_536)
+                if not is_whole(answer):
+                    continue
                 if not answer.startswith(b"HTTP/1.1 %d " % status):
-                    raise SystemExit(f"unexpected answer: {answer[:200]!r}")
+                    raise SystemExit(f"unexpected answer: {bytes(answer[:200])!r}")
                 window.note("answer", time.perf_counter())
-                key.fileobj.sendall(key.data)
+                answer.clear()
+                key.fileobj.sendall(request)
         for key in list(selector.get_map().values()):
             key.fileobj.close()
     return window.rate("answer")
+
+
+def is_whole(answer):
+    """Whether these bytes are all of an answer that tells its length."""
+    head, end, body = answer.partition(b"\r\n\r\n")
+    return bool(end) and len(body) == int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
 
 
 def main():

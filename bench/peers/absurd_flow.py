@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Window, peer_main
+from common import Window, peer_main, watched
 
 PACKAGES = ["absurd-sdk==0.5.1", "absurdctl==0.5.1", "psycopg[binary]==3.3.9"]
 QUEUE = "bench"
@@ -30,6 +30,7 @@ def measure(args, concurrency):
     prepare(args)
     text = {"text": "x" * args.payload}
     window = Window(args.seconds)
+    window.watch_cpu(watched(args))
     clients = [Absurd(args.database, queue_name=QUEUE) for _ in range(concurrency)]
 
     def register(client):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import Window, peer_main
+from common import Window, peer_main, watched
 
 PACKAGES = ["dbos==3.4.0"]
 QUEUE = "bench"
@@ -53,6 +53,7 @@ def measure(args, concurrency):
 
     DBOS.launch()
     window.restart()
+    window.watch_cpu(watched(args))
     if args.mode == "direct":
         for _ in range(concurrency):
             threading.Thread(target=call_again_and_again, daemon=True).start()

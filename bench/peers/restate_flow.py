@@ -26,7 +26,7 @@ SERVER = ["@restatedev/restate-server@1.7.12"]
 
 @contextmanager
 def restate_server(args, endpoint):
-    """A Restate server with this worker registered.  Yields the address of its ingress."""
+    """A Restate server with this worker registered.  Yields the address of its ingress, and the server's pid."""
     ingress, admin = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="tidebase-bench-") as folder:
         environment = {**os.environ, "RESTATE_INGRESS__BIND_ADDRESS": f"127.0.0.1:{ingress}",
@@ -34,11 +34,11 @@ def restate_server(args, endpoint):
                        "RESTATE_BIND_ADDRESS": f"127.0.0.1:{free_port()}", "RESTATE_LISTEN_MODE": "tcp"}
         binary = next(args.folder.glob("node_modules/@restatedev/restate-server-*/bin/restate-server"))
         with running([str(binary), "--base-dir", folder, "--no-logo"], f"http://127.0.0.1:{admin}/health",
-                     env=environment):
+                     env=environment) as server:
             urllib.request.urlopen(urllib.request.Request(
                 f"http://127.0.0.1:{admin}/deployments", json.dumps({"uri": endpoint}).encode(),
                 {"content-type": "application/json"})).read()
-            yield f"http://127.0.0.1:{ingress}"
+            yield f"http://127.0.0.1:{ingress}", server.pid
 
 
 def serve(service, seen=lambda: None):
@@ -91,8 +91,9 @@ def measure(args, concurrency):
         window.note("run", began)
         return text
 
-    with restate_server(args, serve(service)) as ingress:
+    with restate_server(args, serve(service)) as (ingress, server):
         window.restart()
+        window.watch_cpu({"server": server})
         client = os.fork()
         if not client:
             asyncio.run(clients(ingress, concurrency, text, args.seconds))
@@ -123,7 +124,7 @@ def resume(args):
         await context.run_typed("new", give_new)
         return text
 
-    with restate_server(args, serve(service, lambda: arrived.append(time.perf_counter()))) as ingress:
+    with restate_server(args, serve(service, lambda: arrived.append(time.perf_counter()))) as (ingress, _):
         asyncio.run(Connection(ingress).call("POST", "/bench/flow", text))
     return (new[0] - arrived[1]) * 1e3
 
