@@ -35,6 +35,7 @@ from __future__ import annotations
 import base64
 import difflib
 import functools
+import gc
 import hmac
 import importlib
 import itertools
@@ -84,6 +85,7 @@ from tidebase_server.request import (
     choice_of,
     flag_of,
     found,
+    is_quiet,
     parse,
     path_of,
     query,
@@ -287,9 +289,11 @@ class Watcher:
         self.next_disconnect_check = 0.0
         self.stopping = False
 
-    def notify(self) -> None:
-        """Ask again soon: this process wrote something."""
-        if self.long_polls:
+    def notify(self, only_run: str | None = None) -> None:
+        """Ask again soon: this process wrote something; `only_run`: nothing but events of this run."""
+        with self.lock:
+            has_news = any(only_run in (None, poll.run_id) for poll in self.long_polls)
+        if has_news:
             self.wake_event.set()
 
     def stop(self) -> None:
@@ -739,8 +743,9 @@ def authorize() -> flask.Response | None:
 
 def add_headers(response: flask.Response) -> flask.Response:
     """After a route: add what all answers carry, and what TIDEBASE_CORS_ORIGIN allows."""
-    for name, value in SAFE_HEADERS.items():
-        response.headers.setdefault(name, value)
+    if "Cache-Control" not in response.headers:  # it is no reply()
+        for name, value in SAFE_HEADERS.items():
+            response.headers.setdefault(name, value)
     if core().cors_headers:
         response.headers.update(core().cors_headers)
     return response
@@ -816,7 +821,8 @@ def write_all(writes: list[dict[str, Any]]) -> Reply:
             "write_each", writes=to_json([fields[n] for n in rest]), inputs=inputs, outputs=outputs, errors=errors,
             room=MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
         answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
-    core().wrote()
+    if not all(is_quiet(write["do"], error) for write, (_, _, error) in zip(writes, payloads, strict=True)):
+        core().wrote()
     for n, write in enumerate(writes):
         if write["do"] == "fail_run" and answers[n][1] == 200:
             log_failure(write["run_id"], answers[n][0])
@@ -1330,7 +1336,7 @@ def claim() -> Reply:
     except TooManyWaiting:
         return busy(reply(nothing))
     if text is not None:
-        server.wrote()
+        server.watcher.notify()
     return reply(text or nothing)
 
 
@@ -1459,10 +1465,12 @@ class Server:
         environ["tidebase.server"] = self
         return app(environ, start_response)
 
-    def wrote(self) -> None:
-        """Something was written: wake the watcher and the sender."""
-        self.watcher.notify()
-        self.sender.notify()
+    def wrote(self, only_run: str | None = None) -> None:
+        """Something was written: wake the watcher and the sender; `only_run`: nothing but events of this run that no
+        channel takes."""
+        self.watcher.notify(only_run)
+        if only_run is None:
+            self.sender.notify()
 
     def prepare(self) -> None:
         """Bring the schema up to date and open the pool, once.
@@ -1582,6 +1590,7 @@ def serve_one(config: Config, conninfo: str, listener: socket.socket, revive: Ca
     """Serve in this process until SIGTERM or SIGINT, also one that came before and stands in `signals`."""
     server = Server(config, conninfo, listener, revive)
     on_stop(lambda *_: server.stop())
+    gc.freeze()  # what importing made lives as long as the process: collections need not look at it again and again
     if not signals:
         server.serve()
 
