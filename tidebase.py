@@ -1880,9 +1880,13 @@ def write_all(writes: list[Write]) -> Reply:
             JsonArray(write.error for write in some), MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
         answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
     core().wrote()
+    return results(map(answers.__getitem__, range(len(writes))))
+
+
+def results(rows: Iterable[Any]) -> Reply:
+    """The answer to many requests in one: rows of a body and a status."""
     return reply('{"results": [' + ", ".join(
-        body if status == 200 else f'{body[:-1]}, "status": {status}}}'
-        for body, status in map(answers.__getitem__, range(len(writes)))) + "]}")
+        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
 
 
 def log_failure(run_id: str, text: str) -> None:
@@ -2174,14 +2178,16 @@ def begin_run(run_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/heartbeat")
 def heartbeat(run_id: str) -> Reply:
     """Extend the lease.  200 {run}, 404, 409 lease_lost, run_cancelled."""
-    return call("heartbeat", run_id, parse(HeartbeatBody)["lease_owner"])
+    [row] = core().database.rows("heartbeat_runs", [run_id], [parse(HeartbeatBody)["lease_owner"]], False)
+    return reply(*row)
 
 
 @routes.post("/heartbeats")
 def heartbeats() -> Reply:
     """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
     beats = parse(HeartbeatsBody)["runs"]
-    return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
+    return results(core().database.rows("heartbeat_runs", [beat["id"] for beat in beats],
+                                        [beat["lease_owner"] for beat in beats]))
 
 
 @routes.post("/runs/<part:run_id>/complete")

@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "fc29504c7de1b67269bfcc2dc19488eca3c205b8b2224b48c060ce1f1a46df4b")
+PINNED = (3, "51f5b7e2278461128ff04284177abbab3efc2178c7e48ffce3fff7c1945f893c")
 
 
 def apply(conninfo: str) -> None:
