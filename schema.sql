@@ -547,12 +547,19 @@ create or replace function tidebase._step_json (s tidebase.steps) returns json l
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
 $$;
 
--- A step as it is told to who recorded it; p_brief: without what that one sent.
-create or replace function tidebase._step_told (s tidebase.steps, p_brief boolean, p_output json)
+-- The answers to who asked for brief ones: without what was sent.
+create or replace function tidebase._brief_step (p_id text, p_name text, p_status text, p_attempt integer)
+  returns json language sql stable as
+$$ select json_build_object('id', p_id, 'name', p_name, 'status', p_status, 'attempt', p_attempt) $$;
+
+create or replace function tidebase._brief_run (p_id text, p_status text) returns json language sql stable as
+$$ select json_build_object('id', p_id, 'status', p_status) $$;
+
+-- p_output: what was sent; where another output stands, the step is shown whole.
+create or replace function tidebase._step_response (s tidebase.steps, p_brief boolean, p_output json)
   returns json language sql stable as $$
   select json_build_object('step', case when p_brief and s.output::text is not distinct from p_output::text
-    then json_build_object('id', s.id, 'name', s.name, 'status', s.status, 'attempt', s.attempt)
-    else tidebase._step_json(s) end)
+    then tidebase._brief_step(s.id, s.name, s.status, s.attempt) else tidebase._step_json(s) end)
 $$;
 
 create or replace function tidebase._event_json (e tidebase.events) returns json language sql stable as $$
@@ -705,12 +712,15 @@ $$;
 create or replace function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
   language plpgsql stable as $$
 declare
-  v_limit constant bigint := 4 * 1024 * 1024;
-  v_last  integer := 2147483647;  -- the position of the last that is told
+  v_limit  constant bigint := 4 * 1024 * 1024;
+  v_stored bigint;
+  v_last   integer := 2147483647;  -- the position of the last that is answered
 begin
-  select coalesce(sum(pg_column_size(output)), 0) > v_limit into truncated  -- what is stored is never more than its text
+  select coalesce(sum(pg_column_size(output)), 0) into v_stored
     from tidebase.steps where run_id = p_run_id and status = 'completed';
-  if not truncated then
+  -- What is stored is never more than its text, nor less than a 256th of it.
+  truncated := v_stored > v_limit;
+  if v_stored > v_limit / 256 and not truncated then
     select coalesce(sum(octet_length(output::text)), 0) > v_limit into truncated
       from tidebase.steps where run_id = p_run_id and status = 'completed';
   end if;
@@ -727,9 +737,11 @@ begin
            order by position) as done;
 end $$;
 
--- The keys of two objects, both made by json_build_object, in one; as text, so that payloads stay as they came.
-create or replace function tidebase._joined (p_first json, p_second json) returns json language sql immutable as
-$$ select (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json $$;
+-- The keys of two objects in one; as text, so that payloads stay as they came.
+create or replace function tidebase._joined (p_first json, p_second json) returns json language sql immutable as $$
+  select case when p_second::text = '{}' then p_first
+              else (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json end
+$$;
 
 -- ------------------------------------------------------------------------------
 -- Private helpers: locking, refusing and recording, the same way for every verb.
@@ -897,18 +909,11 @@ begin
   end if;
 end $$;
 
--- Adds channels ([{type, url, secret?, events?}]) to a run or to a gate of it, and answers them as they were sent, but
--- without their secrets: [{type, url, events}].
-create or replace function tidebase._add_channels (p_run_id text, p_gate_id text, p_channels jsonb)
-  returns json language sql as $$
-  with added as (
-    insert into tidebase.channels (id, run_id, gate_id, type, url, secret, events)
-    select tidebase._new_id('chan'), p_run_id, p_gate_id, c->>'type', c->>'url', c->>'secret',
-           coalesce(c->'events', '[]')
-      from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n
-    returning *
-  )
-  select coalesce(json_agg(json_build_object('type', type, 'url', tidebase._shown_url(url), 'events', events)), '[]') from added
+-- Channels ([{type, url, secret?, events?}]) as they are shown: without their secrets.
+create or replace function tidebase._shown_channels (p_channels jsonb) returns json language sql stable as $$
+  select coalesce(json_agg(json_build_object('type', c->>'type', 'url', tidebase._shown_url(c->>'url'),
+                                             'events', coalesce(c->'events', '[]')) order by n), '[]')
+    from jsonb_array_elements(p_channels) with ordinality as given (c, n)
 $$;
 
 -- Asks the app, through the run's recovery webhook, to resume it.
@@ -940,30 +945,74 @@ end $$;
 -- Runs: created, begun, kept alive, ended, put back.
 -- ------------------------------------------------------------------------------
 
--- Inserts a run without a queue, its channels and its event run.created, to which p_extras adds keys.
--- Answers  null when the id is taken.
-create or replace function tidebase._create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
-                                                 p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
-                                                 p_extras json, p_parent_id text default null,
-                                                 p_recovery_secret text default null)
-  returns tidebase.runs language plpgsql as $$
+-- Inserts runs, their channels and first events, in one statement. This is the only insert into runs.
+-- p_jobs: [{workflow_name, metadata, channels, id?, queue?, recovery_webhook?, recovery_secret?, dedupe_key?, delay_ms?,
+-- run_at?, max_attempts?, priority?, deadline_ms?, parent_run_id?, created?}]; p_inputs: their inputs, in the same order.
+-- created: keys to add to the event run.created; a job without it gets no such event. A job with a queue has
+-- max_attempts and priority. p_queue: of jobs that name none.
+-- Leaves   runs with a queue queued, event run.enqueued; others pending. A job whose id or dedupe key is taken by another
+--          run, or by an earlier job, is left out.
+-- Returns  the number of each job that was inserted, and its run.
+create or replace function tidebase._insert_runs (p_jobs jsonb, p_inputs json[], p_queue text default null)
+  returns table (n bigint, run tidebase.runs) language plpgsql as $$
 declare
-  v_now   timestamptz := tidebase.now();
-  v_run   tidebase.runs;
-  v_event json;
+  v_now timestamptz := tidebase.now();
 begin
-  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, deadline_at,
-                             has_channels, parent_run_id, event_seq, created_at, updated_at)
-  values (coalesce(p_id, tidebase._new_id('run')), p_workflow_name, p_input, p_metadata, 'pending', p_recovery_webhook,
-          p_recovery_secret, v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
-  on conflict (id) do nothing returning * into v_run;
-  if found then
-    v_event := json_build_object('workflowName', p_workflow_name, 'input', p_input,
-                                 'channels', tidebase._add_channels(v_run.id, null, p_channels));
-    perform tidebase._append_event(v_run.id, 1, 'run.created', case when p_extras is null then v_event
-                                                               else tidebase._joined(v_event, p_extras) end);
-  end if;
-  return v_run;
+  return query
+    with given as (
+      select *, coalesce(j.id, tidebase._new_id('run')) as run_id, coalesce(j.queue, p_queue) as on_queue,
+             j.id is null or row_number() over (partition by j.id order by j.number) = 1 as is_first
+        from rows from (
+               jsonb_to_recordset(p_jobs) as (
+                 id text, workflow_name text, metadata jsonb, channels jsonb, queue text, recovery_webhook text,
+                 recovery_secret text, dedupe_key text, delay_ms bigint, run_at timestamptz, max_attempts integer,
+                 priority integer, deadline_ms bigint, parent_run_id text, created json),
+               unnest(p_inputs)) with ordinality
+             as j (id, workflow_name, metadata, channels, queue, recovery_webhook, recovery_secret, dedupe_key, delay_ms,
+                   run_at, max_attempts, priority, deadline_ms, parent_run_id, created, input, number)
+       order by j.number
+    ), inserted as (
+      insert into tidebase.runs as r (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, queue,
+                                      dedupe_key, priority, run_at, max_attempts, deadline_at, parent_run_id,
+                                      has_channels, event_seq, created_at, updated_at)
+      select run_id, workflow_name, input, metadata, case when on_queue is null then 'pending' else 'queued' end,
+             recovery_webhook, recovery_secret, on_queue, dedupe_key,
+             case when on_queue is not null then priority else 0 end,
+             case when on_queue is not null then coalesce(run_at, v_now + tidebase._ms(delay_ms), v_now) end,
+             case when on_queue is not null then max_attempts else 1 end, v_now + tidebase._ms(deadline_ms), parent_run_id, channels <> '[]',
+             (created is not null)::integer + (on_queue is not null)::integer, v_now, v_now
+        from given where is_first order by number
+      on conflict do nothing
+      returning r as run
+    ), new as (
+      select g.number, g.channels, g.created, i.run
+        from inserted i join given g on g.run_id = (i.run).id where g.is_first
+    ), with_channels as (
+      insert into tidebase.channels (id, run_id, type, url, secret, events)
+      select tidebase._new_id('chan'), (new.run).id, c->>'type', c->>'url', c->>'secret', coalesce(c->'events', '[]')
+        from new cross join jsonb_array_elements(new.channels) with ordinality as channel (c, place)
+       order by new.number, place
+    ), with_events as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select (new.run).id, e.seq, e.type, e.payload, v_now
+        from new cross join lateral (
+               select 1 as seq, 'run.created' as type, tidebase._joined(json_build_object(
+                        'workflowName', (new.run).workflow_name, 'input', (new.run).input,
+                        'channels', tidebase._shown_channels(new.channels)), new.created) as payload
+                where new.created is not null
+               union all
+               select (new.run).event_seq, 'run.enqueued', json_build_object('queue', (new.run).queue, 'runAt',
+                        tidebase._iso((new.run).run_at))
+                where (new.run).queue is not null) as e
+       order by new.number, e.seq
+    )
+    select new.number, new.run from new order by new.number;
+end $$;
+
+-- One run, as above.    Answers  null when its id or dedupe key is taken.
+create or replace function tidebase._insert_run (p_job jsonb, p_input json) returns tidebase.runs language plpgsql as $$
+begin
+  return (select i.run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input]) i);
 end $$;
 
 -- Creates a run. The same p_id again answers the run that is there, created false.
@@ -974,9 +1023,10 @@ create or replace function tidebase.create_run (p_id text, p_workflow_name text,
                                                 p_recovery_secret text default null)
   returns json language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._create_run(p_id, p_workflow_name, p_input, p_metadata, p_recovery_webhook,
-                                              p_channels, p_deadline_ms, null,
-                                              p_recovery_secret => p_recovery_secret);
+  v_run tidebase.runs := tidebase._insert_run(jsonb_build_object(
+    'id', p_id, 'workflow_name', p_workflow_name, 'metadata', p_metadata, 'recovery_webhook', p_recovery_webhook,
+    'recovery_secret', p_recovery_secret, 'channels', p_channels, 'deadline_ms', p_deadline_ms, 'created', '{}'::json),
+    p_input);
   v_new boolean := v_run.id is not null;
 begin
   if not v_new then
@@ -1045,9 +1095,10 @@ end $$;
 
 -- Extends the leases of runs that their owners hold: no event, no attempt. One statement, so that a worker that holds
 -- hundreds pays for one.
--- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}, of a run its lease alone.
-create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_lease_owners text[])
-  returns json language plpgsql
+-- Returns  in the order given, {"run"} or {"error", "code", "run"?}, and its HTTP status. The run is shown whole, or, if
+--          p_brief, by its status and lease alone.
+create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_lease_owners text[], p_brief boolean default true)
+  returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan  -- both as claim_runs
   set enable_seqscan = off as $$
 declare
@@ -1058,36 +1109,22 @@ begin
      set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
     from unnest(p_run_ids, p_lease_owners) as beat (run_id, owner)
    where r.id = beat.run_id and r.lease_owner = beat.owner and r.status = 'running';
-  return (
-    select json_build_object('results', json_agg(case
-             when r.id is null then
-               json_build_object('error', format('run %s does not exist', beat.run_id), 'code', 'not_found',
-                                 'status', 404)
-             when r.status = 'cancelled' then
-               json_build_object('error', format('run %s is cancelled', r.id), 'code', 'run_cancelled',
-                                 'status', 409, 'run', tidebase._lease_json(r))
-             when r.lease_owner is distinct from beat.owner then
-               json_build_object('error', format('the lease of run %s is not yours', r.id), 'code', 'lease_lost',
-                                 'status', 409, 'run', tidebase._lease_json(r))
-             else json_build_object('run', tidebase._lease_json(r)) end order by n))
+  return query
+    select case when r.id is null then
+                  json_build_object('error', format('run %s does not exist', beat.run_id), 'code', 'not_found')
+                when r.status = 'cancelled' then
+                  json_build_object('error', format('run %s is cancelled', r.id), 'code', 'run_cancelled', 'run', shown)
+                when r.lease_owner is distinct from beat.owner then
+                  json_build_object('error', format('the lease of run %s is not yours', r.id), 'code', 'lease_lost',
+                                    'run', shown)
+                else json_build_object('run', shown) end,
+           case when r.id is null then 404
+                when r.status = 'cancelled' or r.lease_owner is distinct from beat.owner then 409 else 200 end
       from unnest(p_run_ids, p_lease_owners) with ordinality as beat (run_id, owner, n)
-      left join tidebase.runs r on r.id = beat.run_id);
-end $$;
-
--- One run's heartbeat.   Needs  p_lease_owner holds it: else TB409 lease_lost or run_cancelled, TB404.   Returns  {"run"}.
-create or replace function tidebase.heartbeat (p_run_id text, p_lease_owner text) returns json language plpgsql as $$
-declare
-  v_run tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now timestamptz := tidebase.now();
-begin
-  if v_run.status = 'cancelled' then
-    perform tidebase._refuse_cancelled(v_run);
-  elsif v_run.lease_owner is distinct from p_lease_owner then
-    perform tidebase._refuse_lost(v_run);
-  end if;
-  update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
-   where id = p_run_id returning * into v_run;
-  return json_build_object('run', tidebase._run_json(v_run));
+      left join tidebase.runs r on r.id = beat.run_id
+     cross join lateral (
+           select case when p_brief then tidebase._lease_json(r) else tidebase._run_json(r) end as shown offset 0) as s
+     order by n;
 end $$;
 
 -- Whether the outcome that p_lease_owner reports changes nothing, since the run ended already.
@@ -1127,7 +1164,7 @@ begin
     perform tidebase._tally(v_run.queue, 'completed', 1);
     perform tidebase._wake_parent(v_run);
   end if;
-  return json_build_object('run', case when p_brief then json_build_object('id', v_run.id, 'status', v_run.status)
+  return json_build_object('run', case when p_brief then tidebase._brief_run(v_run.id, v_run.status)
                                        else tidebase._run_json(v_run) end);
 end $$;
 
@@ -1477,13 +1514,16 @@ create or replace function tidebase._refuse_failed (p_step tidebase.steps) retur
                           json_build_object('step', p_step.id))
 $$;
 
-create or replace function tidebase._step_started (s tidebase.steps) returns json language sql stable as $$
-  select json_build_object('stepId', s.id, 'name', s.name, 'attempt', s.attempt, 'resumeContract', s.contract)
+-- What events show of a step that was started, and of one that was completed.
+create or replace function tidebase._step_started (p_id text, p_name text, p_attempt integer, p_contract json)
+  returns json language sql stable as $$
+  select json_build_object('stepId', p_id, 'name', p_name, 'attempt', p_attempt, 'resumeContract', p_contract)
 $$;
 
-create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql stable as $$
-  select json_build_object('stepId', s.id, 'name', s.name, 'checkpointInvariant', s.contract->'checkpointInvariant',
-                           'verifiedBy', s.contract->'verifiedBy')
+create or replace function tidebase._step_completed (p_id text, p_name text, p_contract json)
+  returns json language sql stable as $$
+  select json_build_object('stepId', p_id, 'name', p_name, 'checkpointInvariant', p_contract->'checkpointInvariant',
+                           'verifiedBy', p_contract->'verifiedBy')
 $$;
 
 -- Asks what to do about a step, and takes it where the answer is "execute".
@@ -1527,7 +1567,7 @@ begin
             tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
             v_now, v_now, v_now)
     returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
+    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step.id, v_step.name, v_step.attempt, v_step.contract));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
@@ -1552,7 +1592,7 @@ begin
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
            completed_at = null, updated_at = v_now
      where s.id = v_step.id returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
+    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step.id, v_step.name, v_step.attempt, v_step.contract));
   end if;
   body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_lease_owner);
 end $$;
@@ -1611,7 +1651,7 @@ begin
        set status = 'completed', output = p_output, error = null, settled_by = p_lease_owner, lease_owner = null,
            lease_expires_at = null, completed_at = v_now, updated_at = v_now
      where id = p_step_id returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step.id, v_step.name, v_step.contract));
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1672,11 +1712,11 @@ begin
               json_build_object('step', v_step.id, 'expectedInputHash', v_step.input_hash,
                                 'actualInputHash', p_input_hash));
   elsif v_step.status = 'completed' and (v_step.settled_by = p_lease_owner or v_run.lease_owner = p_lease_owner) then
-    return tidebase._step_told(v_step, p_brief, p_output);
+    return tidebase._step_response(v_step, p_brief, p_output);
   elsif v_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(v_run);
   elsif v_step.settled_by = p_lease_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
-    return tidebase._step_told(v_step, p_brief, p_output);
+    return tidebase._step_response(v_step, p_brief, p_output);
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
@@ -1696,13 +1736,13 @@ begin
          lease_owner = null, lease_expires_at = null, fence = v_run.fence, started_at = excluded.started_at,
          completed_at = v_now, updated_at = v_now
   returning * into v_step;
-  v_started := case when not v_begun then tidebase._step_started(v_step) end;
+  v_started := case when not v_begun then tidebase._step_started(v_step.id, v_step.name, v_step.attempt, v_step.contract) end;
   if p_error is null then
-    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step), v_started);
+    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step.id, v_step.name, v_step.contract), v_started);
   else
     perform tidebase._tell_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision, v_started);
   end if;
-  return tidebase._step_told(v_step, p_brief, p_output);
+  return tidebase._step_response(v_step, p_brief, p_output);
 end $$;
 
 -- A person's word on a step that nobody can know the outcome of.
@@ -1738,7 +1778,7 @@ begin
          completed_at = case p_decision when 'retry' then null else v_now end
    where id = v_step.id returning * into v_step;
   if p_decision = 'complete' then
-    perform tidebase._record(v_run, null, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._record(v_run, null, 'step.completed', tidebase._step_completed(v_step.id, v_step.name, v_step.contract));
   end if;
   if v_run.status = 'failed' and v_run.queue is not null then
     perform tidebase._put_back(v_run);
@@ -1753,20 +1793,6 @@ end $$;
 -- ------------------------------------------------------------------------------
 -- Children and forks: runs that come from runs.
 -- ------------------------------------------------------------------------------
-
--- Puts a run that was just created on a queue, event run.enqueued.
-create or replace function tidebase._put_on_queue (p_run tidebase.runs, p_queue text, p_max_attempts integer,
-                                                   p_priority integer) returns tidebase.runs language plpgsql as $$
-declare
-  v_run tidebase.runs;
-begin
-  update tidebase.runs set status = 'queued', queue = p_queue, run_at = tidebase.now(), max_attempts = p_max_attempts,
-         priority = p_priority, event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.enqueued',
-                                 json_build_object('queue', p_queue, 'runAt', tidebase._iso(v_run.run_at)));
-  return v_run;
-end $$;
 
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
 -- p_child: {name, workflow_name, metadata, channels, edge_type, edge_metadata, max_attempts, priority, id?,
@@ -1795,17 +1821,11 @@ begin
   elsif v_parent.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_parent);
   end if;
-  v_run := tidebase._create_run(
-    p_child->>'id', p_child->>'workflow_name', p_input,
-    p_child->'metadata' || jsonb_build_object('parentRunId', p_run_id, 'parentEdgeName', v_name),
-    p_child->>'recovery_webhook', p_child->'channels', null,
-    json_build_object('parentRunId', p_run_id, 'edgeName', v_name), p_run_id, p_child->>'recovery_secret');
+  v_run := tidebase._insert_run(p_child || jsonb_build_object(
+    'metadata', p_child->'metadata' || jsonb_build_object('parentRunId', p_run_id, 'parentEdgeName', v_name),
+    'parent_run_id', p_run_id, 'created', jsonb_build_object('parentRunId', p_run_id, 'edgeName', v_name)), p_input);
   if v_run.id is null then
     perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_child->>'id'));
-  end if;
-  if p_child->>'queue' is not null then
-    v_run := tidebase._put_on_queue(v_run, p_child->>'queue', (p_child->>'max_attempts')::integer,
-                                    (p_child->>'priority')::integer);
   end if;
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
   values (tidebase._new_id('edge'), p_run_id, v_run.id, v_name, p_child->>'edge_type', p_child->'edge_metadata')
@@ -1834,11 +1854,14 @@ begin
       perform tidebase._refuse(404, 'not_found', format('run %s has no step %s', p_run_id, p_from_step));
     end if;
   end if;
-  v_fork := tidebase._create_run(
-    p_id, v_run.workflow_name, coalesce(p_input, v_run.input),
-    v_run.metadata || jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
-    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
-    p_recovery_secret => v_run.recovery_secret);
+  v_fork := tidebase._insert_run(jsonb_build_object(
+    'id', p_id, 'workflow_name', v_run.workflow_name, 'channels', '[]'::jsonb,
+    'metadata', v_run.metadata || jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
+    'recovery_webhook', v_run.recovery_webhook, 'recovery_secret', v_run.recovery_secret,
+    'queue', coalesce(p_queue, v_run.queue), 'priority', v_run.priority,
+    'max_attempts', case when v_run.queue is null then 3 else v_run.max_attempts end,
+    'created', jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step)),
+    coalesce(p_input, v_run.input));
   if v_fork.id is null then
     return json_build_object('run', tidebase._run_json(tidebase._same_run(p_id, v_run.workflow_name)),
                              'created', false);
@@ -1850,10 +1873,6 @@ begin
     from tidebase.steps
    where run_id = p_run_id and status = 'completed' and (v_position is null or position < v_position)
    order by position;
-  if coalesce(p_queue, v_run.queue) is not null then
-    v_fork := tidebase._put_on_queue(v_fork, coalesce(p_queue, v_run.queue),
-                                     case when v_run.queue is null then 3 else v_run.max_attempts end, v_run.priority);
-  end if;
   return json_build_object('run', tidebase._run_json(v_fork), 'created', true);
 end $$;
 
@@ -1883,12 +1902,15 @@ begin
     insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
                                 expires_at, created_at, updated_at)
     values (v_id, p_run_id, p_name, p_prompt, p_data, p_capability,
-            tidebase._add_channels(p_run_id, v_id, p_channels),
+            tidebase._shown_channels(p_channels),
             replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''),
             p_public_url || '/runs/' || p_run_id || '/gates/' || v_id || '/resolve',
             v_now + tidebase._ms(p_timeout_ms), v_now, v_now)
     returning * into v_gate;
     if p_channels <> '[]' then
+      insert into tidebase.channels (id, run_id, gate_id, type, url, secret, events)
+      select tidebase._new_id('chan'), p_run_id, v_id, c->>'type', c->>'url', c->>'secret', coalesce(c->'events', '[]')
+        from jsonb_array_elements(p_channels) as c;
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
     perform tidebase._record(v_run, p_lease_owner, 'gate.created',
@@ -2237,7 +2259,7 @@ begin
                     where g.run_id = p_run.id and g.name = v_for->>'event' and g.n = tidebase._number(v_for))
    where s.id = v_for->>'stepId' and s.run_id = p_run.id and s.status = 'running' returning * into v_step;
   if found then
-    perform tidebase._record(p_run, null, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._record(p_run, null, 'step.completed', tidebase._step_completed(v_step.id, v_step.name, v_step.contract));
   end if;
   update tidebase.runs set status = 'queued', run_at = v_now, waiting_for = null, wake_at = null, offered_at = null,
          event_seq = event_seq + 1, updated_at = v_now
@@ -2393,22 +2415,13 @@ end $$;
 -- Answers  the new run; or the one that has the id; or, deduplicated, the live one that has the key.
 create or replace function tidebase._enqueue (p_queue text, p_job jsonb, p_input json,
                                               out run tidebase.runs, out deduplicated boolean) language plpgsql as $$
-declare
-  v_now timestamptz := tidebase.now();
 begin
   deduplicated := false;
   loop
-    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, queue,
-                               dedupe_key, priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
-                               created_at, updated_at)
-    values (coalesce(p_job->>'id', tidebase._new_id('run')), p_job->>'workflow_name', p_input, p_job->'metadata',
-            'queued', p_job->>'recovery_webhook', p_job->>'recovery_secret', p_queue, p_job->>'dedupe_key',
-            (p_job->>'priority')::integer,
-            coalesce((p_job->>'run_at')::timestamptz, v_now + tidebase._ms((p_job->>'delay_ms')::bigint), v_now),
-            (p_job->>'max_attempts')::integer, v_now + tidebase._ms((p_job->>'deadline_ms')::bigint),
-            p_job->'channels' <> '[]', 1, v_now, v_now)
-    on conflict do nothing returning * into run;
-    exit when found;
+    select (i.run).* into run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input], p_queue) i;
+    if found then
+      return;
+    end if;
     if exists (select from tidebase.runs where id = p_job->>'id') then
       run := tidebase._same_run(p_job->>'id', p_job->>'workflow_name');
       return;
@@ -2425,11 +2438,6 @@ begin
       return;
     end if;  -- else the live one ended in between, and its key is free
   end loop;
-  if run.has_channels then
-    perform tidebase._add_channels(run.id, null, p_job->'channels');
-  end if;
-  perform tidebase._append_event(run.id, 1, 'run.enqueued',
-                                 json_build_object('queue', p_queue, 'runAt', tidebase._iso(run.run_at)));
 end $$;
 
 -- One run.    Returns  {"run", "deduplicated"}.
@@ -2458,17 +2466,19 @@ end $$;
 create or replace function tidebase.enqueue_runs (p_queue text, p_jobs jsonb, p_inputs json[])
   returns json language plpgsql set enable_seqscan = off as $$
 declare
-  v_job   record;
   v_new   record;
   v_run   json;
   v_runs  json[] := '{}';
   v_bytes bigint := 0;
 begin
   perform tidebase._lock_keys(p_jobs, p_queue);
-  for v_job in
-    select * from rows from (jsonb_array_elements(p_jobs), unnest(p_inputs)) as given (job, input)
+  for v_new in
+    select n, i.run, false as deduplicated from generate_series(1, cardinality(p_inputs)) as n
+      left join tidebase._insert_runs(p_jobs, p_inputs, p_queue) i using (n) order by n
   loop
-    select * into v_new from tidebase._enqueue(p_queue, v_job.job, v_job.input);
+    if v_new.run is null then  -- its id or its dedupe key is taken
+      select v_new.n, e.* into v_new from tidebase._enqueue(p_queue, p_jobs->(v_new.n::integer - 1), p_inputs[v_new.n]) e;
+    end if;
     if v_bytes <= tidebase._budget() then
       v_run := tidebase._run_json(v_new.run);
       v_bytes := v_bytes + octet_length(v_run::text);
@@ -2581,23 +2591,23 @@ begin
   return v_ids;
 end $$;
 
--- Of runs that are to be claimed, the first whose answers together stay below about 8 MiB; at least one, unless others
--- were claimed before. p_bytes: what those others come to, then these too.
-create or replace function tidebase._fitting (p_ids text[], p_checkpoints boolean, inout p_bytes bigint, out ids text[])
-  language plpgsql stable as $$
-declare
-  v_limit constant bigint := 8 * 1024 * 1024;
-begin
-  select coalesce(array_agg(id order by n), '{}'), p_bytes + coalesce(max(total), 0) into ids, p_bytes
-    from (select id, n, sum(bytes) over (order by n) as total
-            from (select taken.id, n, octet_length(r.input::text) + coalesce(octet_length(r.error::text), 0)
-                         + octet_length(r.metadata::text) + case when p_checkpoints then (
-                           select coalesce(sum(octet_length(s.output::text)), 0) from tidebase.steps s
-                            where s.run_id = taken.id and s.status = 'completed') else 0 end as bytes
-                    from unnest(p_ids) with ordinality as taken (id, n) join tidebase.runs r on r.id = taken.id
-                 ) as measured) as summed
-   where p_bytes + total <= v_limit or (n = 1 and p_bytes = 0);
-end $$;
+-- The bytes of a payload's text, 0 for null; what is stored uncompressed is not read.
+create or replace function tidebase._text_bytes (p_value json) returns bigint language sql stable as $$
+  select coalesce(case when pg_column_compression(p_value) is null then pg_column_size(p_value)
+                       else octet_length(p_value::text) end, 0)
+$$;
+
+-- The bytes that an answer has up to, and with, each of these runs: their payloads and, if p_checkpoints, the outputs of
+-- their completed steps.
+create or replace function tidebase._claim_sizes (p_ids text[], p_checkpoints boolean)
+  returns table (n bigint, id text, total bigint) language sql stable as $$
+  select n, id, sum(bytes) over (order by n)::bigint
+    from (select taken.n, taken.id, tidebase._text_bytes(r.input) + tidebase._text_bytes(r.error)
+                 + tidebase._bytes(r.metadata) + case when p_checkpoints and r.event_seq > 1 then (  -- else it has no steps
+                   select coalesce(sum(tidebase._text_bytes(s.output)), 0) from tidebase.steps s
+                    where s.run_id = taken.id and s.status = 'completed') else 0 end as bytes
+            from unnest(p_ids) with ordinality as taken (id, n) join tidebase.runs r on r.id = taken.id) as measured
+$$;
 
 -- Takes the locks of those queues that have a cap, in the order of their names, so that two claimers that list them
 -- differently do not wait for each other.
@@ -2613,7 +2623,7 @@ begin
 end $$;
 
 -- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two. Of these
--- workflows, or of all; no more than one answer should carry (_fitting).
+-- workflows, or of all; but of many runs only the first whose payloads come to less than about 8 MiB.
 -- A repeat with the same p_id answers what the first call took and the owner still holds; past 8 MiB, which what
 -- was recorded since may come to, without more checkpoints, "checkpointsTruncated".
 -- Leaves   each run running under p_lease_owner's lease, attempt + 1, event run.claimed.
@@ -2626,76 +2636,72 @@ create or replace function tidebase.claim_runs (p_queues text[], p_lease_owner t
   set plan_cache_mode = force_generic_plan  -- else it is planned anew at every claim, for longer than it runs
   set enable_seqscan = off as $$            -- a plan made while the table was tiny is kept while it grows
 declare
-  v_now      timestamptz;
-  v_ready    text[];
-  v_ids      text[];
-  v_run      tidebase.runs;
-  v_runs     json[] := '{}';
-  v_queue    text;
-  v_room     integer;
-  v_before   integer;
-  v_bytes    bigint := 0;
+  v_limit   constant bigint := 8 * 1024 * 1024;
+  v_now     timestamptz;
+  v_ids     text[] := '{}';
+  v_queue   text;
+  v_claimed integer;
 begin
   if p_id is not null then
-    for v_run in select * from tidebase.runs where queue = any (p_queues) and lease_owner = p_lease_owner
-                    and status = 'running' and not stalled and claim_id = p_id
-                  order by array_position(p_queues, queue), priority desc, run_at, id
-    loop
-      v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints, v_bytes < 4194304);
-      v_bytes := v_bytes + octet_length(v_runs[cardinality(v_runs)]::text);
-    end loop;
-    if cardinality(v_runs) > 0 then
-      return json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_lease_owner);
+    v_ids := array(select id from tidebase.runs where queue = any (p_queues) and lease_owner = p_lease_owner
+                      and status = 'running' and not stalled and claim_id = p_id
+                    order by array_position(p_queues, queue), priority desc, run_at, id);
+    if cardinality(v_ids) > 0 then
+      return tidebase._claimed_json(v_ids, p_lease_owner, p_checkpoints);
     end if;
   end if;
   perform tidebase._lock_capped(p_queues);
   v_now := tidebase.now();
   foreach v_queue in array p_queues loop
-    exit when cardinality(v_runs) >= p_limit;
-    v_room := tidebase._queue_room(v_queue, p_limit - cardinality(v_runs));
-    v_before := cardinality(v_runs);
-    v_ready := tidebase._take_ready(v_queue, v_room, v_now, p_workflows);
-    v_ids := v_ready;
-    if p_limit > 1 then
-      select f.ids, f.p_bytes into v_ids, v_bytes from tidebase._fitting(v_ready, p_checkpoints, v_bytes) f;
-    end if;
-    for v_run in
-      with claimed as (
-        update tidebase.runs
-           set status = 'running', attempt = attempt + 1, lease_owner = p_lease_owner, lease_ms = p_lease_ms,
-               lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, claim_id = p_id,
-               former_owners = array_remove(array_remove(former_owners || settled_by, p_lease_owner), null),
-               event_seq = event_seq + 1, updated_at = v_now
-         where id = any (v_ids) returning *)
-      select * from claimed order by array_position(v_ids, id)
-    loop
-      perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.claimed', json_build_object(
-                'leaseOwner', p_lease_owner, 'queue', v_queue, 'attempt', v_run.attempt));
-      v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
-    end loop;
-    perform tidebase._count_claims(v_queue, cardinality(v_runs) - v_before);
-    exit when cardinality(v_ids) < cardinality(v_ready);
+    exit when cardinality(v_ids) >= p_limit;
+    v_ids := v_ids || tidebase._take_ready(v_queue, tidebase._queue_room(v_queue, p_limit - cardinality(v_ids)), v_now,
+                                           p_workflows);
   end loop;
-  return case when cardinality(v_runs) > 0
-         then json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_lease_owner) end;
+  if cardinality(v_ids) = 0 then
+    return null;
+  elsif cardinality(v_ids) > 1 then
+    v_ids := array(select id from tidebase._claim_sizes(v_ids, p_checkpoints) where n = 1 or total <= v_limit order by n);
+  end if;
+  for v_queue, v_claimed in
+    with claimed as (
+      update tidebase.runs
+         set status = 'running', attempt = attempt + 1, lease_owner = p_lease_owner, lease_ms = p_lease_ms,
+             lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, claim_id = p_id,
+             former_owners = array_remove(array_remove(former_owners || settled_by, p_lease_owner), null),
+             offered_at = null, event_seq = event_seq + 1, updated_at = v_now
+       where id = any (v_ids) returning id, event_seq, queue, attempt
+    ), with_events as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select id, event_seq, 'run.claimed', json_build_object('leaseOwner', p_lease_owner, 'queue', queue,
+                                                             'attempt', attempt), v_now
+        from claimed
+    )
+    select queue, count(*) from claimed group by queue
+  loop
+    perform tidebase._count_claims(v_queue, v_claimed);
+  end loop;
+  return tidebase._claimed_json(v_ids, p_lease_owner, p_checkpoints);
 end $$;
 
-create or replace function tidebase._claimed_json (p_run tidebase.runs, p_checkpoints boolean,
-                                                   p_room boolean default true)
+-- What claim_runs answers for these runs, in this order.
+create or replace function tidebase._claimed_json (p_ids text[], p_lease_owner text, p_checkpoints boolean)
   returns json language plpgsql stable as $$
 declare
-  v_checkpoints json := '[]';
-  v_truncated   boolean := true;
+  v_limit constant bigint := 4 * 1024 * 1024;  -- with the 4 MiB of one more run's checkpoints, 8 MiB
 begin
   if not p_checkpoints then
-    return tidebase._run_json(p_run);
-  elsif p_room then
-    select checkpoints, truncated into v_checkpoints, v_truncated from tidebase._checkpoints(p_run.id);
+    return (select json_build_object('runs', json_agg(tidebase._run_json(r) order by n), 'leaseOwner', p_lease_owner)
+              from unnest(p_ids) with ordinality as claimed (id, n) join tidebase.runs r on r.id = claimed.id);
   end if;
-  return (select json_object_agg(key, value) from (  -- _joined would read all of it once more
-            select * from json_each(tidebase._run_json(p_run))
-            union all
-            values ('checkpoints', v_checkpoints), ('checkpointsTruncated', to_json(v_truncated))) as members);
+  return (
+    select json_build_object('leaseOwner', p_lease_owner, 'runs', json_agg(tidebase._joined(
+             tidebase._run_json(r), json_build_object('checkpoints', coalesce(c.checkpoints, '[]'),
+                                                      'checkpointsTruncated', coalesce(c.truncated, before > v_limit)))
+             order by n))
+      from (select *, lag(total, 1, 0::bigint) over (order by n) as before
+              from tidebase._claim_sizes(p_ids, true)) as claimed
+      join tidebase.runs r on r.id = claimed.id
+      left join lateral tidebase._checkpoints(r.id) as c on before <= v_limit and r.event_seq > 2);
 end $$;
 
 -- Sets what p_config names of {concurrency, rate_per_minute, invoke_url, paused}; null clears.    Returns  {"config"}.
@@ -2785,20 +2791,21 @@ begin
   end case;
 end $$;
 
--- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
--- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
---          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
---          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
+-- Many writes, their payloads in the same order: see write_one. Each stands or falls alone.
 -- Chained  a write with "chained": true is refused (TB409 prior_refused) when an earlier write of the same run in this
 --          call was refused. So of a run's chained writes those that are durable are a prefix. A begin that is answered
 --          with 409 manual_review counts as refused; an answer that was only too large (413) does not.
+-- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
+--          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
+--          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
 --          many refuse, some are not reached: their answer is null, and they are for another call, in the same order.
 --          A chained write is answered by the call that refused an earlier write of its run. Past p_room bytes, answers
 --          without payloads, see _brief_answer.
--- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
--- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
+-- First the plain writes are made, by two statements: see _write_plain and _enqueue_plain. The others follow one by one.
+-- A part of them, at first all, is written in one subtransaction. Where a write is refused, the part is undone and
+-- written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
 -- PostgreSQL keeps 64 of a transaction in memory, and beyond them all other transactions get slower.
 create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
                                                 p_room bigint default 16777216)
@@ -2807,9 +2814,13 @@ create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[],
   set enable_seqscan = off as $$
 declare
   v_count    constant integer := jsonb_array_length(p_writes);
-  v_fresh    json[];
+  v_run_ids  text[];
+  v_ending   text[];
+  v_enqueues boolean;
+  v_keys     boolean;             -- whether any has a dedupe key
   v_bodies   json[];
   v_statuses integer[] := array_fill(200, array[v_count]);
+  v_done     boolean[];           -- of the plain ones
   v_written  record;
   v_from     integer := 1;        -- where the part begins,
   v_until    integer := v_count;  -- ends,
@@ -2823,22 +2834,31 @@ declare
   v_words    text;
   v_detail   text;
 begin
-  perform tidebase._lock_keys(p_writes);
+  select coalesce(array_agg(distinct run_id) filter (where run_id is not null), '{}'),
+         array_agg(run_id) filter (where verb in ('complete_run', 'fail_run')),
+         coalesce(bool_or(verb = 'enqueue_run'), false), coalesce(bool_or(dedupe_key is not null), false)
+    into v_run_ids, v_ending, v_enqueues, v_keys
+    from jsonb_to_recordset(p_writes) as w ("do" text, run_id text, dedupe_key text), lateral (select w."do" as verb) v;
+  if v_keys then
+    perform tidebase._lock_keys(p_writes);
+  end if;
   perform from tidebase.runs
-    where id = any (array(select w->>'run_id' from jsonb_array_elements(p_writes) as w
-                          union
-                          select r.parent_run_id from jsonb_array_elements(p_writes) as w
-                            join tidebase.runs r on r.id = w->>'run_id' where w->>'do' = 'complete_run'))
+    where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
+                                        where id = any (v_ending) and parent_run_id is not null))
     order by id for no key update;
-  v_fresh := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
-  v_bodies := v_fresh;
-  select coalesce(sum(octet_length(fresh::text)), 0) into v_size from unnest(v_fresh) as fresh;
+  v_bodies := case when v_run_ids <> '{}' then tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors, not v_keys)
+                   else array_fill(null::json, array[v_count]) end;
+  if v_enqueues then
+    v_bodies := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_bodies);
+  end if;
+  select array_agg(plain is not null), coalesce(sum(octet_length(plain::text)), 0) into v_done, v_size
+    from unnest(v_bodies) as plain;
   while v_from <= v_count and v_parts < 60 loop
     v_before := v_size;
     v_earlier := v_refused;
     begin
       for n in v_from .. v_until loop
-        continue when v_fresh[n] is not null;
+        continue when v_done[n];
         v_at := n;
         if tidebase._is_prior_refused(p_writes->(n - 1), v_refused) then
           v_bodies[n] := tidebase._prior_refused(p_writes->(n - 1));
@@ -2882,7 +2902,7 @@ begin
     end;
   end loop;
   for n in v_from .. v_count loop
-    if v_fresh[n] is null then  -- not reached, or reached in a part that was undone
+    if not v_done[n] then  -- not reached, or reached in a part that was undone
       v_bodies[n] := case when tidebase._is_prior_refused(p_writes->(n - 1), v_refused)
                      then tidebase._prior_refused(p_writes->(n - 1)) end;
       v_statuses[n] := 409;
@@ -2922,56 +2942,121 @@ begin
   end if;
 end $$;
 
--- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, of a run that
--- its worker holds, and the first that the batch has of it. It leaves what record_step would, at a third less of its
--- cost.
--- Needs    the runs locked.    Returns  {"step"} for each of them, in the places of p_writes; null for all others.
-create or replace function tidebase._record_fresh (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+-- Makes, in one statement, the writes of each run with which the batch begins for it and which leave nothing to decide.
+-- A write is plain when it comes with brief and its run is held by the owner that it names, and it either records a step
+-- that completed and is new, or completes a run that has no parent and no channels; and when all writes of its run before
+-- it are plain. It leaves what record_step and complete_run would.
+-- p_keyed_too: whether runs that have a dedupe key may be completed here, since no write of the batch may ask for the key.
+-- Needs    the runs locked.
+-- Returns  each plain write's answer in its place; null for all others.
+create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                  p_keyed_too boolean)
   returns json[] language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
 declare
   v_now     timestamptz := tidebase.now();
-  v_results json[] := array_fill(null::json, array[jsonb_array_length(p_writes)]);
-  v_fresh   record;
+  v_answers json[];
 begin
-  for v_fresh in
-    with given as (
-      select n::integer, w->>'run_id' as run_id, w->>'lease_owner' as owner, w->>'name' as name,
-             w->>'input_hash' as input_hash, (w->'options')::json as options, (w->>'brief')::boolean as brief,
-             coalesce((w->>'started_at')::timestamptz,
-                      v_now - tidebase._ms(coalesce((w->>'duration_ms')::bigint, 0))) as started_at,
-             row_number() over (partition by w->>'run_id' order by n) as place, w->>'do' as verb
-        from jsonb_array_elements(p_writes) with ordinality as given (w, n)
-    ), fresh as materialized (
-      select g.*, r.event_seq, r.fence
-        from given g join tidebase.runs r on r.id = g.run_id
-       where g.place = 1 and g.verb = 'record_step' and p_errors[n] is null
-         and r.status = 'running' and r.lease_owner = g.owner
-         and not exists (select from tidebase.steps s where s.run_id = g.run_id and s.name = g.name)
-    ), counted as (
-      update tidebase.runs r set event_seq = r.event_seq + 2, updated_at = v_now, stalled = false,
-             lease_expires_at = v_now + tidebase._ms(r.lease_ms)
-        from fresh where r.id = fresh.run_id
-    ), stored as (
-      insert into tidebase.steps as s (id, run_id, name, position, input_hash, input, options, contract, status, output,
-                                       settled_by, fence, started_at, completed_at, created_at, updated_at)
-      select tidebase._new_id('step'), run_id, name, event_seq + 1, input_hash, p_inputs[n], options,
-             tidebase._contract(options), 'completed', p_outputs[n], owner, fence, started_at, v_now, v_now, v_now
-        from fresh order by n
-      returning s as step
-    ), told as (
-      insert into tidebase.events (run_id, seq, type, payload, created_at)
-      select (step).run_id, (step).position, 'step.started', tidebase._step_started(step), v_now from stored
-      union all
-      select (step).run_id, (step).position + 1, 'step.completed', tidebase._step_completed(step), v_now from stored
-    )
-    select n, tidebase._step_told(step, brief, (step).output) as answer
-      from stored join fresh on fresh.run_id = (step).run_id
+  with given as (
+    select *, coalesce(named_id, new_id) as run_id  -- to ask for a run by its id is a write of it, and is not plain
+      from rows from (
+           jsonb_to_recordset(p_writes) as ("do" text, run_id text, id text, lease_owner text, name text,
+             input_hash text, options json, brief boolean, started_at timestamptz, duration_ms bigint),
+           unnest(p_inputs), unnest(p_outputs), unnest(p_errors)) with ordinality
+         as w (verb, named_id, new_id, lease_owner, name, input_hash, options, brief, started_at, duration_ms, input,
+               output, error, n)
+  ), judged as (
+    select g.*, r.event_seq, r.fence, r.queue,
+           row_number() over (partition by g.run_id, g.verb, g.name order by n) = 1  -- neither recorded nor completed twice
+           and r.status = 'running' and r.lease_owner = g.lease_owner and g.brief and case g.verb
+             when 'record_step' then g.error is null and not exists (
+               select from tidebase.steps s where s.run_id = g.run_id and s.name = g.name)
+             when 'complete_run' then r.parent_run_id is null and not r.has_channels
+                                      and (p_keyed_too or r.dedupe_key is null)
+             else false end as is_plain
+      from given g join tidebase.runs r on r.id = g.run_id
+  ), placed as (
+    select *, count(*) over so_far as place,
+           bool_and(is_plain) over so_far
+           and count(*) filter (where verb = 'complete_run')
+                 over (so_far rows between unbounded preceding and 1 preceding) = 0 as is_first
+      from judged window so_far as (partition by run_id order by n)
+  ), done as materialized (
+    select n, verb, run_id, lease_owner, name, input_hash, options, input, output, fence, queue,
+           event_seq + 2 * place::integer - 1 as seq,  -- each record before it has two events
+           coalesce(started_at, v_now - tidebase._ms(coalesce(duration_ms, 0))) as started_at,
+           case verb when 'record_step' then tidebase._new_id('step') end as step_id,
+           case verb when 'record_step' then tidebase._contract(options) end as contract
+      from (select * from placed where is_first order by n) as first
+  ), changed as (
+    update tidebase.runs r
+       set event_seq = c.seq, updated_at = v_now, stalled = false,
+           status = case when c.ends then 'completed' else r.status end,
+           result = case when c.ends then c.result end,
+           error = case when not c.ends then r.error end,
+           settled_by = case when c.ends then r.lease_owner else r.settled_by end,
+           lease_owner = case when not c.ends then r.lease_owner end,
+           lease_expires_at = case when not c.ends then v_now + tidebase._ms(r.lease_ms) end,
+           completed_at = case when c.ends then v_now end
+      from (select run_id, max(case verb when 'complete_run' then seq else seq + 1 end) as seq,
+                   bool_or(verb = 'complete_run') as ends,
+                   (array_agg(output) filter (where verb = 'complete_run'))[1] as result
+              from done group by run_id) as c
+     where r.id = c.run_id
+  ), with_steps as (
+    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output,
+                                settled_by, fence, started_at, completed_at, created_at, updated_at)
+    select step_id, run_id, name, seq, input_hash, input, options, contract, 'completed', output, lease_owner, fence,
+           started_at, v_now, v_now, v_now
+      from done where verb = 'record_step'
+  ), with_events as (
+    insert into tidebase.events (run_id, seq, type, payload, created_at)
+    select run_id, e.seq, e.type, e.payload, v_now
+      from done d cross join lateral (
+             select d.seq, 'step.started' as type, tidebase._step_started(step_id, name, 1, contract) as payload
+              where verb = 'record_step'
+             union all
+             select d.seq + 1, 'step.completed', tidebase._step_completed(step_id, name, contract)
+              where verb = 'record_step'
+             union all
+             select d.seq, 'run.completed', json_build_object('result', output) where verb = 'complete_run') as e
+  ), tallied as (
+    insert into tidebase.queue_tallies
+    select queue, 'completed', count(*) from done where verb = 'complete_run' and queue is not null group by queue
+  )
+  select array_agg(case d.verb
+           when 'record_step' then json_build_object('step', tidebase._brief_step(step_id, name, 'completed', 1))
+           when 'complete_run' then json_build_object('run', tidebase._brief_run(run_id, 'completed')) end order by g.n)
+    into v_answers
+    from generate_series(1, jsonb_array_length(p_writes)) as g (n) left join done d on d.n = g.n;
+  return v_answers;
+end $$;
+
+-- Inserts, in one statement, the new runs of a batch that have no dedupe key and no id that another write of it names,
+-- unless their id is taken. It leaves what enqueue_run would.
+-- Returns  p_answers, with those of the new runs in their places.
+create or replace function tidebase._enqueue_plain (p_writes jsonb, p_inputs json[], p_run_ids text[], p_answers json[])
+  returns json[] language plpgsql as $$
+declare
+  v_jobs   jsonb;
+  v_inputs json[];
+  v_places integer[];
+  v_new    record;
+begin
+  select jsonb_agg(job order by n), array_agg(input order by n), array_agg(n::integer order by n)
+    into v_jobs, v_inputs, v_places
+    from (select *, job->>'id' as id, count(*) over (partition by job->>'id') as times
+            from rows from (jsonb_array_elements(p_writes), unnest(p_inputs)) with ordinality as w (job, input, n)) as w
+   where job->>'do' = 'enqueue_run' and job->>'dedupe_key' is null
+     and (id is null or (times = 1 and id <> all (p_run_ids)));
+  for v_new in
+    select i.n, json_build_object('run', tidebase._run_json(i.run), 'deduplicated', false) as answer
+      from tidebase._insert_runs(v_jobs, v_inputs) i
   loop
-    v_results[v_fresh.n] := v_fresh.answer;
+    p_answers[v_places[v_new.n]] := v_new.answer;
   end loop;
-  return v_results;
+  return p_answers;
 end $$;
 
 -- ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "075904e5e9aa68f79d6bced62632010282468de6ceb34541941353376d7304ba")
+PINNED = (3, "88c63d792d04c75d94f3b5bf419f083db063e3818bb67e48649f48e6100dbfa7")
 
 
 def apply(conninfo: str) -> None:
