@@ -1,8 +1,8 @@
 """Tidebase for Python: wrap your steps, and a run that dies goes on from its last completed step.
 
 The promise.  A step that completed is never executed again: its output lies in the server's Postgres and is what every
-replay returns.  A run has one owner at a time; whoever lost it, frozen, cut off or killed, cannot write any more.  Code
-between steps runs again whenever a run is resumed, so whatever must happen once belongs into a step.
+replay returns.  A run has one owner at a time; a process that lost it, frozen, cut off or killed, can no longer write.
+Code between steps runs again whenever a run is resumed, so whatever must happen once belongs into a step.
 
 Copy this one file into your app as `tidebase.py`.  CPython 3.9 to 3.13, standard library only.
 
@@ -30,8 +30,10 @@ The same awaited; steps may be sync or async functions:
 Type checkers see no submodule in a single file.  Where your code says `from tidebase.aio import ...`, copy this file as
 `tidebase/__init__.py` and put `from tidebase import *` into `tidebase/aio.py`; at run time a single file does as well.
 
-Rooms: constants, errors, effects and types, pure helpers, logic (written once, as generators), drivers (blocking and
-asyncio), Tidebase and AsyncTidebase.  All times in arguments are seconds; JSON from the server is passed on as it came.
+Rooms, in the order of reading: constants; errors; foundations; the public surface, which is the manual; a run's logic
+(lease, names, steps, waiting, children); the worker; batching and heartbeats; requests and connections; helpers.
+Operations are written once, as generators that yield what they need done (an HTTP exchange, a call of your function, a
+sleep); a blocking driver and an asyncio driver perform it.  All times in arguments are seconds.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ import http.client
 import inspect
 import itertools
 import json
+import json.encoder
 import logging
 import math
 import os
@@ -70,11 +73,12 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine, Generator, Iter
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from opcode import opname
-from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, Protocol, TypeVar, Union, cast, overload
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, Protocol, TypeVar, Union, cast, overload
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
-__all__ = [  # what tidebase.py and tidebase.aio hand on
+__all__ = [  # what `from tidebase import *` and tidebase.aio offer
     "AsyncRunContext", "AsyncRunSession", "AsyncTidebase", "BodyTooLarge", "Events", "FanoutFailed", "GateDecision",
     "LeaseLost", "RunCancelled", "RunCompleted", "RunContext", "RunFailed", "RunIdConflict", "RunPage", "RunSession",
     "RunSuspended", "SignalTimeout", "StepFailed", "StepInputMismatch", "StepNeedsReview", "StepTimeout", "Tidebase",
@@ -89,39 +93,41 @@ logger = logging.getLogger("tidebase")  # sentences for a person; for programs t
 # ------------------------------------------------------------------------------
 
 DEFAULT_URL = "http://localhost:7373"
-TIMEOUT_S = 30.0  # a server restart takes a few seconds; half a minute of silence is worth telling the caller
-BACKOFF_S = (0.05, 2.0)  # first and longest rest between repeats: most troubles are a dropped connection, few an outage
-RETRY_AFTER_CAP_S = 30.0  # however long a server asks to be left alone, look again after this
-HOLD_CAP_S = 25.0  # the longest wait that the server holds for one request
-BEATS_PER_LEASE = 3  # two heartbeats may get lost before the lease does
-FIRST_BEAT_S = 1.0  # a lease may be older than it looks: its first answer got lost, and this one is the repeat's
+TIMEOUT_S = 30.0  # a server restart takes a few seconds; half a minute of silence is worth an exception
+BACKOFF_S = (0.05, 2.0)  # first and longest pause between repeats: most failures are dropped connections, few outages
+RETRY_AFTER_CAP_S = 30.0  # however long a server asks to be left alone, ask again after this
+LONG_POLL_S = 25.0  # the longest wait that the server grants one request
+HEARTBEATS_PER_LEASE = 3  # two heartbeats may get lost before the lease does
+FIRST_HEARTBEAT_S = 1.0  # a lease may be older than it looks: when the answer that gave it was a repeat's
 LEASE_FALLBACK_S = 60.0  # the server's default, should an answer not tell the lease
-LOCKED_POLL_S = (0.1, 2.0)  # first and longest rest before asking again for a step or child that another owner holds
-STEP_BACKOFF_S = (0.5, 60.0)  # first and longest rest between the tries of a step with `retries`
-GATE_POLL_S = 5.0  # one held request: also the longest a stopping worker waits for a run at a gate
-HOLD_S = 5.0  # a run keeps its worker this long while it waits: giving it up costs a claim and a replay
-UNKNOWN_REST_S = 10.0  # after an older server gave a run of a workflow that is not registered here: others claim it
+LOCKED_POLL_S = (0.1, 2.0)  # first and longest pause before asking again for a step or child that another owner holds
+STEP_BACKOFF_S = (0.5, 60.0)  # first and longest pause between the tries of a step with `retries`
+GATE_POLL_S = 5.0  # one long poll: also the longest a stopping worker waits for a run at a gate
+HOLD_S = 5.0  # a waiting run keeps its worker this long: leaving it costs a claim and a replay
+UNKNOWN_PAUSE_S = 10.0  # after an older server gave a run of a workflow that is not registered here
 SHUTDOWN_S = 25.0  # platforms send SIGKILL 30 s after SIGTERM
 STREAM_SILENCE_S = 45.0  # an event stream sends a comment every 15 s: three missed, and the connection is dead
-CONNECTIONS = 32  # requests of one event loop under way at once, held ones apart: more would only queue in the server
+CONNECTIONS = 32  # requests of one event loop at once, long polls apart: more would only queue in the server
 RUN_TOKEN_S = 900.0  # for a page to open its stream; one that stays open gets another token from its own server
 RUN_TOKEN_MAX_S = 86_400.0  # a day: more is most likely milliseconds, by mistake
-CLAIM_HOLD_S = 20.0  # how long a claim waits for work: below the 30 s after which proxies give a silent request up
-CLAIM_S = 10.0  # beyond that for its answer: a hung server is noticed
-CLAIM_REST_S = 1.0  # at most, by chance, beyond what the server asks for when it has no place for a claim to wait in
+CLAIM_WAIT_S = 20.0  # how long a claim waits for work: below the 30 s after which proxies give up a silent request
+CLAIM_S = 10.0  # beyond that for its answer, so that a server that hangs is noticed
+CLAIM_PAUSE_S = 1.0  # at most, at random, on top of what the server asks for when too many requests wait there
 STOP_CHECK_S = 0.1  # how soon a worker notices that it is to stop
-GIVE_BACK_S = 5.0  # for giving a run back; else the end of its lease does
-ANNOUNCE_S = 0.25  # a step still at it after this is worth a request that lets it be seen as running
-ANNOUNCE_WAIT_S = 5.0  # for the answer to it; else the step's record will tell
-LANES = 2  # requests with writes of many under way at once: while Postgres commits one, the server reads the other
+RELEASE_S = 5.0  # for giving a run back; else the end of its lease does
+SLOW_STEP_S = 0.25  # a step that takes longer is worth a request that lets it be seen as running
+MAX_IN_FLIGHT = 2  # requests to /writes at once: while Postgres commits one, the server reads the other
 BATCH_WRITES, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
+BEHIND_WRITES, BEHIND_BYTES, BEHIND_S = 64, 1 << 20, 1.0  # write-behind: what may be unrecorded; then a step waits
+RECHECK_S = 1.0  # a waiting write looks this often whether anybody sends it: an event loop may have ended meanwhile
+IDLE_THREAD_S = 10.0  # a thread that has nothing to do ends after this
 EXPECT_BYTES, EXPECT_S = 1 << 20, 1.0  # of a larger body the head is sent first; and how long its answer is waited for
 HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and what is read at once
 FANOUT = 16  # children that run at once in one process
 CHILDREN_NAMED = 10_000  # in one request to wait for them: the server takes no more
 CHILDREN_AT_ONCE = 100  # are created in one transaction, for whose end all other writes of their parent wait
 STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
-MESSAGE_CHARS = 2_000  # of an exception's words
+MESSAGE_CHARS = 2_000  # of an exception's message
 EXCERPT_CHARS = 200  # of an input, where two are compared
 
 
@@ -133,8 +139,8 @@ EXCERPT_CHARS = 200  # of an input, where two are compared
 class TidebaseError(RuntimeError):
     """The root: the server refused (`status` is set), or an answer never came.
 
-    status: HTTP status or None.  code: the server's word for the case, for instance `not_found`.  path: of the request.
-    body: the server's JSON, its text where that is no JSON, None when there was no answer.
+    status: HTTP status or None.  code: the server's word for the case, for instance `not_found`.  path: what was asked
+    for.  body: the server's JSON, its text where that is no JSON, None when there was no answer.
     Any exception, yours too, with an attribute `retryable = False` ends a step's retries and a queue's attempts.
     """
 
@@ -151,7 +157,7 @@ class Unreachable(TidebaseError):
 
 
 class LeaseLost(TidebaseError):
-    """The run has another owner, or its lease ran out unrenewed: nothing this process writes for it counts any more."""
+    """The run has another owner, or its lease ran out unrenewed: this process can no longer write for it."""
 
 
 class RunCancelled(TidebaseError):
@@ -161,7 +167,7 @@ class RunCancelled(TidebaseError):
 
     @property
     def run_id(self) -> str | None:
-        """The run, as the answer or else the request's path names it."""
+        """The run, as the answer or else the path names it."""
         body = self.body if isinstance(self.body, dict) else {}
         run = body["run"] if isinstance(body.get("run"), dict) else body
         named = re.match("/runs/([^/?]+)", self.path or "")
@@ -183,7 +189,7 @@ class RunCompleted(TidebaseError):
 
 
 class BodyTooLarge(TidebaseError):
-    """A step's output, a result or an input is beyond what the server takes: its setting TIDEBASE_MAX_BODY."""
+    """A step's output, a result or an input is larger than the server's setting TIDEBASE_MAX_BODY allows."""
 
     retryable = False
 
@@ -195,7 +201,10 @@ class StepInputMismatch(TidebaseError, ValueError):
 
 
 class StepNeedsReview(TidebaseError):
-    """A step may have had its effect without leaving a record.  A person decides: `tide.runs.review_step`."""
+    """A step may have had its effect without leaving a record.  A person decides: `tide.runs.review_step`.
+
+    `body["step"]`: the step, with its id; the message says how to decide.
+    """
 
     retryable = False
 
@@ -233,111 +242,27 @@ class WaitTimeout(TidebaseError, TimeoutError):
 
 
 class SignalTimeout(WaitTimeout):
-    """A signal did not come in time.  That is decided for good: every replay is told the same."""
+    """A signal did not come in time.  That is decided for good: every replay raises the same."""
 
     retryable = False
 
 
 class RunSuspended(BaseException):
-    """Unwinds a workflow whose run leaves its worker, to wait or since the worker stops.
+    """Unwinds a workflow whose run leaves its worker, to wait or because the worker stops.
 
     `except Exception` does not see it, `finally` blocks run, and nothing counts as a failure.  Let it pass.
     """
 
 
 # ------------------------------------------------------------------------------
-# Effects and types: what the logic asks of a driver, and what callers hold in hands.
+# Foundations: what the classes below need when they are defined; to be skipped at first reading.
 # ------------------------------------------------------------------------------
 
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
 JsonList = list[Json]
-
-
-class RunPage(JsonList):
-    """A list of runs, and `next_cursor`: what to pass as `before` for the runs that follow; None at the end."""
-
-    next_cursor: str | None = None
-
-
 T = TypeVar("T")
-
-
-class Line:
-    """A handle on a held request, to cut its connection off."""
-
-    def __init__(self) -> None:
-        self.is_cut = False
-        self.retry_after_s = 0.0  # what its answer said
-        self._end: Callable[[], None] | None = None
-
-    def open(self, end: Callable[[], None] | None) -> None:
-        """The request is about to leave, on a connection that `end` ends; None: its answer is there."""
-        self._end = end
-        if end is not None and self.is_cut:
-            end()
-
-    def cut(self) -> None:
-        """Wait for no answer any more: the request ends with a ConnectionError, unless it has its answer already."""
-        self.is_cut, end = True, self._end
-        if end is not None:
-            end()
-
-
-class Exchange(NamedTuple):
-    """One request, one answer, no repeat.  The driver returns a Reply or raises OSError."""
-    method: str
-    path: str
-    body: bytes | None
-    headers: Mapping[str, str]
-    timeout_s: float
-    held: bool = False  # the server may sit on the answer, so the request does not count among CONNECTIONS
-    line: Line | None = None
-
-
-class Reply(NamedTuple):
-    """An HTTP answer, read to its end."""
-    status: int
-    retry_after: str
-    data: bytes
-
-
-class Invoke(NamedTuple):
-    """Call the user's function.  The driver returns what it returns; raises StepTimeout after `timeout_s`."""
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    timeout_s: float | None = None
-
-
-class Sleep(NamedTuple):
-    """Rest, at most until the alarm is set; None: until then."""
-    seconds: float | None
-    alarm: Any = None
-
-
-class Start(NamedTuple):
-    """Run an operation beside this one (thread or task).  Returns it: done(), cancel(), result()."""
-    op: Op[Any]
-    name: str
-
-
-class Join(NamedTuple):
-    """Wait until a started operation has ended, well or not."""
-    task: Any
-
-
-class OpenStream(NamedTuple):
-    """Send a GET and return when the head of its answer is there: .status, .close(), to be read by ReadStream."""
-    path: str
-    headers: Mapping[str, str]
-
-
-class ReadStream(NamedTuple):
-    """The next bytes of a stream, b"" at its end.  Raises OSError."""
-    stream: Any
-
-
-Effect = Union[Exchange, Invoke, Sleep, Start, Join, OpenStream, ReadStream]
-Op = Generator[Effect, Any, T]  # an operation: yields effects, is sent their results, returns a T
+F = TypeVar("F", bound=Callable[..., Any])
+Op = Generator["Effect", Any, T]  # an operation: yields effects (see "Requests and connections"), returns a T
 
 
 class Blocking:
@@ -388,10 +313,8 @@ S = TypeVar("S", bound=Surface[Any])
 
 
 class op(Generic[P, T]):
-    """A method written once: a generator of effects.  It blocks on Tidebase's surfaces, is awaited on AsyncTidebase's.
-
-    From the class it is the generator function itself: `yield from Run.step(run, ...)` composes operations.
-    """
+    """A method written once, as a generator of effects.  It blocks on Tidebase's surfaces, is awaited on
+    AsyncTidebase's.  Taken from the class it is the generator function: `yield from Runs.create(runs, ...)`."""
 
     def __init__(self, logic: Callable[Concatenate[Any, P], Op[T]]) -> None:
         self._logic = logic
@@ -409,7 +332,7 @@ class op(Generic[P, T]):
 
 if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: what fn returns, and which client asks
 
-    class _Step(Protocol[P]):
+    class _BlockingStep(Protocol[P]):
         def __call__(self, name: str, fn: Callable[..., T], *args: P.args, **kwargs: P.kwargs) -> T: ...
 
     class _AwaitedStep(Protocol[P]):
@@ -426,7 +349,7 @@ if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: w
         def __get__(self, surface: None, owner: object = None) -> (
             Callable[Concatenate[Any, str, Callable[..., Any], P], Op[Any]]): ...
         @overload
-        def __get__(self, surface: Surface[Blocking], owner: object = None) -> _Step[P]: ...
+        def __get__(self, surface: Surface[Blocking], owner: object = None) -> _BlockingStep[P]: ...
         @overload
         def __get__(self, surface: Surface[Awaited], owner: object = None) -> _AwaitedStep[P]: ...
         def __get__(self, surface: Any, owner: object = None) -> Any: ...
@@ -443,6 +366,37 @@ if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: w
         def __get__(self, surface: Any, owner: object = None) -> Any: ...
 else:
     step_op = session_op = op
+
+
+class _ClientPart(Surface[M]):
+    """A namespace of a client, such as `tide.runs`."""
+
+    def __init__(self, client: Client[M]) -> None:
+        self._client = client
+
+
+class _RunPart(Surface[M]):
+    """A namespace of a run, such as `run.state`.  Its requests are repeated as long as the run is held."""
+
+    def __init__(self, run: Run[M]) -> None:
+        self._client = run._client
+        self._run: Run[M] = run
+
+    def _write_id(self, prefix: str, verb: str, *about: str | None) -> str:
+        """The id by which the server knows a repeat of a write: see _Names.write_id."""
+        return self._run._names.write_id(prefix, verb, *about)
+
+    def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
+        lease = self._run._lease
+        yield from _flush(self._run)
+        path = _path("runs", self._run.run_id, *parts, **query)
+        body = body and {**body, "leaseOwner": lease.owner}  # a former owner's write is refused
+        return (yield from _request(self._client, method, path, body, lease=lease))
+
+
+# ------------------------------------------------------------------------------
+# The public surface of a run: what a workflow is given.
+# ------------------------------------------------------------------------------
 
 
 class GateDecision(NamedTuple):
@@ -465,8 +419,3394 @@ class GateDecision(NamedTuple):
         return self.approved
 
 
+class State(_RunPart[M]):
+    """`run.state`: a live value that your product can show.  Each write is a new version.
+
+    Between steps a write is made once, also when the code runs again, so that the value does not fall back; a repeated
+    call returns the state of the first time.  Within a step's function, and while a step, gate, child or the like is
+    under way in another thread or task, it is made in each execution.
+    """
+
+    @op
+    def set(self, value: Any, *, stream: str | None = None, label: str | None = None,
+            reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
+            created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
+        """Replace the value; durable on return.  {"state": ...}.
+
+        importance: transient, normal, checkpoint or milestone.  if_version: refuse (409 version_conflict) when the live
+        version is another one.
+        """
+        body = {**_body(locals(), id=self._write_id("ver", "set", stream)), "value": value}
+        answer = yield from self._request("PUT", "state", body=body)
+        given = {} if value is None else _plain(value, "value=")
+        after = self._run._names.last_here()
+        _warn_of_differences(self._run, "the state that is written after", after, answer["state"], value=given)
+        return answer
+
+    @op
+    def patch(self, value: Json, *, stream: str | None = None, label: str | None = None,
+              reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
+              created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
+        """Merge into the top level of the value; else as `set`."""
+        return self._request("PATCH", "state", body=_body(locals(), id=self._write_id("ver", "patch", stream)))
+
+    @op
+    def save(self, label: str, *, stream: str | None = None, reason: str | None = None,
+             importance: str | None = None, metadata: Json | None = None,
+             created_by: str | None = None) -> Op[Json]:
+        """Label the current value; durable on return.  {"stateVersion": ...}.
+
+        importance: default milestone.  Raises TidebaseError 404 when there is no value yet.
+        """
+        body = _body(locals(), id=self._write_id("ver", "save", stream, label))
+        return self._request("POST", "state", "save", body=body)
+
+    @op
+    def versions(self, stream: str | None = None, labeled: bool | None = None) -> Op[JsonList]:
+        """The versions, by stream and number; of one stream, or only those with a label."""
+        only = None if labeled is None else str(labeled).lower()
+        return _member(self._request("GET", "state", "versions", stream=stream, labeled=only), "stateVersions")
+
+
+class Snapshots(_RunPart[M]):
+    """`run.snapshots`: labeled states of things that the run works on.  Written once between steps, as `run.state`."""
+
+    @op
+    def create(self, label: str, state: Any, *, target: Json | None = None, reason: str | None = None,
+               metadata: Json | None = None, created_by: str | None = None) -> Op[Json]:
+        """Keep `state` under a label; durable on return.  {"snapshot": ...}.
+
+        target: {"type": ..., "id": ...}, default the run itself.
+        """
+        body = {**_body(locals(), id=self._write_id("ver", "snapshot", label)), "state": state}
+        answer = yield from self._request("POST", "snapshots", body=body)
+        given = {} if state is None else _plain(state, "state=")
+        _warn_of_differences(self._run, "snapshot", label, answer["snapshot"], value=given)
+        return answer
+
+    @op
+    def list(self) -> Op[JsonList]:
+        """The run's labeled versions, newest first."""
+        return _member(self._request("GET", "snapshots"), "snapshots")
+
+
+class Usage(_RunPart[M]):
+    """`run.usage`: the cost ledger.
+
+    Between steps an entry is written once, also when the code runs again; if it then has other figures, those recorded
+    first stay, and a warning is logged.  Within a step's function each execution counts, since it was spent: record
+    there what the step itself spends.  Likewise while a step, gate, child or the like is under way in another thread or
+    task, so record what steps side by side have used within them, or after the last of them has ended.
+    """
+
+    @op
+    def record(self, *, kind: str | None = None, provider: str | None = None, model: str | None = None,
+               label: str | None = None, quantity: float | None = None, unit: str | None = None,
+               input_tokens: int | None = None, output_tokens: int | None = None,
+               total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
+               step_id: str | None = None) -> Op[Json]:
+        """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
+        body = _body(locals(), id=self._write_id("use", "usage", kind, provider, model, label))
+        answer = yield from self._request("POST", "usage", body=body)
+        figures = {key: value for key, value in body.items() if key not in ("metadata", "stepId")}
+        _warn_of_differences(self._run, "usage", answer["usage"]["id"], answer["usage"], **figures)
+        return answer
+
+
+class RunGates(_RunPart[M]):
+    """`run.gates`: a gate's two halves, for code that looks again later instead of waiting in `run.gate`.
+
+    Both return {"gateId", "name", "status", "decision", "actor", "payload", "gate"}; gate: the server's JSON.
+    """
+
+    @op
+    def begin(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
+              capability: Any = None, timeout_s: float | None = None) -> Op[Json]:
+        """Open the gate of exactly this name, or find it, however often it is called; durable on return.
+
+        The name is not numbered here.  What was asked first stays; a warning is logged when prompt or data differ.
+        """
+        answer = yield from self._request("POST", "gates", "begin", body=_body(locals()))
+        asked = {} if data is None else _plain(data, "data=")
+        _warn_of_differences(self._run, "gate", name, answer["gate"], prompt=prompt, data=asked)
+        return _gate_json(answer["gate"])
+
+    @op
+    def get(self, gate_id: str) -> Op[Json]:
+        """The gate as it stands.  Raises RunCancelled when the run is cancelled."""
+        answer = yield from self._request("GET", "gates", gate_id)
+        self._run._lease.check_not_cancelled(answer)
+        return _gate_json(answer["gate"])
+
+
+class Run(Surface[M]):
+    """What a workflow is given.  Its methods may be called from several threads or tasks of one workflow.
+
+    Attributes: run_id, name (of the workflow), attempt (1, 2, 3 ...), input and metadata as the server stores them.
+
+    Waiting: `gate`, `sleep`, `wait_for_signal`, and `child` and `fanout` with a `queue`, may take days.  A run from a
+    queue then leaves its worker: RunSuspended unwinds the workflow, `finally` blocks run, `except Exception` does not
+    see it.  When what it waits for is there, any worker calls the workflow from its first line again, completed steps
+    return what they returned, and the wait is over.  So code between steps runs again, more often than once; whatever
+    must happen once belongs into a step, and what a `finally` block undoes must be made again on the way back.  Under
+    `tide.run` and `attach` a run waits in place, under heartbeats, and so does one that does something else meanwhile.
+
+    Names: each call is its own.  The second `step("page", ...)` of an execution is recorded as `page#2`, the third as
+    `page#3`, in the order of calls, and so are gates, children, fanouts, sleeps and waits for signals; a replay makes
+    the same calls in the same order and finds each.  Where calls come and go between executions, or run side by side,
+    give each a name of its own, such as f"page-{url}": two calls of one name at the same time raise ValueError.  A step
+    that failed and is called again, by `except` and a loop, with the same input (without one: the same function with
+    the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.  A call
+    from within the function of a step is recorded as `STEP/name`.
+
+    Write-behind: see `Tidebase.work`.
+    """
+
+    def __init__(self, client: Client[M], run: Json, lease: _Lease, begun: Mapping[str, Any],
+                 may_leave: bool = False) -> None:
+        """begun: the answer that gave the lease, with the checkpoints.  may_leave: to wait without a worker."""
+        self._client, self._lease, self._record = client, lease, run
+        self._may_leave = may_leave and run.get("queue") is not None  # else nobody would bring it back
+        self.run_id: str = run["id"]
+        self.name: str = run["workflowName"]
+        self.attempt: int = run.get("attempt", 0)
+        self.input: Any = run.get("input")
+        self.metadata: Any = run.get("metadata")
+        self.state: State[M] = State(self)
+        self.snapshots: Snapshots[M] = Snapshots(self)
+        self.usage: Usage[M] = Usage(self)
+        self.gates: RunGates[M] = RunGates(self)
+        self._checkpoints: dict[str, Json] = {step["name"]: step for step in begun.get("checkpoints", ())}
+        self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
+        self._names = _Names(self.run_id)
+        self._sleeps = itertools.count(1)
+        self._step_failures: list[tuple[BaseException, str]] = []
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.run_id} of {self.name}>"
+
+    # Other spellings of the same: `run.state_set(...)` is `run.state.set(...)`.
+    state_set = property(lambda self: self.state.set)
+    state_patch = property(lambda self: self.state.patch)
+    state_save = property(lambda self: self.state.save)
+    usage_record = property(lambda self: self.usage.record)
+    gates_begin = property(lambda self: self.gates.begin)
+    gates_get = property(lambda self: self.gates.get)
+
+    @step_op
+    def step(self, name: str, fn: Callable[..., Any], *, input: Any = None, input_hash: str | None = None,
+             retries: int = 0, timeout_s: float | None = None, side_effects: str | Sequence[str] | None = None,
+             idempotency_key: str | None = None, replay: str | None = None, checkpoint_invariant: Any = None,
+             verified_by: Any = None, credentials: Any = None) -> Op[Any]:
+        """Execute fn once and return its output; where the step completed before, return that output instead.
+
+        On return the output is in Postgres (with write-behind: on its way there).  It is what JSON gives back, the
+        first time as in every replay: a tuple comes as a list.  fn takes no argument, or the input when there is one
+        and fn requires exactly one.  A plain step, one without side effects, is written once, at its end, and is seen
+        as running after 0.25 s; one with side effects is written before fn is called as well, so that no try goes
+        unseen.
+
+        name: of the second call of a name, `name#2` and so on (see Run).
+        input: what the output depends on, any JSON; a replay with another input is refused.
+        input_hash: what to compare instead of the hash of the input.
+        retries: further tries after a failure, each recorded, with growing pauses; ValueError unless replay is "auto".
+        timeout_s: then StepTimeout; a sync function cannot be stopped and runs on in its thread, its result unused.
+        side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
+        idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
+        replay: "auto", "manual" or "never", when it must not be derived from these.
+        checkpoint_invariant, verified_by, credentials: notes for whoever looks at the run, any JSON.
+        A step that another owner executes is waited for.
+
+        Raises what fn raised; TypeError for an output JSON cannot say, BodyTooLarge for one that the server does not
+        take; StepInputMismatch, which is a ValueError, too; StepNeedsReview, StepFailed; LeaseLost and RunCancelled,
+        then again at every later boundary, so that `except Exception` around a step holds up nothing.
+        """
+        self._lease.boundary()
+        _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects)
+        call = _StepCall(self, name, fn, input, input_hash, retries, timeout_s)
+        with self._names.call(("step", name), same=call.same) as (call.name,):
+            known = _checkpoint(self, call.name, call.input_hash)
+            if known is not None:
+                return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
+            if (side_effects or idempotency_key or replay or retries or timeout_s or checkpoint_invariant
+                    or verified_by or credentials):
+                call.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
+                             checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
+            with self._names.executing(call.name):
+                return (yield from _execute_step(self, call))
+
+    @op
+    def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
+             capability: Any = None, timeout_s: float | None = None, hold_s: float = HOLD_S,
+             poll_s: float = GATE_POLL_S) -> Op[GateDecision]:
+        """Wait until a person has decided.  The decision is durable: a replay returns it at once.
+
+        name: each call asks anew; the second gate of a name is `name#2` and so on (see Run).  What was asked first
+        stays: a replay with another prompt or other data logs a warning.
+        timeout_s: then the gate is canceled, actor `timeout`.  hold_s: a run from a queue waits this long with its
+        worker, then without one (see Run).  poll_s: how long one request of a run that waits in place is held (at most
+        25).  Raises RunCancelled, LeaseLost.
+        """
+        with self._names.call(("gate", name)) as (name,):
+            with self._names.executing():  # the run does not leave before it has asked all that it asks at once
+                gate = yield from RunGates.begin(
+                    self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
+                )
+            gate_id = gate["gateId"]
+
+            def read(wait_s: float) -> Op[Json | None]:
+                answer = yield from _long_poll(self, wait_s, "gates", gate_id)
+                return answer["gate"] if answer["gate"]["status"] != "pending" else None
+
+            if gate["status"] == "pending":
+                decided = yield from _wait_for(
+                    self._client, {"gateId": gate_id}, read, run=self, hold_s=hold_s, poll_s=poll_s)
+                gate = _gate_json(cast(Json, decided))
+            return GateDecision(gate_id, *(gate[key] for key in ("name", "status", "decision", "actor", "payload")))
+
+    @op
+    def sleep(self, seconds: float | None = None, *, until: datetime | None = None, name: str | None = None,
+              hold_s: float = HOLD_S) -> Op[None]:
+        """Sleep for some seconds, or until a time (a datetime without time zone is local).  A replay does not again.
+
+        When it ends is fixed at the first call, by the database's clock, in the step `sleep:NAME`, which completes when
+        the sleep is over; other seconds in a later version of your code do not move it.  name: default 1, 2, 3 ... in
+        the order of calls, so name sleeps whose order may change.  hold_s: a run from a queue sleeps with its worker
+        when no more than this is left, else without one (see Run).  Raises RunCancelled, LeaseLost.
+        """
+        if (seconds is None) == (until is None):
+            raise ValueError("sleep() needs either seconds or until")
+        _check(seconds=seconds, until=until)
+        with self._names.call(("step", f"sleep:{name or next(self._sleeps)}")) as (label,):
+            step = yield from _begin_wait(self, label, {"seconds": seconds, "until": _iso(until)})
+            if step["status"] == "completed":
+                return
+            asked = step["input"]
+            moment = _moment(asked["until"] or step["createdAt"]) + timedelta(seconds=asked["seconds"] or 0)
+            ends = self._lease.monotonic_at(moment)
+            hold_s = hold_s if ends - time.monotonic() <= hold_s else 0.0
+            condition = {"until": _iso(moment), "stepId": step["id"]}
+            yield from _wait_for(self._client, condition, None, ends, run=self, hold_s=hold_s, poll_s=GATE_POLL_S)
+            yield from _end_wait(self, step, None)
+
+    @op
+    def wait_for_signal(self, name: str, timeout_s: float | None = None, *, hold_s: float = HOLD_S) -> Op[Any]:
+        """Wait for a signal of this name (`tide.runs.signal`) and return its payload, in every replay the same.
+
+        Signals are kept until asked for: the first wait for a name takes the first signal of that name, the second wait
+        the second.  timeout_s: then SignalTimeout, for good; a signal sent later is for the next wait.  It counts from
+        the first call.  The step `signal:NAME` records the wait and completes when it is over.
+        hold_s: a run from a queue waits this long with its worker, then without one (see Run).
+        Raises RunCancelled, LeaseLost.
+        """
+        _check(timeout_s=timeout_s)
+        with self._names.call(("step", f"signal:{name}")) as (label,):
+            number = self._names.count("signal", name)
+            step = yield from _begin_wait(self, label, {"timeoutS": timeout_s})
+            signal = step["output"]
+            if step["status"] != "completed":
+                signal = yield from _receive_signal(self, name, number, step, hold_s)
+                yield from _end_wait(self, step, signal)
+            if signal["timedOut"]:
+                raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
+            return signal["payload"]
+
+    @op
+    def child(self, workflow_name: str, workflow: str | Callable[..., Any] | None = None, *, name: str | None = None,
+              input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
+              channels: Sequence[Json] | None = None, edge_type: str | None = None,
+              edge_metadata: Json | None = None, queue: str | None = None, max_attempts: int | None = None,
+              priority: int | None = None, recovery_secret: str | None = None) -> Op[Any]:
+        """Run a workflow as a child run and return its result.  A child that completed is not run again.
+
+        workflow: a function, or the name of a registered one; default the one registered as workflow_name.
+        name: the child's name in the record, default workflow_name; of the second call of a name, `name#2` and so on
+        (see Run).  A child keeps the input it was made with: a replay with another one logs a warning.
+        Without a queue the child runs here and now; this raises what it raises.
+
+        queue: any worker that serves it runs the child, up to max_attempts (3) times; it finds the workflow by
+        workflow_name, which need not be known here, and a run from a queue waits without a worker meanwhile (see Run).
+        Raises RunFailed when the child failed for good, also in a replay, until `tide.runs.retry` puts it back;
+        RunCancelled.
+        """
+        given = locals()
+        given.update(name=name or workflow_name)
+        fn, body = _describe_child(**given)
+        same = None if queue is not None else functools.partial(_child_key, body)
+        with self._names.call(("child", body["name"]), same=same) as (label,):
+            return (yield from _run_child(self, fn, {**body, "name": label}))
+
+    @op
+    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: str | bool | None = None,
+               queue: str | None = None, return_errors: bool = False) -> Op[list[Any]]:
+        """Run children side by side and return their results, in order.
+
+        children: mappings of {"name", "workflow", "workflow_name", "input", ...}, the arguments of `child`.
+        workflow_name: default workflow where that is a name, else the child's name or, with a queue, what the function
+        is registered as.  queue: they are run by the workers that serve it, as many at once as there are places, while
+        a run from a queue waits without a worker (see Run); one child may name another queue.  Without, they run here,
+        16 at once.
+        checkpoint: the joined results are recorded in the step `join:CHECKPOINT`, so that a replay asks for no child;
+        default the fanout's name; False: they are not.
+        Names: the second fanout of a name is `name#2`, and a child whose name the run has used is numbered, too, in the
+        order of the list (see Run).
+
+        All children end before FanoutFailed is raised, which names each that failed; those that completed are not run
+        again.  return_errors: instead, RunFailed or RunCancelled stands in the list where a result would.
+        """
+        self._lease.boundary()
+        described = [_describe_child(self, **{**child, "queue": child.get("queue") or queue}) for child in children]
+        bodies = [body for _, body in described]
+        same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
+        asked = [("child", body["name"]) for body in bodies]
+        with self._names.call(("fanout", name), *asked, same=same) as (label, *names):
+            for body, child in zip(bodies, names):
+                body.update(name=child, edgeType=body.get("edgeType", "fanout"),
+                            edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
+            if checkpoint is False:
+                return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
+            wanted = {"fanout": label, "join": "all", "children": names}
+            with self._names.call(("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
+                                  same=same) as (join,):
+                joined: Any = None
+                call = _StepCall(self, join, lambda: joined, wanted, None)
+                known = _checkpoint(self, join, call.input_hash)
+                if known is not None:
+                    return _unpack_results(_copied(known["output"]), names)
+                joined = yield from _join_fanout(self, name, described, queue, return_errors)
+                with self._names.executing():
+                    recorded = yield from _execute_step(self, call)
+                return _unpack_results(recorded, names)
+
+    @op
+    def flush(self) -> Op[None]:
+        """Wait until every step that has returned is in Postgres.  Without write-behind they are, when they return.
+
+        Raises what the first record that was refused was refused with (StepInputMismatch, BodyTooLarge ...), LeaseLost,
+        RunCancelled.  Flushing again does nothing more.
+        """
+        return _flush(self)
+
+
+class RunContext(Run[Blocking]):
+    """What a workflow of Tidebase is given: see Run."""
+
+
+class AsyncRunContext(Run[Awaited]):
+    """What a workflow of AsyncTidebase is given: see Run.  Its methods are awaited."""
+
+
+class Session(Run[M]):
+    """What RunSession and AsyncRunSession share."""
+
+    @property
+    def run(self) -> Json:
+        """The run, as the server answered last."""
+        return self._record
+
+    @op
+    def heartbeat(self) -> Op[Json]:
+        """Renew the lease now; a background thread does it anyway, see `heartbeat_s`.  {"run"}.
+
+        Raises LeaseLost, RunCancelled.
+        """
+        self._lease.fence()
+        sent, body = time.monotonic(), {"leaseOwner": self._lease.owner}
+        path = _path("runs", self.run_id, "heartbeat")
+        answer = yield from _request(self._client, "POST", path, body, lease=self._lease)
+        self._lease.renew(sent)
+        self._record = answer["run"]
+        return answer
+
+    @op
+    def complete(self, result: Any = None) -> Op[Json]:
+        """End the run well; durable on return, as are all its steps.  {"run"}.
+
+        Raises LeaseLost, RunCancelled, BodyTooLarge.
+        """
+        _, answer = yield from _complete(self, result, brief=False)
+        self._let_go(answer["run"])
+        return answer
+
+    @op
+    def fail(self, error: BaseException | Json | str) -> Op[Json]:
+        """End the run badly, with an exception, words or JSON; durable on return.  {"run", "requeued"}.
+
+        A queue run with attempts left is queued again.  Raises LeaseLost, RunCancelled.
+        """
+        self._lease.fence()
+        answer = yield from _fail(self, error)
+        self._let_go(answer["run"])
+        return answer
+
+    @op
+    def close(self) -> Op[None]:
+        """Stop the heartbeats; a run that has not ended is given back.  Closing twice does nothing."""
+        if self._lease.gone() is None:
+            yield from _give_back(self)
+        self._let_go()
+
+    def _let_go(self, run: Json | None = None) -> None:
+        self._record = run or self._record
+        self._client._heartbeater.remove(self._lease)
+        self._lease.ended = True
+
+    def _leave(self, error: BaseException | None) -> Op[None]:
+        if isinstance(error, Exception) and self._lease.gone() is None:
+            with _logged(self, "failure"):
+                yield from Session.fail(self, error)
+        yield from Session.close(self)
+
+
+class RunSession(Session[Blocking], RunContext):
+    """A run driven by your own code, from `tide.attach`: steps as in a workflow, and you say how it ends.
+
+    In `with`: an exception fails the run, and leaving without `complete` or `fail` gives it back.
+    """
+
+
+class AsyncRunSession(Session[Awaited], AsyncRunContext):
+    """The same for `async with`, from `AsyncTidebase.attach`; its methods are awaited."""
+
+
 # ------------------------------------------------------------------------------
-# Pure helpers: identifiers, canonical JSON, signatures, bodies; no I/O, each naming the standard it follows.
+# The public surface of a client: runs, events, gates, queues, schedules, and the two clients themselves.
+# ------------------------------------------------------------------------------
+
+
+class RunPage(JsonList):
+    """A list of runs, and `next_cursor`: what to pass as `before` for the runs that follow; None at the end."""
+
+    next_cursor: str | None = None
+
+
+class Runs(_ClientPart[M]):
+    """`tide.runs`: create, look at and steer runs.  All answers are the server's JSON."""
+
+    @op
+    def create(self, workflow_name: str, input: Any = None, metadata: Json | None = None,
+               recovery_webhook: str | None = None, channels: Sequence[Json] | None = None, *,
+               run_id: str | None = None, deadline_s: float | None = None,
+               recovery_secret: str | None = None) -> Op[Json]:
+        """Create a run without a queue, or get the one of this run_id; durable on return.  Returns the run.
+
+        An existing run keeps its input: a warning is logged when another one is given.  deadline_s: cancelled when it
+        has not ended by then.  recovery_secret: signs its recovery webhooks, instead of the server's
+        TIDEBASE_WEBHOOK_SECRET.  Raises RunIdConflict, which is a ValueError, too, when run_id is of another workflow.
+        """
+        given = locals()
+        path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
+        answer = yield from _request(self._client, "POST", path, body)
+        run: Json = answer["run"]
+        if not answer.get("created", True) and input is not None and _plain(input, "input=") != run["input"]:
+            logger.warning("run %s exists and keeps its input: the one given now is not used; a run with another input "
+                           "needs another run_id, or tide.runs.fork(%r, input=...)", run["id"], run["id"],
+                           extra={"event": "differs_from_record", "run_id": run["id"]})
+        return run
+
+    @op
+    def get(self, run_id: str, *, include: Sequence[str] | None = None) -> Op[Json]:
+        """Everything about a run: run, steps, state, gates, usage, events ...; include: only these parts."""
+        parts = None if include is None else ",".join(include)
+        return _request(self._client, "GET", _path("runs", run_id, include=parts))
+
+    @op
+    def list(self, *, status: str | None = None, workflow: str | None = None, queue: str | None = None,
+             metadata: Mapping[str, Any] | None = None, before: str | None = None,
+             limit: int | None = None) -> Op[RunPage]:
+        """The runs, newest first, 100 unless limit.  The list's `next_cursor` is the `before` of the runs that follow.
+
+        Only those of a status, workflow or queue, or with these metadata: texts, numbers, True, False or None.
+        """
+        _check(metadata=metadata, limit=limit)
+        marks = {f"metadata.{key}": value if isinstance(value, str) else _encode(value, f"metadata={key!r}").decode()
+                 for key, value in (metadata or {}).items()}
+        path = _path("runs", status=status, workflow=workflow, queue=queue, before=before, limit=limit, **marks)
+        answer = yield from _request(self._client, "GET", path)
+        page = RunPage(answer["runs"])
+        page.next_cursor = answer["nextCursor"]
+        return page
+
+    @op
+    def cancel(self, run_id: str, reason: str | None = None, actor: str | None = None) -> Op[Json]:
+        """Cancel at once, from any state but completed (TidebaseError 409).  Returns the run, cancelled.
+
+        Whoever executes it is unwound at its next boundary.
+        """
+        body = _body(locals(), "run_id")
+        return _member(_request(self._client, "POST", _path("runs", run_id, "cancel"), body), "run")
+
+    @op
+    def wait(self, run_id: str, timeout_s: float | None = None) -> Op[Any]:
+        """Wait until a run has ended and return its result; the server holds the request, nothing is polled.
+
+        Raises RunFailed, with failure_class and error, when it failed for good; RunCancelled; WaitTimeout, which is a
+        TimeoutError, after timeout_s (default: never), and the run goes on; TidebaseError 404.
+        """
+        _check(timeout_s=timeout_s)
+        ends = math.inf if timeout_s is None else time.monotonic() + timeout_s
+
+        def read(wait_s: float) -> Op[Json | None]:
+            answer = yield from _request(self._client, "GET", _path("runs", run_id, wait_ms=_ms(wait_s)), wait_s=wait_s)
+            return answer["run"] if _has_ended(answer["run"]) else None
+
+        run = yield from _wait_for(self._client, None, read, ends)
+        if run is None:
+            raise WaitTimeout(f"run {run_id} has not ended within {timeout_s:g} s", code="wait_timeout")
+        outcome = _outcome(run)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    @op
+    def signal(self, run_id: str, name: str, payload: Any = None) -> Op[Json]:
+        """Send a signal to a run, for its `wait_for_signal`; durable on return.  Returns the signal.
+
+        Its `n` is its number among those of its name: the n-th wait for the name takes it.
+        """
+        body = _body(name=name, payload=payload, id=_new_id("sig"))
+        return _member(_request(self._client, "POST", _path("runs", run_id, "signals"), body), "signal")
+
+    @op
+    def retry(self, run_id: str) -> Op[Json]:
+        """Put a failed or cancelled run back, its checkpoints kept.  Returns the run, queued or pending."""
+        return _member(_request(self._client, "POST", _path("runs", run_id, "retry"), {}), "run")
+
+    @op
+    def rerun_plan(self, run_id: str) -> Op[Json]:
+        """What a resume of the run would do now, step by step, and whether that is safe.
+
+        {"safe", "verdict", "steps": [{"name", "plan", "reason", ...}], "blocking": names, "actions", ...}; plan is
+        "replays", "runs", "runs_again", "stops_for_review" or "never".  TidebaseError 404.
+        """
+        return _request(self._client, "GET", _path("runs", run_id, "rerun"))
+
+    @op
+    def recover(self, run_id: str, reason: str = "manual") -> Op[Json]:
+        """Have the run's recovery webhook called.  {"recoveryAttempt"}; TidebaseError 422 without one."""
+        return _request(self._client, "POST", _path("runs", run_id, "recover"), {"reason": reason})
+
+    @op
+    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None,
+             queue: str | None = None) -> Op[Json]:
+        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  Returns it.
+
+        They answer whatever input the workflow's steps are called with in the fork.  input: the fork's; None: the same.
+        queue: where it waits for a worker; None: the queue of the run it is forked from.  Where that has none either,
+        nothing runs the fork by itself: `tide.run(name, workflow, run_id=...)` with its id does, or its recovery
+        webhook (`tide.runs.recover`), which it has from the other run.
+        """
+        body = _body(locals(), "run_id", id=new_run_id())
+        return _member(_request(self._client, "POST", _path("runs", run_id, "fork"), body), "run")
+
+    @op
+    def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
+                    actor: str | None = None) -> Op[Json]:
+        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail" (it raises StepFailed).
+
+        The run goes on: a failed one from a queue is queued again, another gets its recovery webhook, if it has one.
+        Returns the step.
+        """
+        body = _body(locals(), "run_id", "step_id")
+        path = _path("runs", run_id, "steps", step_id, "review")
+        return _member(_request(self._client, "POST", path, body), "step")
+
+    def token(self, run_id: str, *, ttl_s: float = RUN_TOKEN_S) -> str:
+        """A run token: what you give a browser for its EventSource, instead of the key, which opens everything.
+
+        It opens GET /runs/:id/events of this one run, as `?token=` or `Authorization: Bearer`, to read, until it
+        expires by the server's clock; a stream ends then, too.  It opens nothing else.  It is computed here, from the
+        client's key: nothing is sent, nothing is stored, and only a change of the key takes it back.
+        ttl_s: seconds until it expires, rounded up to a whole one, at most a day.  Raises ValueError for another;
+        TidebaseError when the client has no key.
+        """
+        key = self._client.api_key
+        if key is None:
+            raise TidebaseError("this client has no API key, from which run tokens are made: give it api_key, or set "
+                                "TIDEBASE_API_KEY; a server without a key needs no tokens", code="no_api_key")
+        if not 0 < ttl_s <= RUN_TOKEN_MAX_S:
+            raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, more than 0 and at most {RUN_TOKEN_MAX_S:.0f}")
+        expiry = math.ceil(time.time() + ttl_s)
+        signed = f"tidebase-run-token.v1.{expiry}.{run_id}".encode()
+        mac = base64.urlsafe_b64encode(hmac.new(key.encode(), signed, hashlib.sha256).digest()).decode()
+        return f"v1.{expiry}.{mac.rstrip('=')}"
+
+    @session_op
+    def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
+               metadata: Json | None = None, recovery_webhook: str | None = None,
+               channels: Sequence[Json] | None = None, heartbeat_s: float | None = 20.0,
+               on_lease_lost: Callable[..., Any] | None = None, recovery_secret: str | None = None,
+               write_behind: bool = False) -> Op[Any]:
+        """Create or resume a run that your own code drives, and hold it: a RunSession, or an AsyncRunSession.
+
+        heartbeat_s: at most this long between heartbeats, never longer than a third of the lease; None or 0: none, and
+        the lease ends unless your writes and `session.heartbeat()` renew it.
+        on_lease_lost: called once, with the error, from the thread that noticed.  write_behind: see `Tidebase.work`.
+        Raises RunCompleted, which has the result; RunIdConflict; RunCancelled; TidebaseError 409 run_leased while
+        another owner holds the run.
+        """
+        _check(heartbeat_s=heartbeat_s, on_lease_lost=on_lease_lost)
+        run = yield from Runs.create(self, workflow_name, input, metadata, recovery_webhook, channels, run_id=run_id,
+                                     recovery_secret=recovery_secret)
+        answer = yield from _begin_run(self._client, run["id"])
+        run, owner = answer["run"], answer["leaseOwner"]
+        if owner is None:
+            message = f"run {run['id']} of workflow {workflow_name!r} has completed"
+            raise RunCompleted(message, body=run, code="run_completed")
+        lease = _Lease(run, owner, self._client._driver.event(), write_behind=write_behind)
+        lease.on_lost = on_lease_lost
+        if heartbeat_s:
+            lease.heartbeat_s = min(lease.heartbeat_s, heartbeat_s)
+            self._client._heartbeater.add(lease)
+        return self._client._session(self._client, run, lease, answer)
+
+    def subscribe(self, run_id: str, after: int = 0, *, kinds: str | Sequence[str] | None = None) -> Events[M]:
+        """The run's events after number `after`: history first, then live, until the run has ended.
+
+        For `for`, `async for` or next().  Reconnects by itself; no event is lost or repeated.
+        kinds: only events of these types, "step.failed" say, or "step" for all that begin so.
+        Raises TidebaseError 404, and Unreachable when the server is away for longer than timeout_s.
+        """
+        return Events(self._client, run_id, after, [kinds] if isinstance(kinds, str) else kinds)
+
+
+class Events(Surface[M]):
+    """The events of a run, an iterator; `seq` is the number of the last one read.  In `with`, or with `close()`, the
+    connection ends before the run does."""
+
+    def __init__(self, client: Client[M], run_id: str, seq: int, kinds: Sequence[str] | None) -> None:
+        self._client = client
+        self.run_id, self.seq, self.ended = run_id, seq, False
+        self._ended_at: int | None = None  # `seq` when the run was seen to have ended
+        self._kinds = None if kinds is None else frozenset(kinds)
+        self._stream: Any = None
+        self._bytes = b""
+        self._ready: deque[Json] = deque()
+
+    @op
+    def next(self) -> Op[Json | None]:
+        """The next event; None when the run has ended and all were seen."""
+        tries, last_word = 0, time.monotonic()
+        while not self._ready and not self.ended:
+            try:
+                yield from self._read()
+                tries, last_word = 0, time.monotonic()
+            except OSError as error:
+                self.close()
+                if time.monotonic() - last_word > self._client.timeout_s:
+                    raise Unreachable(f"the event stream broke: {error}", path=f"/runs/{self.run_id}/events") from error
+                tries += 1
+                yield Sleep(_backoff(BACKOFF_S, tries))
+            except BaseException:
+                self.close()
+                raise
+        return self._ready.popleft() if self._ready else None
+
+    def _read(self) -> Op[None]:
+        """Wait for the next bytes; OSError where the stream ends before the run."""
+        if self._stream is None:
+            path = _path("runs", self.run_id, "events", after=self.seq, follow="false")
+            self._stream, self._bytes = (yield OpenStream(path, {"Accept": "text/event-stream"})), b""
+            if self._stream.status in (429, 502, 503, 504):
+                raise ConnectionRefusedError(f"it answered {self._stream.status}")
+            if self._stream.status != 200:
+                raise _refusal(self._stream.status, _loads((yield ReadStream(self._stream))), path)
+        data = yield ReadStream(self._stream)
+        if not data:  # the server has no more, or stops
+            if self._ended_at == self.seq:
+                self.ended = True
+                self.close()
+                return
+            run = yield from _request(self._client, "GET", _path("runs", self.run_id, include="run"))
+            if _has_ended(run["run"]):
+                self._ended_at = self.seq  # what it wrote until then is asked for once more
+            raise ConnectionResetError("the stream ended")
+        events, self._bytes = _events_in(self._bytes + data)
+        for event in events:
+            if event["seq"] > self.seq:
+                self.seq = event["seq"]
+                if self._kinds is None or self._kinds & {event["type"], event["type"].partition(".")[0]}:
+                    self._ready.append(event)
+                self.ended = event["type"] in ("run.completed", "run.failed", "run.cancelled")
+        if self.ended:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection; iterating on opens another."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _leave(self, error: BaseException | None) -> Op[None]:
+        self.close()
+        yield from ()
+
+    def __next__(self: Events[Blocking]) -> Json:
+        event = self.next()
+        if event is None:
+            raise StopIteration
+        return event
+
+    async def __anext__(self: Events[Awaited]) -> Json:
+        event = await self.next()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    def __iter__(self: Events[Blocking]) -> Iterator[Json]:  # a loop that is left closes the connection
+        try:
+            yield from iter(self.next, None)
+        finally:
+            self.close()
+
+    async def __aiter__(self: Events[Awaited]) -> AsyncIterator[Json]:
+        try:
+            while True:
+                event = await self.next()
+                if event is None:
+                    return
+                yield event
+        finally:
+            self.close()
+
+
+class Gates(_ClientPart[M]):
+    """`tide.gates`: decide gates."""
+
+    @op
+    def resolve(self, run_id: str, gate_id: str, *, token: str, decision: str, actor: str | None = None,
+                payload: Any = None) -> Op[Json]:
+        """Decide a gate: approved, rejected or canceled; durable on return, exactly one decision counts.  {"gate"}.
+
+        token: the gate's resolveToken.  Raises TidebaseError 409 when it is wrong or the gate was decided before.
+        """
+        body = _body(locals(), "run_id", "gate_id")
+        return _request(self._client, "POST", _path("runs", run_id, "gates", gate_id, "resolve"), body)
+
+
+class Queues(_ClientPart[M]):
+    """`tide.queues`: limits of queues, and how full they are."""
+
+    @op
+    def configure(self, name: str, *, concurrency: int | None = None, rate_per_minute: int | None = None,
+                  invoke_url: str | None = None, clear: str | Sequence[str] = ()) -> Op[Json]:
+        """Set limits that hold across all workers.  {"config"}.
+
+        What is None stays as it is.  clear: what is to have no limit, or no address, from now on: ["concurrency"].
+        """
+        body = _body(locals(), "name", "clear")
+        for setting in [clear] if isinstance(clear, str) else clear:
+            if setting not in ("concurrency", "rate_per_minute", "invoke_url") or _camel(setting) in body:
+                raise ValueError(f"clear takes settings that are not given a value here, not {setting!r}")
+            body[_camel(setting)] = None
+        return _request(self._client, "PUT", _path("queues", name, "config"), body)
+
+    @op
+    def list(self) -> Op[JsonList]:
+        """The queues, with their counts and configuration."""
+        return _member(_request(self._client, "GET", "/queues"), "queues")
+
+
+class Schedules(_ClientPart[M]):
+    """`tide.schedules`: runs enqueued by the clock."""
+
+    @op
+    def set(self, name: str, *, cron: str, workflow_name: str, input: Any = None, queue: str = "default",
+            max_attempts: int | None = None, enabled: bool = True, timezone: str | None = None) -> Op[Json]:
+        """Create a schedule, or replace the one of this name.  Returns it.
+
+        cron: five fields, in `timezone` (IANA name, default UTC); TidebaseError 400 names what is wrong with it.
+        """
+        body = _body(locals(), "name")
+        return _member(_request(self._client, "PUT", _path("schedules", name), body), "schedule")
+
+    @op
+    def list(self) -> Op[JsonList]:
+        """The schedules."""
+        return _member(_request(self._client, "GET", "/schedules"), "schedules")
+
+    @op
+    def delete(self, name: str) -> Op[Json]:
+        """{"deleted": name}; TidebaseError 404 when there is none."""
+        return _request(self._client, "DELETE", _path("schedules", name))
+
+class Client(Surface[M]):
+    """What Tidebase and AsyncTidebase share: everything but the driver.  `close()` it, or use it in `with`.
+
+    url, api_key, webhook_secret: as given, or from the environment; `url` without a slash at its end.
+    """
+
+    _driver: Any
+    _context: Any  # the class of what a workflow is given
+    _session: Any  # the class of what `attach` returns
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
+                 *, timeout_s: float = TIMEOUT_S) -> None:
+        """url, api_key, webhook_secret: default the environment's TIDEBASE_URL, TIDEBASE_API_KEY,
+        TIDEBASE_WEBHOOK_SECRET.  timeout_s: how long a request is tried, repeats included; a request for a run that is
+        held is tried until its lease is gone.  Nothing is sent yet."""
+        _check(timeout_s=timeout_s)
+        self._client = self
+        self._server = _Server(
+            url or os.environ.get("TIDEBASE_URL") or DEFAULT_URL,
+            (api_key if api_key is not None else os.environ.get("TIDEBASE_API_KEY", "")).strip(),
+        )
+        self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
+        self.timeout_s = timeout_s
+        self._workflows: dict[str, Callable[..., Any]] = {}
+        self._threads = _BlockingDriver(self._server)
+        self._driver = self._threads
+        self._heartbeater = _Heartbeater(self)
+        self._batcher = _WriteBatcher(self)
+        self._warned_of_secret = False
+        self.runs: Runs[M] = Runs(self)
+        self.queues: Queues[M] = Queues(self)
+        self.schedules: Schedules[M] = Schedules(self)
+        self.gates: Gates[M] = Gates(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._server.url}>"
+
+    @property
+    def url(self) -> str:
+        """The server's address, without a slash at its end."""
+        return self._server.url
+
+    @property
+    def api_key(self) -> str | None:
+        """The key that is sent, None without one."""
+        return self._server.api_key
+
+    @overload
+    def workflow(self, name: str) -> Callable[[F], F]: ...
+    @overload
+    def workflow(self, name: str, fn: F) -> F: ...
+    def workflow(self, name: str, fn: Callable[..., Any] | None = None) -> Any:
+        """Register workflow(run, input) or workflow(run) under a name: called, or as decorator @tide.workflow(NAME)."""
+        if fn is None:
+            if callable(name):
+                raise TypeError("name= is missing: write @tide.workflow(\"NAME\"), with the workflow's name")
+            return functools.partial(self.workflow, name)
+        self._workflows[name] = fn
+        return fn
+
+    @op
+    def request(self, method: str, path: str, body: Any = None) -> Op[Json]:
+        """Send a request of the protocol that has no method here, and return the answer's JSON.
+
+        path: percent-encoded, with its query.  A POST is sent once, since only you know whether a repeat does no harm;
+        others are repeated until there is an answer.  Raises TidebaseError for an answer that is no success;
+        Unreachable.
+        """
+        if not (path.startswith("/") and all("!" <= letter <= "~" for letter in path) and method.isalpha()):
+            raise ValueError(f"a method and a percent-encoded path are needed, not {method!r} and {path!r}")
+        once_s = self.timeout_s if method.upper() == "POST" else None
+        return _request(self, method.upper(), path, body, once_s=once_s)
+
+    @op
+    def run(self, workflow_name: str, workflow: Callable[..., Any] | None = None, run_id: str | None = None,
+            input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
+            channels: Sequence[Json] | None = None, *, deadline_s: float | None = None,
+            recovery_secret: str | None = None, write_behind: bool = False) -> Op[Any]:
+        """Create a run, or resume the one of this run_id, execute it here under heartbeats and return its result.
+
+        workflow: the function, default the one registered under workflow_name; it is given what the server has stored
+        as input.  A run_id that nobody knows is created; a completed run returns its stored result, and nothing is
+        executed; a known run keeps its input, and a warning is logged when another one is given.  deadline_s: cancelled
+        when it has not ended by then.  recovery_secret: signs its recovery webhooks, instead of the server's
+        TIDEBASE_WEBHOOK_SECRET.  write_behind: see `work`; on return all is durable.
+
+        Raises what the workflow raises, recorded before; RunIdConflict, a ValueError, when run_id is of another
+        workflow; TidebaseError 409 run_leased while another owner holds the run; RunCancelled, LeaseLost, Unreachable.
+        """
+        fn = self._registered(workflow_name)[0] if workflow is None else workflow
+        run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
+                                     run_id=run_id, deadline_s=deadline_s, recovery_secret=recovery_secret)
+        return (yield from _begin_and_execute(self, run, fn, write_behind=write_behind))
+
+    @op
+    def enqueue(self, workflow_name: str, *, queue: str = "default", input: Any = None, metadata: Json | None = None,
+                dedupe_key: str | None = None, delay_s: float | None = None,
+                run_at: datetime | str | None = None, max_attempts: int | None = None,
+                priority: int | None = None, deadline_s: float | None = None,
+                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
+                recovery_secret: str | None = None) -> Op[Json]:
+        """Put a run on a queue.  When this returns, it is in Postgres and will be offered to workers.
+
+        dedupe_key: at most one live run per queue and key; a second call answers the first run.  delay_s or run_at (a
+        datetime, without time zone local, or ISO-8601 text): not before then; both are a ValueError.  max_attempts: the
+        server's default is 3.  priority: higher first.  deadline_s: cancelled when it has not ended by then.
+        Returns {"run", "deduplicated"}.
+        Raises TidebaseError 400 with the fields named in its body; Unreachable, then the run may exist.
+        """
+        if delay_s is not None and run_at is not None:
+            raise ValueError("enqueue() takes either delay_s or run_at, not both")
+        body = _body(locals(), id=new_run_id())
+        return self._batcher.write("enqueue_run", _members(body), path=_path("queues", queue, "enqueue"))
+
+    @op
+    def work(self, queues: str | Sequence[str] | None = None, *, poll_s: float = CLAIM_WAIT_S,
+             limit: int | None = None, concurrency: int = 1, lease_owner: str | None = None,
+             stop: Callable[[], bool] | None = None, on_error: Callable[..., Any] | None = None,
+             shutdown_s: float = SHUTDOWN_S, write_behind: bool = False) -> Op[None]:
+        """Claim runs of the registered workflows and execute them, each in a thread or task of its own.
+
+        Stops on SIGTERM or SIGINT (called from the main thread; a second signal acts as usual) or when stop(), asked
+        ten times a second, is true: runs go on to their next boundary and are given back, no attempt spent; after
+        shutdown_s this returns anyway, and what is left is taken over when its lease ends.
+
+        queues: served in this order, or one; default "default".  poll_s: how long the server holds a claim when there
+        is no work (at most 25).  limit: runs per claim, default as many as have a place.  concurrency: runs at once; a
+        run whose result is on its way to the server has left its place.  lease_owner: default a new name per claim; one
+        of your own must be unique among processes.  on_error(exception, run): called for every run that failed or was
+        cancelled here, with the run as JSON; failures never end the loop, nor does a server that is away.
+
+        write_behind: a plain step (no side effects but "read", replay auto) returns when its function has returned; its
+        record follows, in the order of the run's steps, in the next request.  What is durable is always a prefix of
+        what was executed.  Everything that leaves the run waits first until all earlier steps are durable: a step with
+        side effects (before its function is called), gate, sleep, signal, child, fanout, state, snapshot, usage, the
+        run's end and `run.flush()`.  At most 64 records, 1 MiB or 1 s may be behind; then the next step waits.  A
+        refused record is raised at the next boundary, and nothing after it is sent for that run.  So a crash repeats
+        the plain steps of the last moments, and never one that came before a declared side effect.
+
+        Only runs of workflows registered with this client when it asks are claimed; others stay in their queue for a
+        worker that knows them.  Raises TidebaseError when the server refuses the claim itself (401, 400).
+        """
+        names = [queues] if isinstance(queues, str) else ["default"] if queues is None else list(queues)
+        _check(poll_s=poll_s, limit=limit, concurrency=concurrency, shutdown_s=shutdown_s, stop=stop, on_error=on_error)
+        worker = _Worker(self, names, min(poll_s, LONG_POLL_S), limit, concurrency, lease_owner, on_error, write_behind)
+        return worker.work(stop, shutdown_s)
+
+    @op
+    def usage(self, *, by: str | None = None, since: datetime | str | None = None,
+              until: datetime | str | None = None) -> Op[Json]:
+        """The cost ledger summed up: {"groups": [...]}.  by: model, workflow or day."""
+        return _request(self, "GET", _path("usage", by=by, since=_iso(since), until=_iso(until)))
+
+    attach = session_op(Runs.attach)  # the same as `runs.attach`
+    cancel = op(Runs.cancel)  # the same as `runs.cancel`
+
+    @op
+    def handle_webhook(self, body: bytes, signature: str | None = None, *, headers: Mapping[str, str] | None = None,
+                       secret: str | None = None) -> Op[tuple[int, Json]]:
+        """Answer a recovery or push webhook: verify it, run the registered workflow here, return (status, JSON).
+
+        body: the exact bytes received.  headers: those of the request, for verify_webhook; better than signature, the
+        header x-tidebase-signature alone, which holds for ever.  secret: the run's recovery_secret, if it has one,
+        else the client's webhook_secret counts; without either, everything is answered 401, and an error is logged.
+        The answer is 200 whenever the outcome is the server's to handle: completed, failed (recorded), cancelled, or
+        held by somebody else already; and at once when the run begins to wait (see Run), whose wake-up is another
+        webhook.
+        """
+        secret = secret or self.webhook_secret
+        if not secret and not self._warned_of_secret:
+            self._warned_of_secret = True
+            logger.error("webhooks are answered 401, since this client has no webhook secret to verify them with: set "
+                         "TIDEBASE_WEBHOOK_SECRET, to what the server has, or give webhook_secret= or secret=",
+                         extra={"event": "no_webhook_secret"})
+        if not secret or not (verify_webhook(body, headers, secret) if headers is not None
+                              else verify_webhook_signature(body, signature, secret)):
+            return 401, {"error": "invalid signature", "code": "unauthorized"}
+        webhook = _loads(body)
+        if (not isinstance(webhook, dict) or webhook.get("type") not in ("run.resume", "run.invoke")
+                or "runId" not in webhook):
+            return 400, {"error": "neither run.resume nor run.invoke", "code": "invalid_request"}
+        run_id, workflow = str(webhook["runId"]), self._workflows.get(str(webhook.get("workflowName")))
+        if workflow is None:
+            return 404, {"error": "no such workflow is registered here", "code": "unknown_workflow", "runId": run_id}
+        try:
+            yield from _begin_and_execute(self, {"id": run_id}, workflow, may_leave=True)
+        except RunSuspended:
+            return 200, {"runId": run_id, "status": "waiting"}
+        except Unreachable:
+            return 503, {"error": "the Tidebase server did not answer", "code": "unreachable", "runId": run_id}
+        except TidebaseError as error:
+            status = "cancelled" if isinstance(error, RunCancelled) else error.code or "failed"
+            return (404 if error.status == 404 else 200), {"runId": run_id, "status": status}
+        except Exception as error:
+            _hide_frames(error)
+            logger.exception("run %s of workflow %s failed", run_id, webhook["workflowName"],
+                             extra={"event": "run_failed", "run_id": run_id})
+            return 200, {"runId": run_id, "status": "failed"}
+        return 200, {"runId": run_id, "status": "completed"}
+
+    @op
+    def close(self) -> Op[None]:
+        """Close idle connections.  The client stays usable and opens new ones when it must."""
+        yield from self._leave(None)
+
+    def _leave(self, error: BaseException | None) -> Op[None]:
+        self._heartbeater.close()
+        self._threads.close()
+        self._driver.close()
+        yield Sleep(0)  # lets an event loop finish what it closes
+
+    def _registered(self, workflow: str | Callable[..., Any]) -> tuple[Callable[..., Any], str | None]:
+        """A workflow by function or registered name: the function, and that name if it has one."""
+        if isinstance(workflow, str):
+            if workflow not in self._workflows:
+                raise ValueError(f"workflow {workflow!r} is not registered, but {sorted(self._workflows)} are")
+            return self._workflows[workflow], workflow
+        known = list(self._workflows.items())  # another thread may be registering one
+        return workflow, next((name for name, fn in known if fn is workflow), None)
+
+
+class Tidebase(Client[Blocking]):
+    """The client whose methods block.  One object serves a whole process, from any number of threads."""
+
+    _context, _session = RunContext, RunSession
+
+
+class AsyncTidebase(Client[Awaited]):
+    """The client whose methods are awaited; workflows and steps may be `async def`.  One object serves a process.
+
+    So are those of `runs`, `queues`, `schedules` and `gates`, and those of the runs and sessions that it gives; only
+    `workflow`, `runs.token` and `runs.subscribe`, for `async for`, are called as they are.
+    """
+
+    _context, _session = AsyncRunContext, AsyncRunSession
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
+                 *, timeout_s: float = TIMEOUT_S) -> None:
+        super().__init__(url, api_key, webhook_secret, timeout_s=timeout_s)
+        self._driver = _AsyncDriver(self._server)
+
+
+# ------------------------------------------------------------------------------
+# A run's logic: its lease, the names of its calls, its steps, waits, children and its end.
+# ------------------------------------------------------------------------------
+
+
+class _Lease:
+    """A lease that this process holds, as far as its own clock and the server's last answer tell."""
+
+    def __init__(self, run: Json, owner: str, event: Any, parent: _Lease | None = None,
+                 write_behind: bool = False) -> None:
+        """event: set when the run has to look up: its lease is lost, or its worker stops."""
+        self.run_id, self.owner, self.event, self.parent = cast(str, run["id"]), owner, event, parent
+        self.write_behind = write_behind
+        self.workflow_name = str(run.get("workflowName"))  # for messages
+        self.duration_s = _lease_seconds(run)
+        self.heartbeat_s = self.duration_s / HEARTBEATS_PER_LEASE
+        self.on_lost: Callable[..., Any] | None = None
+        self.on_returned: Callable[[], None] = lambda: None  # the workflow's function has returned
+        self.lost: TidebaseError | None = None
+        self.refused: Exception | None = None  # what a record was refused with that no call waited for
+        self.suspended = False
+        self.leaving = threading.Lock()  # held while the run asks to wait without us: nothing may begin meanwhile
+        self.waiting = False  # the run waits without us: it is queued again when what it waits for is there
+        self.is_ending = False  # its outcome is under way: a heartbeat refused now means that it arrived
+        self.ended = False  # completed, failed or given back: threads left over stop at their next boundary
+        self.fields = _members({"runId": self.run_id, "leaseOwner": owner})
+        self.writes: deque[_Write] = deque()  # those without an outcome yet, in order
+        self.bytes_behind = 0  # of them
+        self._lock = threading.Lock()  # of these two
+        self.in_flight = False  # some of them are: the others wait, so that none is overtaken
+        now = time.monotonic()
+        self._clock = (_moment(run["updatedAt"]) if run.get("updatedAt") else datetime.now(timezone.utc), now)
+        self.renew(now)
+        self.heartbeat_at: float = now + min(self.heartbeat_s, FIRST_HEARTBEAT_S)
+
+    def now(self) -> datetime:
+        """The database's clock: what it said when it gave the lease, and the time that has passed here since."""
+        moment, heard_at = self._clock
+        return moment + timedelta(seconds=time.monotonic() - heard_at)
+
+    def monotonic_at(self, moment: datetime) -> float:
+        """What time.monotonic() says here when the database's clock says `moment`."""
+        return self._clock[1] + (moment - self._clock[0]).total_seconds()
+
+    def renew(self, since: float) -> None:
+        """A heartbeat extended the lease at a moment after `since`."""
+        self.ends_at = since + self.duration_s
+        self.heartbeat_at = since + self.heartbeat_s
+
+    def extend(self, since: float) -> None:
+        """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
+        self.ends_at = max(self.ends_at, since + self.duration_s)
+
+    def lose(self, error: TidebaseError) -> None:
+        """The lease is gone, for good: every later boundary raises `error`."""
+        if self.lost is None:
+            self.lost = error
+            logger.warning("run %s of workflow %s is no longer held here: %s", self.run_id, self.workflow_name, error,
+                           extra={"event": error.code or "lease_lost", "run_id": self.run_id})
+            self.event.set()
+            if self.on_lost is not None:
+                self.on_lost(*_fit(self.on_lost, error))
+
+    def refuse(self, error: Exception) -> None:
+        """A record was refused that no call waited for: every later boundary raises `error`."""
+        if self.refused is None:
+            self.refused = error
+            self.event.set()
+
+    def check_not_cancelled(self, answer: Json) -> None:
+        """Raise RunCancelled when an answer that tells the run's status says so."""
+        if answer.get("runStatus") == "cancelled":
+            self.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled"))
+            self.fence()
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around the request that ends the run, or its stay here: see is_ending.  Where it fails, all is as before."""
+        self.is_ending = True
+        try:
+            yield
+        except BaseException:
+            self.is_ending = False
+            raise
+
+    def suspend(self) -> None:
+        """The worker stops: the next boundary unwinds the run."""
+        self.suspended = True
+        self.event.set()
+
+    def gone(self) -> TidebaseError | None:
+        """What ended this lease or, for a child, its parent's."""
+        if self.lost is None and self.ended:
+            return LeaseLost(f"run {self.run_id} has ended here", code="lease_lost")
+        return self.lost or (self.parent.gone() if self.parent else None)
+
+    def check_clock(self) -> None:
+        """Lose a lease that was not renewed in time by this process's clock: another worker may hold the run by now,
+        after a freeze of this process, say."""
+        if not self.ended and time.monotonic() >= self.ends_at:
+            message = f"the lease of run {self.run_id} ran out: it was not renewed within {self.duration_s:g} s"
+            self.lose(LeaseLost(message, code="lease_lost"))
+        if self.parent is not None:
+            self.parent.check_clock()
+
+    def fence(self) -> None:
+        """Before a request: raise what ended the lease.  A copy, since several threads may raise it."""
+        if self.waiting:
+            raise RunSuspended
+        self.check_clock()
+        gone = self.gone()
+        if gone is not None:
+            raise copy.copy(gone)
+
+    def boundary(self) -> None:
+        """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
+        self.fence()
+        if self.refused is not None:
+            raise copy.copy(self.refused)
+        lease: _Lease | None = self
+        while lease is not None:
+            if lease.suspended or lease.leaving.locked():
+                raise RunSuspended
+            lease = lease.parent
+
+    def add_writes(self, writes: Sequence[_Write]) -> None:
+        """The run has more to be made durable."""
+        with self._lock:
+            self.writes.extend(writes)
+            self.bytes_behind += sum([len(write.data) for write in writes])
+
+    def forget_write(self, write: _Write) -> None:
+        """A write has an outcome, or is withdrawn."""
+        with self._lock, contextlib.suppress(ValueError):
+            self.writes.remove(write)
+            self.bytes_behind -= len(write.data)
+
+    def oldest_write(self) -> _Write | None:
+        """The first write without an outcome."""
+        with self._lock:
+            return self.writes[0] if self.writes else None
+
+    def newest_write(self) -> _Write | None:
+        """The last write without an outcome."""
+        with self._lock:
+            return self.writes[-1] if self.writes else None
+
+    def is_far_behind(self) -> bool:
+        """Whether a step must wait for records of earlier steps."""
+        oldest = self.oldest_write() if self.write_behind and self.writes else None
+        return oldest is not None and (
+            len(self.writes) >= BEHIND_WRITES or self.bytes_behind >= BEHIND_BYTES
+            or time.monotonic() - oldest.since >= BEHIND_S)
+
+
+class _Names:
+    """What the calls of an execution are named in the record, which of them are under way, and the ids of what is
+    written between them.  The rule about names stands here and nowhere else.
+
+    The second call of a name is `name#2`, the third `name#3`, in the order of calls, which a replay repeats; a number
+    is passed over when an earlier call has that name.  Two calls of one name at the same time have no order: refused.
+    A call from within a step's function is `step/name`: a replay does not make it, as the step's output is there.
+    """
+
+    # The step whose function is called, and the call that began last, in this task or thread; each with the names that
+    # it belongs to, since a step's function may run other runs.
+    _within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
+    _place: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_place", default=None)
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._lock = threading.Lock()
+        self._numbers: dict[tuple[str, str], int] = {}  # the last one given, by kind and name as called
+        self._taken: set[tuple[str, str]] = set()  # kind and name as recorded
+        self._under_way: set[tuple[str, str]] = set()  # kind and name as called
+        self._failed: dict[tuple[tuple[str, str], ...], list[tuple[list[str], tuple[Any, ...]]]] = {}
+        self._executing = 0
+        self._last = ""  # the call that began last, in whatever task, and whether it failed
+        self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
+
+    def call(self, *asked: tuple[str, str], same: Callable[[], tuple[Any, ...] | None] | None = None) -> _Call:
+        """Around a call: yields its names in the record.
+
+        asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
+        good, what it is called with, None where nobody can tell.  A replay executes such a call again, and so does the
+        program that catches the failure and makes the same call once more: it keeps the name, so that the replay finds
+        its output.
+        """
+        within = self._within.get()
+        if within is not None and within[0] is self:
+            return _Call(self, tuple((kind, f"{within[1]}/{name}") for kind, name in asked), same, nested=True)
+        return _Call(self, asked, same, nested=False)
+
+    def begin(self, call: _Call) -> list[str]:
+        """The call begins: its names."""
+        with self._lock:
+            for kind, name in call.asked:
+                if (kind, name) in self._under_way:
+                    raise ValueError(
+                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
+                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
+            names = self._failed_before(call) or [self._next(kind, name) for kind, name in call.asked]
+            self._under_way.update(call.asked)
+            call.place = f"{call.asked[0][0]} {names[0]}"
+            if not call.nested:
+                self._move_to(call.place)
+        return names
+
+    def end(self, call: _Call, names: list[str], failed: bool) -> None:
+        """The call has returned or raised."""
+        called_with = call.same() if failed and call.same is not None else None
+        with self._lock:
+            self._under_way.difference_update(call.asked)
+            if called_with is not None:
+                self._failed.setdefault(call.asked, []).append((names, called_with))
+            if failed and call.same is not None and self.last_here() == call.place:
+                self._move_to(f"{call.place} failed")
+
+    def _move_to(self, place: str) -> None:
+        self._last = place
+        self._place.set((self, place))
+
+    def last_here(self) -> str:
+        """The call that began last in this task or thread or, where it made none, in any."""
+        here = self._place.get()
+        return here[1] if here is not None and here[0] is self else self._last
+
+    def _failed_before(self, call: _Call) -> list[str] | None:
+        """The names of the same call, if it failed."""
+        if call.asked in self._failed and call.same is not None:
+            called_with = call.same()
+            for failed in self._failed[call.asked]:
+                if failed[1] == called_with:
+                    self._failed[call.asked].remove(failed)
+                    return failed[0]
+        return None
+
+    def _next(self, kind: str, name: str) -> str:
+        number = self._numbers.get((kind, name), 0) + 1
+        while (kind, numbered := name if number == 1 else f"{name}#{number}") in self._taken:
+            number += 1
+        self._numbers[kind, name] = number
+        self._taken.add((kind, numbered))
+        return numbered
+
+    def count(self, kind: str, name: str) -> int:
+        """How often this has been asked for, this time included."""
+        with self._lock:
+            self._numbers[kind, name] = self._numbers.get((kind, name), 0) + 1
+            return self._numbers[kind, name]
+
+    def executing(self, step: str | None = None) -> _Executing:
+        """Around what is executed here and cannot be left behind: a step of this name, or a child."""
+        return _Executing(self, step)
+
+    def is_executing(self) -> bool:
+        """Whether a step or a child of the run is executed here."""
+        return self._executing > 0
+
+    def write_id(self, prefix: str, verb: str, *about: str | None) -> str:
+        """The id of a write: between calls the same in every execution, so that a replay writes it once.
+
+        It is made of the run, the call before it in this task or thread, what it is about, and its number among such
+        writes since.  While a call is under way it is a fresh one: within a step because what is executed again was
+        spent again, beside one because the order of the two is not known.
+        """
+        with self._lock:
+            if self._under_way:
+                return _new_id(prefix)
+            kind = (self.last_here(), verb, *(part or "" for part in about))
+            self._writes[kind] += 1
+            place = (self._run_id, *kind, str(self._writes[kind]))
+        return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
+
+
+class _Call:
+    """A call that is under way: see _Names.call."""
+
+    __slots__ = ("_given", "_names", "asked", "nested", "place", "same")
+
+    def __init__(self, names: _Names, asked: tuple[tuple[str, str], ...],
+                 same: Callable[[], tuple[Any, ...] | None] | None, nested: bool) -> None:
+        self._names, self.asked, self.same, self.nested, self.place = names, asked, same, nested, ""
+
+    def __enter__(self) -> list[str]:
+        self._given = self._names.begin(self)
+        return self._given
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._names.end(self, self._given, kind is not None and issubclass(kind, Exception))
+
+
+class _Executing:
+    """Something is executed: see _Names.executing."""
+
+    __slots__ = ("_before", "_names", "_step")
+
+    def __init__(self, names: _Names, step: str | None) -> None:
+        self._names, self._step = names, step
+
+    def __enter__(self) -> None:
+        with self._names._lock:
+            self._names._executing += 1
+        if self._step is not None:
+            self._before = _Names._within.get()
+            _Names._within.set((self._names, self._step))
+
+    def __exit__(self, *error: object) -> None:
+        with self._names._lock:
+            self._names._executing -= 1
+        if self._step is not None:
+            _Names._within.set(self._before)
+
+
+class _StepCall:
+    """A step as it is called: what it is recorded with, and how it is executed."""
+
+    def __init__(self, run: Run[Any], name: str, fn: Callable[..., Any], input: Any, input_hash: str | None,
+                 retries: int = 0, timeout_s: float | None = None) -> None:
+        self.run, self.name, self.retries = run, name, retries
+        self.options: Json = {}
+        self.decision = "safe_replay"  # what the last failure is recorded with
+        self.is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
+        args: tuple[Any, ...] = ()
+        if input is None:
+            self.input, self.input_hash = b"", input_hash or NULL_HASH
+            self.same: Callable[[], tuple[Any, ...] | None] = functools.partial(_called_with, fn)
+        else:
+            self.input = _encode(input, "input=")
+            plain = json.loads(self.input)
+            self.input_hash = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
+            self.same = lambda: (self.input_hash,)
+            if not _accepts(fn, 0) and _accepts(fn, 1):
+                args = (plain,)
+        self.invoke = Invoke(fn, args, timeout_s)
+
+    def declare(self, side_effects: str | Sequence[str] | None, credentials: Any, **declared: Any) -> None:
+        """Note what the step declares about itself.  ValueError for what does not go together."""
+        effects = [side_effects] if isinstance(side_effects, str) else list(side_effects or ())
+        self.options = options = _body(
+            side_effects=effects or None, credentials=[credentials] if isinstance(credentials, str) else credentials,
+            retries=self.retries or None, timeout_s=self.invoke.timeout_s, **declared)
+        acts = any(effect != "read" for effect in effects)
+        replay = options.get("replay") or ("manual" if acts and "idempotencyKey" not in options else "auto")
+        if replay not in ("auto", "manual", "never"):
+            raise ValueError(f"replay must be 'auto', 'manual' or 'never', not {replay!r}")
+        if self.retries and replay != "auto":
+            raise ValueError(f"retries need replay='auto', but this step's is {replay!r}: declare an idempotency_key, "
+                             "or replay='auto'")
+        self.decision = {"never": "fail_hard", "manual": "manual_review", "auto": "safe_replay"}[replay]
+        self.is_plain = replay == "auto" and not acts and "idempotencyKey" not in options
+
+    @functools.cached_property
+    def fields(self) -> bytes:
+        """The members by which the server knows the step."""
+        known = b'"name":%s,"inputHash":"%s"' % (_encode(self.name, "name="), self.input_hash.encode())
+        options = b"" if not self.options else b',"options":' + _encode(self.options, "a step's options")
+        return known + (b',"input":' + self.input if self.input else b"") + options
+
+    def refusal(self, error: Exception, output_bytes: int = 0) -> Exception:
+        """What a refusal means for this step, in words that name it."""
+        run_id = self.run.run_id
+        if isinstance(error, BodyTooLarge):
+            sizes = f"its output has {output_bytes:,} bytes" + (f", its input {len(self.input):,}" * bool(self.input))
+            message = (f"step {self.name!r} of run {run_id}: {sizes}, more than the server takes in one request, see "
+                       "its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
+            return BodyTooLarge(message, 413, code="body_too_large")
+        if isinstance(error, StepInputMismatch):
+            return self.mismatch(error.body)
+        if isinstance(error, StepNeedsReview):
+            step = error.body.get("step") or {} if isinstance(error.body, dict) else {}
+            message = (f"step {self.name!r} ({step.get('id')}) of run {run_id} may have had its effect without leaving "
+                       f"a record: see what happened outside, then decide with tide.runs.review_step({run_id!r}, "
+                       f"{step.get('id')!r}, DECISION), where DECISION is 'retry', 'complete' (with its output=) or "
+                       f"'fail'; `python tidebase.py explain {run_id}` on the server shows the run")
+            return StepNeedsReview(message, error.status, error.body, error.code, error.path)
+        return error
+
+    def mismatch(self, answer: Json) -> StepInputMismatch:
+        """answer: the server's, with the step as it is recorded."""
+        recorded, run_id = answer.get("step") or {}, self.run.run_id
+        before, now = _excerpts(_json(recorded.get("input")), self.input.decode() or "null")
+        if before == now:  # only their hashes are known, or differ
+            before, now = (f"{text} (hash {str(answer.get(key))[:12]}...)"
+                           for text, key in ((before, "expectedInputHash"), (now, "actualInputHash")))
+        message = (f"step {self.name!r} of run {run_id} is recorded with the input {before} and is now called with "
+                   f"{now}. Either give this call a name of its own, or fork the run before this step and run the "
+                   f"fork: tide.runs.fork({run_id!r}, from_step={self.name!r})")
+        return StepInputMismatch(message, body=answer, code="input_mismatch")
+
+
+def _checkpoint(run: Run[Any], name: str, hashed: str) -> Json | None:
+    """The checkpoint of a step, if one came with the lease.  For one of another input the server is asked."""
+    known = run._checkpoints.get(name)
+    if known is not None and (known["inputHash"] == hashed or known.get("copied")):  # a fork may be of changed code
+        return known
+    return None
+
+
+def _execute_step(run: Run[Any], call: _StepCall) -> Op[Any]:
+    """Execute a step that no checkpoint here answers, and record it; again while tries are left.
+
+    It is begun first where a try must leave a trace, or where the server may have its output.
+    """
+    lease, client = run._lease, run._client
+    call.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
+    for tries in itertools.count(1):
+        while lease.is_far_behind():
+            yield from client._batcher.settled(lease.oldest_write())
+            lease.boundary()
+        lease.boundary()
+        begins = not call.is_plain or not run._has_all_checkpoints or call.name in run._checkpoints
+        step_id: str | None = None
+        if begins:
+            answer = yield from _begin_step(run, call)
+            if answer["action"] == "return":
+                return answer["output"]
+            step_id = answer["step"]["id"]
+        notice = None if begins else client._heartbeater.watch(_SlowStepNotice(run, call))
+        error: Exception | None = None
+        output = b"null"
+        started_at = lease.now()
+        try:
+            output = _encode((yield call.invoke), f"the output of step {call.name!r}")
+        except Exception as raised:
+            if lease.gone() is not None:
+                raise  # from a boundary inside the function: it cannot be recorded
+            error = raised
+        finally:
+            if notice is not None:
+                client._heartbeater.forget(notice)
+        if notice is not None and notice.write is not None and (yield from _is_refused(client, notice.write)):
+            answer = yield from _begin_step(run, call)
+            if answer["action"] == "return":
+                return answer["output"]
+        again = error is not None and tries <= call.retries and getattr(error, "retryable", True) is not False
+        try:
+            if error is None and step_id is None and lease.write_behind:
+                _record_behind(run, call, started_at, output)
+                return json.loads(output)
+            answer = yield from _record_step(run, call, step_id, started_at, output, error, again)
+        except BodyTooLarge as refused:
+            if error is not None:
+                raise refused from None  # its input is
+            error = refused  # the output will not be shorter the next time
+            answer = yield from _record_step(run, call, step_id, started_at, output, error, again=False)
+        if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
+            recorded: Json = answer["step"]
+            return recorded["output"] if "output" in recorded else json.loads(output)
+        if not again:
+            raise cast(Exception, error)
+        yield Sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
+    raise AssertionError("unreachable")
+
+
+def _record_step(run: Run[Any], call: _StepCall, step_id: str | None, started_at: datetime, output: bytes,
+                 error: Exception | None, again: bool) -> Op[Json]:
+    """Write how a step ended: of one that was begun as step_id, or all of it at once.  Returns the answer."""
+    outcome = b'"output":' + output
+    if error is not None:
+        run._step_failures.append((error, call.name))
+        decision = "auto_retry" if again else call.decision
+        outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
+    if step_id is None:
+        verb, members = "record_step", _record_members(call, started_at, outcome)
+    else:
+        verb = "complete_step" if error is None else "fail_step"
+        members = b'"stepId":"%s",%s' % (step_id.encode(), outcome)
+    explain = functools.partial(call.refusal, output_bytes=len(output))
+    return run._client._batcher.write(verb, members, run._lease, explain=explain)
+
+
+def _record_behind(run: Run[Any], call: _StepCall, started_at: datetime, output: bytes) -> None:
+    """Have a plain step recorded in the background, after all that the run has written."""
+
+    def check(answer: Json) -> None:
+        if "output" in answer["step"] or answer["step"]["status"] != "completed":
+            raise TidebaseError(f"step {call.name!r} of run {run.run_id} is recorded with another outcome than it had "
+                                "here: the next attempt goes on with the recorded one", 409, answer, "other_outcome")
+
+    explain = functools.partial(call.refusal, output_bytes=len(output))
+    members = _record_members(call, started_at, b'"output":' + output)
+    run._client._batcher.post("record_step", members, run._lease, explain=explain, check=check)
+
+
+def _record_members(call: _StepCall, started_at: datetime, outcome: bytes) -> bytes:
+    return b'"startedAt":"%s","brief":true,%s,%s' % (started_at.isoformat().encode(), call.fields, outcome)
+
+
+def _is_refused(client: Client[Any], announcement: _Write) -> Op[bool]:
+    """Whether the announcement of a slow step was answered with anything but `execute`.  One under way is waited for,
+    so that the answer counts before the step's record is sent."""
+    if client._batcher.withdraw(announcement):
+        return False
+    yield from client._batcher.settled(announcement)
+    answer = announcement.outcome
+    return isinstance(answer, dict) and answer["action"] != "execute"
+
+
+def _begin_step(run: Run[Any], call: _StepCall) -> Op[Json]:
+    """Ask for the step until the answer is `execute` or `return`; while another owner executes it, wait."""
+    lease = run._lease
+    for tries in itertools.count(1):
+        lease.boundary()
+        answer = yield from run._client._batcher.write("begin_step", call.fields, lease, explain=call.refusal)
+        action = answer["action"]
+        if action in ("execute", "return"):
+            return answer
+        if action == "input_mismatch":
+            raise call.mismatch(answer)
+        if action == "cancelled":
+            lease.lose(RunCancelled(f"run {run.run_id} is cancelled", 200, answer, "run_cancelled"))
+        elif action != "locked":
+            raise TidebaseError(f"the server answered a step with {action!r}", 200, answer)
+        else:
+            yield Sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
+    raise AssertionError("unreachable")
+
+
+def _flush(run: Run[Any]) -> Op[None]:
+    """Wait until all that the run has written is durable; raise what is raised at a boundary."""
+    yield from _settle_writes(run)
+    run._lease.boundary()
+
+
+def _settle_writes(run: Run[Any]) -> Op[None]:
+    """Wait until each write of the run has an outcome, good or bad."""
+    while (write := run._lease.newest_write()) is not None:
+        yield from run._client._batcher.settled(write)
+
+
+def _warn_of_differences(run: Run[Any], what: str, name: str, recorded: Json, **given: Any) -> None:
+    """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay."""
+    differing = [key for key, value in given.items() if recorded.get(key) != value]
+    if differing:
+        logger.warning("run %s: %s %r was recorded with another %s, which stays as recorded first",
+                       run.run_id, what, name, " and ".join(differing),
+                       extra={"event": "differs_from_record", "run_id": run.run_id})
+
+
+# --- waiting
+
+
+def _wait_for(client: Client[Any], condition: Json | None, read: Callable[[float], Op[Json | None]] | None,
+              ends: float = math.inf, *, run: Run[Any] | None = None, hold_s: float = 0.0,
+              poll_s: float = LONG_POLL_S) -> Op[Json | None]:
+    """Wait until read() returns what is waited for, and return it; None when `ends` comes first.
+
+    read(wait_s): one request, which the server may hold for so many seconds; None: only time is waited for.
+    ends: by time.monotonic().
+    condition: what the server is told to resume the run for, when it leaves its worker after hold_s; None: it waits in
+    place.  A run that must not leave waits in place, too.
+    """
+    leaves_at = time.monotonic() + hold_s
+    while True:
+        asked, is_there = time.monotonic(), False
+        if run is not None and condition is not None and asked >= leaves_at and asked < ends:
+            is_there = yield from _leave(run, condition, None if read is None or ends == math.inf else ends - asked)
+        holds_s = leaves_at - asked if leaves_at > asked and condition is not None else math.inf
+        wait_s = 0.0 if is_there else max(min(poll_s, LONG_POLL_S, ends - asked, holds_s), 0.0)
+        if read is not None:
+            found = yield from read(wait_s)
+        else:
+            found = None
+            yield Sleep(wait_s, run._lease.event if run else None)
+        if run is not None:
+            run._lease.boundary()
+        now = time.monotonic()
+        if found is not None or now >= ends or (is_there and read is None):
+            return found
+        if read is not None and now - asked < wait_s / 2:  # too many wait there: the server did not hold the request
+            yield Sleep(min(1.0, wait_s), run._lease.event if run else None)
+
+
+def _long_poll(run: Run[Any], wait_s: float, *path: str, **query: Any) -> Op[Json]:
+    """GET something of a run, which the server may hold until there is news."""
+    path_and_query = _path("runs", run.run_id, *path, wait_ms=_ms(wait_s), **query)
+    answer = yield from _request(run._client, "GET", path_and_query, lease=run._lease, wait_s=wait_s)
+    run._lease.check_not_cancelled(answer)
+    return answer
+
+
+def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op[bool]:
+    """Give the run up until something is there, and unwind.  True: it is there; False: it must wait in place."""
+    lease = run._lease
+    if not run._may_leave or run._names.is_executing() or not lease.leaving.acquire(blocking=False):
+        return False
+    try:
+        if run._names.is_executing():  # again, now that `leaving` is set: one of us sees the other
+            return False
+        body = {**_body(lease_owner=lease.owner, timeout_s=timeout_s), "for": condition}
+        path = _path("runs", run.run_id, "wait")
+        yield from _settle_writes(run)
+        with lease.ending():
+            answer = yield from _request(run._client, "POST", path, body, lease=lease)
+        if answer["ready"]:
+            lease.is_ending = False
+            return True
+        lease.waiting = True
+        run._client._heartbeater.remove(lease)
+    finally:
+        lease.leaving.release()
+    raise RunSuspended
+
+
+def _begin_wait(run: Run[Any], name: str, asked: Json) -> Op[Json]:
+    """The step that records a wait: begun, found under way with what was asked first, or completed."""
+    run._lease.boundary()
+    known = _checkpoint(run, name, NULL_HASH)
+    if known is not None:
+        return {**known, "status": "completed"}
+    call = _StepCall(run, name, _begin_wait, asked, NULL_HASH)
+    call.options = {"wait": True}
+    answer = yield from _begin_step(run, call)
+    return cast(Json, answer["step"])
+
+
+def _end_wait(run: Run[Any], step: Json, output: Any) -> Op[None]:
+    """The wait is over, and its run still here.  That of a run which left its worker is ended by the server."""
+    members = b'"stepId":"%s","output":%s' % (step["id"].encode(), _encode(output, "a signal"))
+    yield from run._client._batcher.write("complete_step", members, run._lease)
+
+
+def _receive_signal(run: Run[Any], name: str, number: int, step: Json, hold_s: float) -> Op[Json]:
+    """The number-th signal of a name, or that it has timed out.  step: the one that records the wait."""
+    timeout_s = step["input"]["timeoutS"]
+    ends = math.inf if timeout_s is None else (
+        run._lease.monotonic_at(_moment(step["createdAt"]) + timedelta(seconds=timeout_s)))
+
+    def read(wait_s: float) -> Op[Json | None]:
+        return _member(_long_poll(run, wait_s, "signals", name, n=number), "signal")
+
+    condition = {"event": name, "n": number, "stepId": step["id"]}
+    signal = yield from _wait_for(run._client, condition, read, ends, run=run, hold_s=hold_s, poll_s=GATE_POLL_S)
+    if signal is None:  # the server decides which came first, the signal or the end
+        path = _path("runs", run.run_id, "signals", name, "expire")
+        body = {"n": number, "leaseOwner": run._lease.owner}
+        signal = yield from _member(_request(run._client, "POST", path, body, lease=run._lease), "signal")
+    return cast(Json, signal)
+
+
+# --- children
+
+
+def _describe_child(self: Run[Any], name: str, workflow: str | Callable[..., Any] | None = None, *,
+                    workflow_name: str | None = None, queue: str | None = None, input: Any = None,
+                    metadata: Json | None = None, recovery_webhook: str | None = None,
+                    channels: Sequence[Json] | None = None, edge_type: str | None = None,
+                    edge_metadata: Json | None = None, max_attempts: int | None = None,
+                    priority: int | None = None, recovery_secret: str | None = None) -> tuple[Any, Json]:
+    """A child's function, if it is known here, and its fields for the server.  self: the parent."""
+    given = locals()
+    if input is not None:
+        given["input"] = _plain(input, f"input= of child {name!r}")
+    fn: Callable[..., Any] | None = None
+    if callable(workflow):
+        fn, registered = self._client._registered(workflow)
+        workflow_name = workflow_name or (registered if queue is not None else None) or name
+    else:
+        known_as = workflow or workflow_name or name
+        if queue is None or known_as in self._client._workflows:
+            fn, _ = self._client._registered(known_as)
+        if queue is not None and workflow_name not in (None, known_as):
+            raise ValueError(f"child {name!r} is run by a worker of queue {queue!r}, which finds its workflow by "
+                             f"workflow_name={workflow_name!r}, not by {workflow!r}: leave the latter out")
+        workflow_name = workflow_name or known_as
+    return fn, _body(given, "workflow", workflow_name=workflow_name)
+
+
+def _run_child(run: Run[Any], fn: Any, body: Json) -> Op[Any]:
+    """The result of a child, executed here or, where it has a queue, waited for."""
+    (child,) = yield from _create_children(run, [body])
+    if "queue" not in body:
+        with run._names.executing():
+            return (yield from _begin_and_execute(run._client, child, fn, parent=run._lease))
+    (outcome,) = yield from _join_children(run, {body["name"]: child})
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _join_fanout(run: Run[Any], name: str, described: list[tuple[Any, Json]], queue: str | None,
+                 return_errors: bool) -> Op[Any]:
+    """What the step that joins a fanout records: the results or, where some failed, these and the errors."""
+    names = [body["name"] for _, body in described]
+    results = yield from (_run_children(run, described) if queue is None else _queue_children(run, described))
+    for error in results:
+        if isinstance(error, BaseException) and not isinstance(error, Exception):
+            raise error  # RunSuspended: the children gave themselves back, so does the parent
+    run._lease.boundary()
+    failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
+    if failed and not return_errors:
+        message = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
+        raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {message}", {**failed})
+    return results if not failed else {
+        "results": [None if child in failed else result for child, result in zip(names, results)],
+        "errors": {child: _outcome_json(error) for child, error in failed.items()},
+    }
+
+
+def _unpack_results(joined: Any, names: Sequence[str]) -> list[Any]:
+    """The results of a fanout from what its step recorded."""
+    if isinstance(joined, list):
+        return joined
+    return [_outcome(joined["errors"][child]) if child in joined["errors"] else result
+            for child, result in zip(names, joined["results"])]
+
+
+def _run_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[Any]]:
+    """Results or exceptions of children that are executed here, at most FANOUT at once."""
+    results: list[Any] = [None] * len(described)
+
+    def one(index: int) -> Op[None]:
+        try:
+            results[index] = yield from _run_child(run, *described[index])
+        except (Exception, RunSuspended) as error:
+            results[index] = error
+
+    tasks: list[Any] = []
+    try:
+        for index, (_, body) in enumerate(described):
+            if index >= FANOUT:
+                yield Join(tasks[index - FANOUT])
+            tasks.append((yield Start(one(index), f"tidebase-child-{body['name']}")))
+        for task in tasks:
+            yield Join(task)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        for task in tasks:
+            task.cancel()
+        raise
+    return results
+
+
+def _queue_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[Any]]:
+    """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
+    bodies = {body["name"]: body for _, body in described}
+    existing, are_all = (yield from _child_runs(run)) if len(bodies) > 1 else ({}, False)
+    runs = {name: existing[name] for name, body in bodies.items() if name in existing
+            and "payloadOmitted" not in existing[name]
+            and existing[name]["workflowName"] == body["workflowName"]}  # else the server says what is wrong
+    for name, child in runs.items():
+        _warn_of_differences(run, "child", name, child, input=bodies[name].get("input", {}))
+    missing = [body for name, body in bodies.items() if name not in runs]
+    made = yield from _create_children(run, missing)
+    runs.update((body["name"], child) for body, child in zip(missing, made))
+    alone = are_all and all(name in bodies or _has_ended(child) for name, child in existing.items())
+    return (yield from _join_children(run, {name: runs[name] for name in bodies}, alone))
+
+
+def _create_children(run: Run[Any], bodies: Sequence[Json]) -> Op[list[Json]]:
+    """The runs of these children, created or found, CHILDREN_AT_ONCE in one transaction."""
+    batcher, runs = run._client._batcher, []
+    for start in range(0, len(bodies), CHILDREN_AT_ONCE):
+        run._lease.boundary()
+        part = bodies[start : start + CHILDREN_AT_ONCE]
+        writes = batcher.post_all("create_child", [_members(body) for body in part], run._lease)
+        for body, write in zip(part, writes):
+            answer = yield from batcher.wait(write)
+            if not answer["created"]:
+                _warn_of_differences(run, "child", body["name"], answer["run"], input=body.get("input", {}))
+            runs.append(answer["run"])
+    return runs
+
+
+def _join_children(run: Run[Any], runs: dict[str, Json], alone: bool = False) -> Op[list[Any]]:
+    """Wait until all of these have ended; their results or exceptions, in order.
+
+    alone: the run has no other child that lives, so they need not be named.
+    """
+    while live := [name for name, child in runs.items() if not _has_ended(child)]:
+
+        def read(wait_s: float) -> Op[Json | None]:
+            """Look at the first that lives or, when the server said that all have ended, at all."""
+            if wait_s or len(live) == 1:
+                path = _path("runs", runs[live[0]]["id"], wait_ms=_ms(wait_s))
+                answer = yield from _request(run._client, "GET", path, lease=run._lease, wait_s=wait_s)
+                runs[live[0]] = answer["run"]
+                return answer["run"] if _has_ended(answer["run"]) else None
+            children, _ = yield from _child_runs(run)
+            for name in live:
+                if name in children and "payloadOmitted" not in children[name]:
+                    runs[name] = children[name]
+                else:
+                    path = _path("runs", runs[name]["id"], include="run")
+                    runs[name] = yield from _member(_request(run._client, "GET", path, lease=run._lease), "run")
+            return runs[live[0]]
+
+        condition = {"children": True if alone else live[:CHILDREN_NAMED]}
+        yield from _wait_for(run._client, condition, read, run=run, poll_s=GATE_POLL_S)
+    return [_outcome(child) for child in runs.values()]
+
+
+def _child_runs(run: Run[Any]) -> Op[tuple[dict[str, Json], bool]]:
+    """The children of this run, by name, and whether these are all.  Large payloads are left out."""
+    path = _path("runs", run.run_id, include="childRuns")
+    answer = yield from _request(run._client, "GET", path, lease=run._lease)
+    named = {child["metadata"]["parentEdgeName"]: child for child in answer["childRuns"]
+             if child["metadata"] is not None}
+    return named, "truncated" not in answer and len(named) == len(answer["childRuns"])
+
+
+# --- a run from its begin to its end
+
+
+def _begin_run(client: Client[Any], run_id: str, parent: _Lease | None = None) -> Op[Json]:
+    """Take a run's lease under a name of our own: two executions in one process must not pass for one.
+
+    A child whose lease a dead worker still has is waited for: its parent was taken over only just now.
+    """
+    headers = {"x-tidebase-worker": _new_id("worker")}
+    for tries in itertools.count(1):
+        if parent is not None:
+            parent.boundary()
+        try:
+            path = _path("runs", run_id, "begin")
+            return (yield from _request(client, "POST", path, {"checkpoints": True}, headers=headers))
+        except TidebaseError as error:
+            leased = error.status == 409 and isinstance(error.body, dict) and error.body.get("leaseOwner")
+            if parent is None or not leased or isinstance(error, (LeaseLost, RunCancelled)):
+                raise
+        yield Sleep(_backoff(LOCKED_POLL_S, tries), parent.event)
+    raise AssertionError("unreachable")
+
+
+def _begin_and_execute(client: Client[Any], run: Json, workflow: Callable[..., Any], parent: _Lease | None = None,
+                       may_leave: bool = False, write_behind: bool = False) -> Op[Any]:
+    """Execute a run unless it completed before; returns its result."""
+    if run.get("status") == "completed":
+        return run["result"]
+    answer = yield from _begin_run(client, run["id"], parent)
+    if answer["leaseOwner"] is None:
+        return answer["run"]["result"]
+    behind = write_behind or (parent is not None and parent.write_behind)
+    lease = _Lease(answer["run"], answer["leaseOwner"], client._driver.event(), parent, behind)
+    begun: Run[Any] = client._context(client, answer["run"], lease, answer, may_leave)
+    return (yield from _execute(begun, workflow))
+
+
+def _execute(run: Run[Any], workflow: Callable[..., Any]) -> Op[Any]:
+    """Execute a run that is held, under heartbeats, to one of its ends: completed, failed, given back or lost."""
+    lease, heartbeater = run._lease, run._client._heartbeater
+    heartbeater.add(lease)
+    try:
+        result = yield Invoke(workflow, _fit(workflow, run, run.input))
+        lease.fence()  # user code may have swallowed it
+        return (yield from _complete(run, result))[0]
+    except (Exception, SystemExit) as error:
+        if lease.waiting:
+            raise RunSuspended from error
+        gone = lease.gone()
+        if gone is None:
+            with _logged(run, "failure"):
+                yield from _fail(run, error)
+            raise
+        if lease.lost is None:  # the parent's lease ended, this one is still ours
+            yield from _give_back(run)
+        if isinstance(error, type(gone)):
+            raise
+        raise copy.copy(gone) from error
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        yield from _give_back(run)
+        left = lease.waiting or lease.suspended or _is_suspension(error)
+        if left and not isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
+            raise RunSuspended from error  # also out of the group that a TaskGroup makes of it
+        raise
+    finally:
+        heartbeater.remove(lease)
+        lease.ended = True
+
+
+def _is_suspension(error: BaseException) -> bool:
+    """Whether it is RunSuspended, or a group of nothing else: what a TaskGroup raises when several waits unwind."""
+    parts = getattr(error, "exceptions", None)
+    return all(map(_is_suspension, parts)) if parts else isinstance(error, RunSuspended)
+
+
+def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, Json]]:
+    """Record the result.  Returns it as JSON gives it back, and the answer; brief: without all of the run."""
+    lease = run._lease
+    encoded = _encode(result, f"the result of workflow {run.name!r}")
+
+    def explain(error: Exception) -> Exception:
+        if not isinstance(error, BodyTooLarge):
+            return error
+        message = (f"the result of run {run.run_id} of workflow {run.name!r} has {len(encoded):,} bytes, more than the "
+                   "server takes: see its setting TIDEBASE_MAX_BODY")
+        return BodyTooLarge(message, 413, error.body, error.code, error.path)
+
+    with lease.ending():
+        lease.on_returned()
+        members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
+        answer = yield from run._client._batcher.write("complete_run", members, lease, explain=explain)
+    if answer["run"]["status"] == "cancelled":
+        lease.lose(RunCancelled(f"run {run.run_id} is cancelled", 200, answer, "run_cancelled"))
+        lease.fence()
+    return json.loads(encoded), answer
+
+
+def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
+    """Record what ended the run, after all that it wrote before.  Returns the answer."""
+    failure: Any = _error_json(error) if isinstance(error, BaseException) else error
+    failure = {"message": failure} if isinstance(failure, str) else failure
+    step = next((name for raised, name in run._step_failures if raised is error), None)
+    if step is not None:
+        failure["step"] = step
+    fields: Json = {"error": failure}
+    if getattr(error, "retryable", True) is False:
+        fields["retryable"] = False
+    yield from _settle_writes(run)
+    with run._lease.ending():
+        return (yield from run._client._batcher.write("fail_run", _members(fields), run._lease))
+
+
+def _give_back(run: Run[Any]) -> Op[None]:
+    """Release the run, so that another worker gets it now and no attempt is spent; one that waits is released.
+
+    What it wrote before is made durable first.  Where the server does not answer, the end of the lease does the same.
+    """
+    if not run._lease.waiting:
+        with _logged(run, "release"):
+            yield from _settle_writes(run)
+            path = _path("runs", run.run_id, "release")
+            with run._lease.ending():
+                body = {"leaseOwner": run._lease.owner}
+                yield from _request(run._client, "POST", path, body, patience_s=RELEASE_S)
+
+
+@contextlib.contextmanager
+def _logged(run: Run[Any], what: str) -> Iterator[None]:
+    """For a run that is over here, whatever the server answers: a refusal is logged, not raised."""
+    try:
+        yield
+    except TidebaseError as refused:
+        logger.warning("run %s of workflow %s: its %s could not be recorded: %s", run.run_id, run.name, what,
+                       refused, extra={"event": "end_refused", "run_id": run.run_id, "verb": what,
+                                       "code": refused.code})
+
+
+# ------------------------------------------------------------------------------
+# The worker: claims while there are free places, and winds down.
+# ------------------------------------------------------------------------------
+
+
+class _Worker:
+    """One `work()`."""
+
+    def __init__(self, client: Client[Any], queues: list[str], poll_s: float, limit: int | None, concurrency: int,
+                 owner: str | None, on_error: Callable[..., Any] | None, write_behind: bool = False) -> None:
+        if not queues or concurrency < 1 or (limit is not None and limit < 1):
+            raise ValueError("work() needs a queue, a limit and a concurrency of at least 1")
+        self._client, self._queues, self._poll_s, self._limit, self._on_error = client, queues, poll_s, limit, on_error
+        self._concurrency, self._owner, self._write_behind = concurrency, owner, write_behind
+        self._place_freed = client._driver.event()  # set by stop(), too
+        self._stopped = client._driver.event()
+        self._stopping = False
+        self._claim_handle = CancelHandle()  # of the claim that waits
+        self._busy: set[_Lease] = set()
+        self._tasks: list[Any] = []
+        self._claim: Json | None = None  # repeated as it is until it is answered, so that no claimed run is lost
+        self._failures = 0
+
+    def work(self, stop: Callable[[], bool] | None, shutdown_s: float) -> Op[None]:
+        """Claim and execute until a signal comes or stop() is true; then wind down."""
+        self._log_start()
+        with _stop_signals() as signalled:
+            claiming = yield Start(self._claims(), "tidebase-claims")
+            try:
+                while not (claiming.done() or signalled() or (stop is not None and stop())):
+                    yield Sleep(STOP_CHECK_S)
+            except asyncio.CancelledError:  # of the task that awaits us: its runs are given back before it ends
+                self._cancel_tasks()
+                yield from self._wind_down(claiming, shutdown_s)
+                raise
+            finally:
+                self._stop()
+            yield from self._wind_down(claiming, shutdown_s)
+            if claiming.done():
+                claiming.result()  # a refusal
+
+    def _log_start(self) -> None:
+        """Log what this worker serves, and where."""
+        workflows, url = sorted(self._client._workflows), self._client.url
+        logger.info("worker serves the workflows %s from the queues %s at %s, %s at once",
+                    ", ".join(workflows) or "none", ", ".join(self._queues), url, self._concurrency,
+                    extra={"event": "worker_started", "workflows": workflows, "queues": self._queues, "url": url})
+        if not workflows:
+            logger.warning("no workflow is registered, so the worker at %s claims nothing: register one with "
+                           "tide.workflow(name, fn), on the same client, before tide.work()", url,
+                           extra={"event": "no_workflows", "url": url})
+
+    def _claims(self) -> Op[None]:
+        """Claim runs and start them whenever there are free places, until the worker stops."""
+        while not self._stopping:
+            self._tasks = [task for task in self._tasks if not task.done()]
+            self._place_freed.clear()
+            free = self._concurrency - len(self._busy)
+            if not self._client._workflows:
+                yield Sleep(CLAIM_PAUSE_S, self._stopped)  # another thread may register one
+            elif free > 0:
+                pause_s = yield from self._claim_runs(free, self._poll_s, self._claim_handle)
+                yield Sleep(pause_s, self._stopped)
+            elif not self._stopping:
+                yield Sleep(None, self._place_freed)
+        if self._claim is not None:  # cancelled: asked once more, it tells what it took, which is given back
+            yield from self._claim_runs(1, 0.0)
+
+    def _claim_runs(self, free: int, wait_s: float, cancel: CancelHandle | None = None) -> Op[float]:
+        """Claim once and start what came.  Returns the seconds to pause before the next claim."""
+        if self._claim is None:
+            owner = self._owner or f"{platform.node()}-{os.getpid()}-{_new_id('worker')}"
+            self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True,
+                                workflows=sorted(self._client._workflows))
+            self._claim["limit"] = min(self._limit or free, free, 100)
+        asked, body = time.monotonic(), {**self._claim, "waitMs": _ms(wait_s)}
+        try:
+            answer = yield from _request(
+                self._client, "POST", "/queues/claim", body, once_s=CLAIM_S, wait_s=wait_s, cancel=cancel)
+        except TidebaseError as error:
+            if self._stopping:
+                return 0.0
+            if error.status is not None and error.status < 500 and error.status != 429:
+                raise
+            self._failures += 1
+            if self._failures == 1:
+                logger.warning("the worker goes on asking, but the server is away: %s", error,
+                               extra={"event": "server_away", "error": str(error), "url": self._client.url})
+            return _backoff(BACKOFF_S, self._failures)
+        if self._failures:
+            logger.info("the server at %s is back", self._client.url,
+                        extra={"event": "server_back", "url": self._client.url})
+        self._claim, self._failures = None, 0
+        for run in answer["runs"]:
+            yield from self._start(run, answer["leaseOwner"])
+        if any(run["workflowName"] not in self._client._workflows for run in answer["runs"]):
+            return UNKNOWN_PAUSE_S
+        if not answer["runs"] and time.monotonic() - asked < wait_s / 2:  # too many wait there already
+            return self._claim_handle.retry_after_s + _backoff((CLAIM_PAUSE_S, CLAIM_PAUSE_S), 1)
+        return 0.0
+
+    def _start(self, claimed: Json, owner: str) -> Op[None]:
+        lease = _Lease(claimed, owner, self._client._driver.event(), write_behind=self._write_behind)
+        run: Run[Any] = self._client._context(self._client, claimed, lease, claimed, may_leave=True)
+        workflow = self._client._workflows.get(run.name)
+        if workflow is None:  # an older server does not look at what a claim asks for
+            logger.error("run %s is of workflow %s, which is not registered with this worker: it is given back; the "
+                         "server at %s is too old to keep it for a worker that knows it", run.run_id, run.name,
+                         self._client.url,
+                         extra={"event": "workflow_unknown", "run_id": run.run_id, "workflow": run.name})
+        if workflow is None or self._stopping:
+            yield from _give_back(run)
+            return
+        lease.on_returned = functools.partial(self._free_place, lease)
+        self._busy.add(lease)
+        self._tasks.append((yield Start(self._execute(run, workflow), f"tidebase-{run.run_id}")))
+
+    def _execute(self, run: Run[Any], workflow: Callable[..., Any]) -> Op[None]:
+        """Execute a run; however it ends, the worker goes on."""
+        extra = {"event": "run_failed", "run_id": run.run_id, "workflow": run.name}
+        try:
+            yield from _execute(run, workflow)
+        except RunSuspended:
+            waits = run._lease.waiting
+            logger.info("run %s of workflow %s left its worker%s", run.run_id, run.name, " to wait" if waits else "",
+                        extra={**extra, "event": "run_waiting" if waits else "run_released"})
+        except (Exception, SystemExit) as error:
+            lost = run._lease.lost
+            if lost is not None and not isinstance(lost, RunCancelled):
+                return  # it goes on elsewhere; logged when it was noticed
+            _hide_frames(error)
+            if lost is None:
+                logger.warning("run %s of workflow %s failed, attempt %s", run.run_id, run.name, run.attempt,
+                               exc_info=True, extra=extra)
+            if self._on_error is not None:
+                try:
+                    yield Invoke(self._on_error, _fit(self._on_error, error, run._record))
+                except Exception as raised:
+                    _hide_frames(raised)
+                    logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
+                                     extra={**extra, "event": "on_error_failed"})
+        finally:
+            self._free_place(run._lease)
+
+    def _free_place(self, lease: _Lease) -> None:
+        """The next run may be claimed while the outcome of this one is still on its way."""
+        self._busy.discard(lease)
+        self._place_freed.set()
+
+    def _cancel_tasks(self) -> None:
+        """Cancel the tasks (a thread cannot be)."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _stop(self) -> None:
+        """Claim no more; a claim that waits is cancelled."""
+        self._stopping = True
+        self._place_freed.set()
+        self._stopped.set()
+        self._claim_handle.cancel()
+
+    def _wind_down(self, claiming: Any, shutdown_s: float) -> Op[None]:
+        """Have every run unwound at its next boundary and wait for that, at most shutdown_s."""
+        self._stop()
+        deadline = time.monotonic() + shutdown_s
+        while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
+            for lease in list(self._busy):
+                lease.suspend()
+            yield Sleep(0.05)
+        left = [lease.run_id for lease in list(self._busy)]
+        if left:
+            logger.warning("the worker stopped with runs under way after %g s; they are taken over when their leases "
+                           "end: %s", shutdown_s, ", ".join(left),
+                           extra={"event": "shutdown_overdue", "run_ids": left})
+            self._cancel_tasks()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Inside, the first SIGTERM or SIGINT only sets a flag, since a handler may interrupt code that holds any lock;
+    the handlers from before are back from then on."""
+    before: dict[int, Any] = {}
+    seen: list[int] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: object) -> None:
+        seen.append(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, handle) or signal.SIG_DFL
+    try:
+        yield lambda: bool(seen)
+    finally:
+        restore()
+
+
+# ------------------------------------------------------------------------------
+# Batching and heartbeats: what all runs of a process have to write, in few requests; their leases, in one.
+# ------------------------------------------------------------------------------
+
+
+class _Write:
+    """Something to be made durable: a step, a run's result, a new run."""
+
+    __slots__ = ("_give_up_at", "_path", "check", "data", "done", "explain", "is_behind", "lease", "outcome", "since",
+                 "verb")
+
+    def __init__(self, verb: str, members: bytes, lease: _Lease | None, *, path: str = "/writes",
+                 timeout_s: float = 0.0, is_behind: bool = False, check: Callable[[Json], None] | None = None,
+                 explain: Callable[[Exception], Exception] | None = None) -> None:
+        """members: JSON, without the braces.  is_behind: no call waits for it.  explain: makes an exception that names
+        the case of a refusal.  check: raises for an answer that is none of success.  timeout_s: without a lease."""
+        if lease is not None:
+            chained = b',"chained":true,' if lease.write_behind and verb != "fail_run" else b","
+            members = lease.fields + chained + members
+        self.verb, self._path, self.lease = verb, path, lease
+        self.data = b'{"do":"%s",%s}' % (verb.encode(), members)
+        self.is_behind, self.explain, self.check = is_behind, explain, check
+        self.since = time.monotonic()
+        self._give_up_at = self.since + timeout_s
+        self.outcome: Json | Exception | None = None  # the answer, or what is raised for it
+        self.done: Any = None  # the event of those who wait for the outcome
+
+    @property
+    def path(self) -> str:
+        """What it is about, for the error that tells of its refusal."""
+        return self._path if self.lease is None else _path("runs", self.lease.run_id)
+
+    @property
+    def until(self) -> float:
+        """The moment until which it is worth sending: the lease's end or, without one, that of the timeout."""
+        return self._give_up_at if self.lease is None else self.lease.ends_at
+
+    def settle(self, outcome: Json | Exception) -> None:
+        """Note the outcome; `wake` is to follow."""
+        if self.outcome is not None:
+            return
+        lease = self.lease
+        try:
+            if isinstance(outcome, dict) and self.check is not None:
+                self.check(outcome)
+        except TidebaseError as error:
+            outcome = error
+        if isinstance(outcome, Exception):
+            if lease is not None and isinstance(outcome, (LeaseLost, RunCancelled)):
+                lease.lose(outcome)
+            elif self.explain is not None:
+                outcome = self.explain(outcome)
+            if lease is not None and self.is_behind:
+                lease.refuse(outcome)
+        self.outcome = outcome
+        if lease is not None:
+            lease.forget_write(self)
+
+    def wake(self) -> None:
+        """Wake those who wait for the outcome."""
+        if self.done is not None and self.outcome is not None:
+            self.done.set()
+
+
+class _WriteBatcher:
+    """Sends writes to POST /writes: one request carries what all runs of this process have ready, for one commit.
+
+    At most MAX_IN_FLIGHT requests are in flight.  A run's writes stand in one of them at a time, in order, so that none
+    overtakes another.  Nothing waits for a timer: the first write when a request may be sent goes at once, in the
+    thread that made it; what becomes ready meanwhile is sent by a thread or task in the background, together, as soon
+    as an answer is there.  A request is repeated until it has an answer or no write in it is worth sending any more.
+    """
+
+    def __init__(self, client: Client[Any]) -> None:
+        self._client = client
+        self._process = os.getpid()
+        self._lock = threading.RLock()  # the garbage collector may close a sender's generator at any time
+        self._ready: deque[_Write] = deque()
+        self._senders = 0  # threads and tasks that send, or are about to
+        self._tasks: set[Any] = set()  # those in the background: an event loop keeps no reference
+
+    def write(self, verb: str, members: bytes, lease: _Lease | None = None, **options: Any) -> Op[Json]:
+        """Make something durable and return the server's answer; see _Write for the arguments.
+
+        Raises what the write was refused with; LeaseLost or, without a lease, Unreachable when no answer came in time.
+        """
+        write = _Write(verb, members, lease, timeout_s=self._client.timeout_s, **options)
+        if lease is not None:
+            lease.fence()
+        batch = self._add([write], may_send=not self._client._driver.awaited)
+        if batch:
+            try:
+                yield from self._send_batch(batch)
+            finally:
+                with self._lock:
+                    self._senders -= 1
+                self._start_sender()
+        return (yield from self.wait(write))
+
+    def post(self, verb: str, members: bytes, lease: _Lease, is_behind: bool = True, **options: Any) -> _Write:
+        """Have something made durable in the background, after what the run has written before."""
+        write = _Write(verb, members, lease, is_behind=is_behind, **options)
+        self._add([write])
+        return write
+
+    def post_all(self, verb: str, all_members: Sequence[bytes], lease: _Lease) -> list[_Write]:
+        """Have these made durable in one request, as far as they fit; each is to be waited for."""
+        writes = [_Write(verb, members, lease) for members in all_members]
+        self._add(writes)
+        return writes
+
+    def wait(self, write: _Write) -> Op[Json]:
+        """The answer to a write; raises what it was refused with."""
+        try:
+            yield from self.settled(write)
+        except BaseException:
+            if write.lease is None:
+                self.withdraw(write)
+            raise
+        if isinstance(write.outcome, Exception):
+            raise write.outcome
+        return cast(Json, write.outcome)
+
+    def settled(self, write: _Write | None) -> Op[None]:
+        """Wait until a write has an outcome."""
+        while write is not None and write.outcome is None:
+            if write.done is None:
+                write.done = self._client._driver.event()
+            left_s = write.until - time.monotonic()
+            if left_s <= 0:
+                self.withdraw(write)
+                self._give_up(write)
+                write.wake()
+            elif write.outcome is None:  # again: it may have come before there was the event
+                yield Sleep(min(left_s, RECHECK_S), write.done)
+                if write.outcome is None:
+                    self._start_sender()
+
+    def withdraw(self, write: _Write) -> bool:
+        """Take a write back, unless it has been sent."""
+        with self._lock:
+            if write in self._ready:
+                self._ready.remove(write)
+                if write.lease is not None:
+                    write.lease.forget_write(write)
+                return True
+        return False
+
+    def _add(self, writes: list[_Write], may_send: bool = False) -> list[_Write]:
+        """Queue writes.  Returns a batch where the caller is to send one."""
+        if self._process != os.getpid():  # forked: the threads that were sending are in the other process
+            self.__init__(self._client)  # type: ignore[misc]
+        with self._lock:
+            self._ready.extend(writes)
+            lease = writes[0].lease
+            if lease is not None:
+                lease.add_writes(writes)
+            if may_send and self._senders < MAX_IN_FLIGHT and not (lease is not None and lease.in_flight):
+                self._senders += 1
+                return self._take()
+        self._start_sender()
+        return []
+
+    def _take(self) -> list[_Write]:
+        """Under the lock: what the next request carries.  Writes of runs that have others in flight stay."""
+        batch: list[_Write] = []
+        stay: deque[_Write] = deque()
+        size = 0
+        while self._ready:
+            write = self._ready[0]
+            if write.lease is not None and write.lease.in_flight:
+                stay.append(self._ready.popleft())
+                continue
+            size += len(write.data)
+            if batch and (size > BATCH_BYTES or len(batch) >= BATCH_WRITES):
+                break
+            batch.append(self._ready.popleft())
+        self._ready.extendleft(reversed(stay))
+        for write in batch:
+            if write.lease is not None:
+                write.lease.in_flight = True
+        return batch
+
+    def _start_sender(self) -> None:
+        """Have what is ready sent in the background, if a request may be sent now."""
+        with self._lock:
+            if self._senders >= MAX_IN_FLIGHT or all(
+                    write.lease is not None and write.lease.in_flight for write in self._ready):
+                return
+            self._senders += 1
+        driver = self._client._driver
+        if driver.awaited:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:  # a thread beside the event loop: the one that sends heartbeats
+                driver = self._client._threads
+        task = driver.start(self._send_all(), "tidebase-writes")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _send_all(self) -> Op[None]:
+        """Send what is ready, until there is nothing."""
+        try:
+            yield Sleep(0.0)  # first all threads and tasks that are as far: what they have goes along
+            while True:
+                with self._lock:
+                    batch = self._take()
+                    if not batch:
+                        self._senders -= 1
+                        return
+                yield from self._send_batch(batch)
+        except BaseException as error:
+            with self._lock:
+                self._senders -= 1
+            if not isinstance(error, GeneratorExit):  # this task was cancelled: another goes on; else the loop is gone
+                self._start_sender()
+            raise
+
+    def _send_batch(self, batch: list[_Write]) -> Op[None]:
+        """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
+        try:
+            yield from self._send(batch)
+        except Exception as error:  # a defect: whoever waits is told
+            for write in batch:
+                write.settle(error)
+        finally:
+            with self._lock:
+                for write in reversed(batch):
+                    if write.lease is not None:
+                        write.lease.in_flight = False
+                    if write.outcome is None:
+                        self._ready.appendleft(write)
+            for write in batch:
+                write.wake()
+
+    def _send(self, batch: list[_Write]) -> Op[None]:
+        """Send a batch, again until there is an answer, and settle each write."""
+        for tries in itertools.count(1):
+            batch = [write for write in batch if self._is_worth_sending(write)]
+            if not batch:
+                return
+            sent = time.monotonic()
+            timeout_s = max(1.0, min(self._client.timeout_s, max(write.until for write in batch) - sent))
+            data = b'{"writes":[%s]}' % b",".join([write.data for write in batch])
+            reply, self._trouble, asked_s, _ = yield from _attempt(
+                self._client, "POST", "/writes", data, timeout_s=timeout_s)
+            if reply is not None:
+                yield from self._settle_all(batch, reply, sent)
+                return
+            yield Sleep(asked_s + _backoff(BACKOFF_S, tries))
+
+    def _settle_all(self, batch: list[_Write], reply: Reply, sent: float) -> Op[None]:
+        """Settle each write of a batch that was answered."""
+        answer = _loads(reply.data)
+        if 200 <= reply.status < 300 and isinstance(answer, dict):
+            yield from self._settle_each(batch, answer["results"], sent)
+        elif len(batch) > 1 and reply.status in (400, 413):  # one is at fault, and must not take the others along
+            half = len(batch) // 2
+            yield from self._send(batch[:half])
+            yield from self._send(batch[half:])
+        else:
+            body = reply.data.decode("utf-8", "replace") if answer is None else answer
+            for issue in body.get("issues") or () if isinstance(body, dict) else ():
+                issue["path"] = issue["path"].replace("writes.0.", "", 1)  # it is the only one
+            for write in batch:
+                write.settle(_refusal(reply.status, body, write.path, len(write.data)))
+
+    def _settle_each(self, batch: list[_Write], results: list[Json], sent: float) -> Op[None]:
+        """Settle each write with its result; send alone those whose answers had no room beside the others'."""
+        again: list[_Write] = []
+        for write, result in zip(batch, results):
+            code = result.get("code")
+            if code == "batch_too_large" and len(batch) > 1:
+                again.append(write)
+            elif "error" not in result:
+                if write.lease is not None:
+                    write.lease.extend(sent)
+                write.settle(result)
+            elif code == "prior_refused" and write.lease is not None and write.lease.refused is not None:
+                write.settle(copy.copy(write.lease.refused))
+            else:
+                write.settle(_refusal(result["status"], result, write.path, len(write.data)))
+        for write in again:
+            yield from self._send([write])
+
+    def _is_worth_sending(self, write: _Write) -> bool:
+        """Whether a write has no outcome yet.  It gets one here where the lease or the time is over."""
+        lease = write.lease
+        if write.outcome is None and lease is not None:
+            lease.check_clock()
+            gone = lease.gone()
+            if gone is not None:
+                write.settle(copy.copy(gone))
+            elif lease.refused is not None and write.verb != "fail_run":
+                write.settle(copy.copy(lease.refused))
+        if write.outcome is None and time.monotonic() >= write.until:
+            self._give_up(write)
+        return write.outcome is None
+
+    def _give_up(self, write: _Write) -> None:
+        """There is no answer in time: the lease is gone or, without one, the server is unreachable."""
+        message = f"no answer from {self._client.url} to POST /writes ({write.verb}): {self._trouble}"
+        if write.lease is None:
+            write.settle(Unreachable(message, path=write.path))
+        else:
+            message = f"the lease of run {write.lease.run_id} ran out: {message}"
+            write.settle(LeaseLost(message, code="lease_lost", path=write.path))
+
+    _trouble = "it has not answered"  # to the last request that failed
+
+
+class _SlowStepNotice:
+    """Has a plain step that is still executed after SLOW_STEP_S begun in the record, so that it is seen as running."""
+
+    def __init__(self, run: Run[Any], call: _StepCall) -> None:
+        self.run, self.call = run, call
+        self.due = math.inf
+        self.write: _Write | None = None  # begin_step, once it is due
+
+    def post(self) -> None:
+        """It is due."""
+        lease, call = self.run._lease, self.call
+        self.write = self.run._client._batcher.post("begin_step", call.fields, lease, is_behind=False)
+
+
+class _Heartbeater:
+    """One thread that renews the leases of all runs a client holds; it starts with the first and ends with the last.
+
+    It announces their slow steps, too.  The async client has it as well: a step that blocks the event loop must not
+    cost the leases of all its runs.
+    """
+
+    def __init__(self, client: Client[Any]) -> None:
+        self._client = client
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._leases: dict[str, _Lease] = {}
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._sleeps_until = 0.0
+        self._watched: dict[_SlowStepNotice, None] = {}  # in the order of `due`
+
+    def watch(self, notice: _SlowStepNotice) -> _SlowStepNotice:
+        """Announce a step that begins now, unless it is forgotten in time."""
+        notice.due = time.monotonic() + SLOW_STEP_S
+        with self._lock:
+            self._watched[notice] = None
+            self._wake_by(notice.due)
+        return notice
+
+    def forget(self, notice: _SlowStepNotice) -> None:
+        """The step has ended: announce it no more, unless that is under way (`notice.write`)."""
+        with self._lock:
+            self._watched.pop(notice, None)
+
+    def add(self, lease: _Lease) -> None:
+        """Keep a lease alive from now on."""
+        with self._lock:
+            before = self._leases.get(lease.run_id)
+            self._leases[lease.run_id] = lease
+            if self._thread is None or not self._thread.is_alive():  # not alive: this is a forked process
+                self._thread = threading.Thread(target=self._run, name="tidebase-heartbeats", daemon=True)
+                self._thread.start()
+            self._wake_by(lease.heartbeat_at)
+        if before is not None:  # taken again by the same worker: what is left of the first execution must not write
+            before.lose(LeaseLost(f"run {lease.run_id} was taken again", code="lease_lost"))
+
+    def remove(self, lease: _Lease) -> None:
+        """Let a lease go.  The thread notices when it is up the next time: waking it costs more than its sleep."""
+        with self._lock:
+            if self._leases.get(lease.run_id) is lease:
+                del self._leases[lease.run_id]
+
+    def close(self) -> None:
+        """Let the thread end now, if no lease is held, and later without leaving a connection."""
+        self._closed = True
+        self._wake.set()
+
+    def _wake_by(self, moment: float) -> None:
+        """Have the thread look again at that time at the latest.  It is woken only where it would sleep longer: not by
+        each of many short steps and runs."""
+        if self._sleeps_until > moment:
+            self._sleeps_until = moment
+            self._wake.set()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            with self._lock:
+                self._leases = {run_id: lease for run_id, lease in self._leases.items() if lease.lost is None}
+                if not self._leases:
+                    self._thread = None
+                    if self._closed:  # what this thread opened since
+                        self._client._threads.close()
+                    return
+                leases, now = list(self._leases.values()), time.monotonic()
+                late = list(itertools.takewhile(lambda notice: notice.due <= now, self._watched))  # noqa: B023
+                for notice in late:
+                    del self._watched[notice]
+                    notice.post()  # before the lock is given up: who forgets it then sees the write
+                next_due = next(iter(self._watched)).due if self._watched else math.inf
+                promised = self._sleeps_until if self._sleeps_until > now else math.inf  # of a step that is over
+                self._sleeps_until = min(next_due, promised, *(lease.heartbeat_at for lease in leases))
+            is_due = min(lease.heartbeat_at for lease in leases) <= now
+            try:
+                if is_due:
+                    self._send(leases)
+            except Exception:  # a callback's, or a defect: the other runs must not pay for it
+                logger.exception("a heartbeat to %s failed", self._client.url, extra={"event": "heartbeat_failed"})
+            if not is_due:
+                self._wake.wait(max(self._sleeps_until - now, 0.0))
+
+    def _send(self, leases: list[_Lease]) -> None:
+        """One request for all.  Where it fails, they are due again soon: a restarted server waits for exactly this."""
+        sent, shortest = time.monotonic(), min(lease.duration_s for lease in leases)
+        for lease in leases:
+            lease.heartbeat_at = sent + min(1.0, lease.duration_s / 10)
+        body = {"runs": [{"id": lease.run_id, "leaseOwner": lease.owner} for lease in leases]}
+        path, once_s = "/heartbeats", max(shortest / HEARTBEATS_PER_LEASE, 0.5)
+        try:
+            answer = self._client._threads.drive(_request(self._client, "POST", path, body, once_s=once_s))
+        except TidebaseError as error:
+            names = ", ".join(lease.run_id for lease in leases)
+            logger.info("a heartbeat for the runs %s was not answered: %s", names, error,
+                        extra={"event": "heartbeat_unanswered", "error": str(error)})
+            return
+        for lease, result in zip(leases, answer["results"]):
+            if "error" not in result:
+                lease.renew(sent)
+            elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and not lease.is_ending:
+                refusal = _refusal(409, result, path)
+                lease.lose(refusal if isinstance(refusal, RunCancelled)
+                           else LeaseLost(str(refusal), 409, result, "lease_lost"))
+
+
+# ------------------------------------------------------------------------------
+# Requests and connections: what operations ask of a driver, and the two drivers, blocking and asyncio.
+# ------------------------------------------------------------------------------
+
+
+class CancelHandle:
+    """A handle on a long poll, to end it from another thread or task."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+        self.retry_after_s = 0.0  # what its answer asked for
+        self._end: Callable[[], None] | None = None
+
+    def attach(self, end: Callable[[], None] | None) -> None:
+        """The request is about to be sent, on a connection that `end` ends; None: its answer is there."""
+        self._end = end
+        if end is not None and self.is_cancelled:
+            end()
+
+    def cancel(self) -> None:
+        """Wait for no answer any more: the request ends with a ConnectionError, unless it has its answer already."""
+        self.is_cancelled, end = True, self._end
+        if end is not None:
+            end()
+
+
+class Exchange(NamedTuple):
+    """One request, one answer, no repeat.  The driver returns a Reply or raises OSError."""
+    method: str
+    path: str
+    body: bytes | None
+    headers: Mapping[str, str]
+    timeout_s: float
+    is_long_poll: bool = False  # it does not count among CONNECTIONS
+    cancel: CancelHandle | None = None
+
+
+class Reply(NamedTuple):
+    """An HTTP answer, read to its end."""
+    status: int
+    retry_after: str
+    data: bytes
+
+
+class Invoke(NamedTuple):
+    """Call the user's function.  The driver returns what it returns; raises StepTimeout after `timeout_s`."""
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    timeout_s: float | None = None
+
+
+class Sleep(NamedTuple):
+    """Sleep, at most until the event is set; None: until then."""
+    seconds: float | None
+    event: Any = None
+
+
+class Start(NamedTuple):
+    """Run an operation beside this one (thread or task).  Returns it: done(), cancel(), result()."""
+    op: Op[Any]
+    name: str
+
+
+class Join(NamedTuple):
+    """Wait until a started operation has ended, well or not."""
+    task: Any
+
+
+class OpenStream(NamedTuple):
+    """Send a GET and return when the head of its answer is there: .status, .close(), to be read by ReadStream."""
+    path: str
+    headers: Mapping[str, str]
+
+
+class ReadStream(NamedTuple):
+    """The next bytes of a stream, b"" at its end.  Raises OSError."""
+    stream: Any
+
+
+Effect = Union[Exchange, Invoke, Sleep, Start, Join, OpenStream, ReadStream]
+
+
+def _request(client: Client[Any], method: str, path: str, body: Any = None, *, lease: _Lease | None = None,
+             headers: Mapping[str, str] | None = None, patience_s: float | None = None, once_s: float | None = None,
+             wait_s: float = 0.0, cancel: CancelHandle | None = None) -> Op[Json]:
+    """Send until an answer comes: until the lease is gone, or without one for patience_s (default timeout_s).
+
+    once_s: no repeat, and this long for the answer.  wait_s: on top, how long the server may hold the request.
+    cancel: to end it by.  Every request may arrive twice: the protocol has it so.
+    Raises the refusal; LeaseLost or Unreachable when no answer came in time.
+    """
+    data = None if body is None else _encode_body(body)
+    patience_s = 0.0 if once_s is not None else client.timeout_s if patience_s is None else patience_s
+    started = time.monotonic()
+    for tries in itertools.count(1):
+        if lease is not None:
+            lease.fence()
+        sent = time.monotonic()
+        give_up_at = lease.ends_at if lease is not None else started + patience_s
+        timeout_s = once_s or max(1.0, min(client.timeout_s, give_up_at - sent))
+        reply, trouble, asked_s, cause = yield from _attempt(
+            client, method, path, data, headers, timeout_s=timeout_s, wait_s=wait_s, cancel=cancel)
+        if reply is not None:
+            return _accepted(reply, path, len(data or b""), None if method == "GET" else sent, lease)
+        pause_s = asked_s + _backoff(BACKOFF_S, tries)
+        if time.monotonic() + pause_s > (lease.ends_at if lease is not None else give_up_at):
+            message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {trouble}"
+            if lease is None:
+                raise Unreachable(message, path=path) from cause and cause.with_traceback(None)  # the message says all
+            message = f"the lease of run {lease.run_id} ran out: {message}"
+            lease.lose(LeaseLost(message, code="lease_lost", path=path))
+            lease.fence()
+        yield Sleep(pause_s)
+    raise AssertionError("unreachable")
+
+
+def _accepted(reply: Reply, path: str, size: int, written: float | None, lease: _Lease | None) -> Json:
+    """The JSON of a success; else raise the refusal.  written: when the request was sent, if its success extends the
+    lease."""
+    answer = _loads(reply.data)
+    if 200 <= reply.status < 300 and isinstance(answer, dict):
+        if lease is not None and written is not None:
+            lease.extend(written)
+        return answer
+    error = _refusal(reply.status, reply.data.decode("utf-8", "replace") if answer is None else answer, path, size)
+    if lease is not None and isinstance(error, (LeaseLost, RunCancelled)):
+        lease.lose(error)
+    raise error
+
+
+def _attempt(client: Client[Any], method: str, path: str, data: bytes | None, headers: Mapping[str, str] | None = None,
+             *, timeout_s: float, wait_s: float = 0.0, cancel: CancelHandle | None = None,
+             ) -> Op[tuple[Reply | None, str, float, Exception | None]]:
+    """Send a request once.  Returns the reply or, where a repeat may help, None, why, the pause in seconds that the
+    server asks for, and the exception, if there was one."""
+    try:
+        reply: Reply = yield Exchange(method, path, data, headers or {}, wait_s + timeout_s, wait_s > 0, cancel)
+    except OSError as error:
+        return None, f"{type(error).__name__}: {error}", 0.0, error
+    asked_s = min(float(reply.retry_after), RETRY_AFTER_CAP_S) if reply.retry_after.isdigit() else 0.0
+    if cancel is not None:
+        cancel.retry_after_s = asked_s
+    if reply.status in (429, 502, 503, 504):
+        return None, f"it answered {reply.status}", asked_s, None
+    return reply, "", asked_s, None
+
+
+class _Server:
+    """Where requests go and what each carries.  The key is in no repr and no message."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+            raise ValueError("the Tidebase URL must look like http://host:7373 or https://host/prefix")
+        if not all(" " < letter < "\x7f" for letter in api_key):
+            raise ValueError("the Tidebase API key has characters that no header can carry")
+        self.url, self.api_key = url.rstrip("/"), api_key or None
+        self.host, self.prefix = parts.hostname, parts.path.rstrip("/")
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.authority = parts.netloc
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._fields = f"Host: {self.authority}\r\nUser-Agent: tidebase-python/{__version__}\r\n"
+        if api_key:
+            self._fields += f"Authorization: Bearer {api_key}\r\n"
+
+    def request(self, effect: Exchange | OpenStream) -> tuple[bytes, bytes]:
+        """The head and the body of a request."""
+        body = effect.body if isinstance(effect, Exchange) else None
+        method = effect.method if isinstance(effect, Exchange) else "GET"
+        fields = "".join(f"{key}: {value}\r\n" for key, value in effect.headers.items())
+        if body is not None:
+            fields += "Content-Type: application/json\r\n"
+        if body is not None or method != "GET":
+            fields += f"Content-Length: {len(body or b'')}\r\n"
+        if len(body or b"") > EXPECT_BYTES:
+            fields += "Expect: 100-continue\r\n"
+        head = f"{method} {self.prefix}{effect.path} HTTP/1.1\r\n{self._fields}{fields}\r\n"
+        return head.encode("ascii"), body or b""
+
+
+class _Answer:
+    """An HTTP/1.1 answer (RFC 9112), put together from bytes as they come, from whatever connection.
+
+    http.client knows more of HTTP, but reading heads with its parser for e-mail costs more than all else in a request.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0  # 0: its head is not there yet
+        self.headers: dict[str, str] = {}  # names in lower case
+        self.continues = False  # the server wants to have the body (RFC 9110, 10.1.1)
+        self.ended = False
+        self._raw = b""
+        self._body: list[bytes] = []
+        self._left: int | None = None  # bytes of the body still to come; None: until the connection ends
+        self._chunked = False
+
+    def feed(self, data: bytes) -> None:
+        """Take what a connection brought, b"" at its end.  Raises ConnectionError where that makes no answer."""
+        self._raw += data
+        try:
+            while not self.status and b"\r\n\r\n" in self._raw:
+                self._read_head()
+            if self.status:
+                (self._read_chunks if self._chunked else self._read_rest)(at_end=not data)
+        except ValueError as error:
+            raise ConnectionResetError(f"broken answer: {error}") from error
+        if not self.ended and (not data or (not self.status and len(self._raw) > HEAD_BYTES)):
+            raise ConnectionResetError("the answer broke off")
+
+    def take(self) -> bytes:
+        """What there is of the body since this was called last."""
+        body, self._body = b"".join(self._body), []
+        return body
+
+    def keeps_alive(self) -> bool:
+        """Whether another request may be sent on its connection."""
+        return self.ended and not self._raw and self.headers.get("connection", "").lower() != "close" and (
+            self._chunked or self._left is not None)
+
+    def _read_head(self) -> None:
+        head, _, self._raw = self._raw.partition(b"\r\n\r\n")
+        line, *fields = head.decode("latin-1").split("\r\n")
+        status = int(line.split(" ", 2)[1]) if line.startswith("HTTP/1.") else 0
+        if not 100 <= status <= 599:
+            raise ValueError("no HTTP/1.1")
+        if status == 100:
+            self.continues = True
+        elif status >= 200:  # other 1xx are not the answer yet
+            pairs = (field.partition(":") for field in fields)
+            self.status, self.headers = status, {name.lower(): value.strip() for name, _, value in pairs}
+            self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+            length = "0" if status in (204, 304) else self.headers.get("content-length")
+            self._left = None if length is None else int(length)
+
+    def _read_rest(self, at_end: bool) -> None:
+        taken = self._raw if self._left is None else self._raw[: self._left]
+        self._body.append(taken)
+        self._raw = self._raw[len(taken) :]
+        if self._left is None:
+            self.ended = at_end
+        else:
+            self._left -= len(taken)
+            self.ended = self._left == 0
+
+    def _read_chunks(self, at_end: bool) -> None:
+        while not self.ended:
+            line, mark, rest = self._raw.partition(b"\r\n")
+            if not mark or len(rest) < (size := int(line.split(b";")[0], 16)) + 2:
+                return  # the chunk is not all there
+            self._body.append(rest[:size])
+            self._raw = rest[size + 2 :]
+            self.ended = size == 0
+
+class _ThreadCache:
+    """Daemon threads, kept for a while when their work is done: starting one costs more than a short step.
+
+    There is no limit to run into, and nothing that keeps a process from exiting.
+    """
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._idle: deque[SimpleQueue[Any]] = deque()  # what each idle thread takes its next work from
+
+    def call(self, name: str, fn: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
+        """Call fn in a thread of this name, in a copy of the caller's context."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+        if self._process != os.getpid():  # forked: the threads are in the other process
+            self.__init__()  # type: ignore[misc]
+        try:
+            work = self._idle.pop()
+        except IndexError:
+            work = SimpleQueue()
+            threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
+        work.put((name, future, functools.partial(contextvars.copy_context().run, fn, *args)))
+        return future
+
+    def _run(self, work: SimpleQueue[Any]) -> None:
+        while True:
+            try:
+                name, future, call = work.get(timeout=IDLE_THREAD_S)
+            except Empty:
+                try:
+                    self._idle.remove(work)
+                except ValueError:
+                    continue  # there is work since just now
+                return
+            threading.current_thread().name = name
+            try:
+                result = call()
+            except BaseException as error:
+                future.set_exception(error)
+                del error
+            else:
+                future.set_result(result)
+                del result
+            del future, call  # what it held is not kept until the next work
+            threading.current_thread().name = "tidebase-idle"
+            self._idle.append(work)
+
+
+_threads = _ThreadCache()
+
+
+class _BlockingConnection:
+    """A connection, and the answer to the last request on it."""
+
+    def __init__(self, server: _Server, timeout_s: float) -> None:
+        self.answer = _Answer()
+        self._socket = socket.create_connection((server.host, server.port), timeout_s)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if server.tls is not None:
+                self._socket = server.tls.wrap_socket(self._socket, server_hostname=server.host)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    status = property(lambda self: self.answer.status)
+
+    def send(self, request: tuple[bytes, bytes], timeout_s: float) -> None:
+        """Send a request and read the head of its answer, which may come instead of reading a large body."""
+        self.answer = _Answer()
+        head, body = request
+        if len(body) > EXPECT_BYTES:
+            self._socket.settimeout(min(EXPECT_S, timeout_s))
+            self._socket.sendall(head)
+            with contextlib.suppress(TimeoutError, socket.timeout):  # some never say that they want it
+                while not (self.answer.status or self.answer.continues):
+                    self.answer.feed(self._socket.recv(BLOCK_BYTES))
+            if self.answer.status:
+                return
+            head = b""
+        self._socket.settimeout(timeout_s)
+        self._socket.sendall(head + body)
+        while not self.answer.status:
+            self.answer.feed(self._socket.recv(BLOCK_BYTES))
+
+    def read(self) -> bytes:
+        """The next bytes of the body, b"" at its end."""
+        block = self.answer.take()
+        while not block and not self.answer.ended:
+            self.answer.feed(self._socket.recv(BLOCK_BYTES))
+            block = self.answer.take()
+        return block
+
+    def read_all(self) -> bytes:
+        """The body, to its end."""
+        while not self.answer.ended:
+            self.answer.feed(self._socket.recv(BLOCK_BYTES))
+        return self.answer.take()
+
+    def cut(self) -> None:
+        """Have the thread that waits for the answer wait no more."""
+        with contextlib.suppress(OSError):  # closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close it; nobody waits on it."""
+        self._socket.close()
+
+
+class _BlockingDriver:
+    """Performs effects in the calling thread.
+
+    Idle connections are kept for whichever thread asks next, so there are never more than threads that asked at once.
+    """
+
+    awaited = False
+    event = threading.Event
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._idle: deque[_BlockingConnection] = deque()
+        self._closed = 0  # how often: a connection that was in use meanwhile is not kept
+        self._process = os.getpid()
+        self._methods: dict[Any, Callable[..., Any]] = {}  # of each operation: to make one takes longer than to call it
+
+    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., T]:
+        """An operation as a method of `surface`."""
+        if logic not in self._methods:
+
+            @functools.wraps(logic)
+            def method(self_: object, *args: Any, **kwargs: Any) -> T:
+                try:
+                    return self.drive(logic(self_, *args, **kwargs))
+                except BaseException as error:
+                    _hide_frames(error)
+                    if sys.version_info < (3, 11):
+                        raise error  # where a bare `raise` would bring the hidden frames back; it adds one of its own
+                    raise
+
+            self._methods[logic] = method
+        return types.MethodType(self._methods[logic], surface)
+
+    def drive(self, op: Op[T]) -> T:
+        """Perform what the operation yields until it returns or raises."""
+        resume: Callable[[Any], Effect] = op.send
+        value: Any = None
+        while True:
+            try:
+                effect = resume(value)
+            except StopIteration as end:
+                return cast(T, end.value)
+            try:
+                value, resume = self.perform(effect), op.send
+            except BaseException as error:
+                value, resume = error, op.throw
+
+    def start(self, op: Op[T], name: str) -> concurrent.futures.Future[T]:
+        """Perform an operation beside the caller, in a thread of this name."""
+        return _threads.call(name, self.drive, op)
+
+    def perform(self, effect: Effect) -> Any:
+        """One effect, here and now."""
+        if isinstance(effect, Exchange):
+            return self._exchange(effect)
+        if isinstance(effect, Invoke):
+            return self._invoke(effect)
+        if isinstance(effect, Sleep):
+            return effect.event.wait(effect.seconds) if effect.event else time.sleep(effect.seconds or 0)
+        if isinstance(effect, Start):
+            return self.start(effect.op, effect.name)
+        if isinstance(effect, Join):
+            return concurrent.futures.wait([effect.task])
+        if isinstance(effect, OpenStream):
+            connection = _BlockingConnection(self._server, STREAM_SILENCE_S)
+            try:
+                connection.send(self._server.request(effect), STREAM_SILENCE_S)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+        if isinstance(effect, ReadStream):
+            return effect.stream.read()
+        raise AssertionError(f"no such effect: {effect!r}")
+
+    def _invoke(self, effect: Invoke) -> Any:
+        if effect.timeout_s is None:
+            result = effect.fn(*effect.args)
+        else:
+            future = _threads.call("tidebase-step", effect.fn, *effect.args)
+            if not concurrent.futures.wait([future], effect.timeout_s).done:
+                raise StepTimeout(f"no result within {effect.timeout_s:g} s")
+            result = future.result()
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError(f"{effect.fn!r} is async: an AsyncTidebase awaits it, a Tidebase cannot")
+        return result
+
+    def _exchange(self, effect: Exchange) -> Reply:
+        request = self._server.request(effect)
+        if self._process != os.getpid():  # forked: the parent goes on using its connections
+            self._idle, self._process = deque(), os.getpid()
+        closed = self._closed
+        while True:
+            connection = None
+            with contextlib.suppress(IndexError):  # not `if self._idle`: other threads take from it, too
+                connection = self._idle.pop()
+            used = connection is not None
+            connection = connection or _BlockingConnection(self._server, effect.timeout_s)
+            try:
+                if effect.cancel is not None:
+                    effect.cancel.attach(connection.cut)
+                connection.send(request, effect.timeout_s)
+                data = connection.read_all()
+                if effect.cancel is not None:
+                    effect.cancel.attach(None)
+            except BaseException as error:
+                connection.close()
+                if used and isinstance(error, ConnectionError) and not (effect.cancel and effect.cancel.is_cancelled):
+                    continue  # the server had closed this idle connection; the next may be the same, the last is new
+                raise
+            answer = connection.answer
+            if answer.keeps_alive() and closed == self._closed:
+                self._idle.append(connection)
+            else:
+                connection.close()
+            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
+
+    def close(self) -> None:
+        """Close the idle connections, and those in use as soon as they are not."""
+        self._closed += 1
+        while self._idle:
+            self._idle.pop().close()
+
+class _AsyncEvent:
+    """An asyncio.Event that any thread may set, and that can be waited for for a while without a task of its own."""
+
+    def __init__(self) -> None:
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._is_set = False
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def set(self) -> None:
+        """Wake those who wait, and let nobody wait until it is cleared; from any thread."""
+        self._is_set = True
+        if threading.get_ident() == self._thread:
+            self._wake()
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            logger.debug("event for a closed loop", extra={"event": "loop_closed"})
+
+    def clear(self) -> None:
+        """Let them wait again."""
+        self._is_set = False
+
+    async def wait(self, seconds: float | None) -> None:
+        """Return when it is set, or after so many seconds."""
+        if self._is_set:
+            return
+        future = self._loop.create_future()
+        self._waiting.add(future)
+        timer = None if seconds is None else self._loop.call_later(seconds, self._end, future)
+        try:
+            await future
+        finally:
+            self._waiting.discard(future)
+            if timer is not None:
+                timer.cancel()
+
+    def _wake(self) -> None:
+        for future in self._waiting:
+            self._end(future)
+
+    @staticmethod
+    def _end(future: asyncio.Future[None]) -> None:
+        if not future.done():
+            future.set_result(None)
+
+
+class _AsyncConnection:
+    """A connection on an event loop, and the answer to the last request on it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self.answer = _Answer()
+
+    status = property(lambda self: self.answer.status)
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Abort the connection when the block takes longer; much cheaper than wait_for around every read."""
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + seconds
+        timer = loop.call_at(ends, self._writer.transport.abort)
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            if loop.time() >= ends:
+                raise TimeoutError(f"no answer within {seconds:.0f} s") from error
+            raise ConnectionResetError(f"the connection broke: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            timer.cancel()
+
+    async def send(self, request: tuple[bytes, bytes]) -> None:
+        """Send a request and read the head of its answer, which may come instead of reading a large body."""
+        self.answer = _Answer()
+        head, body = request
+        if len(body) > EXPECT_BYTES:
+            self._writer.write(head)
+            ends = time.monotonic() + EXPECT_S
+            with contextlib.suppress(asyncio.TimeoutError):  # some never say that they want it
+                while not (self.answer.status or self.answer.continues):
+                    self.answer.feed(await asyncio.wait_for(
+                        self._reader.read(BLOCK_BYTES), max(ends - time.monotonic(), 0.0)))
+            if self.answer.status:
+                return
+            head = b""
+        self._writer.write(head + body)
+        await self._writer.drain()
+        while not self.answer.status:
+            self.answer.feed(await self._reader.read(BLOCK_BYTES))
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, b"" at its end."""
+        block = self.answer.take()
+        while not block and not self.answer.ended:
+            self.answer.feed(await self._reader.read(BLOCK_BYTES))
+            block = self.answer.take()
+        return block
+
+    async def read_all(self) -> bytes:
+        """The body, to its end."""
+        while not self.answer.ended:
+            self.answer.feed(await self._reader.read(BLOCK_BYTES))
+        return self.answer.take()
+
+    def is_open(self) -> bool:
+        """Whether the other side has not closed it, as far as is known here."""
+        return not (self._writer.is_closing() or self._reader.at_eof())
+
+    def cut(self) -> None:
+        """Have the task that waits for the answer wait no more."""
+        self._writer.transport.abort()
+
+    def close(self) -> None:
+        """Close it; nobody waits on it."""
+        self._writer.close()
+
+
+class _LoopState:
+    """What belongs to one event loop: idle connections and places for requests."""
+
+    def __init__(self) -> None:
+        self.idle: list[_AsyncConnection] = []
+        self.places = asyncio.Semaphore(CONNECTIONS)
+
+
+class _AsyncDriver:
+    """Performs effects on the running event loop; sync functions of the user in threads."""
+
+    awaited = True
+    event = _AsyncEvent
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
+        self._methods: dict[Any, Callable[..., Any]] = {}
+
+    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., Coroutine[Any, Any, T]]:
+        """An operation as a coroutine method of `surface`."""
+        if logic not in self._methods:
+
+            @functools.wraps(logic)
+            async def method(self_: object, *args: Any, **kwargs: Any) -> T:
+                try:
+                    return await self.drive(logic(self_, *args, **kwargs))
+                except BaseException as error:
+                    _hide_frames(error)
+                    if sys.version_info < (3, 11):
+                        raise error  # see _BlockingDriver
+                    raise
+
+            self._methods[logic] = method
+        return types.MethodType(self._methods[logic], surface)
+
+    async def drive(self, op: Op[T]) -> T:
+        """Perform what the operation yields until it returns or raises; it may still await after a cancellation."""
+        resume: Callable[[Any], Effect] = op.send
+        value: Any = None
+        while True:
+            try:
+                effect = resume(value)
+            except StopIteration as end:
+                return cast(T, end.value)
+            try:
+                value, resume = await self.perform(effect), op.send
+            except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
+                op.close()
+                raise
+            except BaseException as error:
+                value, resume = error, op.throw
+
+    def start(self, op: Op[T], name: str) -> asyncio.Future[T]:
+        """Perform an operation beside the caller, in a task."""
+        return asyncio.ensure_future(self.drive(op))
+
+    async def perform(self, effect: Effect) -> Any:
+        """One effect, awaited."""
+        if isinstance(effect, Exchange):
+            return await self._exchange(effect)
+        if isinstance(effect, Invoke):
+            return await self._invoke(effect)
+        if isinstance(effect, Sleep):
+            return await (effect.event.wait(effect.seconds) if effect.event else asyncio.sleep(effect.seconds or 0))
+        if isinstance(effect, Start):
+            return self.start(effect.op, effect.name)
+        if isinstance(effect, Join):
+            return await asyncio.wait({asyncio.wrap_future(effect.task)})
+        if isinstance(effect, OpenStream):
+            connection = await self._connect(STREAM_SILENCE_S)
+            with connection.deadline(STREAM_SILENCE_S):
+                await connection.send(self._server.request(effect))
+            return connection
+        if isinstance(effect, ReadStream):
+            with effect.stream.deadline(STREAM_SILENCE_S):
+                return await effect.stream.read()
+        raise AssertionError(f"no such effect: {effect!r}")
+
+    async def _invoke(self, effect: Invoke) -> Any:
+        async def call() -> Any:
+            if inspect.iscoroutinefunction(effect.fn):
+                return await effect.fn(*effect.args)
+            result = await asyncio.wrap_future(_threads.call("tidebase-step", effect.fn, *effect.args))
+            return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
+
+        if effect.timeout_s is None:
+            return await call()
+        task = asyncio.ensure_future(call())
+        try:
+            done, _ = await asyncio.wait({task}, timeout=effect.timeout_s)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not done:
+            task.cancel()
+            await asyncio.wait({task})
+            raise StepTimeout(f"no result within {effect.timeout_s:g} s")
+        return task.result()
+
+    def _state(self) -> _LoopState:
+        return self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
+
+    async def _exchange(self, effect: Exchange) -> Reply:
+        if effect.is_long_poll:
+            return await self._exchange_now(effect)
+        async with self._state().places:
+            return await self._exchange_now(effect)
+
+    async def _exchange_now(self, effect: Exchange) -> Reply:
+        idle, request = self._state().idle, self._server.request(effect)
+        while True:
+            used = bool(idle)
+            connection = idle.pop() if used else await self._connect(effect.timeout_s)
+            if used and not connection.is_open():
+                connection.close()
+                continue
+            try:
+                with connection.deadline(effect.timeout_s):
+                    if effect.cancel is not None:
+                        effect.cancel.attach(connection.cut)
+                    await connection.send(request)
+                    data = await connection.read_all()
+                    if effect.cancel is not None:
+                        effect.cancel.attach(None)
+            except ConnectionError:
+                if used and not (effect.cancel and effect.cancel.is_cancelled):
+                    continue  # the server had closed this idle connection; the next may be the same, the last is new
+                raise
+            answer = connection.answer
+            if answer.keeps_alive() and len(idle) < CONNECTIONS:
+                idle.append(connection)
+            else:
+                connection.close()
+            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
+
+    async def _connect(self, timeout_s: float) -> _AsyncConnection:
+        server = self._server
+        try:  # asyncio sets TCP_NODELAY by itself
+            opening = asyncio.open_connection(server.host, server.port, ssl=server.tls)
+            return _AsyncConnection(*await asyncio.wait_for(opening, timeout_s))
+        except asyncio.TimeoutError:
+            raise TimeoutError(f"no connection within {timeout_s:.0f} s") from None
+
+    def close(self) -> None:
+        """Close the idle connections of the running event loop."""
+        idle = self._state().idle
+        while idle:
+            idle.pop().close()
+
+# ------------------------------------------------------------------------------
+# Helpers without I/O: ids, signatures, JSON and its canonical form, request bodies, errors; each names its standard.
 # ------------------------------------------------------------------------------
 
 
@@ -536,15 +3876,26 @@ def input_hash(value: Any) -> str:
 
 def _canonical(value: Any) -> str:
     """canonical_json of what a JSON parser returned."""
+    text = _json_sorted(value)
+    # Numbers that ECMAScript prints otherwise, and letters that UTF-16 sorts otherwise, are rare; a text that may hold
+    # some is written by hand.
+    return text if _CANONICAL_DOUBTFUL.search(text) is None else _canonical_by_hand(value)
+
+
+_CANONICAL_DOUBTFUL = re.compile("[0-9]{16}|[0-9][.eE]|[\ud800-\uffff\U00010000-\U0010ffff]")
+
+
+def _canonical_by_hand(value: Any) -> str:
+    """The same, number by number and key by key."""
     if isinstance(value, str):
         return _json(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return _ecmascript_number(value)
     if isinstance(value, list):
-        return "[" + ",".join(map(_canonical, value)) + "]"
+        return "[" + ",".join(map(_canonical_by_hand, value)) + "]"
     if isinstance(value, dict):
         keys = sorted(value, key=lambda key: cast(str, key).encode("utf-16-be"))  # by UTF-16 code units
-        return "{" + ",".join(f"{_canonical(key)}:{_canonical(value[key])}" for key in keys) + "}"
+        return "{" + ",".join(f"{_canonical_by_hand(key)}:{_canonical_by_hand(value[key])}" for key in keys) + "}"
     return {None: "null", True: "true", False: "false"}[value]
 
 
@@ -570,7 +3921,20 @@ def _ecmascript_number(value: float) -> str:
     return "-" * sign + number
 
 
-_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode  # made once: dumps makes it
+NULL_HASH = hashlib.sha256(b"null").hexdigest()  # of a step without input
+
+
+def _json_encoder(sort_keys: bool) -> Callable[[Any], str]:
+    """JSONEncoder.encode, which makes a C encoder for each value, with one that is made once."""
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys)
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return encoder.encode
+    encode = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",", sort_keys, False, False)
+    return lambda value: "".join(encode(value, 0))
+
+
+_json, _json_sorted = _json_encoder(sort_keys=False), _json_encoder(sort_keys=True)
 
 
 def _encode(value: Any, what: str) -> bytes:
@@ -581,10 +3945,19 @@ def _encode(value: Any, what: str) -> bytes:
         raise TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}") from None
 
 
-def _splice(fields: Json, **encoded: bytes) -> bytes:
-    """The JSON of an object of `fields`, at least one, and of members that are JSON text already."""
-    members = b"".join(b',"%s":%s' % (key.encode(), text) for key, text in encoded.items())
-    return _encode(fields, "a request's body")[:-1] + members + b"}"
+def _encode_body(body: Any) -> bytes:
+    """JSON text of a request's body.  TypeError names the argument that JSON cannot say."""
+    try:
+        return _json(body).encode()
+    except (TypeError, ValueError, RecursionError):
+        for key, value in body.items() if isinstance(body, dict) else ():
+            _encode(value, f"{_snake(key)}=")
+        return _encode(body, "a request's body")
+
+
+def _members(fields: Json) -> bytes:
+    """The members of a JSON object, without its braces."""
+    return _encode_body(fields)[1:-1]
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -599,7 +3972,7 @@ def _copied(value: Any) -> Any:
     return [_copied(member) for member in value] if isinstance(value, list) else value
 
 
-_quoted = functools.lru_cache(1024)(functools.partial(quote, safe=""))  # a run's id comes again with each of its steps
+_quoted = functools.lru_cache(1024)(functools.partial(quote, safe=""))  # a run's id comes again and again
 
 
 def _path(*parts: str, **query: Any) -> str:
@@ -614,7 +3987,9 @@ def _body(given: Mapping[str, Any] | None = None, *without: str, **fields: Any) 
     camelCase keys; seconds (delay_s) become milliseconds (delayMs) and datetimes ISO text; None is left out.
     """
     body: Json = {}
-    for key, value in {**(given or {}), **fields}.items():
+    arguments = {**(given or {}), **fields}
+    _check(**arguments)
+    for key, value in arguments.items():
         if value is not None and key != "self" and key not in without:
             if key.endswith("_s"):
                 key, value = key[:-2] + "_ms", _ms(value)
@@ -622,9 +3997,40 @@ def _body(given: Mapping[str, Any] | None = None, *without: str, **fields: Any) 
     return body
 
 
+# What an argument of these names takes, on whichever method it stands, and in which words that is said.
+_NUMBER, _WHOLE, _TEXT = ((int, float), "a number"), ((int,), "a whole number"), ((str,), "a text")
+_MAPPING, _CALLABLE, _MOMENT = ((Mapping,), "a mapping"), ((Callable,), "a function"), ((datetime,), "a datetime")
+_TAKES: dict[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(("seconds", "quantity", "cost_usd"), _NUMBER),
+    **dict.fromkeys(("retries", "max_attempts", "priority", "limit", "concurrency", "rate_per_minute", "input_tokens",
+                     "output_tokens", "total_tokens", "if_version"), _WHOLE),
+    **dict.fromkeys(("name", "prompt", "workflow_name", "queue", "dedupe_key", "recovery_webhook", "recovery_secret",
+                     "label", "reason", "actor", "stream", "run_id", "from_step"), _TEXT),
+    **dict.fromkeys(("metadata", "edge_metadata", "target"), _MAPPING),
+    **dict.fromkeys(("on_lease_lost", "on_error", "stop"), _CALLABLE),
+    "until": _MOMENT,
+    "run_at": ((datetime, str), "a datetime or ISO-8601 text"),
+    "channels": ((list, tuple), "a list of mappings"),
+    "side_effects": ((str, Iterable), "a text or a list of texts"),
+}
+
+
+def _check(**arguments: Any) -> None:
+    """TypeError for an argument that is not of the kind its name takes; None is left out."""
+    for name, value in arguments.items():
+        takes = _TAKES.get(name) or (_NUMBER if name.endswith("_s") else None)
+        if takes and value is not None and (not isinstance(value, takes[0]) or isinstance(value, bool)):
+            raise TypeError(f"{name}= takes {takes[1]}, not {value!r}")
+
+
 @functools.cache
 def _camel(name: str) -> str:
     return re.sub(r"_(\w)", lambda match: match[1].upper(), name)
+
+
+@functools.cache
+def _snake(name: str) -> str:
+    return re.sub("[A-Z]", lambda match: "_" + match[0].lower(), name)
 
 
 def _ms(seconds: float | None) -> int | None:
@@ -651,7 +4057,7 @@ def _lease_seconds(run: Json) -> float:
         return LEASE_FALLBACK_S
 
 
-def _jittered(bounds: tuple[float, float], tries: int) -> float:
+def _backoff(bounds: tuple[float, float], tries: int) -> float:
     """The rest after `tries` failures: doubling from the first bound to the second, half of it left to chance."""
     return min(bounds[0] * 2.0 ** min(tries - 1, 30), bounds[1]) * random.uniform(0.5, 1.0)
 
@@ -781,19 +4187,6 @@ def _refusal(status: int, body: Any, path: str, size: int = 0) -> TidebaseError:
     return _REFUSALS.get(str(code), TidebaseError)(f"{words} ({status}, {path})", status, body, code, path)
 
 
-def _mismatch(run_id: str, begin: Json, answer: Json) -> StepInputMismatch:
-    """begin: what the step was asked for with.  answer: the server's, with the step as it is recorded."""
-    name, recorded = begin["name"], answer.get("step") or {}
-    before, now = _excerpts(_json(recorded.get("input")), _json(begin.get("input")))
-    if before == now:  # only their hashes are known, or differ
-        before, now = (f"{text} (hash {str(answer.get(key))[:12]}...)"
-                       for text, key in ((before, "expectedInputHash"), (now, "actualInputHash")))
-    words = (f"step {name!r} of run {run_id} is recorded with the input {before} and is now called with {now}. "
-             f"Either give this call a name of its own, or fork the run before this step and run the fork: "
-             f"tide.runs.fork({run_id!r}, from_step={name!r})")
-    return StepInputMismatch(words, body=answer, code="input_mismatch")
-
-
 def _excerpts(one: str, other: str) -> Iterator[str]:
     """Two texts, shortened where they are long to the part in which they begin to differ."""
     start = 0
@@ -817,8 +4210,8 @@ def _gate_json(gate: Json) -> Json:
             "actor": gate["actor"], "payload": {} if payload is None else payload, "gate": gate}
 
 
-def _has_ended(answer: Json) -> bool:
-    return answer["run"]["status"] in ("completed", "failed", "cancelled")
+def _has_ended(run: Json) -> bool:
+    return run["status"] in ("completed", "failed", "cancelled")
 
 
 def _outcome(run: Json) -> Any:
@@ -846,30 +4239,6 @@ def _outcome_json(error: Exception) -> Json:
     return {key: run.get(key) for key in ("id", "status", "error", "failureClass", "cancelReason")}
 
 
-def _contract(options: Json) -> str:
-    """A step's replay word, as the server derives it when none was declared."""
-    if "replay" in options:
-        return cast(str, options["replay"])
-    acts = [effect for effect in options.get("sideEffects", []) if effect != "read"]
-    return "manual" if acts and "idempotencyKey" not in options else "auto"
-
-
-def _step_options(retries: int, side_effects: str | Sequence[str] | None, credentials: Any,
-                  **declared: Any) -> tuple[Json, str]:
-    """A step's options as they are recorded, and the decision that its last failure is recorded with."""
-    effects = [side_effects] if isinstance(side_effects, str) else list(side_effects or ())
-    credentials = [credentials] if isinstance(credentials, str) else credentials
-    options = _body(side_effects=effects or None, credentials=credentials, retries=retries or None, **declared)
-    replay = _contract(options)
-    if replay not in ("auto", "manual", "never"):
-        raise ValueError(f"replay must be 'auto', 'manual' or 'never', not {replay!r}")
-    if retries and replay != "auto":
-        raise ValueError(
-            f"retries need replay='auto', but this step's is {replay!r}: declare an idempotency_key, or replay='auto'"
-        )
-    return options, {"never": "fail_hard", "manual": "manual_review", "auto": "safe_replay"}[replay]
-
-
 def _events_in(data: bytes) -> tuple[list[Json], bytes]:
     """The complete events of a server-sent stream (WHATWG HTML, 9.2), and the bytes of one still incomplete."""
     *blocks, rest = data.replace(b"\r\n", b"\n").split(b"\n\n")
@@ -881,2904 +4250,12 @@ def _events_in(data: bytes) -> tuple[list[Json], bytes]:
     return events, rest
 
 
-# ------------------------------------------------------------------------------
-# Logic: leases, runs, steps, gates, a worker, once; generators that yield what they need done.
-# ------------------------------------------------------------------------------
-
-
-class _Held:
-    """A lease that this process holds, as far as its own clock and the server's last word tell."""
-
-    def __init__(self, run: Json, owner: str, alarm: Any, parent: _Held | None = None) -> None:
-        self.run_id, self.owner, self.alarm, self.parent = cast(str, run["id"]), owner, alarm, parent
-        self.workflow_name = str(run.get("workflowName"))  # for messages
-        self.lease_s = _lease_seconds(run)
-        self.beat_s = self.lease_s / BEATS_PER_LEASE
-        self.on_lost: Callable[..., Any] | None = None
-        self.on_through: Callable[[], None] = lambda: None  # user code has run to its end
-        self.lost: TidebaseError | None = None
-        self.suspended = False
-        self.leaving = threading.Lock()  # held while the run asks to wait without us: nothing may begin meanwhile
-        self.waiting = False  # the run waits without us: it is queued again when what it waits for is there
-        self.settling = False  # its outcome is under way: a heartbeat refused now means that it arrived
-        self.ended = False  # completed, failed or given back: threads left over stop at their next boundary
-        self._told_at = (run.get("updatedAt"), time.monotonic())
-        self.renew(time.monotonic())
-        self.beat_at: float = time.monotonic() + min(self.beat_s, FIRST_BEAT_S)
-
-    def now(self) -> datetime:
-        """The database's clock: what it said when it gave the lease, and the time that has passed here since."""
-        told, heard_at = self._told_at
-        return _moment(told) + timedelta(seconds=time.monotonic() - heard_at)
-
-    def renew(self, since: float) -> None:
-        """A heartbeat extended the lease at a moment after `since`."""
-        self.until = since + self.lease_s
-        self.beat_at = since + self.beat_s
-
-    def extend(self, since: float) -> None:
-        """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
-        self.until = max(self.until, since + self.lease_s)
-
-    def lose(self, error: TidebaseError) -> None:
-        """The lease is gone, for good: every later boundary raises `error`."""
-        if self.lost is None:
-            self.lost = error
-            logger.warning("run %s of workflow %s is no longer held here: %s", self.run_id, self.workflow_name, error,
-                           extra={"event": error.code or "lease_lost", "run_id": self.run_id})
-            self.alarm.set()
-            if self.on_lost is not None:
-                self.on_lost(*_fit(self.on_lost, error))
-
-    def check_not_cancelled(self, answer: Json) -> None:
-        """Raise RunCancelled when an answer that tells the run's status says so."""
-        if answer.get("runStatus") == "cancelled":
-            self.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled"))
-            self.fence()
-
-    @contextlib.contextmanager
-    def settling_now(self) -> Iterator[None]:
-        """Around the request that ends the run, or its stay here: see `settling`.  Where it fails, all is as before."""
-        self.settling = True
-        try:
-            yield
-        except BaseException:
-            self.settling = False
-            raise
-
-    def suspend(self) -> None:
-        """The worker stops: the next boundary unwinds the run."""
-        self.suspended = True
-        self.alarm.set()
-
-    def gone(self) -> TidebaseError | None:
-        """What ended this lease or, for a child, its parent's."""
-        if self.lost is None and self.ended:
-            return LeaseLost(f"run {self.run_id} has ended here", code="lease_lost")
-        return self.lost or (self.parent.gone() if self.parent else None)
-
-    def check_clock(self) -> None:
-        """Lose a lease that was not renewed in time by this process's clock: another worker may hold the run by now,
-        after a freeze of this process, say."""
-        if not self.ended and time.monotonic() >= self.until:
-            words = f"the lease of run {self.run_id} ran out: it was not renewed within {self.lease_s:g} s"
-            self.lose(LeaseLost(words, code="lease_lost"))
-        if self.parent is not None:
-            self.parent.check_clock()
-
-    def fence(self) -> None:
-        """Before a write: raise what ended the lease.  A copy, since threads may raise it side by side."""
-        if self.waiting:
-            raise RunSuspended
-        self.check_clock()
-        gone = self.gone()
-        if gone is not None:
-            raise copy.copy(gone)
-
-    def boundary(self) -> None:
-        """Before user code goes on: raise LeaseLost, RunCancelled or RunSuspended."""
-        self.fence()
-        held: _Held | None = self
-        while held is not None:
-            if held.suspended or held.leaving.locked():
-                raise RunSuspended
-            held = held.parent
-
-
-class _Names:
-    """What the calls of an execution are named in the record, which of them are under way, and the ids of what is
-    written between them.  The rule about names stands here and nowhere else.
-
-    The second call of a name is `name#2`, the third `name#3`, in the order of calls, which a replay repeats; a number
-    is passed over when an earlier call has that name.  Two calls of one name at the same time have no order: refused.
-    A call from within a step's function is `step/name`: a replay does not make it, as the step's output is there.
-    """
-
-    # With whose they are: a step's function may run other runs.
-    _within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
-    _place: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_place", default=None)
-
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
-        self._lock = threading.Lock()
-        self._numbers: Counter[tuple[str, str]] = Counter()  # the last one given, by kind and name as called
-        self._taken: set[tuple[str, str]] = set()  # kind and name as recorded
-        self._under_way: set[tuple[str, str]] = set()  # kind and name as called
-        self._failed: dict[tuple[tuple[str, str], ...], list[tuple[list[str], tuple[Any, ...]]]] = {}
-        self._executing = 0
-        self._last = ""  # the call that began last, and whether it failed; each task has one of its own, in _place
-        self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
-
-    @contextlib.contextmanager
-    def call(self, *asked: tuple[str, str],
-             same: Callable[[], tuple[Any, ...] | None] | None = None) -> Iterator[list[str]]:
-        """A call is under way.  Yields the names in the record.
-
-        asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
-        good, what it is called with, None where nobody can tell.  A replay executes such a call again, and so does the
-        program that catches the failure and makes the same call once more: it keeps the name, so that the replay finds
-        its output.
-        """
-        within = self._within.get()
-        nested = within is not None and within[0] is self
-        if within is not None and nested:
-            asked = tuple((kind, f"{within[1]}/{name}") for kind, name in asked)
-        with self._lock:
-            for kind, name in asked:
-                if (kind, name) in self._under_way:
-                    raise ValueError(
-                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
-                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
-            names = self._failed_before(asked, same) or [self._next(kind, name) for kind, name in asked]
-            self._under_way.update(asked)
-            place = f"{asked[0][0]} {names[0]}"
-            if not nested:
-                self._move_to(place)
-        try:
-            yield names
-        except Exception:
-            called_with = same and same()
-            with self._lock:
-                if called_with is not None:
-                    self._failed.setdefault(asked, []).append((names, called_with))
-                if same is not None and self.last_here() == place:
-                    self._move_to(f"{place} failed")
-            raise
-        finally:
-            with self._lock:
-                self._under_way.difference_update(asked)
-
-    def _move_to(self, place: str) -> None:
-        self._last = place
-        self._place.set((self, place))
-
-    def last_here(self) -> str:
-        """The call that began last in this task or thread or, where it made none, in any."""
-        here = self._place.get()
-        return here[1] if here is not None and here[0] is self else self._last
-
-    def _failed_before(self, asked: tuple[tuple[str, str], ...],
-                       same: Callable[[], tuple[Any, ...] | None] | None) -> list[str] | None:
-        """The names of the same call, if it failed."""
-        if asked in self._failed and same is not None:
-            called_with = same()
-            for failed in self._failed[asked]:
-                if failed[1] == called_with:
-                    self._failed[asked].remove(failed)
-                    return failed[0]
-        return None
-
-    def _next(self, kind: str, name: str) -> str:
-        number = self._numbers[kind, name] + 1
-        while (kind, numbered := name if number == 1 else f"{name}#{number}") in self._taken:
-            number += 1
-        self._numbers[kind, name] = number
-        self._taken.add((kind, numbered))
-        return numbered
-
-    def count(self, kind: str, name: str) -> int:
-        """How often this has been asked for, this time included."""
-        with self._lock:
-            self._numbers[kind, name] += 1
-            return self._numbers[kind, name]
-
-    @contextlib.contextmanager
-    def within(self, step: str) -> Iterator[None]:
-        """The step's function is called."""
-        before = self._within.get()
-        self._within.set((self, step))
-        try:
-            yield
-        finally:
-            self._within.set(before)
-
-    @contextlib.contextmanager
-    def executing(self) -> Iterator[None]:
-        """Something is executed here that the run cannot leave behind."""
-        with self._lock:
-            self._executing += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._executing -= 1
-
-    def is_executing(self) -> bool:
-        """Whether a step or a child of the run is executed here."""
-        return self._executing > 0
-
-    def write_id(self, prefix: str, verb: str, *about: str | None) -> str:
-        """The id of a write: between calls the same in every execution, so that a replay writes it once.
-
-        It is made of the run, the call before it in this task or thread, what it is about, and its number among such
-        writes since.  While a call is under way it is a fresh one: within a step because what is executed again was
-        spent again, beside one because the order of the two is not known.
-        """
-        with self._lock:
-            if self._under_way:
-                return _new_id(prefix)
-            kind = (self.last_here(), verb, *(part or "" for part in about))
-            self._writes[kind] += 1
-            place = (self._run_id, *kind, str(self._writes[kind]))
-        return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
-
-
-class _Notice:
-    """Tells the server of a step that is still at it after ANNOUNCE_S: begun late is seen late, but seen."""
-
-    def __init__(self, run_id: str, begin: Json) -> None:
-        self.run_id, self.begin = run_id, begin
-        self.due = math.inf
-        self.task: concurrent.futures.Future[Json | None] | None = None  # the request, once it is due
-
-    def refused(self) -> Op[bool]:
-        """Whether the server answered it with anything but `execute`.  What is under way is waited for, so that it
-        does not overtake what comes next; a lost answer says nothing, and nothing is lost with it."""
-        if self.task is None or self.task.cancel():
-            return False
-        yield Join(self.task)
-        answer = self.task.result()
-        return answer is not None and answer["action"] != "execute"
-
-
-class _Write:
-    """Something to be made durable, on its way to the server: a step, a run's result, a new run."""
-
-    def __init__(self, path: str, data: bytes, held: _Held | None, patience_s: float) -> None:
-        self.path, self.data, self.held = path, data, held  # where it goes when it goes alone; of a batch, one of many
-        self._give_up = time.monotonic() + patience_s
-        self.turn: Any = None  # the alarm of one that waits: to look again whether it may send, or has an outcome
-        self.taken = False  # by a request that is under way
-        self.outcome: Json | TidebaseError | None = None
-
-    @property
-    def until(self) -> float:
-        """The moment until which it is worth trying: the lease's end or, without one, that of the patience."""
-        return self._give_up if self.held is None else self.held.until
-
-
-def _fitting(writes: Iterable[_Write], most: int) -> int:
-    """How many of the first of these one request may carry: at least one, at most that many and BATCH_BYTES."""
-    count = size = 0
-    for write in itertools.islice(writes, most):
-        size += len(write.data)
-        if count and size > BATCH_BYTES:
-            break
-        count += 1
-    return count
-
-
-class _Flow:
-    """Group commit: one request carries what all runs that this process holds have to write.
-
-    Nothing waits for a timer. Who finds fewer than LANES requests under way sends at once (a task: once the event loop
-    has let the others run that are ready); who comes meanwhile waits, and when an answer is there, the next to look
-    sends what all of them have. The server commits it at once.
-    """
-
-    def __init__(self, client: Client[Any]) -> None:
-        self._client = client
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._waiting: deque[_Write] = deque()
-        self._under_way = 0
-
-    def write(self, verb: str, path: str, fields: Json, *, held: _Held | None = None, **encoded: bytes) -> Op[Json]:
-        """Returns the verb's answer, durable.  Raises what this write alone is refused with; what ended its lease, or
-        without a lease Unreachable, when there was no answer in time."""
-        if held is not None:
-            held.fence()
-        if self._process != os.getpid():  # forked: the threads that were sending are in the other process
-            self.__init__(self._client)  # type: ignore[misc]
-        write = _Write(path, _splice({"do": verb, **fields}, **encoded), held, self._client.timeout_s)
-        with self._lock:
-            self._waiting.append(write)
-        try:
-            if self._client._driver.awaited:  # first all tasks that are as far: what they have goes along
-                yield Sleep(0.0)
-            while write.outcome is None:
-                batch = self._take(write)
-                if batch:
-                    try:
-                        yield from self._send(batch)
-                    finally:  # cancelled or not, nobody else must wait for this one
-                        self._end(batch)
-                elif write.outcome is None:  # else it went along meanwhile, and nobody will set its turn
-                    if time.monotonic() >= write.until:
-                        self._client._give_up(f"no answer to the request that carries {path}", path, held)
-                    yield Sleep(write.until - time.monotonic(), write.turn)
-        finally:
-            if write.outcome is None:
-                self._forget(write)
-        if isinstance(write.outcome, TidebaseError):
-            raise write.outcome
-        assert write.outcome is not None
-        return write.outcome
-
-    def write_together(self, writes: list[_Write]) -> Op[list[Json]]:
-        """Write these of one run in a request of their own.  Returns their answers.  Raises what the first that is
-        refused is refused with; the others are written all the same."""
-        yield from self._send(writes)
-        for write in writes:
-            if isinstance(write.outcome, TidebaseError):
-                raise write.outcome
-        return [cast(Json, write.outcome) for write in writes]
-
-    def _take(self, write: _Write) -> list[_Write]:
-        """What the next request carries, this one first; nothing when it may not send now: then its turn comes."""
-        with self._lock:
-            if write.turn is not None:
-                write.turn.clear()
-            if write.taken or write.outcome is not None or self._under_way >= LANES:
-                write.turn = write.turn or self._client._driver.alarm()
-                return []
-            self._under_way += 1
-            self._waiting.remove(write)
-            self._waiting.appendleft(write)
-            batch = [self._waiting.popleft() for _ in range(_fitting(self._waiting, BATCH_WRITES))]
-            for each in batch:
-                each.taken = True
-        return batch
-
-    def _end(self, batch: list[_Write]) -> None:
-        """Have the next one send, then tell those that were sent; put back what was not."""
-        with self._lock:
-            self._under_way -= 1
-            for write in reversed(batch):
-                if write.outcome is None:
-                    write.taken = False
-                    self._waiting.appendleft(write)
-            self._wake_next()
-        for write in batch:
-            if write.turn is not None:
-                write.turn.set()
-
-    def _forget(self, write: _Write) -> None:
-        """Nobody waits for this one any more: it must not be the next that is to send."""
-        with self._lock:
-            if write.taken:
-                write.outcome = {}
-            else:
-                self._waiting.remove(write)
-                self._wake_next()
-
-    def _wake_next(self) -> None:
-        if self._waiting and self._waiting[0].turn is not None:  # else it is about to look
-            self._waiting[0].turn.set()
-
-    def _send(self, batch: list[_Write]) -> Op[None]:
-        """Send these, again until an answer comes, and note for each what became of it.
-
-        It is tried as long as the first is worth trying; where that ends, the others are somebody else's to send.
-        """
-        first, sent = batch[0], time.monotonic()
-        if len(batch) == 1:  # a batch costs the server more than its one write
-            path, data = first.path, first.data
-        else:
-            path, data = "/writes", b'{"writes":[%s]}' % b",".join(write.data for write in batch)
-        try:
-            answer = yield from self._client._request(
-                "POST", path, data, held=first.held, patience_s=first.until - time.monotonic()
-            )
-        except TidebaseError as error:
-            if len(batch) == 1 or error.status is None or (first.held is not None and first.held.gone()):
-                first.outcome = error  # it was not sent, or not answered: the others are to be sent again
-            elif error.status in (400, 413):  # one is at fault, and must not take the others along
-                half = len(batch) // 2
-                yield from self._send(batch[:half])
-                yield from self._send(batch[half:])
-            else:
-                for write in batch:
-                    write.outcome = copy.copy(error)
-            return
-        for write, result in zip(batch, answer["results"] if len(batch) > 1 else [answer]):
-            if result.get("code") == "batch_too_large" and len(batch) > 1:  # its answer had no room beside the others'
-                yield from self._send([write])
-            elif "error" not in result:
-                write.outcome = result
-                if write.held is not None:
-                    write.held.extend(sent)
-            else:
-                write.outcome = refusal = _refusal(result["status"], result, path, len(write.data))
-                if write.held is not None and isinstance(refusal, (LeaseLost, RunCancelled)):
-                    write.held.lose(refusal)
-
-
-class _Part(Surface[M]):
-    """A namespace of a client."""
-
-    def __init__(self, client: Client[M]) -> None:
-        self._client = client
-
-
-class _RunPart(Surface[M]):
-    """A namespace of a run: its requests are repeated as long as the run is held.
-
-    What it writes has an id by which a repeat is known: see _Names.write_id.
-    """
-
-    def __init__(self, run: Run[M]) -> None:
-        self._client = run._client
-        self._run: Run[M] = run
-
-    def _write_id(self, prefix: str, verb: str, *about: str | None) -> str:
-        return self._run._names.write_id(prefix, verb, *about)
-
-    def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
-        held = self._run._held
-        held.boundary()
-        path = _path("runs", self._run.run_id, *parts, **query)
-        body = body and {**body, "leaseOwner": held.owner}  # a former owner's write is refused
-        return (yield from self._client._request(method, path, body, held=held))
-
-
-class State(_RunPart[M]):
-    """`run.state`: a live value that your product can show.  Each write is a new version.
-
-    Between steps a write is made once, also when the code runs again, so that the value does not fall back; its repeat
-    answers the state of the first time.  Within a step's function, and while a step, gate, child or the like is under
-    way in another thread or task, it is made in each execution.
-    """
-
-    @op
-    def set(self, value: Any, *, stream: str | None = None, label: str | None = None,
-            reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
-            created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
-        """Replace the value; durable on return.  {"state": ...}.
-
-        importance: transient, normal, checkpoint or milestone.  if_version: refuse (409 version_conflict) when the live
-        version is another one.
-        """
-        body = {**_body(locals(), id=self._write_id("ver", "set", stream)), "value": value}
-        answer = yield from self._request("PUT", "state", body=body)
-        given = {} if value is None else _plain(value, "a state")
-        after = self._run._names.last_here()
-        self._run._warn_of_differences("the state that is written after", after, answer["state"], value=given)
-        return answer
-
-    @op
-    def patch(self, value: Json, *, stream: str | None = None, label: str | None = None,
-              reason: str | None = None, importance: str | None = None, metadata: Json | None = None,
-              created_by: str | None = None, if_version: int | None = None) -> Op[Json]:
-        """Merge into the top level of the value; else as `set`."""
-        return self._request("PATCH", "state", body=_body(locals(), id=self._write_id("ver", "patch", stream)))
-
-    @op
-    def save(self, label: str, *, stream: str | None = None, reason: str | None = None,
-             importance: str | None = None, metadata: Json | None = None,
-             created_by: str | None = None) -> Op[Json]:
-        """Label the current value, importance `milestone` unless given.  {"stateVersion": ...}; 404 without a value."""
-        body = _body(locals(), id=self._write_id("ver", "save", stream, label))
-        return self._request("POST", "state", "save", body=body)
-
-    @op
-    def versions(self, stream: str | None = None, labeled: bool | None = None) -> Op[JsonList]:
-        """The versions, by stream and number; of one stream, or only those with a label."""
-        only = None if labeled is None else str(labeled).lower()
-        return _member(self._request("GET", "state", "versions", stream=stream, labeled=only), "stateVersions")
-
-
-class Snapshots(_RunPart[M]):
-    """`run.snapshots`: labeled states of things that the run works on.  Written once between steps, as `run.state`."""
-
-    @op
-    def create(self, label: str, state: Any, *, target: Json | None = None, reason: str | None = None,
-               metadata: Json | None = None, created_by: str | None = None) -> Op[Json]:
-        """Keep `state` under a label; durable on return.  target: {"type": ..., "id": ...}, default the run itself."""
-        body = {**_body(locals(), id=self._write_id("ver", "snapshot", label)), "state": state}
-        answer = yield from self._request("POST", "snapshots", body=body)
-        given = {} if state is None else _plain(state, "a state")
-        self._run._warn_of_differences("snapshot", label, answer["snapshot"], value=given)
-        return answer
-
-    @op
-    def list(self) -> Op[JsonList]:
-        """The run's labeled versions, newest first."""
-        return _member(self._request("GET", "snapshots"), "snapshots")
-
-
-class Usage(_RunPart[M]):
-    """`run.usage`: the cost ledger.
-
-    Between steps an entry is written once, also when the code runs again; if it then has other figures, those recorded
-    first stay, and a warning is logged.  Within a step's function each execution counts, since it was spent: record
-    there what the step itself spends.  Likewise while a step, gate, child or the like is under way in another thread or
-    task, so record what steps side by side have used within them, or after the last of them has ended.
-    """
-
-    @op
-    def record(self, *, kind: str | None = None, provider: str | None = None, model: str | None = None,
-               label: str | None = None, quantity: float | None = None, unit: str | None = None,
-               input_tokens: int | None = None, output_tokens: int | None = None,
-               total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
-               step_id: str | None = None) -> Op[Json]:
-        """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
-        body = _body(locals(), id=self._write_id("use", "usage", kind, provider, model, label))
-        answer = yield from self._request("POST", "usage", body=body)
-        figures = {key: value for key, value in body.items() if key not in ("metadata", "stepId")}
-        self._run._warn_of_differences("usage", answer["usage"]["id"], answer["usage"], **figures)
-        return answer
-
-
-class RunGates(_RunPart[M]):
-    """`run.gates`: a gate's two halves, for code that looks again later instead of waiting in `run.gate`.
-
-    Both answer {"gateId", "name", "status", "decision", "actor", "payload", "gate"}; gate: the server's JSON.
-    """
-
-    @op
-    def begin(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
-              capability: Any = None, timeout_s: float | None = None) -> Op[Json]:
-        """Open the gate of exactly this name, or find it, however often it is called: nothing is numbered here.
-
-        What was asked first stays; a warning is logged when prompt or data differ from it.
-        """
-        answer = yield from self._request("POST", "gates", "begin", body=_body(locals()))
-        asked = {} if data is None else _plain(data, f"the data of gate {name!r}")
-        self._run._warn_of_differences("gate", name, answer["gate"], prompt=prompt, data=asked)
-        return _gate_json(answer["gate"])
-
-    @op
-    def get(self, gate_id: str) -> Op[Json]:
-        """The gate as it stands.  Raises RunCancelled when the run is cancelled."""
-        answer = yield from self._request("GET", "gates", gate_id)
-        self._run._held.check_not_cancelled(answer)
-        return _gate_json(answer["gate"])
-
-
-class Run(Surface[M]):
-    """What a workflow is given.  Its methods may be called from several threads or tasks of one workflow.
-
-    Waiting: `gate`, `sleep`, `wait_for_signal`, and `child` and `fanout` with a `queue`, may take days.  A run from a
-    queue then leaves its worker: RunSuspended unwinds the workflow, `finally` blocks run, `except Exception` does not
-    see it.  When what it waits for is there, any worker calls the workflow from its first line again, completed steps
-    return what they returned, and the wait is over.  So code between steps runs again, more often than once; whatever
-    must happen once belongs into a step, and what a `finally` block undoes must be made again on the way back.  Under
-    `tide.run` and `attach` a run waits in place, under heartbeats, and so does one that does something else meanwhile.
-
-    Names: each call is its own.  The second `step("page", ...)` of an execution is recorded as `page#2`, the third as
-    `page#3`, in the order of calls, and so are gates, children, fanouts, sleeps and waits for signals; a replay makes
-    the same calls in the same order and finds each.  Where calls come and go between executions, or run side by side,
-    give each a name of its own, such as f"page-{url}": two calls of one name at the same time raise ValueError.  A step
-    that failed and is called again, by `except` and a loop, with the same input (without one: the same function with
-    the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.  A call
-    from within the function of a step is recorded as `STEP/name`.
-
-    run_id, name (of the workflow), attempt (1, 2, 3 ...), input and metadata as the server stores them.
-    """
-
-    def __init__(self, client: Client[M], run: Json, held: _Held, told: Mapping[str, Any],
-                 may_leave: bool = False) -> None:
-        self._client, self._held, self._record = client, held, run
-        self._may_leave = may_leave and run.get("queue") is not None  # else nobody would bring it back
-        self.run_id: str = run["id"]
-        self.name: str = run["workflowName"]
-        self.attempt: int = run.get("attempt", 0)
-        self.input: Any = run.get("input")
-        self.metadata: Any = run.get("metadata")
-        self.state: State[M] = State(self)
-        self.snapshots: Snapshots[M] = Snapshots(self)
-        self.usage: Usage[M] = Usage(self)
-        self.gates: RunGates[M] = RunGates(self)
-        self._checkpoints: dict[str, Json] = {step["name"]: step for step in told.get("checkpoints", ())}
-        self._all_told = told.get("checkpointsTruncated") is False  # a name that is not among them has no checkpoint
-        self._names = _Names(self.run_id)
-        self._sleeps = itertools.count(1)
-        self._step_failures: list[tuple[BaseException, str]] = []
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.run_id} of {self.name}>"
-
-    # Other spellings of the same: `run.state_set(...)` is `run.state.set(...)`.
-    state_set = property(lambda self: self.state.set)
-    state_patch = property(lambda self: self.state.patch)
-    state_save = property(lambda self: self.state.save)
-    usage_record = property(lambda self: self.usage.record)
-    gates_begin = property(lambda self: self.gates.begin)
-    gates_get = property(lambda self: self.gates.get)
-
-    @step_op
-    def step(self, name: str, fn: Callable[..., Any], *, input: Any = None, input_hash: str | None = None,
-             retries: int = 0, timeout_s: float | None = None, side_effects: str | Sequence[str] | None = None,
-             idempotency_key: str | None = None, replay: str | None = None, checkpoint_invariant: Any = None,
-             verified_by: Any = None, credentials: Any = None) -> Op[Any]:
-        """Execute fn once and return its output; where the step completed before, return that output instead.
-
-        On return the output is in Postgres.  It is what JSON gives back, the first time as in every replay: a tuple
-        comes as a list.  fn takes no argument, or the input when there is one and fn requires exactly one.
-        Without side effects a step is written once, at its end, and is seen as running after 0.25 s; with some it is
-        written before fn is called as well, so that no try goes unseen.
-
-        name: of the second call of a name, `name#2` and so on (see Run).
-        input: what the output depends on; a replay with another input is refused.
-        retries: further tries after a failure, each recorded, with growing rests; ValueError unless replay is "auto".
-        timeout_s: then StepTimeout; a sync function cannot be stopped and runs on in its thread, unheard.  A step that
-        another owner is at is waited for.
-        side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
-        idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
-        replay: "auto", "manual" or "never", when it must not be derived from these.
-        checkpoint_invariant, verified_by, credentials: notes for whoever looks at the run, any JSON.
-
-        Raises what fn raised; TypeError for an output JSON cannot say, BodyTooLarge for one that the server does not
-        take; StepInputMismatch, which is a ValueError, too; StepNeedsReview, StepFailed; LeaseLost and RunCancelled,
-        then again at every later boundary, so that `except Exception` around a step holds up nothing.
-        """
-        held = self._held
-        held.boundary()
-        plain = None if input is None else _plain(input, f"the input of step {name!r}")
-        hashed = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
-        same = functools.partial(_called_with, fn) if plain is None else lambda: (hashed,)
-        with self._names.call(("step", name), same=same) as (name,):
-            known = self._checkpoint(name, hashed)
-            if known is not None:
-                return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
-            options, decision = _step_options(
-                retries,
-                side_effects,
-                credentials,
-                timeout_s=timeout_s,
-                idempotency_key=idempotency_key,
-                replay=replay,
-                checkpoint_invariant=checkpoint_invariant,
-                verified_by=verified_by,
-            )
-            begin = _body(name=name, input_hash=hashed, input=plain, options=options, lease_owner=held.owner)
-            takes_input = input is not None and not _accepts(fn, 0) and _accepts(fn, 1)
-            work = Invoke(fn, (plain,) if takes_input else (), timeout_s)
-            with self._names.executing():
-                return (yield from self._step(begin, work, retries, decision))
-
-    def _checkpoint(self, name: str, hashed: str) -> Json | None:
-        """The checkpoint of a step, if one came with the lease; of another input, the server tells what it was."""
-        known = self._checkpoints.get(name)
-        if known is not None and (known["inputHash"] == hashed or known.get("copied")):  # a fork may be of changed code
-            return known
-        return None
-
-    def _step(self, begin: Json, work: Invoke, retries: int, decision: str) -> Op[Any]:
-        """A step that no checkpoint here answers: execute and record; again while tries are left.
-
-        It is begun before where a try must leave a trace, or where the server may have its output.
-        """
-        name, held, client, options = begin["name"], self._held, self._client, begin["options"]
-        traced = (decision != "safe_replay" or "idempotencyKey" in options
-                  or any(effect != "read" for effect in options.get("sideEffects", ())))
-        for tries in itertools.count(1):
-            held.boundary()
-            ahead = traced or not self._all_told or name in self._checkpoints
-            step_id: str | None = None
-            answer: Json = {}
-            if ahead:
-                answer = yield from self._begin_step(begin)
-                if answer["action"] == "return":
-                    return answer["output"]
-                step_id = answer["step"]["id"]
-            notice = _Notice(self.run_id, begin)
-            error: Exception | None = None
-            again, output = False, b"null"
-            started_at = held.now().isoformat()
-            if not ahead:
-                client._beats.watch(notice)
-            try:
-                with self._names.within(name):
-                    output = _encode((yield work), f"the output of step {name!r}")
-            except Exception as raised:
-                if held.gone() is not None:
-                    raise  # from a boundary inside the function: there is nobody to record it for
-                error, again = raised, tries <= retries and getattr(raised, "retryable", True) is not False
-            finally:
-                client._beats.forget(notice)
-            if not ahead and (yield from notice.refused()):
-                answer = yield from self._begin_step(begin)
-                if answer["action"] == "return":
-                    return answer["output"]
-            if error is None:
-                try:
-                    answer = yield from self._record_step(begin, step_id, started_at, {}, output=output)
-                except BodyTooLarge:  # it will not be shorter the next time
-                    error = self._too_large(begin, len(output))
-            if error is not None:
-                self._step_failures.append((error, name))
-                verdict = {"resumeDecision": "auto_retry" if again else decision, "retryable": again}
-                try:
-                    failure = _encode(_error_json(error), "an error")
-                    answer = yield from self._record_step(begin, step_id, started_at, verdict, error=failure)
-                except BodyTooLarge:  # its input is
-                    error = self._too_large(begin, len(output))
-                    raise error from None
-            if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
-                recorded: Json = answer["step"]
-                return recorded["output"] if "output" in recorded else json.loads(output)
-            if not again:
-                raise cast(Exception, error)
-            yield Sleep(_jittered(STEP_BACKOFF_S, tries), held.alarm)
-        raise AssertionError("unreachable")
-
-    def _record_step(self, begin: Json, step_id: str | None, started_at: str, verdict: Json,
-                     **outcome: bytes) -> Op[Json]:
-        """Write how a step ended, its output or error: of one that was begun as step_id, or all of it at once."""
-        flow, owner = self._client._flow, {"leaseOwner": self._held.owner}
-        if step_id is None:
-            fields = {"runId": self.run_id, "startedAt": started_at, "brief": True, **begin, **verdict}
-            path = _path("runs", self.run_id, "steps")
-            try:
-                return (yield from flow.write("record_step", path, fields, held=self._held, **outcome))
-            except StepInputMismatch as refused:
-                raise _mismatch(self.run_id, begin, refused.body) from None
-        if "error" in outcome:
-            path = _path("runs", self.run_id, "steps", step_id, "fail")
-            body = _splice({**owner, **verdict}, **outcome)
-            return (yield from self._client._request("POST", path, body, held=self._held))
-        return (yield from self._complete_step(step_id, **outcome))
-
-    def _too_large(self, begin: Json, output_bytes: int) -> BodyTooLarge:
-        input_bytes = len(_encode(begin.get("input"), "an input"))
-        sizes = f"its output has {output_bytes:,} bytes" + (f", its input {input_bytes:,}" if "input" in begin else "")
-        words = (f"step {begin['name']!r} of run {self.run_id}: {sizes}, more than the server takes in one request, "
-                 "see its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
-        return BodyTooLarge(words, 413, code="body_too_large")
-
-    def _begin_step(self, begin: Json) -> Op[Json]:
-        """Ask for the step until the answer is `execute` or `return`; while another owner is at it, wait."""
-        path = _path("runs", self.run_id, "steps", "begin")
-        for tries in itertools.count(1):
-            self._held.boundary()
-            fields = {"runId": self.run_id, **begin}
-            try:
-                answer = yield from self._client._flow.write("begin_step", path, fields, held=self._held)
-            except BodyTooLarge:
-                raise self._too_large(begin, 0) from None
-            action = answer["action"]
-            if action in ("execute", "return"):
-                return answer
-            if action == "input_mismatch":
-                raise _mismatch(self.run_id, begin, answer)
-            if action == "cancelled":
-                self._held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
-            elif action != "locked":
-                raise TidebaseError(f"the server answered a step with {action!r}", 200, answer, None, path)
-            else:
-                yield Sleep(_jittered(LOCKED_POLL_S, tries), self._held.alarm)
-        raise AssertionError("unreachable")
-
-    @op
-    def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
-             capability: Any = None, timeout_s: float | None = None, hold_s: float = HOLD_S,
-             poll_s: float = GATE_POLL_S) -> Op[GateDecision]:
-        """Wait until a person has decided.  The decision is durable: a replay returns it at once.
-
-        name: each call asks anew; the second gate of a name is `name#2` and so on (see Run).  What was asked first
-        stays: a replay with another prompt or other data logs a warning.
-        timeout_s: then the gate is canceled, actor `timeout`.  hold_s: a run from a queue waits this long with its
-        worker, then without one (see Run).  poll_s: how long one request of a run that waits in place is held (at most
-        25).  Raises RunCancelled, LeaseLost.
-        """
-        with self._names.call(("gate", name)) as (name,):
-            with self._names.executing():  # the run does not leave before it has asked all that it asks at once
-                begun = yield from RunGates.begin(
-                    self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
-                )
-            gate_id = begun["gateId"]
-            answer = yield from self._await({"gateId": gate_id}, "gates", gate_id, hold_s=hold_s, poll_s=poll_s,
-                                            known=begun, is_over=lambda answer: answer["gate"]["status"] != "pending")
-            told = _gate_json(answer["gate"])
-            return GateDecision(
-                told["gateId"], told["name"], told["status"], told["decision"], told["actor"], told["payload"]
-            )
-
-    def _warn_of_differences(self, what: str, name: str, recorded: Json, **given: Any) -> None:
-        """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay."""
-        differing = [key for key, value in given.items() if recorded.get(key) != value]
-        if differing:
-            logger.warning("run %s: %s %r was recorded with another %s, which stays as recorded first",
-                           self.run_id, what, name, " and ".join(differing),
-                           extra={"event": "differs_from_record", "run_id": self.run_id})
-
-    @op
-    def sleep(self, seconds: float | None = None, *, until: datetime | None = None, name: str | None = None,
-              hold_s: float = HOLD_S) -> Op[None]:
-        """Sleep for some seconds, or until a time (a datetime without time zone is local).  A replay does not again.
-
-        When it ends is fixed at the first call, by the database's clock, in the step `sleep:NAME`, which completes when
-        the sleep is over; other seconds in a later version of your code do not move it.  name: default 1, 2, 3 ... in
-        the order of calls, so name sleeps whose order may change.  hold_s: a run from a queue sleeps with its worker
-        when no more than this is left, else without one (see Run).  Raises RunCancelled, LeaseLost.
-        """
-        if (seconds is None) == (until is None):
-            raise ValueError("sleep() needs either seconds or until")
-        with self._names.call(("step", f"sleep:{name or next(self._sleeps)}")) as (label,):
-            step = yield from self._begin_wait(label, {"seconds": seconds, "until": _iso(until)})
-            if step["status"] == "completed":
-                return
-            asked = step["input"]
-            ends = _moment(asked["until"] or step["createdAt"]) + timedelta(seconds=asked["seconds"] or 0)
-            while ends > self._held.now():
-                left_s = (ends - self._held.now()).total_seconds()
-                wait_for = {"until": _iso(ends), "stepId": step["id"]}
-                if left_s > hold_s and (yield from self._leave_until(wait_for)):
-                    break
-                yield Sleep(min(left_s, GATE_POLL_S), self._held.alarm)
-                self._held.boundary()
-            yield from self._end_wait(step, None)
-
-    @op
-    def wait_for_signal(self, name: str, timeout_s: float | None = None, *, hold_s: float = HOLD_S) -> Op[Any]:
-        """Wait for a signal of this name (`tide.runs.signal`) and return its payload, in every replay the same.
-
-        Signals are kept until asked for: the first wait for a name takes the first signal of that name, the second wait
-        the second.  timeout_s: then SignalTimeout, for good; a signal sent later is for the next wait.  It counts from
-        the first call.  The step `signal:NAME` records the wait and completes when it is over.
-        hold_s: a run from a queue waits this long with its worker, then without one (see Run).
-        Raises RunCancelled, LeaseLost.
-        """
-        with self._names.call(("step", f"signal:{name}")) as (label,):
-            number = self._names.count("signal", name)
-            step = yield from self._begin_wait(label, {"timeoutS": timeout_s})
-            signal = step["output"]
-            if step["status"] != "completed":
-                timeout_s = step["input"]["timeoutS"]
-                ends = None if timeout_s is None else _moment(step["createdAt"]) + timedelta(seconds=timeout_s)
-                answer = yield from self._await(
-                    {"event": name, "n": number, "stepId": step["id"]}, "signals", name, hold_s=hold_s, ends=ends,
-                    is_over=lambda answer: answer["signal"] is not None, n=number)
-                if answer["signal"] is None:
-                    path = _path("runs", self.run_id, "signals", name, "expire")
-                    body = {"n": number, "leaseOwner": self._held.owner}
-                    answer = yield from self._client._request("POST", path, body, held=self._held)
-                signal = answer["signal"]
-                yield from self._end_wait(step, signal)
-            if signal["timedOut"]:
-                raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
-            return signal["payload"]
-
-    def _begin_wait(self, name: str, asked: Json) -> Op[Json]:
-        """The step that records a wait: begun, found under way with what was asked first, or completed."""
-        self._held.boundary()
-        known = self._checkpoint(name, input_hash(None))
-        if known is not None:
-            return {**known, "status": "completed"}
-        answer = yield from self._begin_step(
-            {"name": name, "inputHash": input_hash(None), "input": asked, "options": {"wait": True},
-             "leaseOwner": self._held.owner})
-        return cast(Json, answer["step"])
-
-    def _end_wait(self, step: Json, output: Any) -> Op[None]:
-        """The wait is over, and its run still here.  That of a run which left its worker is ended by the server."""
-        yield from self._complete_step(step["id"], output=_encode(output, "a signal"))
-
-    def _complete_step(self, step_id: str, **encoded: bytes) -> Op[Json]:
-        path = _path("runs", self.run_id, "steps", step_id, "complete")
-        fields = {"runId": self.run_id, "stepId": step_id, "leaseOwner": self._held.owner}
-        return self._client._flow.write("complete_step", path, fields, held=self._held, **encoded)
-
-    def _await(self, wait_for: Json, *path: str, is_over: Callable[[Json], bool], hold_s: float,
-               poll_s: float = GATE_POLL_S, known: Json | None = None, ends: datetime | None = None,
-               **query: Any) -> Op[Json]:
-        """The answer of `path` when it is over: hold_s with the worker, then without one, or else in place.
-
-        known: its last answer.  ends: when the wait is given up; then the last answer, which is not over.
-        """
-        left_s = math.inf
-
-        def watch(seconds: float) -> Op[Json]:
-            return self._client._watch("runs", self.run_id, *path, is_over=is_over, seconds=min(seconds, left_s),
-                                       poll_s=poll_s, held=self._held, **query)
-
-        answer = known
-        while answer is None or not is_over(answer):
-            if ends is not None:
-                left_s = (ends - self._held.now()).total_seconds()
-            if answer is None or (answer is known and hold_s > 0):
-                answer = yield from watch(hold_s)
-            elif left_s <= 0:
-                return answer
-            elif (yield from self._leave_until(wait_for, None if ends is None else max(left_s, 0.001))):
-                answer = yield from watch(0)
-            else:
-                answer = yield from watch(poll_s)
-        return answer
-
-    def _leave_until(self, wait_for: Json, timeout_s: float | None = None) -> Op[bool]:
-        """Give the run up until something is there, and unwind.  True: it is there; False: it must wait in place."""
-        held = self._held
-        if not self._may_leave or self._names.is_executing() or not held.leaving.acquire(blocking=False):
-            return False
-        try:
-            if self._names.is_executing():  # again, now that `leaving` is set: one of us sees the other
-                return False
-            body = {**_body(lease_owner=held.owner, timeout_s=timeout_s), "for": wait_for}
-            path = _path("runs", self.run_id, "wait")
-            with held.settling_now():
-                answer = yield from self._client._request("POST", path, body, held=held)
-            if answer["ready"]:
-                held.settling = False
-                return True
-            held.waiting = True
-            self._client._beats.remove(held)
-        finally:
-            held.leaving.release()
-        raise RunSuspended
-
-    @op
-    def child(self, workflow_name: str, workflow: str | Callable[..., Any] | None = None, *, name: str | None = None,
-              input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
-              channels: Sequence[Json] | None = None, edge_type: str | None = None,
-              edge_metadata: Json | None = None, queue: str | None = None, max_attempts: int | None = None,
-              priority: int | None = None, recovery_secret: str | None = None) -> Op[Any]:
-        """Run a workflow as a child run and return its result.  A child that completed is not run again.
-
-        workflow: a function, or the name of a registered one; default the one registered as workflow_name.
-        name: the child's name in the record, default workflow_name; of the second call of a name, `name#2` and so on
-        (see Run).  A child keeps the input it was made with: a replay with another one logs a warning.
-        Without a queue the child runs here and now; this raises what it raises.
-
-        queue: any worker that serves it runs the child, up to max_attempts (3) times; it finds the workflow by
-        workflow_name, which need not be known here, and a run from a queue waits without a worker meanwhile (see Run).
-        Raises RunFailed when the child failed for good, also in a replay, until `tide.runs.retry` puts it back;
-        RunCancelled.
-        """
-        given = locals()
-        given.update(name=name or workflow_name)
-        fn, body = Run._describe_child(**given)
-        same = None if queue is not None else functools.partial(_child_key, body)
-        with self._names.call(("child", body["name"]), same=same) as (label,):
-            return (yield from self._run_child(fn, {**body, "name": label}))
-
-    def _describe_child(self, name: str, workflow: str | Callable[..., Any] | None = None, *,
-                        workflow_name: str | None = None, queue: str | None = None, input: Any = None,
-                        metadata: Json | None = None, recovery_webhook: str | None = None,
-                        channels: Sequence[Json] | None = None, edge_type: str | None = None,
-                        edge_metadata: Json | None = None, max_attempts: int | None = None,
-                        priority: int | None = None, recovery_secret: str | None = None) -> tuple[Any, Json]:
-        """A child's function, if it is known here, and what the server is told of it."""
-        given = locals()
-        if input is not None:
-            given["input"] = _plain(input, f"the input of child {name!r}")
-        fn: Callable[..., Any] | None = None
-        if callable(workflow):
-            fn, registered = self._client._registered(workflow)
-            workflow_name = workflow_name or (registered if queue is not None else None) or name
-        else:
-            known_as = workflow or workflow_name or name
-            if queue is None or known_as in self._client._workflows:
-                fn, _ = self._client._registered(known_as)
-            if queue is not None and workflow_name not in (None, known_as):
-                raise ValueError(f"child {name!r} is run by a worker of queue {queue!r}, which finds its workflow by "
-                                 f"workflow_name={workflow_name!r}, not by {workflow!r}: leave the latter out")
-            workflow_name = workflow_name or known_as
-        return fn, _body(given, "workflow", workflow_name=workflow_name)
-
-    def _run_child(self, fn: Any, body: Json) -> Op[Any]:
-        """The result of a child, executed here or, where it has a queue, waited for."""
-        (run,) = yield from self._create_children([body])
-        if "queue" not in body:
-            with self._names.executing():
-                return (yield from self._client._begin_and_execute(run, fn, parent=self._held))
-        (outcome,) = yield from self._join_children({body["name"]: run})
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    @op
-    def fanout(self, name: str, children: Sequence[Mapping[str, Any]], *, checkpoint: str | bool | None = None,
-               queue: str | None = None, return_errors: bool = False) -> Op[list[Any]]:
-        """Run children side by side and return their results, in order.
-
-        children: mappings of {"name", "workflow", "workflow_name", "input", ...}, the arguments of `child`.
-        workflow_name: default workflow where that is a name, else the child's name or, with a queue, what the function
-        is registered as.  queue: they are run by the workers that serve it, as many at once as there are places, while
-        a run from a queue waits without a worker (see Run); one child may name another queue.  Without, they run here,
-        16 at once.
-        checkpoint: the joined results are recorded in the step `join:CHECKPOINT`, so that a replay asks for no child;
-        default the fanout's name; False: they are not.
-        Names: the second fanout of a name is `name#2`, and a child whose name the run has used is numbered, too, in the
-        order of the list (see Run).
-
-        All children end before FanoutFailed is raised, which names each that failed; those that completed are not run
-        again.  return_errors: instead, RunFailed or RunCancelled stands in the list where a result would.
-        """
-        self._held.boundary()
-        described = [self._describe_child(**{**child, "queue": child.get("queue") or queue}) for child in children]
-        bodies = [body for _, body in described]
-        same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
-        asked = [("child", body["name"]) for body in bodies]
-        with self._names.call(("fanout", name), *asked, same=same) as (label, *names):
-            for body, child in zip(bodies, names):
-                body.update(name=child, edgeType=body.get("edgeType", "fanout"),
-                            edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
-            if checkpoint is False:
-                return self._unpacked((yield from self._join(name, described, queue, return_errors)), names)
-            wanted = {"fanout": label, "join": "all", "children": names}
-            with self._names.call(("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
-                                  same=same) as (join,):
-                known = self._checkpoint(join, input_hash(wanted))
-                if known is not None:
-                    return self._unpacked(_copied(known["output"]), names)
-                joined = yield from self._join(name, described, queue, return_errors)
-                begin = {"name": join, "inputHash": input_hash(wanted), "input": wanted, "options": {},
-                         "leaseOwner": self._held.owner}
-                with self._names.executing():
-                    recorded = yield from self._step(begin, Invoke(lambda: joined, ()), 0, "auto_retry")
-                return self._unpacked(recorded, names)
-
-    def _join(self, name: str, described: list[tuple[Any, Json]], queue: str | None, return_errors: bool) -> Op[Any]:
-        """What the step that joins a fanout records: the results or, where some failed, these and the errors."""
-        names = [body["name"] for _, body in described]
-        running = self._run_children(described) if queue is None else self._queue_children(described)
-        results = yield from running
-        for error in results:
-            if isinstance(error, BaseException) and not isinstance(error, Exception):
-                raise error  # RunSuspended: the children gave themselves back, so does the parent
-        self._held.boundary()
-        failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
-        if failed and not return_errors:
-            words = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
-            raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {words}", {**failed})
-        return results if not failed else {
-            "results": [None if child in failed else result for child, result in zip(names, results)],
-            "errors": {child: _outcome_json(error) for child, error in failed.items()},
-        }
-
-    @staticmethod
-    def _unpacked(joined: Any, names: Sequence[str]) -> list[Any]:
-        """The results of a fanout from what its step recorded."""
-        if isinstance(joined, list):
-            return joined
-        return [_outcome(joined["errors"][child]) if child in joined["errors"] else result
-                for child, result in zip(names, joined["results"])]
-
-    def _queue_children(self, described: list[tuple[Any, Json]]) -> Op[list[Any]]:
-        """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
-        bodies = {body["name"]: body for _, body in described}
-        existing, are_all = (yield from self._child_runs()) if len(bodies) > 1 else ({}, False)
-        runs = {name: existing[name] for name, body in bodies.items() if name in existing
-                and "payloadOmitted" not in existing[name]
-                and existing[name]["workflowName"] == body["workflowName"]}  # else the server says what is wrong
-        for name, run in runs.items():
-            self._warn_of_input(bodies[name], run)
-        missing = [body for name, body in bodies.items() if name not in runs]
-        made = yield from self._create_children(missing)
-        runs.update((body["name"], run) for body, run in zip(missing, made))
-        alone = are_all and all(name in bodies or _has_ended({"run": run}) for name, run in existing.items())
-        return (yield from self._join_children({name: runs[name] for name in bodies}, alone))
-
-    def _create_children(self, bodies: Iterable[Json]) -> Op[list[Json]]:
-        """The runs of these children, created or found, many in one request."""
-        path, bodies = _path("runs", self.run_id, "children"), list(bodies)
-        writes: list[_Write] = []
-        runs: list[Json] = []
-        for body in bodies:
-            fields = {"do": "create_child", "runId": self.run_id, "leaseOwner": self._held.owner, **body}
-            data = _encode(fields, "a child")
-            writes.append(_Write(path, data, self._held, self._client.timeout_s))
-        while writes:
-            self._held.boundary()
-            count = _fitting(writes, CHILDREN_AT_ONCE)
-            answers = yield from self._client._flow.write_together(writes[:count])
-            for body, answer in zip(bodies[len(runs):], answers):
-                if not answer["created"]:
-                    self._warn_of_input(body, answer["run"])
-            runs += [answer["run"] for answer in answers]
-            writes = writes[count:]
-        return runs
-
-    def _warn_of_input(self, body: Json, run: Json) -> None:
-        self._warn_of_differences("child", body["name"], run, input=body.get("input", {}))
-
-    def _join_children(self, runs: dict[str, Json], alone: bool = False) -> Op[list[Any]]:
-        """Wait until all of these have ended; their results or exceptions, in order.
-
-        alone: the run has no other child that lives, so they need not be named.
-        """
-        while True:
-            live = [name for name, run in runs.items() if not _has_ended({"run": run})]
-            if not live:
-                return [_outcome(run) for run in runs.values()]
-            ready = yield from self._leave_until({"children": True if alone else live[:CHILDREN_NAMED]})
-            if ready and len(live) > 1:
-                told, _ = yield from self._child_runs()
-                for name in live:
-                    if name in told and "payloadOmitted" not in told[name]:
-                        runs[name] = told[name]
-                    else:
-                        runs[name] = yield from self._child_run(runs[name]["id"])
-            else:
-                answer = yield from self._client._watch("runs", runs[live[0]]["id"], is_over=_has_ended,
-                                                        seconds=GATE_POLL_S, poll_s=GATE_POLL_S, held=self._held)
-                runs[live[0]] = answer["run"]
-
-    def _child_runs(self) -> Op[tuple[dict[str, Json], bool]]:
-        """The children of this run, by name, and whether these are all.  Large payloads are left out."""
-        path = _path("runs", self.run_id, include="childRuns")
-        answer = yield from self._client._request("GET", path, held=self._held)
-        named = {run["metadata"]["parentEdgeName"]: run for run in answer["childRuns"] if run["metadata"] is not None}
-        return named, "truncated" not in answer and len(named) == len(answer["childRuns"])
-
-    def _child_run(self, run_id: str) -> Op[Json]:
-        answer = yield from self._client._request("GET", _path("runs", run_id, include="run"), held=self._held)
-        return cast(Json, answer["run"])
-
-    def _run_children(self, described: list[tuple[Any, Json]]) -> Op[list[Any]]:
-        """Results or exceptions of the children, at most FANOUT under way at once."""
-        results: list[Any] = [None] * len(described)
-
-        def one(index: int) -> Op[None]:
-            try:
-                results[index] = yield from self._run_child(*described[index])
-            except (Exception, RunSuspended) as error:
-                results[index] = error
-
-        tasks: list[Any] = []
-        try:
-            for index, (_, body) in enumerate(described):
-                if index >= FANOUT:
-                    yield Join(tasks[index - FANOUT])
-                tasks.append((yield Start(one(index), f"tidebase-child-{body['name']}")))
-            for task in tasks:
-                yield Join(task)
-        except (asyncio.CancelledError, KeyboardInterrupt):
-            for task in tasks:
-                task.cancel()
-            raise
-        return results
-
-    def _complete(self, result: Any, brief: bool = True) -> Op[tuple[Any, Json]]:
-        """Record the result.  Returns it as JSON gives it back, and the answer; brief: without all of the run."""
-        held = self._held
-        encoded = _encode(result, f"the result of workflow {self.name!r}")
-        path = _path("runs", self.run_id, "complete")
-        fields = {"runId": self.run_id, "leaseOwner": held.owner, "brief": brief}
-        with held.settling_now():
-            held.on_through()
-            try:
-                answer = yield from self._client._flow.write("complete_run", path, fields, held=held, result=encoded)
-            except BodyTooLarge as refused:
-                words = (f"the result of run {self.run_id} of workflow {self.name!r} has {len(encoded):,} bytes, more "
-                         "than the server takes: see its setting TIDEBASE_MAX_BODY")
-                raise BodyTooLarge(words, 413, refused.body, refused.code, path) from None
-        if answer["run"]["status"] == "cancelled":
-            held.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
-            held.fence()
-        return json.loads(encoded), answer
-
-    def _fail(self, failure: Any, error: Any) -> Op[Json]:
-        """Record what ended the run.  Returns the answer."""
-        step = next((name for raised, name in self._step_failures if raised is error), None)
-        if step is not None:
-            failure["step"] = step
-        body: Json = {"error": failure, "leaseOwner": self._held.owner}
-        if getattr(error, "retryable", True) is False:
-            body["retryable"] = False
-        return self._settle("fail", body, max(self._held.until - time.monotonic(), 0.0))
-
-    def _give_back(self) -> Op[None]:
-        """Release the run, so that another worker gets it now and no attempt is spent; one that waits is released.
-
-        Where the server does not answer, the end of the lease does the same, later.
-        """
-        if not self._held.waiting:
-            with self._logged("release"):
-                yield from self._settle("release", {"leaseOwner": self._held.owner}, GIVE_BACK_S)
-
-    def _settle(self, verb: str, body: Json, patience_s: float) -> Op[Json]:
-        """Tell the server how the run's stay here ends."""
-        with self._held.settling_now():
-            path = _path("runs", self.run_id, verb)
-            return (yield from self._client._request("POST", path, body, patience_s=patience_s))
-
-    @contextlib.contextmanager
-    def _logged(self, verb: str) -> Iterator[None]:
-        """For a run that is over here, whatever the server answers: a refusal is logged, not raised."""
-        try:
-            yield
-        except TidebaseError as refused:
-            logger.warning("run %s of workflow %s: its %s could not be recorded: %s", self.run_id, self.name, verb,
-                           refused, extra={"event": "settle_refused", "run_id": self.run_id, "verb": verb,
-                                           "code": refused.code})
-
-
-class Session(Run[M]):
-    """What RunSession and AsyncRunSession share."""
-
-    @property
-    def run(self) -> Json:
-        """The run, as the server answered last."""
-        return self._record
-
-    @op
-    def heartbeat(self) -> Op[Json]:
-        """Renew the lease now; a background thread does it anyway, see `heartbeat_s`.  {"run"}.
-
-        Raises LeaseLost, RunCancelled.
-        """
-        self._held.fence()
-        sent, body = time.monotonic(), {"leaseOwner": self._held.owner}
-        path = _path("runs", self.run_id, "heartbeat")
-        answer = yield from self._client._request("POST", path, body, held=self._held)
-        self._held.renew(sent)
-        self._record = answer["run"]
-        return answer
-
-    @op
-    def complete(self, result: Any = None) -> Op[Json]:
-        """End the run well; durable on return.  {"run"}.  Raises LeaseLost, RunCancelled, BodyTooLarge."""
-        _, answer = yield from self._complete(result, brief=False)
-        self._let_go(answer["run"])
-        return answer
-
-    @op
-    def fail(self, error: BaseException | Json | str) -> Op[Json]:
-        """End the run badly, with an exception, words or JSON; durable on return.  {"run", "requeued"}.
-
-        A queue run with attempts left is queued again.  Raises LeaseLost, RunCancelled.
-        """
-        self._held.fence()
-        failure = _error_json(error) if isinstance(error, BaseException) else error
-        answer = yield from self._fail({"message": failure} if isinstance(failure, str) else failure, error)
-        self._let_go(answer["run"])
-        return answer
-
-    @op
-    def close(self) -> Op[None]:
-        """Stop the heartbeats; a run that has not ended is given back.  Closing twice does nothing."""
-        if self._held.gone() is None:
-            yield from self._give_back()
-        self._let_go()
-
-    def _let_go(self, run: Json | None = None) -> None:
-        self._record = run or self._record
-        self._client._beats.remove(self._held)
-        self._held.ended = True
-
-    def _leave(self, error: BaseException | None) -> Op[None]:
-        if isinstance(error, Exception) and self._held.gone() is None:
-            with self._logged("failure"):
-                yield from Session.fail(self, error)
-        yield from Session.close(self)
-
-
-class RunContext(Run[Blocking]):
-    """What a workflow of Tidebase is given: see Run."""
-
-
-class AsyncRunContext(Run[Awaited]):
-    """What a workflow of AsyncTidebase is given: see Run.  Its methods are awaited."""
-
-
-class RunSession(Session[Blocking], RunContext):
-    """A run driven by your own code, from `tide.attach`: steps as in a workflow, and you say how it ends.
-
-    In `with`: an exception fails the run, and leaving without `complete` or `fail` gives it back.
-    """
-
-
-class AsyncRunSession(Session[Awaited], AsyncRunContext):
-    """The same for `async with`, from `AsyncTidebase.attach`; its methods are awaited."""
-
-
-class Runs(_Part[M]):
-    """`tide.runs`: create, look at and steer runs.  All answers are the server's JSON."""
-
-    @op
-    def create(self, workflow_name: str, input: Any = None, metadata: Json | None = None,
-               recovery_webhook: str | None = None, channels: Sequence[Json] | None = None, *,
-               run_id: str | None = None, deadline_s: float | None = None,
-               recovery_secret: str | None = None) -> Op[Json]:
-        """Create a run without a queue, or get the one of this run_id; durable on return.  Returns the run.
-
-        deadline_s: cancelled when it has not ended by then.  recovery_secret: signs its recovery webhooks, instead of
-        the server's TIDEBASE_WEBHOOK_SECRET.  Raises RunIdConflict, which is a ValueError, too, when run_id is of
-        another workflow.
-        """
-        given = locals()
-        path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
-        return _member(self._client._request("POST", path, body), "run")
-
-    @op
-    def get(self, run_id: str, *, include: Sequence[str] | None = None) -> Op[Json]:
-        """Everything about a run: run, steps, state, gates, usage, events ...; include: only these parts."""
-        parts = None if include is None else ",".join(include)
-        return self._client._request("GET", _path("runs", run_id, include=parts))
-
-    @op
-    def list(self, *, status: str | None = None, workflow: str | None = None, queue: str | None = None,
-             metadata: Mapping[str, str] | None = None, before: str | None = None,
-             limit: int | None = None) -> Op[RunPage]:
-        """The runs, newest first, 100 unless limit.  The list's `next_cursor` is the `before` of the runs that follow.
-
-        Only those of a status, workflow or queue, or with these metadata.
-        """
-        marks = {f"metadata.{key}": value for key, value in (metadata or {}).items()}
-        path = _path("runs", status=status, workflow=workflow, queue=queue, before=before, limit=limit, **marks)
-        answer = yield from self._client._request("GET", path)
-        page = RunPage(answer["runs"])
-        page.next_cursor = answer["nextCursor"]
-        return page
-
-    @op
-    def cancel(self, run_id: str, reason: str | None = None, actor: str | None = None) -> Op[Json]:
-        """Cancel at once, from any state but completed (TidebaseError 409).  Returns the run, cancelled.
-
-        Whoever executes it is unwound at its next boundary.
-        """
-        body = _body(locals(), "run_id")
-        return _member(self._client._request("POST", _path("runs", run_id, "cancel"), body), "run")
-
-    @op
-    def wait(self, run_id: str, timeout_s: float | None = None) -> Op[Any]:
-        """Wait until a run has ended and return its result; the server holds the request, nothing is polled.
-
-        Raises RunFailed, with failure_class and error, when it failed for good; RunCancelled; WaitTimeout, which is a
-        TimeoutError, after timeout_s (default: never), and the run goes on; TidebaseError 404.
-        """
-        answer = yield from self._client._watch("runs", run_id, is_over=_has_ended, seconds=timeout_s)
-        if not _has_ended(answer):
-            raise WaitTimeout(f"run {run_id} has not ended within {timeout_s:g} s", code="wait_timeout")
-        outcome = _outcome(answer["run"])
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    @op
-    def signal(self, run_id: str, name: str, payload: Any = None) -> Op[Json]:
-        """Send a signal to a run, for its `wait_for_signal`; durable on return.  Returns the signal.
-
-        Its `n` is its number among those of its name: the n-th wait for the name takes it.
-        """
-        body = _body(name=name, payload=payload, id=_new_id("sig"))
-        return _member(self._client._request("POST", _path("runs", run_id, "signals"), body), "signal")
-
-    @op
-    def retry(self, run_id: str) -> Op[Json]:
-        """Put a failed or cancelled run back, its checkpoints kept.  Returns the run, queued or pending."""
-        return _member(self._client._request("POST", _path("runs", run_id, "retry"), {}), "run")
-
-    @op
-    def rerun_plan(self, run_id: str) -> Op[Json]:
-        """What a resume of the run would do now, step by step, and whether that is safe.
-
-        {"safe", "verdict", "steps": [{"name", "plan", "reason", ...}], "blocking": names, "actions", ...}; plan is
-        "replays", "runs", "runs_again", "stops_for_review" or "never".  TidebaseError 404.
-        """
-        return self._client._request("GET", _path("runs", run_id, "rerun"))
-
-    @op
-    def recover(self, run_id: str, reason: str = "manual") -> Op[Json]:
-        """Have the run's recovery webhook called.  {"recoveryAttempt"}; TidebaseError 422 without one."""
-        return self._client._request("POST", _path("runs", run_id, "recover"), {"reason": reason})
-
-    @op
-    def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None,
-             queue: str | None = None) -> Op[Json]:
-        """A new run of the same workflow that starts with copies of the checkpoints before from_step.  Returns it.
-
-        They answer whatever input the workflow's steps are called with in the fork.  input: the fork's; None: the same.
-        queue: where it waits for a worker; None: the queue of the run it is forked from.  Where that has none either,
-        nothing runs the fork by itself: `tide.run(name, workflow, run_id=...)` with its id does, or its recovery
-        webhook (`tide.runs.recover`), which it has from the other run.
-        """
-        body = _body(locals(), "run_id", id=new_run_id())
-        return _member(self._client._request("POST", _path("runs", run_id, "fork"), body), "run")
-
-    @op
-    def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
-                    actor: str | None = None) -> Op[Json]:
-        """Decide an ambiguous step: "retry", "complete" (with its output) or "fail" (it raises StepFailed).
-
-        The run goes on: a failed one from a queue is queued again, another gets its recovery webhook, if it has one.
-        Returns the step.
-        """
-        body = _body(locals(), "run_id", "step_id")
-        path = _path("runs", run_id, "steps", step_id, "review")
-        return _member(self._client._request("POST", path, body), "step")
-
-    def token(self, run_id: str, *, ttl_s: float = RUN_TOKEN_S) -> str:
-        """A run token: what you give a browser for its EventSource, instead of the key, which opens everything.
-
-        It opens GET /runs/:id/events of this one run, as `?token=` or `Authorization: Bearer`, to read, until it
-        expires by the server's clock; a stream ends then, too.  It opens nothing else.  It is computed here, from the
-        client's key: nothing is sent, nothing is stored, and only a change of the key takes it back.
-        ttl_s: seconds until it expires, rounded up to a whole one, at most a day.  Raises ValueError for another;
-        TidebaseError when the client has no key.
-        """
-        key = self._client.api_key
-        if key is None:
-            raise TidebaseError("this client has no API key, from which run tokens are made: give it api_key, or set "
-                                "TIDEBASE_API_KEY; a server without a key needs no tokens", code="no_api_key")
-        if not 0 < ttl_s <= RUN_TOKEN_MAX_S:
-            raise ValueError(f"ttl_s is {ttl_s}; it takes seconds, more than 0 and at most {RUN_TOKEN_MAX_S:.0f}")
-        expiry = math.ceil(time.time() + ttl_s)
-        signed = f"tidebase-run-token.v1.{expiry}.{run_id}".encode()
-        mac = base64.urlsafe_b64encode(hmac.new(key.encode(), signed, hashlib.sha256).digest()).decode()
-        return f"v1.{expiry}.{mac.rstrip('=')}"
-
-    @session_op
-    def attach(self, workflow_name: str, *, run_id: str | None = None, input: Any = None,
-               metadata: Json | None = None, recovery_webhook: str | None = None,
-               channels: Sequence[Json] | None = None, heartbeat_s: float | None = 20.0,
-               on_lease_lost: Callable[..., Any] | None = None,
-               recovery_secret: str | None = None) -> Op[Any]:
-        """Create or resume a run that your own code drives, and hold it: a RunSession, or an AsyncRunSession.
-
-        heartbeat_s: at most this long between heartbeats, never longer than a third of the lease; None or 0: none, and
-        the lease ends unless your writes and `session.heartbeat()` renew it.
-        on_lease_lost: called once, with the error, from the thread that noticed.
-        Raises RunCompleted, which has the result; RunIdConflict; RunCancelled; TidebaseError 409 run_leased while
-        another owner holds the run.
-        """
-        run = yield from Runs.create(self, workflow_name, input, metadata, recovery_webhook, channels, run_id=run_id,
-                                     recovery_secret=recovery_secret)
-        answer = yield from self._client._begin(run["id"])
-        run, owner = answer["run"], answer["leaseOwner"]
-        if owner is None:
-            words = f"run {run['id']} of workflow {workflow_name!r} has completed"
-            raise RunCompleted(words, body=run, code="run_completed")
-        held = _Held(run, owner, self._client._driver.alarm())
-        held.on_lost = on_lease_lost
-        if heartbeat_s:
-            held.beat_s = min(held.beat_s, heartbeat_s)
-            self._client._beats.add(held)
-        return self._client._session(self._client, run, held, answer)
-
-    def subscribe(self, run_id: str, after: int = 0, *, kinds: str | Sequence[str] | None = None) -> Events[M]:
-        """The run's events after number `after`: history first, then live, until the run has ended.
-
-        For `for`, `async for` or next().  Reconnects by itself; no event is lost or repeated.
-        kinds: only events of these types, "step.failed" say, or "step" for all that begin so.
-        Raises TidebaseError 404, and Unreachable when the server is away for longer than timeout_s.
-        """
-        return Events(self._client, run_id, after, [kinds] if isinstance(kinds, str) else kinds)
-
-
-class Events(Surface[M]):
-    """The events of a run, an iterator; `seq` is the number of the last one read.  In `with`, or with `close()`, the
-    connection ends before the run does."""
-
-    def __init__(self, client: Client[M], run_id: str, seq: int, kinds: Sequence[str] | None) -> None:
-        self._client = client
-        self.run_id, self.seq, self.ended = run_id, seq, False
-        self._ended_at: int | None = None  # `seq` when the run was seen to have ended
-        self._kinds = None if kinds is None else frozenset(kinds)
-        self._stream: Any = None
-        self._bytes = b""
-        self._ready: deque[Json] = deque()
-
-    @op
-    def next(self) -> Op[Json | None]:
-        """The next event; None when the run has ended and all were seen."""
-        tries, last_word = 0, time.monotonic()
-        while not self._ready and not self.ended:
-            try:
-                yield from self._read()
-                tries, last_word = 0, time.monotonic()
-            except OSError as error:
-                self.close()
-                if time.monotonic() - last_word > self._client.timeout_s:
-                    raise Unreachable(f"the event stream broke: {error}", path=f"/runs/{self.run_id}/events") from error
-                tries += 1
-                yield Sleep(_jittered(BACKOFF_S, tries))
-            except BaseException:
-                self.close()
-                raise
-        return self._ready.popleft() if self._ready else None
-
-    def _read(self) -> Op[None]:
-        """Wait for the next bytes; OSError where the stream ends before the run."""
-        if self._stream is None:
-            path = _path("runs", self.run_id, "events", after=self.seq, follow="false")
-            self._stream, self._bytes = (yield OpenStream(path, {"Accept": "text/event-stream"})), b""
-            if self._stream.status in (429, 502, 503, 504):
-                raise ConnectionRefusedError(f"it answered {self._stream.status}")
-            if self._stream.status != 200:
-                raise _refusal(self._stream.status, _loads((yield ReadStream(self._stream))), path)
-        data = yield ReadStream(self._stream)
-        if not data:  # the server has no more, or stops
-            if self._ended_at == self.seq:
-                self.ended = True
-                self.close()
-                return
-            run = yield from self._client._request("GET", _path("runs", self.run_id, include="run"))
-            if _has_ended(run):
-                self._ended_at = self.seq  # what it wrote until then is asked for once more
-            raise ConnectionResetError("the stream ended")
-        events, self._bytes = _events_in(self._bytes + data)
-        for event in events:
-            if event["seq"] > self.seq:
-                self.seq = event["seq"]
-                if self._kinds is None or self._kinds & {event["type"], event["type"].partition(".")[0]}:
-                    self._ready.append(event)
-                self.ended = event["type"] in ("run.completed", "run.failed", "run.cancelled")
-        if self.ended:
-            self.close()
-
-    def close(self) -> None:
-        """Close the connection; iterating on opens another."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-    def _leave(self, error: BaseException | None) -> Op[None]:
-        self.close()
-        yield from ()
-
-    def __next__(self: Events[Blocking]) -> Json:
-        event = self.next()
-        if event is None:
-            raise StopIteration
-        return event
-
-    async def __anext__(self: Events[Awaited]) -> Json:
-        event = await self.next()
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
-    def __iter__(self: Events[Blocking]) -> Iterator[Json]:  # a loop that is left closes the connection
-        try:
-            yield from iter(self.next, None)
-        finally:
-            self.close()
-
-    async def __aiter__(self: Events[Awaited]) -> AsyncIterator[Json]:
-        try:
-            while True:
-                event = await self.next()
-                if event is None:
-                    return
-                yield event
-        finally:
-            self.close()
-
-
-class Gates(_Part[M]):
-    """`tide.gates`: decide gates."""
-
-    @op
-    def resolve(self, run_id: str, gate_id: str, *, token: str, decision: str, actor: str | None = None,
-                payload: Any = None) -> Op[Json]:
-        """Decide a gate: approved, rejected or canceled; durable on return, exactly one decision counts.  {"gate"}.
-
-        token: the gate's resolveToken.  Raises TidebaseError 409 when it is wrong or the gate was decided before.
-        """
-        body = _body(locals(), "run_id", "gate_id")
-        return self._client._request("POST", _path("runs", run_id, "gates", gate_id, "resolve"), body)
-
-
-class Queues(_Part[M]):
-    """`tide.queues`: limits of queues, and how full they are."""
-
-    @op
-    def configure(self, name: str, *, concurrency: int | None = None, rate_per_minute: int | None = None,
-                  invoke_url: str | None = None, clear: str | Sequence[str] = ()) -> Op[Json]:
-        """Set limits that hold across all workers.  {"config"}.
-
-        What is None stays as it is.  clear: what is to have no limit, or no address, from now on: ["concurrency"].
-        """
-        body = _body(locals(), "name", "clear")
-        for setting in [clear] if isinstance(clear, str) else clear:
-            if setting not in ("concurrency", "rate_per_minute", "invoke_url") or _camel(setting) in body:
-                raise ValueError(f"clear takes settings that are not given a value here, not {setting!r}")
-            body[_camel(setting)] = None
-        return self._client._request("PUT", _path("queues", name, "config"), body)
-
-    @op
-    def list(self) -> Op[JsonList]:
-        """The queues, with their counts and configuration."""
-        return _member(self._client._request("GET", "/queues"), "queues")
-
-
-class Schedules(_Part[M]):
-    """`tide.schedules`: runs enqueued by the clock."""
-
-    @op
-    def set(self, name: str, *, cron: str, workflow_name: str, input: Any = None, queue: str = "default",
-            max_attempts: int | None = None, enabled: bool = True, timezone: str | None = None) -> Op[Json]:
-        """Create a schedule, or replace the one of this name.  Returns it.
-
-        cron: five fields, in `timezone` (IANA name, default UTC); TidebaseError 400 names what is wrong with it.
-        """
-        body = _body(locals(), "name")
-        return _member(self._client._request("PUT", _path("schedules", name), body), "schedule")
-
-    @op
-    def list(self) -> Op[JsonList]:
-        """The schedules."""
-        return _member(self._client._request("GET", "/schedules"), "schedules")
-
-    @op
-    def delete(self, name: str) -> Op[Json]:
-        """{"deleted": name}; TidebaseError 404 when there is none."""
-        return self._client._request("DELETE", _path("schedules", name))
-
-
-class Client(Surface[M]):
-    """What Tidebase and AsyncTidebase share: everything but the driver.  `close()` it, or use it in `with`."""
-
-    _driver: Any
-    _context: Any  # the class of what a workflow is given
-    _session: Any  # the class of what `attach` returns
-
-    def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
-                 *, timeout_s: float = TIMEOUT_S) -> None:
-        """url, api_key, webhook_secret: default the environment's TIDEBASE_URL, TIDEBASE_API_KEY,
-        TIDEBASE_WEBHOOK_SECRET.  timeout_s: how long a request is tried, repeats included; a request for a run that is
-        held is tried until its lease is gone."""
-        self._client = self
-        self._server = _Server(
-            url or os.environ.get("TIDEBASE_URL") or DEFAULT_URL,
-            (api_key if api_key is not None else os.environ.get("TIDEBASE_API_KEY", "")).strip(),
-        )
-        self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
-        self.timeout_s = timeout_s
-        self._workflows: dict[str, Callable[..., Any]] = {}
-        self._threads = _BlockingDriver(self._server)
-        self._driver = self._threads
-        self._beats = _Beats(self)
-        self._flow = _Flow(self)
-        self.runs: Runs[M] = Runs(self)
-        self.queues: Queues[M] = Queues(self)
-        self.schedules: Schedules[M] = Schedules(self)
-        self.gates: Gates[M] = Gates(self)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._server.url}>"
-
-    @property
-    def url(self) -> str:
-        """The server's address, without a slash at its end."""
-        return self._server.url
-
-    @property
-    def api_key(self) -> str | None:
-        """The key that is sent, None without one."""
-        return self._server.api_key
-
-    @overload
-    def workflow(self, name: str) -> Callable[[F], F]: ...
-    @overload
-    def workflow(self, name: str, fn: F) -> F: ...
-    def workflow(self, name: str, fn: Callable[..., Any] | None = None) -> Any:
-        """Register workflow(run, input) or workflow(run) under a name: called, or as decorator @tide.workflow(NAME)."""
-        if fn is None:
-            return functools.partial(self.workflow, name)
-        self._workflows[name] = fn
-        return fn
-
-    @op
-    def request(self, method: str, path: str, body: Any = None) -> Op[Json]:
-        """Send a request of the protocol that has no method here, and return the answer's JSON.
-
-        path: percent-encoded, with its query.  A POST is sent once, since only you know whether a repeat does no harm;
-        others are repeated until there is an answer.  Raises TidebaseError for an answer that is no success;
-        Unreachable.
-        """
-        if not (path.startswith("/") and all("!" <= letter <= "~" for letter in path) and method.isalpha()):
-            raise ValueError(f"a method and a percent-encoded path are needed, not {method!r} and {path!r}")
-        once_s = self.timeout_s if method.upper() == "POST" else None
-        return self._request(method.upper(), path, body, once_s=once_s)
-
-    @op
-    def run(self, workflow_name: str, workflow: Callable[..., Any] | None = None, run_id: str | None = None,
-            input: Any = None, metadata: Json | None = None, recovery_webhook: str | None = None,
-            channels: Sequence[Json] | None = None, *, deadline_s: float | None = None,
-            recovery_secret: str | None = None) -> Op[Any]:
-        """Create a run, or resume the one of this run_id, execute it here under heartbeats and return its result.
-
-        workflow: the function, default the one registered under workflow_name; it is given what the server has stored
-        as input.  A run_id that nobody knows is created; a completed run returns its stored result, and nothing is
-        executed.  deadline_s: cancelled when it has not ended by then.  recovery_secret: signs its recovery webhooks,
-        instead of the server's TIDEBASE_WEBHOOK_SECRET.
-
-        Raises what the workflow raises, recorded before; RunIdConflict, a ValueError, when run_id is of another
-        workflow; TidebaseError 409 run_leased while another owner holds the run; RunCancelled, LeaseLost, Unreachable.
-        """
-        fn = self._registered(workflow_name)[0] if workflow is None else workflow
-        run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
-                                     run_id=run_id, deadline_s=deadline_s, recovery_secret=recovery_secret)
-        return (yield from self._begin_and_execute(run, fn))
-
-    @op
-    def enqueue(self, workflow_name: str, *, queue: str = "default", input: Any = None, metadata: Json | None = None,
-                dedupe_key: str | None = None, delay_s: float | None = None,
-                run_at: datetime | str | None = None, max_attempts: int | None = None,
-                priority: int | None = None, deadline_s: float | None = None,
-                recovery_webhook: str | None = None, channels: Sequence[Json] | None = None,
-                recovery_secret: str | None = None) -> Op[Json]:
-        """Put a run on a queue.  When this returns, it is in Postgres and will be offered to workers.
-
-        dedupe_key: at most one live run per queue and key; a second call answers the first run.  run_at: a datetime
-        (one without time zone is local) or ISO-8601 text.  max_attempts: the server's default is 3.  priority: higher
-        first.  deadline_s: cancelled when it has not ended by then.  Returns {"run", "deduplicated"}.
-        Raises TidebaseError 400 with the fields named in its body; Unreachable, then the run may exist.
-        """
-        body = _body(locals(), "queue", id=new_run_id())
-        return self._flow.write("enqueue_run", _path("queues", queue, "enqueue"), {"queue": queue, **body})
-
-    @op
-    def work(self, queues: str | Sequence[str] | None = None, *, poll_s: float = CLAIM_HOLD_S,
-             limit: int | None = None, concurrency: int = 1, lease_owner: str | None = None,
-             stop: Callable[[], bool] | None = None, on_error: Callable[..., Any] | None = None,
-             shutdown_s: float = SHUTDOWN_S) -> Op[None]:
-        """Claim runs of the registered workflows and execute them, each in a thread or task of its own.
-
-        Stops on SIGTERM or SIGINT (called from the main thread; a second signal acts as usual) or when stop(), asked
-        ten times a second, is true: runs go on to their next boundary and are given back, no attempt spent; after
-        shutdown_s this returns anyway, and what is left is taken over when its lease ends.
-
-        queues: served in this order, or one; default "default".  poll_s: how long the server holds a claim when there
-        is no work (at most 25).  limit: runs per claim, default as many as have a place.  concurrency: runs at once; a
-        run whose result is on its way to the server has left its place.  lease_owner: default a new name per claim; one
-        of your own must be unique among processes.  on_error(exception, run): called for every run that failed or was
-        cancelled here, with the run as JSON; failures never end the loop, nor does a server that is away.
-
-        Only runs of workflows registered with this client when it asks are claimed; others stay in their queue for a
-        worker that knows them.  Raises TidebaseError when the server refuses the claim itself (401, 400).
-        """
-        names = [queues] if isinstance(queues, str) else ["default"] if queues is None else list(queues)
-        worker = _Worker(self, names, min(poll_s, HOLD_CAP_S), limit, concurrency, lease_owner, on_error)
-        worker.announce()
-        with _stop_signals() as signalled:
-            claiming = yield Start(worker.claims(), "tidebase-claims")
-            try:
-                while not (claiming.done() or signalled() or (stop is not None and stop())):
-                    yield Sleep(STOP_CHECK_S)
-            except asyncio.CancelledError:  # of the task that awaits us: its runs are given back before it ends
-                worker.cancel()
-                yield from worker.wind_down(claiming, shutdown_s)
-                raise
-            finally:
-                worker.stop()
-            yield from worker.wind_down(claiming, shutdown_s)
-            if claiming.done():
-                claiming.result()  # a refusal
-
-    @op
-    def usage(self, *, by: str | None = None, since: datetime | str | None = None,
-              until: datetime | str | None = None) -> Op[Json]:
-        """The cost ledger summed up: {"groups": [...]}.  by: model, workflow or day."""
-        return self._request("GET", _path("usage", by=by, since=_iso(since), until=_iso(until)))
-
-    attach = session_op(Runs.attach)  # the same as `runs.attach`
-    cancel = op(Runs.cancel)  # the same as `runs.cancel`
-
-    @op
-    def handle_webhook(self, body: bytes, signature: str | None = None, *, headers: Mapping[str, str] | None = None,
-                       secret: str | None = None) -> Op[tuple[int, Json]]:
-        """Answer a recovery or push webhook: verify it, run the registered workflow here, return (status, JSON).
-
-        body: the exact bytes received.  headers: those of the request, for verify_webhook; better than signature, the
-        header x-tidebase-signature alone, which holds for ever.  secret: the run's recovery_secret, if it has one,
-        else the client's webhook_secret counts.  The answer is 200 whenever the outcome is the server's to handle:
-        completed, failed (recorded), cancelled, or held by somebody else already; and at once when the run begins to
-        wait (see Run), whose wake-up is another webhook.
-        """
-        secret = secret or self.webhook_secret or ""
-        if not (verify_webhook(body, headers, secret) if headers is not None
-                else verify_webhook_signature(body, signature, secret)):
-            return 401, {"error": "invalid signature", "code": "unauthorized"}
-        told = _loads(body)
-        if not isinstance(told, dict) or told.get("type") not in ("run.resume", "run.invoke") or "runId" not in told:
-            return 400, {"error": "neither run.resume nor run.invoke", "code": "invalid_request"}
-        run_id, workflow = str(told["runId"]), self._workflows.get(str(told.get("workflowName")))
-        if workflow is None:
-            return 404, {"error": "no such workflow is registered here", "code": "unknown_workflow", "runId": run_id}
-        try:
-            yield from self._begin_and_execute({"id": run_id}, workflow, may_leave=True)
-        except RunSuspended:
-            return 200, {"runId": run_id, "status": "waiting"}
-        except Unreachable:
-            return 503, {"error": "the Tidebase server did not answer", "code": "unreachable", "runId": run_id}
-        except TidebaseError as error:
-            status = "cancelled" if isinstance(error, RunCancelled) else error.code or "failed"
-            return (404 if error.status == 404 else 200), {"runId": run_id, "status": status}
-        except Exception as error:
-            _hide_frames(error)
-            logger.exception("run %s of workflow %s failed", run_id, told["workflowName"],
-                             extra={"event": "run_failed", "run_id": run_id})
-            return 200, {"runId": run_id, "status": "failed"}
-        return 200, {"runId": run_id, "status": "completed"}
-
-    @op
-    def close(self) -> Op[None]:
-        """Close idle connections.  The client stays usable and opens new ones when it must."""
-        yield from self._leave(None)
-
-    def _leave(self, error: BaseException | None) -> Op[None]:
-        self._beats.close()
-        self._threads.close()
-        self._driver.close()
-        yield Sleep(0)  # lets an event loop finish what it closes
-
-    def _registered(self, workflow: str | Callable[..., Any]) -> tuple[Callable[..., Any], str | None]:
-        """A workflow by function or registered name: the function, and that name if it has one."""
-        if isinstance(workflow, str):
-            if workflow not in self._workflows:
-                raise ValueError(f"workflow {workflow!r} is not registered, but {sorted(self._workflows)} are")
-            return self._workflows[workflow], workflow
-        known = list(self._workflows.items())  # another thread may be registering one
-        return workflow, next((name for name, fn in known if fn is workflow), None)
-
-    def _request(self, method: str, path: str, body: Any = None, *, held: _Held | None = None,
-                 headers: Mapping[str, str] | None = None, patience_s: float | None = None,
-                 once_s: float | None = None, hold_s: float = 0.0, line: Line | None = None) -> Op[Json]:
-        """Send until an answer comes: until the lease is gone for a held run, else for patience_s (timeout_s).
-
-        once_s: no repeat, and this long for the answer.  hold_s: on top, how long the server may sit on it.
-        line: to cut it off by.  Every request may arrive twice: the protocol has it so.
-        """
-        data = body if body is None or isinstance(body, bytes) else _encode(body, f"the body of {method} {path}")
-        patience_s = 0.0 if once_s is not None else self.timeout_s if patience_s is None else patience_s
-        started = time.monotonic()
-        for tries in itertools.count(1):
-            if held is not None:
-                held.fence()
-            sent = time.monotonic()
-            give_up = held.until if held is not None else started + patience_s
-            timeout_s = once_s or max(1.0, min(self.timeout_s, give_up - time.monotonic()))
-            rest_s = _jittered(BACKOFF_S, tries)
-            cause: Exception | None = None
-            try:
-                reply = yield Exchange(method, path, data, headers or {}, hold_s + timeout_s, hold_s > 0, line)
-            except OSError as error:
-                trouble, cause = f"{type(error).__name__}: {error}", error
-            else:
-                asked_s = min(float(reply.retry_after), RETRY_AFTER_CAP_S) if reply.retry_after.isdigit() else 0.0
-                if line is not None:
-                    line.retry_after_s = asked_s
-                if reply.status not in (429, 502, 503, 504):
-                    answer = self._answer(reply, path, held, len(data or b""))
-                    if held is not None and method != "GET":  # a write by the owner
-                        held.extend(sent)
-                    return answer
-                trouble, rest_s = f"it answered {reply.status}", asked_s + rest_s
-            if time.monotonic() + rest_s > (held.until if held is not None else give_up):
-                words = f"no answer from {self._server.url} to {method} {path}, tried {tries} times: {trouble}"
-                self._give_up(words, path, held, cause)
-            yield Sleep(rest_s)
-        raise AssertionError("unreachable")
-
-    def _give_up(self, words: str, path: str, held: _Held | None, cause: Exception | None = None) -> NoReturn:
-        """There is no answer in time: for a held run the lease is gone, else Unreachable."""
-        if held is None:
-            raise Unreachable(words, path=path) from cause and cause.with_traceback(None)  # the words say it all
-        held.lose(LeaseLost(f"the lease of run {held.run_id} ran out: {words}", code="lease_lost", path=path))
-        held.fence()
-        raise AssertionError("unreachable")
-
-    def _watch(self, *parts: str, is_over: Callable[[Json], bool], seconds: float | None = None,
-               poll_s: float = HOLD_CAP_S, held: _Held | None = None, **query: Any) -> Op[Json]:
-        """GET until the answer is over, for some seconds at most (default: for ever); the server holds the requests."""
-        ends = math.inf if seconds is None else time.monotonic() + seconds
-        while True:
-            asked = time.monotonic()
-            hold_s = max(min(poll_s, HOLD_CAP_S, ends - asked), 0.0)
-            path = _path(*parts, wait_ms=_ms(hold_s), **query)
-            answer = yield from self._request("GET", path, held=held, hold_s=hold_s)
-            if held is not None:
-                held.check_not_cancelled(answer)
-                held.boundary()
-            if is_over(answer) or time.monotonic() >= ends:
-                return answer
-            if time.monotonic() - asked < hold_s / 2:  # the server had no place to let us wait
-                yield Sleep(min(1.0, hold_s), held.alarm if held else None)
-
-    def _answer(self, reply: Reply, path: str, held: _Held | None, size: int) -> Json:
-        """The JSON of a success; else raise, and remember when it was the end of the lease."""
-        body = _loads(reply.data)
-        if 200 <= reply.status < 300 and isinstance(body, dict):
-            return body
-        error = _refusal(reply.status, reply.data.decode("utf-8", "replace") if body is None else body, path, size)
-        if held is not None and isinstance(error, (LeaseLost, RunCancelled)):
-            held.lose(error)
-        raise error
-
-    def _begin(self, run_id: str, parent: _Held | None = None) -> Op[Json]:
-        """Take a run's lease under a name of our own: two executions in one process must not pass for one.
-
-        A child whose lease a dead worker still has is waited for: its parent was taken over only just now.
-        """
-        headers = {"x-tidebase-worker": _new_id("worker")}
-        for tries in itertools.count(1):
-            if parent is not None:
-                parent.boundary()
-            try:
-                path = _path("runs", run_id, "begin")
-                return (yield from self._request("POST", path, {"checkpoints": True}, headers=headers))
-            except TidebaseError as error:
-                leased = error.status == 409 and isinstance(error.body, dict) and error.body.get("leaseOwner")
-                if parent is None or not leased or isinstance(error, (LeaseLost, RunCancelled)):
-                    raise
-            yield Sleep(_jittered(LOCKED_POLL_S, tries), parent.alarm)
-        raise AssertionError("unreachable")
-
-    def _begin_and_execute(self, run: Json, workflow: Callable[..., Any], parent: _Held | None = None,
-                           may_leave: bool = False) -> Op[Any]:
-        """Execute a run unless it completed before; returns its result."""
-        if run.get("status") == "completed":
-            return run["result"]
-        answer = yield from self._begin(run["id"], parent)
-        if answer["leaseOwner"] is None:
-            return answer["run"]["result"]
-        held = _Held(answer["run"], answer["leaseOwner"], self._driver.alarm(), parent)
-        begun: Run[M] = self._context(self, answer["run"], held, answer, may_leave)
-        return (yield from self._execute(begun, workflow))
-
-    def _execute(self, run: Run[M], workflow: Callable[..., Any]) -> Op[Any]:
-        """Execute a run that is held, under heartbeats, to one of its ends: completed, failed, given back or lost."""
-        held = run._held
-        self._beats.add(held)
-        try:
-            result = yield Invoke(workflow, _fit(workflow, run, run.input))
-            held.fence()  # user code may have swallowed it
-            return (yield from run._complete(result))[0]
-        except (Exception, SystemExit) as error:
-            if held.waiting:
-                raise RunSuspended from error
-            gone = held.gone()
-            if gone is None:
-                with run._logged("failure"):
-                    yield from run._fail(_error_json(error), error)
-                raise
-            if held.lost is None:  # the parent's lease ended, this one is still ours
-                yield from run._give_back()
-            if isinstance(error, type(gone)):
-                raise
-            raise copy.copy(gone) from error
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            yield from run._give_back()
-            if (held.waiting or held.suspended) and not isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
-                raise RunSuspended from error  # also out of the group that a TaskGroup makes of it
-            raise
-        finally:
-            self._beats.remove(held)
-            held.ended = True
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Worker:
-    """One `work()`: claims while there are free places, and winds down."""
-
-    def __init__(self, client: Client[Any], queues: list[str], poll_s: float, limit: int | None, concurrency: int,
-                 owner: str | None, on_error: Callable[..., Any] | None) -> None:
-        if not queues or concurrency < 1 or (limit is not None and limit < 1):
-            raise ValueError("work() needs a queue, a limit and a concurrency of at least 1")
-        self._client, self._queues, self._poll_s, self._limit, self._on_error = client, queues, poll_s, limit, on_error
-        self._concurrency, self._owner = concurrency, owner
-        self._places = client._driver.alarm()  # set whenever a place is free again, and by stop()
-        self._stopped = client._driver.alarm()
-        self._stopping = False
-        self._line = Line()  # of the claim that waits
-        self._busy: set[_Held] = set()
-        self._tasks: list[Any] = []
-        self._claim: Json | None = None  # repeated as it is until it is answered, so that no claimed run is lost
-        self._failures = 0
-
-    def announce(self) -> None:
-        """Log what this worker serves, and where."""
-        workflows, url = sorted(self._client._workflows), self._client.url
-        logger.info("worker serves the workflows %s from the queues %s at %s, %s at once",
-                    ", ".join(workflows) or "none", ", ".join(self._queues), url, self._concurrency,
-                    extra={"event": "worker_started", "workflows": workflows, "queues": self._queues, "url": url})
-        if not workflows:
-            logger.warning("no workflow is registered, so the worker at %s claims nothing: register one with "
-                           "tide.workflow(name, fn), on the same client, before tide.work()", url,
-                           extra={"event": "no_workflows", "url": url})
-
-    def claims(self) -> Op[None]:
-        """Claim runs and start them whenever there are free places, until the worker stops."""
-        while not self._stopping:
-            self._tasks = [task for task in self._tasks if not task.done()]
-            self._places.clear()
-            free = self._concurrency - len(self._busy)
-            if not self._client._workflows:
-                yield Sleep(CLAIM_REST_S, self._stopped)  # another thread may register one
-            elif free > 0:
-                rest_s = yield from self._claim_runs(free, self._poll_s, self._line)
-                yield Sleep(rest_s, self._stopped)
-            elif not self._stopping:
-                yield Sleep(None, self._places)
-        if self._claim is not None:  # cut off: asked once more, it tells what it took, which is given back
-            yield from self._claim_runs(1, 0.0)
-
-    def _claim_runs(self, free: int, wait_s: float, line: Line | None = None) -> Op[float]:
-        """Claim once and start what came.  Returns how long to rest before the next claim."""
-        if self._claim is None:
-            owner = self._owner or f"{platform.node()}-{os.getpid()}-{_new_id('worker')}"
-            self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True,
-                                workflows=sorted(self._client._workflows))
-            self._claim["limit"] = min(self._limit or free, free, 100)
-        asked, body = time.monotonic(), {**self._claim, "waitMs": _ms(wait_s)}
-        try:
-            answer = yield from self._client._request(
-                "POST", "/queues/claim", body, once_s=CLAIM_S, hold_s=wait_s, line=line
-            )
-        except TidebaseError as error:
-            if self._stopping:
-                return 0.0
-            if error.status is not None and error.status < 500 and error.status != 429:
-                raise
-            self._failures += 1
-            if self._failures == 1:
-                logger.warning("the worker goes on asking, but the server is away: %s", error,
-                               extra={"event": "server_away", "error": str(error), "url": self._client.url})
-            return _jittered(BACKOFF_S, self._failures)
-        if self._failures:
-            logger.info("the server at %s is back", self._client.url,
-                        extra={"event": "server_back", "url": self._client.url})
-        self._claim, self._failures = None, 0
-        for run in answer["runs"]:
-            yield from self._start(run, answer["leaseOwner"])
-        if any(run["workflowName"] not in self._client._workflows for run in answer["runs"]):
-            return UNKNOWN_REST_S
-        if not answer["runs"] and time.monotonic() - asked < wait_s / 2:  # it had no place to let us wait
-            return self._line.retry_after_s + _jittered((CLAIM_REST_S, CLAIM_REST_S), 1)
-        return 0.0
-
-    def _start(self, claimed: Json, owner: str) -> Op[None]:
-        held = _Held(claimed, owner, self._client._driver.alarm())
-        run: Run[Any] = self._client._context(self._client, claimed, held, claimed, may_leave=True)
-        workflow = self._client._workflows.get(run.name)
-        if workflow is None:  # an older server does not look at what a claim asks for
-            logger.error("run %s is of workflow %s, which is not registered with this worker: it is given back; the "
-                         "server at %s is too old to keep it for a worker that knows it", run.run_id, run.name,
-                         self._client.url,
-                         extra={"event": "workflow_unknown", "run_id": run.run_id, "workflow": run.name})
-        if workflow is None or self._stopping:
-            yield from run._give_back()
-            return
-        held.on_through = functools.partial(self._free, held)
-        self._busy.add(held)
-        self._tasks.append((yield Start(self._live(run, workflow), f"tidebase-{run.run_id}")))
-
-    def _live(self, run: Run[Any], workflow: Callable[..., Any]) -> Op[None]:
-        """A run's life here; however it ends, the worker goes on."""
-        extra = {"event": "run_failed", "run_id": run.run_id, "workflow": run.name}
-        try:
-            yield from self._client._execute(run, workflow)
-        except RunSuspended:
-            waits = run._held.waiting
-            logger.info("run %s of workflow %s left its worker%s", run.run_id, run.name, " to wait" if waits else "",
-                        extra={**extra, "event": "run_waiting" if waits else "run_released"})
-        except (Exception, SystemExit) as error:
-            lost = run._held.lost
-            if lost is not None and not isinstance(lost, RunCancelled):
-                return  # it goes on elsewhere; logged when it was noticed
-            _hide_frames(error)
-            if lost is None:
-                logger.warning("run %s of workflow %s failed, attempt %s", run.run_id, run.name, run.attempt,
-                               exc_info=True, extra=extra)
-            if self._on_error is not None:
-                try:
-                    yield Invoke(self._on_error, _fit(self._on_error, error, run._record))
-                except Exception as raised:
-                    _hide_frames(raised)
-                    logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
-                                     extra={**extra, "event": "on_error_failed"})
-        finally:
-            self._free(run._held)
-
-    def _free(self, held: _Held) -> None:
-        """The run's place is free: the next may be claimed while the outcome of this one is still on its way."""
-        self._busy.discard(held)
-        self._places.set()
-
-    def cancel(self) -> None:
-        """Cancel the tasks (a thread cannot be)."""
-        for task in self._tasks:
-            task.cancel()
-
-    def stop(self) -> None:
-        """Claim no more; a claim that waits is cut off."""
-        self._stopping = True
-        self._places.set()
-        self._stopped.set()
-        self._line.cut()
-
-    def wind_down(self, claiming: Any, shutdown_s: float) -> Op[None]:
-        """Have every run unwound at its next boundary and wait for that, at most shutdown_s."""
-        self.stop()
-        deadline = time.monotonic() + shutdown_s
-        while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
-            for held in list(self._busy):
-                held.suspend()
-            yield Sleep(0.05)
-        left = [held.run_id for held in list(self._busy)]
-        if left:
-            logger.warning("the worker stopped with runs under way after %g s; they are taken over when their leases "
-                           "end: %s", shutdown_s, ", ".join(left),
-                           extra={"event": "shutdown_overdue", "run_ids": left})
-            self.cancel()
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGTERM or SIGINT only raises a flag, since a handler may interrupt code that holds any lock;
-    the handlers from before are back from then on."""
-    before: dict[int, Any] = {}
-    seen: list[int] = []
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: object) -> None:
-        seen.append(number)
-        restore()
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, handle) or signal.SIG_DFL
-    try:
-        yield lambda: bool(seen)
-    finally:
-        restore()
-
-
-# ------------------------------------------------------------------------------
-# Drivers: the same logic blocking and on asyncio; connections, threads and heartbeats live here only.
-# ------------------------------------------------------------------------------
-
-
 def _loads(data: bytes) -> Any:
     """A JSON body, or None when it is none (a proxy's page, say)."""
     try:
         return json.loads(data.decode())
     except (ValueError, RecursionError):
         return None
-
-
-class _Server:
-    """Where requests go and what each carries.  The key is in no repr and no message."""
-
-    def __init__(self, url: str, api_key: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise ValueError("the Tidebase URL must look like http://host:7373 or https://host/prefix")
-        if not all(" " < letter < "\x7f" for letter in api_key):
-            raise ValueError("the Tidebase API key has characters that no header can carry")
-        self.url, self.api_key = url.rstrip("/"), api_key or None
-        self.host, self.prefix = parts.hostname, parts.path.rstrip("/")
-        self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.authority = parts.netloc
-        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._fields = f"Host: {self.authority}\r\nUser-Agent: tidebase-python/{__version__}\r\n"
-        if api_key:
-            self._fields += f"Authorization: Bearer {api_key}\r\n"
-
-    def request(self, effect: Exchange | OpenStream) -> tuple[bytes, bytes]:
-        """The head and the body of a request."""
-        body = effect.body if isinstance(effect, Exchange) else None
-        method = effect.method if isinstance(effect, Exchange) else "GET"
-        fields = "".join(f"{key}: {value}\r\n" for key, value in effect.headers.items())
-        if body is not None:
-            fields += "Content-Type: application/json\r\n"
-        if body is not None or method != "GET":
-            fields += f"Content-Length: {len(body or b'')}\r\n"
-        if len(body or b"") > EXPECT_BYTES:
-            fields += "Expect: 100-continue\r\n"
-        head = f"{method} {self.prefix}{effect.path} HTTP/1.1\r\n{self._fields}{fields}\r\n"
-        return head.encode("ascii"), body or b""
-
-
-class _Answer:
-    """An HTTP/1.1 answer (RFC 9112), put together from bytes as they come, from whatever connection.
-
-    http.client knows more of HTTP, but reading heads with its parser for e-mail costs more than all else in a request.
-    """
-
-    def __init__(self) -> None:
-        self.status = 0  # 0: its head is not there yet
-        self.headers: dict[str, str] = {}  # names in lower case
-        self.continues = False  # the server wants to have the body (RFC 9110, 10.1.1)
-        self.ended = False
-        self._raw = b""
-        self._body: list[bytes] = []
-        self._left: int | None = None  # bytes of the body still to come; None: until the connection ends
-        self._chunked = False
-
-    def feed(self, data: bytes) -> None:
-        """Take what a connection brought, b"" at its end.  Raises ConnectionError where that makes no answer."""
-        self._raw += data
-        try:
-            while not self.status and b"\r\n\r\n" in self._raw:
-                self._read_head()
-            if self.status:
-                (self._read_chunks if self._chunked else self._read_rest)(at_end=not data)
-        except ValueError as error:
-            raise ConnectionResetError(f"broken answer: {error}") from error
-        if not self.ended and (not data or (not self.status and len(self._raw) > HEAD_BYTES)):
-            raise ConnectionResetError("the answer broke off")
-
-    def take(self) -> bytes:
-        """What there is of the body since this was called last."""
-        body, self._body = b"".join(self._body), []
-        return body
-
-    def keeps_alive(self) -> bool:
-        """Whether another request may be sent on its connection."""
-        return self.ended and not self._raw and self.headers.get("connection", "").lower() != "close" and (
-            self._chunked or self._left is not None)
-
-    def _read_head(self) -> None:
-        head, _, self._raw = self._raw.partition(b"\r\n\r\n")
-        line, *fields = head.decode("latin-1").split("\r\n")
-        status = int(line.split(" ", 2)[1]) if line.startswith("HTTP/1.") else 0
-        if not 100 <= status <= 599:
-            raise ValueError("no HTTP/1.1")
-        if status == 100:
-            self.continues = True
-        elif status >= 200:  # other 1xx are not the answer yet
-            pairs = (field.partition(":") for field in fields)
-            self.status, self.headers = status, {name.lower(): value.strip() for name, _, value in pairs}
-            self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
-            length = "0" if status in (204, 304) else self.headers.get("content-length")
-            self._left = None if length is None else int(length)
-
-    def _read_rest(self, at_end: bool) -> None:
-        taken = self._raw if self._left is None else self._raw[: self._left]
-        self._body.append(taken)
-        self._raw = self._raw[len(taken) :]
-        if self._left is None:
-            self.ended = at_end
-        else:
-            self._left -= len(taken)
-            self.ended = self._left == 0
-
-    def _read_chunks(self, at_end: bool) -> None:
-        while not self.ended:
-            line, mark, rest = self._raw.partition(b"\r\n")
-            if not mark or len(rest) < (size := int(line.split(b";")[0], 16)) + 2:
-                return  # the chunk is not all there
-            self._body.append(rest[:size])
-            self._raw = rest[size + 2 :]
-            self.ended = size == 0
-
-
-def _in_thread(name: str, fn: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
-    """Call fn in a daemon thread of its own: no pool to run out of, and nothing that keeps a process from exiting."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()
-    context = contextvars.copy_context()
-
-    def body() -> None:
-        try:
-            future.set_result(context.run(fn, *args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=body, name=name, daemon=True).start()
-    return future
-
-
-class _BlockingConnection:
-    """A connection, and the answer to the last request on it."""
-
-    def __init__(self, server: _Server, timeout_s: float) -> None:
-        self.answer = _Answer()
-        self._socket = socket.create_connection((server.host, server.port), timeout_s)
-        try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if server.tls is not None:
-                self._socket = server.tls.wrap_socket(self._socket, server_hostname=server.host)
-        except BaseException:
-            self._socket.close()
-            raise
-
-    status = property(lambda self: self.answer.status)
-
-    def send(self, request: tuple[bytes, bytes], timeout_s: float) -> None:
-        """Send a request and read the head of its answer, which may come instead of reading a large body."""
-        self.answer = _Answer()
-        head, body = request
-        if len(body) > EXPECT_BYTES:
-            self._socket.settimeout(min(EXPECT_S, timeout_s))
-            self._socket.sendall(head)
-            with contextlib.suppress(TimeoutError, socket.timeout):  # some never say that they want it
-                while not (self.answer.status or self.answer.continues):
-                    self.answer.feed(self._socket.recv(BLOCK_BYTES))
-            if self.answer.status:
-                return
-            head = b""
-        self._socket.settimeout(timeout_s)
-        self._socket.sendall(head + body)
-        while not self.answer.status:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
-
-    def read(self) -> bytes:
-        """The next bytes of the body, b"" at its end."""
-        block = self.answer.take()
-        while not block and not self.answer.ended:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
-            block = self.answer.take()
-        return block
-
-    def read_all(self) -> bytes:
-        """The body, to its end."""
-        while not self.answer.ended:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
-        return self.answer.take()
-
-    def cut(self) -> None:
-        """Have the thread that waits for the answer wait no more."""
-        with contextlib.suppress(OSError):  # closed already
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close it; nobody waits on it."""
-        self._socket.close()
-
-
-class _BlockingDriver:
-    """Performs effects in the calling thread.
-
-    Idle connections are kept for whichever thread asks next, so there are never more than threads that asked at once.
-    """
-
-    awaited = False
-    alarm = threading.Event
-
-    def __init__(self, server: _Server) -> None:
-        self._server = server
-        self._idle: deque[_BlockingConnection] = deque()
-        self._closed = 0  # how often: a connection that was in use meanwhile is not kept
-        self._process = os.getpid()
-        self._methods: dict[Any, Callable[..., Any]] = {}  # of each operation: to make one takes longer than to call it
-
-    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., T]:
-        """An operation as a method of `surface`."""
-        if logic not in self._methods:
-
-            @functools.wraps(logic)
-            def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                try:
-                    return self.drive(logic(self_, *args, **kwargs))
-                except BaseException as error:
-                    _hide_frames(error)
-                    if sys.version_info < (3, 11):
-                        raise error  # where a bare `raise` would bring the hidden frames back; it adds one of its own
-                    raise
-
-            self._methods[logic] = method
-        return types.MethodType(self._methods[logic], surface)
-
-    def drive(self, op: Op[T]) -> T:
-        """Perform what the operation yields until it returns or raises."""
-        resume: Callable[[Any], Effect] = op.send
-        value: Any = None
-        while True:
-            try:
-                effect = resume(value)
-            except StopIteration as end:
-                return cast(T, end.value)
-            try:
-                value, resume = self.perform(effect), op.send
-            except BaseException as error:
-                value, resume = error, op.throw
-
-    def perform(self, effect: Effect) -> Any:
-        """One effect, here and now."""
-        if isinstance(effect, Exchange):
-            return self._exchange(effect)
-        if isinstance(effect, Invoke):
-            return self._invoke(effect)
-        if isinstance(effect, Sleep):
-            return effect.alarm.wait(effect.seconds) if effect.alarm else time.sleep(effect.seconds or 0)
-        if isinstance(effect, Start):
-            return _in_thread(effect.name, self.drive, effect.op)
-        if isinstance(effect, Join):
-            return concurrent.futures.wait([effect.task])
-        if isinstance(effect, OpenStream):
-            connection = _BlockingConnection(self._server, STREAM_SILENCE_S)
-            try:
-                connection.send(self._server.request(effect), STREAM_SILENCE_S)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-        if isinstance(effect, ReadStream):
-            return effect.stream.read()
-        raise AssertionError(f"no such effect: {effect!r}")
-
-    def _invoke(self, effect: Invoke) -> Any:
-        if effect.timeout_s is None:
-            result = effect.fn(*effect.args)
-        else:
-            future = _in_thread("tidebase-step", effect.fn, *effect.args)
-            if not concurrent.futures.wait([future], effect.timeout_s).done:
-                raise StepTimeout(f"no result within {effect.timeout_s:g} s")
-            result = future.result()
-        if inspect.iscoroutine(result):
-            result.close()
-            raise TypeError(f"{effect.fn!r} is async: an AsyncTidebase awaits it, a Tidebase cannot")
-        return result
-
-    def _exchange(self, effect: Exchange) -> Reply:
-        request = self._server.request(effect)
-        if self._process != os.getpid():  # forked: the parent goes on using its connections
-            self._idle, self._process = deque(), os.getpid()
-        closed = self._closed
-        while True:
-            connection = None
-            with contextlib.suppress(IndexError):  # not `if self._idle`: other threads take from it, too
-                connection = self._idle.pop()
-            used = connection is not None
-            connection = connection or _BlockingConnection(self._server, effect.timeout_s)
-            try:
-                if effect.line is not None:
-                    effect.line.open(connection.cut)
-                connection.send(request, effect.timeout_s)
-                data = connection.read_all()
-                if effect.line is not None:
-                    effect.line.open(None)
-            except BaseException as error:
-                connection.close()
-                if used and isinstance(error, ConnectionError) and not (effect.line and effect.line.is_cut):
-                    continue  # the server had closed this idle connection; the next may be the same, the last is new
-                raise
-            answer = connection.answer
-            if answer.keeps_alive() and closed == self._closed:
-                self._idle.append(connection)
-            else:
-                connection.close()
-            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
-
-    def close(self) -> None:
-        """Close the idle connections, and those in use as soon as they are not."""
-        self._closed += 1
-        while self._idle:
-            self._idle.pop().close()
-
-
-class _Beats:
-    """One thread that renews the leases of all runs a client holds; it starts with the first and goes with the last.
-
-    It looks after their slow steps, too; another thread announces them, so that no heartbeat waits for that.
-    Threads for the async client as well: a step that blocks the event loop must not cost the leases of all its runs.
-    """
-
-    def __init__(self, client: Client[Any]) -> None:
-        self._client = client
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._held: dict[str, _Held] = {}
-        self._closed = False
-        self._thread: threading.Thread | None = None
-        self._rests_until = 0.0
-        self._watched: dict[_Notice, None] = {}  # in the order of `due`
-        self._late: deque[_Notice] = deque()
-        self._announcing = False
-
-    def watch(self, notice: _Notice) -> None:
-        """Announce a step that begins now, unless it is forgotten in time."""
-        notice.due = time.monotonic() + ANNOUNCE_S
-        with self._lock:
-            self._watched[notice] = None
-            self._be_up_at(notice.due)
-
-    def forget(self, notice: _Notice) -> None:
-        """The step ended: announce it no more, unless that is under way (`notice.task`)."""
-        with self._lock:
-            self._watched.pop(notice, None)
-
-    def _announce(self) -> None:
-        """Announce the steps that are late, one after the other."""
-        while True:
-            with self._lock:
-                self._announcing = bool(self._late)
-                if not self._late:
-                    return
-                notice = self._late.popleft()
-            task, answer = cast("concurrent.futures.Future[Json | None]", notice.task), None
-            if not task.set_running_or_notify_cancel():
-                continue
-            try:
-                path = _path("runs", notice.run_id, "steps", "begin")
-                request = self._client._request("POST", path, notice.begin, once_s=ANNOUNCE_WAIT_S)
-                answer = self._client._threads.drive(request)
-            except Exception as error:  # whatever it is: its record will tell, and others are to be announced
-                logger.info("step %s of run %s takes its time, and could not be shown as running: %s",
-                            notice.begin["name"], notice.run_id, error,
-                            extra={"event": "step_unannounced", "run_id": notice.run_id, "error": str(error)})
-            task.set_result(answer)
-
-    def add(self, held: _Held) -> None:
-        """Keep a lease alive from now on."""
-        with self._lock:
-            before = self._held.get(held.run_id)
-            self._held[held.run_id] = held
-            if self._thread is None or not self._thread.is_alive():  # not alive: this is a forked process
-                self._thread = threading.Thread(target=self._run, name="tidebase-heartbeats", daemon=True)
-                self._thread.start()
-            self._be_up_at(held.beat_at)
-        if before is not None:  # taken again by the same worker: what is left of the first execution must not write
-            before.lose(LeaseLost(f"run {held.run_id} was taken again", code="lease_lost"))
-
-    def remove(self, held: _Held) -> None:
-        """Let a lease go.  The thread notices when it is up the next time: waking it costs more than its rest."""
-        with self._lock:
-            if self._held.get(held.run_id) is held:
-                del self._held[held.run_id]
-
-    def close(self) -> None:
-        """Let the thread end now, if no lease is held, and later without leaving a connection."""
-        self._closed = True
-        self._wake.set()
-
-    def _be_up_at(self, moment: float) -> None:
-        """Have the thread look again at that time at the latest.  It is woken only where it would sleep longer: not by
-        each of many short steps and runs."""
-        if self._rests_until > moment:
-            self._rests_until = moment
-            self._wake.set()
-
-    def _run(self) -> None:
-        while True:
-            self._wake.clear()
-            with self._lock:
-                self._held = {run_id: held for run_id, held in self._held.items() if held.lost is None}
-                if not self._held:
-                    self._thread = None
-                    if self._closed:  # what this thread opened since
-                        self._client._threads.close()
-                    return
-                runs, now = list(self._held.values()), time.monotonic()
-                for notice in list(itertools.takewhile(lambda notice: notice.due <= now, self._watched)):  # noqa: B023
-                    del self._watched[notice]
-                    notice.task = concurrent.futures.Future()
-                    self._late.append(notice)
-                announce, self._announcing = bool(self._late) and not self._announcing, bool(self._late)
-                next_due = next(iter(self._watched)).due if self._watched else math.inf
-                promised = self._rests_until if self._rests_until > now else math.inf  # of a step that has ended since
-                self._rests_until = min(next_due, promised, *(held.beat_at for held in runs))
-            is_due = min(held.beat_at for held in runs) <= now
-            try:
-                if announce:
-                    _in_thread("tidebase-announcements", self._announce)
-                if is_due:
-                    self._beat(runs)
-            except Exception:  # a callback's, or a defect: the other runs must not pay for it
-                logger.exception("a heartbeat to %s failed", self._client.url, extra={"event": "heartbeat_failed"})
-            if not is_due:
-                self._wake.wait(max(self._rests_until - now, 0.0))
-
-    def _beat(self, runs: list[_Held]) -> None:
-        """One request for all.  Where it fails, they are due again soon: a restarted server waits for exactly this."""
-        sent, shortest = time.monotonic(), min(held.lease_s for held in runs)
-        for held in runs:
-            held.beat_at = sent + min(1.0, held.lease_s / 10)
-        body = {"runs": [{"id": held.run_id, "leaseOwner": held.owner} for held in runs]}
-        path, once_s = "/heartbeats", max(shortest / BEATS_PER_LEASE, 0.5)
-        try:
-            answer = self._client._threads.drive(self._client._request("POST", path, body, once_s=once_s))
-        except TidebaseError as error:
-            names = ", ".join(held.run_id for held in runs)
-            logger.info("a heartbeat for the runs %s was not answered: %s", names, error,
-                        extra={"event": "heartbeat_unanswered", "error": str(error)})
-            return
-        for held, result in zip(runs, answer["results"]):
-            if "error" not in result:
-                held.renew(sent)
-            elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and not held.settling:
-                told = _refusal(409, result, path)
-                held.lose(told if isinstance(told, RunCancelled) else LeaseLost(str(told), 409, result, "lease_lost"))
-
-
-class _AsyncAlarm:
-    """An asyncio.Event that any thread may set, and that can be waited for for a while without a task of its own."""
-
-    def __init__(self) -> None:
-        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        self._is_set = False
-        self._waiting: set[asyncio.Future[None]] = set()
-
-    def set(self) -> None:
-        """Wake those who wait, and let nobody wait until it is cleared; from any thread."""
-        self._is_set = True
-        if threading.get_ident() == self._thread:
-            self._wake()
-            return
-        try:
-            self._loop.call_soon_threadsafe(self._wake)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            logger.debug("alarm for a closed loop", extra={"event": "loop_closed"})
-
-    def clear(self) -> None:
-        """Let them wait again."""
-        self._is_set = False
-
-    async def wait(self, seconds: float | None) -> None:
-        """Return when it is set, or after so many seconds."""
-        if self._is_set:
-            return
-        future = self._loop.create_future()
-        self._waiting.add(future)
-        timer = None if seconds is None else self._loop.call_later(seconds, self._end, future)
-        try:
-            await future
-        finally:
-            self._waiting.discard(future)
-            if timer is not None:
-                timer.cancel()
-
-    def _wake(self) -> None:
-        for future in self._waiting:
-            self._end(future)
-
-    @staticmethod
-    def _end(future: asyncio.Future[None]) -> None:
-        if not future.done():
-            future.set_result(None)
-
-
-class _AsyncConnection:
-    """A connection on an event loop, and the answer to the last request on it."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self.answer = _Answer()
-
-    status = property(lambda self: self.answer.status)
-
-    @contextlib.contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
-        """Abort the connection when the block takes longer; much cheaper than wait_for around every read."""
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + seconds
-        timer = loop.call_at(ends, self._writer.transport.abort)
-        try:
-            yield
-        except OSError as error:
-            self.close()
-            if loop.time() >= ends:
-                raise TimeoutError(f"no answer within {seconds:.0f} s") from error
-            raise ConnectionResetError(f"the connection broke: {error}") from error
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            timer.cancel()
-
-    async def send(self, request: tuple[bytes, bytes]) -> None:
-        """Send a request and read the head of its answer, which may come instead of reading a large body."""
-        self.answer = _Answer()
-        head, body = request
-        if len(body) > EXPECT_BYTES:
-            self._writer.write(head)
-            ends = time.monotonic() + EXPECT_S
-            with contextlib.suppress(asyncio.TimeoutError):  # some never say that they want it
-                while not (self.answer.status or self.answer.continues):
-                    self.answer.feed(await asyncio.wait_for(
-                        self._reader.read(BLOCK_BYTES), max(ends - time.monotonic(), 0.0)))
-            if self.answer.status:
-                return
-            head = b""
-        self._writer.write(head + body)
-        await self._writer.drain()
-        while not self.answer.status:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
-
-    async def read(self) -> bytes:
-        """The next bytes of the body, b"" at its end."""
-        block = self.answer.take()
-        while not block and not self.answer.ended:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
-            block = self.answer.take()
-        return block
-
-    async def read_all(self) -> bytes:
-        """The body, to its end."""
-        while not self.answer.ended:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
-        return self.answer.take()
-
-    def is_open(self) -> bool:
-        """Whether the other side has not closed it, as far as is known here."""
-        return not (self._writer.is_closing() or self._reader.at_eof())
-
-    def cut(self) -> None:
-        """Have the task that waits for the answer wait no more."""
-        self._writer.transport.abort()
-
-    def close(self) -> None:
-        """Close it; nobody waits on it."""
-        self._writer.close()
-
-
-class _LoopState:
-    """What belongs to one event loop: idle connections and places for requests."""
-
-    def __init__(self) -> None:
-        self.idle: list[_AsyncConnection] = []
-        self.places = asyncio.Semaphore(CONNECTIONS)
-
-
-class _AsyncDriver:
-    """Performs effects on the running event loop; sync functions of the user in threads."""
-
-    awaited = True
-    alarm = _AsyncAlarm
-
-    def __init__(self, server: _Server) -> None:
-        self._server = server
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
-        self._methods: dict[Any, Callable[..., Any]] = {}
-
-    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., Coroutine[Any, Any, T]]:
-        """An operation as a coroutine method of `surface`."""
-        if logic not in self._methods:
-
-            @functools.wraps(logic)
-            async def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                try:
-                    return await self.drive(logic(self_, *args, **kwargs))
-                except BaseException as error:
-                    _hide_frames(error)
-                    if sys.version_info < (3, 11):
-                        raise error  # see _BlockingDriver
-                    raise
-
-            self._methods[logic] = method
-        return types.MethodType(self._methods[logic], surface)
-
-    async def drive(self, op: Op[T]) -> T:
-        """Perform what the operation yields until it returns or raises; it may still await after a cancellation."""
-        resume: Callable[[Any], Effect] = op.send
-        value: Any = None
-        while True:
-            try:
-                effect = resume(value)
-            except StopIteration as end:
-                return cast(T, end.value)
-            try:
-                value, resume = await self.perform(effect), op.send
-            except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
-                op.close()
-                raise
-            except BaseException as error:
-                value, resume = error, op.throw
-
-    async def perform(self, effect: Effect) -> Any:
-        """One effect, awaited."""
-        if isinstance(effect, Exchange):
-            return await self._exchange(effect)
-        if isinstance(effect, Invoke):
-            return await self._invoke(effect)
-        if isinstance(effect, Sleep):
-            return await (effect.alarm.wait(effect.seconds) if effect.alarm else asyncio.sleep(effect.seconds or 0))
-        if isinstance(effect, Start):
-            return asyncio.ensure_future(self.drive(effect.op))
-        if isinstance(effect, Join):
-            return await asyncio.wait({asyncio.wrap_future(effect.task)})
-        if isinstance(effect, OpenStream):
-            connection = await self._connect(STREAM_SILENCE_S)
-            with connection.deadline(STREAM_SILENCE_S):
-                await connection.send(self._server.request(effect))
-            return connection
-        if isinstance(effect, ReadStream):
-            with effect.stream.deadline(STREAM_SILENCE_S):
-                return await effect.stream.read()
-        raise AssertionError(f"no such effect: {effect!r}")
-
-    async def _invoke(self, effect: Invoke) -> Any:
-        async def call() -> Any:
-            if inspect.iscoroutinefunction(effect.fn):
-                return await effect.fn(*effect.args)
-            result = await asyncio.wrap_future(_in_thread("tidebase-step", effect.fn, *effect.args))
-            return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
-
-        if effect.timeout_s is None:
-            return await call()
-        task = asyncio.ensure_future(call())
-        try:
-            done, _ = await asyncio.wait({task}, timeout=effect.timeout_s)
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        if not done:
-            task.cancel()
-            await asyncio.wait({task})
-            raise StepTimeout(f"no result within {effect.timeout_s:g} s")
-        return task.result()
-
-    def _state(self) -> _LoopState:
-        return self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
-
-    async def _exchange(self, effect: Exchange) -> Reply:
-        if effect.held:
-            return await self._exchange_now(effect)
-        async with self._state().places:
-            return await self._exchange_now(effect)
-
-    async def _exchange_now(self, effect: Exchange) -> Reply:
-        idle, request = self._state().idle, self._server.request(effect)
-        while True:
-            used = bool(idle)
-            connection = idle.pop() if used else await self._connect(effect.timeout_s)
-            if used and not connection.is_open():
-                connection.close()
-                continue
-            try:
-                with connection.deadline(effect.timeout_s):
-                    if effect.line is not None:
-                        effect.line.open(connection.cut)
-                    await connection.send(request)
-                    data = await connection.read_all()
-                    if effect.line is not None:
-                        effect.line.open(None)
-            except ConnectionError:
-                if used and not (effect.line and effect.line.is_cut):
-                    continue  # the server had closed this idle connection; the next may be the same, the last is new
-                raise
-            answer = connection.answer
-            if answer.keeps_alive() and len(idle) < CONNECTIONS:
-                idle.append(connection)
-            else:
-                connection.close()
-            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
-
-    async def _connect(self, timeout_s: float) -> _AsyncConnection:
-        server = self._server
-        try:  # asyncio sets TCP_NODELAY by itself
-            opening = asyncio.open_connection(server.host, server.port, ssl=server.tls)
-            return _AsyncConnection(*await asyncio.wait_for(opening, timeout_s))
-        except asyncio.TimeoutError:
-            raise TimeoutError(f"no connection within {timeout_s:.0f} s") from None
-
-    def close(self) -> None:
-        """Close the idle connections of the running event loop."""
-        idle = self._state().idle
-        while idle:
-            idle.pop().close()
-
-
-# ------------------------------------------------------------------------------
-# Tidebase and AsyncTidebase: one surface, documented on Client; blocking here, awaited there.
-# ------------------------------------------------------------------------------
-
-
-class Tidebase(Client[Blocking]):
-    """The client whose methods block.  One object serves a whole process, from any number of threads."""
-
-    _context, _session = RunContext, RunSession
-
-
-class AsyncTidebase(Client[Awaited]):
-    """The client whose methods are awaited; workflows and steps may be `async def`.  One object serves a process.
-
-    So are those of `runs`, `queues`, `schedules` and `gates`, and those of the runs and sessions that it gives; only
-    `workflow`, `runs.token` and `runs.subscribe`, for `async for`, are called as they are.
-    """
-
-    _context, _session = AsyncRunContext, AsyncRunSession
-
-    def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
-                 *, timeout_s: float = TIMEOUT_S) -> None:
-        super().__init__(url, api_key, webhook_secret, timeout_s=timeout_s)
-        self._driver = _AsyncDriver(self._server)
 
 
 def _aio_module() -> types.ModuleType:

@@ -523,7 +523,7 @@ def test_a_claim_asks_for_the_workflows_that_are_registered_at_that_moment(
 def test_a_worker_of_an_older_server_gives_a_run_of_an_unknown_workflow_back_at_once_and_rests(
     tide: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tidebase_sdk, "UNKNOWN_REST_S", 0.5)
+    monkeypatch.setattr(tidebase_sdk, "UNKNOWN_PAUSE_S", 0.5)
     claims: list[float] = []
 
     def as_an_older_server(effect: Any) -> Any:
@@ -698,7 +698,9 @@ def test_every_write_of_a_run_names_its_owner(tide: Any) -> None:
     bodies: dict[str, Any] = {}
 
     def note(effect: Any) -> None:
-        if effect.method != "GET" and "/heartbeat" not in effect.path:
+        if effect.path == "/writes":
+            bodies.update((write["do"], write) for write in json.loads(effect.body)["writes"])
+        elif effect.method != "GET" and "/heartbeat" not in effect.path:
             bodies[f"{effect.method} {effect.path}"] = json.loads(effect.body)
 
     async def flow(run: Any, input: Any) -> None:
@@ -711,7 +713,7 @@ def test_every_write_of_a_run_names_its_owner(tide: Any) -> None:
         await run.snapshots.create("draft", 1)
         await run.usage.record(quantity=1)
         await run.gates.begin("approve", "Sure?")
-        bodies["the run"] = {"leaseOwner": getattr(run, "_run", run)._held.owner}
+        bodies["the run"] = {"leaseOwner": getattr(run, "_run", run)._lease.owner}
 
     on_requests(tide, note)
     tide(lambda client: client.run("flow", tide.workflow(flow)))
@@ -729,7 +731,7 @@ def test_a_lease_that_ended_by_this_processs_clock_is_lost_before_anything_more_
     sent: list[str] = []
     session = tide(lambda client: client.attach("flow", heartbeat_s=None, on_lease_lost=lost.append))
     tide(lambda client: session.state.set({"n": 1}))
-    ended = session._held.until
+    ended = session._lease.ends_at
     eventually(lambda: time.monotonic() > ended)
     on_requests(tide, lambda effect: sent.append(effect.path))
     for write in (lambda: session.state.set({"n": 2}), lambda: session.step("step", lambda: pytest.fail("executed")),
@@ -757,10 +759,10 @@ def test_writes_of_a_session_without_heartbeats_keep_its_lease(
 def test_a_run_whose_wait_or_end_was_refused_is_held_as_before(tide: Any) -> None:
     """A heartbeat that is refused means that the run's end arrived, but only while its end is under way."""
     async def flow(run: Any, input: Any) -> str:
-        held = getattr(run, "_run", run)._held
-        with pytest.raises(TidebaseError), held.settling_now():
+        held = getattr(run, "_run", run)._lease
+        with pytest.raises(TidebaseError), held.ending():
             raise TidebaseError("refused")
-        return "held" if not held.settling else "settling"
+        return "held" if not held.is_ending else "settling"
 
     assert tide(lambda client: client.run("flow", tide.workflow(flow))) == "held"
 
@@ -973,7 +975,7 @@ def test_a_queue_keeps_what_configure_leaves_out_or_gives_as_none_and_clears_wha
 
 def test_a_wrong_body_is_told_field_by_field_in_the_errors_words(tide: Any) -> None:
     with pytest.raises(TidebaseError) as refused:
-        tide(lambda client: client.enqueue("flow", max_attempts="many"))
+        tide(lambda client: client.enqueue("flow", max_attempts=0))
     assert (refused.value.status, refused.value.code) == (400, "invalid_request")
     [issue] = refused.value.body["issues"]
     assert f"{issue['path']}: {issue['message']}" in str(refused.value)

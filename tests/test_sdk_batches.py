@@ -36,6 +36,11 @@ actor, tide, working = test_sdk.actor, test_sdk.tide, test_sdk.working  # fixtur
 NULL = input_hash(None)
 
 
+def verbs(body: Any) -> list[str]:
+    """What a request makes durable: the verbs of its writes."""
+    return [write["do"] for write in (body or {}).get("writes", ())]
+
+
 class Wire:
     """What a client sends, and a hand on it.
 
@@ -72,33 +77,33 @@ class Wire:
     def _note(self, effect: Any) -> None:
         self.sent.append((effect.path, json.loads(effect.body) if effect.body else None))
 
-    def paths(self, part: str) -> list[str]:
-        return [path for path, _ in list(self.sent) if part in path]
+    def writes(self, *of: str) -> list[str]:
+        """The verbs of all writes sent, or of those among them."""
+        return [verb for _, body in list(self.sent) for verb in verbs(body) if not of or verb in of]
 
     def batches(self) -> list[int]:
         """How many steps each request with finished steps carried."""
-        steps = [sum(write["do"] == "record_step" for write in body.get("writes", [body]))
-                 for path, body in list(self.sent) if path.endswith(("/steps", "/writes"))]
+        steps = [verbs(body).count("record_step") for _, body in list(self.sent)]
         return [count for count in steps if count]
 
-    def hold(self, part: str) -> threading.Event:
-        """Keep back the next request whose path has this part, until the event is set."""
+    def hold(self, verb: str) -> threading.Event:
+        """Keep back the next request that has such a write, until the event is set."""
         free = threading.Event()
         taken = self.taken = threading.Lock()  # held once there was such a request
 
         def before(effect: Any) -> None:
-            if part in effect.path and taken.acquire(blocking=False):
+            if effect.path == "/writes" and verb in verbs(json.loads(effect.body)) and taken.acquire(blocking=False):
                 assert free.wait(30)
 
         self.before = before
         return free
 
     def lose_answers(self, count: int) -> list[str]:
-        """Lose the answers to the next requests with steps or of many.  Returns the paths of those it befell."""
+        """Lose the answers to the next requests with writes.  Returns the paths of those it befell."""
         lost: list[str] = []
 
         def after(effect: Any, reply: Any) -> None:
-            if effect.path.endswith(("/steps", "/writes")) and len(lost) < count:
+            if effect.path == "/writes" and len(lost) < count:
                 lost.append(effect.path)
                 raise ConnectionResetError("the answer is lost")
 
@@ -131,7 +136,7 @@ def test_a_step_without_side_effects_is_one_request_after_it_ran(
     before: list[int] = []
 
     async def flow(run: Any, input: Any) -> Any:
-        return [await run.step(f"step {n}", lambda: before.append(len(wire.paths("steps"))) or n, **options)  # noqa: B023
+        return [await run.step(f"step {n}", lambda: before.append(len(wire.writes())) or n, **options)  # noqa: B023
                 for n in range(5)]
 
     run_id = new_run_id()
@@ -149,21 +154,21 @@ def test_a_step_that_must_leave_a_trace_is_begun_before_it_runs(tide: Any, api: 
         return await run.step("mail", lambda: [step["status"] for step in api.detail(run.run_id)["steps"]], **options)
 
     assert run(tide, flow) == ["running"]
-    assert [path.rpartition("/")[2] for path in wire.paths("/steps")] == ["begin", "complete"]
+    assert wire.writes() == ["begin_step", "complete_step", "complete_run"]
 
 
 def test_short_steps_and_runs_do_not_wake_the_thread_that_looks_after_slow_ones(
     tide: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beats, woken = tide.client._beats, Counter[str]()
+    beats, woken = tide.client._heartbeater, Counter[str]()
     wake = beats._wake.set
 
     async def flow(run: Any, input: Any) -> None:
         for number in range(20):
             await run.step(f"step {number}", lambda: number)  # noqa: B023
 
-    monkeypatch.setattr(tidebase_sdk, "ANNOUNCE_S", 60.0)  # as long as the test may take
-    monkeypatch.setattr(tidebase_sdk, "FIRST_BEAT_S", 60.0)
+    monkeypatch.setattr(tidebase_sdk, "SLOW_STEP_S", 60.0)  # as long as the test may take
+    monkeypatch.setattr(tidebase_sdk, "FIRST_HEARTBEAT_S", 60.0)
     monkeypatch.setattr(beats._wake, "set", lambda: (woken.update(["set"]), wake()))
     for _ in range(3):
         run(tide, flow)
@@ -233,7 +238,7 @@ def test_what_the_server_would_have_refused_is_refused_at_the_end_of_the_step(
 
     def slow() -> None:
         if announced:
-            eventually(lambda: wire.paths("/steps/begin"))
+            eventually(lambda: wire.writes("begin_step"))
 
     async def flow(run: Any, input: Any) -> None:
         interfere(api, run_id)  # before the step, which might else be announced first
@@ -249,7 +254,7 @@ def test_a_step_that_another_owner_is_at_is_waited_for_once_that_is_known(
     tide: Any, api: Api, wire: Wire, sql: Callable[..., Any]
 ) -> None:
     def slow() -> str:
-        eventually(lambda: wire.paths("/steps/begin"))
+        eventually(lambda: wire.writes("begin_step"))
         return "ours"
 
     async def flow(run: Any, input: Any) -> Any:
@@ -260,7 +265,7 @@ def test_a_step_that_another_owner_is_at_is_waited_for_once_that_is_known(
     begun: list[str] = []
     run_id = new_run_id()
     outcome = in_background(lambda: run(tide, flow, run_id=run_id))
-    eventually(lambda: len(wire.paths("/steps/begin")) > 1)
+    eventually(lambda: len(wire.writes("begin_step")) > 1)
     api.complete_step(run_id, begun[0], "somebody else", "theirs")["step"]
     assert outcome() == "theirs"
 
@@ -311,8 +316,8 @@ def test_1000_completed_steps_come_with_the_lease_and_are_replayed_without_a_req
         return await run.step("sum", lambda: total)
 
     assert run(tide, flow, run_id=run_id) == sum(range(1000))
-    path = f"/runs/{run_id}"
-    assert [path for path, _ in wire.sent] == ["/runs/flow", f"{path}/begin", f"{path}/steps", f"{path}/complete"]
+    assert [path for path, _ in wire.sent] == ["/runs/flow", f"/runs/{run_id}/begin", "/writes", "/writes"]
+    assert wire.writes() == ["record_step", "complete_run"]
 
 
 # ------------------------------------------------------------------------------
@@ -326,7 +331,7 @@ def together(
 ) -> Callable[..., list[str]]:
     """Has many runs at a step at once: the first request with a finished step is kept back until the steps of all the
     others wait for their turn. together(count, act, meanwhile=…) -> the ids of the runs."""
-    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    monkeypatch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
 
     def start(count: int, act: Callable[[Any], Any] = lambda n: n,
               meanwhile: Callable[[list[str]], None] = lambda ids: None, **options: Any) -> list[str]:
@@ -335,11 +340,11 @@ def together(
             return await run.step(name, lambda: act(input))
 
         ids = enqueue(tide, 1)
-        free = wire.hold("/steps")
+        free = wire.hold("record_step")
         working(tide, {"flow": flow}, concurrency=count, on_error=options.get("on_error"))
         eventually(wire.batches)
         ids += [api.enqueue(workflow="flow", input=n) for n in range(1, count)]
-        eventually(lambda: len(tide.client._flow._waiting) == count - 1)
+        eventually(lambda: len(tide.client._batcher._ready) == count - 1)
         meanwhile(ids)
         free.set()
         return ids
@@ -359,7 +364,7 @@ def test_what_is_ready_while_a_request_is_under_way_goes_with_the_next(
 def test_results_and_new_runs_go_with_what_else_is_ready(
     tide: Any, wire: Wire, working: Callable[..., None], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    monkeypatch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
 
     async def flow(run: Any, input: Any) -> Any:
         if input < 2:
@@ -369,16 +374,16 @@ def test_results_and_new_runs_go_with_what_else_is_ready(
             return (created if isinstance(created, dict) else await created)["run"]["id"]
         return input
 
-    free = wire.hold("/steps")
+    free = wire.hold("record_step")
     ids = enqueue(tide, 1)
     working(tide, {"flow": flow}, concurrency=6)
     eventually(wire.batches)
     ids += [api.enqueue(workflow="flow", input=n) for n in range(1, 6)]
-    eventually(lambda: len(tide.client._flow._waiting) == 5)
+    eventually(lambda: len(tide.client._batcher._ready) == 5)
     free.set()
     eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids))
-    batch = next(body["writes"] for path, body in wire.sent if path == "/writes")
-    carried = Counter(write["do"] for write in batch)
+    carried = next(Counter(verbs(body)) for _, body in wire.sent if "enqueue_run" in verbs(body)
+                   and "complete_run" in verbs(body))
     assert (carried["record_step"], carried["enqueue_run"]) == (1, 2)
     assert carried["complete_run"] >= 2  # the first run may be that far, too
     results = [api.run(run)["result"] for run in ids]
@@ -389,7 +394,7 @@ def test_results_and_new_runs_go_with_what_else_is_ready(
 def test_steps_with_effects_go_together_too_and_each_is_begun_before_it_runs(
     tide: Any, wire: Wire, working: Callable[..., None], api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    monkeypatch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
     begun: dict[str, str] = {}
 
     async def flow(run: Any, input: Any) -> Any:
@@ -399,18 +404,17 @@ def test_steps_with_effects_go_together_too_and_each_is_begun_before_it_runs(
 
         return await run.step("mail", act, side_effects=["email"])
 
-    free = wire.hold("/steps/begin")
+    free = wire.hold("begin_step")
     ids = enqueue(tide, 1)
     working(tide, {"flow": flow}, concurrency=8)
-    eventually(lambda: wire.paths("/steps/begin"))
+    eventually(lambda: wire.writes("begin_step"))
     ids += [api.enqueue(workflow="flow", input=n) for n in range(1, 8)]
-    eventually(lambda: len(tide.client._flow._waiting) == 7)
+    eventually(lambda: len(tide.client._batcher._ready) == 7)
     free.set()
     eventually(lambda: all(api.run(run)["status"] == "completed" for run in ids))
     assert [api.run(run)["result"] for run in ids] == list(range(8))
     assert begun == dict.fromkeys(ids, "running")
-    carried = [Counter(write["do"] for write in body["writes"]) for path, body in wire.sent if path == "/writes"]
-    assert carried[0]["begin_step"] == 7
+    assert 7 in [verbs(body).count("begin_step") for _, body in wire.sent]
     for run in ids:
         assert api.event_types(run)[2:-1] == ["step.started", "step.completed"]
 
@@ -418,7 +422,7 @@ def test_steps_with_effects_go_together_too_and_each_is_begun_before_it_runs(
 def test_who_only_enqueues_does_not_wait_longer_than_the_timeout_for_the_request_that_would_carry_it(
     actor: Callable[..., Any], server: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    monkeypatch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
     tide = actor(server.url, timeout_s=1.0)
     wire, told = Wire(tide.client), []
 
@@ -431,7 +435,7 @@ def test_who_only_enqueues_does_not_wait_longer_than_the_timeout_for_the_request
         except tidebase_sdk.Unreachable as error:
             told.append(error)
 
-    free = wire.hold("/steps")
+    free = wire.hold("record_step")
     ids = enqueue(tide, 1)
     working(tide, {"flow": flow}, concurrency=2)
     eventually(wire.batches)
@@ -487,7 +491,7 @@ def test_a_batch_too_large_for_the_server_goes_in_pieces(
     actor: Callable[..., Any], start_server: Callable[..., Any], working: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    monkeypatch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
     server = start_server(TIDEBASE_MAX_BODY=20_000)
     api, tide = Api(server.url), actor(server.url)
     wire = Wire(tide.client)
@@ -496,26 +500,27 @@ def test_a_batch_too_large_for_the_server_goes_in_pieces(
         return len(await run.step("step", lambda: "x" * (30_000 if input == 3 else 12_000)))
 
     ids, told = enqueue(tide, 1), []
-    free = wire.hold("/steps")
+    free = wire.hold("record_step")
     working(tide, {"flow": flow}, concurrency=6, on_error=lambda error, run: told.append((error.status, run["id"])))
     eventually(wire.batches)
     ids += [api.enqueue(workflow="flow", input=n, maxAttempts=1) for n in range(1, 6)]
-    eventually(lambda: len(tide.client._flow._waiting) == 5)
+    eventually(lambda: len(tide.client._batcher._ready) == 5)
     free.set()
     eventually(lambda: all(api.run(run)["status"] in ("completed", "failed") for run in ids))
     assert [api.run(run)["result"] for run in ids] == [12_000, 12_000, 12_000, None, 12_000, 12_000]
     assert eventually(lambda: told) == [(413, ids[3])]
 
 
-def test_no_batch_has_more_than_1000_writes_or_4_mib(tide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tidebase_sdk, "LANES", 100)
-    flow = tide.client._flow
+def test_no_batch_has_more_than_1000_writes_or_4_mib(tide: Any) -> None:
+    batcher = tide.client._batcher
 
     def sizes(*lengths: int) -> list[int]:
-        flow._waiting.extend(tidebase_sdk._Write("/", b"x" * length, None, 0) for length in lengths)
+        for length in lengths:
+            batcher._ready.append(write := tidebase_sdk._Write("enqueue_run", b"", None))
+            write.data = b"x" * length
         taken = []
-        while flow._waiting:
-            taken.append(len(flow._take(flow._waiting[0])))
+        while batcher._ready:
+            taken.append(len(batcher._take()))
         return taken
 
     assert sizes(*[10] * 2500) == [1000, 1000, 500]
@@ -541,32 +546,7 @@ def test_of_steps_that_threads_of_one_run_end_at_once_each_gets_its_own_output(s
         outputs.clear()
         tide.run("flow", flow)
         assert outputs == {number: {"n": number} for number in range(40)}
-    assert (tide._flow._under_way, len(tide._flow._waiting)) == (0, 0)
-    tide.close()
-
-
-def test_a_step_that_went_along_before_its_thread_looked_whether_it_may_send_is_not_waited_for(
-    server: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tide = tidebase_sdk.Tidebase(server.url)
-    take, slow = tide._flow._take, threading.Event()
-
-    def take_late(write: Any) -> Any:
-        if b"slow" in write.data and not slow.is_set():
-            slow.set()
-            eventually(lambda: write.outcome is not None)
-        return take(write)
-
-    def flow(run: Any) -> None:
-        behind = threading.Thread(target=run.step, args=("slow", lambda: 1))
-        behind.start()
-        assert slow.wait(10)
-        run.step("fast", lambda: 2)
-        behind.join(10)
-        assert not behind.is_alive()
-
-    monkeypatch.setattr(tide._flow, "_take", take_late)
-    tide.run("flow", flow)
+    eventually(lambda: (tide._batcher._senders, len(tide._batcher._ready)) == (0, 0))
     tide.close()
 
 
@@ -584,10 +564,10 @@ def test_tasks_that_are_ready_at_the_same_time_send_one_request(server: Any) -> 
     assert asyncio.run(story()) == [8, 8, 8]
 
 
-def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
+def test_cancelling_tasks_whose_steps_are_under_way_does_not_lose_those_of_others(
     server: Any, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    monkeypatch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
 
     async def main() -> None:
         async with AsyncTidebase(server.url) as tide:
@@ -596,24 +576,24 @@ def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
             async def flow(run: Any, input: Any) -> Any:
                 return await run.step("step", lambda: input)
 
-            free = wire.hold("/steps")
+            free = wire.hold("record_step")
             tasks = [asyncio.ensure_future(tide.run("flow", flow, input=0))]
             await wait_until(lambda: wire.batches())
             tasks += [asyncio.ensure_future(tide.run("flow", flow, run_id=f"r{n}", input=n)) for n in range(1, 8)]
-            await wait_until(lambda: len(tide._flow._waiting) == 7)
-            first, other, *_ = [int(write.held.run_id[1:]) for write in tide._flow._waiting]
-            second = wire.hold("/writes")
-            tasks[0].cancel()  # sends alone
-            await wait_until(lambda: wire.batches() == [1, 7] and wire.taken.locked())
-            tasks[first].cancel()  # sends for seven
-            tasks[other].cancel()  # one of them
-            results = await asyncio.gather(*tasks, return_exceptions=True)
+            await wait_until(lambda: len(tide._batcher._ready) == 7)
+            first, other, *_ = [int(write.lease.run_id[1:]) for write in tide._batcher._ready]
+            second = wire.hold("record_step")
+            tasks[0].cancel()
             free.set()
+            await wait_until(lambda: wire.batches() == [1, 7] and wire.taken.locked())
+            tasks[first].cancel()
+            tasks[other].cancel()
             second.set()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
             cancelled = {n for n, result in enumerate(results) if isinstance(result, asyncio.CancelledError)}
             assert cancelled == {0, first, other}
             assert [results[n] for n in range(8) if n not in cancelled] == [n for n in range(8) if n not in cancelled]
-            assert (tide._flow._under_way, len(tide._flow._waiting)) == (0, 0)
+            await wait_until(lambda: (tide._batcher._senders, len(tide._batcher._ready)) == (0, 0))
 
     async def wait_until(question: Callable[[], Any]) -> None:
         await asyncio.to_thread(eventually, question)
@@ -621,10 +601,10 @@ def test_cancelling_the_task_that_sends_for_others_does_not_lose_their_steps(
     asyncio.run(main())
 
 
-def test_a_lease_that_is_lost_when_it_is_its_runs_turn_to_send_for_others_costs_them_nothing(
+def test_a_lease_that_is_lost_while_its_writes_go_with_those_of_others_costs_them_nothing(
     server: Any, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tidebase_sdk, "LANES", 1)
+    monkeypatch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
     monkeypatch.setattr(tidebase_sdk, "BATCH_WRITES", 2)
 
     async def main() -> None:
@@ -634,11 +614,11 @@ def test_a_lease_that_is_lost_when_it_is_its_runs_turn_to_send_for_others_costs_
             async def flow(run: Any, input: Any) -> Any:
                 return await asyncio.gather(*(run.step(f"step {n}", lambda: input) for n in range(input)))
 
-            free = wire.hold("/steps")
+            free = wire.hold("record_step")
             tasks = []
             for name, steps, waiting in (("first", 1, 0), ("second", 1, 1), ("lost", 2, 3), ("last", 1, 4)):
                 tasks.append(asyncio.ensure_future(tide.run("flow", flow, run_id=name, input=steps)))
-                await asyncio.to_thread(eventually, lambda: len(tide._flow._waiting) == waiting and wire.batches())  # noqa: B023
+                await asyncio.to_thread(eventually, lambda: len(tide._batcher._ready) == waiting and wire.batches())  # noqa: B023
             api.complete("lost")["run"]  # by somebody else
             free.set()  # now [second, lost] go, and lost has another at the head of [lost, last]
             results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -683,7 +663,7 @@ def test_an_idle_worker_has_one_claim_that_the_server_holds(
     async def flow(run: Any, input: Any) -> Any:
         return input
 
-    working(tide, {"flow": flow}, poll_s=tidebase_sdk.CLAIM_HOLD_S)
+    working(tide, {"flow": flow}, poll_s=tidebase_sdk.CLAIM_WAIT_S)
     eventually(lambda: server.watcher.long_polls)
     ids = enqueue(tide, 1)
     eventually(lambda: api.run(ids[0])["status"] == "completed")
@@ -700,7 +680,7 @@ def test_a_run_whose_result_is_on_its_way_has_left_its_place(
         return input
 
     first, second = enqueue(tide, 2)
-    free = wire.hold("/complete")
+    free = wire.hold("complete_run")
     working(tide, {"flow": flow}, concurrency=1)
     eventually(lambda: api.run(second)["status"] == "completed")
     assert api.run(first)["status"] == "running"
@@ -717,7 +697,7 @@ def test_what_a_claim_took_while_it_was_cut_off_is_given_back(
         if effect.path == "/queues/claim" and not stop.is_set():
             taken.set()
             stop.set()
-            assert eventually(lambda: effect.line.is_cut)
+            assert eventually(lambda: effect.cancel.is_cancelled)
             raise ConnectionResetError("cut off")
 
     wire.after = cut_off
@@ -759,8 +739,8 @@ def test_sigterm_does_not_wait_for_the_claim_that_the_server_holds(server: Any) 
 def test_a_worker_that_found_no_place_to_wait_in_rests_as_long_as_it_is_asked_to_and_a_little_more(tide: Any) -> None:
     async def rest(retry_after: str) -> float:
         worker = tidebase_sdk._Worker(tide.client, ["default"], 20.0, None, 1, None, None)
-        claim = worker._claim_runs(1, 20.0, worker._line)
-        assert next(claim).held
+        claim = worker._claim_runs(1, 20.0, worker._claim_handle)
+        assert next(claim).is_long_poll
         try:
             claim.send(tidebase_sdk.Reply(200, retry_after, b'{"runs": [], "leaseOwner": "me"}'))
         except StopIteration as end:

@@ -116,7 +116,7 @@ def test_a_server_that_is_away_is_told_in_a_few_lines(tmp_path: Path, program: s
     url = f"http://127.0.0.1:{free_port()}"
     printed = last_words(tmp_path, program, url, "tide.enqueue('flow')")
     assert functions(printed) == ["<module>", "main"], printed
-    assert f"no answer from {url} to POST /queues/default/enqueue" in printed
+    assert f"no answer from {url} to POST /writes (enqueue_run)" in printed
 
 
 def test_a_defect_of_the_client_stays_to_be_seen(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

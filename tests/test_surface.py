@@ -71,14 +71,15 @@ CLIENT = [
     Row("tide.request", "method, path, body",
         lambda tide, api: tide.request("GET", "/runs/r?include=run"), keys("run")),
     Row("tide.run", "workflow_name, workflow, run_id, input, metadata, recovery_webhook, channels, *, deadline_s,"
-                    " recovery_secret",
+                    " recovery_secret, write_behind=False",
         lambda tide, api: tide.run("report", lambda run, input: input["a"], "r2", {"a": 1}, {"m": "x"}, "http://x:1",
                                    CHANNELS, deadline_s=60), lambda answer: answer == 1),
     Row("tide.enqueue", "workflow_name, *, queue='default', input, metadata, dedupe_key, delay_s, run_at, max_attempts,"
                         " priority, deadline_s, recovery_webhook, channels, recovery_secret",
         lambda tide, api: tide.enqueue("report", run_at=datetime.now(UTC), channels=CHANNELS),
         keys("run", "deduplicated")),
-    Row("tide.work", "queues, *, lease_owner, poll_s, limit, stop, on_error, concurrency, shutdown_s",
+    Row("tide.work", "queues, *, lease_owner, poll_s, limit, stop, on_error, concurrency, shutdown_s,"
+                     " write_behind=False",
         lambda tide, api: tide.work(stop=lambda: True), lambda answer: answer is None),
     Row("tide.runs.create", "workflow_name, input, metadata, recovery_webhook, channels, *, run_id, deadline_s,"
                             " recovery_secret",
@@ -108,10 +109,10 @@ CLIENT = [
         lambda tide, api: type(tide)(tide.url, "a-key").runs.token("r", ttl_s=60),
         lambda token: re.fullmatch(r"v1\.[0-9]{10}\.[\w-]{43}", token)),
     Row("tide.runs.attach", "workflow_name, *, run_id, input, metadata, recovery_webhook, channels, heartbeat_s=20.0,"
-                            " on_lease_lost, recovery_secret",
+                            " on_lease_lost, recovery_secret, write_behind=False",
         lambda tide, api: tide.runs.attach("report"), lambda session: is_run(session.run)),
     Row("tide.attach", "workflow_name, *, run_id, input, metadata, recovery_webhook, channels, heartbeat_s=20.0,"
-                       " on_lease_lost, recovery_secret",
+                       " on_lease_lost, recovery_secret, write_behind=False",
         lambda tide, api: tide.attach("report", heartbeat_s=0), lambda session: is_run(session.run)),
     Row("tide.queues.configure", "name, *, concurrency, rate_per_minute, invoke_url, clear",
         lambda tide, api: tide.queues.configure("q", concurrency=2), keys("config")),
@@ -161,6 +162,7 @@ RUN = [
     Row("run.fanout", "name, children, *, checkpoint, queue, return_errors",
         lambda run: run.fanout("all", [{"name": "two", "workflow_name": "double", "input": 1}], checkpoint="both"),
         lambda results: results == [2]),
+    Row("run.flush", "", lambda run: run.flush(), lambda answer: answer is None),
 ]
 GATES: dict[str, str] = {}  # a run's gate
 
@@ -361,7 +363,7 @@ def test_an_error_holds_the_answer_parsed_or_as_the_text_that_it_was(tide: Any, 
     assert missing.value.body["code"] == "not_found"
     page = tidebase_sdk.Reply(502, "", b"<h1>Bad gateway</h1>")
     with pytest.raises(TidebaseError) as proxy:
-        tide.client._answer(page, "/runs", None, 0)
+        tidebase_sdk._accepted(page, "/runs", 0, None, None)
     assert proxy.value.body == "<h1>Bad gateway</h1>"
 
 
@@ -465,7 +467,7 @@ def test_the_runs_come_in_pages(tide: Any, api: Api) -> None:
 @pytest.mark.parametrize("heartbeat_s", [None, 0])
 def test_a_session_without_heartbeats_sends_none(tide: Any, heartbeat_s: Any) -> None:
     session = tide(lambda client: client.attach("flow", heartbeat_s=heartbeat_s))
-    assert tide.client._beats._held == {}
+    assert tide.client._heartbeater._leases == {}
     tide(lambda client: session.complete())
 
 
