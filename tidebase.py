@@ -1,30 +1,29 @@
 """Tidebase: the checkpoint layer for AI agents, as one small server in front of your own Postgres.
 
 A run is one execution of a workflow, a step one named piece of it. A worker (your code, in your process) takes a lease
-on a run, by claim from a queue or by begin, and records each step; what is recorded as completed is a checkpoint, and
-whoever takes the run over when the worker dies replays it instead of executing it again. Tidebase never runs user code:
-it keeps the record, decides when code should run (again), and says so by claim or by signed webhook.
+on a run, by claim from a queue or by begin, and records each step. A step that is recorded as completed is a
+checkpoint: when the worker dies, the worker that takes the run over replays it instead of executing it again. Tidebase
+never runs user code. It keeps the record, decides when code should run (again), and says so by claim or by signed
+webhook.
 
-The rules of that life stand in schema.sql, as SQL functions: a request is checked here for its shape, becomes one call
-of one function in one transaction, and the JSON text which that answers is passed on as it is. The wire protocol is
-what the routes below say; errors are {"error": words, "code": snake_case}.
+The rules of that life stand in schema.sql, as SQL functions. A request takes one way: its route, here; its body
+checked, by a schema of tidebase_server/bodies.py; one call of one SQL function with named arguments, which is one
+transaction; and the JSON text that the function answers is passed on as it is. Errors are {"error": words, "code":
+snake_case}.
 
 The rooms of this file, each using only those above it:
 
-    Configuration         every tunable: its environment name, unit, default and reason
-    Answers and errors    how JSON text and refusals become responses
-    Reading JSON          bodies to values, while payloads stay the text that came
-    Schemas               what a body may hold
-    Database              the schema, one pool, one call
-    Waiting               one watcher asks Postgres for all who wait
-    Webhook sender        webhooks out of the outbox
-    Reconciler            what time alone brings about
-    Request plumbing      what a route may take for granted
-    Routes                check, call, answer
-    Wiring                the rooms above, built and served; the command line
+    Settings              every tunable: its environment name, unit, default and reason
+    Watcher               asks Postgres, once for all of them, what the requests that wait are waiting for
+    Webhook sender        sends the webhooks of the outbox
+    Reconciler            does what time alone brings about: expired leases, deadlines, schedules
+    Requests              what happens to each request before and after its route
+    Routes                check, call, answer; in the order of the protocol
+    Server                the rooms above, built and run
+    Command line          serve, migrate, explain, demo
 
-Beside it stand openapi.py, which describes the routes, and tidebase_server/: the HTTP server, who may ask, the embedded
-PostgreSQL, how a webhook gets to where it may go, and what Studio reads.
+What is not needed to understand that stands in tidebase_server/: the bodies, the pool of connections, the embedded
+PostgreSQL, the HTTP server, who may ask, where webhooks may go, what Studio reads, /openapi.json.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -37,7 +36,6 @@ import base64
 import difflib
 import functools
 import hmac
-import http
 import importlib
 import itertools
 import json
@@ -71,16 +69,10 @@ import tidebase_sdk
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
 from tidebase_server import bodies, filters, openapi, request, studio
 from tidebase_server.access import LOOPBACK, Access
+from tidebase_server.admission import Admission, check_key, check_sender, cors_headers, run_token_expiry
 from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database_refused, invalid, refused, reply
-from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, compose, read_body, schema_of
-from tidebase_server.database import (
-    CONNECT_SECONDS,
-    Database,
-    JsonArray,
-    SchemaAhead,
-    SchemaBehind,
-    cannot_write,
-)
+from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, read_members, take, to_json
+from tidebase_server.database import CONNECT_SECONDS, Database, JsonArray, SchemaAhead, SchemaBehind, cannot_write
 from tidebase_server.embedded import EmbeddedError, EmbeddedPostgres
 from tidebase_server.exchange import Cut, Exchange, TargetRefused
 from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
@@ -89,8 +81,8 @@ from tidebase_server.processes import Processes, on_stop
 from tidebase_server.request import (
     Part,
     call,
-    check,
     choice_of,
+    flag_of,
     found,
     parse,
     path_of,
@@ -100,7 +92,7 @@ from tidebase_server.request import (
     time_of,
     whole_of,
 )
-from tidebase_server.serving import Gatekeeper, Head, HttpServer, Refused
+from tidebase_server.serving import HttpServer
 from tidebase_server.targets import WebhookTargets
 from tidebase_server.traces import Traces
 
@@ -116,7 +108,7 @@ T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------
-# Configuration: every tunable, read once at the start and refused if out of range.
+# Settings: every tunable, read once at the start and refused if out of range.
 # ------------------------------------------------------------------------------
 class Setting(NamedTuple):
     """One environment variable: its name, default, kind, and what it does (the README's table is this one)."""
@@ -146,9 +138,9 @@ SETTINGS = (
     Setting("TIDEBASE_RETENTION_DAYS", "0", int, "ended runs are deleted after so many days; 0 keeps them for ever"),
     Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int, "the largest request body in bytes; larger ones get 413"),
     Setting("TIDEBASE_THREADS", "64", int, "threads per process for requests that are worked on"),
-    # An idle worker that waits costs next to nothing, one that is turned away comes again every second or two: with 32
-    # places, 200 idle workers cost a quarter of a core.
-    Setting("TIDEBASE_PLACES", "500", int, "claims, gates and streams per process that may wait, each in a thread"),
+    # An idle worker that waits costs next to nothing; one that may not wait asks again every second or two. With a
+    # maximum of 32, 200 idle workers cost a quarter of a core.
+    Setting("TIDEBASE_MAX_WAITING", "500", int, "requests per process that may wait, each in a thread"),
     Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process"),
     Setting("TIDEBASE_READ_TIMEOUT_MS", "10000", int, "how long PostgreSQL may take to read what a GET asks for"),
     Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port"),
@@ -184,7 +176,7 @@ class Config:
     retention_days: int
     max_body: int
     threads: int
-    places: int
+    max_waiting: int
     pool: int
     read_timeout_ms: int
     web_concurrency: int
@@ -223,8 +215,9 @@ class Config:
     def check(self) -> None:
         """Refuse what cannot work, or is not safe.  :raises ConfigError: with the setting and the way out."""
         limits = {"port": (0, 65535), "lease_ms": (100, 86_400_000), "reconcile_ms": (10, 3_600_000),
-                  "retention_days": (0, 36_500), "max_body": (1024, 1 << 30), "threads": (4, 1024), "places": (1, 5000),
-                  "pool": (2, 1024), "read_timeout_ms": (10, 3_600_000), "web_concurrency": (1, 64)}
+                  "retention_days": (0, 36_500), "max_body": (1024, 1 << 30), "threads": (4, 1024),
+                  "max_waiting": (1, 5000), "pool": (2, 1024), "read_timeout_ms": (10, 3_600_000),
+                  "web_concurrency": (1, 64)}
         for field, (low, high) in limits.items():
             if not low <= getattr(self, field) <= high:
                 name = next(s.name for s in SETTINGS if s.name.removeprefix("TIDEBASE_").lower() == field)
@@ -254,72 +247,73 @@ class Config:
         return WebhookTargets(self.webhook_allow, on_loopback=self.host in LOOPBACK)
 
 # ------------------------------------------------------------------------------
-# Waiting: one watcher asks Postgres for all who wait; each of them holds a thread, so their number is bounded.
+# Watcher: asks Postgres, once for all of them, what the requests that wait are waiting for. Each of these long polls
+# holds a thread, so their number is bounded.
 # ------------------------------------------------------------------------------
 WATCH_SECONDS = 0.05   # how late a write of another process may be noticed
 WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many writes this process makes
-LOOK_SECONDS = 1.0     # how late it is noticed that a client hung up while there is nothing for it
+DISCONNECT_SECONDS = 1.0   # how late it may be noticed that a client hung up while there is nothing for it
 
 
-class Waiter:
-    """Somebody who waits: for runs of some queues (`workflows`: of these alone), or for an event of a run after number
-    `seq`."""
+class LongPoll:
+    """A request that waits: for runs of some queues (`workflows`: of these alone), or for an event of a run after
+    number `seq`. `wake_event` is set when there may be an answer."""
 
     def __init__(self, queues: Iterable[str] = (), run_id: str | None = None, seq: int = 0,
-                 is_gone: Callable[[], bool] = lambda: False, workflows: Iterable[str] | None = None) -> None:
+                 is_disconnected: Callable[[], bool] = lambda: False, workflows: Iterable[str] | None = None) -> None:
         only = None if workflows is None else tuple(workflows)
         self.claims = [(queue, only) for queue in queues]
         self.run_id = run_id
         self.seq = seq
-        self.is_gone = is_gone
-        self.woken = threading.Event()
+        self.is_disconnected = is_disconnected
+        self.wake_event = threading.Event()
 
 
-class Busy(Exception):
-    """All places for long waits are taken."""
+class TooManyWaiting(Exception):
+    """As many requests wait as may."""
 
 
 class Watcher:
-    """While somebody here waits, asks Postgres every 50 ms what changed for all of them, and at once after a write of
-    this process (`notify`). Idle, it asks nothing."""
+    """While requests wait, asks Postgres every 50 ms what changed for all of them, and at once after a write of this
+    process (`notify`). While none waits, it asks nothing."""
 
-    def __init__(self, database: Database, places: int) -> None:
+    def __init__(self, database: Database, max_waiting: int) -> None:
         self.database = database
-        self.places = places
-        self.make_room: Callable[[int], None] = lambda waiting: None  # see to threads beside so many that wait
-        self.waiters: list[Waiter] = []
+        self.max_waiting = max_waiting
+        self.provide_threads: Callable[[int], None] = lambda waiting: None  # beside those of so many that wait
+        self.long_polls: list[LongPoll] = []
         self.lock = threading.Lock()
-        self.notified = threading.Event()
-        self.look_at = 0.0  # the time to see again who is gone
+        self.wake_event = threading.Event()
+        self.next_disconnect_check = 0.0
         self.stopping = False
 
     def notify(self) -> None:
-        """Something was written here."""
-        if self.waiters:
-            self.notified.set()
+        """Ask again soon: this process wrote something."""
+        if self.long_polls:
+            self.wake_event.set()
 
     def stop(self) -> None:
-        """Wake all; they answer what they have."""
+        """Wake all long polls; they answer what they have."""
         self.stopping = True
         with self.lock:
-            for waiter in self.waiters:
-                waiter.woken.set()
-        self.notified.set()
+            for poll in self.long_polls:
+                poll.wake_event.set()
+        self.wake_event.set()
 
-    def hold(self, waiter: Waiter, ask: Callable[[], T | None], seconds: float) -> T | None:
-        """The first answer of `ask` that is not None; it is asked now, and whenever there is news for `waiter`.
+    def wait(self, poll: LongPoll, ask: Callable[[], T | None], seconds: float) -> T | None:
+        """The first answer of `ask` that is not None. It is asked now, and whenever there is news for `poll`.
 
         :param seconds: how long to wait at most; then None.
-        :raises Busy: there is no answer yet and no place to wait in.
+        :raises TooManyWaiting: there is no answer yet, and no more requests may wait.
         """
         answer = ask()
         if answer is not None or seconds <= 0 or self.stopping:
             return answer
         deadline = time.monotonic() + seconds
-        with self.waiting(waiter):
-            while not self.stopping and waiter.woken.wait(max(0.0, deadline - time.monotonic())):
-                waiter.woken.clear()
-                if waiter.is_gone():  # what is taken for a client that hung up would be lost until its lease ends
+        with self.watching(poll):
+            while not self.stopping and poll.wake_event.wait(max(0.0, deadline - time.monotonic())):
+                poll.wake_event.clear()
+                if poll.is_disconnected():  # a run claimed for a client that hung up would be lost until its lease ends
                     return None
                 answer = ask()
                 if answer is not None:
@@ -327,52 +321,61 @@ class Watcher:
         return None
 
     @contextmanager
-    def waiting(self, waiter: Waiter) -> Iterator[None]:
-        """Set waiter.woken whenever there is news for it, while this lasts.  :raises Busy: no place is free."""
+    def watching(self, poll: LongPoll) -> Iterator[None]:
+        """Set poll.wake_event whenever there is news for it, while this lasts.
+
+        :raises TooManyWaiting: no more requests may wait.
+        """
         with self.lock:
-            if len(self.waiters) >= self.places:
-                raise Busy
+            if len(self.long_polls) >= self.max_waiting:
+                raise TooManyWaiting
             try:
-                self.make_room(len(self.waiters) + 1)
+                self.provide_threads(len(self.long_polls) + 1)
             except RuntimeError:  # the machine gives no more threads: those that there are must not all wait
-                self.places = len(self.waiters)
-                logger.warning("no thread to be had: %d may wait at once", self.places, extra={"event": "no_thread"})
-                raise Busy from None
-            self.waiters.append(waiter)
-        self.notified.set()
+                self.max_waiting = len(self.long_polls)
+                logger.warning("the machine gives no more threads: %d requests may wait at once", self.max_waiting,
+                               extra={"event": "no_thread"})
+                raise TooManyWaiting from None
+            self.long_polls.append(poll)
+        self.wake_event.set()
         try:
             yield
         finally:
             with self.lock:
-                self.waiters.remove(waiter)
-                if not self.waiters:
-                    self.notified.set()  # for a last tick, which lets threads go
+                self.long_polls.remove(poll)
+                if not self.long_polls:
+                    self.wake_event.set()  # for a last tick, which ends threads that are not needed any more
 
     def tick(self) -> int:
-        """Ask once, and wake those there is news for: as many per queue as runs could start.  :returns: 0, to sleep."""
+        """Ask once, and wake the long polls that there is news for; of those for a queue, as many as runs of it could
+        start.  :returns: 0, to sleep."""
         with self.lock:
-            waiters = list(self.waiters)
-            self.make_room(len(waiters))  # threads that waited are not needed any more
-        if waiters:
-            claims = list(dict.fromkeys(claim for waiter in waiters for claim in waiter.claims))
-            runs = sorted({waiter.run_id for waiter in waiters if waiter.run_id is not None})
+            polls = list(self.long_polls)
+            self.provide_threads(len(polls))  # fewer than before may be needed
+        if polls:
+            claims = list(dict.fromkeys(claim for poll in polls for claim in poll.claims))
+            runs = sorted({poll.run_id for poll in polls if poll.run_id is not None})
             news = json.loads(self.database.call(
-                "watch", [queue for queue, _ in claims], json.dumps([workflows for _, workflows in claims]),
-                len(waiters), runs)[0] or "{}")
+                "watch", queues=[queue for queue, _ in claims], workflows=to_json([only for _, only in claims]),
+                limit=len(polls), run_ids=runs)[0] or "{}")
             ready = dict(zip(claims, news["claims"], strict=True))
-            looks = time.monotonic() >= self.look_at
-            if looks:
-                self.look_at = time.monotonic() + LOOK_SECONDS
-            for waiter in waiters:
-                claim = next((claim for claim in waiter.claims if ready[claim] > 0), None)
-                # A run that is not there any more is news, too.
-                is_told = claim is not None or (waiter.run_id and news["runs"].get(waiter.run_id, 2**31) > waiter.seq)
-                is_gone = (looks or is_told) and waiter.is_gone()
-                if is_told or is_gone:
-                    waiter.woken.set()
-                if claim is not None and not is_gone:
+            checks_connections = time.monotonic() >= self.next_disconnect_check
+            if checks_connections:
+                self.next_disconnect_check = time.monotonic() + DISCONNECT_SECONDS
+            for poll in polls:
+                claim = next((claim for claim in poll.claims if ready[claim] > 0), None)
+                # A run that does not exist any more is news, too.
+                has_news = claim is not None or (poll.run_id and news["runs"].get(poll.run_id, 2**31) > poll.seq)
+                is_disconnected = (checks_connections or has_news) and poll.is_disconnected()
+                if has_news or is_disconnected:
+                    poll.wake_event.set()
+                if claim is not None and not is_disconnected:
                     ready[claim] -= 1
         return 0
+
+    def idle_seconds(self) -> float | None:
+        """How long the watcher may sleep; None, until something is written, while no request waits."""
+        return WATCH_SECONDS if self.long_polls else None
 
 
 def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], stop: threading.Event,
@@ -445,29 +448,30 @@ class Sender:
         self.targets = targets
         self.in_flight: dict[str, InFlight] = {}
         self.changed = threading.Condition()  # guards it; notified when it shrinks
-        self.notified = threading.Event()     # there may be something to send
-        self.started = threading.Event()      # there is a deadline to keep
+        self.wake_event = threading.Event()      # there may be something to send
+        self.deadline_event = threading.Event()  # there is a deadline to keep
         self.renew_at = 0.0
         self.after = ""                       # hosts take turns: the next claim begins after this one
         self.stop_by: float | None = None     # the end of what is in flight, once the server stops
 
     def notify(self) -> None:
         """There may be something to send."""
-        self.notified.set()
+        self.wake_event.set()
 
     def tick(self) -> int:
         """Renew what is in flight, then claim what is due and start to send it.  :returns: how many were started."""
-        self.notified.clear()
-        flying = list(self.in_flight.values())
-        self._renew(flying)
+        self.wake_event.clear()
+        in_flight = list(self.in_flight.values())
+        self._renew(in_flight)
         now = time.monotonic()
-        quick = sum(one.exchange.is_over or now - one.exchange.started < SEND_SLOW_SECONDS for one in flying)
-        room = min(SEND_SLOTS - quick, SEND_THREADS - len(flying))
+        quick = sum(one.exchange.is_over or now - one.exchange.started < SEND_SLOW_SECONDS for one in in_flight)
+        room = min(SEND_SLOTS - quick, SEND_THREADS - len(in_flight))
         if room <= 0 or self.stop_by is not None:
             return 0
-        per_host = SEND_PER_HOST if len(flying) < SEND_THREADS // 2 else 1  # the last threads are for other hosts
-        claim = json.loads(str(self.database.call("claim_webhooks", room, SEND_HOLD_MS, per_host,
-                                                  [one.webhook["id"] for one in flying], self.after)[0]))
+        per_host = SEND_PER_HOST if len(in_flight) < SEND_THREADS // 2 else 1  # the last threads are for other hosts
+        claim = json.loads(str(self.database.call(
+            "claim_webhooks", limit=room, hold_ms=SEND_HOLD_MS, per_host=per_host,
+            in_flight=[one.webhook["id"] for one in in_flight], after=self.after)[0]))
         self.after = claim["after"]
         for webhook in claim["webhooks"]:
             self._start(webhook)
@@ -488,7 +492,7 @@ class Sender:
     def stop(self) -> None:
         """Claim no more, and give what is in flight SEND_DRAIN_SECONDS."""
         self.stop_by = time.monotonic() + SEND_DRAIN_SECONDS
-        self.started.set()
+        self.deadline_event.set()
 
     def drain(self) -> None:
         """Wait until nothing is in flight; what could not be recorded by then is sent again by another server."""
@@ -496,11 +500,11 @@ class Sender:
         with self.changed:
             self.changed.wait_for(lambda: not self.in_flight, max(0.0, end - time.monotonic()))
 
-    def _renew(self, flying: list[InFlight]) -> None:
+    def _renew(self, in_flight: list[InFlight]) -> None:
         now = time.monotonic()
-        if flying and now >= self.renew_at:
-            self.database.call("renew_webhooks", [one.webhook["id"] for one in flying],
-                               [one.webhook["attempt"] for one in flying], SEND_HOLD_MS)
+        if in_flight and now >= self.renew_at:
+            self.database.call("renew_webhooks", ids=[one.webhook["id"] for one in in_flight],
+                               attempts=[one.webhook["attempt"] for one in in_flight], hold_ms=SEND_HOLD_MS)
             self.renew_at = now + SEND_RENEW_SECONDS
 
     def _start(self, webhook: dict[str, Any]) -> None:
@@ -513,7 +517,7 @@ class Sender:
             logger.warning("a webhook waits for a thread: %s", error,
                            extra={"event": "no_thread", "delivery_id": webhook["id"]})
             self._finish(webhook, None)
-        self.started.set()
+        self.deadline_event.set()
 
     def _deliver(self, webhook: dict[str, Any], exchange: Exchange) -> None:
         outcome: Outcome | None = None
@@ -530,9 +534,11 @@ class Sender:
         """Record the outcome of a try; None gives the webhook back, as if it had not been claimed."""
         try:
             if outcome:
-                self.database.call("settle_webhook", webhook["id"], webhook["attempt"], *outcome)
+                self.database.call("settle_webhook", id=webhook["id"], attempt=webhook["attempt"],
+                                   **outcome._asdict())
             else:
-                self.database.call("release_webhook", webhook["id"], webhook["attempt"], int(SEND_SLEEP_SECONDS * 1000))
+                self.database.call("release_webhook", id=webhook["id"], attempt=webhook["attempt"],
+                                   delay_ms=int(SEND_SLEEP_SECONDS * 1000))
         except psycopg.Error as error:  # claimed by another when the hold is over, under the same id
             logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
                            extra={"event": "settle_failed", "delivery_id": webhook["id"]})
@@ -612,24 +618,26 @@ class Reconciler:
 
         :raises psycopg.Error: the database is away; all other failures are logged, each with the name of its sweep.
         """
-        done = sum(self._attempt(sweep, self.database.count, sweep, SWEEP_LIMIT) for sweep in (
-            "expire_gates", "wake_due", "offer_runs", "fold_tallies"))
+        done = sum(self._attempt(sweep, self.database.count, sweep, limit=SWEEP_LIMIT) for sweep in (
+            "expire_gates", "wake_due", "offer_runs"))
+        done += self._attempt("fold_tallies", self.database.count, "fold_tallies", rows=SWEEP_LIMIT)
         if self.away_since is None and time.monotonic() >= self.patient_until:
             done += self._attempt("expire_leases", self._expire_leases)
         done += self._attempt("cancel_overdue", self._cancel_overdue)
         done += self._attempt("due_schedules", self._fire_schedules)
         if self.retention_days:
-            done += self._attempt("purge_runs", self.database.count, "purge_runs", self.retention_days, SWEEP_LIMIT)
+            done += self._attempt("purge_runs", self.database.count, "purge_runs", days=self.retention_days,
+                                  limit=SWEEP_LIMIT)
         if self.away_since is not None:
             logger.warning("the database is back", extra={"event": "database_back"})
             self.away_since = None
             self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
         return done
 
-    def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any) -> int:
+    def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any, **named: Any) -> int:
         """Do one part of a tick; when it fails, log that and go on.  :raises psycopg.Error: the database is away."""
         try:
-            done = sweep(*arguments)
+            done = sweep(*arguments, **named)
         except Exception as error:
             if isinstance(error, psycopg.Error) and cannot_write(error):
                 raise
@@ -642,7 +650,7 @@ class Reconciler:
         return done
 
     def _expire_leases(self) -> int:
-        expired, runs = self.database.rows("expire_leases", SWEEP_LIMIT)[0]
+        expired, runs = self.database.rows("expire_leases", limit=SWEEP_LIMIT)[0]
         for run in json.loads(runs):
             self._log_expired(run)
         return int(expired)
@@ -657,7 +665,8 @@ class Reconciler:
 
     def _cancel_overdue(self) -> int:
         # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
-        return sum(itertools.takewhile(bool, (self.database.count("cancel_overdue", 1) for _ in range(SWEEP_LIMIT))))
+        return sum(itertools.takewhile(bool, (
+            self.database.count("cancel_overdue", limit=1) for _ in range(SWEEP_LIMIT))))
 
     def _fire_schedules(self) -> int:
         due = json.loads(self.database.call("due_schedules")[0] or "{}")
@@ -667,7 +676,8 @@ class Reconciler:
     def _fire(self, schedule: dict[str, Any], now: str) -> int:
         # From now on, not from the time it was due at: after downtime it fires once.
         coming = next_fire(schedule["cron"], schedule["timezone"], datetime.fromisoformat(now))
-        return self.database.count("fire_schedule", schedule["name"], schedule["nextRunAt"], coming)
+        return self.database.count("fire_schedule", name=schedule["name"], fire_at=schedule["nextRunAt"],
+                                   next_run_at=coming)
 
     def failed(self, error: Exception) -> None:
         """The database is away: leases get their grace, and the outage is logged once."""
@@ -684,50 +694,17 @@ class Reconciler:
 
 
 # ------------------------------------------------------------------------------
-# Request plumbing: what a route may take for granted: a raw path, the key checked, a body within its limit.
+# Requests: what happens to each request before and after its route. Its body was not read before its head was judged
+# by Admission (tidebase_server/admission.py).
 # ------------------------------------------------------------------------------
-class Admission(Gatekeeper):
-    """What is decided about a request as soon as its head is there: no body is taken from who may not send one."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    def admit(self, head: Head) -> Refused | None:
-        """Requests without a body, and those whose key is right, go on to Flask, which checks them once more."""
-        if head.body_bytes == 0:
-            return None
-        path, access = path_of(head.target), self.server.access
-        environ = {f"HTTP_{name}": value for name, value in head.headers.items()} | {
-            "REQUEST_METHOD": head.method, "REQUEST_URI": head.target, "PATH_INFO": path,
-            "CONTENT_TYPE": head.headers.get("CONTENT_TYPE", ""), "CONTENT_LENGTH": str(head.body_bytes or 1)}
-        if denial := access.denial(environ):
-            return self._answer(refused(Refusal(*denial)))
-        key = access.key_in(environ.get("HTTP_AUTHORIZATION", ""))
-        if not access.api_key or access.is_key(key) or access.is_read_key(key):
-            return None
-        if not takes_no_key(head.method, path):
-            return self._answer(refused(no_key(key)))
-        if head.body_bytes is None or head.body_bytes > KEYLESS_BYTES:
-            return self.refuse(413, "")
-        return None
-
-    def refuse(self, status: int, words: str) -> Refused:
-        code = {413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(status, "internal_error")
-        return self._answer(refused(invalid("", words) if status == 400 else Refusal(
-            status, code, http.HTTPStatus(status).phrase.lower())))
-
-    def _answer(self, reply: Reply) -> Refused:
-        text, status, headers = reply
-        headers = {**SAFE_HEADERS, **headers, **self.server.cors_headers}
-        return Refused(status, http.HTTPStatus(status).phrase, list(headers.items()), text.encode())
-
-
-def takes_no_key(method: str, path: str) -> bool:
-    """Whether a route is its own credential, or holds no secret."""
-    try:
-        return app.url_map.bind("").match(path, method)[0] in WITHOUT_KEY
-    except HTTPException:
-        return False
+# The first two hold no secret; a gate's token is the credential that resolves it.
+WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.resolve_gate", "studio.look_at_gate", "studio.front",
+               "studio.page"}
+WITHOUT_DATABASE = {"routes.health", "routes.openapi_json", "studio.front", "studio.page"}
+PAGE_VIEWS = {"studio.front", "studio.page"}  # for people, and no part of the interface that /openapi.json describes
+PAGES = frozenset({"/", "/studio"})  # for people, who may follow a link to them from anywhere
+READS = {"studio.list_changes", "routes.preview_schedule"}  # their bodies are questions: they write nothing
+PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
 
 
 def core() -> Server:
@@ -735,79 +712,122 @@ def core() -> Server:
     return cast(Server, request.core())
 
 
+def authorize() -> flask.Response | None:
+    """Before a route: answer preflights; check the sender, the key, and that the database was prepared.
+
+    :raises Refusal: 401, 403 or 415.
+    :raises psycopg.OperationalError: the database has not been prepared yet.
+    """
+    check_sender()
+    asked, flask.g.may_write, flask.g.expires_at = flask.request, True, math.inf
+    if asked.method == "OPTIONS" and core().config.cors_origin:
+        return flask.Response(status=204)
+    if asked.endpoint not in WITHOUT_KEY:
+        is_stream = asked.endpoint == "routes.stream_events"
+        given = asked.args.get("token") if is_stream else None  # browsers' streams send no headers
+        expires_at = run_token_expiry(given) if is_stream else None
+        if expires_at is not None:
+            flask.g.may_write, flask.g.expires_at = False, expires_at
+        else:
+            flask.g.may_write = check_key(given)
+        if not flask.g.may_write and asked.method not in ("GET", "HEAD") and asked.endpoint not in READS:
+            raise Refusal(403, "read_only", "this key may only read")
+    if asked.endpoint not in WITHOUT_DATABASE and not core().prepared.wait(PREPARE_SECONDS):
+        raise psycopg.OperationalError("the schema has not been looked at yet")
+    return None
+
+
+def add_headers(response: flask.Response) -> flask.Response:
+    """After a route: add what all answers carry, and what TIDEBASE_CORS_ORIGIN allows."""
+    for name, value in SAFE_HEADERS.items():
+        response.headers.setdefault(name, value)
+    if core().cors_headers:
+        response.headers.update(core().cors_headers)
+    return response
+
+
 def answer_to(error: Exception) -> Reply:
-    """The answer to a request that raised.  What is a defect is told in full to the log, and in one word to the
-    client."""
+    """The answer to a request that raised. A defect is told in full to the log, and in one word to the client."""
     if isinstance(error, HTTPException):
         return refused(error)
-    known = None
+    answer = None
     if isinstance(error, psycopg.Error):
         try:
-            known = database_refused(error, core().database)
+            answer = database_refused(error, core().database)
         except psycopg.Error as later:  # the database went away before the objects of a refusal were read
-            known = database_refused(later, core().database)
-    if known is None:
+            answer = database_refused(later, core().database)
+    if answer is None:
         logger.error("request failed", exc_info=error, extra={
             "event": "request_failed", "path": flask.request.path})
-    return known or reply('{"error": "internal error", "code": "internal_error"}', 500)
+    return answer or reply('{"error": "internal error", "code": "internal_error"}', 500)
 
 
-class Write(NamedTuple):
-    """One write as write_one and write_each take it: its fields, as JSON, and its payloads."""
-
-    fields: str
-    input: str | None
-    output: str | None
-    error: str | None
+def new_owner() -> str:
+    """The name of a worker that gave itself none."""
+    return f"owner_{secrets.token_hex(16)}"
 
 
-# The fields of a write, but for its payloads.
-WRITE_FIELDS = frozenset({
-    "id", "run_id", "step_id", "lease_owner", "name", "input_hash", "options", "retryable", "resume_decision",
-    "started_at", "duration_ms", "brief", "queue", "workflow_name", "metadata", "recovery_webhook", "recovery_secret",
-    "channels", "dedupe_key", "delay_ms", "run_at", "max_attempts", "priority", "deadline_ms", "edge_type",
-    "edge_metadata"})
+def long_poll(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString,
+              *arguments: str | int) -> Reply:
+    """What a function of schema.sql answers, as soon as it is over, or after `wait_ms` as it is then.
+
+    :param wait_ms: as the query string has it.
+    :param is_over: the condition for that, in SQL, of its `body`.
+    :param function: answers `body` and `seq`, the run's event number; it is asked again when events follow.
+    """
+    poll, latest = LongPoll(run_id=run_id), ""
+
+    def ask() -> str | None:
+        nonlocal latest
+        [(latest, poll.seq, over)] = core().database.select(
+            f"select body, seq, {is_over} from tidebase.{function}({marks})", arguments)  # noqa: S608
+        return latest if over or not seconds else None
+
+    seconds, marks = whole_of("waitMs", wait_ms, MAX_WAIT_MS) / 1000, ", ".join(["%s"] * len(arguments))
+    try:
+        core().watcher.wait(poll, ask, seconds)
+    except TooManyWaiting:
+        return busy(reply(latest))
+    return reply(latest)
 
 
-def encode_fields(body: dict[str, Any], **extras: Any) -> str:
-    """The JSON of a checked body's fields, but for its payloads."""
-    fields = {member: value.isoformat() if isinstance(value, datetime) else value
-              for member, value in body.items() if member in WRITE_FIELDS and value is not None}
-    return compose(fields | extras)
+# --- many writes at once
 
 
-def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
-    """The write that a checked body, and parts of the path, ask for."""
-    body |= parts
-    extras: dict[str, Any] = {"do": verb}
-    if verb == "begin_step":
-        extras |= {"lease_ms": core().config.lease_ms, "lease_owner": body["lease_owner"] or new_owner()}
-    return Write(encode_fields(body, **extras), body.get("input"),
-                 body.get("result" if verb == "complete_run" else "output"), body.get("error"))
+MAX_ANSWERS = 16 * 1024 * 1024  # characters of the answers to a batch, as _budget() of schema.sql
 
 
-def write(verb: str, body: dict[str, Any], **parts: str) -> Reply:
-    """Make one write, in a transaction of its own."""
-    [row] = core().database.rows("write_one", *write_of(verb, body, **parts))
-    core().wrote()
-    return reply(*row)
+def write_all(writes: list[dict[str, Any]]) -> Reply:
+    """Make many writes, in one transaction unless many are refused; each is answered as if it had come alone.
 
-
-def write_all(writes: list[Write]) -> Reply:
-    """Make many writes, in one transaction unless many are refused; each is answered as if it had come alone."""
+    :param writes: checked fields, and `do`, the SQL function that makes the write. Payloads go beside the other fields,
+        since those are jsonb, which would not keep their text.
+    """
+    for write in writes:
+        if write["do"] == "begin_step":
+            write |= lease_of(write)
+    payloads = [(write.pop("input", None), write.pop("output", None) or write.pop("result", None),
+                 write.pop("error", None)) for write in writes]
+    fields = [encode_fields(write) for write in writes]
     answers: dict[int, tuple[str, int]] = {}
     while rest := [n for n in range(len(writes)) if n not in answers]:  # where many are refused, some are not reached
-        some = [writes[n] for n in rest]
+        inputs, outputs, errors = map(JsonArray, zip(*(payloads[n] for n in rest), strict=True))
         rows = core().database.rows(
-            "write_each", "[" + ", ".join(write.fields for write in some) + "]",
-            JsonArray(write.input for write in some), JsonArray(write.output for write in some),
-            JsonArray(write.error for write in some),
-            bodies.MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
+            "write_each", writes=to_json([fields[n] for n in rest]), inputs=inputs, outputs=outputs, errors=errors,
+            room=MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
         answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
     core().wrote()
+    for n, write in enumerate(writes):
+        if write["do"] == "fail_run" and answers[n][1] == 200:
+            log_failure(write["run_id"], answers[n][0])
     return reply('{"results": [' + ", ".join(
         body if status == 200 else f'{body[:-1]}, "status": {status}}}'
         for body, status in map(answers.__getitem__, range(len(writes)))) + "]}")
+
+
+def lease_of(step: dict[str, Any]) -> dict[str, Any]:
+    """Who begins a step, and for how long."""
+    return {"lease_owner": step["lease_owner"] or new_owner(), "lease_ms": core().config.lease_ms}
 
 
 def log_failure(run_id: str, text: str) -> None:
@@ -818,140 +838,25 @@ def log_failure(run_id: str, text: str) -> None:
         logger.warning("run %s failed; its payloads are nested too deeply to show why", run_id,
                        extra={"event": "run_failed", "run_id": run_id})
         return
-    run, error = answer["run"], answer["run"]["error"]
-    if run["status"] not in ("failed", "queued"):  # it had ended before
+    run, error = answer["run"], answer["run"].get("error")
+    if run["status"] not in ("failed", "queued") or "requeued" not in answer:  # it had ended before
         return
-    said = [error.get("name"), error.get("message")] if isinstance(error, dict) else [error]
-    words = one_line(": ".join(text for text in said if text and isinstance(text, str)))
+    texts = [error.get("name"), error.get("message")] if isinstance(error, dict) else [error]
+    words = one_line(": ".join(text for text in texts if text and isinstance(text, str)))
     logger.warning("run %s (%s) failed in attempt %d of %d%s; %s", run_id, place_of(run), run["attempt"],
                    run["maxAttempts"], words and f": {words}",
                    f"it is queued again for {run['runAt']}" if answer["requeued"] else "it is not queued again",
                    extra={"event": "run_requeued" if answer["requeued"] else "run_failed", "run_id": run_id})
 
 
-def held(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString,
-         *arguments: str | int) -> Reply:
-    """What a function of schema.sql answers, held back for `wait_ms`, as the query string has it, until it is over.
-
-    :param is_over: the condition for that, in SQL, of its `body`.
-    :param function: answers `body` and `seq`, the run's event number; it is asked again when events follow.
-    """
-    waiter, latest = Waiter(run_id=run_id), ""
-
-    def ask() -> str | None:
-        nonlocal latest
-        [(latest, waiter.seq, over)] = core().database.select(
-            f"select body, seq, {is_over} from tidebase.{function}({marks})", arguments)  # noqa: S608
-        return latest if over or not seconds else None
-
-    seconds, marks = whole_of("waitMs", wait_ms, MAX_WAIT_MS) / 1000, ", ".join(["%s"] * len(arguments))
-    try:
-        core().watcher.hold(waiter, ask, seconds)
-    except Busy:
-        return busy(reply(latest))
-    return reply(latest)
-
-
-def new_owner() -> str:
-    return f"owner_{secrets.token_hex(16)}"
-
-
-# The first three hold no secret; a gate's token is the credential that resolves it.
-WITHOUT_KEY = {"routes.health", "routes.openapi_json", "routes.docs", "routes.resolve_gate", "studio.look_at_gate",
-               "studio.front", "studio.page"}
-PAGE_VIEWS = {"studio.front", "studio.page"}  # for people, and no part of the interface that /openapi.json describes
-# Their bodies are questions: they write nothing.
-READS = {"studio.list_changes", "routes.preview_schedule"}
-
-
-# For people, who may follow a link to them from anywhere.
-PAGES = frozenset({"/docs", "/", "/studio"})
-
-
-PREPARE_SECONDS = 1  # what a process that has only just started is given to look at the schema before it refuses
-
-
-def check_sender() -> None:
-    """:raises Refusal: 403 for a web page's request that is not this server's own, 415 for a body that is not JSON."""
-    if denial := core().access.denial(flask.request.environ):
-        raise Refusal(*denial)
-
-
-def check_key(given: str | None = None) -> bool:
-    """Whether `given` or, without it, the Authorization header is the key that may write, and not the one that only
-    reads.  :raises Refusal: 401, when it is neither."""
-    access = core().access
-    if not access.api_key:
-        return True
-    key = access.key_in(flask.request.environ.get("HTTP_AUTHORIZATION", "")) if given is None else given.encode()
-    if access.is_key(key):
-        return True
-    if not access.is_read_key(key):
-        raise no_key(key)
-    return False
-
-
-def no_key(sent: bytes) -> Refusal:
-    return Refusal(401, "unauthorized", "the API key that was sent is not this server's" if sent else
-                   "send the API key: Authorization: Bearer KEY")
-
-
-def run_token_expiry(given: str | None) -> int | None:
-    """When the run token expires that a request for a run's events brings as `given` or, without it, as the
-    Authorization header; None when it brings none.  :raises Refusal: 401, when the token has expired."""
-    access, request = core().access, flask.request
-    sent = access.key_in(request.headers.get("Authorization", "")) if given is None else given.encode()
-    expires_at = access.run_token_expiry(sent, (request.view_args or {})["run_id"])
-    if expires_at is not None and expires_at <= access.clock():
-        raise Refusal(401, "unauthorized", "this run token has expired: get another one")
-    return expires_at
-
-
-def read_only() -> Refusal:
-    return Refusal(403, "read_only", "this key may only read")
-
-
-def check_prepared() -> None:
-    """:raises psycopg.OperationalError: the database has not been prepared yet."""
-    if not core().prepared.wait(PREPARE_SECONDS):
-        raise psycopg.OperationalError("the schema has not been looked at yet")
-
-
-def authorize() -> flask.Response | None:
-    """Before every request: preflights are answered, sender, key and database checked."""
-    check_sender()
-    request, flask.g.may_write, flask.g.expires_at = flask.request, True, math.inf
-    if request.method == "OPTIONS" and core().config.cors_origin:
-        return flask.Response(status=204)
-    if request.path in ("/health", "/openapi.json", "/docs") or request.endpoint in PAGE_VIEWS:
-        return None
-    if request.endpoint not in WITHOUT_KEY:
-        is_stream = request.endpoint == "routes.stream_events"
-        given = request.args.get("token") if is_stream else None  # browsers' streams send no headers
-        expires_at = run_token_expiry(given) if is_stream else None
-        if expires_at is not None:
-            flask.g.may_write, flask.g.expires_at = False, expires_at
-        else:
-            flask.g.may_write = check_key(given)
-        if not flask.g.may_write and request.method not in ("GET", "HEAD") and request.endpoint not in READS:
-            raise read_only()
-    check_prepared()
-    return None
-
-
-def add_headers(response: flask.Response) -> flask.Response:
-    """After every request: what all answers carry, and what TIDEBASE_CORS_ORIGIN allows."""
-    for name, value in SAFE_HEADERS.items():
-        response.headers.setdefault(name, value)
-    response.headers.update(core().cors_headers)
-    return response
-
-
 # ------------------------------------------------------------------------------
 # Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 403, 413, 415
-# and 503.
+# and 503. tidebase_server/openapi.py reads these docstrings and says how they are written.
 # ------------------------------------------------------------------------------
 routes = flask.Blueprint("routes", __name__)
+
+
+# --- about this server
 
 
 @routes.get("/health")
@@ -968,6 +873,18 @@ def health() -> Reply:
     return reply(json.dumps({"ok": True, "database": "ok", "version": __version__}))
 
 
+@routes.get("/openapi.json")
+def openapi_json() -> Reply:
+    """These routes as OpenAPI 3.1; it holds no secret, so that tools may read it without the key.  200 object."""
+    return reply(described())
+
+
+@functools.cache
+def described() -> str:
+    """The text of /openapi.json."""
+    return json.dumps(openapi.document(app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS))
+
+
 @routes.get("/session")
 def session() -> Reply:
     """What the key that was sent may do, and what the page needs to know of this server.
@@ -981,30 +898,7 @@ def session() -> Reply:
         "publicUrl": config.public_url or None}))
 
 
-@functools.cache
-def described() -> dict[str, Any]:
-    return openapi.document(app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS)
-
-
-@routes.get("/openapi.json")
-def openapi_json() -> Reply:
-    """These routes as OpenAPI 3.1; it holds no secret, so that tools may read it without the key.  200 object."""
-    return reply(json.dumps(described()))
-
-
-@routes.get("/docs")
-def docs() -> Reply:
-    """The same as a page for people.  200 page."""
-    return openapi.page(described()), 200, {
-        "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-
-
 # --- runs
-
-
-def channels_of(body: dict[str, Any]) -> str:
-    return json.dumps(body["channels"])
 
 
 @routes.post("/runs/<part:workflow_name>")
@@ -1012,11 +906,7 @@ def create_run(workflow_name: str) -> Reply:
     """Create a run without a queue, or get the one with this id.  200 {run, created}, 409 run_id_conflict."""
     if not workflow_name:
         raise invalid("workflowName", "must not be empty")
-    body = parse(bodies.CreateRunBody)
-    return call("create_run", body["id"], workflow_name, body["input"], body["metadata"], body["recovery_webhook"],
-                channels_of(body), body["deadline_ms"], body["recovery_secret"])
-
-
+    return call("create_run", workflow_name=workflow_name, **parse(bodies.CreateRunBody))
 
 
 @routes.get("/runs")
@@ -1048,12 +938,12 @@ def get_run(run_id: str) -> Reply:
     ?include (run,state,gates and so on) ?waitMs:0..25000=0  200 runDetail, 404."""
     asked = query("include", "waitMs")
     if "waitMs" in asked:
-        return held(run_id, asked["waitMs"], f"body->'run'->>'status' in {ENDED}", "get_run", run_id)
+        return long_poll(run_id, asked["waitMs"], f"body->'run'->>'status' in {ENDED}", "get_run", run_id)
     include = asked["include"].split(",") if asked.get("include") else None
     for part in include or ():
         choice_of("include", part, DETAILS, "")
-    return found(core().database.read("run_detail", run_id, include, core().traces.queues(), flask.g.may_write)[0],
-                 run_id)
+    return found(core().database.read("run_detail", run_id=run_id, include=include, asked=core().traces.queues(),
+                                      tokens=not reads_only())[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/begin")
@@ -1063,33 +953,34 @@ def begin_run(run_id: str) -> Reply:
     owner = flask.request.headers.get("x-tidebase-worker") or new_owner()
     if len(owner) > MAX_NAME:
         raise invalid("x-tidebase-worker", f"must be at most {MAX_NAME} characters")
-    return call("begin_run", run_id, owner, core().config.lease_ms, parse(bodies.BeginRunBody)["checkpoints"])
+    return call("begin_run", run_id=run_id, lease_owner=owner, lease_ms=core().config.lease_ms,
+                **parse(bodies.BeginRunBody))
 
 
 @routes.post("/runs/<part:run_id>/heartbeat")
 def heartbeat(run_id: str) -> Reply:
     """Extend the lease.  200 {run}, 404, 409 lease_lost, run_cancelled."""
-    return call("heartbeat", run_id, parse(bodies.HeartbeatBody)["lease_owner"])
+    return call("heartbeat", run_id=run_id, **parse(bodies.HeartbeatBody))
 
 
 @routes.post("/heartbeats")
 def heartbeats() -> Reply:
     """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
-    beats = parse(bodies.HeartbeatsBody)["runs"]
-    return call("heartbeat_runs", [beat["id"] for beat in beats], [beat["lease_owner"] for beat in beats])
+    runs = parse(bodies.HeartbeatsBody)["runs"]
+    return call("heartbeat_runs", run_ids=[run["id"] for run in runs],
+                lease_owners=[run["lease_owner"] for run in runs])
 
 
 @routes.post("/runs/<part:run_id>/complete")
 def complete_run(run_id: str) -> Reply:
     """End it well.  200 {run} or {run:briefRun}, 404, 409 lease_lost."""
-    return write("complete_run", parse(bodies.CompleteRunBody), run_id=run_id)
+    return call("complete_run", run_id=run_id, **parse(bodies.CompleteRunBody))
 
 
 @routes.post("/runs/<part:run_id>/fail")
 def fail_run(run_id: str) -> Reply:
     """Report a failed attempt.  200 {run, requeued}, 404, 409 lease_lost."""
-    body = parse(bodies.FailRunBody)
-    answer = call("fail_run", run_id, body["lease_owner"], body["error"], body["failure_class"], body["retryable"])
+    answer = call("fail_run", run_id=run_id, **parse(bodies.FailRunBody))
     log_failure(run_id, answer[0])
     return answer
 
@@ -1097,41 +988,39 @@ def fail_run(run_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/cancel")
 def cancel_run(run_id: str) -> Reply:
     """End it at once.  200 {run}, 404, 409 run_completed."""
-    body = parse(bodies.CancelBody)
-    return call("cancel_run", run_id, body["reason"], body["actor"])
+    return call("cancel_run", run_id=run_id, **parse(bodies.CancelBody))
 
 
 @routes.post("/runs/<part:run_id>/release")
 def release_run(run_id: str) -> Reply:
     """Give it back, no attempt spent.  200 {run}, 404, 409 lease_lost, run_cancelled."""
-    return call("release_run", run_id, parse(bodies.HeartbeatBody)["lease_owner"])
+    return call("release_run", run_id=run_id, **parse(bodies.HeartbeatBody))
 
 
 @routes.post("/runs/<part:run_id>/retry")
 def retry_run(run_id: str) -> Reply:
     """Put a failed or cancelled run back.  200 {run}, 404, 409 run_completed, dedupe_conflict."""
-    parse(bodies.Body)
-    return call("retry_run", run_id)
+    return call("retry_run", run_id=run_id, **parse(bodies.Body))
 
 
 @routes.post("/runs/<part:run_id>/recover")
 def recover_run(run_id: str) -> Reply:
     """Post its recovery webhook.  200 {recoveryAttempt}, 404, 422 no_recovery_webhook."""
-    return call("recover_run", run_id, parse(bodies.RecoverBody)["reason"])
+    return call("recover_run", run_id=run_id, **parse(bodies.RecoverBody))
 
 
 @routes.post("/runs/<part:run_id>/fork")
 def fork_run(run_id: str) -> Reply:
     """A new run that starts with copies of its checkpoints.  200 {run, created}, 404, 409 run_id_conflict."""
-    body = parse(bodies.ForkBody)
-    return call("fork_run", run_id, body["id"], body["from_step"], body["input"], body["queue"])
+    return call("fork_run", run_id=run_id, **parse(bodies.ForkBody))
 
 
 @routes.post("/runs/<part:run_id>/children")
 def create_child(run_id: str) -> Reply:
     """A run for a part of its work, one per name.  200 {run, edge:runEdge, created}, 404, 409 run_cancelled,
     lease_lost, edge_conflict, run_id_conflict."""
-    return write("create_child", parse(bodies.ChildBody), run_id=run_id)
+    child = parse(bodies.ChildBody)
+    return call("create_child", run_id=run_id, input=child.pop("input"), child=encode_fields(child))
 
 
 # --- steps
@@ -1142,42 +1031,51 @@ def begin_step(run_id: str) -> Reply:
     """Ask what to do about a step.  200 {action=execute, step, leaseOwner} or {action=return, step, output}
     or {action=locked, step?} or {action=input_mismatch, step, expectedInputHash, actualInputHash}
     or {action=cancelled, run}, 404, 409 manual_review, step_failed, lease_lost."""
-    return write("begin_step", parse(bodies.BeginStepBody), run_id=run_id)
+    step = parse(bodies.BeginStepBody)
+    return call("begin_step", run_id=run_id, **step | lease_of(step))
 
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/complete")
 def complete_step(run_id: str, step_id: str) -> Reply:
     """Record a step's output, once.  200 {step}, 404, 409 lease_lost."""
-    return write("complete_step", parse(bodies.CompleteStepBody), run_id=run_id, step_id=step_id)
+    return call("complete_step", run_id=run_id, step_id=step_id, **parse(bodies.CompleteStepBody))
 
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/fail")
 def fail_step(run_id: str, step_id: str) -> Reply:
     """Record a step's failure.  200 {step}, 404, 409 lease_lost."""
-    body = parse(bodies.FailStepBody)
-    return call("fail_step", run_id, step_id, body["lease_owner"], body["error"], body["retryable"],
-                body["resume_decision"])
+    return call("fail_step", run_id=run_id, step_id=step_id, **parse(bodies.FailStepBody))
 
 
 @routes.post("/runs/<part:run_id>/steps/<part:step_id>/review")
 def review_step(run_id: str, step_id: str) -> Reply:
     """A person's decision on an ambiguous step; the run goes on.  200 {step}, 404, 409 not_in_review,
     dedupe_conflict."""
-    body = parse(bodies.ReviewBody)
-    return call("review_step", run_id, step_id, body["decision"], body["output"], body["actor"])
+    return call("review_step", run_id=run_id, step_id=step_id, **parse(bodies.ReviewBody))
 
 
 @routes.post("/runs/<part:run_id>/steps")
 def record_step(run_id: str) -> Reply:
     """Record a step that already ran.  200 {step} or {step:briefStep}, 404, 409 lease_lost, run_cancelled,
     input_mismatch, manual_review, step_failed."""
-    return write("record_step", parse(bodies.RecordStepBody), run_id=run_id)
+    return call("record_step", run_id=run_id, **parse(bodies.RecordStepBody))
 
 
 @routes.post("/steps")
 def record_steps() -> Reply:
     """Record many, of any runs.  200 {results: [{step} or {step:briefStep} or refusal]}."""
-    return write_all([write_of("record_step", record) for record in parse(bodies.RecordStepsBody)["records"]])
+    return write_all([{"do": "record_step", **step} for step in parse(bodies.RecordStepsBody)["records"]])
+
+
+@routes.post("/writes")
+def write_batch() -> Reply:
+    """Many writes in one commit: finished and failed steps, begins and outputs of others, ends of runs, new runs,
+    children. Each is answered as if it had come alone, and none touches another, but for one that is chained: it is
+    refused after an earlier one of its run was (prior_refused).
+    200 {results: [{action, ~step, ~output, ~leaseOwner, ~run, ~expectedInputHash, ~actualInputHash} or {step}
+    or {step:briefStep} or {run, ~deduplicated, ~requeued} or {run, edge:runEdge, created} or {run:briefRun}
+    or refusal]}."""
+    return write_all(parse(bodies.WritesBody)["writes"])
 
 
 # --- gates
@@ -1186,25 +1084,22 @@ def record_steps() -> Reply:
 @routes.post("/runs/<part:run_id>/gates/begin")
 def begin_gate(run_id: str) -> Reply:
     """Ask a person, once per name.  200 {action:wait|return, gate}, 404, 409 run_cancelled, lease_lost."""
-    body = parse(bodies.BeginGateBody)
-    return call("begin_gate", run_id, body["name"], body["prompt"], body["data"], channels_of(body),
-                body["capability"], body["timeout_ms"], core().public_url, body["lease_owner"])
+    return call("begin_gate", run_id=run_id, public_url=core().public_url, **parse(bodies.BeginGateBody))
 
 
 @routes.get("/runs/<part:run_id>/gates/<part:gate_id>")
 def get_gate(run_id: str, gate_id: str) -> Reply:
     """A gate, at once or as soon as it is decided.  ?waitMs:0..25000=0 (how long to wait for it)
     200 {gate, runStatus}, 404."""
-    return held(run_id, query("waitMs").get("waitMs", "0"),
-                f"body->'gate'->>'status' <> 'pending' or body->>'runStatus' in {ENDED}", "get_gate", run_id, gate_id,
-                flask.g.may_write)
+    return long_poll(run_id, query("waitMs").get("waitMs", "0"),
+                     f"body->'gate'->>'status' <> 'pending' or body->>'runStatus' in {ENDED}", "get_gate", run_id,
+                     gate_id, not reads_only())
 
 
 @routes.post("/runs/<part:run_id>/gates/<part:gate_id>/resolve")
 def resolve_gate(run_id: str, gate_id: str) -> Reply:
     """Decide it, by its token alone.  200 {gate}, 409 gate_token_wrong, gate_resolved, run_ended."""
-    body = parse(bodies.ResolveGateBody)
-    return call("resolve_gate", run_id, gate_id, body["token"], body["decision"], body["actor"], body["payload"])
+    return call("resolve_gate", run_id=run_id, gate_id=gate_id, **parse(bodies.ResolveGateBody))
 
 
 # --- waiting and signals
@@ -1213,18 +1108,13 @@ def resolve_gate(run_id: str, gate_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/wait")
 def wait_run(run_id: str) -> Reply:
     """Give the lease up until something is there.  200 {run, ready}, 404, 409 lease_lost, run_cancelled, no_queue."""
-    body = parse(bodies.WaitBody)
-    keys = {"gate_id": "gateId", "step_id": "stepId"}
-    waiting_for = {keys.get(name, name): value.isoformat() if name == "until" else value
-                   for name, value in body["wait_for"].items()}
-    return call("wait_run", run_id, body["lease_owner"], json.dumps(waiting_for), body["timeout_ms"])
+    return call("wait_run", run_id=run_id, **parse(bodies.WaitBody))
 
 
 @routes.post("/runs/<part:run_id>/signals")
 def send_signal(run_id: str) -> Reply:
     """Send it a signal, the next of its name.  200 {signal}, 404, 409 lease_lost, run_cancelled, signal_id_conflict."""
-    body = parse(bodies.SignalBody)
-    return call("send_signal", run_id, body["id"], body["name"], body["payload"], body["lease_owner"])
+    return call("send_signal", run_id=run_id, **parse(bodies.SignalBody))
 
 
 @routes.get("/runs/<part:run_id>/signals/<part:name>")
@@ -1232,25 +1122,18 @@ def get_signal(run_id: str, name: str) -> Reply:
     """The n-th signal of a name, null while there is none; at once or as soon as it is sent.
     ?n:1..1000000=1 ?waitMs:0..25000=0 (how long to wait for it)  200 {signal?, runStatus}, 404."""
     asked = query("n", "waitMs")
-    return held(run_id, asked.get("waitMs", "0"), f"body->>'signal' is not null or body->>'runStatus' in {ENDED}",
-                "get_signal", run_id, name, whole_of("n", asked.get("n", "1"), bodies.MAX_SIGNALS, low=1))
+    return long_poll(run_id, asked.get("waitMs", "0"), f"body->>'signal' is not null or body->>'runStatus' in {ENDED}",
+                     "get_signal", run_id, name, whole_of("n", asked.get("n", "1"), bodies.MAX_SIGNALS, low=1))
 
 
 @routes.post("/runs/<part:run_id>/signals/<part:name>/expire")
 def expire_signal(run_id: str, name: str) -> Reply:
     """Decide that the n-th signal of a name did not come in time, unless it did; the answer is what counts.
     200 {signal}, 404, 409 lease_lost, run_cancelled."""
-    body = parse(bodies.ExpireSignalBody)
-    return call("expire_signal", run_id, name, body["n"], body["lease_owner"])
+    return call("expire_signal", run_id=run_id, name=name, **parse(bodies.ExpireSignalBody))
 
 
 # --- state, snapshots, usage
-
-
-def about(body: dict[str, Any]) -> str:
-    """The JSON of what a body says of a version of the state."""
-    names = ("id", "label", "reason", "importance", "metadata", "created_by", "step_id")
-    return compose({name: body[name] for name in names if name in body})
 
 
 @routes.put("/runs/<part:run_id>/state")
@@ -1258,8 +1141,7 @@ def put_state(run_id: str) -> Reply:
     """Replace the live value.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
     version_id_conflict."""
     body = parse(bodies.PutStateBody)
-    return call("write_state", run_id, body["stream"], body["value"], False, body["if_version"], about(body),
-                body["lease_owner"])
+    return call("write_state", run_id=run_id, merge=False, version=take(bodies.VersionMetadata, body), **body)
 
 
 @routes.patch("/runs/<part:run_id>/state")
@@ -1267,8 +1149,7 @@ def patch_state(run_id: str) -> Reply:
     """Merge into its top level.  200 {state}, 404, 409 lease_lost, run_cancelled, version_conflict,
     version_id_conflict, state_not_object."""
     body = parse(bodies.PatchStateBody)
-    return call("write_state", run_id, body["stream"], body["value"], True, body["if_version"], about(body),
-                body["lease_owner"])
+    return call("write_state", run_id=run_id, merge=True, version=take(bodies.VersionMetadata, body), **body)
 
 
 @routes.post("/runs/<part:run_id>/state/save")
@@ -1276,7 +1157,7 @@ def save_state(run_id: str) -> Reply:
     """Label the live value, whichever stream wrote it last.  200 {stateVersion}, 404, 409 lease_lost, run_cancelled,
     version_id_conflict."""
     body = parse(bodies.SaveStateBody)
-    return call("save_state", run_id, body["stream"], about(body), body["lease_owner"])
+    return call("save_state", run_id=run_id, version=take(bodies.VersionMetadata, body), **body)
 
 
 @routes.get("/runs/<part:run_id>/state/versions")
@@ -1288,12 +1169,11 @@ def list_versions(run_id: str) -> Reply:
     200 {stateVersions:[listedStateVersion], nextCursor?:string} or {stateVersions:[lightStateVersion],
     nextCursor?:string}, 404."""
     asked = query("stream", "labeled", "view", "limit", "after")
-    stream = asked.get("stream")
-    labeled = choice_of("labeled", asked.get("labeled"), ("true", "false"), "false") == "true"
     light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
     limit = whole_of("limit", asked.get("limit", "200" if light else "10000"), 1000 if light else 10_000, 1)
-    return found(core().database.read("list_versions_light" if light else "list_versions", run_id, stream, labeled,
-                                      asked.get("after"), limit)[0], run_id)
+    return found(core().database.read(
+        "list_versions_light" if light else "list_versions", run_id=run_id, stream=asked.get("stream"),
+        labeled=flag_of("labeled", asked.get("labeled")), after=asked.get("after"), limit=limit)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/snapshots")
@@ -1301,9 +1181,9 @@ def create_snapshot(run_id: str) -> Reply:
     """Keep a labelled picture of something.  200 {snapshot:stateVersion}, 404, 409 lease_lost, run_cancelled,
     version_id_conflict."""
     body = parse(bodies.SnapshotBody)
-    target = body["target"] or {"type": None, "id": None}
-    return call("create_snapshot", run_id, target["type"], target["id"], body["state"], about(body),
-                body["lease_owner"])
+    target = body.pop("target") or {"type": None, "id": None}
+    return call("create_snapshot", run_id=run_id, target_type=target["type"], target_id=target["id"],
+                version=take(bodies.VersionMetadata, body), **body)
 
 
 @routes.get("/runs/<part:run_id>/snapshots")
@@ -1311,14 +1191,15 @@ def list_snapshots(run_id: str) -> Reply:
     """Labelled versions, newest first, at most ten thousand; payloads of more than 64 KiB are null: then payloadOmitted
     is true, and GET /runs/:id/payload has them.  200 {snapshots:[listedStateVersion]}, 404."""
     query()
-    return found(core().database.read("list_snapshots", run_id)[0], run_id)
+    return found(core().database.read("list_snapshots", run_id=run_id)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/usage")
 def record_usage(run_id: str) -> Reply:
     """Write into the cost ledger.  200 {usage}, 404, 409 lease_lost, run_cancelled, usage_id_conflict."""
-    body = parse(bodies.UsageBody)
-    return call("record_usage", run_id, body["id"], compose(body), body["lease_owner"])
+    entry = parse(bodies.UsageBody)
+    return call("record_usage", run_id=run_id, id=entry.pop("id"), lease_owner=entry.pop("lease_owner"),
+                entry=encode_fields(entry))
 
 
 @routes.get("/usage")
@@ -1328,7 +1209,7 @@ def usage() -> Reply:
     asked = query("by", "since", "until", "format")
     by = choice_of("by", asked.get("by"), ("model", "workflow", "day"), "model")
     since, until = (time_of(name, asked.get(name)) for name in ("since", "until"))
-    text = core().database.read("usage_groups", by, since, until)[0] or ""
+    text = core().database.read("usage_groups", by=by, since=since, until=until)[0] or ""
     if choice_of("format", asked.get("format"), ("json", "csv"), "json") == "csv":
         return studio.as_csv(json.loads(text, parse_float=Decimal)["groups"])
     return reply(text)
@@ -1338,7 +1219,8 @@ def usage() -> Reply:
 
 
 EVENTS_AT_ONCE = 500
-BEAT_SECONDS = 15  # a stream without news says something: proxies keep it open, and a reader that is gone is noticed
+BEAT_SECONDS = 15  # a stream without news sends a comment: proxies keep it open, and a reader that hung up is noticed
+LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
 
 
 @routes.get("/runs/<part:run_id>/events")
@@ -1349,11 +1231,11 @@ def stream_events(run_id: str) -> Reply | flask.Response:
     ?after:0..2147483647=0 ?follow:true|false=true (false: end with the run) @Last-Event-ID (counts before after)
     ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
     ?limit:1..1000 (of the list)
-    200 stream or [event] or [lightEvent], 404, 503 busy when all places for streams are taken."""
-    request, server, expires_at = flask.request, core(), flask.g.expires_at
+    200 stream or [event] or [lightEvent], 404, 503 busy when as many requests wait as may."""
+    asked_for, server, expires_at = flask.request, core(), flask.g.expires_at
     asked = query("after", "follow", "token", "view", "types", "limit")
-    after = whole_of("after", request.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
-    follow = choice_of("follow", asked.get("follow"), ("true", "false"), "true") == "true"
+    after = whole_of("after", asked_for.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
+    follow = flag_of("follow", asked.get("follow"), default=True)
     light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
     types = asked["types"].split(",") if asked.get("types") else None
     most = whole_of("limit", asked["limit"], 1000, 1) if "limit" in asked else 2**31 - 1
@@ -1369,46 +1251,43 @@ def stream_events(run_id: str) -> Reply | flask.Response:
     known = last()
     if known is None:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
-    if request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
+    if asked_for.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
         some = events(after, most)
         answer = reply("[" + ", ".join(text for _, text in some) + "]")
         if some and some[-1][0] < known[1]:
             answer[2]["x-tidebase-next"] = str(some[-1][0])
         return answer
 
-    waiter = Waiter(run_id=run_id, seq=after)
-    place = ExitStack()
+    poll = LongPoll(run_id=run_id, seq=after)
+    watching = ExitStack()
     try:
-        place.enter_context(server.watcher.waiting(waiter))
-    except Busy:
+        watching.enter_context(server.watcher.watching(poll))
+    except TooManyWaiting:
         return busy(refused(Refusal(503, "busy", "too many streams are open here: try again")))
 
     def stream() -> Iterator[str]:
         yield ": tidebase\n\n"
         while not server.watcher.stopping and (seconds_left := expires_at - server.access.clock()) > 0:
-            waiter.woken.clear()
+            poll.wake_event.clear()
             try:
-                some = events(waiter.seq, EVENTS_AT_ONCE)
+                some = events(poll.seq, EVENTS_AT_ONCE)
                 ended = not some and ((run := last()) is None or (
-                    not follow and run[0] in ENDED and run[1] <= waiter.seq))
+                    not follow and run[0] in ENDED and run[1] <= poll.seq))
             except psycopg.OperationalError:
                 some, ended = [], False  # the stream outlives an outage of the database
             for seq, text in some:
-                waiter.seq = seq
+                poll.seq = seq
                 # A line break can only be white space between JSON's tokens, and would end the data line.
                 yield f"id: {seq}\ndata: {text.translate(LINE_BREAKS)}\n\n"
             if ended:
                 return
-            if not some and not waiter.woken.wait(min(BEAT_SECONDS, seconds_left)):
+            if not some and not poll.wake_event.wait(min(BEAT_SECONDS, seconds_left)):
                 yield ": beat\n\n"
 
     response = flask.Response(stream(), mimetype="text/event-stream")
     response.headers["X-Accel-Buffering"] = "no"
-    response.call_on_close(place.close)
+    response.call_on_close(watching.close)
     return response
-
-
-LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
 
 
 # --- queues and schedules
@@ -1420,42 +1299,35 @@ def enqueue(queue: str) -> Reply:
     dedupe_conflict."""
     if not queue:
         raise invalid("queue", "must not be empty")
-    members = read_body(received(), schema_of(bodies.EnqueueAnyBody))
+    members = read_members(received())
     if "runs" in members:
         jobs = check(bodies.EnqueueManyBody, members)["runs"]
-        return call("enqueue_runs", queue, "[" + ", ".join(map(encode_fields, jobs)) + "]",
-                    JsonArray(job["input"] for job in jobs))
-    return write("enqueue_run", check(bodies.EnqueueBody, members), queue=queue)
-
-
-@routes.post("/writes")
-def write_batch() -> Reply:
-    """Many writes in one commit: finished steps, begins and outputs of others, results, new runs, children. Each is
-    answered as if it had come alone, and none touches another.
-    200 {results: [{action, ~step, ~output, ~leaseOwner, ~run, ~expectedInputHash, ~actualInputHash} or {step}
-    or {step:briefStep} or {run, ~deduplicated} or {run, edge:runEdge, created} or {run:briefRun} or refusal]}."""
-    return write_all([write_of(body.pop("do"), body) for body in parse(bodies.WritesBody)["writes"]])
+        inputs = JsonArray(job.pop("input") for job in jobs)
+        return call("enqueue_runs", queue=queue, jobs=to_json([encode_fields(job) for job in jobs]), inputs=inputs)
+    job = check(bodies.EnqueueBody, members)
+    return call("enqueue_run", queue=queue, input=job.pop("input"), job=encode_fields(job))
 
 
 @routes.post("/queues/claim")
 def claim() -> Reply:
     """Take ready runs, of these workflows or of all, waiting up to waitMs for one; with Retry-After when it may not
     wait.  200 {runs: [claimedRun], leaseOwner}."""
-    body = parse(bodies.ClaimBody)
-    server, owner = core(), body["lease_owner"] or new_owner()
-    workflows = None if body["workflows"] is None else sorted(set(body["workflows"]))
+    body, server = parse(bodies.ClaimBody), core()
+    queues, seconds = body["queues"], body.pop("wait_ms") / 1000
+    server.traces.note_claim(body["lease_owner"] or "", queues, body["workflows"])
+    owner = body["lease_owner"] = body["lease_owner"] or new_owner()
+    if body["workflows"] is not None:
+        body["workflows"] = sorted(set(body["workflows"]))
 
     def ask() -> str | None:
-        return server.database.call("claim_runs", body["queues"], owner, body["id"], body["limit"],
-                                    server.config.lease_ms, body["checkpoints"], workflows)[0]
+        return server.database.call("claim_runs", lease_ms=server.config.lease_ms, **body)[0]
 
-    server.traces.asked(body["lease_owner"] or "", body["queues"], body.get("workflows"))
     nothing = json.dumps({"runs": [], "leaseOwner": owner})
     try:
-        is_gone = flask.request.environ["waitress.client_disconnected"]
-        waiter = Waiter(body["queues"], is_gone=is_gone, workflows=workflows)
-        text = server.watcher.hold(waiter, ask, body["wait_ms"] / 1000)
-    except Busy:
+        text = server.watcher.wait(LongPoll(
+            queues, is_disconnected=flask.request.environ["waitress.client_disconnected"], workflows=body["workflows"],
+        ), ask, seconds)
+    except TooManyWaiting:
         return busy(reply(nothing))
     if text is not None:
         server.wrote()
@@ -1472,8 +1344,7 @@ def list_queues() -> Reply:
 @routes.put("/queues/<part:queue>/config")
 def configure_queue(queue: str) -> Reply:
     """Set its caps and where to push; a key left out keeps its value, null clears it.  200 {config: queueConfig}."""
-    body = parse(bodies.QueueConfigBody)
-    return call("configure_queue", queue, json.dumps(body))
+    return call("configure_queue", queue=queue, config=to_json(parse(bodies.QueueConfigBody)))
 
 
 @routes.put("/schedules/<part:name>")
@@ -1481,16 +1352,15 @@ def set_schedule(name: str) -> Reply:
     """Enqueue a run whenever a cron expression says.  200 {schedule}."""
     if not name:
         raise invalid("name", "must not be empty")
-    body = parse(bodies.ScheduleBody)
-    if len((name + body["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
+    schedule = parse(bodies.ScheduleBody)
+    if len((name + schedule["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
         raise invalid("name", f"together with queue, must be at most {4 * MAX_NAME} bytes")
     now = datetime.fromisoformat(json.loads(core().database.call("due_schedules")[0] or "{}")["now"])
     try:
-        coming = next_fire(body["cron"], body["timezone"], now)
+        coming = next_fire(schedule["cron"], schedule["timezone"], now)
     except ValueError as error:
         raise invalid("timezone" if "time zone" in str(error) else "cron", str(error)) from None
-    return call("set_schedule", name, body["cron"], body["timezone"], body["workflow_name"], body["input"],
-                body["queue"], body["max_attempts"], body["enabled"], coming)
+    return call("set_schedule", name=name, next_run_at=coming, **schedule)
 
 
 @routes.post("/schedules/preview")
@@ -1516,15 +1386,14 @@ def list_schedules() -> Reply:
 @routes.delete("/schedules/<part:name>")
 def delete_schedule(name: str) -> Reply:
     """Forget it; runs that it enqueued stay.  200 {deleted}, 404."""
-    return call("delete_schedule", name)
+    return call("delete_schedule", name=name)
 
 
 # ------------------------------------------------------------------------------
-# Wiring: builds the rooms above in order and serves them.
+# Server: builds the rooms above in order, and runs them until it is told to stop.
 # ------------------------------------------------------------------------------
 OTHER_FILES = 256   # beside connections and the pool: webhooks under way, large bodies, what Python opens
 DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
-KEYLESS_BYTES = 65_536  # of a body that comes without a key, for the routes that need none: a gate's decision
 
 
 def create_app() -> flask.Flask:
@@ -1544,6 +1413,14 @@ def create_app() -> flask.Flask:
 app = create_app()
 
 
+def takes_no_key(method: str, path: str) -> bool:
+    """Whether a route is its own credential, or holds no secret."""
+    try:
+        return app.url_map.bind("").match(path, method)[0] in WITHOUT_KEY
+    except HTTPException:
+        return False
+
+
 class Server:
     """All of it on one socket. `serve` blocks until `stop` is called, from a signal handler or another thread."""
 
@@ -1553,7 +1430,7 @@ class Server:
         self.access = Access(host=config.host, api_key=config.api_key, read_key=config.read_key,
                              public_url=config.public_url, cors_origin=config.cors_origin, pages=PAGES)
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
-        self.watcher = Watcher(self.database, config.places)
+        self.watcher = Watcher(self.database, config.max_waiting)
         self.traces = Traces()
         self.sender = Sender(self.database, config.webhook_secret, config.webhook_targets())
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
@@ -1604,14 +1481,15 @@ class Server:
 
         :raises SchemaBehind: see prepare.
         """
-        self._http = HttpServer(self, Admission(self), self.listener, threads=self.config.threads,
-                                max_body=self.config.max_body, other_files=OTHER_FILES + self.config.pool)
-        self.watcher.make_room = self._http.make_room
+        self._http = HttpServer(
+            self, Admission(self.access, takes_no_key, self.cors_headers), self.listener, threads=self.config.threads,
+            max_body=self.config.max_body, other_files=OTHER_FILES + self.config.pool)
+        self.watcher.provide_threads = self._http.provide_threads
         loops = [
             ("watcher", self._when_prepared(self.watcher.tick), self._sleep(
-                lambda: WATCH_SECONDS if self.watcher.waiters else None, WATCH_GAP_SECONDS, self.watcher.notified)),
+                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event)),
             ("sender", self._when_prepared(self.sender.tick), self._sleep(
-                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.notified)),
+                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event)),
             ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000)),
         ]
         threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(
@@ -1619,8 +1497,8 @@ class Server:
         sent = threading.Event()  # nothing is in flight any more
         deadlines = threading.Thread(target=keep_ticking, name="tidebase-sender-deadlines", args=(
             "deadlines", self.sender.keep_deadlines, self._sleep(
-                lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS, self.sender.started),
-            sent, self._tick_failed))
+                lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS,
+                self.sender.deadline_event), sent, self._tick_failed))
         for thread in (*threads, deadlines):
             thread.start()
         try:
@@ -1636,7 +1514,7 @@ class Server:
                 thread.join()
             self.sender.drain()
             sent.set()
-            self.sender.started.set()
+            self.sender.deadline_event.set()
             deadlines.join()
             self.database.pool.close()
         if self.failure:
@@ -1652,14 +1530,15 @@ class Server:
     def _when_prepared(self, tick: Callable[[], int]) -> Callable[[], int]:
         return lambda: tick() if self.prepared.is_set() else 0
 
-    def _sleep(self, seconds: Callable[[], float | None], gap: float, notified: threading.Event) -> Callable[[], None]:
-        """Sleep until notified, at most `seconds` (None: as long as it takes), but for `gap` in any case."""
+    def _sleep(self, seconds: Callable[[], float | None], gap: float,
+               wake_event: threading.Event) -> Callable[[], None]:
+        """Sleep until the event is set, at most `seconds` (None: as long as it takes), but for `gap` in any case."""
 
         def sleep() -> None:
             self.stopping.wait(gap)
             limit = seconds()
-            notified.wait(limit if limit is not None else 3600)
-            notified.clear()
+            wake_event.wait(limit if limit is not None else 3600)
+            wake_event.clear()
 
         return sleep
 
@@ -1680,17 +1559,6 @@ class Server:
             self.reconciler.failed(error)
 
 
-def cors_headers(origin: str) -> dict[str, str]:
-    """What tells browsers that pages of this origin may call the server; nothing when none may."""
-    if not origin:
-        return {}
-    headers = {"Access-Control-Allow-Origin": origin,
-               "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
-               "Access-Control-Allow-Headers": "authorization, content-type, x-tidebase-worker, last-event-id",
-               "Access-Control-Max-Age": "600"}
-    return headers if origin == "*" else {**headers, "Vary": "Origin"}
-
-
 def listen(config: Config) -> socket.socket:
     """The listening socket.  :raises ConfigError: the address cannot be had."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -1706,6 +1574,9 @@ def listen(config: Config) -> socket.socket:
     return listener
 
 
+# ------------------------------------------------------------------------------
+# Command line: serve, migrate, explain, demo.
+# ------------------------------------------------------------------------------
 def serve_one(config: Config, conninfo: str, listener: socket.socket, revive: Callable[[], None] | None,
               signals: list[int]) -> None:
     """Serve in this process until SIGTERM or SIGINT, also one that came before and stands in `signals`."""

@@ -273,7 +273,7 @@ def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
     lasting_server.let_send(True)
     yield lasting_server
     lasting_server.let_send(False)
-    eventually(lambda: not lasting_server.watcher.waiters and not lasting_server.sender.in_flight)
+    eventually(lambda: not lasting_server.watcher.long_polls and not lasting_server.sender.in_flight)
 
 
 def free_port() -> int:

@@ -165,8 +165,8 @@ def test_pages_of_its_own_and_what_is_no_browser_are_let_in(api: Api, start_serv
         for headers in own:
             assert api.send(method, path, body, headers=headers).status in (200, 404)
     link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
-    assert api.get("/docs", headers=link).status == 200  # somebody follows it; in a frame it would be a page's
-    refused(api.get("/docs", headers={**link, "sec-fetch-dest": "iframe"}), 403, "foreign_origin")
+    assert api.get("/studio", headers=link).status == 200  # somebody follows it; in a frame it would be a page's
+    refused(api.get("/studio", headers={**link, "sec-fetch-dest": "iframe"}), 403, "foreign_origin")
     # Behind TLS, whether the host is passed on or not.
     url = start_server(TIDEBASE_API_KEY=KEY, TIDEBASE_PUBLIC_URL="https://tide.example").url
     for host in ("tide.example", "tide.example:443", "127.0.0.1:1"):
@@ -630,8 +630,8 @@ def test_in_a_browser_the_servers_own_pages_and_a_named_origin_are_let_in(
     page.goto(f"http://{api.address}/health")
     assert page.evaluate(own, "") == 200
     page.goto(f"http://evil.test:{evil_port}/")
-    page.evaluate("url => { const link = document.createElement('a'); link.href = url; link.textContent = 'docs'; "
-                  "document.body.append(link) }", f"http://{api.address}/docs")
+    page.evaluate("url => { const link = document.createElement('a'); link.href = url; link.textContent = 'Studio'; "
+                  "document.body.append(link) }", f"http://{api.address}/studio")
     with page.expect_navigation() as followed:
         page.click("a")
     assert followed.value.status == 200

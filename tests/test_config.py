@@ -427,7 +427,7 @@ def test_a_held_claim_outlives_a_restart_of_the_database_or_says_to_ask_again(re
     with serving(conninfo) as api, ThreadPoolExecutor(1) as threads:
         eventually(lambda: healthy(api), 30)
         held = threads.submit(api.post, "/queues/claim", {"queues": ["held"], "waitMs": 25_000, "leaseOwner": "a"})
-        eventually(lambda: api.server.watcher.waiters)
+        eventually(lambda: api.server.watcher.long_polls)
         restart(postgres, signal.SIGINT)
         run = eventually(lambda: (answer := api.post("/queues/held/enqueue", {"workflowName": "w"})).status == 200
                          and answer["run"]["id"], 30)

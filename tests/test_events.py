@@ -318,7 +318,7 @@ def test_a_stream_opened_with_a_run_token_ends_when_it_expires(start_server, bea
         assert list(events) == []
         use(api, run, 1)
         assert numbers(keyed.take(2)) == [1, 2]
-    eventually(lambda: not server.watcher.waiters)
+    eventually(lambda: not server.watcher.long_polls)
     refused(page.get(f"/runs/{run}/events?after=1&token={token}"), 401, "unauthorized")
 
 
@@ -347,7 +347,7 @@ def test_a_client_that_has_a_run_token_for_its_key_reads_the_stream_of_that_run(
 
 
 def test_streams_take_places_and_one_too_many_is_told_to_come_again(start_server, beating):
-    server = start_server(TIDEBASE_PLACES=2)
+    server = start_server(TIDEBASE_MAX_WAITING=2)
     api = Api(server.url, server)
     run = api.create()
     with listening(api, run) as one, listening(api, run) as two:
@@ -361,7 +361,7 @@ def test_streams_take_places_and_one_too_many_is_told_to_come_again(start_server
 
 
 def test_a_reader_who_vanishes_frees_its_place(start_server, beating):
-    server = start_server(TIDEBASE_PLACES=2)
+    server = start_server(TIDEBASE_MAX_WAITING=2)
     api = Api(server.url, server)
     run = api.create()
     for _ in range(3):
@@ -369,13 +369,13 @@ def test_a_reader_who_vanishes_frees_its_place(start_server, beating):
         assert [stream.response.status for stream in streams] == [200, 200]
         for stream in streams:
             stream.close()
-        eventually(lambda: not server.watcher.waiters)
+        eventually(lambda: not server.watcher.long_polls)
 
 
 def test_what_only_asks_for_the_head_of_a_stream_takes_no_place(start_server):
-    server = start_server(TIDEBASE_PLACES=2)
+    server = start_server(TIDEBASE_MAX_WAITING=2)
     api = Api(server.url, server)
     run = api.create()
     for _ in range(4):
         assert api.send("HEAD", f"/runs/{run}/events").status == 200
-    assert not server.watcher.waiters
+    assert not server.watcher.long_polls

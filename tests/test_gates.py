@@ -40,9 +40,9 @@ class Reader(threading.Thread):
     def __init__(self, api: Api, gate: Any) -> None:
         super().__init__()
         self.api, self.gate = api, gate
-        before = len(api.server.watcher.waiters)
+        before = len(api.server.watcher.long_polls)
         self.start()
-        eventually(lambda: len(api.server.watcher.waiters) > before)
+        eventually(lambda: len(api.server.watcher.long_polls) > before)
 
     def run(self) -> None:
         self.answer = look(self.api, self.gate, "?waitMs=25000")
@@ -171,7 +171,7 @@ def test_what_else_happens_to_the_run_does_not_end_the_wait(api, server):
     reader = Reader(api, gate)
     resolve(api, other)["gate"]
     seen = len(api.events(run))
-    eventually(lambda: server.watcher.waiters[0].seq == seen)
+    eventually(lambda: server.watcher.long_polls[0].seq == seen)
     assert reader.is_alive()
     resolve(api, gate)["gate"]
     assert reader.told()["gate"]["status"] == "approved"
@@ -188,7 +188,7 @@ def test_the_end_of_the_run_unwinds_a_held_reader(api, ending, status):
 
 
 def test_more_readers_than_places_are_answered_at_once_and_told_to_come_again(start_server):
-    server = start_server(TIDEBASE_PLACES=2)
+    server = start_server(TIDEBASE_MAX_WAITING=2)
     api = Api(server.url, server)
     gate = ask(api, api.create())["gate"]
     readers = [Reader(api, gate) for _ in range(2)]

@@ -157,7 +157,7 @@ def test_a_claim_that_waits_is_answered_when_there_is_work(start_nginx, server):
     api = Api(start_nginx().url, key=KEY)
     with ThreadPoolExecutor(1) as pool:
         claim = pool.submit(api.claim, "q", waitMs=20_000)
-        eventually(lambda: server.watcher.waiters)
+        eventually(lambda: server.watcher.long_polls)
         run = api.enqueue("q")
         assert [claimed["id"] for claimed in claim.result(15)] == [run]
 
@@ -226,7 +226,7 @@ def test_an_address_has_its_share_of_requests_that_wait(start_nginx, server):
     api = Api(start_nginx({"tidebase_connections 50": "tidebase_connections 2"}).url, key=KEY)
     with ThreadPoolExecutor(2) as pool:
         claims = [pool.submit(api.claim, "q", waitMs=20_000) for _ in range(2)]
-        eventually(lambda: len(server.watcher.waiters) == 2)
+        eventually(lambda: len(server.watcher.long_polls) == 2)
         refused(api.get("/runs"), 429, "too_many_requests")
         for _ in claims:
             Api(server.url, key=KEY).enqueue("q")

@@ -420,7 +420,7 @@ def hold(api: Api, *queues: str, **body: Any) -> tuple[threading.Thread, list[An
 
 
 def waiting(api: Api, count: int) -> None:
-    eventually(lambda: len(api.server.watcher.waiters) == count)
+    eventually(lambda: len(api.server.watcher.long_polls) == count)
 
 
 def test_a_held_claim_gets_a_run_enqueued_here(api):
@@ -526,7 +526,7 @@ def test_where_the_machine_gives_no_more_threads_fewer_wait_and_requests_are_ans
 
 
 def test_without_a_place_to_wait_in_the_answer_comes_at_once_and_says_when_to_ask_again(start_server):
-    server = start_server(TIDEBASE_PLACES=2)
+    server = start_server(TIDEBASE_MAX_WAITING=2)
     api = Api(server.url, server)
     held = [hold(api) for _ in range(2)]
     waiting(api, 2)
@@ -558,7 +558,7 @@ def test_a_claimer_that_hung_up_while_it_waited_is_given_nothing(api):
 
 
 def test_claimers_that_hung_up_keep_no_run_from_those_who_wait(start_server, monkeypatch):
-    monkeypatch.setattr(tidebase, "LOOK_SECONDS", 3600.0)
+    monkeypatch.setattr(tidebase, "DISCONNECT_SECONDS", 3600.0)
     monkeypatch.setattr(tidebase, "WATCH_SECONDS", 3600.0)  # no second look for those the first one passed over
     server = start_server()
     api = Api(server.url, server)
@@ -569,7 +569,7 @@ def test_claimers_that_hung_up_keep_no_run_from_those_who_wait(start_server, mon
         waiting(api, number)
     thread, answers = hold(api)
     waiting(api, 4)
-    eventually(lambda: not server.watcher.notified.is_set())  # it has seen them wait
+    eventually(lambda: not server.watcher.wake_event.is_set())  # it has seen them wait
     for connection in dead:
         connection.close()
     run = api.enqueue()
@@ -581,9 +581,9 @@ def test_claims_that_wait_are_woken_by_runs_of_their_workflows_alone(api, server
     asked = Counter()
     call = server.database.call
 
-    def counted(function: str, *arguments: Any) -> Any:
+    def counted(function: str, **arguments: Any) -> Any:
         asked[function] += 1
-        return call(function, *arguments)
+        return call(function, **arguments)
 
     for workflow in ("foreign", "foreign", "wanted elsewhere"):
         api.enqueue(workflow=workflow)
@@ -706,7 +706,7 @@ def test_the_counts_follow_every_turn_of_a_runs_life(api, clock):
     assert counts() == {"queued": 3, "failed": 1, "completed": 1}
     api.begin(runs[3], "b")
     assert counts() == {"queued": 3, "running": 1, "completed": 1}
-    api.server.database.count("fold_tallies", 0)
+    api.server.database.count("fold_tallies", rows=0)
     assert counts() == {"queued": 3, "running": 1, "completed": 1}
     api.create("plain")
     assert [queue["name"] for queue in api.get("/queues")["queues"]] == ["default"]

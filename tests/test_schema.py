@@ -23,6 +23,7 @@ from psycopg.types.json import Jsonb
 
 import tidebase
 from tidebase_server import filters
+from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
 PINNED = (3, "fc29504c7de1b67269bfcc2dc19488eca3c205b8b2224b48c060ce1f1a46df4b")
@@ -191,15 +192,15 @@ def test_several_processes_that_may_not_migrate_end_together(empty_database):
 
 def test_every_change_of_the_schema_raises_its_version() -> None:
     """A server applies schema.sql only to a database whose version is lower."""
-    assert (tidebase.SCHEMA_VERSION, hashlib.sha256(SCHEMA.encode()).hexdigest()) == PINNED, (
+    assert (SCHEMA_VERSION, hashlib.sha256(SCHEMA.encode()).hexdigest()) == PINNED, (
         "schema.sql has changed: raise the version by one in both places, v_version at its end and SCHEMA_VERSION in "
-        "tidebase.py; then write into tests/test_schema.py\n"
-        f'PINNED = ({tidebase.SCHEMA_VERSION}, "{hashlib.sha256(SCHEMA.encode()).hexdigest()}")')
+        "tidebase_server/database.py; then write into tests/test_schema.py\n"
+        f'PINNED = ({SCHEMA_VERSION}, "{hashlib.sha256(SCHEMA.encode()).hexdigest()}")')
 
 
 def test_what_schema_sql_records_is_the_version_that_servers_look_for(empty_database):
     apply(empty_database)
-    assert query(empty_database, "select version, digest from tidebase.meta") == [(tidebase.SCHEMA_VERSION, None)]
+    assert query(empty_database, "select version, digest from tidebase.meta") == [(SCHEMA_VERSION, None)]
 
 
 def test_functions_of_an_older_build_are_gone_after_an_upgrade(empty_database, database):
@@ -375,11 +376,11 @@ class Bill:
         return ({name: count for name, count in scans.items() if count},
                 sum(after[name][1] - before[name][1] for name in after), answer)
 
-    def later(self, days: int, verb: str, *arguments: Any) -> Any:
+    def later(self, days: int, verb: str, /, **arguments: Any) -> Any:
         """What a verb of the server's own loops answers so many days on; undone with the rest, the clock goes back."""
         self.connection.execute(f"""create or replace function tidebase.now() returns timestamptz language sql volatile
                                     as $$ select clock_timestamp() + interval '{days} days' $$""".encode())
-        return json.loads(str(self.api.server.database.call(verb, *arguments)[0]))
+        return json.loads(str(self.api.server.database.call(verb, **arguments)[0]))
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +443,8 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
         {"do": "complete_run", "runId": RUNNING, "leaseOwner": "owner17"},
         {"do": "enqueue_run", "queue": "queue1", "workflowName": "w", "dedupeKey": "key7"}]})["results"]),
     "a look for those who wait": (None, lambda bill, api: bill.later(
-        0, "watch", ["queue1", "queue2", "queue1"], '[null, null, ["workflow3", "nothing"]]', 9, [RUNNING])),
+        0, "watch", queues=["queue1", "queue2", "queue1"], workflows='[null, null, ["workflow3", "nothing"]]', limit=9,
+        run_ids=[RUNNING])),
     "the end of one of many children": (None, lambda bill, api: (
         api.begin(LIVE[0], "a")["run"], api.complete(LIVE[0], leaseOwner="a")["run"])),
     "the newest runs": (100, lambda bill, api: api.get("/runs")["runs"]),
@@ -480,20 +482,23 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "its rerun plan": (1, lambda bill, api: api.get(f"/runs/{DONE}/rerun")["steps"]),
     "a payload": (None, lambda bill, api: api.get(f"/runs/{DONE}/payload?of=input").text),
     "the minutes of a queue": (60, lambda bill, api: api.get("/queues/queue1/minutes")["minutes"]),
-    "expired leases": (29, lambda bill, api: bill.later(1, "expire_leases", 100)),
-    "passed deadlines": (100, lambda bill, api: bill.later(28, "cancel_overdue", 100)),
-    "what is forgotten": (100, lambda bill, api: bill.later(40, "purge_runs", 30, 100)),
+    "expired leases": (29, lambda bill, api: bill.later(1, "expire_leases", limit=100)),
+    "passed deadlines": (100, lambda bill, api: bill.later(28, "cancel_overdue", limit=100)),
+    "what is forgotten": (100, lambda bill, api: bill.later(40, "purge_runs", days=30, limit=100)),
     "the runs of a failure class": (0, lambda bill, api: api.get("/runs?failureClass=nothing")["runs"]),
     "the runs of sixteen metadata": (0, lambda bill, api: api.get(
         "/runs?" + "&".join(f"metadata.k{n}={n}" for n in range(16)))["runs"]),
     "offers of push queues": (100, lambda bill, api: (
         api.put("/queues/queue1/config", {"invokeUrl": "http://127.0.0.1:1/", "concurrency": 200})["config"],
-        bill.later(0, "offer_runs", 100))[1]),
-    "deliveries": (8, lambda bill, api: bill.later(1, "claim_webhooks", 8, 1000, 8, [], "")["webhooks"]),
+        bill.later(0, "offer_runs", limit=100))[1]),
+    "deliveries": (8, lambda bill, api: bill.later(
+        1, "claim_webhooks", limit=8, hold_ms=1000, per_host=8, in_flight=[], after="")["webhooks"]),
     "deliveries beside a host whose slots are taken": (0, lambda bill, api: bill.later(
-        1, "claim_webhooks", 8, 1000, 2, ["rec_" + numbered(1005), "rec_" + numbered(2005)], "")["webhooks"]),
+        1, "claim_webhooks", limit=8, hold_ms=1000, per_host=2, after="",
+        in_flight=["rec_" + numbered(1005), "rec_" + numbered(2005)])["webhooks"]),
     "the settling of a delivery": (None, lambda bill, api: bill.later(
-        0, "settle_webhook", "rec_" + numbered(1005), 0, True, False, 200, "", None)),
+        0, "settle_webhook", id="rec_" + numbered(1005), attempt=0, delivered=True, retryable=False, http_status=200,
+        response="", error=None)),
 }
 
 

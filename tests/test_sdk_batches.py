@@ -684,10 +684,10 @@ def test_an_idle_worker_has_one_claim_that_the_server_holds(
         return input
 
     working(tide, {"flow": flow}, poll_s=tidebase_sdk.CLAIM_HOLD_S)
-    eventually(lambda: server.watcher.waiters)
+    eventually(lambda: server.watcher.long_polls)
     ids = enqueue(tide, 1)
     eventually(lambda: api.run(ids[0])["status"] == "completed")
-    eventually(lambda: server.watcher.waiters)
+    eventually(lambda: server.watcher.long_polls)
     claims = [body for path, body in wire.sent if path == "/queues/claim"]
     assert [claim["waitMs"] for claim in claims] == [20_000, 20_000]
     assert claims[0]["id"] != claims[1]["id"]
@@ -736,11 +736,11 @@ def test_a_stop_does_not_wait_for_the_claim_that_the_server_holds(tide: Any, ser
     stop = threading.Event()
     tide.client.workflow("flow", print)
     outcome = in_background(lambda: tide(lambda client: client.work(stop=stop.is_set)))
-    eventually(lambda: server.watcher.waiters)
+    eventually(lambda: server.watcher.long_polls)
     stop.set()
     outcome()
     assert [body["waitMs"] for _, body in wire.sent] == [20_000, 0]
-    eventually(lambda: not server.watcher.waiters)  # the server noticed
+    eventually(lambda: not server.watcher.long_polls)  # the server noticed
 
 
 def test_sigterm_does_not_wait_for_the_claim_that_the_server_holds(server: Any) -> None:
@@ -748,7 +748,7 @@ def test_sigterm_does_not_wait_for_the_claim_that_the_server_holds(server: Any) 
     environment = {**os.environ, "TIDEBASE_URL": server.url, "PYTHONPATH": str(ROOT)}
     worker = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE)
     try:
-        eventually(lambda: server.watcher.waiters)
+        eventually(lambda: server.watcher.long_polls)
         worker.terminate()
         assert worker.communicate(timeout=15)[0] == "ended cleanly\n"  # the claim was to be held for 20 s
     finally:

@@ -295,11 +295,11 @@ def test_threads_that_waiting_requests_needed_go_again(
     connections = [connected(Api(server.url, server)) for _ in range(20)]
     for number, connection in enumerate(connections):
         connection.sendall(request("/queues/claim", {"queues": [f"q{number}"], "waitMs": 25_000}))
-    eventually(lambda: len(server.watcher.waiters) == 20)
+    eventually(lambda: len(server.watcher.long_polls) == 20)
     assert len(threads) == 24
     for connection in connections:
         connection.close()
-    eventually(lambda: not server.watcher.waiters)
+    eventually(lambda: not server.watcher.long_polls)
     eventually(lambda: len(threads) == 4)
 
 
@@ -321,11 +321,11 @@ def test_nothing_is_read_from_the_database_for_a_stream_that_nobody_reads(api: A
         with connected(api) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(head(f"/runs/{run}/events", method="GET"))
-            eventually(lambda: server.watcher.waiters and read)
+            eventually(lambda: server.watcher.long_polls and read)
             waiting = [c for c in server._http.waitress.active_channels.values() if c.total_outbufs_len]
             eventually(lambda: any(c.total_outbufs_len for c in server._http.waitress.active_channels.values()))
             assert all(c.total_outbufs_len < 1_000_000 for c in waiting)
             assert len(read) == 1
     finally:
         server.database.select = select  # type: ignore[method-assign]
-    eventually(lambda: not server.watcher.waiters)
+    eventually(lambda: not server.watcher.long_polls)

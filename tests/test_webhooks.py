@@ -46,7 +46,8 @@ def channel(url: str, *events: str, secret: str | None = SECRET) -> dict[str, An
 
 def claimed(api: Api, hold_ms: int = tidebase.SEND_HOLD_MS) -> list[Any]:
     """What another sender would claim now."""
-    answer = api.server.database.call("claim_webhooks", 8, hold_ms, tidebase.SEND_PER_HOST, [], "")[0]
+    answer = api.server.database.call(
+        "claim_webhooks", limit=8, hold_ms=hold_ms, per_host=tidebase.SEND_PER_HOST, in_flight=[], after="")[0]
     return json.loads(answer)["webhooks"]
 
 
@@ -799,7 +800,8 @@ def test_hosts_take_turns_and_a_claim_looks_at_a_thousand_at_most(api, sql):
             " from generate_series(1, 1500) n", run)
 
     def claim(after: str, in_flight: tuple[str, ...] = (), limit: int = 3) -> tuple[list[str], str]:
-        answer = json.loads(api.server.database.call("claim_webhooks", limit, 0, 2, list(in_flight), after)[0])
+        answer = json.loads(api.server.database.call(
+            "claim_webhooks", limit=limit, hold_ms=0, per_host=2, in_flight=list(in_flight), after=after)[0])
         return [webhook["url"][7:] for webhook in answer["webhooks"]], answer["after"]
 
     due("'http://' || substr('abcd', n %% 4 + 1, 1)")

@@ -14,9 +14,27 @@ from .database import Database
 logger = logging.getLogger("tidebase.server")
 Reply = tuple[str, int, dict[str, str]]  # body, status and headers, as a Flask view may return them
 
+# On every answer: what browsers must not guess at, nor they or proxies keep.
+SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+JSON_HEADERS = {"Content-Type": "application/json", **SAFE_HEADERS}
 
+
+def reply(text: str, status: int = 200) -> Reply:
+    """The answer with this JSON text."""
+    return text, status, JSON_HEADERS.copy()
+
+
+def busy(answer: Reply) -> Reply:
+    """Ask for the request again, in a second."""
+    answer[2]["Retry-After"] = "1"
+    return answer
+
+
+# ------------------------------------------------------------------------------
+# Refusals of this server.
+# ------------------------------------------------------------------------------
 class Refusal(HTTPException):
-    """A request that is refused here, before any database function saw it."""
+    """A request that is refused before any database function was called."""
 
     def __init__(self, status: int, code: str, words: str, **extras: Any) -> None:
         super().__init__(words)
@@ -29,16 +47,8 @@ def invalid(path: str, message: str) -> Refusal:
     return Refusal(400, "invalid_request", "invalid request body", issues=[{"path": path, "message": message}])
 
 
-# On every answer: what browsers must not guess at, nor they or proxies keep.
-SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-
-
-def reply(text: str, status: int = 200) -> Reply:
-    return text, status, {"Content-Type": "application/json", **SAFE_HEADERS}
-
-
 def refused(error: HTTPException) -> Reply:
-    """Answer a refusal of this file, or of Flask (no such route, wrong method)."""
+    """The answer to a Refusal, or to one of Flask (no such route, wrong method)."""
     status = error.code or 500
     body = getattr(error, "body", None) or (invalid("", error.description or "malformed").body if status == 400 else {
         "error": error.description, "code": {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
@@ -49,9 +59,20 @@ def refused(error: HTTPException) -> Reply:
     return text, status, headers
 
 
+# ------------------------------------------------------------------------------
+# Refusals of the database.
+# ------------------------------------------------------------------------------
+# The member of a body that makes a row of an index too long, where that is not its name.
+INDEXED = {"runs_dedupe_key": "dedupeKey", "runs_ready_workflow_idx": "workflowName", "runs_running_idx": "leaseOwner",
+           "runs_of_workflow_idx": "workflowName", "runs_of_queue_idx": "queue", "runs_ready_idx": "queue",
+           "runs_failure_idx": "failureClass", "runs_metadata_idx": "metadata"}
+REFERENCES = {"run", "step", "gate", "state"}  # members of a refusal's detail that name an object
+
+
 def database_refused(error: psycopg.Error, database: Database) -> Reply | None:
-    """Answer an error of Postgres: a refusal of schema.sql (SQLSTATE TBnnn: status nnn, DETAIL the JSON with the code),
-    a value that Postgres cannot take (400), or a database that is away or busy (503, to be sent again)."""
+    """The answer to an error of Postgres: a refusal of schema.sql (SQLSTATE TBnnn: status nnn, DETAIL the JSON with the
+    code), a value that Postgres cannot take (400), or a database that is away or busy (503, to be sent again). None for
+    a defect."""
     state = error.sqlstate or ""
     if is_refusal(error):
         return reply(*refusal_of(error, database))
@@ -63,15 +84,14 @@ def database_refused(error: psycopg.Error, database: Database) -> Reply | None:
         return refused(Refusal(413, "body_too_large", f"this is too large for PostgreSQL: {words}"))
     # 22: a value out of range or not JSON for Postgres; 54: nested too deeply.
     if state.startswith(("22", "54")):
-        return refused(invalid("", (error.diag.message_primary or "a value was refused").split("\n")[0]))
+        return refused(invalid("", (words or "a value was refused").split("\n")[0]))
     if isinstance(error, psycopg.errors.QueryCanceled):
         return busy(reply('{"error": "the database took too long to answer this: ask for less, or send it again later",'
                           ' "code": "query_timeout"}', 503))
     # A function is not there, or was replaced as it was called: the schema is being, or has been, brought to another
     # build's version, whose servers can answer this.
-    if state == "42883" or (state == "XX000" and "cache lookup failed" in (error.diag.message_primary or "")):
-        logger.error("the database's schema is another build's: %s", error.diag.message_primary,
-                     extra={"event": "schema_differs", "path": ""})
+    if state == "42883" or (state == "XX000" and "cache lookup failed" in words):
+        logger.error("the database's schema is another build's: %s", words, extra={"event": "schema_differs"})
         return busy(reply('{"error": "the database\'s schema is another build\'s: send this again", '
                           '"code": "database_unavailable"}', 503))
     # 25006: a standby after a failover. The rest of these classes are connections, locks, resources, shutdown.
@@ -80,14 +100,8 @@ def database_refused(error: psycopg.Error, database: Database) -> Reply | None:
     return None
 
 
-# The body's member that makes a row of an index too long, where that is not its name.
-INDEXED = {"runs_dedupe_key": "dedupeKey", "runs_ready_workflow_idx": "workflowName", "runs_running_idx": "leaseOwner",
-           "runs_of_workflow_idx": "workflowName", "runs_of_queue_idx": "queue", "runs_ready_idx": "queue",
-           "runs_failure_idx": "failureClass", "runs_metadata_idx": "metadata"}
-REFERENCES = {"run", "step", "gate", "state"}  # members of a refusal's detail that name an object
-
-
 def is_refusal(error: psycopg.Error) -> bool:
+    """Whether schema.sql raised it."""
     return (error.sqlstate or "").startswith("TB")
 
 
@@ -98,11 +112,5 @@ def refusal_of(error: psycopg.Error, database: Database) -> tuple[str, int]:
     """
     words, detail = json.dumps(error.diag.message_primary), error.diag.message_detail or ""
     if not REFERENCES.isdisjoint(json.loads(detail)):
-        detail = database.call("refusal_body", detail)[0] or ""
+        detail = database.call("refusal_body", detail=detail)[0] or ""
     return '{"error": ' + words + ", " + detail[1:], int((error.sqlstate or "")[2:])
-
-
-def busy(answer: Reply) -> Reply:
-    """Ask for the request again, in a second."""
-    answer[2]["Retry-After"] = "1"
-    return answer

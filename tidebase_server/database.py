@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import threading
@@ -12,6 +13,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import psycopg_pool
+from msgspec import Raw
 
 logger = logging.getLogger("tidebase.server")
 SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
@@ -19,19 +21,26 @@ SCHEMA_VERSION = 3  # what schema.sql records at its end; both are raised with e
 CONNECT_SECONDS = 5
 
 
-class JsonArray(list[str | None]):
+class JsonArray(list[Raw | None]):
     """JSON texts for an argument of type json[]."""
 
 
 class JsonArrayDumper(psycopg.adapt.Dumper):
-    """Writes one as PostgreSQL reads it, several times as fast as psycopg writes a list of anything."""
+    """Writes a JsonArray as PostgreSQL reads it, several times as fast as psycopg writes a list of anything."""
 
     oid = psycopg.adapters.types["json"].array_oid
 
     def dump(self, obj: JsonArray) -> bytes:
-        return ("{" + ",".join(
-            "null" if text is None else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in obj
-        ) + "}").encode()
+        return b"{" + b",".join(
+            b"null" if text is None else b'"' + bytes(text).replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
+            for text in obj) + b"}"
+
+
+class RawDumper(psycopg.adapt.Dumper):
+    """Writes JSON text as it is. The function that is called decides whether it is json or jsonb."""
+
+    def dump(self, obj: Raw) -> bytes:
+        return bytes(obj)
 
 
 class SchemaBehind(Exception):
@@ -60,15 +69,28 @@ def cannot_write(error: psycopg.Error) -> bool:
     return is_away(error) or error.sqlstate == "25006"
 
 
+@functools.cache
+def statement(function: str, names: tuple[str, ...]) -> LiteralString:
+    """The SQL of a call: each argument goes to the parameter of its name, which begins with p_."""
+    arguments = ", ".join(f"p_{name} => %s" for name in names)
+    return f"select * from tidebase.{function}({arguments})"  # noqa: S608
+
+
 class Database:
-    """One pool; `call` and, where there are many answers, `rows` are the only ways from here to the rules. What a GET
-    asks for is read by `read` and `select`, within a limit of time."""
+    """One pool of connections. A function of schema.sql is called by name, with named arguments, in a transaction of
+    its own: by `call` or, where it answers many rows, by `rows`; what a GET asks for, within a limit of time, by `read`
+    and `select`."""
 
     def __init__(self, conninfo: str, size: int, read_ms: int = 10_000) -> None:
+        """
+        :param size: connections at most.
+        :param read_ms: what PostgreSQL may take for a `read` or a `select`.
+        """
         # Functions answer JSON text, which is passed on: it must not be parsed.
         adapters = psycopg.adapt.AdaptersMap(psycopg.adapters)
         adapters.register_loader("json", psycopg.types.string.TextLoader)
         adapters.register_dumper(JsonArray, JsonArrayDumper)
+        adapters.register_dumper(Raw, RawDumper)
         self.conninfo = conninfo
         self.read_ms = read_ms
         self.pool = psycopg_pool.ConnectionPool(
@@ -84,13 +106,13 @@ class Database:
                 "application_name": "tidebase",
             },
         )
-        logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # an outage is told once, by the reconciler
+        logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # the reconciler logs an outage, once
 
     @contextmanager
     def connection(self) -> Iterator[psycopg.Connection[Any]]:
         """A connection from the pool.
 
-        :raises psycopg.OperationalError: Postgres is away. The others in the pool are then looked at, too.
+        :raises psycopg.OperationalError: Postgres is away. The others in the pool are then checked, too.
         """
         try:
             with self.pool.connection() as connection:
@@ -98,37 +120,40 @@ class Database:
         except psycopg.OperationalError as error:
             if is_away(error):
                 with suppress(RuntimeError):  # the machine gives no more threads: the next failure is another chance
-                    threading.Thread(target=self._look_at_pool, name="tidebase-pool-check", daemon=True).start()
+                    threading.Thread(target=self._check_pool, name="tidebase-pool-check", daemon=True).start()
             raise
 
-    def _look_at_pool(self) -> None:
+    def _check_pool(self) -> None:
         try:
             self.pool.check()
-        except psycopg.Error as error:  # still away: the next request will say so
+        except psycopg.Error as error:  # still away: the next request fails likewise
             logger.debug("pool check: %s", type(error).__name__, extra={"event": "pool_check_failed"})
 
-    def call(self, function: str, *arguments: Any) -> tuple[str | None, int]:
+    def call(self, function: str, **arguments: Any) -> tuple[str | None, int]:
         """Call a function of schema.sql, in a transaction of its own.
 
-        :returns: the JSON text of the answer, None for SQL's null, and the HTTP status (200 unless it says another).
+        :returns: the JSON text of the answer, None for SQL's null, and the HTTP status (200 unless the function gives
+            another).
         :raises psycopg.Error: as raised; SQLSTATE TBnnn is a refusal.
         """
-        [row] = self.rows(function, *arguments)
+        [row] = self.rows(function, **arguments)
         return row[0], row[1] if len(row) > 1 else 200
 
-    def rows(self, function: str, *arguments: Any) -> list[tuple[Any, ...]]:
+    def rows(self, function: str, **arguments: Any) -> list[tuple[Any, ...]]:
         """Call a function of schema.sql that answers rows, likewise."""
-        marks = ", ".join(["%s"] * len(arguments))
         with self.connection() as connection:
-            return connection.execute(f"select * from tidebase.{function}({marks})", arguments).fetchall()  # noqa: S608
+            return connection.execute(statement(function, tuple(arguments)), tuple(arguments.values())).fetchall()
 
-    def read(self, function: str, *arguments: Any) -> tuple[str | None, int]:
-        """Call a function that only reads, likewise, for at most `read_ms`.
+    def count(self, function: str, **arguments: Any) -> int:
+        """Call a function that answers how much it did."""
+        return int(self.call(function, **arguments)[0] or 0)
+
+    def read(self, function: str, **arguments: Any) -> tuple[str | None, int]:
+        """Call a function that only reads, for at most `read_ms`.
 
         :raises psycopg.errors.QueryCanceled: it took longer.
         """
-        marks = ", ".join(["%s"] * len(arguments))
-        [row] = self.select(f"select * from tidebase.{function}({marks})", arguments)  # noqa: S608
+        [row] = self.select(statement(function, tuple(arguments)), tuple(arguments.values()))
         return row[0], row[1] if len(row) > 1 else 200
 
     def select(self, query: LiteralString | psycopg.sql.Composed, values: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -141,10 +166,6 @@ class Database:
             cursor.execute(f"select set_config('statement_timeout', '{self.read_ms}', true); {text}", values)
             cursor.nextset()
             return cursor.fetchall()
-
-    def count(self, function: str, *arguments: Any) -> int:
-        """Call a function that answers how much it did."""
-        return int(self.call(function, *arguments)[0] or 0)
 
     def migrate(self, allowed: bool = True, by_hand: bool = False) -> bool:
         """Bring an older schema to this build's version. One of this version that another build applied is left alone,

@@ -1,4 +1,4 @@
-"""What the server says of itself: /openapi.json, and the page of it at /docs.
+"""What the server says of itself: /openapi.json.
 
 A file of its own, since tidebase.py is read by people who want to know what the server does, and none of this decides
 anything. Nothing is told twice: paths and methods are the app's, bodies the marshmallow schemas that the routes parse,
@@ -13,7 +13,6 @@ a key holds its name says (see kind_of), or a type after a colon: low..high, a|b
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import re
@@ -21,11 +20,10 @@ from collections.abc import Callable
 from typing import Any
 
 import flask
-import jinja2
 import marshmallow
+import msgspec
 from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
-from markupsafe import Markup, escape
 
 from . import bodies
 
@@ -368,10 +366,12 @@ def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
     default = None if field.load_default is marshmallow.missing else field.load_default
     if default is None:
         ret.pop("default", None)  # an absent string is not a null that may be sent
-    elif callable(default):
-        known["default"] = default()
-    elif getattr(field, "empty", None):
-        known["default"] = json.loads(default)
+        return known
+    if callable(default):
+        default = default()
+        known["default"] = default
+    if isinstance(default, msgspec.Raw):
+        known["default"] = json.loads(bytes(default))
     return known
 
 
@@ -426,204 +426,3 @@ def document(app: flask.Flask, version: str, without_key: set[str], pages: set[s
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             spec.path(path, operations={method.lower(): operation})
     return spec.to_dict()
-
-
-# ------------------------------------------------------------------------------
-# The page: the document for people. No script, nothing fetched; light or dark as the reader's system is.
-# ------------------------------------------------------------------------------
-def kind_words(schema: Schema) -> Markup:
-    """A schema in a few words, its objects as links."""
-    if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return Markup('<a href="#object-{0}">{0}</a>').format(name)
-    if "anyOf" in schema:
-        between = "<br>or " if all("properties" in one for one in schema["anyOf"]) else " or "
-        return Markup(between).join(map(kind_words, schema["anyOf"]))
-    if "const" in schema:
-        return Markup("<code>{}</code>").format(json.dumps(schema["const"]))
-    if "enum" in schema:
-        return Markup(" or ").join(Markup("<code>{}</code>").format(json.dumps(value)) for value in schema["enum"])
-    kinds = schema.get("type", "any JSON")
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    words = []
-    for kind in kinds:
-        if kind == "array":
-            words.append(Markup("[{}]").format(kind_words(schema.get("items", {}))))
-        elif kind == "object" and "properties" in schema:
-            required = schema.get("required", [])
-            members = [member(key if key in required else key + "?", one) for key, one in schema["properties"].items()]
-            words.append(Markup("{{{}}}").format(Markup(", ").join(members)))
-        else:
-            is_url, is_time = "://" in schema.get("pattern", ""), schema.get("format") == "date-time"
-            words.append(escape(kind if kind != "string" else "URL" if is_url else "time" if is_time else kind))
-    return Markup(" or ").join(words)
-
-
-def member(key: str, schema: Schema) -> Markup:
-    told = kind_words(schema)
-    return told if told.striptags() == key else Markup("{}: {}").format(key, told)
-
-
-def limits(schema: Schema) -> str:
-    """The range, length or form that a value must have, in words."""
-    said = []
-    for low, high, unit in (("minimum", "maximum", ""), ("minLength", "maxLength", " characters"),
-                            ("minItems", "maxItems", " items")):
-        if low in schema or high in schema:
-            bottom, top = schema.get(low, 0), schema.get(high)
-            said.append((f"{bottom:,} to {top:,}" if top is not None else f"from {bottom:,}") + unit)
-    if "pattern" in schema and "u0000" not in schema["pattern"] and "://" not in schema["pattern"]:
-        said.append(f"matches {schema['pattern']}")
-    return ", ".join(said)
-
-
-def page(spec: dict[str, Any]) -> str:
-    """The document as one HTML page that needs nothing else."""
-    groups: dict[str, list[tuple[str, str, Any]]] = {tag["name"]: [] for tag in spec["tags"]}
-    for merged, operations in copy.deepcopy(spec["paths"]).items():
-        for method, operation in operations.items():
-            path = merged
-            for part in operation["parameters"]:  # by the route's own name for it: see path_of
-                if part["in"] == "path" and "description" in part:
-                    path = path.replace(part["name"], part["description"])
-                    part |= {"name": part["description"], "description": ""}
-            groups[operation["tags"][0]].append((method.upper(), path, operation))
-    schemas = spec["components"]["schemas"]
-
-    def fields(schema: Schema) -> list[tuple[str, Schema, bool]]:
-        schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
-        return [(name, field, name in schema.get("required", [])) for name, field in schema["properties"].items()]
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"kind": kind_words, "limits": limits, "fields": fields}
-    return environment.from_string(PAGE).render(
-        spec=spec, groups={name: found for name, found in groups.items() if found}, refused=REFUSED,
-        objects={name: schemas[name] for name in sorted(schemas)})
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Tidebase API</title>
-<style>
-:root { --ink: #1a1f26; --soft: #5a6572; --line: #dfe3e8; --paper: #fff; --tint: #f5f7f9; --link: #0b5cad;
-  --get: #0b6b50; --post: #0b5cad; --put: #8a5200; --patch: #8a5200; --delete: #b3261e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --soft: #9aa6b2; --line: #2c343d; --paper: #12161b;
-  --tint: #1a2027; --link: #79b8ff; --get: #5fd0a5; --post: #79b8ff; --put: #e5b567; --patch: #e5b567;
-  --delete: #ff8f86 } }
-* { box-sizing: border-box }
-html { scroll-padding-top: 1rem }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-code, .path, .method, dt { font-family: ui-monospace, "SFMono-Regular", Consolas, "DejaVu Sans Mono", monospace }
-code, .path, .method, dt { font-size: .875em }
-code, .path, dt { overflow-wrap: anywhere }
-a { color: var(--link); text-underline-offset: .15em }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 2px }
-.skip { position: absolute; left: -99rem; background: var(--paper); padding: .5rem }
-.skip:focus { left: 1rem; top: 1rem }
-nav { border-bottom: 1px solid var(--line); padding: .75rem 1.25rem; background: var(--tint) }
-nav h2 { display: inline-block; font-size: .9375rem; margin: 0 1rem 0 0; font-weight: 600 }
-nav a { text-decoration: none } nav a:hover { text-decoration: underline }
-nav ul { display: none; list-style: none; margin: 0; padding: 0 }
-nav li a { display: block; padding: .1rem 0; color: inherit; font-size: .875rem }
-main { padding: 1.5rem 1.25rem 4rem; max-width: 60rem; min-width: 0 }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .75rem }
-h1 small { color: var(--soft); font-weight: 400; font-size: .6em }
-main > section > h2 { font-size: 1.375rem; margin: 3rem 0 .25rem }
-main > section > h2 + p { margin: 0; color: var(--soft) }
-article { border-top: 1px solid var(--line); padding: 1.25rem 0; margin-top: 1.25rem }
-h3 { font-size: 1rem; margin: 0; font-weight: 600; display: flex; gap: .75rem; align-items: baseline }
-h3 a { color: inherit; text-decoration: none } h3 a:hover { text-decoration: underline }
-h3 .path { font-size: 1rem }
-.method { font-weight: 700; flex: none } .GET { color: var(--get) } .POST { color: var(--post) }
-.PUT { color: var(--put) } .PATCH { color: var(--patch) } .DELETE { color: var(--delete) }
-article > p { margin: .35rem 0 .75rem; max-width: 44rem }
-h3 + dl { margin-top: .5rem }
-h4 { font-size: .8125rem; color: var(--soft); font-weight: 600; margin: .9rem 0 .25rem }
-dl { margin: 0; background: var(--tint); border-radius: 6px; padding: .15rem .875rem; font-size: .9375rem }
-dl > div { display: grid; grid-template-columns: minmax(0, 13rem) minmax(0, 1fr); gap: 0 1rem; padding: .3rem 0 }
-dl > div + div { border-top: 1px solid var(--line) }
-dt { font-weight: 600; padding-top: .1em } dt small { font-weight: 400; color: var(--soft); font-size: 1em }
-dd { margin: 0; overflow-wrap: anywhere } dd small { color: var(--soft); font-size: inherit }
-dl.answers > div { grid-template-columns: 3rem minmax(0, 1fr) }
-@media (max-width: 34rem) { dl > div { grid-template-columns: 1fr } dl:not(.answers) dd { padding-left: 1rem } }
-@media (min-width: 62rem) {
-  body { display: grid; grid-template-columns: 17rem minmax(0, 1fr) }
-  nav { position: sticky; top: 0; height: 100vh; overflow-y: auto; border: 0; border-right: 1px solid var(--line) }
-  nav { padding: 1rem 1.25rem 1.5rem } nav ul { display: block }
-  nav h2 { display: block; font-size: .8125rem; margin: 1rem 0 .25rem } nav h2 a { color: var(--soft) }
-  main { padding: 2rem 3rem 4rem } }
-@media print { nav { display: none } }
-</style>
-{% macro row(name, schema, note, said="") %}
-<div><dt>{{ name }}{% if note %} <small>{{ note }}</small>{% endif %}</dt>
-<dd>{{ schema | kind }}{% if schema | limits %}<small>, {{ schema | limits }}</small>{% endif %}
-{%- if "default" in schema %}<small>, default</small> <code>{{ schema.default | tojson }}</code>{% endif %}
-{%- if said %}<small>; {{ said }}</small>{% endif %}</dd></div>
-{% endmacro %}
-<a class="skip" href="#main">Skip to the routes</a>
-<nav aria-label="Routes">
-{% for group, operations in groups.items() %}
-<h2><a href="#{{ group | replace(" ", "-") }}">{{ group }}</a></h2>
-<ul>{% for method, path, operation in operations %}
-<li><a href="#{{ operation.operationId }}">{{ operation.operationId | replace("_", " ") }}</a></li>
-{% endfor %}</ul>
-{% endfor %}
-<h2><a href="#objects">Objects</a></h2>
-</nav>
-<main id="main">
-<h1>Tidebase API <small>{{ spec.info.version }}</small></h1>
-<p>{{ spec.info.description }}</p>
-<p>With a key configured, send <code>Authorization: Bearer KEY</code>. The same for machines, as OpenAPI:
-<a href="openapi.json">openapi.json</a>.</p>
-<p>A refusal is an <a href="#object-error">error</a>, with words for a person and a code for programs. Besides the
-codes that each route names, it may answer:</p>
-<dl>{% for status, (code, words) in refused.items() %}
-<div><dt>{{ status }} {{ code }}</dt><dd>{{ words }}</dd></div>
-{% endfor %}</dl>
-{% for group in spec.tags if group.name in groups %}
-<section aria-labelledby="{{ group.name | replace(" ", "-") }}">
-<h2 id="{{ group.name | replace(" ", "-") }}">{{ group.name }}</h2><p>{{ group.description }}</p>
-{% for method, path, operation in groups[group.name] %}
-<article id="{{ operation.operationId }}">
-<h3><span class="method {{ method }}">{{ method }}</span>
-<a class="path" href="#{{ operation.operationId }}">{{ path }}</a></h3>
-<p>{{ operation.summary }}{% if not operation.security %} No API key needed.{% endif %}</p>
-{% for parameter in operation.parameters %}
-{% if loop.first %}<h4>Parameters</h4><dl>{% endif %}
-{{ row(parameter.name, parameter.schema, parameter.in, parameter.description) }}
-{% if loop.last %}</dl>{% endif %}
-{% endfor %}
-{% if operation.requestBody %}
-{% set content = operation.requestBody.content["application/json"].schema %}
-{% for body in content.anyOf or [content] %}
-<h4>{{ "Body" if loop.first else "Or" }}</h4><dl>
-{% for name, schema, required in body | fields %}{{ row(name, schema, "required" if required) }}{% endfor %}</dl>
-{% endfor %}
-{% endif %}
-<h4>Answers</h4><dl class="answers">
-{% for status, answer in operation.responses.items() if answer.description %}
-<div><dt>{{ status }}</dt><dd>
-{%- if status[0] == "2" or "allOf" not in (answer.content["application/json"] or {"schema": {}}).schema %}
-{% for media, content in answer.content.items() %}{{ " or " if not loop.first }}
-{{- content.schema | kind if media == "application/json" else media }}{% endfor %}
-{%- else %}<code>{{ answer.description }}</code>{% endif %}</dd></div>
-{% endfor %}</dl>
-</article>
-{% endfor %}
-</section>
-{% endfor %}
-<section aria-labelledby="objects"><h2 id="objects">Objects</h2>
-<p>Every key of an answer is always there, unless it is marked as optional.</p>
-{% for name, schema in objects.items() %}
-<article id="object-{{ name }}"><h3><a class="path" href="#object-{{ name }}">{{ name }}</a></h3>
-<dl>{% for key, field, required in schema | fields %}
-{{ row(key, field, "" if required else "optional") }}{% endfor %}</dl>
-</article>
-{% endfor %}
-</section>
-</main>
-</html>
-"""

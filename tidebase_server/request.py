@@ -1,20 +1,23 @@
-"""Requests: what a route may take for granted."""
+"""What a route may take for granted about its request, and how it asks schema.sql.
+
+A write goes one way: its body is checked (`parse`), goes as named arguments to one SQL function (`call`), and the JSON
+text of the answer is passed on.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
 import flask
-import marshmallow
 from werkzeug.routing import BaseConverter
 
 from .answers import Refusal, Reply, invalid, reply
-from .bodies import MAX_NAME, Body, read_body, schema_of
+from .bodies import MAX_NAME, Body, check, read_members
 from .database import Database
 from .traces import Traces
 
@@ -35,10 +38,13 @@ def core() -> Core:
 
 
 def reads_only() -> bool:
-    """Whether this request came with the key that only reads."""
+    """Whether this request came with the key that only reads, or with a run token."""
     return not flask.g.may_write
 
 
+# ------------------------------------------------------------------------------
+# Paths: a part is decoded after the path was split, so that team%2Fa is one part.
+# ------------------------------------------------------------------------------
 def path_of(target: str) -> str:
     """The path of a request's target, as it was sent."""
     if not target.startswith("/"):
@@ -47,7 +53,7 @@ def path_of(target: str) -> str:
 
 
 def part_of(value: str) -> str:
-    """A path part as the client meant it: percent-decoded after the path was split, so that team%2Fa is one part."""
+    """A path part as the client meant it.  :raises Refusal: 400, when it is no text that Postgres can hold."""
     try:
         part = urllib.parse.unquote(value, errors="strict")
     except UnicodeDecodeError:
@@ -64,46 +70,36 @@ class Part(BaseConverter):
         return part_of(value)
 
 
+# ------------------------------------------------------------------------------
+# Bodies and calls.
+# ------------------------------------------------------------------------------
 def received() -> bytes:
     """The request's body, which is within TIDEBASE_MAX_BODY."""
     return cast(bytes, flask.request.environ["wsgi.input"].read())
 
 
 def parse(kind: type[Body]) -> dict[str, Any]:
-    """The request's body, checked.  :raises Refusal: 400 with the fields named."""
-    return check(kind, read_body(received(), schema_of(kind)))
+    """The fields of the request's body, checked.  :raises Refusal: 400, every wrong member named."""
+    return check(kind, read_members(received()))
 
 
-def check(kind: type[Body], members: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return cast(dict[str, Any], schema_of(kind).load(members))
-    except marshmallow.ValidationError as error:
-        raise Refusal(400, "invalid_request", "invalid request body", issues=list(issues(error.messages))) from None
-
-
-def issues(messages: Any, path: str = "") -> Iterator[dict[str, str]]:
-    """marshmallow's tree of messages as a list of {path, message}."""
-    if isinstance(messages, dict):
-        for key, below in messages.items():
-            yield from issues(below, path if key == "_schema" else f"{path}.{key}" if path else str(key))
-    else:
-        for message in messages:
-            yield {"path": path, "message": str(message).rstrip(".")}
-
-
-def call(function: str, *arguments: Any) -> Reply:
-    """Call one function of schema.sql, pass its answer on, and tell those who may wait for what it wrote."""
-    text, status = core().database.call(function, *arguments)
+def call(function: str, **arguments: Any) -> Reply:
+    """Call one function of schema.sql, pass its answer on, and wake those who may wait for what it wrote."""
+    text, status = core().database.call(function, **arguments)
     core().wrote()
     return reply(text or "null", status)
 
 
 def found(text: str | None, run_id: str) -> Reply:
+    """An answer about a run.  :raises Refusal: 404, when there is none."""
     if text is None:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
     return reply(text)
 
 
+# ------------------------------------------------------------------------------
+# Query strings: a parameter that a route does not take is a mistake, and refused.
+# ------------------------------------------------------------------------------
 def query(*names: str, prefix: str | None = None, text: str | None = None) -> dict[str, str]:
     """The query string of a route that takes these parameters, and any that begin with `prefix`; or `text` instead.
 
@@ -132,14 +128,20 @@ def choice_of(name: str, text: str | None, choices: Sequence[str], default: str)
     return default if text is None else text
 
 
+def flag_of(name: str, text: str | None, default: bool = False) -> bool:
+    """true or false.  :raises Refusal: 400, for any other word."""
+    return choice_of(name, text, ("true", "false"), str(default).lower()) == "true"
+
+
 def whole_of(name: str, text: str, high: int, low: int = 0) -> int:
+    """A whole number of ASCII digits.  :raises Refusal: 400, when it is none, or out of range."""
     if not re.fullmatch("[0-9]{1,10}", text) or not low <= int(text) <= high:
         raise invalid(name, f"must be a whole number from {low} to {high}")
     return int(text)
 
 
 def time_of(name: str, text: str | None) -> datetime | None:
-    """A time in the query string, ISO-8601; without a zone it is UTC.  :raises Refusal: 400."""
+    """A time, ISO-8601; without a zone it is UTC.  :raises Refusal: 400, when it is none."""
     if text is None:
         return None
     try:

@@ -142,7 +142,7 @@ class HttpServer:
     def __init__(self, app: Callable[..., Any], gatekeeper: Gatekeeper, listener: socket.socket, *, threads: int,
                  max_body: int, other_files: int) -> None:
         """
-        :param threads: for requests that are worked on; those that wait get threads of their own (`make_room`).
+        :param threads: for requests that are worked on; those that wait get threads of their own (`provide_threads`).
         :param max_body: bytes; a larger body is refused unread.
         :param other_files: how many files this process may have open beside its connections.
         """
@@ -153,7 +153,7 @@ class HttpServer:
         self.channels: dict[int, Any] = {}  # all that the loop looks after, by file number
         self.waitress = waitress.server.create_server(
             app, self.channels, sockets=[listener], threads=threads, ident=None, clear_untrusted_proxy_headers=True,
-            connection_limit=make_room_for_connections(other_files), asyncore_use_poll=True,
+            connection_limit=raise_file_limit(other_files), asyncore_use_poll=True,
             channel_timeout=RECEIVE_SECONDS, cleanup_interval=CLEANUP_SECONDS,
             channel_request_lookahead=1,  # so that it is noticed when a client that waits hangs up
             max_request_header_size=MAX_HEAD,
@@ -206,7 +206,7 @@ class HttpServer:
             if not self.closed:
                 self.waitress.pull_trigger()
 
-    def make_room(self, waiting: int) -> None:
+    def provide_threads(self, waiting: int) -> None:
         """Have threads for so many requests that wait, beside those that are worked on; from any thread.
 
         :raises RuntimeError: the machine gives no more threads.
@@ -219,7 +219,7 @@ class HttpServer:
         waitress.wasyncore.loop(timeout=seconds, use_poll=True, map=self.channels, count=1)
 
 
-def make_room_for_connections(others: int) -> int:
+def raise_file_limit(others: int) -> int:
     """Raise the limit on this process's open files to what it may be.
 
     :returns: how many connections it then has room for beside `others`; further clients wait until one leaves. To take

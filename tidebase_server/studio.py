@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import flask
-import marshmallow
 import psycopg
-from marshmallow import fields, validate
 
-from . import openapi
+from . import bodies, openapi
 from .answers import Refusal, Reply, database_refused, invalid, is_refusal, reply
-from .bodies import ID, MAX_NAME, Body, Flag, Text, Whole
 from .filters import ENDED, FILTERS, LIST_PARAMETERS, STATUSES, Found, cursor_from, list_runs
-from .request import call, choice_of, core, found, parse, query, reads_only, time_of, whole_of
+from .request import call, choice_of, core, flag_of, found, parse, query, reads_only, time_of, whole_of
 
 FOLDER = Path(__file__).resolve().parent.parent / "studio"
 MEDIA = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
@@ -36,8 +33,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # it may be kept, but is asked for again by its ETag
 }
-MAX_BULK = 1000       # ids of a bulk request
-BATCH = 200           # runs that one bulk request acts on
 
 
 # ------------------------------------------------------------------------------
@@ -105,18 +100,11 @@ def count_runs() -> Reply:
     return reply(json.dumps({"counts": counts, "total": total}))
 
 
-class ChangesBody(Body):
-    """POST /changes"""
-
-    query = Text(validate.Length(max=16_000), load_default="")
-    known = fields.Dict(Text(ID), Text(validate.Length(max=100)), load_default=dict, validate=validate.Length(max=1000))
-
-
 @routes.post("/changes")
 def list_changes() -> Reply:
     """What is not as it was on a page of GET /runs; query: that page's query string, known: the version of each run
     that is on it.  200 {ids:[string], runs:[lightRun], nextCursor?:string}."""
-    body = parse(ChangesBody)
+    body = parse(bodies.ChangesBody)
     asked = query(*LIST_PARAMETERS, *FILTERS, prefix="metadata.", text=body["query"])
     runs, ids, cursor = list_runs({**asked, "view": "light"}, body["known"])
     return reply(f'{{"ids": {json.dumps(ids)}, "runs": {runs}, "nextCursor": {json.dumps(cursor)}}}')
@@ -125,34 +113,15 @@ def list_changes() -> Reply:
 FITS = {"cancel": ("pending", "queued", "running", "waiting"), "retry": ("failed", "cancelled"), "delete": ENDED}
 
 
-class BulkBody(Body):
-    """POST /bulk"""
-
-    action = fields.Str(required=True, validate=validate.OneOf(list(FITS)))
-    ids = fields.List(Text(ID), validate=validate.Length(1, MAX_BULK), load_default=None)
-    filter = Text(validate.Length(max=16_000), load_default=None)
-    dry_run = Flag(data_key="dryRun", load_default=False)
-    expected = Whole(0, 10_000_000, load_default=None)
-    cursor = Text(validate.Length(max=200), load_default=None)
-    limit = Whole(1, BATCH, load_default=100)
-    reason = Text(validate.Length(max=MAX_NAME), load_default=None)
-    actor = Text(validate.Length(max=MAX_NAME), load_default=None)
-
-    @marshmallow.validates_schema
-    def _one_of_them(self, data: dict[str, Any], **_: Any) -> None:
-        if (data.get("ids") is None) == (data.get("filter") is None):
-            raise marshmallow.ValidationError("must be there, or else filter", "ids")
-
-
 @routes.post("/bulk")
 def act_on_many() -> Reply:
     """Cancel, retry or delete many runs: by id, or all that a query string of GET /runs finds and that the action fits,
     the newest first. With dryRun it says how many, and from where on; without, it acts on one batch, and cursor is what
     to send for the next.  200 {action, count:int, more, cursor?:string, sample:[lightRun]}
     or {action, results:[bulkResult], cursor?:string}, 409 count_changed."""
-    body = parse(BulkBody)
+    body = parse(bodies.BulkBody)
     if body["ids"] is not None:
-        at = whole_of("cursor", body["cursor"] or "0", MAX_BULK)
+        at = whole_of("cursor", body["cursor"] or "0", bodies.MAX_BULK)
         if body["dry_run"]:
             return _dry_run(body, len(body["ids"]), False, body["ids"], "0")
         _check_expected(body, len(body["ids"]), False)
@@ -175,7 +144,7 @@ def act_on_many() -> Reply:
 
 
 def _dry_run(body: dict[str, Any], number: int, more: bool, ids: list[str], cursor: str | None) -> Reply:
-    sample, _ = core().database.read("_list_runs", ids[:5], True, core().traces.queues())
+    sample, _ = core().database.read("_list_runs", ids=ids[:5], light=True, asked=core().traces.queues())
     return reply(f'{{"action": {json.dumps(body["action"])}, "count": {number}, "more": {json.dumps(more)}, '
                  f'"cursor": {json.dumps(cursor)}, "sample": {sample}}}')
 
@@ -190,9 +159,9 @@ def _act(body: dict[str, Any], ids: list[str], cursor: str | None) -> Reply:
     """Each run in a transaction of its own: one that is refused does not touch the others."""
     results = []
     for run_id in ids:
-        arguments = (body["reason"], body["actor"]) if body["action"] == "cancel" else ()
+        arguments = {name: body[name] for name in ("reason", "actor")} if body["action"] == "cancel" else {}
         try:
-            text, _ = core().database.call(f"{body['action']}_run", run_id, *arguments)
+            text, _ = core().database.call(f"{body['action']}_run", run_id=run_id, **arguments)
             run = json.loads(text or "{}").get("run") or {}
             results.append({"id": run_id, "ok": True, "status": run.get("status"), "code": None, "error": None})
         except psycopg.Error as error:
@@ -209,7 +178,7 @@ def _act(body: dict[str, Any], ids: list[str], cursor: str | None) -> Reply:
 @routes.delete("/runs/<part:run_id>")
 def delete_run(run_id: str) -> Reply:
     """Delete a run that ended, with all that belongs to it.  200 {deleted}, 404, 409 run_not_ended."""
-    return call("delete_run", run_id)
+    return call("delete_run", run_id=run_id)
 
 
 # ------------------------------------------------------------------------------
@@ -219,14 +188,14 @@ def delete_run(run_id: str) -> Reply:
 def rerun_plan(run_id: str) -> Reply:
     """What a resume would do now, step by step, and whether that is safe.  200 rerunPlan, 404."""
     query()
-    return reply(core().database.read("rerun_plan", run_id)[0] or "")
+    return reply(core().database.read("rerun_plan", run_id=run_id)[0] or "")
 
 
 @routes.get("/runs/<part:run_id>/summary")
 def summary(run_id: str) -> Reply:
     """Its head: without payloads, with what it cost, its children included.  200 runSummary, 404."""
     query()
-    return found(core().database.read("run_summary", run_id, core().traces.queues())[0], run_id)
+    return found(core().database.read("run_summary", run_id=run_id, asked=core().traces.queues())[0], run_id)
 
 
 @routes.get("/runs/<part:run_id>/steps")
@@ -238,10 +207,10 @@ def list_steps(run_id: str) -> Reply:
     if not re.fullmatch(r"-?\d{1,10}", after, re.ASCII) or abs(int(after)) > 2**31:
         raise invalid("after", "must be a nextCursor")
     statuses = asked["status"].split(",") if asked.get("status") else None
-    errors = choice_of("errors", asked.get("errors"), ("true", "false"), "false") == "true"
+    errors = flag_of("errors", asked.get("errors"))
     limit = whole_of("limit", asked.get("limit", "200"), 1000, 1)
-    return found(core().database.read("list_steps", run_id, int(after), limit, statuses, asked.get("text"), errors)[0],
-                 run_id)
+    return found(core().database.read("list_steps", run_id=run_id, after=int(after), limit=limit, statuses=statuses,
+                                      text=asked.get("text"), errors=errors)[0], run_id)
 
 
 PAYLOADS: list[str] = openapi.BY_NAME["payloadKind"]["enum"]
@@ -277,7 +246,7 @@ def tree(run_id: str) -> Reply:
     """The run and all that descends from it, generation by generation.  ?limit:1..1000=200
     200 {root:string, runs:[treeRun], truncated:bool}, 404."""
     limit = whole_of("limit", query("limit").get("limit", "200"), 1000, 1)
-    return found(core().database.read("run_tree", run_id, limit, core().traces.queues())[0], run_id)
+    return found(core().database.read("run_tree", run_id=run_id, limit=limit, asked=core().traces.queues())[0], run_id)
 
 
 @routes.get("/runs/<part:run_id>/deliveries")
@@ -289,22 +258,22 @@ def list_deliveries(run_id: str) -> Reply:
     if not re.fullmatch(r"\d{1,19}", before, re.ASCII) or int(before) > 2**62:
         raise invalid("before", "must be a nextCursor")
     limit = whole_of("limit", asked.get("limit", "100"), 1000, 1)
-    return found(core().database.read("list_deliveries", run_id, int(before), limit)[0], run_id)
+    return found(core().database.read("list_deliveries", run_id=run_id, before=int(before), limit=limit)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/deliveries/<part:delivery_id>/resend")
 def resend_delivery(run_id: str, delivery_id: str) -> Reply:
     """Send a webhook once more, under the same id; one that is still being tried stays as it is.
     200 {delivery:lightDelivery}, 404."""
-    parse(Body)
-    return call("resend_delivery", run_id, delivery_id)
+    parse(bodies.Body)
+    return call("resend_delivery", run_id=run_id, delivery_id=delivery_id)
 
 
 @routes.get("/runs/<part:run_id>/signals")
 def list_signals(run_id: str) -> Reply:
     """Its signals, the last ones last, long payloads left out.  200 {signals:[lightSignal]}, 404."""
     query()
-    return found(core().database.read("list_signals", run_id)[0], run_id)
+    return found(core().database.read("list_signals", run_id=run_id)[0], run_id)
 
 
 @routes.get("/runs/<part:run_id>/usage")
@@ -312,9 +281,9 @@ def run_usage(run_id: str) -> Reply:
     """What it cost: its newest entries, and sums by model.  ?subtree:true|false=false (with all that descends from it)
     ?limit:1..1000=200  200 {usage:[lightUsage], byModel:[usageGroup], truncated:bool}, 404."""
     asked = query("subtree", "limit")
-    subtree = choice_of("subtree", asked.get("subtree"), ("true", "false"), "false") == "true"
+    subtree = flag_of("subtree", asked.get("subtree"))
     limit = whole_of("limit", asked.get("limit", "200"), 1000, 1)
-    return found(core().database.read("run_usage", run_id, subtree, limit)[0], run_id)
+    return found(core().database.read("run_usage", run_id=run_id, subtree=subtree, limit=limit)[0], run_id)
 
 
 # ------------------------------------------------------------------------------
@@ -334,20 +303,15 @@ def list_approvals() -> Reply:
             raise invalid("after", "must be a nextCursor")
         at = time_of("after", when)
     limit = whole_of("limit", asked.get("limit", "50"), 200, 1)
-    text, _ = core().database.read("list_approvals", decided, limit, at, whose, not reads_only())
+    text, _ = core().database.read("list_approvals", decided=decided, limit=limit, after_at=at, after_id=whose,
+                                      tokens=not reads_only())
     return reply(text or "")
-
-
-class LookBody(Body):
-    """POST /runs/:id/gates/:gateId/look"""
-
-    token = Text(required=True)
 
 
 @routes.post("/runs/<part:run_id>/gates/<part:gate_id>/look")
 def look_at_gate(run_id: str, gate_id: str) -> Reply:
     """A gate and how its run is, for who has its token alone.  200 {gate:seenGate}, 409 gate_token_wrong."""
-    text, _ = core().database.read("look_at_gate", run_id, gate_id, parse(LookBody)["token"])
+    text, _ = core().database.read("look_at_gate", run_id=run_id, gate_id=gate_id, **parse(bodies.LookBody))
     return reply(text or "")
 
 
@@ -359,26 +323,20 @@ def list_minutes(queue: str) -> Reply:
     """Claims and failures of the last hour, minute by minute.
     200 {queue:string, now:time, minutes:[{at:time, claims:int, failures:int}]}."""
     query()
-    return reply(core().database.read("list_minutes", queue)[0] or "")
+    return reply(core().database.read("list_minutes", queue=queue)[0] or "")
 
 
 @routes.get("/workers")
 def list_workers() -> Reply:
     """Who asks for work or holds runs, the last heard first.  200 {workers:[worker], now:time}."""
     query()
-    return reply(core().database.read("list_workers", core().traces.workers())[0] or "")
-
-
-class RunScheduleBody(Body):
-    """POST /schedules/:name/run"""
-
-    id = Text(ID, load_default=None)
+    return reply(core().database.read("list_workers", workers=core().traces.workers())[0] or "")
 
 
 @routes.post("/schedules/<part:name>/run")
 def run_schedule(name: str) -> Reply:
     """Enqueue its run now, beside the times it fires at.  200 {run}, 404, 409 run_id_conflict."""
-    return call("run_schedule", name, parse(RunScheduleBody)["id"])
+    return call("run_schedule", name=name, **parse(bodies.RunScheduleBody))
 
 
 def as_csv(groups: list[dict[str, Any]]) -> Reply:

@@ -33,7 +33,7 @@ class Traces:
         self.due = time.monotonic() + NOTE_SECONDS
         self.traces: dict[str, Trace] = {}
 
-    def asked(self, owner: str, queues: Sequence[str], workflows: Sequence[str] | None) -> None:
+    def note_claim(self, owner: str, queues: Sequence[str], workflows: Sequence[str] | None) -> None:
         """An owner, "" for one without a name, asks for runs of these queues and workflows (None: of any)."""
         now = time.monotonic()
         with self.lock:
@@ -51,7 +51,7 @@ class Traces:
         text = self.workers()
         with self.lock:
             noted = dict(self.traces)
-        database.call("note_workers", text)
+        database.call("note_workers", workers=text)
         with self.lock:
             for owner, trace in noted.items():
                 if self.traces.get(owner) is trace:

@@ -1,0 +1,120 @@
+"""Who may ask, request by request: what is decided before a body is read, and what is checked of each request.
+
+access.py has the rules; here they meet HTTP and Flask.
+"""
+
+from __future__ import annotations
+
+import http
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
+
+import flask
+
+from .access import Access
+from .answers import SAFE_HEADERS, Refusal, Reply, invalid, refused
+from .request import path_of
+from .serving import Gatekeeper, Head, Refused
+
+KEYLESS_BYTES = 65_536  # of a body that comes without a key, for the routes that need none: a gate's decision
+
+
+class Guarded(Protocol):
+    """A server that has rules of access."""
+
+    access: Access
+
+
+def access() -> Access:
+    """The rules of the server that this request came to."""
+    return cast(Guarded, flask.request.environ["tidebase.server"]).access
+
+
+class Admission(Gatekeeper):
+    """Decides about a request as soon as its head is there: no body is taken from who may not send one."""
+
+    def __init__(self, access: Access, takes_no_key: Callable[[str, str], bool], headers: Mapping[str, str]) -> None:
+        """
+        :param takes_no_key: whether a route, by method and path, answers without a key.
+        :param headers: what all answers carry, beside SAFE_HEADERS.
+        """
+        self.access = access
+        self.takes_no_key = takes_no_key
+        self.headers = {**SAFE_HEADERS, **headers}
+
+    def admit(self, head: Head) -> Refused | None:
+        """Requests without a body, and those whose key is right, go on to Flask, which checks them once more."""
+        if head.body_bytes == 0:
+            return None
+        path = path_of(head.target)
+        environ = {f"HTTP_{name}": value for name, value in head.headers.items()} | {
+            "REQUEST_METHOD": head.method, "REQUEST_URI": head.target, "PATH_INFO": path,
+            "CONTENT_TYPE": head.headers.get("CONTENT_TYPE", ""), "CONTENT_LENGTH": str(head.body_bytes or 1)}
+        if denial := self.access.denial(environ):
+            return self._answer(refused(Refusal(*denial)))
+        key = self.access.key_in(environ.get("HTTP_AUTHORIZATION", ""))
+        if not self.access.api_key or self.access.is_key(key) or self.access.is_read_key(key):
+            return None
+        if not self.takes_no_key(head.method, path):
+            return self._answer(refused(wrong_key(key)))
+        if head.body_bytes is None or head.body_bytes > KEYLESS_BYTES:
+            return self.refuse(413, "")
+        return None
+
+    def refuse(self, status: int, words: str) -> Refused:
+        """The answer to what cannot be read as a request."""
+        code = {413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(status, "internal_error")
+        return self._answer(refused(invalid("", words) if status == 400 else Refusal(
+            status, code, http.HTTPStatus(status).phrase.lower())))
+
+    def _answer(self, reply: Reply) -> Refused:
+        text, status, headers = reply
+        return Refused(status, http.HTTPStatus(status).phrase, list({**self.headers, **headers}.items()), text.encode())
+
+
+def check_sender() -> None:
+    """:raises Refusal: 403 for a web page's request that is not this server's own, 415 for a body that is not JSON."""
+    if denial := access().denial(flask.request.environ):
+        raise Refusal(*denial)
+
+
+def check_key(given: str | None = None) -> bool:
+    """Whether `given` or, without it, the Authorization header is the key that may write, and not the one that only
+    reads.  :raises Refusal: 401, when it is neither."""
+    rules = access()
+    if not rules.api_key:
+        return True
+    key = rules.key_in(flask.request.environ.get("HTTP_AUTHORIZATION", "")) if given is None else given.encode()
+    if rules.is_key(key):
+        return True
+    if not rules.is_read_key(key):
+        raise wrong_key(key)
+    return False
+
+
+def wrong_key(sent: bytes) -> Refusal:
+    """The 401 for a key that is not this server's, or is not there."""
+    return Refusal(401, "unauthorized", "the API key that was sent is not this server's" if sent else
+                   "send the API key: Authorization: Bearer KEY")
+
+
+def run_token_expiry(given: str | None) -> int | None:
+    """When the run token expires that a request for a run's events brings as `given` or, without it, as the
+    Authorization header; None when it brings none.  :raises Refusal: 401, when the token has expired."""
+    rules, request = access(), flask.request
+    sent = rules.key_in(request.headers.get("Authorization", "")) if given is None else given.encode()
+    expires_at = rules.run_token_expiry(sent, (request.view_args or {})["run_id"])
+    if expires_at is not None and expires_at <= rules.clock():
+        raise Refusal(401, "unauthorized", "this run token has expired: get another one")
+    return expires_at
+
+
+def cors_headers(origin: str) -> dict[str, str]:
+    """What tells browsers that pages of this origin may call the server; nothing when none may."""
+    if not origin:
+        return {}
+    headers = {"Access-Control-Allow-Origin": origin,
+               "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE, OPTIONS",
+               "Access-Control-Allow-Headers": "authorization, content-type, x-tidebase-worker, last-event-id",
+               "Access-Control-Max-Age": "600"}
+    return headers if origin == "*" else {**headers, "Vary": "Origin"}
