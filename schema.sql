@@ -131,7 +131,6 @@ create table if not exists tidebase.runs (
   constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null)),
   constraint runs_waiting_whole check ((status = 'waiting') = (waiting_for is not null))
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
-alter table tidebase.runs add column if not exists recovery_secret text;
 -- At most one live run per queue and dedupe key; enqueue_runs reads the live one by it.
 create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedupe_key)
   where dedupe_key is not null and status in ('queued', 'running', 'waiting');
@@ -152,7 +151,7 @@ create index if not exists runs_deadline_idx on tidebase.runs (deadline_at)
   where deadline_at is not null and status in ('pending', 'queued', 'running', 'waiting');
 -- Serves wake_due.
 create index if not exists runs_wake_idx on tidebase.runs (wake_at) where wake_at is not null and status = 'waiting';
--- Serves _is_there: the children of a run that have not ended.
+-- Serves _is_wait_over: the children of a run that have not ended.
 create index if not exists runs_live_children_idx on tidebase.runs (parent_run_id, id)
   where parent_run_id is not null and status in ('pending', 'queued', 'running', 'waiting');
 -- Serve the list of runs, newest first: all, of a workflow and of a queue (a status at a time), of a status (few are
@@ -161,8 +160,6 @@ create index if not exists runs_newest_idx on tidebase.runs (created_at desc, id
 create index if not exists runs_of_workflow_idx on tidebase.runs (workflow_name, status, created_at desc, id desc);
 create index if not exists runs_of_queue_idx on tidebase.runs (queue, status, created_at desc, id desc)
   where queue is not null;
-drop index if exists tidebase.runs_workflow_idx;  -- older databases: without the status
-drop index if exists tidebase.runs_queue_idx;
 create index if not exists runs_status_idx on tidebase.runs (status, created_at desc, id desc)
   where status <> 'completed';
 create index if not exists runs_failure_idx on tidebase.runs (failure_class, created_at desc, id desc)
@@ -200,9 +197,6 @@ create table if not exists tidebase.steps (
   review_at        timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored,
   constraint steps_name_key unique (run_id, name)           -- also serves the run detail and every begin
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
-alter table tidebase.steps add column if not exists copied boolean not null default false;
-alter table tidebase.steps add column if not exists  -- older databases
-  review_at timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored;
 -- Serves list_approvals.
 create index if not exists steps_review_idx on tidebase.steps (review_at, id) where review_at is not null;
 
@@ -297,7 +291,6 @@ create table if not exists tidebase.state_versions (
   live_version integer,                                     -- of a write of the live state: the run's version after it
   constraint state_versions_version_key unique (stream_id, version)
 );
-alter table tidebase.state_versions add column if not exists live_version integer;  -- older databases
 -- Serves the run detail, the versions and the snapshots.
 create index if not exists state_versions_run_idx on tidebase.state_versions (run_id, stream_id, version);
 
@@ -344,8 +337,6 @@ create table if not exists tidebase.signals (
   created_at timestamptz not null default tidebase.now(),
   n          integer     not null default 1                 -- 1, 2, 3 … of a name: the n-th wait takes the n-th signal
 );
-alter table tidebase.signals add column if not exists n integer not null default 1;  -- older databases
-alter table tidebase.signals drop constraint if exists signals_name_key;             -- where one of a name was kept
 -- One signal of a number; serves the next number, and those who wait for one.
 create unique index if not exists signals_number_key on tidebase.signals (run_id, name, n);
 
@@ -390,13 +381,8 @@ create table if not exists tidebase.outbox (
   created_at      timestamptz not null default tidebase.now(),
   completed_at    timestamptz
 );
-alter table tidebase.outbox drop constraint if exists outbox_channel_id_fkey;  -- read the table for each channel deleted
-alter table tidebase.outbox add column if not exists payload_seq bigint;
-alter table tidebase.outbox add column if not exists host text generated always as
-  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
 -- Serve claim_webhooks: whether any is due (worded so that no search for a host's takes this index, and with it reads
 -- those of all hosts); and which hosts there are, and what is due for each.
-drop index if exists tidebase.outbox_due_idx;
 create index if not exists outbox_any_due_idx on tidebase.outbox (next_attempt_at) where completed_at is null;
 create index if not exists outbox_host_idx on tidebase.outbox (host, next_attempt_at)
   where status = 'pending' and next_attempt_at is not null;
@@ -412,7 +398,6 @@ create table if not exists tidebase.queues (
   invoke_url      text,
   paused          boolean not null default false            -- gives out no runs
 );
-alter table tidebase.queues add column if not exists paused boolean not null default false;  -- older databases
 
 -- The claims of queues that have a rate; older than a minute, they are deleted by the next claim.
 create table if not exists tidebase.queue_claims (
@@ -486,7 +471,7 @@ $$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value en
 create or replace function tidebase._in_list (p_value jsonb, p_room boolean) returns jsonb language sql stable as
 $$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
 
-create or replace function tidebase._marked (p_object json) returns json language sql immutable as
+create or replace function tidebase._mark_omitted (p_object json) returns json language sql immutable as
 $$ select (left(p_object::text, -1) || ', "payloadOmitted": true}')::json $$;
 
 -- p_input, … are r's own, or null where a list leaves them out.
@@ -526,7 +511,7 @@ $$;
 create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean, p_largest integer)
   returns json language sql stable as $$
   select case when p_room and p_largest <= 65536 then tidebase._run_json(r)
-    else tidebase._marked(tidebase._run_shown(
+    else tidebase._mark_omitted(tidebase._run_shown(
            r, tidebase._in_list(r.input, p_room), tidebase._in_list(r.metadata, p_room),
            tidebase._in_list(r.result, p_room), tidebase._in_list(r.error, p_room),
            tidebase._in_list(r.waiting_for, p_room))) end
@@ -661,8 +646,17 @@ $$;
 create or replace function tidebase._version_listed (v tidebase.state_versions, p_room boolean, p_largest integer)
   returns json language sql stable as $$
   select case when p_room and p_largest <= 65536 then tidebase._version_json(v)
-    else tidebase._marked(tidebase._version_shown(v, tidebase._in_list(v.value, p_room),
+    else tidebase._mark_omitted(tidebase._version_shown(v, tidebase._in_list(v.value, p_room),
                             tidebase._in_list(v.patch, p_room), tidebase._in_list(v.metadata, p_room))) end
+$$;
+
+create or replace function tidebase._version_light (v tidebase.state_versions, p_stream text)
+  returns json language sql stable as $$
+  select json_build_object(
+    'id', v.id, 'streamId', v.stream_id, 'streamName', p_stream, 'runId', v.run_id, 'stepId', v.step_id,
+    'version', v.version, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
+    'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at),
+    'bytes', octet_length(v.value::text), 'patchBytes', octet_length(v.patch::text))
 $$;
 
 -- As events show a version: what and why, not the value.
@@ -796,7 +790,7 @@ begin
   if p_run.parent_run_id is not null then
     select * into v_parent from tidebase.runs
      where id = p_run.parent_run_id and status = 'waiting' and waiting_for ? 'children';
-    if found and tidebase._is_there(v_parent.id, v_parent.waiting_for, tidebase.now()) then
+    if found and tidebase._is_wait_over(v_parent.id, v_parent.waiting_for, tidebase.now()) then
       perform tidebase._wake(v_parent);
     end if;
   end if;
@@ -825,7 +819,7 @@ create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) retu
 $$;
 
 -- A worker that was silent until its run went to another may still be at work: whatever it writes is refused.
-create or replace function tidebase._fence_off (p_run tidebase.runs, p_lease_owner text) returns void language plpgsql as $$
+create or replace function tidebase._check_not_fenced_off (p_run tidebase.runs, p_lease_owner text) returns void language plpgsql as $$
 begin
   if p_lease_owner = any (p_run.former_owners) and p_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(p_run);
@@ -853,7 +847,7 @@ end $$;
 
 -- Counts and writes an event of a run that is locked and does not change otherwise; the owner's lease is extended.
 -- p_started: of a step that is recorded at its end alone, the payload of a step.started to go before it.
-create or replace function tidebase._record (p_run tidebase.runs, p_lease_owner text, p_type text, p_payload json,
+create or replace function tidebase._append_event_and_renew_lease (p_run tidebase.runs, p_lease_owner text, p_type text, p_payload json,
                                              p_started json default null) returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
@@ -923,7 +917,7 @@ declare
   v_webhook tidebase.outbox := tidebase._enqueue_webhook('recovery', p_run.id, null, null, 'run.resume', p_reason,
                                                          p_run.recovery_webhook, null);
 begin
-  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_webhook.id,
+  perform tidebase._append_event_and_renew_lease(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_webhook.id,
                            'reason', p_reason));
   return v_webhook;
 end $$;
@@ -939,6 +933,62 @@ create or replace function tidebase._tally (p_queue text, p_status text, p_runs 
   returns void language plpgsql as $$
 begin
   insert into tidebase.queue_tallies select p_queue, p_status, p_runs where p_queue is not null;
+end $$;
+
+-- Moves a run, which must be locked, to another status. All runs go through here, but for those that claim_runs and
+-- _write_plain move many at a time.
+-- p_run: the row with the columns set that are particular to this transition; its status is the one before. What the new
+-- status demands of the other columns stands here and nowhere else.
+-- Leaves   p_event with p_payload. A run that ends is tallied, its channels get a webhook, and its parent goes on where
+--          it waits for this run alone (needs _lock_to_end).
+create or replace function tidebase._transition (p_run tidebase.runs, p_status text, p_event text, p_payload json)
+  returns tidebase.runs language plpgsql as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_ended constant boolean := p_status in ('completed', 'failed', 'cancelled');
+  v_run   tidebase.runs;
+begin
+  update tidebase.runs
+     set status = p_status, attempt = p_run.attempt, failed_attempt = p_run.failed_attempt, run_at = p_run.run_at,
+         lease_owner = case p_status when 'running' then p_run.lease_owner end, lease_ms = p_run.lease_ms,
+         lease_expires_at = case p_status when 'running' then v_now + tidebase._ms(p_run.lease_ms) end,
+         fence = p_run.fence, former_owners = p_run.former_owners, settled_by = p_run.settled_by,
+         claim_id = p_run.claim_id, stalled = false, offered_at = null, deadline_at = p_run.deadline_at,
+         waiting_for = case p_status when 'waiting' then p_run.waiting_for end,
+         wake_at = case p_status when 'waiting' then p_run.wake_at end,
+         result = case p_status when 'completed' then p_run.result end,
+         error = case when p_status <> 'completed' then p_run.error end,
+         failure_class = case when p_status in ('failed', 'cancelled') then p_run.failure_class end,
+         cancel_reason = case p_status when 'cancelled' then p_run.cancel_reason end,
+         cancel_actor = case p_status when 'cancelled' then p_run.cancel_actor end,
+         cancel_requested_at = case p_status when 'cancelled' then v_now end,
+         cancelled_at = case p_status when 'cancelled' then v_now end,
+         completed_at = case when v_ended then v_now end, updated_at = v_now, event_seq = event_seq + 1
+   where id = p_run.id returning * into v_run;
+  perform tidebase._append_event(v_run.id, v_run.event_seq, p_event, p_payload);
+  if p_run.status in ('completed', 'failed', 'cancelled') then
+    perform tidebase._tally(v_run.queue, p_run.status, -1);
+  end if;
+  if v_ended then
+    perform tidebase._tally(v_run.queue, p_status, 1);
+    if v_run.has_channels then
+      perform tidebase._notify(v_run, p_event, case p_status
+                when 'failed' then json_build_object('run', tidebase._run_json(v_run), 'error', v_run.error)
+                else json_build_object('run', tidebase._run_json(v_run)) end);
+    end if;
+    perform tidebase._wake_parent(v_run);
+  end if;
+  return v_run;
+end $$;
+
+-- Moves a run that had ended to a status in which it lives again, likewise.
+-- Needs    its dedupe key free (TB409 dedupe_conflict).
+create or replace function tidebase._revive (p_run tidebase.runs, p_status text, p_event text, p_payload json)
+  returns tidebase.runs language plpgsql as $$
+begin
+  return tidebase._transition(p_run, p_status, p_event, p_payload);
+exception when unique_violation then
+  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run.id));
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -1053,11 +1103,12 @@ end $$;
 -- Leaves   the run running, attempt + 1, event run.started; a repeat by the holder only extends the lease; a
 --          completed run is answered as it is, without a lease.
 -- Returns  {"run", "leaseOwner"}, with p_checkpoints also "checkpoints" and "checkpointsTruncated".
-create or replace function tidebase.begin_run (p_run_id text, p_lease_owner text, p_lease_ms integer, p_checkpoints boolean)
-  returns json language plpgsql as $$
+create or replace function tidebase.begin_run (p_run_id text, p_lease_owner text, p_lease_ms integer,
+                                               p_checkpoints boolean) returns json language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now timestamptz := tidebase.now();
+  v_run   tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now   timestamptz := tidebase.now();
+  v_event json;
 begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
@@ -1070,18 +1121,20 @@ begin
     update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), updated_at = v_now
      where id = p_run_id returning * into v_run;
   else
+    v_run.former_owners := array_remove(array_remove(
+      v_run.former_owners || v_run.lease_owner || v_run.settled_by, p_lease_owner), null);
+    v_run.lease_owner := p_lease_owner;
+    v_run.lease_ms := p_lease_ms;
+    v_run.fence := v_run.fence + 1;
+    v_run.claim_id := null;
+    v_run.attempt := v_run.attempt + 1;
+    v_run.error := null;
+    v_event := json_build_object('leaseOwner', p_lease_owner, 'attempt', v_run.attempt);
     if v_run.status = 'failed' then
-      perform tidebase._tally(v_run.queue, 'failed', -1);
+      v_run := tidebase._revive(v_run, 'running', 'run.started', v_event);
+    else
+      v_run := tidebase._transition(v_run, 'running', 'run.started', v_event);
     end if;
-    update tidebase.runs
-       set status = 'running', attempt = attempt + 1, lease_owner = p_lease_owner, lease_ms = p_lease_ms,
-           lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, stalled = false, claim_id = null,
-           waiting_for = null, wake_at = null, offered_at = null,
-           former_owners = array_remove(array_remove(former_owners || lease_owner || settled_by, p_lease_owner), null),
-           error = null, failure_class = null, completed_at = null, event_seq = event_seq + 1, updated_at = v_now
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.started',
-                                   json_build_object('leaseOwner', p_lease_owner, 'attempt', v_run.attempt));
   end if;
   if not p_checkpoints then
     return json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_lease_owner);
@@ -1089,8 +1142,6 @@ begin
   return (select json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_lease_owner,
                                    'checkpoints', c.checkpoints, 'checkpointsTruncated', c.truncated)
             from tidebase._checkpoints(p_run_id) c);
-exception when unique_violation then  -- a failed run begun again, while another took its dedupe key
-  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run_id));
 end $$;
 
 -- Extends the leases of runs that their owners hold: no event, no attempt. One statement, so that a worker that holds
@@ -1127,42 +1178,29 @@ begin
      order by n;
 end $$;
 
--- Whether the outcome that p_lease_owner reports changes nothing, since the run ended already.
--- Refuses  TB409 lease_lost when p_lease_owner is given and the lease is, or the outcome was, another's.
+-- Whether an outcome that p_lease_owner reports changes nothing: the run is cancelled, or ended by a report of the same
+-- owner or, where none is given, of anybody.
 create or replace function tidebase._is_settled (p_run tidebase.runs, p_lease_owner text)
-  returns boolean language plpgsql as $$
-begin
-  if p_run.status = 'cancelled'
-     or (p_run.status in ('completed', 'failed') and (p_lease_owner is null or p_run.settled_by = p_lease_owner)) then
-    return true;
-  elsif p_lease_owner is not null and p_run.lease_owner is distinct from p_lease_owner then
-    perform tidebase._refuse_lost(p_run);
-  end if;
-  return false;
-end $$;
+  returns boolean language sql immutable as $$
+  select p_run.status = 'cancelled' or (p_run.status in ('completed', 'failed')
+                                        and coalesce(p_lease_owner = p_run.settled_by, p_lease_owner is null))
+$$;
 
 -- Ends a run well.
--- Needs    p_lease_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
---          a run that already ended, and the owner's repeat, are answered unchanged.
+-- Needs    p_lease_owner, when given, holds it (TB409 lease_lost).
+-- Leaves   it completed, event and channels run.completed; a run that is settled unchanged.
 -- Returns  {"run"}; with p_brief its id and status alone.
 create or replace function tidebase.complete_run (p_run_id text, p_lease_owner text, p_result json,
                                                   p_brief boolean default false)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
-  v_now timestamptz := tidebase.now();
 begin
   if not tidebase._is_settled(v_run, p_lease_owner) then
-    update tidebase.runs
-       set status = 'completed', result = p_result, error = null, failure_class = null, settled_by = lease_owner,
-           lease_owner = null, lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
-          completed_at = v_now, updated_at = v_now, event_seq = event_seq + 1
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.completed', json_build_object('result', p_result));
-    perform tidebase._notify(v_run, 'run.completed', case when v_run.has_channels
-                             then json_build_object('run', tidebase._run_json(v_run)) end);
-    perform tidebase._tally(v_run.queue, 'completed', 1);
-    perform tidebase._wake_parent(v_run);
+    perform tidebase._check_owner(v_run, p_lease_owner);
+    v_run.settled_by := v_run.lease_owner;
+    v_run.result := p_result;
+    v_run := tidebase._transition(v_run, 'completed', 'run.completed', json_build_object('result', p_result));
   end if;
   return json_build_object('run', case when p_brief then tidebase._brief_run(v_run.id, v_run.status)
                                        else tidebase._run_json(v_run) end);
@@ -1175,51 +1213,37 @@ create or replace function tidebase._with_reason (p_event json, p_reason text)
               else tidebase._joined(p_event, json_build_object('reason', p_reason)) end
 $$;
 
--- Puts a queue run back, for another attempt at p_run_at. p_by: who reported the failure, null when its lease expired.
--- p_reason: the event's, when nobody reported it.    Needs it locked.  Leaves it queued, event run.requeued.
+-- Puts a queue run, which must be locked, back for another attempt at p_run_at, event run.requeued. p_by: who reported the
+-- failure, null when its lease expired; then p_reason says so in the event.
 create or replace function tidebase._requeue (p_run tidebase.runs, p_error json, p_run_at timestamptz, p_by text,
-                                              p_reason text default null)
-  returns tidebase.runs language plpgsql as $$
-declare
-  v_run tidebase.runs;
+                                              p_reason text default null) returns tidebase.runs language plpgsql as $$
 begin
-  update tidebase.runs
-     set status = 'queued', run_at = p_run_at, error = p_error, settled_by = p_by, failed_attempt = attempt,
-         lease_owner = null, lease_expires_at = null, waiting_for = null, wake_at = null,
-         updated_at = tidebase.now(), event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._note_failure(v_run.queue);
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.requeued', tidebase._with_reason(json_build_object(
-            'error', p_error, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts,
-            'nextRunAt', tidebase._iso(p_run_at)), p_reason));
-  return v_run;
+  p_run.run_at := p_run_at;
+  p_run.error := p_error;
+  p_run.settled_by := p_by;
+  p_run.failed_attempt := p_run.attempt;
+  perform tidebase._note_failure(p_run.queue);
+  return tidebase._transition(p_run, 'queued', 'run.requeued', tidebase._with_reason(json_build_object(
+           'error', p_error, 'attempt', p_run.attempt, 'maxAttempts', p_run.max_attempts,
+           'nextRunAt', tidebase._iso(p_run_at)), p_reason));
 end $$;
 
--- Ends a run badly; p_by and p_reason as above.
--- Needs it locked.  Leaves it failed, event and channels run.failed, the recovery webhook in the outbox.
+-- Ends a run, which must be locked, badly: event and channels run.failed, and the recovery webhook in the outbox. p_by and
+-- p_reason as above.
 create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text,
-                                           p_reason text default null)
-  returns tidebase.runs language plpgsql as $$
-declare
-  v_run tidebase.runs;
-  v_now timestamptz := tidebase.now();
+                                           p_reason text default null) returns tidebase.runs language plpgsql as $$
 begin
-  update tidebase.runs
-     set status = 'failed', error = p_error, failure_class = p_failure_class, settled_by = p_by,
-         failed_attempt = attempt, lease_owner = null, lease_expires_at = null, stalled = false,
-         waiting_for = null, wake_at = null,  completed_at = v_now,
-         updated_at = v_now, event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.failed', tidebase._with_reason(
-                                 json_build_object('error', p_error, 'failureClass', p_failure_class), p_reason));
-  perform tidebase._notify(v_run, 'run.failed', json_build_object('run', tidebase._run_json(v_run), 'error', p_error));
-  perform tidebase._tally(v_run.queue, 'failed', 1);
-  perform tidebase._note_failure(v_run.queue);
-  perform tidebase._wake_parent(v_run);
-  if v_run.recovery_webhook is not null then
-    perform tidebase._start_recovery(v_run, 'run_failed');
+  p_run.error := p_error;
+  p_run.failure_class := p_failure_class;
+  p_run.settled_by := p_by;
+  p_run.failed_attempt := p_run.attempt;
+  perform tidebase._note_failure(p_run.queue);
+  p_run := tidebase._transition(p_run, 'failed', 'run.failed', tidebase._with_reason(
+             json_build_object('error', p_error, 'failureClass', p_failure_class), p_reason));
+  if p_run.recovery_webhook is not null then
+    perform tidebase._start_recovery(p_run, 'run_failed');
   end if;
-  return v_run;
+  return p_run;
 end $$;
 
 -- The class of a failure for which its reporter gave none. p_tried: all attempts were made.
@@ -1240,11 +1264,13 @@ create or replace function tidebase.fail_run (p_run_id text, p_lease_owner text,
 declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
 begin
-  if (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
-      and (p_lease_owner is null or v_run.settled_by = p_lease_owner))
-     or tidebase._is_settled(v_run, p_lease_owner) then
+  if tidebase._is_settled(v_run, p_lease_owner)
+     or (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
+         and coalesce(p_lease_owner = v_run.settled_by, p_lease_owner is null)) then
     return json_build_object('run', tidebase._run_json(v_run), 'requeued', v_run.status = 'queued');
-  elsif v_run.queue is not null and v_run.attempt < v_run.max_attempts and p_retryable then
+  end if;
+  perform tidebase._check_owner(v_run, p_lease_owner);
+  if v_run.queue is not null and v_run.attempt < v_run.max_attempts and p_retryable then
     v_run := tidebase._requeue(v_run, p_error,
                tidebase.now() + least(interval '5 seconds' * 2 ^ least(greatest(v_run.attempt - 1, 0), 6),
                                       interval '5 minutes'),
@@ -1259,25 +1285,12 @@ end $$;
 -- Cancels a run.   Needs  it locked (_lock_to_end), not completed.   Leaves  event and channels run.cancelled.
 create or replace function tidebase._cancel_one (p_run tidebase.runs, p_reason text, p_actor text)
   returns tidebase.runs language plpgsql as $$
-declare
-  v_run tidebase.runs;
-  v_now timestamptz := tidebase.now();
 begin
-  if p_run.status = 'failed' then
-    perform tidebase._tally(p_run.queue, 'failed', -1);
-  end if;
-  update tidebase.runs
-     set status = 'cancelled', cancel_reason = p_reason, cancel_actor = p_actor, cancel_requested_at = v_now,
-         cancelled_at = v_now, completed_at = v_now, settled_by = coalesce(lease_owner, settled_by), lease_owner = null,
-         lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null, updated_at = v_now,
-         event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.cancelled',
-                                 json_build_object('reason', p_reason, 'actor', p_actor));
-  perform tidebase._notify(v_run, 'run.cancelled', json_build_object('run', tidebase._run_json(v_run)));
-  perform tidebase._tally(v_run.queue, 'cancelled', 1);
-  perform tidebase._wake_parent(v_run);
-  return v_run;
+  p_run.cancel_reason := p_reason;
+  p_run.cancel_actor := p_actor;
+  p_run.settled_by := coalesce(p_run.lease_owner, p_run.settled_by);
+  return tidebase._transition(p_run, 'cancelled', 'run.cancelled', json_build_object('reason', p_reason,
+                                                                                     'actor', p_actor));
 end $$;
 
 -- Cancels a run, as above, and its live children and theirs: a generation after the other, since there may be more of
@@ -1327,20 +1340,19 @@ end $$;
 -- Gives a run back that its owner will not go on with (a worker that shuts down).
 -- Needs    p_lease_owner holds it (TB409 lease_lost, run_cancelled).
 -- Leaves   it queued, or pending without a queue, no attempt spent, event run.released.    Returns  {"run"}.
-create or replace function tidebase.release_run (p_run_id text, p_lease_owner text) returns json language plpgsql as $$
+create or replace function tidebase.release_run (p_run_id text, p_lease_owner text)
+  returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
   elsif v_run.lease_owner = p_lease_owner then
-    update tidebase.runs
-       set status = case when queue is null then 'pending' else 'queued' end, run_at = least(run_at, v_now),
-           attempt = attempt - 1, settled_by = lease_owner, lease_owner = null, lease_expires_at = null,
-           stalled = false, updated_at = v_now, event_seq = event_seq + 1
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.released', json_build_object('leaseOwner', p_lease_owner));
+    v_run.run_at := least(v_run.run_at, tidebase.now());
+    v_run.attempt := v_run.attempt - 1;
+    v_run.settled_by := p_lease_owner;
+    v_run := tidebase._transition(v_run, case when v_run.queue is null then 'pending' else 'queued' end, 'run.released',
+                                  json_build_object('leaseOwner', p_lease_owner));
   elsif v_run.lease_owner is not null or v_run.settled_by is distinct from p_lease_owner then
     perform tidebase._refuse_lost(v_run);
   end if;
@@ -1352,22 +1364,16 @@ end $$;
 -- Leaves   it queued, or pending without a queue, event run.retried.
 create or replace function tidebase._put_back (p_run tidebase.runs) returns tidebase.runs language plpgsql as $$
 declare
-  v_run tidebase.runs;
   v_now timestamptz := tidebase.now();
 begin
-  perform tidebase._tally(p_run.queue, p_run.status, -1);
-  update tidebase.runs
-     set status = case when queue is null then 'pending' else 'queued' end, run_at = v_now, attempt = 0,
-         failed_attempt = null, former_owners = array_remove(former_owners || settled_by, null), settled_by = null,
-         error = null, failure_class = null, cancel_reason = null,
-         cancel_actor = null, cancel_requested_at = null, cancelled_at = null, completed_at = null,
-         deadline_at = case when deadline_at > v_now then deadline_at end,
-         updated_at = v_now, event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.retried', '{}');
-  return v_run;
-exception when unique_violation then
-  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run.id));
+  p_run.run_at := v_now;
+  p_run.attempt := 0;
+  p_run.failed_attempt := null;
+  p_run.former_owners := array_remove(p_run.former_owners || p_run.settled_by, null);
+  p_run.settled_by := null;
+  p_run.error := null;
+  p_run.deadline_at := case when p_run.deadline_at > v_now then p_run.deadline_at end;
+  return tidebase._revive(p_run, case when p_run.queue is null then 'pending' else 'queued' end, 'run.retried', '{}');
 end $$;
 
 -- Puts a failed or cancelled run back, likewise.
@@ -1418,7 +1424,7 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- A list of what may stand without its list; null and empty ones are dropped.
-create or replace function tidebase._listed (p_value json) returns json language plpgsql immutable as $$
+create or replace function tidebase._as_list (p_value json) returns json language plpgsql immutable as $$
 begin
   if json_typeof(p_value) = 'array' then
     return (select coalesce(json_agg(item), '[]') from json_array_elements(p_value) as item
@@ -1431,7 +1437,7 @@ end $$;
 
 -- What a step changes outside, in either spelling.
 create or replace function tidebase._effects (p_options json) returns json language sql immutable as $$
-  select tidebase._listed(case when p_options->>'sideEffects' is not null then p_options->'sideEffects'
+  select tidebase._as_list(case when p_options->>'sideEffects' is not null then p_options->'sideEffects'
                                when p_options->>'sideEffect' <> 'none' then p_options->'sideEffect' end)
 $$;
 
@@ -1449,7 +1455,7 @@ create or replace function tidebase._contract (p_options json) returns json lang
                        case when p_options->>'idempotencyKey' is not null
                                  or tidebase._is_harmless(tidebase._effects(p_options)) then 'auto' else 'manual' end),
     'checkpointInvariant', p_options->'checkpointInvariant', 'verifiedBy', p_options->'verifiedBy',
-    'credentials', tidebase._listed(p_options->'credentials'))
+    'credentials', tidebase._as_list(p_options->'credentials'))
 $$;
 
 -- Whether a step is not p_lease_owner's to begin. While somebody holds the run, its steps are that one's. A step that was
@@ -1495,18 +1501,30 @@ create or replace function tidebase._needs_review (p_run tidebase.runs, p_step t
           and tidebase._is_ambiguous(tidebase._as_taken_over(p_run, p_now), p_step, '', p_step.options))
 $$;
 
+-- Ends a step, or marks it for review: from now on nobody holds it. p_step: the row with its output, its error, settled_by
+-- and reviewed as they are to be. Needs its run locked.
+-- p_ends: a try ends now; else completed_at is as p_step has it.
+create or replace function tidebase._end_step (p_step tidebase.steps, p_status text, p_ends boolean default true)
+  returns tidebase.steps language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+begin
+  update tidebase.steps
+     set status = p_status, output = p_step.output, error = p_step.error, settled_by = p_step.settled_by,
+         reviewed = p_step.reviewed, lease_owner = null, lease_expires_at = null,
+         completed_at = case when p_ends then v_now else p_step.completed_at end, updated_at = v_now
+   where id = p_step.id returning * into p_step;
+  return p_step;
+end $$;
+
 -- Marks an ambiguous step, so that it can be reviewed.    Leaves  event step.manual_review.
 create or replace function tidebase._mark_for_review (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text)
   returns tidebase.steps language plpgsql as $$
-declare
-  v_step tidebase.steps;
 begin
-  update tidebase.steps set status = 'manual_review', lease_owner = null, lease_expires_at = null,
-         updated_at = tidebase.now()
-   where id = p_step.id returning * into v_step;
-  perform tidebase._record(p_run, p_lease_owner, 'step.manual_review', json_build_object('stepId', v_step.id,
-                           'name', v_step.name, 'attempt', v_step.attempt, 'resumeContract', v_step.contract));
-  return v_step;
+  p_step := tidebase._end_step(p_step, 'manual_review', false);
+  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, 'step.manual_review', json_build_object(
+            'stepId', p_step.id, 'name', p_step.name, 'attempt', p_step.attempt, 'resumeContract', p_step.contract));
+  return p_step;
 end $$;
 
 create or replace function tidebase._refuse_failed (p_step tidebase.steps) returns void language sql as $$
@@ -1520,11 +1538,17 @@ create or replace function tidebase._step_started (p_id text, p_name text, p_att
   select json_build_object('stepId', p_id, 'name', p_name, 'attempt', p_attempt, 'resumeContract', p_contract)
 $$;
 
+create or replace function tidebase._step_started (s tidebase.steps) returns json language sql stable as
+$$ select tidebase._step_started(s.id, s.name, s.attempt, s.contract) $$;
+
 create or replace function tidebase._step_completed (p_id text, p_name text, p_contract json)
   returns json language sql stable as $$
   select json_build_object('stepId', p_id, 'name', p_name, 'checkpointInvariant', p_contract->'checkpointInvariant',
                            'verifiedBy', p_contract->'verifiedBy')
 $$;
+
+create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql stable as
+$$ select tidebase._step_completed(s.id, s.name, s.contract) $$;
 
 -- Asks what to do about a step, and takes it where the answer is "execute".
 -- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
@@ -1546,7 +1570,7 @@ begin
     body := json_build_object('action', 'cancelled', 'run', tidebase._run_json(v_run));
     return;
   end if;
-  perform tidebase._fence_off(v_run, p_lease_owner);
+  perform tidebase._check_not_fenced_off(v_run, p_lease_owner);
   select * into v_step from tidebase.steps s where s.run_id = p_run_id and s.name = p_name;
 
   if v_step.input_hash <> p_input_hash and not v_step.copied then
@@ -1567,7 +1591,7 @@ begin
             tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
             v_now, v_now, v_now)
     returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step.id, v_step.name, v_step.attempt, v_step.contract));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
@@ -1592,7 +1616,7 @@ begin
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
            completed_at = null, updated_at = v_now
      where s.id = v_step.id returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step.id, v_step.name, v_step.attempt, v_step.contract));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
   end if;
   body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_lease_owner);
 end $$;
@@ -1611,12 +1635,12 @@ create or replace function tidebase._failed_status (p_decision text, p_retryable
               when p_decision = 'manual_review' then 'manual_review' else 'failed' end
 $$;
 
--- Tells of a step that just failed; p_started as for _record.
-create or replace function tidebase._tell_failed (p_run tidebase.runs, s tidebase.steps, p_lease_owner text,
+-- Tells of a step that just failed; p_started as above.
+create or replace function tidebase._emit_step_failed (p_run tidebase.runs, s tidebase.steps, p_lease_owner text,
                                                   p_retryable boolean, p_decision text, p_started json default null)
   returns void language plpgsql as $$
 begin
-  perform tidebase._record(p_run, p_lease_owner, 'step.failed', json_build_object('stepId', s.id, 'name', s.name,
+  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, 'step.failed', json_build_object('stepId', s.id, 'name', s.name,
             'retryable', p_retryable, 'resumeDecision', p_decision, 'resumeContract', s.contract, 'error', s.error),
             p_started);
   perform tidebase._notify(p_run, 'step.failed', json_build_object('step', tidebase._step_json(s),
@@ -1624,10 +1648,10 @@ begin
 end $$;
 
 -- Needs  p_lease_owner holds the running step, and did not lose the run: else TB409 lease_lost.
-create or replace function tidebase._refuse_unless_held (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text)
+create or replace function tidebase._check_step_held (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text)
   returns void language plpgsql as $$
 begin
-  perform tidebase._fence_off(p_run, p_lease_owner);
+  perform tidebase._check_not_fenced_off(p_run, p_lease_owner);
   if p_step.status <> 'running' or p_step.lease_owner <> p_lease_owner then
     perform tidebase._refuse(409, 'lease_lost', format('step %s is not held by you', p_step.name),
                              json_build_object('step', p_step.id));
@@ -1643,15 +1667,14 @@ create or replace function tidebase.complete_step (p_run_id text, p_step_id text
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
-  v_now  timestamptz := tidebase.now();
 begin
   if v_step.status <> 'completed' or v_step.settled_by is distinct from p_lease_owner then
-    perform tidebase._refuse_unless_held(v_run, v_step, p_lease_owner);
-    update tidebase.steps
-       set status = 'completed', output = p_output, error = null, settled_by = p_lease_owner, lease_owner = null,
-           lease_expires_at = null, completed_at = v_now, updated_at = v_now
-     where id = p_step_id returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step.id, v_step.name, v_step.contract));
+    perform tidebase._check_step_held(v_run, v_step, p_lease_owner);
+    v_step.output := p_output;
+    v_step.error := null;
+    v_step.settled_by := p_lease_owner;
+    v_step := tidebase._end_step(v_step, 'completed');
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step));
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1666,18 +1689,15 @@ create or replace function tidebase.fail_step (p_run_id text, p_step_id text, p_
 declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
   v_step     tidebase.steps := tidebase._step(p_run_id, p_step_id);
-  v_now      timestamptz := tidebase.now();
-  v_decision text;
+  v_decision text := tidebase._decision(p_resume_decision, p_retryable, v_step.contract);
 begin
   if v_step.status not in ('failed', 'failed_retryable', 'manual_review')
      or v_step.settled_by is distinct from p_lease_owner then
-    perform tidebase._refuse_unless_held(v_run, v_step, p_lease_owner);
-    v_decision := tidebase._decision(p_resume_decision, p_retryable, v_step.contract);
-    update tidebase.steps
-       set status = tidebase._failed_status(v_decision, p_retryable), error = p_error, settled_by = p_lease_owner,
-           lease_owner = null, lease_expires_at = null, completed_at = v_now, updated_at = v_now
-     where id = p_step_id returning * into v_step;
-    perform tidebase._tell_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision);
+    perform tidebase._check_step_held(v_run, v_step, p_lease_owner);
+    v_step.error := p_error;
+    v_step.settled_by := p_lease_owner;
+    v_step := tidebase._end_step(v_step, tidebase._failed_status(v_decision, p_retryable));
+    perform tidebase._emit_step_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision);
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1736,11 +1756,11 @@ begin
          lease_owner = null, lease_expires_at = null, fence = v_run.fence, started_at = excluded.started_at,
          completed_at = v_now, updated_at = v_now
   returning * into v_step;
-  v_started := case when not v_begun then tidebase._step_started(v_step.id, v_step.name, v_step.attempt, v_step.contract) end;
+  v_started := case when not v_begun then tidebase._step_started(v_step) end;
   if p_error is null then
-    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step.id, v_step.name, v_step.contract), v_started);
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step), v_started);
   else
-    perform tidebase._tell_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision, v_started);
+    perform tidebase._emit_step_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision, v_started);
   end if;
   return tidebase._step_response(v_step, p_brief, p_output);
 end $$;
@@ -1768,17 +1788,16 @@ begin
     end if;
     return json_build_object('step', tidebase._step_json(v_step));
   end if;
-  perform tidebase._record(v_run, null, 'step.reviewed', json_build_object('stepId', v_step.id, 'name', v_step.name,
+  perform tidebase._append_event_and_renew_lease(v_run, null, 'step.reviewed', json_build_object('stepId', v_step.id, 'name', v_step.name,
                            'decision', p_decision, 'actor', p_actor));
-  update tidebase.steps
-     set reviewed = p_decision, updated_at = v_now,
-         status = case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed' else 'completed' end,
-         output = case p_decision when 'complete' then p_output end,
-         error = case p_decision when 'complete' then null else error end,
-         completed_at = case p_decision when 'retry' then null else v_now end
-   where id = v_step.id returning * into v_step;
+  v_step.reviewed := p_decision;
+  v_step.output := case p_decision when 'complete' then p_output end;
+  v_step.error := case when p_decision <> 'complete' then v_step.error end;
+  v_step.completed_at := null;
+  v_step := tidebase._end_step(v_step, case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed'
+                                                       else 'completed' end, p_decision <> 'retry');
   if p_decision = 'complete' then
-    perform tidebase._record(v_run, null, 'step.completed', tidebase._step_completed(v_step.id, v_step.name, v_step.contract));
+    perform tidebase._append_event_and_renew_lease(v_run, null, 'step.completed', tidebase._step_completed(v_step));
   end if;
   if v_run.status = 'failed' and v_run.queue is not null then
     perform tidebase._put_back(v_run);
@@ -1830,7 +1849,7 @@ begin
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
   values (tidebase._new_id('edge'), p_run_id, v_run.id, v_name, p_child->>'edge_type', p_child->'edge_metadata')
   returning * into v_edge;
-  perform tidebase._record(v_parent, p_child->>'lease_owner', 'run.child.created', json_build_object(
+  perform tidebase._append_event_and_renew_lease(v_parent, p_child->>'lease_owner', 'run.child.created', json_build_object(
             'childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
   return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', true);
 end $$;
@@ -1913,7 +1932,7 @@ begin
         from jsonb_array_elements(p_channels) as c;
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
-    perform tidebase._record(v_run, p_lease_owner, 'gate.created',
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'gate.created',
                              json_build_object('gate', tidebase._public_gate(v_gate, false)));
     perform tidebase._notify(v_run, 'gate.created',
                              json_build_object('gate', tidebase._joined(
@@ -1935,7 +1954,7 @@ begin
      set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'),
          resolved_at = v_now, updated_at = v_now
    where id = p_gate.id returning * into v_gate;
-  perform tidebase._record(p_run, null, 'gate.resolved',
+  perform tidebase._append_event_and_renew_lease(p_run, null, 'gate.resolved',
                            json_build_object('gate', tidebase._public_gate(v_gate, false)));
   perform tidebase._notify(p_run, 'gate.resolved',
                            json_build_object('gate', tidebase._public_gate(v_gate, false)), v_gate.id);
@@ -2081,7 +2100,7 @@ begin
   if p_merge then
     v_event := tidebase._joined(v_event, json_build_object('patch', p_value));
   end if;
-  perform tidebase._record(v_run, p_lease_owner, 'state.updated', tidebase._joined(
+  perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'state.updated', tidebase._joined(
             v_event, json_build_object('stateVersion', tidebase._version_event(v_version))));
   perform tidebase._notify(v_run, 'state.updated', json_build_object(
             'state', tidebase._state_json(v_state), 'stateVersion', tidebase._version_event(v_version)));
@@ -2105,7 +2124,7 @@ begin
     end if;
     v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value, null,
                                        '{"importance": "milestone"}' || p_version);
-    perform tidebase._record(v_run, p_lease_owner, 'state.saved',
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'state.saved',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('stateVersion', tidebase._version_json(v_version));
@@ -2126,16 +2145,17 @@ begin
   if v_version.id is null then
     v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
                                        '{"importance": "milestone"}' || p_version);
-    perform tidebase._record(v_run, p_lease_owner, 'snapshot.created',
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'snapshot.created',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('snapshot', tidebase._version_json(v_version));
 end $$;
 
--- A run's versions by stream and version, after one of them, without payloads of more than 64 KiB.
+-- A run's versions by stream and version, after one of them: without payloads of more than 64 KiB, or, if p_light, with the
+-- sizes of their payloads alone.
 -- Returns  {"stateVersions", "nextCursor"}: null, or what to go on after; null when there is no such run.
 create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean, p_after text,
-                                                   p_limit integer)
+                                                   p_limit integer, p_light boolean default false)
   returns json language plpgsql stable set enable_seqscan = off as $$
 declare
   v_found json[];
@@ -2143,14 +2163,20 @@ declare
 begin
   if not exists (select from tidebase.runs where id = p_run_id) then
     return null;
+  elsif p_light then
+    select array_agg(tidebase._version_light(v, s.name) order by p.n), array_agg(v.id order by p.n) into v_found, v_ids
+      from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
+      join tidebase.state_versions v on v.id = p.id join tidebase.state_streams s on s.id = v.stream_id;
+  else
+    select array_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n),
+           array_agg(v.id order by page.n)
+      into v_found, v_ids
+      from (select v.id, p.n, tidebase._largest(v) as largest,
+                   sum(tidebase._version_bytes(v)) over by_number <= tidebase._budget() as room
+              from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
+              join tidebase.state_versions v on v.id = p.id window by_number as (order by p.n)) as page
+      join tidebase.state_versions v on v.id = page.id;
   end if;
-  select array_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n), array_agg(v.id order by page.n)
-    into v_found, v_ids
-    from (select v.id, p.n, tidebase._largest(v) as largest,
-                 sum(tidebase._version_bytes(v)) over by_number <= tidebase._budget() as room
-            from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
-            join tidebase.state_versions v on v.id = p.id window by_number as (order by p.n)) as page
-    join tidebase.state_versions v on v.id = page.id;
   return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
                            'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
 end $$;
@@ -2211,7 +2237,7 @@ begin
     if not found then  -- another run's, written since it was looked for
       perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
     end if;
-    perform tidebase._record(v_run, p_lease_owner, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
     perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
   end if;
   return json_build_object('usage', tidebase._usage_json(v_usage));
@@ -2241,35 +2267,31 @@ $$;
 -- ------------------------------------------------------------------------------
 
 -- Which of the signals of a name is waited for.
-create or replace function tidebase._number (p_for jsonb) returns integer language sql immutable as
+create or replace function tidebase._signal_number (p_for jsonb) returns integer language sql immutable as
 $$ select coalesce((p_for->>'n')::integer, 1) $$;
 
 -- Puts a waiting run, which must be locked, back on its queue, because what it waits for is there. The step of the
 -- wait, where it has one, completes with it: its output is the signal, or null.
 create or replace function tidebase._wake (p_run tidebase.runs) returns void language plpgsql as $$
 declare
-  v_now  timestamptz := tidebase.now();
   v_for  jsonb := p_run.waiting_for;
   v_step tidebase.steps;
-  v_seq  integer;
 begin
-  update tidebase.steps s
-     set status = 'completed', lease_owner = null, lease_expires_at = null, completed_at = v_now, updated_at = v_now,
-         output = (select tidebase._signal_json(g) from tidebase.signals g
-                    where g.run_id = p_run.id and g.name = v_for->>'event' and g.n = tidebase._number(v_for))
-   where s.id = v_for->>'stepId' and s.run_id = p_run.id and s.status = 'running' returning * into v_step;
+  select * into v_step from tidebase.steps
+   where id = v_for->>'stepId' and run_id = p_run.id and status = 'running';
   if found then
-    perform tidebase._record(p_run, null, 'step.completed', tidebase._step_completed(v_step.id, v_step.name, v_step.contract));
+    v_step.output := (select tidebase._signal_json(g) from tidebase.signals g
+                       where g.run_id = p_run.id and g.name = v_for->>'event' and g.n = tidebase._signal_number(v_for));
+    v_step := tidebase._end_step(v_step, 'completed');
+    perform tidebase._append_event_and_renew_lease(p_run, null, 'step.completed', tidebase._step_completed(v_step));
   end if;
-  update tidebase.runs set status = 'queued', run_at = v_now, waiting_for = null, wake_at = null, offered_at = null,
-         event_seq = event_seq + 1, updated_at = v_now
-   where id = p_run.id returning event_seq into v_seq;
-  perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', v_for));
+  p_run.run_at := tidebase.now();
+  perform tidebase._transition(p_run, 'queued', 'run.resumed', json_build_object('waitedFor', v_for));
 end $$;
 
 -- Whether what a run would wait for is there already. Each child asks when it ends, so of many only one that is live is
 -- looked for; backwards, since the index has dead entries of those that ended, mostly the oldest.
-create or replace function tidebase._is_there (p_run_id text, p_for jsonb, p_now timestamptz)
+create or replace function tidebase._is_wait_over (p_run_id text, p_for jsonb, p_now timestamptz)
   returns boolean language plpgsql stable as $$
 declare
   v_children jsonb := p_for->'children';
@@ -2286,7 +2308,7 @@ begin
                         where run_id = p_run_id and id = p_for->>'gateId' and status = 'pending');
   elsif p_for ? 'event' then
     return exists (select from tidebase.signals
-                    where run_id = p_run_id and name = p_for->>'event' and n = tidebase._number(p_for));
+                    where run_id = p_run_id and name = p_for->>'event' and n = tidebase._signal_number(p_for));
   end if;
   return (p_for->>'until')::timestamptz <= p_now;
 end $$;
@@ -2315,15 +2337,14 @@ begin
     perform tidebase._refuse_lost(v_run);
   elsif v_run.queue is null then
     perform tidebase._refuse(409, 'no_queue', format('run %s has no queue to come back to', p_run_id));
-  elsif tidebase._is_there(p_run_id, p_wait_for, v_now) then
+  elsif tidebase._is_wait_over(p_run_id, p_wait_for, v_now) then
     return json_build_object('run', tidebase._run_json(v_run), 'ready', true);
   end if;
-  update tidebase.runs
-     set status = 'waiting', waiting_for = p_wait_for, attempt = attempt - 1, settled_by = lease_owner, lease_owner = null,
-         wake_at = coalesce((p_wait_for->>'until')::timestamptz, v_now + tidebase._ms(p_timeout_ms)),
-         lease_expires_at = null, updated_at = v_now, event_seq = event_seq + 1
-   where id = p_run_id returning * into v_run;
-  perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.waiting', json_build_object('for', p_wait_for));
+  v_run.waiting_for := p_wait_for;
+  v_run.wake_at := coalesce((p_wait_for->>'until')::timestamptz, v_now + tidebase._ms(p_timeout_ms));
+  v_run.attempt := v_run.attempt - 1;
+  v_run.settled_by := p_lease_owner;
+  v_run := tidebase._transition(v_run, 'waiting', 'run.waiting', json_build_object('for', p_wait_for));
   return json_build_object('run', tidebase._run_json(v_run), 'ready', false);
 end $$;
 
@@ -2342,10 +2363,10 @@ begin
   if not found then  -- another run's, written since the caller looked
     perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
   end if;
-  perform tidebase._record(p_run, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
                            json_build_object('signal', tidebase._signal_json(v_signal)));
   if p_run.status = 'waiting' and p_run.waiting_for->>'event' = p_name
-     and tidebase._number(p_run.waiting_for) = p_n then
+     and tidebase._signal_number(p_run.waiting_for) = p_n then
     perform tidebase._wake(p_run);
   end if;
   return v_signal;
@@ -2757,7 +2778,7 @@ $$;
 -- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: the input of
 -- a step or a new run; a step's output or a run's result; a step's error.
 -- Returns  the verb's answer and HTTP status.
-create or replace function tidebase.write_one (p_write jsonb, p_input json, p_output json, p_error json,
+create or replace function tidebase._write_one (p_write jsonb, p_input json, p_output json, p_error json,
                                                out body json, out status integer)
   language plpgsql as $$
 begin
@@ -2865,7 +2886,7 @@ begin
           v_statuses[n] := 409;
           continue;
         end if;
-        v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
+        v_written := tidebase._write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
         if v_written.status <> 200 then
           v_refused := v_refused || (p_writes->(n - 1)->>'run_id');
         end if;
@@ -3089,7 +3110,7 @@ end $$;
 create or replace function tidebase.list_schedules () returns json language sql stable as $$
   select json_build_object('schedules', coalesce(json_agg(
            case when m.is_shown then tidebase._schedule_json(s)
-                else tidebase._marked(tidebase._schedule_shown(s, null)) end order by s.name), '[]'))
+                else tidebase._mark_omitted(tidebase._schedule_shown(s, null)) end order by s.name), '[]'))
     from tidebase.schedules s
     join (select name, bytes <= 65536 and sum(bytes) filter (where bytes <= 65536) over (order by name)
                                           <= tidebase._budget() as is_shown
@@ -3297,13 +3318,14 @@ begin
     continue when not found;
     v_runs := v_runs || json_build_object('runId', v_run.id, 'workflowName', v_run.workflow_name, 'queue', v_run.queue,
                 'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts);
-    update tidebase.runs set former_owners = former_owners || lease_owner where id = v_run.id;
+    v_run.former_owners := v_run.former_owners || v_run.lease_owner;
     if v_run.queue is not null and v_run.attempt < v_run.max_attempts then
       perform tidebase._requeue(v_run, v_error, v_now, null, 'lease_expired');
     elsif v_run.queue is not null then
       perform tidebase._fail(v_run, v_error, tidebase._failure_class(v_run, true), null, 'lease_expired');
     else
-      update tidebase.runs set stalled = true, event_seq = event_seq + 1, updated_at = v_now
+      update tidebase.runs set stalled = true, former_owners = v_run.former_owners, event_seq = event_seq + 1,
+             updated_at = v_now
        where id = v_run.id returning * into v_run;
       perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.stalled', json_build_object(
                 'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt));
@@ -3371,10 +3393,10 @@ begin
                           completed_at = v_now
                     where run_id = v_id and kind = 'push' and status = 'pending' returning id
       loop
-        perform tidebase._record(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
+        perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
                   'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
       end loop;
-      perform tidebase._record(v_run, null, 'recovery.started', json_build_object(
+      perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.started', json_build_object(
                 'recoveryAttemptId', (tidebase._enqueue_webhook('push', v_id, null, null, 'run.invoke',
                                                                 'queue_dispatch', v_queue.invoke_url, null)).id,
                 'reason', 'queue_dispatch'));
@@ -3422,7 +3444,7 @@ begin
                 order by wake_at limit p_limit for no key update skip locked
   loop
     if v_run.waiting_for ? 'event' then
-      perform tidebase._add_signal(v_run, null, v_run.waiting_for->>'event', tidebase._number(v_run.waiting_for), null,
+      perform tidebase._add_signal(v_run, null, v_run.waiting_for->>'event', tidebase._signal_number(v_run.waiting_for), null,
                                    true);
     else
       perform tidebase._wake(v_run);
@@ -3626,7 +3648,7 @@ begin
     update tidebase.outbox set next_attempt_at = v_now
      where seq = (select min(seq) from tidebase.outbox where channel_id = v_webhook.channel_id and status = 'pending');
     if v_webhook.kind <> 'channel' then
-      perform tidebase._record(v_run, null, 'recovery.' || v_webhook.status, json_build_object(
+      perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.' || v_webhook.status, json_build_object(
                 'recoveryAttemptId', p_id, 'reason', v_webhook.reason, 'httpStatus', p_http_status, 'error', p_error));
     end if;
   end if;
@@ -4233,31 +4255,6 @@ begin
       'parent', (select json_build_object('id', e.parent_run_id, 'name', e.name)
                    from tidebase.run_edges e where e.child_run_id = r.id limit 1))
       from tidebase.runs r where r.id = p_run_id);
-end $$;
-
--- Versions of a run's state without their values, by stream and version, after one of them.
--- Returns  {"stateVersions", "nextCursor"}, null when there is no such run.
-create or replace function tidebase.list_versions_light (p_run_id text, p_stream text, p_labeled boolean, p_after text,
-                                                         p_limit integer)
-  returns json language plpgsql stable set enable_seqscan = off as $$
-declare
-  v_found json[];
-  v_ids   text[];
-begin
-  if not exists (select from tidebase.runs where id = p_run_id) then
-    return null;
-  end if;
-  select array_agg(json_build_object(
-           'id', v.id, 'streamId', v.stream_id, 'streamName', s.name, 'runId', v.run_id, 'stepId', v.step_id,
-           'version', v.version, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
-           'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at),
-           'bytes', octet_length(v.value::text), 'patchBytes', octet_length(v.patch::text)) order by p.n),
-         array_agg(v.id order by p.n)
-    into v_found, v_ids
-    from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
-    join tidebase.state_versions v on v.id = p.id join tidebase.state_streams s on s.id = v.stream_id;
-  return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
-                           'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
 end $$;
 
 create or replace function tidebase._delivery_light (o tidebase.outbox) returns json language sql stable as $$

@@ -1829,7 +1829,7 @@ def call(function: str, *arguments: Any) -> Reply:
 
 
 class Write(NamedTuple):
-    """One write as write_one and write_each take it: its fields, as JSON, and its payloads."""
+    """One write as write_each takes it: its fields, as JSON, and its payloads."""
 
     fields: str
     input: str | None
@@ -1864,7 +1864,7 @@ def write_of(verb: str, body: dict[str, Any], **parts: str) -> Write:
 
 def write(verb: str, body: dict[str, Any], **parts: str) -> Reply:
     """Make one write, in a transaction of its own."""
-    [row] = core().database.rows("write_one", *write_of(verb, body, **parts))
+    [row] = core().database.rows("_write_one", *write_of(verb, body, **parts))
     core().wrote()
     return reply(*row)
 
@@ -2403,8 +2403,8 @@ def list_versions(run_id: str) -> Reply:
     labeled = choice_of("labeled", asked.get("labeled"), ("true", "false"), "false") == "true"
     light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
     limit = whole_of("limit", asked.get("limit", "200" if light else "10000"), 1000 if light else 10_000, 1)
-    return found(core().database.read("list_versions_light" if light else "list_versions", run_id, stream, labeled,
-                                      asked.get("after"), limit)[0], run_id)
+    return found(core().database.read("list_versions", run_id, stream, labeled, asked.get("after"), limit, light)[0],
+                 run_id)
 
 
 @routes.post("/runs/<part:run_id>/snapshots")

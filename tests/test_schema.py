@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "51f5b7e2278461128ff04284177abbab3efc2178c7e48ffce3fff7c1945f893c")
+PINNED = (3, "0c2eee0c02dfa2c0989553a8af6ae34282d1627eb3a9d3e17b402acfcb030eca")
 
 
 def apply(conninfo: str) -> None:
