@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "88c63d792d04c75d94f3b5bf419f083db063e3818bb67e48649f48e6100dbfa7")
+PINNED = (3, "4741c6f57720c7772eddaec83224c7a8064bc26792aba46328990a1fc92bb40c")
 
 
 def apply(conninfo: str) -> None:
