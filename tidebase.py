@@ -713,7 +713,7 @@ PREPARE_SECONDS = 1  # what a process that has only just started is given to loo
 
 def core() -> Server:
     """The server that this request came to."""
-    return cast(Server, request.core())
+    return cast("Server", request.core())
 
 
 def authorize() -> flask.Response | None:
@@ -888,7 +888,7 @@ def openapi_json() -> Reply:
 @functools.cache
 def described() -> str:
     """The text of /openapi.json."""
-    return json.dumps(openapi.document(app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS))
+    return json.dumps(openapi.document(flask.current_app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS))
 
 
 @routes.get("/session")

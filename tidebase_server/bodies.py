@@ -104,6 +104,121 @@ def encode_fields(fields: Mapping[str, Any]) -> Raw:
 
 
 # ------------------------------------------------------------------------------
+# Checking: a schema, compiled into a list, and the members of a body that are held against it.
+# ------------------------------------------------------------------------------
+def decoded(text: Raw) -> Any:
+    """The value of a member.  :raises ValidationError: Python cannot hold it."""
+    try:
+        return value_of(text)
+    except msgspec.ValidationError:  # clients could not read 1e99999 as jsonb writes it, in so many digits
+        raise ValidationError("must not contain a number beyond a double") from None
+    except RecursionError:
+        raise ValidationError("nested too deeply") from None
+
+
+def camel(name: str) -> str:
+    """A name as the wire has it."""
+    first, *others = name.split("_")
+    return first + "".join(map(str.title, others))
+
+
+class RawField:
+    """The mark of a field whose `deserialize` takes the text of the member, a msgspec.Raw, and not its value."""
+
+
+class Check(NamedTuple):
+    """How one member is checked."""
+
+    key: str                           # on the wire
+    attribute: str                     # here and in SQL
+    deserialize: Callable[[Any], Any]  # marshmallow's, of the field
+    is_raw: bool                       # it takes the text
+    default: Any                       # marshmallow.missing: there is none
+    missing: str | None                # the words when the member is not there and must be
+
+
+class Body(marshmallow.Schema):
+    """The base of all bodies: a key that it does not know is ignored, since existing clients send some."""
+
+    class Meta:
+        unknown = marshmallow.EXCLUDE
+
+    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
+        if field_obj.data_key is None:
+            field_obj.data_key = camel(field_name)
+        if field_obj.load_default is None and not isinstance(field_obj, RawField):
+            field_obj.allow_none = False  # else marshmallow takes such a default for "may be null"
+
+    @functools.cached_property
+    def checks(self) -> tuple[Check, ...]:
+        """The compiled schema."""
+        return tuple(
+            Check(cast(str, field.data_key), name, field.deserialize, isinstance(field, RawField), field.load_default,
+                  str(field.error_messages["required"]) if field.required else None)
+            for name, field in self.fields.items())
+
+    def check_whole(self, checked: dict[str, Any]) -> None:
+        """Check what members must be together.  :raises ValidationError: they are not; the field may be named."""
+
+
+@functools.cache
+def schema_of(kind: type[Body]) -> Body:
+    """The one schema of a kind of body."""
+    return kind()
+
+
+def check_members(schema: Body, members: Mapping[str, Raw]) -> dict[str, Any]:
+    """The fields of a body by their attributes, those with a default always among them.
+
+    :raises ValidationError: with the messages by member, as marshmallow has them.
+    """
+    checked, errors = dict[str, Any](), dict[str, Any]()
+    for key, attribute, deserialize, is_raw, default, missing in schema.checks:
+        text = members.get(key)
+        if text is None:
+            if missing is not None:
+                errors[key] = [missing]
+            elif default is not marshmallow.missing:
+                checked[attribute] = default() if callable(default) else default
+            continue
+        try:
+            checked[attribute] = deserialize(text if is_raw else decoded(text))
+        except ValidationError as error:
+            errors[key] = error.messages
+    if not errors:
+        try:
+            schema.check_whole(checked)
+        except ValidationError as error:
+            errors = {error.field_name: error.messages}
+    if errors:
+        raise ValidationError(errors)
+    return checked
+
+
+def check(kind: type[Body], members: Mapping[str, Raw]) -> dict[str, Any]:
+    """The fields of a body.  :raises Refusal: 400, every wrong member named in its issues."""
+    try:
+        return check_members(schema_of(kind), members)
+    except ValidationError as error:
+        raise Refusal(400, "invalid_request", "invalid request body", issues=list(issues(error.messages))) from None
+
+
+def issues(messages: Any, path: str = "") -> Iterator[dict[str, str]]:
+    """marshmallow's tree of messages as a list of {path, message}."""
+    if isinstance(messages, dict):
+        for key, below in messages.items():
+            yield from issues(below, path if key == "_schema" else f"{path}.{key}" if path else str(key))
+    else:
+        for message in messages:
+            yield {"path": path, "message": str(message).rstrip(".")}
+
+
+def take(kind: type[Body], checked: dict[str, Any]) -> Raw:
+    """Take the fields of `kind` out of a checked body.  :returns: them, as an SQL function takes them."""
+    return encode_fields({name: checked.pop(name) for name in schema_of(kind).fields if name in checked})
+
+
+# ------------------------------------------------------------------------------
 # Fields: the types of members. `deserialize` takes what is right at once; for all else marshmallow finds the words.
 # ------------------------------------------------------------------------------
 # As parts of a URL . and .. are the folder and the one above it.
@@ -249,10 +364,6 @@ class Names(fields.Field[Any]):
 # --- members that are read by their field, from the text that came
 
 
-class RawField:
-    """The mark of a field whose `deserialize` takes the member's text, a msgspec.Raw."""
-
-
 class JsonText(RawField, fields.Field[Raw | None]):
     """A payload: it goes to Postgres as the text it came as; null, or none at all, is `empty`."""
 
@@ -308,16 +419,6 @@ class JsonValue(JsonText):
         if (size := spelled_bytes(text)) > MAX_SPELLED:
             raise ValidationError(
                 f"too large: with its numbers written out it has {size:,} bytes; at most {MAX_SPELLED:,}")
-
-
-def decoded(text: Raw) -> Any:
-    """The value of a member.  :raises ValidationError: Python cannot hold it."""
-    try:
-        return value_of(text)
-    except msgspec.ValidationError:  # clients could not read 1e99999 as jsonb writes it, in so many digits
-        raise ValidationError("must not contain a number beyond a double") from None
-    except RecursionError:
-        raise ValidationError("nested too deeply") from None
 
 
 def spelled_bytes(text: str) -> int:
@@ -397,108 +498,7 @@ class Items(RawField, fields.List[Any]):
 
 
 # ------------------------------------------------------------------------------
-# Checking: a schema, compiled into a list, and the members of a body that are held against it.
-# ------------------------------------------------------------------------------
-def camel(name: str) -> str:
-    """A name as the wire has it."""
-    first, *others = name.split("_")
-    return first + "".join(map(str.title, others))
-
-
-class Check(NamedTuple):
-    """How one member is checked."""
-
-    key: str                           # on the wire
-    attribute: str                     # here and in SQL
-    deserialize: Callable[[Any], Any]  # marshmallow's, of the field
-    is_raw: bool                       # it takes the text
-    default: Any                       # marshmallow.missing: there is none
-    missing: str | None                # the words when the member is not there and must be
-
-
-class Body(marshmallow.Schema):
-    """The base of all bodies: a key that it does not know is ignored, since existing clients send some."""
-
-    class Meta:
-        unknown = marshmallow.EXCLUDE
-
-    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
-        if field_obj.data_key is None:
-            field_obj.data_key = camel(field_name)
-        if field_obj.load_default is None and not isinstance(field_obj, JsonText):
-            field_obj.allow_none = False  # else marshmallow takes such a default for "may be null"
-
-    @functools.cached_property
-    def checks(self) -> tuple[Check, ...]:
-        """The compiled schema."""
-        return tuple(
-            Check(cast(str, field.data_key), name, field.deserialize, isinstance(field, RawField), field.load_default,
-                  str(field.error_messages["required"]) if field.required else None)
-            for name, field in self.fields.items())
-
-    def check_whole(self, checked: dict[str, Any]) -> None:
-        """Check what members must be together.  :raises ValidationError: they are not; the field may be named."""
-
-
-@functools.cache
-def schema_of(kind: type[Body]) -> Body:
-    """The one schema of a kind of body."""
-    return kind()
-
-
-def check_members(schema: Body, members: Mapping[str, Raw]) -> dict[str, Any]:
-    """The fields of a body by their attributes, those with a default always among them.
-
-    :raises ValidationError: with the messages by member, as marshmallow has them.
-    """
-    checked, errors = dict[str, Any](), dict[str, Any]()
-    for key, attribute, deserialize, is_raw, default, missing in schema.checks:
-        text = members.get(key)
-        if text is None:
-            if missing is not None:
-                errors[key] = [missing]
-            elif default is not marshmallow.missing:
-                checked[attribute] = default() if callable(default) else default
-            continue
-        try:
-            checked[attribute] = deserialize(text if is_raw else decoded(text))
-        except ValidationError as error:
-            errors[key] = error.messages
-    if not errors:
-        try:
-            schema.check_whole(checked)
-        except ValidationError as error:
-            errors = {error.field_name: error.messages}
-    if errors:
-        raise ValidationError(errors)
-    return checked
-
-
-def check(kind: type[Body], members: Mapping[str, Raw]) -> dict[str, Any]:
-    """The fields of a body.  :raises Refusal: 400, every wrong member named in its issues."""
-    try:
-        return check_members(schema_of(kind), members)
-    except ValidationError as error:
-        raise Refusal(400, "invalid_request", "invalid request body", issues=list(issues(error.messages))) from None
-
-
-def issues(messages: Any, path: str = "") -> Iterator[dict[str, str]]:
-    """marshmallow's tree of messages as a list of {path, message}."""
-    if isinstance(messages, dict):
-        for key, below in messages.items():
-            yield from issues(below, path if key == "_schema" else f"{path}.{key}" if path else str(key))
-    else:
-        for message in messages:
-            yield {"path": path, "message": str(message).rstrip(".")}
-
-
-def take(kind: type[Body], checked: dict[str, Any]) -> Raw:
-    """Take the fields of `kind` out of a checked body.  :returns: them, as an SQL function takes them."""
-    return encode_fields({name: checked.pop(name) for name in schema_of(kind).fields if name in checked})
-
-
-# ------------------------------------------------------------------------------
-# Bodies of runs.
+# Bodies of runs: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class ChannelBody(Body):
     """Where to send the events of a run, or of a gate."""
@@ -636,7 +636,7 @@ class ForkBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of steps, and of many writes at once.
+# Bodies of steps, and of many writes at once: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class StepOptions(Body):
     """What a step's options promise of it; they may hold more. Here null counts as absent."""
@@ -774,7 +774,7 @@ class WritesBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of gates, waits and signals.
+# Bodies of gates, waits and signals: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class BeginGateBody(OwnerFields):
     """POST /runs/:id/gates/begin"""
@@ -852,7 +852,7 @@ class ExpireSignalBody(HeldFields):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of state, snapshots and usage.
+# Bodies of state, snapshots and usage: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class VersionMetadata(Body):
     """What describes a version of the state."""
@@ -921,7 +921,7 @@ class UsageBody(OwnerFields):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of queues and schedules.
+# Bodies of queues and schedules: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class ClaimBody(Body):
     """POST /queues/claim"""
@@ -968,7 +968,7 @@ class RunScheduleBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of Studio, the page.
+# Bodies of Studio, the page: the schemas of their routes.
 # ------------------------------------------------------------------------------
 MAX_QUERY = 16_000  # characters of a query string in a body
 MAX_BULK = 1000     # ids of a bulk request
