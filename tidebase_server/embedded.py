@@ -69,8 +69,13 @@ class Identity(NamedTuple):
 
 
 # ------------------------------------------------------------------------------
-# Files.
+# Files: made in full or not at all, and nobody else's.
 # ------------------------------------------------------------------------------
+def is_root() -> bool:
+    """Whether this process may do all, and so must see to whom files belong."""
+    return os.geteuid() == 0
+
+
 def write(path: Path, text: str, like: os.stat_result) -> None:
     """Write a file that nobody but its owner can read, in full or not at all.
 
@@ -105,7 +110,7 @@ def own(folder: Path, identity: Identity) -> None:
 
 
 # ------------------------------------------------------------------------------
-# The programs, and whom they run as.
+# Programs: those of the wheel, and whom they run as.
 # ------------------------------------------------------------------------------
 def wheel() -> tuple[dict[int, Path], int]:
     """The folders of the wheel's programs, by PostgreSQL's version, and the version for new data."""
@@ -123,10 +128,6 @@ def environment() -> dict[str, str]:
 def running_as(identity: Identity | None) -> dict[str, Any]:
     options: dict[str, Any] = {"cwd": "/", "env": environment(), "umask": 0o077}
     return options | {"user": identity.uid, "group": identity.gid, "extra_groups": []} if identity else options
-
-
-def is_root() -> bool:
-    return os.geteuid() == 0
 
 
 def system_user() -> Identity:
@@ -201,7 +202,7 @@ def copied(programs: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------
-# The server: started, joined, revived and stopped.
+# PostgreSQL itself: started, joined, revived and stopped.
 # ------------------------------------------------------------------------------
 class EmbeddedPostgres:
     """A PostgreSQL of our own in a folder, shared by all servers that use the folder. The last to leave stops it; when
