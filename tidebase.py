@@ -826,9 +826,13 @@ def write_all(writes: list[dict[str, Any]]) -> Reply:
     for n, write in enumerate(writes):
         if write["do"] == "fail_run" and answers[n][1] == 200:
             log_failure(write["run_id"], answers[n][0])
+    return results([answers[n] for n in range(len(writes))])
+
+
+def results(rows: list[tuple[Any, ...]]) -> Reply:
+    """The answer to many requests in one, of rows of an answer and its status."""
     return reply('{"results": [' + ", ".join(
-        body if status == 200 else f'{body[:-1]}, "status": {status}}}'
-        for body, status in map(answers.__getitem__, range(len(writes)))) + "]}")
+        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
 
 
 def lease_of(step: dict[str, Any]) -> dict[str, Any]:
@@ -966,15 +970,17 @@ def begin_run(run_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/heartbeat")
 def heartbeat(run_id: str) -> Reply:
     """Extend the lease.  200 {run}, 404, 409 lease_lost, run_cancelled."""
-    return call("heartbeat", run_id=run_id, **parse(bodies.HeartbeatBody))
+    owner = parse(bodies.HeartbeatBody)["lease_owner"]
+    [row] = core().database.rows("heartbeat_runs", run_ids=[run_id], lease_owners=[owner], brief=False)
+    return reply(*row)
 
 
 @routes.post("/heartbeats")
 def heartbeats() -> Reply:
     """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
     runs = parse(bodies.HeartbeatsBody)["runs"]
-    return call("heartbeat_runs", run_ids=[run["id"] for run in runs],
-                lease_owners=[run["lease_owner"] for run in runs])
+    return results(core().database.rows("heartbeat_runs", run_ids=[run["id"] for run in runs],
+                                        lease_owners=[run["lease_owner"] for run in runs]))
 
 
 @routes.post("/runs/<part:run_id>/complete")

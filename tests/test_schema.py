@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "fc29504c7de1b67269bfcc2dc19488eca3c205b8b2224b48c060ce1f1a46df4b")
+PINNED = (3, "0c2eee0c02dfa2c0989553a8af6ae34282d1627eb3a9d3e17b402acfcb030eca")
 
 
 def apply(conninfo: str) -> None:

@@ -92,7 +92,7 @@ def call(function: str, **arguments: Any) -> Reply:
 
 def is_quiet(function: str, error: Any) -> bool:
     """Whether a write makes no run ready and no webhook due: workers make many of these, and none waits for one."""
-    return function in ("record_step", "begin_step", "complete_step", "heartbeat") and error is None
+    return function in ("record_step", "begin_step", "complete_step") and error is None
 
 
 def found(text: str | None, run_id: str) -> Reply:
