@@ -282,7 +282,7 @@ class Watcher:
     def __init__(self, database: Database, max_waiting: int) -> None:
         self.database = database
         self.max_waiting = max_waiting
-        self.provide_threads: Callable[[int], None] = lambda waiting: None  # beside those of so many that wait
+        self.provide_threads: Callable[[int], None] = lambda waiting: None  # set by the HTTP server
         self.long_polls: list[LongPoll] = []
         self.lock = threading.Lock()
         self.wake_event = threading.Event()
@@ -335,7 +335,7 @@ class Watcher:
                 raise TooManyWaiting
             try:
                 self.provide_threads(len(self.long_polls) + 1)
-            except RuntimeError:  # the machine gives no more threads: those that there are must not all wait
+            except RuntimeError:  # the machine gives no more threads: some must stay free to answer requests
                 self.max_waiting = len(self.long_polls)
                 logger.warning("the machine gives no more threads: %d requests may wait at once", self.max_waiting,
                                extra={"event": "no_thread"})
@@ -351,7 +351,7 @@ class Watcher:
                     self.wake_event.set()  # for a last tick, which ends threads that are not needed any more
 
     def tick(self) -> int:
-        """Ask once, and wake the long polls that there is news for; of those for a queue, as many as runs of it could
+        """Ask once, and wake the long polls that have news. Of the polls for a queue, as many wake as runs of it can
         start.  :returns: 0, to sleep."""
         with self.lock:
             polls = list(self.long_polls)
@@ -402,13 +402,13 @@ def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], s
 # ------------------------------------------------------------------------------
 SEND_SECONDS = 10        # for a whole exchange, from the resolver to the last byte of the answer
 SEND_SLOTS = 8           # webhooks in flight at once that are not slow
-SEND_SLOW_SECONDS = 0.2  # in flight for longer, a webhook gives its slot to another: its thread only waits
+SEND_SLOW_SECONDS = 0.2  # a webhook in flight for longer counts as slow: its thread only waits for the receiver
 SEND_THREADS = 128       # webhooks in flight at once, the slow ones among them
-SEND_PER_HOST = 2        # of these to one host and port, so that one that hangs leaves the slots to the others
-SEND_HOLD_MS = 6000      # a claim lasts so long, and is renewed while its sender lives: then another one claims it
+SEND_PER_HOST = 2        # webhooks in flight to one host and port, so that a host that hangs cannot take all slots
+SEND_HOLD_MS = 6000      # how long a claim lasts unless it is renewed; then another sender may claim the webhook
 SEND_RENEW_SECONDS = 2.0
-SEND_SLEEP_SECONDS = 1.0  # between looks for what became due, or was written by another process
-SEND_GAP_SECONDS = 0.02
+SEND_SLEEP_SECONDS = 1.0  # between two claims, when this process writes no webhook
+SEND_GAP_SECONDS = 0.02  # between two claims, at least
 DEADLINE_SECONDS = 0.1   # how late a deadline may be kept
 SEND_DRAIN_SECONDS = 3.0  # for what is in flight when the server is told to stop
 
@@ -438,25 +438,27 @@ class Outcome(NamedTuple):
 
 
 class InFlight(NamedTuple):
+    """A webhook that is being sent."""
+
     webhook: dict[str, Any]  # as claimed
     exchange: Exchange
 
 
 class Sender:
-    """Sends what is due, each webhook in a thread of its own; those of a channel one after the other, since only the
-    first is ever due. What is in flight stands in `in_flight` and nowhere else, so no failure can lose a slot."""
+    """Sends the webhooks that are due, each in a thread of its own. The webhooks of one channel go one after the other,
+    since only the first of them is ever due. Free slots are counted from `in_flight`, so no failure can lose one."""
 
     def __init__(self, database: Database, secret: str, targets: WebhookTargets) -> None:
         self.database = database
         self.secret = secret
         self.targets = targets
         self.in_flight: dict[str, InFlight] = {}
-        self.changed = threading.Condition()  # guards it; notified when it shrinks
+        self.changed = threading.Condition()  # guards in_flight; notified when a webhook leaves it
         self.wake_event = threading.Event()      # there may be something to send
         self.deadline_event = threading.Event()  # there is a deadline to keep
         self.renew_at = 0.0
-        self.after = ""                       # hosts take turns: the next claim begins after this one
-        self.stop_by: float | None = None     # the end of what is in flight, once the server stops
+        self.after = ""                       # the host after which the next claim begins, so that hosts take turns
+        self.stop_by: float | None = None     # when webhooks in flight are cut short, once the server stops
 
     def notify(self) -> None:
         """There may be something to send."""
@@ -486,7 +488,10 @@ class Sender:
         return SEND_SLOW_SECONDS if self.in_flight else SEND_SLEEP_SECONDS
 
     def keep_deadlines(self) -> int:
-        """End what is in flight for too long.  Needs a thread that waits for nothing else.  :returns: 0, to sleep."""
+        """Cut webhooks short that are in flight for too long; runs in a thread that waits for nothing else.
+
+        :returns: 0, to sleep.
+        """
         now = time.monotonic()
         for _, exchange in list(self.in_flight.values()):
             if now >= min(exchange.deadline, self.stop_by or exchange.deadline):
@@ -494,7 +499,7 @@ class Sender:
         return 0
 
     def stop(self) -> None:
-        """Claim no more, and give what is in flight SEND_DRAIN_SECONDS."""
+        """Claim no more webhooks, and cut short in SEND_DRAIN_SECONDS what is in flight then."""
         self.stop_by = time.monotonic() + SEND_DRAIN_SECONDS
         self.deadline_event.set()
 
@@ -543,7 +548,7 @@ class Sender:
             else:
                 self.database.call("release_webhook", id=webhook["id"], attempt=webhook["attempt"],
                                    delay_ms=int(SEND_SLEEP_SECONDS * 1000))
-        except psycopg.Error as error:  # claimed by another when the hold is over, under the same id
+        except psycopg.Error as error:  # it is claimed again when the hold is over, and sent under the same id
             logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
                            extra={"event": "settle_failed", "delivery_id": webhook["id"]})
         finally:
@@ -567,7 +572,7 @@ class Sender:
             return Outcome(False, False, error=str(refusal))
         except Cut:
             return None if self.stop_by else Outcome(False, True, error=f"no complete answer within {SEND_SECONDS} s")
-        except ValueError as error:  # an address that nobody can have
+        except ValueError as error:  # the URL is no address
             return Outcome(False, False, error=type(error).__name__)
         except requests.RequestException as error:
             return Outcome(False, True, error=type(error).__name__)
@@ -752,7 +757,7 @@ def add_headers(response: flask.Response) -> flask.Response:
 
 
 def answer_to(error: Exception) -> Reply:
-    """The answer to a request that raised. A defect is told in full to the log, and in one word to the client."""
+    """The answer to a request that raised. A defect is logged in full, and the client gets a 500."""
     if isinstance(error, HTTPException):
         return refused(error)
     answer = None
@@ -1460,8 +1465,8 @@ class Server:
 
     @property
     def public_url(self) -> str:
-        """What resolveUrl begins with: never the Host of a request, which whoever sends it chooses. Empty, so that it
-        is a path, when others can connect and nobody told the server its address."""
+        """What resolveUrl begins with: never the Host of a request, which its sender chooses. Empty, so that resolveUrl
+        is a path, when the server listens beyond loopback and TIDEBASE_PUBLIC_URL is not set."""
         return (self.config.public_url or (self.url if self.config.host in LOOPBACK else "")).rstrip("/")
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:

@@ -26,7 +26,7 @@ from msgspec import Raw
 from .answers import Refusal, invalid
 
 # ------------------------------------------------------------------------------
-# Limits: what a body may hold at most. LIMITS tells them to people, in /openapi.json.
+# Limits: what a body may hold at most. LIMITS lists them in words, for /openapi.json.
 # ------------------------------------------------------------------------------
 MAX_NUMBER = 1000  # characters; a longer number is no number that anybody means, and costs quadratic time
 MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits to about 2,700 bytes
@@ -68,8 +68,10 @@ value_of = msgspec.json.Decoder().decode
 def read_members(body: bytes) -> dict[str, Raw]:
     """The members of a body; nothing at all counts as {}.
 
-    :raises Refusal: 400, when it is not a JSON object. msgspec refuses what JSON does not allow, lone surrogates among
-        it, but in slices that it passes over looks neither at the encoding nor at the length of a number.
+    msgspec refuses all that JSON does not allow, lone surrogates among it. It does not check the encoding of the texts
+    that it leaves as they are, nor the length of numbers, so both are checked here.
+
+    :raises Refusal: 400, when the body is not a JSON object.
     """
     try:
         text = body.decode()
@@ -85,8 +87,8 @@ def read_members(body: bytes) -> dict[str, Raw]:
 
 
 def has_long_number(text: str) -> bool:
-    """Whether a number in a JSON text has more than MAX_NUMBER characters. One that has covers a multiple of
-    MAX_NUMBER, so only those places are looked at."""
+    """Whether a number in a JSON text has more than MAX_NUMBER characters. Such a number covers a position that is a
+    multiple of MAX_NUMBER, so only the text around these positions is searched."""
     return any(
         text[at] in "-+.0123456789eE" and LONG_NUMBER.search(text, at - MAX_NUMBER, at + MAX_NUMBER + 1)
         for at in range(MAX_NUMBER, len(text), MAX_NUMBER)
@@ -99,12 +101,12 @@ def to_json(value: Any) -> Raw:
 
 
 def encode_fields(fields: Mapping[str, Any]) -> Raw:
-    """The JSON of checked fields as an SQL function takes them, in snake_case; those that are None are left out."""
+    """The JSON of checked fields as an SQL function takes them, in snake_case. Fields that are None are left out."""
     return to_json({name: value for name, value in fields.items() if value is not None})
 
 
 # ------------------------------------------------------------------------------
-# Checking: a schema, compiled into a list, and the members of a body that are held against it.
+# Checking: a schema is compiled into a list of checks, once; each body runs through it.
 # ------------------------------------------------------------------------------
 def decoded(text: Raw) -> Any:
     """The value of a member.  :raises ValidationError: Python cannot hold it."""
@@ -219,7 +221,7 @@ def take(kind: type[Body], checked: dict[str, Any]) -> Raw:
 
 
 # ------------------------------------------------------------------------------
-# Fields: the types of members. `deserialize` takes what is right at once; for all else marshmallow finds the words.
+# Fields: the types of members. `deserialize` returns an ordinary value at once, and leaves all others to marshmallow.
 # ------------------------------------------------------------------------------
 # As parts of a URL . and .. are the folder and the one above it.
 ID = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z")
@@ -234,7 +236,7 @@ def check_no_nul(value: str) -> None:
 class Text(fields.String):
     """A string as Postgres can hold it, of `least` to `most` characters."""
 
-    # For /openapi.json, here and below: what the validators cannot tell.
+    # For /openapi.json, here and below: what does not follow from the validators.
     json_schema: ClassVar[dict[str, Any]] = {"pattern": "^[^\\u0000]*$"}
 
     def __init__(self, least: int = 0, most: int = MAX_TEXT, *validators: Callable[[Any], Any], **options: Any) -> None:
@@ -380,7 +382,7 @@ class JsonText(RawField, fields.Field[Raw | None]):
         return cast(Raw, value)
 
     def inspect(self, text: Raw) -> None:
-        """Nothing to object to: a payload is the user's."""
+        """Check more of the text; a payload may be anything.  :raises ValidationError: it may not be stored."""
 
 
 class Amount(JsonText):
@@ -402,7 +404,7 @@ class Amount(JsonText):
 
 
 class JsonValue(JsonText):
-    """A value that Postgres looks into, so that what jsonb cannot hold is refused."""
+    """A value that is stored as jsonb, so that what jsonb cannot hold is refused."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(empty="{}", **options)
@@ -413,7 +415,7 @@ class JsonValue(JsonText):
             self.inspect_value(bytes(text).decode(), decoded(text))
 
     def inspect_value(self, text: str, value: Any) -> None:
-        """Likewise, of a value that is not {}."""
+        """Check a value that is not {}.  :raises ValidationError: likewise."""
         if re.search(r"(?<!\\)(\\\\)*\\u0000", text):
             raise ValidationError("must not contain NUL")
         if (size := spelled_bytes(text)) > MAX_SPELLED:
@@ -433,7 +435,7 @@ EXPONENT = re.compile(r"[0-9][eE][+-]?0*([0-9]{1,9})")
 
 
 class JsonObject(JsonValue):
-    """Likewise, and an object; of a schema, it is looked at by that, and may hold more."""
+    """An object that is stored as jsonb. With a `shape`, its members are checked by that schema; it may hold others."""
 
     json_schema: ClassVar[dict[str, Any]] = {"type": ["object", "null"]}
 
@@ -520,13 +522,13 @@ class Channels(Items):
 
 
 class OwnerFields(Body):
-    """Who writes: a worker that lost its run is refused; a write that names no owner is not fenced."""
+    """Who writes. A worker that lost its run is refused; a write that names no owner is not fenced."""
 
     lease_owner = Name(load_default=None)
 
 
 class HeldFields(Body):
-    """Who writes, where it must be said."""
+    """Who writes; required."""
 
     lease_owner = Name(required=True)
 
@@ -559,7 +561,7 @@ class EnqueueBody(RunFields):
 
 
 class EnqueueManyBody(Body):
-    """Likewise, for many runs."""
+    """POST /queues/:queue/enqueue, for many runs."""
 
     runs = Items(Nested(EnqueueBody), 1, MAX_BATCH, required=True)
 
@@ -639,7 +641,7 @@ class ForkBody(Body):
 # Bodies of steps, and of many writes at once: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class StepOptions(Body):
-    """What a step's options promise of it; they may hold more. Here null counts as absent."""
+    """The options of a step that Tidebase knows; others are kept as they came. Here null counts as absent."""
 
     side_effects = OneOrMany(allow_none=True)
     idempotency_key = Text(allow_none=True)
@@ -821,7 +823,7 @@ class WaitFor(Body):
 
 
 class Wait(Nested):
-    """A WaitFor, as the JSON that is kept of it and shown again: its names are those of the wire."""
+    """A WaitFor as the JSON that the run keeps and shows, with the names of the wire."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(WaitFor, **options)

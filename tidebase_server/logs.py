@@ -1,4 +1,4 @@
-"""Lines of the log: their form, and how little they hold of what somebody else wrote."""
+"""Lines of the log: their form, and how much of a user's text they may hold."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import logging
 import re
 from typing import Any
 
-LOGGED_CHARACTERS = 120  # of what somebody else wrote: a line of the log is no place for a payload
+LOGGED_CHARACTERS = 120  # of a user's text; payloads do not belong into a log
 
 
 def one_line(text: str) -> str:
-    """The first words of somebody's text, for a line of the log."""
+    """The first words of a user's text, for a line of the log."""
     words = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * LOGGED_CHARACTERS]).split())
     return words if len(words) <= LOGGED_CHARACTERS else words[:LOGGED_CHARACTERS] + "…"
 
 
 def place_of(run: dict[str, Any]) -> str:
-    """Its workflow and queue, for a line of the log."""
+    """The workflow and queue of a run, for a line of the log."""
     queue = "no queue" if run["queue"] is None else f"queue {one_line(run['queue'])}"
     return f"workflow {one_line(run['workflowName'])}, {queue}"
 
