@@ -32,11 +32,9 @@ Tidebase` works here as it does in an app that has the client copied in as tideb
 
 from __future__ import annotations
 
-import base64
 import difflib
 import functools
 import gc
-import hmac
 import importlib
 import itertools
 import json
@@ -51,7 +49,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -75,9 +73,9 @@ from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database
 from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, read_members, take, to_json
 from tidebase_server.database import CONNECT_SECONDS, Database, JsonArray, SchemaAhead, SchemaBehind, cannot_write
 from tidebase_server.embedded import EmbeddedError, EmbeddedPostgres
-from tidebase_server.exchange import Cut, Exchange, TargetRefused
+from tidebase_server.exchange import Cut, Exchange, TargetRefused, sign
 from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
-from tidebase_server.logs import LogFormat, one_line, place_of
+from tidebase_server.logs import LogFormat, log_expired, log_failure
 from tidebase_server.processes import Processes, on_stop
 from tidebase_server.request import (
     Part,
@@ -413,20 +411,6 @@ DEADLINE_SECONDS = 0.1   # how late a deadline may be kept
 SEND_DRAIN_SECONDS = 3.0  # for what is in flight when the server is told to stop
 
 
-def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str, str]:
-    """The signature headers: ours, HMAC-SHA256 over the body, and those of the Standard Webhooks specification, over
-    id, timestamp and body; a secret that begins with whsec_ is base64 there, as that specification has it."""
-    key = secret.encode()
-    standard_key = key
-    if secret.startswith("whsec_"):
-        with suppress(ValueError):
-            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True) or key
-    signed = b"%s.%d.%s" % (delivery_id.encode(), timestamp, body)
-    standard = base64.b64encode(hmac.digest(standard_key, signed, "sha256")).decode()
-    return {"x-tidebase-signature": "sha256=" + hmac.digest(key, body, "sha256").hex(),
-            "webhook-signature": f"v1,{standard}"}
-
-
 class Outcome(NamedTuple):
     """What became of one try to deliver a webhook, as settle_webhook takes it."""
 
@@ -661,16 +645,8 @@ class Reconciler:
     def _expire_leases(self) -> int:
         expired, runs = self.database.rows("expire_leases", limit=SWEEP_LIMIT)[0]
         for run in json.loads(runs):
-            self._log_expired(run)
+            log_expired(run)
         return int(expired)
-
-    @staticmethod
-    def _log_expired(run: dict[str, Any]) -> None:
-        outcome = ("it is stalled until somebody begins it" if run["queue"] is None
-                   else "it is queued again" if run["attempt"] < run["maxAttempts"] else "it failed")
-        logger.warning("the lease of run %s (%s) expired in attempt %d of %d, held by %s; %s", run["runId"],
-                       place_of(run), run["attempt"], run["maxAttempts"], one_line(run["leaseOwner"]), outcome,
-                       extra={"event": "lease_expired", "run_id": run["runId"]})
 
     def _cancel_overdue(self) -> int:
         # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
@@ -843,25 +819,6 @@ def results(rows: list[tuple[Any, ...]]) -> Reply:
 def lease_of(step: dict[str, Any]) -> dict[str, Any]:
     """Who begins a step, and for how long."""
     return {"lease_owner": step["lease_owner"] or new_owner(), "lease_ms": core().config.lease_ms}
-
-
-def log_failure(run_id: str, text: str) -> None:
-    """Log what fail_run answered: which run, and no more of its error than its first words."""
-    try:
-        answer = json.loads(text)
-    except RecursionError:  # a payload may be nested just deeply enough to be taken and not to be read again
-        logger.warning("run %s failed; its payloads are nested too deeply to show why", run_id,
-                       extra={"event": "run_failed", "run_id": run_id})
-        return
-    run, error = answer["run"], answer["run"].get("error")
-    if run["status"] not in ("failed", "queued") or "requeued" not in answer:  # it had ended before
-        return
-    texts = [error.get("name"), error.get("message")] if isinstance(error, dict) else [error]
-    words = one_line(": ".join(text for text in texts if text and isinstance(text, str)))
-    logger.warning("run %s (%s) failed in attempt %d of %d%s; %s", run_id, place_of(run), run["attempt"],
-                   run["maxAttempts"], words and f": {words}",
-                   f"it is queued again for {run['runAt']}" if answer["requeued"] else "it is not queued again",
-                   extra={"event": "run_requeued" if answer["requeued"] else "run_failed", "run_id": run_id})
 
 
 # ------------------------------------------------------------------------------
