@@ -244,6 +244,7 @@ class Config:
                                   f"{SHORTEST_KEY} characters; {MAKE_KEY}")
 
     def webhook_targets(self) -> WebhookTargets:
+        """Where webhooks may go.  :raises ValueError: TIDEBASE_WEBHOOK_ALLOW is malformed."""
         return WebhookTargets(self.webhook_allow, on_loopback=self.host in LOOPBACK)
 
 # ------------------------------------------------------------------------------
@@ -803,7 +804,7 @@ def write_all(writes: list[dict[str, Any]]) -> Reply:
             room=MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
         answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
     if not all(is_quiet(write["do"], error) for write, (_, _, error) in zip(writes, payloads, strict=True)):
-        core().wrote()
+        core().wrote()  # who follows one of the runs learns of the others within WATCH_SECONDS
     for n, write in enumerate(writes):
         if write["do"] == "fail_run" and answers[n][1] == 200:
             log_failure(write["run_id"], answers[n][0])
@@ -1417,6 +1418,7 @@ class Server:
 
     @property
     def url(self) -> str:
+        """The address that this server listens on."""
         host, port = self.listener.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -146,6 +146,7 @@ class Body(marshmallow.Schema):
         unknown = marshmallow.EXCLUDE
 
     def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
+        """Give a field its name on the wire; marshmallow calls this for each."""
         if field_obj.data_key is None:
             field_obj.data_key = camel(field_name)
         if field_obj.load_default is None and not isinstance(field_obj, RawField):

@@ -126,6 +126,7 @@ def environment() -> dict[str, str]:
 
 
 def running_as(identity: Identity | None) -> dict[str, Any]:
+    """The options of subprocess.run for a program of PostgreSQL."""
     options: dict[str, Any] = {"cwd": "/", "env": environment(), "umask": 0o077}
     return options | {"user": identity.uid, "group": identity.gid, "extra_groups": []} if identity else options
 
@@ -163,6 +164,7 @@ def look_up(name: str) -> Identity:
 
 
 def make_user(name: str) -> None:
+    """Make a system user.  :raises EmbeddedError: it cannot be made."""
     options = ["--system", "--no-create-home", "--user-group", "--shell", "/usr/sbin/nologin"]
     try:
         subprocess.run(["useradd", *options, name], check=True, capture_output=True, text=True)

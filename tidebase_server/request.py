@@ -67,6 +67,7 @@ class Part(BaseConverter):
     """A part_of the path, in a route's rule."""
 
     def to_python(self, value: str) -> str:
+        """As werkzeug asks it of a converter."""
         return part_of(value)
 
 
