@@ -1147,8 +1147,8 @@ def list_versions(run_id: str) -> Reply:
     light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
     limit = whole_of("limit", asked.get("limit", "200" if light else "10000"), 1000 if light else 10_000, 1)
     return found(core().database.read(
-        "list_versions_light" if light else "list_versions", run_id=run_id, stream=asked.get("stream"),
-        labeled=flag_of("labeled", asked.get("labeled")), after=asked.get("after"), limit=limit)[0], run_id)
+        "list_versions", run_id=run_id, stream=asked.get("stream"), labeled=flag_of("labeled", asked.get("labeled")),
+        after=asked.get("after"), limit=limit, light=light)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/snapshots")

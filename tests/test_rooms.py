@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
+
+from tidebase_server import bodies
 
 SERVER = sorted((ROOT / "tidebase_server").glob("*.py"))
 FILES = [ROOT / "tidebase.py", *SERVER]
@@ -99,3 +102,30 @@ def test_the_rooms_of_tidebase_py_are_those_that_it_names() -> None:
     text = (ROOT / "tidebase.py").read_text()
     named = re.findall(r"^    ([A-Z][a-z ]+?)  +\S", text.split('"""')[1], re.M)
     assert named == [name for _, name in rooms(text)[1:]]
+
+
+def calls() -> Iterator[tuple[str, set[str]]]:
+    """Each function of schema.sql that the server calls by a name in its code, with the arguments that are named there
+    or come from a body."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else (
+                node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None)
+            if name not in ("call", "rows", "read", "count") or not node.args or not isinstance(
+                    node.args[0], ast.Constant) or not isinstance(node.args[0].value, str):
+                continue
+            names = {keyword.arg for keyword in node.keywords if keyword.arg}
+            for keyword in node.keywords:
+                if keyword.arg is None and (body := re.fullmatch(r"parse\(bodies\.(\w+)\)", ast.unparse(keyword.value))):
+                    names |= bodies.schema_of(getattr(bodies, body[1])).fields.keys()
+            yield node.args[0].value, names
+
+
+def test_every_call_names_a_function_of_schema_sql_and_parameters_that_it_has(sql: Callable[..., Any]) -> None:
+    parameters = {name: set(names or ()) for name, names in sql(
+        "select proname, proargnames from pg_proc where pronamespace = 'tidebase'::regnamespace")}
+    made = list(calls())
+    assert len(made) > 50
+    assert {name for name, _ in made} <= parameters.keys()
+    for name, names in made:
+        assert {f"p_{argument}" for argument in names} <= parameters[name], name
