@@ -15,25 +15,50 @@
 --   waiting ──what it waits for──► queued
 --   anything but completed ──cancel──► cancelled;  failed, cancelled ──retry──► queued or pending
 --
+-- CONTENTS
+--   Preamble                    one lock for all who apply this file
+--   Clock                       the only source of time
+--   Tables                      states with a named check, invariants as constraints, each index with its query
+--   On the wire                 each row as protocol.md shows it, and how lists bound their bytes
+--   Helpers                     locks, refusals, checks, events, webhooks: the same for every verb
+--   Runs                        _transition and _insert_runs; created, begun, kept alive, ended, put back
+--   Steps                       begun under a lease, ended once by _end_step, replayed ever after
+--   Children and forks          runs that come from runs
+--   Gates                       a question to a person, decided once
+--   State and usage             what a run shows of itself, and what it costs
+--   Waiting                     a queued run that waits for something holds no worker
+--   Queues                      enqueue and claim, within the queue's caps
+--   Many writes                 a batch in one transaction: plain writes set-based, the others one by one
+--   Schedules                   a time that comes fires once
+--   The run detail              all of a run, at one instant
+--   The reconciler's verbs      what time alone brings about
+--   The sender's verbs          webhooks claimed, renewed, settled
+--   Studio                      lists, counts and reasons for the web page
+--   Version                     what this file leaves behind
+--
 -- HOW TO READ IT
---   A verb (begin_step, claim_runs) is one transition: it locks, decides, writes rows, the event and the webhooks, all
---   of it or nothing, and answers the JSON of the HTTP response. Names: p_ arguments, v_ locals, _private helpers.
---   Lock order: a parent's run before its child's, then the run's row (for no key update, so that foreign keys do not
---   wait), and only then steps, gates, state, outbox. Queues with a cap serialise on an advisory lock per queue, taken
---   before any run, in the order of their names.
---   Whoever changes a run counts its event in the same update (event_seq + 1); _append_event then writes it down.
---   Refusals are raised with SQLSTATE TBnnn, nnn being the HTTP status; the message is for a person, the detail is JSON
---   with the code. What a user sends is json, kept to the letter; jsonb is where Tidebase looks inside.
---   A helper is `language sql` where Postgres inlines it; other SQL functions are planned at every call before Postgres
+--   A verb (begin_step, claim_runs) is one transition. It locks, decides, writes the rows, the event and the webhooks, all
+--   or nothing, and answers the JSON of the HTTP response. Above it stands its contract: Needs (else which refusal),
+--   Leaves, Returns, Locks.
+--   Names: p_ arguments, v_ locals, _private helpers. A verb's parameter is p_ and the wire's key in snake_case; so are the
+--   keys of its jsonb arguments (p_job, p_child, p_version, p_entry, p_config, p_writes). What a user sent, and what a run
+--   waits for, keeps its keys.
+--   Lock order: a parent's run, then its child's, then steps, gates, state and outbox. A run is locked for no key update,
+--   so that foreign keys do not wait. A queue with a cap has an advisory lock, taken before any run; several are taken in
+--   the order of their names.
+--   A verb that changes a run counts the run's event in the same update (event_seq + 1), and _append_event writes it.
+--   A refusal is raised with SQLSTATE TBnnn, nnn being the HTTP status. Its message is for a person; its detail is JSON
+--   with the code.
+--   What a user sends is json, kept to the letter. jsonb is where Tidebase looks inside.
+--   A helper is `language sql` where Postgres inlines it. Other SQL functions are planned at every call before Postgres
 --   18, so they are plpgsql.
---   The only clock is tidebase.now(). No session state (SET, LISTEN, session locks): a transaction pooler may sit
---   in between.
+--   There is no session state (SET, LISTEN, session locks): a transaction pooler may sit in between.
 --
 -- HOW IT EVOLVES
 --   Apply it with `python tidebase.py migrate` or `psql -1 -f schema.sql`: one transaction, any number of times, to an
---   empty or an older database. Changes of tables are additive: "create table" shows today's shape and below it stands
---   "add column if not exists" for older databases. All functions are dropped and made anew. Every change raises the
---   version at the end: a server applies this file only to a database whose version is lower.
+--   empty or an older database. "create table" shows today's shape; once there is a release, what an older database lacks
+--   is added below it ("add column if not exists"), and nothing is taken away. All functions are dropped and made anew.
+--   Every change raises the version at the end: a server applies this file only to a database whose version is lower.
 
 -- ------------------------------------------------------------------------------
 -- Preamble: one lock for all who apply this file, else concurrent "if not exists" collide on the catalog.
@@ -47,8 +72,8 @@ create schema if not exists tidebase;
 create or replace function tidebase.now() returns timestamptz language sql volatile as
 $$ select date_trunc('milliseconds', clock_timestamp()) $$;
 
--- Functions of an older build are dropped, whatever their signatures, so that no overload of one is left; all but now(),
--- which column defaults need.
+-- All functions of an older build are dropped, whatever their signatures, so that no overload of one is left. now() stays,
+-- since column defaults need it.
 do $$
 declare
   v_function regprocedure;
@@ -83,9 +108,10 @@ create table if not exists tidebase.meta (
   applied_at  timestamptz not null default tidebase.now()
 );
 
--- Every step updates its run's row (event_seq, the lease), so it must stay a heap-only update: room on the page, and
--- no index on event_seq, updated_at, lease_expires_at. Of these tables no statistics are taken while they are tiny: from
--- those, plans that scan them would be made, and kept by each connection while they grow.
+-- Every step updates its run's row (event_seq, the lease). That stays a heap-only update as long as there is room on the
+-- page (fillfactor) and no index on event_seq, updated_at or lease_expires_at.
+-- autovacuum_analyze_threshold: statistics of a tiny table would give plans that scan it, and each connection would keep
+-- those plans while the table grows.
 create table if not exists tidebase.runs (
   id                  text        primary key,
   workflow_name       text        not null,
@@ -450,9 +476,9 @@ $$ select regexp_replace(p_url, '^([^:]+://)[^/?#]*@', '\1***@') $$;
 create or replace function tidebase._budget () returns integer language sql immutable as
 $$ select 16 * 1024 * 1024 $$;
 
--- The bytes of a payload's text, 0 for null, without reading it where its stored form tells enough: what is not
--- compressed, or too large for a list even so. Of jsonb that is about right: its text may have a quarter of its bytes, or,
--- by its numbers, 26 times as many.
+-- The bytes of a payload's text, 0 for null. The text is not read where the stored form tells enough: where it is not
+-- compressed, or too large for a list even compressed. Of jsonb it is an estimate: the text may have a quarter of these
+-- bytes or, where it is full of numbers, 26 times as many.
 create or replace function tidebase._bytes (p_value json) returns integer language sql stable as $$
   select coalesce(case when pg_column_size(p_value) > 65540 or pg_column_compression(p_value) is null
                        then pg_column_size(p_value) else octet_length(p_value::text) end, 0)
@@ -481,8 +507,8 @@ create or replace function tidebase._run_shown (r tidebase.runs, p_input json, p
   select json_build_object(
     'id', r.id, 'workflowName', r.workflow_name, 'input', p_input, 'metadata', p_metadata, 'status', r.status,
     'result', p_result, 'error', p_error, 'recoveryWebhook', tidebase._shown_url(r.recovery_webhook),
-    'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
-    'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
+    'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt,
+    'queue', r.queue, 'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
     'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
@@ -517,10 +543,11 @@ create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean
            tidebase._in_list(r.waiting_for, p_room))) end
 $$;
 
--- A run for who only asks whether it is still held.
+-- A run's status and lease: the brief answer to a heartbeat.
 create or replace function tidebase._lease_json (r tidebase.runs) returns json language sql stable as $$
   select json_build_object('id', r.id, 'status', r.status, 'leaseOwner', r.lease_owner,
-                           'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'updatedAt', tidebase._iso(r.updated_at))
+                           'leaseExpiresAt', tidebase._iso(r.lease_expires_at),
+                           'updatedAt', tidebase._iso(r.updated_at))
 $$;
 
 create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
@@ -701,8 +728,8 @@ create or replace function tidebase._queue_json (q tidebase.queues) returns json
                            'invokeUrl', tidebase._shown_url(q.invoke_url), 'paused', q.paused)
 $$;
 
--- The completed steps of a run, for a worker that is to replay them (those copied whatever their input); past 4 MiB of output the rest is asked for step
--- by step.
+-- The completed steps of a run, for a worker that replays them. Past 4 MiB of output the answer is truncated: the worker
+-- asks for the rest step by step.
 create or replace function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
   language plpgsql stable as $$
 declare
@@ -738,12 +765,12 @@ create or replace function tidebase._joined (p_first json, p_second json) return
 $$;
 
 -- ------------------------------------------------------------------------------
--- Private helpers: locking, refusing and recording, the same way for every verb.
+-- Helpers: locks, refusals, checks, events, webhooks: the same for every verb.
 -- ------------------------------------------------------------------------------
 
--- Ends the verb with nothing written: HTTP status, words, and {"code": …} with the case's extras for the answer. Postgres
--- logs them: so of a run, step, gate or state they name the id ("run": ID; "state": the run's), and refusal_body puts
--- the object in its place afterwards.
+-- Ends the verb with nothing written. The answer has the words and {"code": …} with p_extras.
+-- Postgres logs the extras. So they name a run, step, gate or state by its id alone ("run": ID; "state": the run's id),
+-- and refusal_body puts the object in its place afterwards.
 create or replace function tidebase._refuse (p_status integer, p_code text, p_words text, p_extras json default null)
   returns void language plpgsql as $$
 begin
@@ -818,17 +845,20 @@ create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) retu
                           json_build_object('run', p_run.id))
 $$;
 
--- A worker that was silent until its run went to another may still be at work: whatever it writes is refused.
-create or replace function tidebase._check_not_fenced_off (p_run tidebase.runs, p_lease_owner text) returns void language plpgsql as $$
+-- Refuses  an owner that lost or gave up the lease of the run (TB409 lease_lost): a worker whose lease went to another may
+--          still be at work.
+create or replace function tidebase._check_not_fenced_off (p_run tidebase.runs, p_lease_owner text)
+  returns void language plpgsql as $$
 begin
   if p_lease_owner = any (p_run.former_owners) and p_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(p_run);
   end if;
 end $$;
 
--- What a worker writes beside its steps names its owner, where it can; people and apps that look after a run name none.
--- Refuses  an owner that is given and does not hold the run (TB409 lease_lost, run_cancelled).
-create or replace function tidebase._check_owner (p_run tidebase.runs, p_lease_owner text) returns void language plpgsql as $$
+-- Refuses  an owner that does not hold the run (TB409 lease_lost, run_cancelled). Without an owner nothing is refused:
+--          people, and apps that look after a run, name none.
+create or replace function tidebase._check_owner (p_run tidebase.runs, p_lease_owner text)
+  returns void language plpgsql as $$
 begin
   if p_lease_owner is not null and p_run.lease_owner is distinct from p_lease_owner then
     if p_run.status = 'cancelled' then
@@ -838,17 +868,19 @@ begin
   end if;
 end $$;
 
--- Writes down an event that the run's update has counted.
+-- Writes an event that an update of the run has counted.
 create or replace function tidebase._append_event (p_run_id text, p_seq integer, p_type text, p_payload json)
   returns void language plpgsql as $$
 begin
   insert into tidebase.events (run_id, seq, type, payload) values (p_run_id, p_seq, p_type, p_payload);
 end $$;
 
--- Counts and writes an event of a run that is locked and does not change otherwise; the owner's lease is extended.
--- p_started: of a step that is recorded at its end alone, the payload of a step.started to go before it.
-create or replace function tidebase._append_event_and_renew_lease (p_run tidebase.runs, p_lease_owner text, p_type text, p_payload json,
-                                             p_started json default null) returns void language plpgsql as $$
+-- Counts and writes an event of a run that is locked and does not change otherwise. Where p_lease_owner holds the run, its
+-- lease is extended.
+-- p_started: the payload of an event step.started that goes before it, for a step that is recorded at its end alone.
+create or replace function tidebase._append_event_and_renew_lease (
+  p_run tidebase.runs, p_lease_owner text, p_type text, p_payload json, p_started json default null)
+  returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
   v_seq integer;
@@ -881,7 +913,7 @@ create or replace function tidebase._enqueue_webhook (p_kind text, p_run_id text
   returning *
 $$;
 
--- Tells the run's channels (and, of a gate, the gate's own) of an event that they want to hear of.
+-- Puts an event into the outbox for each channel of the run, and of the gate p_gate_id, that subscribes to its type.
 create or replace function tidebase._notify (p_run tidebase.runs, p_type text, p_payload json,
                                              p_gate_id text default null) returns void language plpgsql as $$
 declare
@@ -917,8 +949,8 @@ declare
   v_webhook tidebase.outbox := tidebase._enqueue_webhook('recovery', p_run.id, null, null, 'run.resume', p_reason,
                                                          p_run.recovery_webhook, null);
 begin
-  perform tidebase._append_event_and_renew_lease(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_webhook.id,
-                           'reason', p_reason));
+  perform tidebase._append_event_and_renew_lease(p_run, null, 'recovery.started', json_build_object(
+            'recoveryAttemptId', v_webhook.id, 'reason', p_reason));
   return v_webhook;
 end $$;
 
@@ -1022,15 +1054,15 @@ begin
                    run_at, max_attempts, priority, deadline_ms, parent_run_id, created, input, number)
        order by j.number
     ), inserted as (
-      insert into tidebase.runs as r (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, queue,
-                                      dedupe_key, priority, run_at, max_attempts, deadline_at, parent_run_id,
+      insert into tidebase.runs as r (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret,
+                                      queue, dedupe_key, priority, run_at, max_attempts, deadline_at, parent_run_id,
                                       has_channels, event_seq, created_at, updated_at)
       select run_id, workflow_name, input, metadata, case when on_queue is null then 'pending' else 'queued' end,
              recovery_webhook, recovery_secret, on_queue, dedupe_key,
              case when on_queue is not null then priority else 0 end,
              case when on_queue is not null then coalesce(run_at, v_now + tidebase._ms(delay_ms), v_now) end,
-             case when on_queue is not null then max_attempts else 1 end, v_now + tidebase._ms(deadline_ms), parent_run_id, channels <> '[]',
-             (created is not null)::integer + (on_queue is not null)::integer, v_now, v_now
+             case when on_queue is not null then max_attempts else 1 end, v_now + tidebase._ms(deadline_ms),
+             parent_run_id, channels <> '[]', (created is not null)::integer + (on_queue is not null)::integer, v_now, v_now
         from given where is_first order by number
       on conflict do nothing
       returning r as run
@@ -1148,7 +1180,8 @@ end $$;
 -- hundreds pays for one.
 -- Returns  in the order given, {"run"} or {"error", "code", "run"?}, and its HTTP status. The run is shown whole, or, if
 --          p_brief, by its status and lease alone.
-create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_lease_owners text[], p_brief boolean default true)
+create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_lease_owners text[],
+                                                    p_brief boolean default true)
   returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan  -- both as claim_runs
   set enable_seqscan = off as $$
@@ -1458,9 +1491,9 @@ create or replace function tidebase._contract (p_options json) returns json lang
     'credentials', tidebase._as_list(p_options->'credentials'))
 $$;
 
--- Whether a step is not p_lease_owner's to begin. While somebody holds the run, its steps are that one's. A step that was
--- begun while nobody did is its owner's, by its own lease, or by the run's, which heartbeats extend; but the run's holder
--- need not heed a step begun before it took the run over: that owner is gone.
+-- Whether p_lease_owner may not begin a step. While a run is held, only its holder begins its steps. A step that was begun
+-- while nobody held the run belongs to its owner until its own lease ends. But the holder of the run may begin a step that
+-- was begun before it took the run over, since that owner has lost it.
 create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text,
                                                 p_now timestamptz) returns boolean language sql immutable as $$
   select coalesce(p_run.lease_owner <> p_lease_owner and p_run.lease_expires_at > p_now, false)
@@ -1469,10 +1502,11 @@ create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tide
                   and not (coalesce(p_run.lease_owner = p_lease_owner, false) and p_step.fence < p_run.fence), false)
 $$;
 
--- Whether only a person can tell if a step may run (again): an earlier owner began it, recorded no outcome and is
--- gone, and its contract leaves replay to a person; or that was found before; or it failed and must never run again.
--- p_options: of the try that is to come. With an idempotency key it may follow one that failed into review (which has
--- its end recorded), since the key was found missing there.
+-- Whether only a person can tell if a step may run (again). So it is when an earlier owner began the step and recorded no
+-- outcome, and its contract leaves a replay to a person; when it is marked for review; and when it failed and must never
+-- run again.
+-- p_options: of the try that is to come. A step whose failure was recorded and that was marked for review may run again
+-- once it comes with an idempotency key.
 create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text,
                                                    p_options json) returns boolean language sql immutable as $$
   select (p_step.status = 'manual_review'
@@ -1482,7 +1516,7 @@ create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step t
       or (p_step.status = 'failed' and p_step.contract->>'replay' = 'never')
 $$;
 
--- A run as it is once somebody new took it, who is named ''.
+-- A run as it would be if a new owner, named '', took it.
 create or replace function tidebase._as_taken_over (p_run tidebase.runs, p_now timestamptz)
   returns tidebase.runs language plpgsql immutable as $$
 begin
@@ -1492,7 +1526,7 @@ begin
   return p_run;
 end $$;
 
--- Whether a step waits for a person's word: it is marked so, or would be by whoever took the run, which nobody holds.
+-- Whether a step needs a review: it is marked so, or nobody holds the run and whoever took it would mark the step.
 create or replace function tidebase._needs_review (p_run tidebase.runs, p_step tidebase.steps, p_now timestamptz)
   returns boolean language sql stable as $$
   select p_step.status = 'manual_review'
@@ -1550,12 +1584,13 @@ $$;
 create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql stable as
 $$ select tidebase._step_completed(s.id, s.name, s.contract) $$;
 
--- Asks what to do about a step, and takes it where the answer is "execute".
--- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
--- Needs    p_lease_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409 step_failed).
--- Leaves   on execute: the step running under p_lease_owner's lease, attempt + 1, event step.started; begun again by its
---          owner, or a step that only waits (option wait) by whoever may: under p_lease_owner's lease and nothing else. On
---          manual_review: the step so marked.
+-- Says what to do about a step, and takes it where the answer is "execute".
+-- Answers  the first of these that holds: cancelled, input_mismatch, return, locked, manual_review, execute.
+-- Needs    p_lease_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409
+--          step_failed).
+-- Leaves   on execute: the step running under p_lease_owner's lease, attempt + 1, event step.started. Where its owner
+--          begins it again, or it only waits (option wait), the lease alone is extended. On manual_review: the step so
+--          marked.
 -- Returns  {"action", …}, and the HTTP status: 409 for manual_review, which is a refusal that writes.
 create or replace function tidebase.begin_step (p_run_id text, p_name text, p_input_hash text, p_input json,
                                                 p_options json, p_lease_owner text, p_lease_ms integer,
@@ -1591,7 +1626,8 @@ begin
             tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
             v_now, v_now, v_now)
     returning * into v_step;
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started',
+                                                   tidebase._step_started(v_step));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
@@ -1603,7 +1639,8 @@ begin
                               'code', 'manual_review', 'step', tidebase._step_json(v_step));
     return;
   elsif v_step.status = 'running'
-        and (v_step.options->>'wait' = 'true' or (v_step.lease_owner = p_lease_owner and v_step.fence = v_run.fence)) then
+        and (v_step.options->>'wait' = 'true'
+             or (v_step.lease_owner = p_lease_owner and v_step.fence = v_run.fence)) then
     update tidebase.steps s set lease_owner = p_lease_owner, fence = v_run.fence,
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
      where s.id = v_step.id returning * into v_step;
@@ -1616,7 +1653,8 @@ begin
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
            completed_at = null, updated_at = v_now
      where s.id = v_step.id returning * into v_step;
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started',
+                                                   tidebase._step_started(v_step));
   end if;
   body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_lease_owner);
 end $$;
@@ -1635,13 +1673,14 @@ create or replace function tidebase._failed_status (p_decision text, p_retryable
               when p_decision = 'manual_review' then 'manual_review' else 'failed' end
 $$;
 
--- Tells of a step that just failed; p_started as above.
+-- Writes the event of a step that just failed, and its channels' webhooks. p_started: see _append_event_and_renew_lease.
 create or replace function tidebase._emit_step_failed (p_run tidebase.runs, s tidebase.steps, p_lease_owner text,
                                                   p_retryable boolean, p_decision text, p_started json default null)
   returns void language plpgsql as $$
 begin
-  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, 'step.failed', json_build_object('stepId', s.id, 'name', s.name,
-            'retryable', p_retryable, 'resumeDecision', p_decision, 'resumeContract', s.contract, 'error', s.error),
+  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, 'step.failed', json_build_object(
+            'stepId', s.id, 'name', s.name, 'retryable', p_retryable, 'resumeDecision', p_decision,
+            'resumeContract', s.contract, 'error', s.error),
             p_started);
   perform tidebase._notify(p_run, 'step.failed', json_build_object('step', tidebase._step_json(s),
             'retryable', p_retryable, 'resumeDecision', p_decision, 'error', s.error));
@@ -1658,8 +1697,8 @@ begin
   end if;
 end $$;
 
--- Records a step's output, once: from here on it is a checkpoint. Accepted on a run that ended meanwhile, too: the work
--- was done, and a retry must not do it again.
+-- Records a step's output, once: from here on it is a checkpoint. It is accepted on a run that has ended, too: the work was
+-- done, and a retry must not do it again.
 -- Needs    p_lease_owner holds the step (TB409 lease_lost).
 -- Leaves   the step completed, event step.completed; the owner's repeat unchanged.    Returns  {"step"}.
 create or replace function tidebase.complete_step (p_run_id text, p_step_id text, p_lease_owner text, p_output json)
@@ -1674,7 +1713,8 @@ begin
     v_step.error := null;
     v_step.settled_by := p_lease_owner;
     v_step := tidebase._end_step(v_step, 'completed');
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed',
+                                                   tidebase._step_completed(v_step));
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1758,14 +1798,15 @@ begin
   returning * into v_step;
   v_started := case when not v_begun then tidebase._step_started(v_step) end;
   if p_error is null then
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step), v_started);
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed',
+                                                   tidebase._step_completed(v_step), v_started);
   else
     perform tidebase._emit_step_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision, v_started);
   end if;
   return tidebase._step_response(v_step, p_brief, p_output);
 end $$;
 
--- A person's word on a step that nobody can know the outcome of.
+-- A person's decision on a step whose outcome Tidebase cannot know.
 -- Needs    the step in manual_review, or such that whoever took the run now would find it so (TB409 not_in_review).
 -- Leaves   retry: failed_retryable; complete: completed with p_output; fail: failed for good. Event step.reviewed. The run
 --          goes on: a failed one with a queue is put back (TB409 dedupe_conflict), another that nobody holds gets its
@@ -1788,8 +1829,8 @@ begin
     end if;
     return json_build_object('step', tidebase._step_json(v_step));
   end if;
-  perform tidebase._append_event_and_renew_lease(v_run, null, 'step.reviewed', json_build_object('stepId', v_step.id, 'name', v_step.name,
-                           'decision', p_decision, 'actor', p_actor));
+  perform tidebase._append_event_and_renew_lease(v_run, null, 'step.reviewed', json_build_object(
+            'stepId', v_step.id, 'name', v_step.name, 'decision', p_decision, 'actor', p_actor));
   v_step.reviewed := p_decision;
   v_step.output := case p_decision when 'complete' then p_output end;
   v_step.error := case when p_decision <> 'complete' then v_step.error end;
@@ -1905,7 +1946,8 @@ end $$;
 -- Returns  {"action": "wait" while it is pending, else "return", "gate"}.
 create or replace function tidebase.begin_gate (p_run_id text, p_name text, p_prompt text, p_data json,
                                                 p_channels jsonb, p_capability json, p_timeout_ms bigint,
-                                                p_public_url text, p_lease_owner text default null) returns json language plpgsql as $$
+                                                p_public_url text, p_lease_owner text default null)
+  returns json language plpgsql as $$
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_now  timestamptz := tidebase.now();
@@ -2029,8 +2071,8 @@ begin
                                        metadata, created_by, created_at, live_version)
   values (coalesce(p_version->>'id', tidebase._new_id('ver')), v_stream.id, p_run_id, p_version->>'step_id',
           v_stream.current_version, p_value, p_patch, p_version->>'label', p_version->>'reason',
-          coalesce(p_version->>'importance', 'normal'), coalesce(p_version->'metadata', '{}'), p_version->>'created_by', v_now,
-          p_live_version)
+          coalesce(p_version->>'importance', 'normal'), coalesce(p_version->'metadata', '{}'), p_version->>'created_by',
+          v_now, p_live_version)
   on conflict (id) do nothing returning * into v_version;
   if not found then  -- another run's, written since the caller looked
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', p_version->>'id'));
@@ -2053,8 +2095,9 @@ end $$;
 
 -- Replaces the run's live value, or merges the top level of p_value into it, and records it as the stream's next
 -- version.
--- Needs    p_lease_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
---          an object on both sides (TB409 state_not_object), and merged no more than 32 MiB (TB400, issues).
+-- Needs    p_lease_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the
+--          live version, 0 for none (TB409 version_conflict, with state); to merge: an object on both sides (TB409
+--          state_not_object), and merged no more than 32 MiB (TB400, issues).
 -- Leaves   event and channels state.updated; where the id was written before, everything as it was.
 -- Returns  {"state"} as this write, or the one of the same id before, left it.
 create or replace function tidebase.write_state (p_run_id text, p_stream text, p_value jsonb, p_merge boolean,
@@ -2109,7 +2152,8 @@ end $$;
 
 -- Labels the live value, whichever stream wrote it last, as the next version of p_stream.
 -- Needs    a live value (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
-create or replace function tidebase.save_state (p_run_id text, p_stream text, p_version jsonb, p_lease_owner text default null)
+create or replace function tidebase.save_state (p_run_id text, p_stream text, p_version jsonb,
+                                                p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
@@ -2214,7 +2258,8 @@ $$;
 -- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
 -- Needs    p_id not another run's (TB409 usage_id_conflict).
 -- Leaves   event and channels usage.recorded.    Returns  {"usage"}.
-create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb, p_lease_owner text default null)
+create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb,
+                                                  p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run   tidebase.runs := tidebase._lock_run(p_run_id);
@@ -2237,7 +2282,8 @@ begin
     if not found then  -- another run's, written since it was looked for
       perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
     end if;
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'usage.recorded',
+                                                   json_build_object('usage', tidebase._usage_json(v_usage)));
     perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
   end if;
   return json_build_object('usage', tidebase._usage_json(v_usage));
@@ -2289,8 +2335,9 @@ begin
   perform tidebase._transition(p_run, 'queued', 'run.resumed', json_build_object('waitedFor', v_for));
 end $$;
 
--- Whether what a run would wait for is there already. Each child asks when it ends, so of many only one that is live is
--- looked for; backwards, since the index has dead entries of those that ended, mostly the oldest.
+-- Whether a run need not wait, since what it would wait for is there. Each child that ends asks this of its parent. So the
+-- search stops at the first live child; and it goes backwards, since the index has dead entries of those that ended, mostly
+-- of the oldest.
 create or replace function tidebase._is_wait_over (p_run_id text, p_for jsonb, p_now timestamptz)
   returns boolean language plpgsql stable as $$
 declare
@@ -2363,8 +2410,9 @@ begin
   if not found then  -- another run's, written since the caller looked
     perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
   end if;
-  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
-                           json_build_object('signal', tidebase._signal_json(v_signal)));
+  perform tidebase._append_event_and_renew_lease(
+            p_run, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+            json_build_object('signal', tidebase._signal_json(v_signal)));
   if p_run.status = 'waiting' and p_run.waiting_for->>'event' = p_name
      and tidebase._signal_number(p_run.waiting_for) = p_n then
     perform tidebase._wake(p_run);
@@ -2468,8 +2516,8 @@ create or replace function tidebase.enqueue_run (p_queue text, p_job jsonb, p_in
     from tidebase._enqueue(p_queue, p_job, p_input) e
 $$;
 
--- Has batches of jobs that have dedupe keys go one after the other on each of these queues: two that name the same keys
--- in different orders would wait for each other.
+-- Serialises batches of jobs with dedupe keys, by queue: two batches that name the same keys in different orders would
+-- deadlock.
 create or replace function tidebase._lock_keys (p_jobs jsonb, p_queue text default null)
   returns void language plpgsql as $$
 begin
@@ -2941,8 +2989,8 @@ create or replace function tidebase._prior_refused (p_write jsonb) returns json 
                            'code', 'prior_refused')
 $$;
 
--- The answer to a write of a batch that has no room for it: what was recorded, by its id and status; or that the write
--- is to be sent again by itself, since the answer says something that the client does not know.
+-- The answer to a write of a batch whose answers have no room for it. Of a step or a run that was ended it is the id and
+-- the status. Of other writes it says that the write, which was made, is to be sent again by itself for its answer.
 create or replace function tidebase._brief_answer (p_verb text, p_body json, p_status integer, out body json,
                                                    out status integer) language plpgsql as $$
 declare
@@ -3393,8 +3441,8 @@ begin
                           completed_at = v_now
                     where run_id = v_id and kind = 'push' and status = 'pending' returning id
       loop
-        perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
-                  'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
+        perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.failed', json_build_object(
+                  'recoveryAttemptId', v_old, 'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
       end loop;
       perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.started', json_build_object(
                 'recoveryAttemptId', (tidebase._enqueue_webhook('push', v_id, null, null, 'run.invoke',
@@ -3444,8 +3492,8 @@ begin
                 order by wake_at limit p_limit for no key update skip locked
   loop
     if v_run.waiting_for ? 'event' then
-      perform tidebase._add_signal(v_run, null, v_run.waiting_for->>'event', tidebase._signal_number(v_run.waiting_for), null,
-                                   true);
+      perform tidebase._add_signal(v_run, null, v_run.waiting_for->>'event',
+                                   tidebase._signal_number(v_run.waiting_for), null, true);
     else
       perform tidebase._wake(v_run);
     end if;
@@ -3484,8 +3532,8 @@ create or replace function tidebase.fold_tallies (p_rows integer) returns intege
   select 0
 $$;
 
--- What the watcher asks for those who wait: of each pair of a queue and what is claimed from it (a list of workflows, or
--- null for all) how many runs could start now, at most p_limit; and how far the events of each run have got.
+-- What the watcher asks on behalf of all waiting requests. For each queue and the workflows claimed from it (a list, or
+-- null for all): how many runs could start now, at most p_limit. For each run: the number of its last event.
 -- Returns  {"claims": [n, …], "runs": {ID: seq}}.
 create or replace function tidebase.watch (p_queues text[], p_workflows jsonb, p_limit integer, p_run_ids text[])
   returns json language plpgsql volatile

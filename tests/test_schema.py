@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "0c2eee0c02dfa2c0989553a8af6ae34282d1627eb3a9d3e17b402acfcb030eca")
+PINNED = (3, "1c53a7374a06371434bc251b2cbbadfcd0853693a9b582445482761ad183121e")
 
 
 def apply(conninfo: str) -> None:
