@@ -115,8 +115,8 @@ def calls() -> Iterator[tuple[str, set[str]]]:
                     node.args[0], ast.Constant) or not isinstance(node.args[0].value, str):
                 continue
             names = {keyword.arg for keyword in node.keywords if keyword.arg}
-            for keyword in node.keywords:
-                if keyword.arg is None and (body := re.fullmatch(r"parse\(bodies\.(\w+)\)", ast.unparse(keyword.value))):
+            for value in (ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None):
+                if body := re.fullmatch(r"parse\(bodies\.(\w+)\)", value):
                     names |= bodies.schema_of(getattr(bodies, body[1])).fields.keys()
             yield node.args[0].value, names
 
