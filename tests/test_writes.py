@@ -6,6 +6,7 @@ What a worker that holds many runs has ready goes in one transaction: finished s
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 from typing import Any
@@ -211,6 +212,34 @@ def test_outputs_are_recorded_in_batches_as_if_they_had_come_alone(api: Api) -> 
     assert [result["step"]["output"] for result in (results[0], results[3])] == [{"a": 1.0}] * 2
     assert api.event_types(run)[2:] == ["step.started", "step.completed"]
     assert api.event_types(other)[2:] == ["step.started"]
+
+
+def test_failures_come_in_batches_as_if_each_had_come_alone(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    run, queued = held(api), api.enqueue("q")
+    api.claim("q", owner="a")
+    begun = api.begin_step(run, "s", "a")["step"]["id"]
+    with caplog.at_level(logging.WARNING, "tidebase.server"):
+        results = writes(
+            api, {"do": "fail_step", "runId": run, "stepId": begun, "leaseOwner": "a", "error": {"n": 1.0}},
+            {"do": "fail_run", "runId": run, "leaseOwner": "b"}, {"do": "fail_run", "runId": "nowhere"},
+            {"do": "fail_run", "runId": run, "leaseOwner": "a", "error": "first words", "failureClass": "mine"},
+            {"do": "fail_run", "runId": queued, "leaseOwner": "a", "error": {"message": "again"}})
+    assert codes(results) == [None, "lease_lost", "not_found", None, None]
+    assert results[0]["step"] == api.detail(run)["steps"][0]
+    assert results[3] == {"run": api.run(run), "requeued": False}
+    assert (results[4]["run"]["status"], results[4]["requeued"]) == ("queued", True)
+    assert api.event_types(run)[2:] == ["step.started", "step.failed", "run.failed"]
+    assert [record.event for record in caplog.records] == ["run_failed", "run_requeued"]
+    assert "first words" in caplog.text
+
+
+def test_a_chained_write_is_refused_after_an_earlier_one_of_its_run_was(api: Api) -> None:
+    run, other = held(api), held(api)
+    results = writes(api, step(run, "one", chained=True), step(run, "one", inputHash="x", chained=True),
+                     step(other, chained=True), step(run, "two", chained=True), completion(run, chained=True))
+    assert codes(results) == [None, "input_mismatch", None, "prior_refused", "prior_refused"]
+    assert api.run(run)["status"] == "running"
+    refused(api.post("/writes", {"writes": [job(), {**step(run), "chained": 1}]}), 400, "invalid_request")
 
 
 def test_a_result_among_others_wakes_the_parent_that_waits_for_it(api: Api) -> None:

@@ -117,9 +117,11 @@ class Access:
         return sent.strip(" ").encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
 
     def is_key(self, sent: bytes) -> bool:
+        """Whether this is the key that may do all."""
         return hmac.compare_digest(sent, self.api_key.encode())
 
     def is_read_key(self, sent: bytes) -> bool:
+        """Whether this is the key that only reads."""
         return bool(self.read_key) and hmac.compare_digest(sent, self.read_key.encode())
 
     def run_token_expiry(self, sent: bytes, run_id: str) -> int | None:
@@ -144,6 +146,7 @@ def of_body(environ: Mapping[str, Any]) -> Denial | None:
 
 
 def media_type(content_type: str | None) -> str:
+    """A Content-Type without its parameters."""
     return (content_type or "").split(";")[0].strip(" \t").lower()
 
 
@@ -162,11 +165,13 @@ def origin_of(url: str) -> Authority | None:
 
 
 def one_spelling(host: str) -> str:
+    """A name in lower case, an address in its shortest form."""
     host = host.strip("[]").lower()
     return ipaddress.ip_address(host).compressed if is_address(host) else host
 
 
 def is_address(host: str) -> bool:
+    """Whether it is an IP address, and no name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -67,6 +67,7 @@ class Part(BaseConverter):
     """A part_of the path, in a route's rule."""
 
     def to_python(self, value: str) -> str:
+        """As werkzeug asks it of a converter."""
         return part_of(value)
 
 
@@ -92,7 +93,7 @@ def call(function: str, **arguments: Any) -> Reply:
 
 def is_quiet(function: str, error: Any) -> bool:
     """Whether a write makes no run ready and no webhook due: workers make many of these, and none waits for one."""
-    return function in ("record_step", "begin_step", "complete_step", "heartbeat") and error is None
+    return function in ("record_step", "begin_step", "complete_step") and error is None
 
 
 def found(text: str | None, run_id: str) -> Reply:
