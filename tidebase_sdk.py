@@ -1589,13 +1589,17 @@ class _Lease:
     def boundary(self) -> None:
         """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
         self.fence()
-        if self.refused is not None:
-            raise copy.copy(self.refused)
+        self.check_not_refused()
         lease: _Lease | None = self
         while lease is not None:
             if lease.suspended or lease.leaving.locked():
                 raise RunSuspended
             lease = lease.parent
+
+    def check_not_refused(self) -> None:
+        """Raise what a record was refused with that no call waited for.  A copy, as in `fence`."""
+        if self.refused is not None:
+            raise copy.copy(self.refused)
 
     def add_writes(self, writes: Sequence[_Write]) -> None:
         """The run has more to be made durable."""
@@ -2065,6 +2069,7 @@ def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op
         body = {**_body(lease_owner=lease.owner, timeout_s=timeout_s), "for": condition}
         path = _path("runs", run.run_id, "wait")
         yield from _settle_writes(run)
+        lease.check_not_refused()
         with lease.ending():
             answer = yield from _request(run._client, "POST", path, body, lease=lease)
         if answer["ready"]:

@@ -630,6 +630,38 @@ def test_a_refusal_that_the_workflow_catches_is_raised_again_at_each_boundary_an
     assert api.run(run_id)["error"]["name"] == "StepInputMismatch"
 
 
+def test_a_run_whose_record_was_refused_does_not_leave_its_worker_to_wait(
+    relay: Relay, api: Api, clock: Clock
+) -> None:
+    relay.hold()
+    run_id = api.enqueue(workflow="flow", maxAttempts=1)
+
+    async def story() -> None:
+        async def flow(run: Any) -> None:
+            async def step() -> None:
+                await asyncio.to_thread(eventually, lambda: api.detail(run_id)["gates"])
+                await run.step("step 2", lambda: 1)
+
+            await asyncio.gather(run.gate("gate", "Well?", hold_s=0.2), step())
+
+        def interfere() -> None:
+            eventually(relay.held.is_set)
+            begin_with_another_input(api, clock, run_id)
+            time.sleep(0.3)  # meanwhile the run is about to leave
+            relay.free.set()
+
+        over = in_background(interfere)
+        async with tidebase_sdk.AsyncTidebase(relay.url) as tide:
+            tide.workflow("flow", flow)
+            await tide.work(stop=lambda: api.run(run_id)["status"] not in ("queued", "running"), poll_s=0.2,
+                            write_behind=True)
+        over()
+
+    asyncio.run(story())
+    assert api.run(run_id)["status"] == "failed"
+    assert api.run(run_id)["error"]["name"] == "StepInputMismatch"
+
+
 @pytest.mark.parametrize("bad", ["name", "output"])
 def test_a_record_that_makes_its_request_malformed_is_refused_and_only_what_came_before_it_is_recorded(
     actor: Callable[..., Any], start_server: Callable[..., Any], bad: str
@@ -962,15 +994,15 @@ def test_while_the_server_is_killed_and_started_again_nothing_is_lost_or_recorde
 ) -> None:
     server = spawn_server(TIDEBASE_LEASE_MS=60_000)  # longer than a restart takes on a busy machine
     api = Api(server.url)
-    runs = [api.enqueue(workflow="storm", input={"steps": 40, "effects": [20], "seconds": 0.002}) for _ in range(8)]
+    runs = [api.enqueue(workflow="storm", input={"steps": 30, "effects": [20], "seconds": 0.002}) for _ in range(8)]
     for kind in KINDS:
         crew.start(server.url, kind, concurrency=4)
-    for goal in (60, 200):
-        eventually(lambda goal=goal: len(crew.lines("step")) >= goal)
+    for goal in (40, 140):
+        eventually(lambda goal=goal: len(crew.lines("step")) >= goal, 30)
         server.end(signal.SIGKILL)
         server.start()
-    eventually(lambda: all(api.run(run_id)["status"] == "completed" for run_id in runs), 30)
-    names = [f"{'pay' if number == 20 else 'make'} {number}" for number in range(40)]
+    eventually(lambda: all(api.run(run_id)["status"] == "completed" for run_id in runs), 60)
+    names = [f"{'pay' if number == 20 else 'make'} {number}" for number in range(30)]
     for run_id in runs:
         assert assert_prefix(api, crew, run_id, names) == 0
         assert list(outputs(api, run_id).values()) == api.run(run_id)["result"]
