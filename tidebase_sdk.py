@@ -2886,7 +2886,8 @@ class _WriteBatcher:
                 write.settle(_refusal(reply.status, body, write.path, len(write.data)))
 
     def _settle_each(self, batch: list[_Write], results: list[Json], sent: float) -> Op[None]:
-        """Settle each write with its result; send alone those whose answers had no room beside the others'."""
+        """Settle each write with its result; send alone those whose answers had no room beside the others', and those
+        that stood behind a refused write of their run whose caller has been told: it goes on without that one."""
         again: list[_Write] = []
         for write, result in zip(batch, results):
             code = result.get("code")
@@ -2896,8 +2897,11 @@ class _WriteBatcher:
                 if write.lease is not None:
                     write.lease.extend(sent)
                 write.settle(result)
-            elif code == "prior_refused" and write.lease is not None and write.lease.refused is not None:
-                write.settle(copy.copy(write.lease.refused))
+            elif code == "prior_refused" and write.lease is not None:
+                if write.lease.refused is None:
+                    again.append(write)
+                else:
+                    write.settle(copy.copy(write.lease.refused))
             else:
                 write.settle(_refusal(result["status"], result, write.path, len(write.data)))
         for write in again:

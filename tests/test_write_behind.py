@@ -537,9 +537,9 @@ def begin_with_another_input(api: Api, clock: Clock, run_id: str) -> None:
     api.begin_step(run_id, "step 2", owner, hash="another")["step"]
 
 
-def leave_for_review(api: Api, clock: Clock, run_id: str) -> None:
+def leave_for_review(api: Api, clock: Clock, run_id: str, name: str = "step 2") -> None:
     owner = api.run(run_id)["leaseOwner"]
-    step = api.begin_step(run_id, "step 2", owner, hash=input_hash(None))["step"]["id"]
+    step = api.begin_step(run_id, name, owner, hash=input_hash(None))["step"]["id"]
     api.fail_step(run_id, step, owner, resumeDecision="manual_review")["step"]
 
 
@@ -660,6 +660,37 @@ def test_a_run_whose_record_was_refused_does_not_leave_its_worker_to_wait(
     asyncio.run(story())
     assert api.run(run_id)["status"] == "failed"
     assert api.run(run_id)["error"]["name"] == "StepInputMismatch"
+
+
+def test_a_refusal_that_a_call_raises_does_not_take_the_records_of_other_tasks_along(
+    relay: Relay, api: Api, clock: Clock
+) -> None:
+    relay.hold()
+    run_id = new_run_id()
+
+    async def story() -> None:
+        async def flow(run: Any) -> str:
+            async def pay() -> None:
+                with pytest.raises(StepNeedsReview):
+                    await run.step("pay", int, side_effects=["payment"])
+
+            async def other() -> None:
+                for name in PLAIN:
+                    await run.step(name, lambda: 1)
+                await asyncio.sleep(0.05)  # so that they go in one request with the begin that is refused
+                relay.free.set()
+
+            leave_for_review(api, clock, run_id, "pay")
+            await run.step("first", lambda: 1)
+            await asyncio.to_thread(eventually, relay.held.is_set)
+            await asyncio.gather(pay(), other())
+            return "done"
+
+        async with tidebase_sdk.AsyncTidebase(relay.url) as tide:
+            assert await tide.run("flow", flow, run_id=run_id, write_behind=True) == "done"
+
+    asyncio.run(story())
+    assert durable(api, run_id) == ["first", *PLAIN]
 
 
 @pytest.mark.parametrize("bad", ["name", "output"])
