@@ -1590,13 +1590,17 @@ class _Lease:
     def boundary(self) -> None:
         """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
         self.fence()
-        if self.refused is not None:
-            raise copy.copy(self.refused)
+        self.check_not_refused()
         lease: _Lease | None = self
         while lease is not None:
             if lease.suspended or lease.leaving.locked():
                 raise RunSuspended
             lease = lease.parent
+
+    def check_not_refused(self) -> None:
+        """Raise what a record was refused with that no call waited for.  A copy, as in `fence`."""
+        if self.refused is not None:
+            raise copy.copy(self.refused)
 
     def add_writes(self, writes: Sequence[_Write]) -> None:
         """The run has more to be made durable."""
@@ -2066,6 +2070,7 @@ def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op
         body = {**_body(lease_owner=lease.owner, timeout_s=timeout_s), "for": condition}
         path = _path("runs", run.run_id, "wait")
         yield from _settle_writes(run)
+        lease.check_not_refused()
         with lease.ending():
             answer = yield from _request(run._client, "POST", path, body, lease=lease)
         if answer["ready"]:
@@ -2895,7 +2900,8 @@ class _WriteBatcher:
                 write.settle(_refusal(reply.status, body, write.path, len(write.data)))
 
     def _settle_each(self, batch: list[_Write], results: list[Json], sent: float) -> Op[None]:
-        """Settle each write with its result; send alone those whose answers had no room beside the others'."""
+        """Settle each write with its result; send alone those whose answers had no room beside the others', and those
+        that stood behind a refused write of their run whose caller has been told: it goes on without that one."""
         again: list[_Write] = []
         for write, result in zip(batch, results):
             code = result.get("code")
@@ -2905,8 +2911,11 @@ class _WriteBatcher:
                 if write.lease is not None:
                     write.lease.extend(sent)
                 write.settle(result)
-            elif code == "prior_refused" and write.lease is not None and write.lease.refused is not None:
-                write.settle(copy.copy(write.lease.refused))
+            elif code == "prior_refused" and write.lease is not None:
+                if write.lease.refused is None:
+                    again.append(write)
+                else:
+                    write.settle(copy.copy(write.lease.refused))
             else:
                 write.settle(_refusal(result["status"], result, write.path, len(write.data)))
         for write in again:
