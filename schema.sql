@@ -15,25 +15,50 @@
 --   waiting ──what it waits for──► queued
 --   anything but completed ──cancel──► cancelled;  failed, cancelled ──retry──► queued or pending
 --
+-- CONTENTS
+--   Preamble                    one lock for all who apply this file
+--   Clock                       the only source of time
+--   Tables                      states with a named check, invariants as constraints, each index with its query
+--   On the wire                 each row as protocol.md shows it, and how lists bound their bytes
+--   Helpers                     locks, refusals, checks, events, webhooks: the same for every verb
+--   Runs                        _transition and _insert_runs; created, begun, kept alive, ended, put back
+--   Steps                       begun under a lease, ended once by _end_step, replayed ever after
+--   Children and forks          runs that come from runs
+--   Gates                       a question to a person, decided once
+--   State and usage             what a run shows of itself, and what it costs
+--   Waiting                     a queued run that waits for something holds no worker
+--   Queues                      enqueue and claim, within the queue's caps
+--   Many writes                 a batch in one transaction: plain writes set-based, the others one by one
+--   Schedules                   a time that comes fires once
+--   The run detail              all of a run, at one instant
+--   The reconciler's verbs      what time alone brings about
+--   The sender's verbs          webhooks claimed, renewed, settled
+--   Studio                      lists, counts and reasons for the web page
+--   Version                     what this file leaves behind
+--
 -- HOW TO READ IT
---   A verb (begin_step, claim_runs) is one transition: it locks, decides, writes rows, the event and the webhooks, all
---   of it or nothing, and answers the JSON of the HTTP response. Names: p_ arguments, v_ locals, _private helpers.
---   Lock order: a parent's run before its child's, then the run's row (for no key update, so that foreign keys do not
---   wait), and only then steps, gates, state, outbox. Queues with a cap serialise on an advisory lock per queue, taken
---   before any run, in the order of their names.
---   Whoever changes a run counts its event in the same update (event_seq + 1); _append_event then writes it down.
---   Refusals are raised with SQLSTATE TBnnn, nnn being the HTTP status; the message is for a person, the detail is JSON
---   with the code. What a user sends is json, kept to the letter; jsonb is where Tidebase looks inside.
---   A helper is `language sql` where Postgres inlines it; other SQL functions are planned at every call before Postgres
+--   A verb (begin_step, claim_runs) is one transition. It locks, decides, writes the rows, the event and the webhooks, all
+--   or nothing, and answers the JSON of the HTTP response. Above it stands its contract: Needs (else which refusal),
+--   Leaves, Returns, Locks.
+--   Names: p_ arguments, v_ locals, _private helpers. A verb's parameter is p_ and the wire's key in snake_case; so are the
+--   keys of its jsonb arguments (p_job, p_child, p_version, p_entry, p_config, p_writes). What a user sent, and what a run
+--   waits for, keeps its keys.
+--   Lock order: a parent's run, then its child's, then steps, gates, state and outbox. A run is locked for no key update,
+--   so that foreign keys do not wait. A queue with a cap has an advisory lock, taken before any run; several are taken in
+--   the order of their names.
+--   A verb that changes a run counts the run's event in the same update (event_seq + 1), and _append_event writes it.
+--   A refusal is raised with SQLSTATE TBnnn, nnn being the HTTP status. Its message is for a person; its detail is JSON
+--   with the code.
+--   What a user sends is json, kept to the letter. jsonb is where Tidebase looks inside.
+--   A helper is `language sql` where Postgres inlines it. Other SQL functions are planned at every call before Postgres
 --   18, so they are plpgsql.
---   The only clock is tidebase.now(). No session state (SET, LISTEN, session locks): a transaction pooler may sit
---   in between.
+--   There is no session state (SET, LISTEN, session locks): a transaction pooler may sit in between.
 --
 -- HOW IT EVOLVES
 --   Apply it with `python tidebase.py migrate` or `psql -1 -f schema.sql`: one transaction, any number of times, to an
---   empty or an older database. Changes of tables are additive: "create table" shows today's shape and below it stands
---   "add column if not exists" for older databases. All functions are dropped and made anew. Every change raises the
---   version at the end: a server applies this file only to a database whose version is lower.
+--   empty or an older database. "create table" shows today's shape; once there is a release, what an older database lacks
+--   is added below it ("add column if not exists"), and nothing is taken away. All functions are dropped and made anew.
+--   Every change raises the version at the end: a server applies this file only to a database whose version is lower.
 
 -- ------------------------------------------------------------------------------
 -- Preamble: one lock for all who apply this file, else concurrent "if not exists" collide on the catalog.
@@ -47,8 +72,8 @@ create schema if not exists tidebase;
 create or replace function tidebase.now() returns timestamptz language sql volatile as
 $$ select date_trunc('milliseconds', clock_timestamp()) $$;
 
--- Functions of an older build are dropped, whatever their signatures, so that no overload of one is left; all but now(),
--- which column defaults need.
+-- All functions of an older build are dropped, whatever their signatures, so that no overload of one is left. now() stays,
+-- since column defaults need it.
 do $$
 declare
   v_function regprocedure;
@@ -83,9 +108,10 @@ create table if not exists tidebase.meta (
   applied_at  timestamptz not null default tidebase.now()
 );
 
--- Every step updates its run's row (event_seq, the lease), so it must stay a heap-only update: room on the page, and
--- no index on event_seq, updated_at, lease_expires_at. Of these tables no statistics are taken while they are tiny: from
--- those, plans that scan them would be made, and kept by each connection while they grow.
+-- Every step updates its run's row (event_seq, the lease). That stays a heap-only update as long as there is room on the
+-- page (fillfactor) and no index on event_seq, updated_at or lease_expires_at.
+-- autovacuum_analyze_threshold: statistics of a tiny table would give plans that scan it, and each connection would keep
+-- those plans while the table grows.
 create table if not exists tidebase.runs (
   id                  text        primary key,
   workflow_name       text        not null,
@@ -131,7 +157,6 @@ create table if not exists tidebase.runs (
   constraint runs_queued_whole check (status <> 'queued' or (queue is not null and run_at is not null)),
   constraint runs_waiting_whole check ((status = 'waiting') = (waiting_for is not null))
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
-alter table tidebase.runs add column if not exists recovery_secret text;
 -- At most one live run per queue and dedupe key; enqueue_runs reads the live one by it.
 create unique index if not exists runs_dedupe_key on tidebase.runs (queue, dedupe_key)
   where dedupe_key is not null and status in ('queued', 'running', 'waiting');
@@ -152,7 +177,7 @@ create index if not exists runs_deadline_idx on tidebase.runs (deadline_at)
   where deadline_at is not null and status in ('pending', 'queued', 'running', 'waiting');
 -- Serves wake_due.
 create index if not exists runs_wake_idx on tidebase.runs (wake_at) where wake_at is not null and status = 'waiting';
--- Serves _is_there: the children of a run that have not ended.
+-- Serves _is_wait_over: the children of a run that have not ended.
 create index if not exists runs_live_children_idx on tidebase.runs (parent_run_id, id)
   where parent_run_id is not null and status in ('pending', 'queued', 'running', 'waiting');
 -- Serve the list of runs, newest first: all, of a workflow and of a queue (a status at a time), of a status (few are
@@ -161,8 +186,6 @@ create index if not exists runs_newest_idx on tidebase.runs (created_at desc, id
 create index if not exists runs_of_workflow_idx on tidebase.runs (workflow_name, status, created_at desc, id desc);
 create index if not exists runs_of_queue_idx on tidebase.runs (queue, status, created_at desc, id desc)
   where queue is not null;
-drop index if exists tidebase.runs_workflow_idx;  -- older databases: without the status
-drop index if exists tidebase.runs_queue_idx;
 create index if not exists runs_status_idx on tidebase.runs (status, created_at desc, id desc)
   where status <> 'completed';
 create index if not exists runs_failure_idx on tidebase.runs (failure_class, created_at desc, id desc)
@@ -200,9 +223,6 @@ create table if not exists tidebase.steps (
   review_at        timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored,
   constraint steps_name_key unique (run_id, name)           -- also serves the run detail and every begin
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
-alter table tidebase.steps add column if not exists copied boolean not null default false;
-alter table tidebase.steps add column if not exists  -- older databases
-  review_at timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored;
 -- Serves list_approvals.
 create index if not exists steps_review_idx on tidebase.steps (review_at, id) where review_at is not null;
 
@@ -297,7 +317,6 @@ create table if not exists tidebase.state_versions (
   live_version integer,                                     -- of a write of the live state: the run's version after it
   constraint state_versions_version_key unique (stream_id, version)
 );
-alter table tidebase.state_versions add column if not exists live_version integer;  -- older databases
 -- Serves the run detail, the versions and the snapshots.
 create index if not exists state_versions_run_idx on tidebase.state_versions (run_id, stream_id, version);
 
@@ -344,8 +363,6 @@ create table if not exists tidebase.signals (
   created_at timestamptz not null default tidebase.now(),
   n          integer     not null default 1                 -- 1, 2, 3 … of a name: the n-th wait takes the n-th signal
 );
-alter table tidebase.signals add column if not exists n integer not null default 1;  -- older databases
-alter table tidebase.signals drop constraint if exists signals_name_key;             -- where one of a name was kept
 -- One signal of a number; serves the next number, and those who wait for one.
 create unique index if not exists signals_number_key on tidebase.signals (run_id, name, n);
 
@@ -390,13 +407,8 @@ create table if not exists tidebase.outbox (
   created_at      timestamptz not null default tidebase.now(),
   completed_at    timestamptz
 );
-alter table tidebase.outbox drop constraint if exists outbox_channel_id_fkey;  -- read the table for each channel deleted
-alter table tidebase.outbox add column if not exists payload_seq bigint;
-alter table tidebase.outbox add column if not exists host text generated always as
-  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
 -- Serve claim_webhooks: whether any is due (worded so that no search for a host's takes this index, and with it reads
 -- those of all hosts); and which hosts there are, and what is due for each.
-drop index if exists tidebase.outbox_due_idx;
 create index if not exists outbox_any_due_idx on tidebase.outbox (next_attempt_at) where completed_at is null;
 create index if not exists outbox_host_idx on tidebase.outbox (host, next_attempt_at)
   where status = 'pending' and next_attempt_at is not null;
@@ -412,7 +424,6 @@ create table if not exists tidebase.queues (
   invoke_url      text,
   paused          boolean not null default false            -- gives out no runs
 );
-alter table tidebase.queues add column if not exists paused boolean not null default false;  -- older databases
 
 -- The claims of queues that have a rate; older than a minute, they are deleted by the next claim.
 create table if not exists tidebase.queue_claims (
@@ -465,9 +476,9 @@ $$ select regexp_replace(p_url, '^([^:]+://)[^/?#]*@', '\1***@') $$;
 create or replace function tidebase._budget () returns integer language sql immutable as
 $$ select 16 * 1024 * 1024 $$;
 
--- The bytes of a payload's text, 0 for null, without reading it where its stored form tells enough: what is not
--- compressed, or too large for a list even so. Of jsonb that is about right: its text may have a quarter of its bytes, or,
--- by its numbers, 26 times as many.
+-- The bytes of a payload's text, 0 for null. The text is not read where the stored form tells enough: where it is not
+-- compressed, or too large for a list even compressed. Of jsonb it is an estimate: the text may have a quarter of these
+-- bytes or, where it is full of numbers, 26 times as many.
 create or replace function tidebase._bytes (p_value json) returns integer language sql stable as $$
   select coalesce(case when pg_column_size(p_value) > 65540 or pg_column_compression(p_value) is null
                        then pg_column_size(p_value) else octet_length(p_value::text) end, 0)
@@ -486,7 +497,7 @@ $$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value en
 create or replace function tidebase._in_list (p_value jsonb, p_room boolean) returns jsonb language sql stable as
 $$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
 
-create or replace function tidebase._marked (p_object json) returns json language sql immutable as
+create or replace function tidebase._mark_omitted (p_object json) returns json language sql immutable as
 $$ select (left(p_object::text, -1) || ', "payloadOmitted": true}')::json $$;
 
 -- p_input, … are r's own, or null where a list leaves them out.
@@ -496,8 +507,8 @@ create or replace function tidebase._run_shown (r tidebase.runs, p_input json, p
   select json_build_object(
     'id', r.id, 'workflowName', r.workflow_name, 'input', p_input, 'metadata', p_metadata, 'status', r.status,
     'result', p_result, 'error', p_error, 'recoveryWebhook', tidebase._shown_url(r.recovery_webhook),
-    'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt, 'queue', r.queue,
-    'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
+    'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt,
+    'queue', r.queue, 'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
     'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
     'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
@@ -526,16 +537,17 @@ $$;
 create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean, p_largest integer)
   returns json language sql stable as $$
   select case when p_room and p_largest <= 65536 then tidebase._run_json(r)
-    else tidebase._marked(tidebase._run_shown(
+    else tidebase._mark_omitted(tidebase._run_shown(
            r, tidebase._in_list(r.input, p_room), tidebase._in_list(r.metadata, p_room),
            tidebase._in_list(r.result, p_room), tidebase._in_list(r.error, p_room),
            tidebase._in_list(r.waiting_for, p_room))) end
 $$;
 
--- A run for who only asks whether it is still held.
+-- A run's status and lease: the brief answer to a heartbeat.
 create or replace function tidebase._lease_json (r tidebase.runs) returns json language sql stable as $$
   select json_build_object('id', r.id, 'status', r.status, 'leaseOwner', r.lease_owner,
-                           'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'updatedAt', tidebase._iso(r.updated_at))
+                           'leaseExpiresAt', tidebase._iso(r.lease_expires_at),
+                           'updatedAt', tidebase._iso(r.updated_at))
 $$;
 
 create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
@@ -547,12 +559,19 @@ create or replace function tidebase._step_json (s tidebase.steps) returns json l
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
 $$;
 
--- A step as it is told to who recorded it; p_brief: without what that one sent.
-create or replace function tidebase._step_told (s tidebase.steps, p_brief boolean, p_output json)
+-- The answers to who asked for brief ones: without what was sent.
+create or replace function tidebase._brief_step (p_id text, p_name text, p_status text, p_attempt integer)
+  returns json language sql stable as
+$$ select json_build_object('id', p_id, 'name', p_name, 'status', p_status, 'attempt', p_attempt) $$;
+
+create or replace function tidebase._brief_run (p_id text, p_status text) returns json language sql stable as
+$$ select json_build_object('id', p_id, 'status', p_status) $$;
+
+-- p_output: what was sent; where another output stands, the step is shown whole.
+create or replace function tidebase._step_response (s tidebase.steps, p_brief boolean, p_output json)
   returns json language sql stable as $$
   select json_build_object('step', case when p_brief and s.output::text is not distinct from p_output::text
-    then json_build_object('id', s.id, 'name', s.name, 'status', s.status, 'attempt', s.attempt)
-    else tidebase._step_json(s) end)
+    then tidebase._brief_step(s.id, s.name, s.status, s.attempt) else tidebase._step_json(s) end)
 $$;
 
 create or replace function tidebase._event_json (e tidebase.events) returns json language sql stable as $$
@@ -654,8 +673,17 @@ $$;
 create or replace function tidebase._version_listed (v tidebase.state_versions, p_room boolean, p_largest integer)
   returns json language sql stable as $$
   select case when p_room and p_largest <= 65536 then tidebase._version_json(v)
-    else tidebase._marked(tidebase._version_shown(v, tidebase._in_list(v.value, p_room),
+    else tidebase._mark_omitted(tidebase._version_shown(v, tidebase._in_list(v.value, p_room),
                             tidebase._in_list(v.patch, p_room), tidebase._in_list(v.metadata, p_room))) end
+$$;
+
+create or replace function tidebase._version_light (v tidebase.state_versions, p_stream text)
+  returns json language sql stable as $$
+  select json_build_object(
+    'id', v.id, 'streamId', v.stream_id, 'streamName', p_stream, 'runId', v.run_id, 'stepId', v.step_id,
+    'version', v.version, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
+    'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at),
+    'bytes', octet_length(v.value::text), 'patchBytes', octet_length(v.patch::text))
 $$;
 
 -- As events show a version: what and why, not the value.
@@ -700,17 +728,20 @@ create or replace function tidebase._queue_json (q tidebase.queues) returns json
                            'invokeUrl', tidebase._shown_url(q.invoke_url), 'paused', q.paused)
 $$;
 
--- The completed steps of a run, for a worker that is to replay them (those copied whatever their input); past 4 MiB of output the rest is asked for step
--- by step.
+-- The completed steps of a run, for a worker that replays them. Past 4 MiB of output the answer is truncated: the worker
+-- asks for the rest step by step.
 create or replace function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
   language plpgsql stable as $$
 declare
-  v_limit constant bigint := 4 * 1024 * 1024;
-  v_last  integer := 2147483647;  -- the position of the last that is told
+  v_limit  constant bigint := 4 * 1024 * 1024;
+  v_stored bigint;
+  v_last   integer := 2147483647;  -- the position of the last that is answered
 begin
-  select coalesce(sum(pg_column_size(output)), 0) > v_limit into truncated  -- what is stored is never more than its text
+  select coalesce(sum(pg_column_size(output)), 0) into v_stored
     from tidebase.steps where run_id = p_run_id and status = 'completed';
-  if not truncated then
+  -- What is stored is never more than its text, nor less than a 256th of it.
+  truncated := v_stored > v_limit;
+  if v_stored > v_limit / 256 and not truncated then
     select coalesce(sum(octet_length(output::text)), 0) > v_limit into truncated
       from tidebase.steps where run_id = p_run_id and status = 'completed';
   end if;
@@ -727,17 +758,19 @@ begin
            order by position) as done;
 end $$;
 
--- The keys of two objects, both made by json_build_object, in one; as text, so that payloads stay as they came.
-create or replace function tidebase._joined (p_first json, p_second json) returns json language sql immutable as
-$$ select (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json $$;
+-- The keys of two objects in one; as text, so that payloads stay as they came.
+create or replace function tidebase._joined (p_first json, p_second json) returns json language sql immutable as $$
+  select case when p_second::text = '{}' then p_first
+              else (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json end
+$$;
 
 -- ------------------------------------------------------------------------------
--- Private helpers: locking, refusing and recording, the same way for every verb.
+-- Helpers: locks, refusals, checks, events, webhooks: the same for every verb.
 -- ------------------------------------------------------------------------------
 
--- Ends the verb with nothing written: HTTP status, words, and {"code": …} with the case's extras for the answer. Postgres
--- logs them: so of a run, step, gate or state they name the id ("run": ID; "state": the run's), and refusal_body puts
--- the object in its place afterwards.
+-- Ends the verb with nothing written. The answer has the words and {"code": …} with p_extras.
+-- Postgres logs the extras. So they name a run, step, gate or state by its id alone ("run": ID; "state": the run's id),
+-- and refusal_body puts the object in its place afterwards.
 create or replace function tidebase._refuse (p_status integer, p_code text, p_words text, p_extras json default null)
   returns void language plpgsql as $$
 begin
@@ -784,7 +817,7 @@ begin
   if p_run.parent_run_id is not null then
     select * into v_parent from tidebase.runs
      where id = p_run.parent_run_id and status = 'waiting' and waiting_for ? 'children';
-    if found and tidebase._is_there(v_parent.id, v_parent.waiting_for, tidebase.now()) then
+    if found and tidebase._is_wait_over(v_parent.id, v_parent.waiting_for, tidebase.now()) then
       perform tidebase._wake(v_parent);
     end if;
   end if;
@@ -812,17 +845,20 @@ create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) retu
                           json_build_object('run', p_run.id))
 $$;
 
--- A worker that was silent until its run went to another may still be at work: whatever it writes is refused.
-create or replace function tidebase._fence_off (p_run tidebase.runs, p_lease_owner text) returns void language plpgsql as $$
+-- Refuses  an owner that lost or gave up the lease of the run (TB409 lease_lost): a worker whose lease went to another may
+--          still be at work.
+create or replace function tidebase._check_not_fenced_off (p_run tidebase.runs, p_lease_owner text)
+  returns void language plpgsql as $$
 begin
   if p_lease_owner = any (p_run.former_owners) and p_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(p_run);
   end if;
 end $$;
 
--- What a worker writes beside its steps names its owner, where it can; people and apps that look after a run name none.
--- Refuses  an owner that is given and does not hold the run (TB409 lease_lost, run_cancelled).
-create or replace function tidebase._check_owner (p_run tidebase.runs, p_lease_owner text) returns void language plpgsql as $$
+-- Refuses  an owner that does not hold the run (TB409 lease_lost, run_cancelled). Without an owner nothing is refused:
+--          people, and apps that look after a run, name none.
+create or replace function tidebase._check_owner (p_run tidebase.runs, p_lease_owner text)
+  returns void language plpgsql as $$
 begin
   if p_lease_owner is not null and p_run.lease_owner is distinct from p_lease_owner then
     if p_run.status = 'cancelled' then
@@ -832,17 +868,19 @@ begin
   end if;
 end $$;
 
--- Writes down an event that the run's update has counted.
+-- Writes an event that an update of the run has counted.
 create or replace function tidebase._append_event (p_run_id text, p_seq integer, p_type text, p_payload json)
   returns void language plpgsql as $$
 begin
   insert into tidebase.events (run_id, seq, type, payload) values (p_run_id, p_seq, p_type, p_payload);
 end $$;
 
--- Counts and writes an event of a run that is locked and does not change otherwise; the owner's lease is extended.
--- p_started: of a step that is recorded at its end alone, the payload of a step.started to go before it.
-create or replace function tidebase._record (p_run tidebase.runs, p_lease_owner text, p_type text, p_payload json,
-                                             p_started json default null) returns void language plpgsql as $$
+-- Counts and writes an event of a run that is locked and does not change otherwise. Where p_lease_owner holds the run, its
+-- lease is extended.
+-- p_started: the payload of an event step.started that goes before it, for a step that is recorded at its end alone.
+create or replace function tidebase._append_event_and_renew_lease (
+  p_run tidebase.runs, p_lease_owner text, p_type text, p_payload json, p_started json default null)
+  returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
   v_seq integer;
@@ -875,7 +913,7 @@ create or replace function tidebase._enqueue_webhook (p_kind text, p_run_id text
   returning *
 $$;
 
--- Tells the run's channels (and, of a gate, the gate's own) of an event that they want to hear of.
+-- Puts an event into the outbox for each channel of the run, and of the gate p_gate_id, that subscribes to its type.
 create or replace function tidebase._notify (p_run tidebase.runs, p_type text, p_payload json,
                                              p_gate_id text default null) returns void language plpgsql as $$
 declare
@@ -897,18 +935,11 @@ begin
   end if;
 end $$;
 
--- Adds channels ([{type, url, secret?, events?}]) to a run or to a gate of it, and answers them as they were sent, but
--- without their secrets: [{type, url, events}].
-create or replace function tidebase._add_channels (p_run_id text, p_gate_id text, p_channels jsonb)
-  returns json language sql as $$
-  with added as (
-    insert into tidebase.channels (id, run_id, gate_id, type, url, secret, events)
-    select tidebase._new_id('chan'), p_run_id, p_gate_id, c->>'type', c->>'url', c->>'secret',
-           coalesce(c->'events', '[]')
-      from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n
-    returning *
-  )
-  select coalesce(json_agg(json_build_object('type', type, 'url', tidebase._shown_url(url), 'events', events)), '[]') from added
+-- Channels ([{type, url, secret?, events?}]) as they are shown: without their secrets.
+create or replace function tidebase._shown_channels (p_channels jsonb) returns json language sql stable as $$
+  select coalesce(json_agg(json_build_object('type', c->>'type', 'url', tidebase._shown_url(c->>'url'),
+                                             'events', coalesce(c->'events', '[]')) order by n), '[]')
+    from jsonb_array_elements(p_channels) with ordinality as given (c, n)
 $$;
 
 -- Asks the app, through the run's recovery webhook, to resume it.
@@ -918,8 +949,8 @@ declare
   v_webhook tidebase.outbox := tidebase._enqueue_webhook('recovery', p_run.id, null, null, 'run.resume', p_reason,
                                                          p_run.recovery_webhook, null);
 begin
-  perform tidebase._record(p_run, null, 'recovery.started', json_build_object('recoveryAttemptId', v_webhook.id,
-                           'reason', p_reason));
+  perform tidebase._append_event_and_renew_lease(p_run, null, 'recovery.started', json_build_object(
+            'recoveryAttemptId', v_webhook.id, 'reason', p_reason));
   return v_webhook;
 end $$;
 
@@ -936,34 +967,134 @@ begin
   insert into tidebase.queue_tallies select p_queue, p_status, p_runs where p_queue is not null;
 end $$;
 
+-- Moves a run, which must be locked, to another status. All runs go through here, but for those that claim_runs and
+-- _write_plain move many at a time.
+-- p_run: the row with the columns set that are particular to this transition; its status is the one before. What the new
+-- status demands of the other columns stands here and nowhere else.
+-- Leaves   p_event with p_payload. A run that ends is tallied, its channels get a webhook, and its parent goes on where
+--          it waits for this run alone (needs _lock_to_end).
+create or replace function tidebase._transition (p_run tidebase.runs, p_status text, p_event text, p_payload json)
+  returns tidebase.runs language plpgsql as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_ended constant boolean := p_status in ('completed', 'failed', 'cancelled');
+  v_run   tidebase.runs;
+begin
+  update tidebase.runs
+     set status = p_status, attempt = p_run.attempt, failed_attempt = p_run.failed_attempt, run_at = p_run.run_at,
+         lease_owner = case p_status when 'running' then p_run.lease_owner end, lease_ms = p_run.lease_ms,
+         lease_expires_at = case p_status when 'running' then v_now + tidebase._ms(p_run.lease_ms) end,
+         fence = p_run.fence, former_owners = p_run.former_owners, settled_by = p_run.settled_by,
+         claim_id = p_run.claim_id, stalled = false, offered_at = null, deadline_at = p_run.deadline_at,
+         waiting_for = case p_status when 'waiting' then p_run.waiting_for end,
+         wake_at = case p_status when 'waiting' then p_run.wake_at end,
+         result = case p_status when 'completed' then p_run.result end,
+         error = case when p_status <> 'completed' then p_run.error end,
+         failure_class = case when p_status in ('failed', 'cancelled') then p_run.failure_class end,
+         cancel_reason = case p_status when 'cancelled' then p_run.cancel_reason end,
+         cancel_actor = case p_status when 'cancelled' then p_run.cancel_actor end,
+         cancel_requested_at = case p_status when 'cancelled' then v_now end,
+         cancelled_at = case p_status when 'cancelled' then v_now end,
+         completed_at = case when v_ended then v_now end, updated_at = v_now, event_seq = event_seq + 1
+   where id = p_run.id returning * into v_run;
+  perform tidebase._append_event(v_run.id, v_run.event_seq, p_event, p_payload);
+  if p_run.status in ('completed', 'failed', 'cancelled') then
+    perform tidebase._tally(v_run.queue, p_run.status, -1);
+  end if;
+  if v_ended then
+    perform tidebase._tally(v_run.queue, p_status, 1);
+    if v_run.has_channels then
+      perform tidebase._notify(v_run, p_event, case p_status
+                when 'failed' then json_build_object('run', tidebase._run_json(v_run), 'error', v_run.error)
+                else json_build_object('run', tidebase._run_json(v_run)) end);
+    end if;
+    perform tidebase._wake_parent(v_run);
+  end if;
+  return v_run;
+end $$;
+
+-- Moves a run that had ended to a status in which it lives again, likewise.
+-- Needs    its dedupe key free (TB409 dedupe_conflict).
+create or replace function tidebase._revive (p_run tidebase.runs, p_status text, p_event text, p_payload json)
+  returns tidebase.runs language plpgsql as $$
+begin
+  return tidebase._transition(p_run, p_status, p_event, p_payload);
+exception when unique_violation then
+  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run.id));
+end $$;
+
 -- ------------------------------------------------------------------------------
 -- Runs: created, begun, kept alive, ended, put back.
 -- ------------------------------------------------------------------------------
 
--- Inserts a run without a queue, its channels and its event run.created, to which p_extras adds keys.
--- Answers  null when the id is taken.
-create or replace function tidebase._create_run (p_id text, p_workflow_name text, p_input json, p_metadata jsonb,
-                                                 p_recovery_webhook text, p_channels jsonb, p_deadline_ms bigint,
-                                                 p_extras json, p_parent_id text default null,
-                                                 p_recovery_secret text default null)
-  returns tidebase.runs language plpgsql as $$
+-- Inserts runs, their channels and first events, in one statement. This is the only insert into runs.
+-- p_jobs: [{workflow_name, metadata, channels, id?, queue?, recovery_webhook?, recovery_secret?, dedupe_key?, delay_ms?,
+-- run_at?, max_attempts?, priority?, deadline_ms?, parent_run_id?, created?}]; p_inputs: their inputs, in the same order.
+-- created: keys to add to the event run.created; a job without it gets no such event. A job with a queue has
+-- max_attempts and priority. p_queue: of jobs that name none.
+-- Leaves   runs with a queue queued, event run.enqueued; others pending. A job whose id or dedupe key is taken by another
+--          run, or by an earlier job, is left out.
+-- Returns  the number of each job that was inserted, and its run.
+create or replace function tidebase._insert_runs (p_jobs jsonb, p_inputs json[], p_queue text default null)
+  returns table (n bigint, run tidebase.runs) language plpgsql as $$
 declare
-  v_now   timestamptz := tidebase.now();
-  v_run   tidebase.runs;
-  v_event json;
+  v_now timestamptz := tidebase.now();
 begin
-  insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, deadline_at,
-                             has_channels, parent_run_id, event_seq, created_at, updated_at)
-  values (coalesce(p_id, tidebase._new_id('run')), p_workflow_name, p_input, p_metadata, 'pending', p_recovery_webhook,
-          p_recovery_secret, v_now + tidebase._ms(p_deadline_ms), p_channels <> '[]', p_parent_id, 1, v_now, v_now)
-  on conflict (id) do nothing returning * into v_run;
-  if found then
-    v_event := json_build_object('workflowName', p_workflow_name, 'input', p_input,
-                                 'channels', tidebase._add_channels(v_run.id, null, p_channels));
-    perform tidebase._append_event(v_run.id, 1, 'run.created', case when p_extras is null then v_event
-                                                               else tidebase._joined(v_event, p_extras) end);
-  end if;
-  return v_run;
+  return query
+    with given as (
+      select *, coalesce(j.id, tidebase._new_id('run')) as run_id, coalesce(j.queue, p_queue) as on_queue,
+             j.id is null or row_number() over (partition by j.id order by j.number) = 1 as is_first
+        from rows from (
+               jsonb_to_recordset(p_jobs) as (
+                 id text, workflow_name text, metadata jsonb, channels jsonb, queue text, recovery_webhook text,
+                 recovery_secret text, dedupe_key text, delay_ms bigint, run_at timestamptz, max_attempts integer,
+                 priority integer, deadline_ms bigint, parent_run_id text, created json),
+               unnest(p_inputs)) with ordinality
+             as j (id, workflow_name, metadata, channels, queue, recovery_webhook, recovery_secret, dedupe_key, delay_ms,
+                   run_at, max_attempts, priority, deadline_ms, parent_run_id, created, input, number)
+       order by j.number
+    ), inserted as (
+      insert into tidebase.runs as r (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret,
+                                      queue, dedupe_key, priority, run_at, max_attempts, deadline_at, parent_run_id,
+                                      has_channels, event_seq, created_at, updated_at)
+      select run_id, workflow_name, input, metadata, case when on_queue is null then 'pending' else 'queued' end,
+             recovery_webhook, recovery_secret, on_queue, dedupe_key,
+             case when on_queue is not null then priority else 0 end,
+             case when on_queue is not null then coalesce(run_at, v_now + tidebase._ms(delay_ms), v_now) end,
+             case when on_queue is not null then max_attempts else 1 end, v_now + tidebase._ms(deadline_ms),
+             parent_run_id, channels <> '[]', (created is not null)::integer + (on_queue is not null)::integer, v_now, v_now
+        from given where is_first order by number
+      on conflict do nothing
+      returning r as run
+    ), new as (
+      select g.number, g.channels, g.created, i.run
+        from inserted i join given g on g.run_id = (i.run).id where g.is_first
+    ), with_channels as (
+      insert into tidebase.channels (id, run_id, type, url, secret, events)
+      select tidebase._new_id('chan'), (new.run).id, c->>'type', c->>'url', c->>'secret', coalesce(c->'events', '[]')
+        from new cross join jsonb_array_elements(new.channels) with ordinality as channel (c, place)
+       order by new.number, place
+    ), with_events as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select (new.run).id, e.seq, e.type, e.payload, v_now
+        from new cross join lateral (
+               select 1 as seq, 'run.created' as type, tidebase._joined(json_build_object(
+                        'workflowName', (new.run).workflow_name, 'input', (new.run).input,
+                        'channels', tidebase._shown_channels(new.channels)), new.created) as payload
+                where new.created is not null
+               union all
+               select (new.run).event_seq, 'run.enqueued', json_build_object('queue', (new.run).queue, 'runAt',
+                        tidebase._iso((new.run).run_at))
+                where (new.run).queue is not null) as e
+       order by new.number, e.seq
+    )
+    select new.number, new.run from new order by new.number;
+end $$;
+
+-- One run, as above.    Answers  null when its id or dedupe key is taken.
+create or replace function tidebase._insert_run (p_job jsonb, p_input json) returns tidebase.runs language plpgsql as $$
+begin
+  return (select i.run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input]) i);
 end $$;
 
 -- Creates a run. The same p_id again answers the run that is there, created false.
@@ -974,9 +1105,10 @@ create or replace function tidebase.create_run (p_id text, p_workflow_name text,
                                                 p_recovery_secret text default null)
   returns json language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._create_run(p_id, p_workflow_name, p_input, p_metadata, p_recovery_webhook,
-                                              p_channels, p_deadline_ms, null,
-                                              p_recovery_secret => p_recovery_secret);
+  v_run tidebase.runs := tidebase._insert_run(jsonb_build_object(
+    'id', p_id, 'workflow_name', p_workflow_name, 'metadata', p_metadata, 'recovery_webhook', p_recovery_webhook,
+    'recovery_secret', p_recovery_secret, 'channels', p_channels, 'deadline_ms', p_deadline_ms, 'created', '{}'::json),
+    p_input);
   v_new boolean := v_run.id is not null;
 begin
   if not v_new then
@@ -1003,11 +1135,12 @@ end $$;
 -- Leaves   the run running, attempt + 1, event run.started; a repeat by the holder only extends the lease; a
 --          completed run is answered as it is, without a lease.
 -- Returns  {"run", "leaseOwner"}, with p_checkpoints also "checkpoints" and "checkpointsTruncated".
-create or replace function tidebase.begin_run (p_run_id text, p_lease_owner text, p_lease_ms integer, p_checkpoints boolean)
-  returns json language plpgsql as $$
+create or replace function tidebase.begin_run (p_run_id text, p_lease_owner text, p_lease_ms integer,
+                                               p_checkpoints boolean) returns json language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now timestamptz := tidebase.now();
+  v_run   tidebase.runs := tidebase._lock_run(p_run_id);
+  v_now   timestamptz := tidebase.now();
+  v_event json;
 begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
@@ -1020,18 +1153,20 @@ begin
     update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), updated_at = v_now
      where id = p_run_id returning * into v_run;
   else
+    v_run.former_owners := array_remove(array_remove(
+      v_run.former_owners || v_run.lease_owner || v_run.settled_by, p_lease_owner), null);
+    v_run.lease_owner := p_lease_owner;
+    v_run.lease_ms := p_lease_ms;
+    v_run.fence := v_run.fence + 1;
+    v_run.claim_id := null;
+    v_run.attempt := v_run.attempt + 1;
+    v_run.error := null;
+    v_event := json_build_object('leaseOwner', p_lease_owner, 'attempt', v_run.attempt);
     if v_run.status = 'failed' then
-      perform tidebase._tally(v_run.queue, 'failed', -1);
+      v_run := tidebase._revive(v_run, 'running', 'run.started', v_event);
+    else
+      v_run := tidebase._transition(v_run, 'running', 'run.started', v_event);
     end if;
-    update tidebase.runs
-       set status = 'running', attempt = attempt + 1, lease_owner = p_lease_owner, lease_ms = p_lease_ms,
-           lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, stalled = false, claim_id = null,
-           waiting_for = null, wake_at = null, offered_at = null,
-           former_owners = array_remove(array_remove(former_owners || lease_owner || settled_by, p_lease_owner), null),
-           error = null, failure_class = null, completed_at = null, event_seq = event_seq + 1, updated_at = v_now
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.started',
-                                   json_build_object('leaseOwner', p_lease_owner, 'attempt', v_run.attempt));
   end if;
   if not p_checkpoints then
     return json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_lease_owner);
@@ -1039,15 +1174,15 @@ begin
   return (select json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', p_lease_owner,
                                    'checkpoints', c.checkpoints, 'checkpointsTruncated', c.truncated)
             from tidebase._checkpoints(p_run_id) c);
-exception when unique_violation then  -- a failed run begun again, while another took its dedupe key
-  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run_id));
 end $$;
 
 -- Extends the leases of runs that their owners hold: no event, no attempt. One statement, so that a worker that holds
 -- hundreds pays for one.
--- Returns  {"results"}: in the order given, {"run"} or {"error", "code", "status", "run"?}, of a run its lease alone.
-create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_lease_owners text[])
-  returns json language plpgsql
+-- Returns  in the order given, {"run"} or {"error", "code", "run"?}, and its HTTP status. The run is shown whole, or, if
+--          p_brief, by its status and lease alone.
+create or replace function tidebase.heartbeat_runs (p_run_ids text[], p_lease_owners text[],
+                                                    p_brief boolean default true)
+  returns table (body json, status integer) language plpgsql
   set plan_cache_mode = force_generic_plan  -- both as claim_runs
   set enable_seqscan = off as $$
 declare
@@ -1058,76 +1193,49 @@ begin
      set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
     from unnest(p_run_ids, p_lease_owners) as beat (run_id, owner)
    where r.id = beat.run_id and r.lease_owner = beat.owner and r.status = 'running';
-  return (
-    select json_build_object('results', json_agg(case
-             when r.id is null then
-               json_build_object('error', format('run %s does not exist', beat.run_id), 'code', 'not_found',
-                                 'status', 404)
-             when r.status = 'cancelled' then
-               json_build_object('error', format('run %s is cancelled', r.id), 'code', 'run_cancelled',
-                                 'status', 409, 'run', tidebase._lease_json(r))
-             when r.lease_owner is distinct from beat.owner then
-               json_build_object('error', format('the lease of run %s is not yours', r.id), 'code', 'lease_lost',
-                                 'status', 409, 'run', tidebase._lease_json(r))
-             else json_build_object('run', tidebase._lease_json(r)) end order by n))
+  return query
+    select case when r.id is null then
+                  json_build_object('error', format('run %s does not exist', beat.run_id), 'code', 'not_found')
+                when r.status = 'cancelled' then
+                  json_build_object('error', format('run %s is cancelled', r.id), 'code', 'run_cancelled', 'run', shown)
+                when r.lease_owner is distinct from beat.owner then
+                  json_build_object('error', format('the lease of run %s is not yours', r.id), 'code', 'lease_lost',
+                                    'run', shown)
+                else json_build_object('run', shown) end,
+           case when r.id is null then 404
+                when r.status = 'cancelled' or r.lease_owner is distinct from beat.owner then 409 else 200 end
       from unnest(p_run_ids, p_lease_owners) with ordinality as beat (run_id, owner, n)
-      left join tidebase.runs r on r.id = beat.run_id);
+      left join tidebase.runs r on r.id = beat.run_id
+     cross join lateral (
+           select case when p_brief then tidebase._lease_json(r) else tidebase._run_json(r) end as shown offset 0) as s
+     order by n;
 end $$;
 
--- One run's heartbeat.   Needs  p_lease_owner holds it: else TB409 lease_lost or run_cancelled, TB404.   Returns  {"run"}.
-create or replace function tidebase.heartbeat (p_run_id text, p_lease_owner text) returns json language plpgsql as $$
-declare
-  v_run tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now timestamptz := tidebase.now();
-begin
-  if v_run.status = 'cancelled' then
-    perform tidebase._refuse_cancelled(v_run);
-  elsif v_run.lease_owner is distinct from p_lease_owner then
-    perform tidebase._refuse_lost(v_run);
-  end if;
-  update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
-   where id = p_run_id returning * into v_run;
-  return json_build_object('run', tidebase._run_json(v_run));
-end $$;
-
--- Whether the outcome that p_lease_owner reports changes nothing, since the run ended already.
--- Refuses  TB409 lease_lost when p_lease_owner is given and the lease is, or the outcome was, another's.
+-- Whether an outcome that p_lease_owner reports changes nothing: the run is cancelled, or ended by a report of the same
+-- owner or, where none is given, of anybody.
 create or replace function tidebase._is_settled (p_run tidebase.runs, p_lease_owner text)
-  returns boolean language plpgsql as $$
-begin
-  if p_run.status = 'cancelled'
-     or (p_run.status in ('completed', 'failed') and (p_lease_owner is null or p_run.settled_by = p_lease_owner)) then
-    return true;
-  elsif p_lease_owner is not null and p_run.lease_owner is distinct from p_lease_owner then
-    perform tidebase._refuse_lost(p_run);
-  end if;
-  return false;
-end $$;
+  returns boolean language sql immutable as $$
+  select p_run.status = 'cancelled' or (p_run.status in ('completed', 'failed')
+                                        and coalesce(p_lease_owner = p_run.settled_by, p_lease_owner is null))
+$$;
 
 -- Ends a run well.
--- Needs    p_lease_owner, when given, holds it (TB409 lease_lost).    Leaves  it completed, event and channels run.completed;
---          a run that already ended, and the owner's repeat, are answered unchanged.
+-- Needs    p_lease_owner, when given, holds it (TB409 lease_lost).
+-- Leaves   it completed, event and channels run.completed; a run that is settled unchanged.
 -- Returns  {"run"}; with p_brief its id and status alone.
 create or replace function tidebase.complete_run (p_run_id text, p_lease_owner text, p_result json,
                                                   p_brief boolean default false)
   returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
-  v_now timestamptz := tidebase.now();
 begin
   if not tidebase._is_settled(v_run, p_lease_owner) then
-    update tidebase.runs
-       set status = 'completed', result = p_result, error = null, failure_class = null, settled_by = lease_owner,
-           lease_owner = null, lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null,
-          completed_at = v_now, updated_at = v_now, event_seq = event_seq + 1
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.completed', json_build_object('result', p_result));
-    perform tidebase._notify(v_run, 'run.completed', case when v_run.has_channels
-                             then json_build_object('run', tidebase._run_json(v_run)) end);
-    perform tidebase._tally(v_run.queue, 'completed', 1);
-    perform tidebase._wake_parent(v_run);
+    perform tidebase._check_owner(v_run, p_lease_owner);
+    v_run.settled_by := v_run.lease_owner;
+    v_run.result := p_result;
+    v_run := tidebase._transition(v_run, 'completed', 'run.completed', json_build_object('result', p_result));
   end if;
-  return json_build_object('run', case when p_brief then json_build_object('id', v_run.id, 'status', v_run.status)
+  return json_build_object('run', case when p_brief then tidebase._brief_run(v_run.id, v_run.status)
                                        else tidebase._run_json(v_run) end);
 end $$;
 
@@ -1138,51 +1246,37 @@ create or replace function tidebase._with_reason (p_event json, p_reason text)
               else tidebase._joined(p_event, json_build_object('reason', p_reason)) end
 $$;
 
--- Puts a queue run back, for another attempt at p_run_at. p_by: who reported the failure, null when its lease expired.
--- p_reason: the event's, when nobody reported it.    Needs it locked.  Leaves it queued, event run.requeued.
+-- Puts a queue run, which must be locked, back for another attempt at p_run_at, event run.requeued. p_by: who reported the
+-- failure, null when its lease expired; then p_reason says so in the event.
 create or replace function tidebase._requeue (p_run tidebase.runs, p_error json, p_run_at timestamptz, p_by text,
-                                              p_reason text default null)
-  returns tidebase.runs language plpgsql as $$
-declare
-  v_run tidebase.runs;
+                                              p_reason text default null) returns tidebase.runs language plpgsql as $$
 begin
-  update tidebase.runs
-     set status = 'queued', run_at = p_run_at, error = p_error, settled_by = p_by, failed_attempt = attempt,
-         lease_owner = null, lease_expires_at = null, waiting_for = null, wake_at = null,
-         updated_at = tidebase.now(), event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._note_failure(v_run.queue);
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.requeued', tidebase._with_reason(json_build_object(
-            'error', p_error, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts,
-            'nextRunAt', tidebase._iso(p_run_at)), p_reason));
-  return v_run;
+  p_run.run_at := p_run_at;
+  p_run.error := p_error;
+  p_run.settled_by := p_by;
+  p_run.failed_attempt := p_run.attempt;
+  perform tidebase._note_failure(p_run.queue);
+  return tidebase._transition(p_run, 'queued', 'run.requeued', tidebase._with_reason(json_build_object(
+           'error', p_error, 'attempt', p_run.attempt, 'maxAttempts', p_run.max_attempts,
+           'nextRunAt', tidebase._iso(p_run_at)), p_reason));
 end $$;
 
--- Ends a run badly; p_by and p_reason as above.
--- Needs it locked.  Leaves it failed, event and channels run.failed, the recovery webhook in the outbox.
+-- Ends a run, which must be locked, badly: event and channels run.failed, and the recovery webhook in the outbox. p_by and
+-- p_reason as above.
 create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text,
-                                           p_reason text default null)
-  returns tidebase.runs language plpgsql as $$
-declare
-  v_run tidebase.runs;
-  v_now timestamptz := tidebase.now();
+                                           p_reason text default null) returns tidebase.runs language plpgsql as $$
 begin
-  update tidebase.runs
-     set status = 'failed', error = p_error, failure_class = p_failure_class, settled_by = p_by,
-         failed_attempt = attempt, lease_owner = null, lease_expires_at = null, stalled = false,
-         waiting_for = null, wake_at = null,  completed_at = v_now,
-         updated_at = v_now, event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.failed', tidebase._with_reason(
-                                 json_build_object('error', p_error, 'failureClass', p_failure_class), p_reason));
-  perform tidebase._notify(v_run, 'run.failed', json_build_object('run', tidebase._run_json(v_run), 'error', p_error));
-  perform tidebase._tally(v_run.queue, 'failed', 1);
-  perform tidebase._note_failure(v_run.queue);
-  perform tidebase._wake_parent(v_run);
-  if v_run.recovery_webhook is not null then
-    perform tidebase._start_recovery(v_run, 'run_failed');
+  p_run.error := p_error;
+  p_run.failure_class := p_failure_class;
+  p_run.settled_by := p_by;
+  p_run.failed_attempt := p_run.attempt;
+  perform tidebase._note_failure(p_run.queue);
+  p_run := tidebase._transition(p_run, 'failed', 'run.failed', tidebase._with_reason(
+             json_build_object('error', p_error, 'failureClass', p_failure_class), p_reason));
+  if p_run.recovery_webhook is not null then
+    perform tidebase._start_recovery(p_run, 'run_failed');
   end if;
-  return v_run;
+  return p_run;
 end $$;
 
 -- The class of a failure for which its reporter gave none. p_tried: all attempts were made.
@@ -1203,11 +1297,13 @@ create or replace function tidebase.fail_run (p_run_id text, p_lease_owner text,
 declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
 begin
-  if (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
-      and (p_lease_owner is null or v_run.settled_by = p_lease_owner))
-     or tidebase._is_settled(v_run, p_lease_owner) then
+  if tidebase._is_settled(v_run, p_lease_owner)
+     or (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
+         and coalesce(p_lease_owner = v_run.settled_by, p_lease_owner is null)) then
     return json_build_object('run', tidebase._run_json(v_run), 'requeued', v_run.status = 'queued');
-  elsif v_run.queue is not null and v_run.attempt < v_run.max_attempts and p_retryable then
+  end if;
+  perform tidebase._check_owner(v_run, p_lease_owner);
+  if v_run.queue is not null and v_run.attempt < v_run.max_attempts and p_retryable then
     v_run := tidebase._requeue(v_run, p_error,
                tidebase.now() + least(interval '5 seconds' * 2 ^ least(greatest(v_run.attempt - 1, 0), 6),
                                       interval '5 minutes'),
@@ -1222,25 +1318,12 @@ end $$;
 -- Cancels a run.   Needs  it locked (_lock_to_end), not completed.   Leaves  event and channels run.cancelled.
 create or replace function tidebase._cancel_one (p_run tidebase.runs, p_reason text, p_actor text)
   returns tidebase.runs language plpgsql as $$
-declare
-  v_run tidebase.runs;
-  v_now timestamptz := tidebase.now();
 begin
-  if p_run.status = 'failed' then
-    perform tidebase._tally(p_run.queue, 'failed', -1);
-  end if;
-  update tidebase.runs
-     set status = 'cancelled', cancel_reason = p_reason, cancel_actor = p_actor, cancel_requested_at = v_now,
-         cancelled_at = v_now, completed_at = v_now, settled_by = coalesce(lease_owner, settled_by), lease_owner = null,
-         lease_expires_at = null, stalled = false, waiting_for = null, wake_at = null, updated_at = v_now,
-         event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.cancelled',
-                                 json_build_object('reason', p_reason, 'actor', p_actor));
-  perform tidebase._notify(v_run, 'run.cancelled', json_build_object('run', tidebase._run_json(v_run)));
-  perform tidebase._tally(v_run.queue, 'cancelled', 1);
-  perform tidebase._wake_parent(v_run);
-  return v_run;
+  p_run.cancel_reason := p_reason;
+  p_run.cancel_actor := p_actor;
+  p_run.settled_by := coalesce(p_run.lease_owner, p_run.settled_by);
+  return tidebase._transition(p_run, 'cancelled', 'run.cancelled', json_build_object('reason', p_reason,
+                                                                                     'actor', p_actor));
 end $$;
 
 -- Cancels a run, as above, and its live children and theirs: a generation after the other, since there may be more of
@@ -1290,20 +1373,19 @@ end $$;
 -- Gives a run back that its owner will not go on with (a worker that shuts down).
 -- Needs    p_lease_owner holds it (TB409 lease_lost, run_cancelled).
 -- Leaves   it queued, or pending without a queue, no attempt spent, event run.released.    Returns  {"run"}.
-create or replace function tidebase.release_run (p_run_id text, p_lease_owner text) returns json language plpgsql as $$
+create or replace function tidebase.release_run (p_run_id text, p_lease_owner text)
+  returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
-  v_now timestamptz := tidebase.now();
 begin
   if v_run.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_run);
   elsif v_run.lease_owner = p_lease_owner then
-    update tidebase.runs
-       set status = case when queue is null then 'pending' else 'queued' end, run_at = least(run_at, v_now),
-           attempt = attempt - 1, settled_by = lease_owner, lease_owner = null, lease_expires_at = null,
-           stalled = false, updated_at = v_now, event_seq = event_seq + 1
-     where id = p_run_id returning * into v_run;
-    perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.released', json_build_object('leaseOwner', p_lease_owner));
+    v_run.run_at := least(v_run.run_at, tidebase.now());
+    v_run.attempt := v_run.attempt - 1;
+    v_run.settled_by := p_lease_owner;
+    v_run := tidebase._transition(v_run, case when v_run.queue is null then 'pending' else 'queued' end, 'run.released',
+                                  json_build_object('leaseOwner', p_lease_owner));
   elsif v_run.lease_owner is not null or v_run.settled_by is distinct from p_lease_owner then
     perform tidebase._refuse_lost(v_run);
   end if;
@@ -1315,22 +1397,16 @@ end $$;
 -- Leaves   it queued, or pending without a queue, event run.retried.
 create or replace function tidebase._put_back (p_run tidebase.runs) returns tidebase.runs language plpgsql as $$
 declare
-  v_run tidebase.runs;
   v_now timestamptz := tidebase.now();
 begin
-  perform tidebase._tally(p_run.queue, p_run.status, -1);
-  update tidebase.runs
-     set status = case when queue is null then 'pending' else 'queued' end, run_at = v_now, attempt = 0,
-         failed_attempt = null, former_owners = array_remove(former_owners || settled_by, null), settled_by = null,
-         error = null, failure_class = null, cancel_reason = null,
-         cancel_actor = null, cancel_requested_at = null, cancelled_at = null, completed_at = null,
-         deadline_at = case when deadline_at > v_now then deadline_at end,
-         updated_at = v_now, event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.retried', '{}');
-  return v_run;
-exception when unique_violation then
-  perform tidebase._refuse(409, 'dedupe_conflict', format('another live run has the dedupe key of run %s', p_run.id));
+  p_run.run_at := v_now;
+  p_run.attempt := 0;
+  p_run.failed_attempt := null;
+  p_run.former_owners := array_remove(p_run.former_owners || p_run.settled_by, null);
+  p_run.settled_by := null;
+  p_run.error := null;
+  p_run.deadline_at := case when p_run.deadline_at > v_now then p_run.deadline_at end;
+  return tidebase._revive(p_run, case when p_run.queue is null then 'pending' else 'queued' end, 'run.retried', '{}');
 end $$;
 
 -- Puts a failed or cancelled run back, likewise.
@@ -1381,7 +1457,7 @@ end $$;
 -- ------------------------------------------------------------------------------
 
 -- A list of what may stand without its list; null and empty ones are dropped.
-create or replace function tidebase._listed (p_value json) returns json language plpgsql immutable as $$
+create or replace function tidebase._as_list (p_value json) returns json language plpgsql immutable as $$
 begin
   if json_typeof(p_value) = 'array' then
     return (select coalesce(json_agg(item), '[]') from json_array_elements(p_value) as item
@@ -1394,7 +1470,7 @@ end $$;
 
 -- What a step changes outside, in either spelling.
 create or replace function tidebase._effects (p_options json) returns json language sql immutable as $$
-  select tidebase._listed(case when p_options->>'sideEffects' is not null then p_options->'sideEffects'
+  select tidebase._as_list(case when p_options->>'sideEffects' is not null then p_options->'sideEffects'
                                when p_options->>'sideEffect' <> 'none' then p_options->'sideEffect' end)
 $$;
 
@@ -1412,12 +1488,12 @@ create or replace function tidebase._contract (p_options json) returns json lang
                        case when p_options->>'idempotencyKey' is not null
                                  or tidebase._is_harmless(tidebase._effects(p_options)) then 'auto' else 'manual' end),
     'checkpointInvariant', p_options->'checkpointInvariant', 'verifiedBy', p_options->'verifiedBy',
-    'credentials', tidebase._listed(p_options->'credentials'))
+    'credentials', tidebase._as_list(p_options->'credentials'))
 $$;
 
--- Whether a step is not p_lease_owner's to begin. While somebody holds the run, its steps are that one's. A step that was
--- begun while nobody did is its owner's, by its own lease, or by the run's, which heartbeats extend; but the run's holder
--- need not heed a step begun before it took the run over: that owner is gone.
+-- Whether p_lease_owner may not begin a step. While a run is held, only its holder begins its steps. A step that was begun
+-- while nobody held the run belongs to its owner until its own lease ends. But the holder of the run may begin a step that
+-- was begun before it took the run over, since that owner has lost it.
 create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text,
                                                 p_now timestamptz) returns boolean language sql immutable as $$
   select coalesce(p_run.lease_owner <> p_lease_owner and p_run.lease_expires_at > p_now, false)
@@ -1426,10 +1502,11 @@ create or replace function tidebase._is_locked (p_run tidebase.runs, p_step tide
                   and not (coalesce(p_run.lease_owner = p_lease_owner, false) and p_step.fence < p_run.fence), false)
 $$;
 
--- Whether only a person can tell if a step may run (again): an earlier owner began it, recorded no outcome and is
--- gone, and its contract leaves replay to a person; or that was found before; or it failed and must never run again.
--- p_options: of the try that is to come. With an idempotency key it may follow one that failed into review (which has
--- its end recorded), since the key was found missing there.
+-- Whether only a person can tell if a step may run (again). So it is when an earlier owner began the step and recorded no
+-- outcome, and its contract leaves a replay to a person; when it is marked for review; and when it failed and must never
+-- run again.
+-- p_options: of the try that is to come. A step whose failure was recorded and that was marked for review may run again
+-- once it comes with an idempotency key.
 create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text,
                                                    p_options json) returns boolean language sql immutable as $$
   select (p_step.status = 'manual_review'
@@ -1439,7 +1516,7 @@ create or replace function tidebase._is_ambiguous (p_run tidebase.runs, p_step t
       or (p_step.status = 'failed' and p_step.contract->>'replay' = 'never')
 $$;
 
--- A run as it is once somebody new took it, who is named ''.
+-- A run as it would be if a new owner, named '', took it.
 create or replace function tidebase._as_taken_over (p_run tidebase.runs, p_now timestamptz)
   returns tidebase.runs language plpgsql immutable as $$
 begin
@@ -1449,7 +1526,7 @@ begin
   return p_run;
 end $$;
 
--- Whether a step waits for a person's word: it is marked so, or would be by whoever took the run, which nobody holds.
+-- Whether a step needs a review: it is marked so, or nobody holds the run and whoever took it would mark the step.
 create or replace function tidebase._needs_review (p_run tidebase.runs, p_step tidebase.steps, p_now timestamptz)
   returns boolean language sql stable as $$
   select p_step.status = 'manual_review'
@@ -1458,18 +1535,30 @@ create or replace function tidebase._needs_review (p_run tidebase.runs, p_step t
           and tidebase._is_ambiguous(tidebase._as_taken_over(p_run, p_now), p_step, '', p_step.options))
 $$;
 
+-- Ends a step, or marks it for review: from now on nobody holds it. p_step: the row with its output, its error, settled_by
+-- and reviewed as they are to be. Needs its run locked.
+-- p_ends: a try ends now; else completed_at is as p_step has it.
+create or replace function tidebase._end_step (p_step tidebase.steps, p_status text, p_ends boolean default true)
+  returns tidebase.steps language plpgsql as $$
+declare
+  v_now timestamptz := tidebase.now();
+begin
+  update tidebase.steps
+     set status = p_status, output = p_step.output, error = p_step.error, settled_by = p_step.settled_by,
+         reviewed = p_step.reviewed, lease_owner = null, lease_expires_at = null,
+         completed_at = case when p_ends then v_now else p_step.completed_at end, updated_at = v_now
+   where id = p_step.id returning * into p_step;
+  return p_step;
+end $$;
+
 -- Marks an ambiguous step, so that it can be reviewed.    Leaves  event step.manual_review.
 create or replace function tidebase._mark_for_review (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text)
   returns tidebase.steps language plpgsql as $$
-declare
-  v_step tidebase.steps;
 begin
-  update tidebase.steps set status = 'manual_review', lease_owner = null, lease_expires_at = null,
-         updated_at = tidebase.now()
-   where id = p_step.id returning * into v_step;
-  perform tidebase._record(p_run, p_lease_owner, 'step.manual_review', json_build_object('stepId', v_step.id,
-                           'name', v_step.name, 'attempt', v_step.attempt, 'resumeContract', v_step.contract));
-  return v_step;
+  p_step := tidebase._end_step(p_step, 'manual_review', false);
+  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, 'step.manual_review', json_build_object(
+            'stepId', p_step.id, 'name', p_step.name, 'attempt', p_step.attempt, 'resumeContract', p_step.contract));
+  return p_step;
 end $$;
 
 create or replace function tidebase._refuse_failed (p_step tidebase.steps) returns void language sql as $$
@@ -1477,21 +1566,31 @@ create or replace function tidebase._refuse_failed (p_step tidebase.steps) retur
                           json_build_object('step', p_step.id))
 $$;
 
-create or replace function tidebase._step_started (s tidebase.steps) returns json language sql stable as $$
-  select json_build_object('stepId', s.id, 'name', s.name, 'attempt', s.attempt, 'resumeContract', s.contract)
+-- What events show of a step that was started, and of one that was completed.
+create or replace function tidebase._step_started (p_id text, p_name text, p_attempt integer, p_contract json)
+  returns json language sql stable as $$
+  select json_build_object('stepId', p_id, 'name', p_name, 'attempt', p_attempt, 'resumeContract', p_contract)
 $$;
 
-create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql stable as $$
-  select json_build_object('stepId', s.id, 'name', s.name, 'checkpointInvariant', s.contract->'checkpointInvariant',
-                           'verifiedBy', s.contract->'verifiedBy')
+create or replace function tidebase._step_started (s tidebase.steps) returns json language sql stable as
+$$ select tidebase._step_started(s.id, s.name, s.attempt, s.contract) $$;
+
+create or replace function tidebase._step_completed (p_id text, p_name text, p_contract json)
+  returns json language sql stable as $$
+  select json_build_object('stepId', p_id, 'name', p_name, 'checkpointInvariant', p_contract->'checkpointInvariant',
+                           'verifiedBy', p_contract->'verifiedBy')
 $$;
 
--- Asks what to do about a step, and takes it where the answer is "execute".
--- Answers  looked for in this order: cancelled, input_mismatch, return, locked, manual_review, execute.
--- Needs    p_lease_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409 step_failed).
--- Leaves   on execute: the step running under p_lease_owner's lease, attempt + 1, event step.started; begun again by its
---          owner, or a step that only waits (option wait) by whoever may: under p_lease_owner's lease and nothing else. On
---          manual_review: the step so marked.
+create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql stable as
+$$ select tidebase._step_completed(s.id, s.name, s.contract) $$;
+
+-- Says what to do about a step, and takes it where the answer is "execute".
+-- Answers  the first of these that holds: cancelled, input_mismatch, return, locked, manual_review, execute.
+-- Needs    p_lease_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409
+--          step_failed).
+-- Leaves   on execute: the step running under p_lease_owner's lease, attempt + 1, event step.started. Where its owner
+--          begins it again, or it only waits (option wait), the lease alone is extended. On manual_review: the step so
+--          marked.
 -- Returns  {"action", …}, and the HTTP status: 409 for manual_review, which is a refusal that writes.
 create or replace function tidebase.begin_step (p_run_id text, p_name text, p_input_hash text, p_input json,
                                                 p_options json, p_lease_owner text, p_lease_ms integer,
@@ -1506,7 +1605,7 @@ begin
     body := json_build_object('action', 'cancelled', 'run', tidebase._run_json(v_run));
     return;
   end if;
-  perform tidebase._fence_off(v_run, p_lease_owner);
+  perform tidebase._check_not_fenced_off(v_run, p_lease_owner);
   select * into v_step from tidebase.steps s where s.run_id = p_run_id and s.name = p_name;
 
   if v_step.input_hash <> p_input_hash and not v_step.copied then
@@ -1527,7 +1626,8 @@ begin
             tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
             v_now, v_now, v_now)
     returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started',
+                                                   tidebase._step_started(v_step));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
@@ -1539,7 +1639,8 @@ begin
                               'code', 'manual_review', 'step', tidebase._step_json(v_step));
     return;
   elsif v_step.status = 'running'
-        and (v_step.options->>'wait' = 'true' or (v_step.lease_owner = p_lease_owner and v_step.fence = v_run.fence)) then
+        and (v_step.options->>'wait' = 'true'
+             or (v_step.lease_owner = p_lease_owner and v_step.fence = v_run.fence)) then
     update tidebase.steps s set lease_owner = p_lease_owner, fence = v_run.fence,
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), updated_at = v_now
      where s.id = v_step.id returning * into v_step;
@@ -1552,7 +1653,8 @@ begin
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
            completed_at = null, updated_at = v_now
      where s.id = v_step.id returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.started', tidebase._step_started(v_step));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started',
+                                                   tidebase._step_started(v_step));
   end if;
   body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_lease_owner);
 end $$;
@@ -1571,31 +1673,32 @@ create or replace function tidebase._failed_status (p_decision text, p_retryable
               when p_decision = 'manual_review' then 'manual_review' else 'failed' end
 $$;
 
--- Tells of a step that just failed; p_started as for _record.
-create or replace function tidebase._tell_failed (p_run tidebase.runs, s tidebase.steps, p_lease_owner text,
+-- Writes the event of a step that just failed, and its channels' webhooks. p_started: see _append_event_and_renew_lease.
+create or replace function tidebase._emit_step_failed (p_run tidebase.runs, s tidebase.steps, p_lease_owner text,
                                                   p_retryable boolean, p_decision text, p_started json default null)
   returns void language plpgsql as $$
 begin
-  perform tidebase._record(p_run, p_lease_owner, 'step.failed', json_build_object('stepId', s.id, 'name', s.name,
-            'retryable', p_retryable, 'resumeDecision', p_decision, 'resumeContract', s.contract, 'error', s.error),
+  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, 'step.failed', json_build_object(
+            'stepId', s.id, 'name', s.name, 'retryable', p_retryable, 'resumeDecision', p_decision,
+            'resumeContract', s.contract, 'error', s.error),
             p_started);
   perform tidebase._notify(p_run, 'step.failed', json_build_object('step', tidebase._step_json(s),
             'retryable', p_retryable, 'resumeDecision', p_decision, 'error', s.error));
 end $$;
 
 -- Needs  p_lease_owner holds the running step, and did not lose the run: else TB409 lease_lost.
-create or replace function tidebase._refuse_unless_held (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text)
+create or replace function tidebase._check_step_held (p_run tidebase.runs, p_step tidebase.steps, p_lease_owner text)
   returns void language plpgsql as $$
 begin
-  perform tidebase._fence_off(p_run, p_lease_owner);
+  perform tidebase._check_not_fenced_off(p_run, p_lease_owner);
   if p_step.status <> 'running' or p_step.lease_owner <> p_lease_owner then
     perform tidebase._refuse(409, 'lease_lost', format('step %s is not held by you', p_step.name),
                              json_build_object('step', p_step.id));
   end if;
 end $$;
 
--- Records a step's output, once: from here on it is a checkpoint. Accepted on a run that ended meanwhile, too: the work
--- was done, and a retry must not do it again.
+-- Records a step's output, once: from here on it is a checkpoint. It is accepted on a run that has ended, too: the work was
+-- done, and a retry must not do it again.
 -- Needs    p_lease_owner holds the step (TB409 lease_lost).
 -- Leaves   the step completed, event step.completed; the owner's repeat unchanged.    Returns  {"step"}.
 create or replace function tidebase.complete_step (p_run_id text, p_step_id text, p_lease_owner text, p_output json)
@@ -1603,15 +1706,15 @@ create or replace function tidebase.complete_step (p_run_id text, p_step_id text
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_step tidebase.steps := tidebase._step(p_run_id, p_step_id);
-  v_now  timestamptz := tidebase.now();
 begin
   if v_step.status <> 'completed' or v_step.settled_by is distinct from p_lease_owner then
-    perform tidebase._refuse_unless_held(v_run, v_step, p_lease_owner);
-    update tidebase.steps
-       set status = 'completed', output = p_output, error = null, settled_by = p_lease_owner, lease_owner = null,
-           lease_expires_at = null, completed_at = v_now, updated_at = v_now
-     where id = p_step_id returning * into v_step;
-    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._check_step_held(v_run, v_step, p_lease_owner);
+    v_step.output := p_output;
+    v_step.error := null;
+    v_step.settled_by := p_lease_owner;
+    v_step := tidebase._end_step(v_step, 'completed');
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed',
+                                                   tidebase._step_completed(v_step));
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1626,18 +1729,15 @@ create or replace function tidebase.fail_step (p_run_id text, p_step_id text, p_
 declare
   v_run      tidebase.runs := tidebase._lock_run(p_run_id);
   v_step     tidebase.steps := tidebase._step(p_run_id, p_step_id);
-  v_now      timestamptz := tidebase.now();
-  v_decision text;
+  v_decision text := tidebase._decision(p_resume_decision, p_retryable, v_step.contract);
 begin
   if v_step.status not in ('failed', 'failed_retryable', 'manual_review')
      or v_step.settled_by is distinct from p_lease_owner then
-    perform tidebase._refuse_unless_held(v_run, v_step, p_lease_owner);
-    v_decision := tidebase._decision(p_resume_decision, p_retryable, v_step.contract);
-    update tidebase.steps
-       set status = tidebase._failed_status(v_decision, p_retryable), error = p_error, settled_by = p_lease_owner,
-           lease_owner = null, lease_expires_at = null, completed_at = v_now, updated_at = v_now
-     where id = p_step_id returning * into v_step;
-    perform tidebase._tell_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision);
+    perform tidebase._check_step_held(v_run, v_step, p_lease_owner);
+    v_step.error := p_error;
+    v_step.settled_by := p_lease_owner;
+    v_step := tidebase._end_step(v_step, tidebase._failed_status(v_decision, p_retryable));
+    perform tidebase._emit_step_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision);
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
 end $$;
@@ -1672,11 +1772,11 @@ begin
               json_build_object('step', v_step.id, 'expectedInputHash', v_step.input_hash,
                                 'actualInputHash', p_input_hash));
   elsif v_step.status = 'completed' and (v_step.settled_by = p_lease_owner or v_run.lease_owner = p_lease_owner) then
-    return tidebase._step_told(v_step, p_brief, p_output);
+    return tidebase._step_response(v_step, p_brief, p_output);
   elsif v_run.lease_owner is distinct from p_lease_owner then
     perform tidebase._refuse_lost(v_run);
   elsif v_step.settled_by = p_lease_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
-    return tidebase._step_told(v_step, p_brief, p_output);
+    return tidebase._step_response(v_step, p_brief, p_output);
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
@@ -1698,14 +1798,15 @@ begin
   returning * into v_step;
   v_started := case when not v_begun then tidebase._step_started(v_step) end;
   if p_error is null then
-    perform tidebase._record(v_run, p_lease_owner, 'step.completed', tidebase._step_completed(v_step), v_started);
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed',
+                                                   tidebase._step_completed(v_step), v_started);
   else
-    perform tidebase._tell_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision, v_started);
+    perform tidebase._emit_step_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision, v_started);
   end if;
-  return tidebase._step_told(v_step, p_brief, p_output);
+  return tidebase._step_response(v_step, p_brief, p_output);
 end $$;
 
--- A person's word on a step that nobody can know the outcome of.
+-- A person's decision on a step whose outcome Tidebase cannot know.
 -- Needs    the step in manual_review, or such that whoever took the run now would find it so (TB409 not_in_review).
 -- Leaves   retry: failed_retryable; complete: completed with p_output; fail: failed for good. Event step.reviewed. The run
 --          goes on: a failed one with a queue is put back (TB409 dedupe_conflict), another that nobody holds gets its
@@ -1728,17 +1829,16 @@ begin
     end if;
     return json_build_object('step', tidebase._step_json(v_step));
   end if;
-  perform tidebase._record(v_run, null, 'step.reviewed', json_build_object('stepId', v_step.id, 'name', v_step.name,
-                           'decision', p_decision, 'actor', p_actor));
-  update tidebase.steps
-     set reviewed = p_decision, updated_at = v_now,
-         status = case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed' else 'completed' end,
-         output = case p_decision when 'complete' then p_output end,
-         error = case p_decision when 'complete' then null else error end,
-         completed_at = case p_decision when 'retry' then null else v_now end
-   where id = v_step.id returning * into v_step;
+  perform tidebase._append_event_and_renew_lease(v_run, null, 'step.reviewed', json_build_object(
+            'stepId', v_step.id, 'name', v_step.name, 'decision', p_decision, 'actor', p_actor));
+  v_step.reviewed := p_decision;
+  v_step.output := case p_decision when 'complete' then p_output end;
+  v_step.error := case when p_decision <> 'complete' then v_step.error end;
+  v_step.completed_at := null;
+  v_step := tidebase._end_step(v_step, case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed'
+                                                       else 'completed' end, p_decision <> 'retry');
   if p_decision = 'complete' then
-    perform tidebase._record(v_run, null, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._append_event_and_renew_lease(v_run, null, 'step.completed', tidebase._step_completed(v_step));
   end if;
   if v_run.status = 'failed' and v_run.queue is not null then
     perform tidebase._put_back(v_run);
@@ -1753,20 +1853,6 @@ end $$;
 -- ------------------------------------------------------------------------------
 -- Children and forks: runs that come from runs.
 -- ------------------------------------------------------------------------------
-
--- Puts a run that was just created on a queue, event run.enqueued.
-create or replace function tidebase._put_on_queue (p_run tidebase.runs, p_queue text, p_max_attempts integer,
-                                                   p_priority integer) returns tidebase.runs language plpgsql as $$
-declare
-  v_run tidebase.runs;
-begin
-  update tidebase.runs set status = 'queued', queue = p_queue, run_at = tidebase.now(), max_attempts = p_max_attempts,
-         priority = p_priority, event_seq = event_seq + 1
-   where id = p_run.id returning * into v_run;
-  perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.enqueued',
-                                 json_build_object('queue', p_queue, 'runAt', tidebase._iso(v_run.run_at)));
-  return v_run;
-end $$;
 
 -- Creates a run for a part of another's work: one per parent and name, however often and by however many it is asked.
 -- p_child: {name, workflow_name, metadata, channels, edge_type, edge_metadata, max_attempts, priority, id?,
@@ -1795,22 +1881,16 @@ begin
   elsif v_parent.status = 'cancelled' then
     perform tidebase._refuse_cancelled(v_parent);
   end if;
-  v_run := tidebase._create_run(
-    p_child->>'id', p_child->>'workflow_name', p_input,
-    p_child->'metadata' || jsonb_build_object('parentRunId', p_run_id, 'parentEdgeName', v_name),
-    p_child->>'recovery_webhook', p_child->'channels', null,
-    json_build_object('parentRunId', p_run_id, 'edgeName', v_name), p_run_id, p_child->>'recovery_secret');
+  v_run := tidebase._insert_run(p_child || jsonb_build_object(
+    'metadata', p_child->'metadata' || jsonb_build_object('parentRunId', p_run_id, 'parentEdgeName', v_name),
+    'parent_run_id', p_run_id, 'created', jsonb_build_object('parentRunId', p_run_id, 'edgeName', v_name)), p_input);
   if v_run.id is null then
     perform tidebase._refuse(409, 'run_id_conflict', format('run %s exists', p_child->>'id'));
-  end if;
-  if p_child->>'queue' is not null then
-    v_run := tidebase._put_on_queue(v_run, p_child->>'queue', (p_child->>'max_attempts')::integer,
-                                    (p_child->>'priority')::integer);
   end if;
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
   values (tidebase._new_id('edge'), p_run_id, v_run.id, v_name, p_child->>'edge_type', p_child->'edge_metadata')
   returning * into v_edge;
-  perform tidebase._record(v_parent, p_child->>'lease_owner', 'run.child.created', json_build_object(
+  perform tidebase._append_event_and_renew_lease(v_parent, p_child->>'lease_owner', 'run.child.created', json_build_object(
             'childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
   return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', true);
 end $$;
@@ -1834,11 +1914,14 @@ begin
       perform tidebase._refuse(404, 'not_found', format('run %s has no step %s', p_run_id, p_from_step));
     end if;
   end if;
-  v_fork := tidebase._create_run(
-    p_id, v_run.workflow_name, coalesce(p_input, v_run.input),
-    v_run.metadata || jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
-    v_run.recovery_webhook, '[]', null, json_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
-    p_recovery_secret => v_run.recovery_secret);
+  v_fork := tidebase._insert_run(jsonb_build_object(
+    'id', p_id, 'workflow_name', v_run.workflow_name, 'channels', '[]'::jsonb,
+    'metadata', v_run.metadata || jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step),
+    'recovery_webhook', v_run.recovery_webhook, 'recovery_secret', v_run.recovery_secret,
+    'queue', coalesce(p_queue, v_run.queue), 'priority', v_run.priority,
+    'max_attempts', case when v_run.queue is null then 3 else v_run.max_attempts end,
+    'created', jsonb_build_object('forkedFrom', p_run_id, 'forkedFromStep', p_from_step)),
+    coalesce(p_input, v_run.input));
   if v_fork.id is null then
     return json_build_object('run', tidebase._run_json(tidebase._same_run(p_id, v_run.workflow_name)),
                              'created', false);
@@ -1850,10 +1933,6 @@ begin
     from tidebase.steps
    where run_id = p_run_id and status = 'completed' and (v_position is null or position < v_position)
    order by position;
-  if coalesce(p_queue, v_run.queue) is not null then
-    v_fork := tidebase._put_on_queue(v_fork, coalesce(p_queue, v_run.queue),
-                                     case when v_run.queue is null then 3 else v_run.max_attempts end, v_run.priority);
-  end if;
   return json_build_object('run', tidebase._run_json(v_fork), 'created', true);
 end $$;
 
@@ -1867,7 +1946,8 @@ end $$;
 -- Returns  {"action": "wait" while it is pending, else "return", "gate"}.
 create or replace function tidebase.begin_gate (p_run_id text, p_name text, p_prompt text, p_data json,
                                                 p_channels jsonb, p_capability json, p_timeout_ms bigint,
-                                                p_public_url text, p_lease_owner text default null) returns json language plpgsql as $$
+                                                p_public_url text, p_lease_owner text default null)
+  returns json language plpgsql as $$
 declare
   v_run  tidebase.runs := tidebase._lock_run(p_run_id);
   v_now  timestamptz := tidebase.now();
@@ -1883,15 +1963,18 @@ begin
     insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
                                 expires_at, created_at, updated_at)
     values (v_id, p_run_id, p_name, p_prompt, p_data, p_capability,
-            tidebase._add_channels(p_run_id, v_id, p_channels),
+            tidebase._shown_channels(p_channels),
             replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''),
             p_public_url || '/runs/' || p_run_id || '/gates/' || v_id || '/resolve',
             v_now + tidebase._ms(p_timeout_ms), v_now, v_now)
     returning * into v_gate;
     if p_channels <> '[]' then
+      insert into tidebase.channels (id, run_id, gate_id, type, url, secret, events)
+      select tidebase._new_id('chan'), p_run_id, v_id, c->>'type', c->>'url', c->>'secret', coalesce(c->'events', '[]')
+        from jsonb_array_elements(p_channels) as c;
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
-    perform tidebase._record(v_run, p_lease_owner, 'gate.created',
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'gate.created',
                              json_build_object('gate', tidebase._public_gate(v_gate, false)));
     perform tidebase._notify(v_run, 'gate.created',
                              json_build_object('gate', tidebase._joined(
@@ -1913,7 +1996,7 @@ begin
      set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'),
          resolved_at = v_now, updated_at = v_now
    where id = p_gate.id returning * into v_gate;
-  perform tidebase._record(p_run, null, 'gate.resolved',
+  perform tidebase._append_event_and_renew_lease(p_run, null, 'gate.resolved',
                            json_build_object('gate', tidebase._public_gate(v_gate, false)));
   perform tidebase._notify(p_run, 'gate.resolved',
                            json_build_object('gate', tidebase._public_gate(v_gate, false)), v_gate.id);
@@ -1988,8 +2071,8 @@ begin
                                        metadata, created_by, created_at, live_version)
   values (coalesce(p_version->>'id', tidebase._new_id('ver')), v_stream.id, p_run_id, p_version->>'step_id',
           v_stream.current_version, p_value, p_patch, p_version->>'label', p_version->>'reason',
-          coalesce(p_version->>'importance', 'normal'), coalesce(p_version->'metadata', '{}'), p_version->>'created_by', v_now,
-          p_live_version)
+          coalesce(p_version->>'importance', 'normal'), coalesce(p_version->'metadata', '{}'), p_version->>'created_by',
+          v_now, p_live_version)
   on conflict (id) do nothing returning * into v_version;
   if not found then  -- another run's, written since the caller looked
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is of another run', p_version->>'id'));
@@ -2012,8 +2095,9 @@ end $$;
 
 -- Replaces the run's live value, or merges the top level of p_value into it, and records it as the stream's next
 -- version.
--- Needs    p_lease_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the live version, 0 for none (TB409 version_conflict, with state); to merge:
---          an object on both sides (TB409 state_not_object), and merged no more than 32 MiB (TB400, issues).
+-- Needs    p_lease_owner, when given, to hold the run (_check_owner), likewise below; p_if_version, when given, to be the
+--          live version, 0 for none (TB409 version_conflict, with state); to merge: an object on both sides (TB409
+--          state_not_object), and merged no more than 32 MiB (TB400, issues).
 -- Leaves   event and channels state.updated; where the id was written before, everything as it was.
 -- Returns  {"state"} as this write, or the one of the same id before, left it.
 create or replace function tidebase.write_state (p_run_id text, p_stream text, p_value jsonb, p_merge boolean,
@@ -2059,7 +2143,7 @@ begin
   if p_merge then
     v_event := tidebase._joined(v_event, json_build_object('patch', p_value));
   end if;
-  perform tidebase._record(v_run, p_lease_owner, 'state.updated', tidebase._joined(
+  perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'state.updated', tidebase._joined(
             v_event, json_build_object('stateVersion', tidebase._version_event(v_version))));
   perform tidebase._notify(v_run, 'state.updated', json_build_object(
             'state', tidebase._state_json(v_state), 'stateVersion', tidebase._version_event(v_version)));
@@ -2068,7 +2152,8 @@ end $$;
 
 -- Labels the live value, whichever stream wrote it last, as the next version of p_stream.
 -- Needs    a live value (TB404).    Leaves  event state.saved.    Returns  {"stateVersion"}.
-create or replace function tidebase.save_state (p_run_id text, p_stream text, p_version jsonb, p_lease_owner text default null)
+create or replace function tidebase.save_state (p_run_id text, p_stream text, p_version jsonb,
+                                                p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run     tidebase.runs := tidebase._lock_run(p_run_id);
@@ -2083,7 +2168,7 @@ begin
     end if;
     v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value, null,
                                        '{"importance": "milestone"}' || p_version);
-    perform tidebase._record(v_run, p_lease_owner, 'state.saved',
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'state.saved',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('stateVersion', tidebase._version_json(v_version));
@@ -2104,16 +2189,17 @@ begin
   if v_version.id is null then
     v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
                                        '{"importance": "milestone"}' || p_version);
-    perform tidebase._record(v_run, p_lease_owner, 'snapshot.created',
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'snapshot.created',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('snapshot', tidebase._version_json(v_version));
 end $$;
 
--- A run's versions by stream and version, after one of them, without payloads of more than 64 KiB.
+-- A run's versions by stream and version, after one of them: without payloads of more than 64 KiB, or, if p_light, with the
+-- sizes of their payloads alone.
 -- Returns  {"stateVersions", "nextCursor"}: null, or what to go on after; null when there is no such run.
 create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean, p_after text,
-                                                   p_limit integer)
+                                                   p_limit integer, p_light boolean default false)
   returns json language plpgsql stable set enable_seqscan = off as $$
 declare
   v_found json[];
@@ -2121,14 +2207,20 @@ declare
 begin
   if not exists (select from tidebase.runs where id = p_run_id) then
     return null;
+  elsif p_light then
+    select array_agg(tidebase._version_light(v, s.name) order by p.n), array_agg(v.id order by p.n) into v_found, v_ids
+      from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
+      join tidebase.state_versions v on v.id = p.id join tidebase.state_streams s on s.id = v.stream_id;
+  else
+    select array_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n),
+           array_agg(v.id order by page.n)
+      into v_found, v_ids
+      from (select v.id, p.n, tidebase._largest(v) as largest,
+                   sum(tidebase._version_bytes(v)) over by_number <= tidebase._budget() as room
+              from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
+              join tidebase.state_versions v on v.id = p.id window by_number as (order by p.n)) as page
+      join tidebase.state_versions v on v.id = page.id;
   end if;
-  select array_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n), array_agg(v.id order by page.n)
-    into v_found, v_ids
-    from (select v.id, p.n, tidebase._largest(v) as largest,
-                 sum(tidebase._version_bytes(v)) over by_number <= tidebase._budget() as room
-            from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
-            join tidebase.state_versions v on v.id = p.id window by_number as (order by p.n)) as page
-    join tidebase.state_versions v on v.id = page.id;
   return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
                            'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
 end $$;
@@ -2166,7 +2258,8 @@ $$;
 -- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
 -- Needs    p_id not another run's (TB409 usage_id_conflict).
 -- Leaves   event and channels usage.recorded.    Returns  {"usage"}.
-create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb, p_lease_owner text default null)
+create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb,
+                                                  p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
   v_run   tidebase.runs := tidebase._lock_run(p_run_id);
@@ -2189,7 +2282,8 @@ begin
     if not found then  -- another run's, written since it was looked for
       perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
     end if;
-    perform tidebase._record(v_run, p_lease_owner, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'usage.recorded',
+                                                   json_build_object('usage', tidebase._usage_json(v_usage)));
     perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
   end if;
   return json_build_object('usage', tidebase._usage_json(v_usage));
@@ -2219,35 +2313,32 @@ $$;
 -- ------------------------------------------------------------------------------
 
 -- Which of the signals of a name is waited for.
-create or replace function tidebase._number (p_for jsonb) returns integer language sql immutable as
+create or replace function tidebase._signal_number (p_for jsonb) returns integer language sql immutable as
 $$ select coalesce((p_for->>'n')::integer, 1) $$;
 
 -- Puts a waiting run, which must be locked, back on its queue, because what it waits for is there. The step of the
 -- wait, where it has one, completes with it: its output is the signal, or null.
 create or replace function tidebase._wake (p_run tidebase.runs) returns void language plpgsql as $$
 declare
-  v_now  timestamptz := tidebase.now();
   v_for  jsonb := p_run.waiting_for;
   v_step tidebase.steps;
-  v_seq  integer;
 begin
-  update tidebase.steps s
-     set status = 'completed', lease_owner = null, lease_expires_at = null, completed_at = v_now, updated_at = v_now,
-         output = (select tidebase._signal_json(g) from tidebase.signals g
-                    where g.run_id = p_run.id and g.name = v_for->>'event' and g.n = tidebase._number(v_for))
-   where s.id = v_for->>'stepId' and s.run_id = p_run.id and s.status = 'running' returning * into v_step;
+  select * into v_step from tidebase.steps
+   where id = v_for->>'stepId' and run_id = p_run.id and status = 'running';
   if found then
-    perform tidebase._record(p_run, null, 'step.completed', tidebase._step_completed(v_step));
+    v_step.output := (select tidebase._signal_json(g) from tidebase.signals g
+                       where g.run_id = p_run.id and g.name = v_for->>'event' and g.n = tidebase._signal_number(v_for));
+    v_step := tidebase._end_step(v_step, 'completed');
+    perform tidebase._append_event_and_renew_lease(p_run, null, 'step.completed', tidebase._step_completed(v_step));
   end if;
-  update tidebase.runs set status = 'queued', run_at = v_now, waiting_for = null, wake_at = null, offered_at = null,
-         event_seq = event_seq + 1, updated_at = v_now
-   where id = p_run.id returning event_seq into v_seq;
-  perform tidebase._append_event(p_run.id, v_seq, 'run.resumed', json_build_object('waitedFor', v_for));
+  p_run.run_at := tidebase.now();
+  perform tidebase._transition(p_run, 'queued', 'run.resumed', json_build_object('waitedFor', v_for));
 end $$;
 
--- Whether what a run would wait for is there already. Each child asks when it ends, so of many only one that is live is
--- looked for; backwards, since the index has dead entries of those that ended, mostly the oldest.
-create or replace function tidebase._is_there (p_run_id text, p_for jsonb, p_now timestamptz)
+-- Whether a run need not wait, since what it would wait for is there. Each child that ends asks this of its parent. So the
+-- search stops at the first live child; and it goes backwards, since the index has dead entries of those that ended, mostly
+-- of the oldest.
+create or replace function tidebase._is_wait_over (p_run_id text, p_for jsonb, p_now timestamptz)
   returns boolean language plpgsql stable as $$
 declare
   v_children jsonb := p_for->'children';
@@ -2264,7 +2355,7 @@ begin
                         where run_id = p_run_id and id = p_for->>'gateId' and status = 'pending');
   elsif p_for ? 'event' then
     return exists (select from tidebase.signals
-                    where run_id = p_run_id and name = p_for->>'event' and n = tidebase._number(p_for));
+                    where run_id = p_run_id and name = p_for->>'event' and n = tidebase._signal_number(p_for));
   end if;
   return (p_for->>'until')::timestamptz <= p_now;
 end $$;
@@ -2293,15 +2384,14 @@ begin
     perform tidebase._refuse_lost(v_run);
   elsif v_run.queue is null then
     perform tidebase._refuse(409, 'no_queue', format('run %s has no queue to come back to', p_run_id));
-  elsif tidebase._is_there(p_run_id, p_wait_for, v_now) then
+  elsif tidebase._is_wait_over(p_run_id, p_wait_for, v_now) then
     return json_build_object('run', tidebase._run_json(v_run), 'ready', true);
   end if;
-  update tidebase.runs
-     set status = 'waiting', waiting_for = p_wait_for, attempt = attempt - 1, settled_by = lease_owner, lease_owner = null,
-         wake_at = coalesce((p_wait_for->>'until')::timestamptz, v_now + tidebase._ms(p_timeout_ms)),
-         lease_expires_at = null, updated_at = v_now, event_seq = event_seq + 1
-   where id = p_run_id returning * into v_run;
-  perform tidebase._append_event(p_run_id, v_run.event_seq, 'run.waiting', json_build_object('for', p_wait_for));
+  v_run.waiting_for := p_wait_for;
+  v_run.wake_at := coalesce((p_wait_for->>'until')::timestamptz, v_now + tidebase._ms(p_timeout_ms));
+  v_run.attempt := v_run.attempt - 1;
+  v_run.settled_by := p_lease_owner;
+  v_run := tidebase._transition(v_run, 'waiting', 'run.waiting', json_build_object('for', p_wait_for));
   return json_build_object('run', tidebase._run_json(v_run), 'ready', false);
 end $$;
 
@@ -2320,10 +2410,11 @@ begin
   if not found then  -- another run's, written since the caller looked
     perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
   end if;
-  perform tidebase._record(p_run, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
-                           json_build_object('signal', tidebase._signal_json(v_signal)));
+  perform tidebase._append_event_and_renew_lease(
+            p_run, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+            json_build_object('signal', tidebase._signal_json(v_signal)));
   if p_run.status = 'waiting' and p_run.waiting_for->>'event' = p_name
-     and tidebase._number(p_run.waiting_for) = p_n then
+     and tidebase._signal_number(p_run.waiting_for) = p_n then
     perform tidebase._wake(p_run);
   end if;
   return v_signal;
@@ -2393,22 +2484,13 @@ end $$;
 -- Answers  the new run; or the one that has the id; or, deduplicated, the live one that has the key.
 create or replace function tidebase._enqueue (p_queue text, p_job jsonb, p_input json,
                                               out run tidebase.runs, out deduplicated boolean) language plpgsql as $$
-declare
-  v_now timestamptz := tidebase.now();
 begin
   deduplicated := false;
   loop
-    insert into tidebase.runs (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret, queue,
-                               dedupe_key, priority, run_at, max_attempts, deadline_at, has_channels, event_seq,
-                               created_at, updated_at)
-    values (coalesce(p_job->>'id', tidebase._new_id('run')), p_job->>'workflow_name', p_input, p_job->'metadata',
-            'queued', p_job->>'recovery_webhook', p_job->>'recovery_secret', p_queue, p_job->>'dedupe_key',
-            (p_job->>'priority')::integer,
-            coalesce((p_job->>'run_at')::timestamptz, v_now + tidebase._ms((p_job->>'delay_ms')::bigint), v_now),
-            (p_job->>'max_attempts')::integer, v_now + tidebase._ms((p_job->>'deadline_ms')::bigint),
-            p_job->'channels' <> '[]', 1, v_now, v_now)
-    on conflict do nothing returning * into run;
-    exit when found;
+    select (i.run).* into run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input], p_queue) i;
+    if found then
+      return;
+    end if;
     if exists (select from tidebase.runs where id = p_job->>'id') then
       run := tidebase._same_run(p_job->>'id', p_job->>'workflow_name');
       return;
@@ -2425,11 +2507,6 @@ begin
       return;
     end if;  -- else the live one ended in between, and its key is free
   end loop;
-  if run.has_channels then
-    perform tidebase._add_channels(run.id, null, p_job->'channels');
-  end if;
-  perform tidebase._append_event(run.id, 1, 'run.enqueued',
-                                 json_build_object('queue', p_queue, 'runAt', tidebase._iso(run.run_at)));
 end $$;
 
 -- One run.    Returns  {"run", "deduplicated"}.
@@ -2439,8 +2516,8 @@ create or replace function tidebase.enqueue_run (p_queue text, p_job jsonb, p_in
     from tidebase._enqueue(p_queue, p_job, p_input) e
 $$;
 
--- Has batches of jobs that have dedupe keys go one after the other on each of these queues: two that name the same keys
--- in different orders would wait for each other.
+-- Serialises batches of jobs with dedupe keys, by queue: two batches that name the same keys in different orders would
+-- deadlock.
 create or replace function tidebase._lock_keys (p_jobs jsonb, p_queue text default null)
   returns void language plpgsql as $$
 begin
@@ -2458,17 +2535,19 @@ end $$;
 create or replace function tidebase.enqueue_runs (p_queue text, p_jobs jsonb, p_inputs json[])
   returns json language plpgsql set enable_seqscan = off as $$
 declare
-  v_job   record;
   v_new   record;
   v_run   json;
   v_runs  json[] := '{}';
   v_bytes bigint := 0;
 begin
   perform tidebase._lock_keys(p_jobs, p_queue);
-  for v_job in
-    select * from rows from (jsonb_array_elements(p_jobs), unnest(p_inputs)) as given (job, input)
+  for v_new in
+    select n, i.run, false as deduplicated from generate_series(1, cardinality(p_inputs)) as n
+      left join tidebase._insert_runs(p_jobs, p_inputs, p_queue) i using (n) order by n
   loop
-    select * into v_new from tidebase._enqueue(p_queue, v_job.job, v_job.input);
+    if v_new.run is null then  -- its id or its dedupe key is taken
+      select v_new.n, e.* into v_new from tidebase._enqueue(p_queue, p_jobs->(v_new.n::integer - 1), p_inputs[v_new.n]) e;
+    end if;
     if v_bytes <= tidebase._budget() then
       v_run := tidebase._run_json(v_new.run);
       v_bytes := v_bytes + octet_length(v_run::text);
@@ -2581,23 +2660,23 @@ begin
   return v_ids;
 end $$;
 
--- Of runs that are to be claimed, the first whose answers together stay below about 8 MiB; at least one, unless others
--- were claimed before. p_bytes: what those others come to, then these too.
-create or replace function tidebase._fitting (p_ids text[], p_checkpoints boolean, inout p_bytes bigint, out ids text[])
-  language plpgsql stable as $$
-declare
-  v_limit constant bigint := 8 * 1024 * 1024;
-begin
-  select coalesce(array_agg(id order by n), '{}'), p_bytes + coalesce(max(total), 0) into ids, p_bytes
-    from (select id, n, sum(bytes) over (order by n) as total
-            from (select taken.id, n, octet_length(r.input::text) + coalesce(octet_length(r.error::text), 0)
-                         + octet_length(r.metadata::text) + case when p_checkpoints then (
-                           select coalesce(sum(octet_length(s.output::text)), 0) from tidebase.steps s
-                            where s.run_id = taken.id and s.status = 'completed') else 0 end as bytes
-                    from unnest(p_ids) with ordinality as taken (id, n) join tidebase.runs r on r.id = taken.id
-                 ) as measured) as summed
-   where p_bytes + total <= v_limit or (n = 1 and p_bytes = 0);
-end $$;
+-- The bytes of a payload's text, 0 for null; what is stored uncompressed is not read.
+create or replace function tidebase._text_bytes (p_value json) returns bigint language sql stable as $$
+  select coalesce(case when pg_column_compression(p_value) is null then pg_column_size(p_value)
+                       else octet_length(p_value::text) end, 0)
+$$;
+
+-- The bytes that an answer has up to, and with, each of these runs: their payloads and, if p_checkpoints, the outputs of
+-- their completed steps.
+create or replace function tidebase._claim_sizes (p_ids text[], p_checkpoints boolean)
+  returns table (n bigint, id text, total bigint) language sql stable as $$
+  select n, id, sum(bytes) over (order by n)::bigint
+    from (select taken.n, taken.id, tidebase._text_bytes(r.input) + tidebase._text_bytes(r.error)
+                 + tidebase._bytes(r.metadata) + case when p_checkpoints and r.event_seq > 1 then (  -- else it has no steps
+                   select coalesce(sum(tidebase._text_bytes(s.output)), 0) from tidebase.steps s
+                    where s.run_id = taken.id and s.status = 'completed') else 0 end as bytes
+            from unnest(p_ids) with ordinality as taken (id, n) join tidebase.runs r on r.id = taken.id) as measured
+$$;
 
 -- Takes the locks of those queues that have a cap, in the order of their names, so that two claimers that list them
 -- differently do not wait for each other.
@@ -2613,7 +2692,7 @@ begin
 end $$;
 
 -- Gives ready runs to a worker: queues in the order given, then by priority, then by run_at; none to two. Of these
--- workflows, or of all; no more than one answer should carry (_fitting).
+-- workflows, or of all; but of many runs only the first whose payloads come to less than about 8 MiB.
 -- A repeat with the same p_id answers what the first call took and the owner still holds; past 8 MiB, which what
 -- was recorded since may come to, without more checkpoints, "checkpointsTruncated".
 -- Leaves   each run running under p_lease_owner's lease, attempt + 1, event run.claimed.
@@ -2626,76 +2705,72 @@ create or replace function tidebase.claim_runs (p_queues text[], p_lease_owner t
   set plan_cache_mode = force_generic_plan  -- else it is planned anew at every claim, for longer than it runs
   set enable_seqscan = off as $$            -- a plan made while the table was tiny is kept while it grows
 declare
-  v_now      timestamptz;
-  v_ready    text[];
-  v_ids      text[];
-  v_run      tidebase.runs;
-  v_runs     json[] := '{}';
-  v_queue    text;
-  v_room     integer;
-  v_before   integer;
-  v_bytes    bigint := 0;
+  v_limit   constant bigint := 8 * 1024 * 1024;
+  v_now     timestamptz;
+  v_ids     text[] := '{}';
+  v_queue   text;
+  v_claimed integer;
 begin
   if p_id is not null then
-    for v_run in select * from tidebase.runs where queue = any (p_queues) and lease_owner = p_lease_owner
-                    and status = 'running' and not stalled and claim_id = p_id
-                  order by array_position(p_queues, queue), priority desc, run_at, id
-    loop
-      v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints, v_bytes < 4194304);
-      v_bytes := v_bytes + octet_length(v_runs[cardinality(v_runs)]::text);
-    end loop;
-    if cardinality(v_runs) > 0 then
-      return json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_lease_owner);
+    v_ids := array(select id from tidebase.runs where queue = any (p_queues) and lease_owner = p_lease_owner
+                      and status = 'running' and not stalled and claim_id = p_id
+                    order by array_position(p_queues, queue), priority desc, run_at, id);
+    if cardinality(v_ids) > 0 then
+      return tidebase._claimed_json(v_ids, p_lease_owner, p_checkpoints);
     end if;
   end if;
   perform tidebase._lock_capped(p_queues);
   v_now := tidebase.now();
   foreach v_queue in array p_queues loop
-    exit when cardinality(v_runs) >= p_limit;
-    v_room := tidebase._queue_room(v_queue, p_limit - cardinality(v_runs));
-    v_before := cardinality(v_runs);
-    v_ready := tidebase._take_ready(v_queue, v_room, v_now, p_workflows);
-    v_ids := v_ready;
-    if p_limit > 1 then
-      select f.ids, f.p_bytes into v_ids, v_bytes from tidebase._fitting(v_ready, p_checkpoints, v_bytes) f;
-    end if;
-    for v_run in
-      with claimed as (
-        update tidebase.runs
-           set status = 'running', attempt = attempt + 1, lease_owner = p_lease_owner, lease_ms = p_lease_ms,
-               lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, claim_id = p_id,
-               former_owners = array_remove(array_remove(former_owners || settled_by, p_lease_owner), null),
-               event_seq = event_seq + 1, updated_at = v_now
-         where id = any (v_ids) returning *)
-      select * from claimed order by array_position(v_ids, id)
-    loop
-      perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.claimed', json_build_object(
-                'leaseOwner', p_lease_owner, 'queue', v_queue, 'attempt', v_run.attempt));
-      v_runs := v_runs || tidebase._claimed_json(v_run, p_checkpoints);
-    end loop;
-    perform tidebase._count_claims(v_queue, cardinality(v_runs) - v_before);
-    exit when cardinality(v_ids) < cardinality(v_ready);
+    exit when cardinality(v_ids) >= p_limit;
+    v_ids := v_ids || tidebase._take_ready(v_queue, tidebase._queue_room(v_queue, p_limit - cardinality(v_ids)), v_now,
+                                           p_workflows);
   end loop;
-  return case when cardinality(v_runs) > 0
-         then json_build_object('runs', array_to_json(v_runs), 'leaseOwner', p_lease_owner) end;
+  if cardinality(v_ids) = 0 then
+    return null;
+  elsif cardinality(v_ids) > 1 then
+    v_ids := array(select id from tidebase._claim_sizes(v_ids, p_checkpoints) where n = 1 or total <= v_limit order by n);
+  end if;
+  for v_queue, v_claimed in
+    with claimed as (
+      update tidebase.runs
+         set status = 'running', attempt = attempt + 1, lease_owner = p_lease_owner, lease_ms = p_lease_ms,
+             lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = fence + 1, claim_id = p_id,
+             former_owners = array_remove(array_remove(former_owners || settled_by, p_lease_owner), null),
+             offered_at = null, event_seq = event_seq + 1, updated_at = v_now
+       where id = any (v_ids) returning id, event_seq, queue, attempt
+    ), with_events as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select id, event_seq, 'run.claimed', json_build_object('leaseOwner', p_lease_owner, 'queue', queue,
+                                                             'attempt', attempt), v_now
+        from claimed
+    )
+    select queue, count(*) from claimed group by queue
+  loop
+    perform tidebase._count_claims(v_queue, v_claimed);
+  end loop;
+  return tidebase._claimed_json(v_ids, p_lease_owner, p_checkpoints);
 end $$;
 
-create or replace function tidebase._claimed_json (p_run tidebase.runs, p_checkpoints boolean,
-                                                   p_room boolean default true)
+-- What claim_runs answers for these runs, in this order.
+create or replace function tidebase._claimed_json (p_ids text[], p_lease_owner text, p_checkpoints boolean)
   returns json language plpgsql stable as $$
 declare
-  v_checkpoints json := '[]';
-  v_truncated   boolean := true;
+  v_limit constant bigint := 4 * 1024 * 1024;  -- with the 4 MiB of one more run's checkpoints, 8 MiB
 begin
   if not p_checkpoints then
-    return tidebase._run_json(p_run);
-  elsif p_room then
-    select checkpoints, truncated into v_checkpoints, v_truncated from tidebase._checkpoints(p_run.id);
+    return (select json_build_object('runs', json_agg(tidebase._run_json(r) order by n), 'leaseOwner', p_lease_owner)
+              from unnest(p_ids) with ordinality as claimed (id, n) join tidebase.runs r on r.id = claimed.id);
   end if;
-  return (select json_object_agg(key, value) from (  -- _joined would read all of it once more
-            select * from json_each(tidebase._run_json(p_run))
-            union all
-            values ('checkpoints', v_checkpoints), ('checkpointsTruncated', to_json(v_truncated))) as members);
+  return (
+    select json_build_object('leaseOwner', p_lease_owner, 'runs', json_agg(tidebase._joined(
+             tidebase._run_json(r), json_build_object('checkpoints', coalesce(c.checkpoints, '[]'),
+                                                      'checkpointsTruncated', coalesce(c.truncated, before > v_limit)))
+             order by n))
+      from (select *, lag(total, 1, 0::bigint) over (order by n) as before
+              from tidebase._claim_sizes(p_ids, true)) as claimed
+      join tidebase.runs r on r.id = claimed.id
+      left join lateral tidebase._checkpoints(r.id) as c on before <= v_limit and r.event_seq > 2);
 end $$;
 
 -- Sets what p_config names of {concurrency, rate_per_minute, invoke_url, paused}; null clears.    Returns  {"config"}.
@@ -2751,7 +2826,7 @@ $$;
 -- One write. p_write: {do, …}, where do names the verb, with its arguments by name; but payloads beside it: the input of
 -- a step or a new run; a step's output or a run's result; a step's error.
 -- Returns  the verb's answer and HTTP status.
-create or replace function tidebase.write_one (p_write jsonb, p_input json, p_output json, p_error json,
+create or replace function tidebase._write_one (p_write jsonb, p_input json, p_output json, p_error json,
                                                out body json, out status integer)
   language plpgsql as $$
 begin
@@ -2785,20 +2860,21 @@ begin
   end case;
 end $$;
 
--- Many writes (see write_one), their payloads in the same order. Each stands or falls alone.
--- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
---          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
---          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
+-- Many writes, their payloads in the same order: see write_one. Each stands or falls alone.
 -- Chained  a write with "chained": true is refused (TB409 prior_refused) when an earlier write of the same run in this
 --          call was refused. So of a run's chained writes those that are durable are a prefix. A begin that is answered
 --          with 409 manual_review counts as refused; an answer that was only too large (413) does not.
+-- Locks    dedupe keys (_lock_keys), then all runs that may change, in the order of their ids, in which a parent is
+--          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
+--          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given.
 -- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
 --          many refuse, some are not reached: their answer is null, and they are for another call, in the same order.
 --          A chained write is answered by the call that refused an earlier write of its run. Past p_room bytes, answers
 --          without payloads, see _brief_answer.
--- A part of the batch, at first all of it, is written in one subtransaction. Where a write is refused, the part is undone
--- and written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
+-- First the plain writes are made, by two statements: see _write_plain and _enqueue_plain. The others follow one by one.
+-- A part of them, at first all, is written in one subtransaction. Where a write is refused, the part is undone and
+-- written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
 -- PostgreSQL keeps 64 of a transaction in memory, and beyond them all other transactions get slower.
 create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
                                                 p_room bigint default 16777216)
@@ -2807,9 +2883,13 @@ create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[],
   set enable_seqscan = off as $$
 declare
   v_count    constant integer := jsonb_array_length(p_writes);
-  v_fresh    json[];
+  v_run_ids  text[];
+  v_ending   text[];
+  v_enqueues boolean;
+  v_keys     boolean;             -- whether any has a dedupe key
   v_bodies   json[];
   v_statuses integer[] := array_fill(200, array[v_count]);
+  v_done     boolean[];           -- of the plain ones
   v_written  record;
   v_from     integer := 1;        -- where the part begins,
   v_until    integer := v_count;  -- ends,
@@ -2823,29 +2903,38 @@ declare
   v_words    text;
   v_detail   text;
 begin
-  perform tidebase._lock_keys(p_writes);
+  select coalesce(array_agg(distinct run_id) filter (where run_id is not null), '{}'),
+         array_agg(run_id) filter (where verb in ('complete_run', 'fail_run')),
+         coalesce(bool_or(verb = 'enqueue_run'), false), coalesce(bool_or(dedupe_key is not null), false)
+    into v_run_ids, v_ending, v_enqueues, v_keys
+    from jsonb_to_recordset(p_writes) as w ("do" text, run_id text, dedupe_key text), lateral (select w."do" as verb) v;
+  if v_keys then
+    perform tidebase._lock_keys(p_writes);
+  end if;
   perform from tidebase.runs
-    where id = any (array(select w->>'run_id' from jsonb_array_elements(p_writes) as w
-                          union
-                          select r.parent_run_id from jsonb_array_elements(p_writes) as w
-                            join tidebase.runs r on r.id = w->>'run_id' where w->>'do' = 'complete_run'))
+    where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
+                                        where id = any (v_ending) and parent_run_id is not null))
     order by id for no key update;
-  v_fresh := tidebase._record_fresh(p_writes, p_inputs, p_outputs, p_errors);
-  v_bodies := v_fresh;
-  select coalesce(sum(octet_length(fresh::text)), 0) into v_size from unnest(v_fresh) as fresh;
+  v_bodies := case when v_run_ids <> '{}' then tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors, not v_keys)
+                   else array_fill(null::json, array[v_count]) end;
+  if v_enqueues then
+    v_bodies := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_bodies);
+  end if;
+  select array_agg(plain is not null), coalesce(sum(octet_length(plain::text)), 0) into v_done, v_size
+    from unnest(v_bodies) as plain;
   while v_from <= v_count and v_parts < 60 loop
     v_before := v_size;
     v_earlier := v_refused;
     begin
       for n in v_from .. v_until loop
-        continue when v_fresh[n] is not null;
+        continue when v_done[n];
         v_at := n;
         if tidebase._is_prior_refused(p_writes->(n - 1), v_refused) then
           v_bodies[n] := tidebase._prior_refused(p_writes->(n - 1));
           v_statuses[n] := 409;
           continue;
         end if;
-        v_written := tidebase.write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
+        v_written := tidebase._write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
         if v_written.status <> 200 then
           v_refused := v_refused || (p_writes->(n - 1)->>'run_id');
         end if;
@@ -2882,7 +2971,7 @@ begin
     end;
   end loop;
   for n in v_from .. v_count loop
-    if v_fresh[n] is null then  -- not reached, or reached in a part that was undone
+    if not v_done[n] then  -- not reached, or reached in a part that was undone
       v_bodies[n] := case when tidebase._is_prior_refused(p_writes->(n - 1), v_refused)
                      then tidebase._prior_refused(p_writes->(n - 1)) end;
       v_statuses[n] := 409;
@@ -2900,8 +2989,8 @@ create or replace function tidebase._prior_refused (p_write jsonb) returns json 
                            'code', 'prior_refused')
 $$;
 
--- The answer to a write of a batch that has no room for it: what was recorded, by its id and status; or that the write
--- is to be sent again by itself, since the answer says something that the client does not know.
+-- The answer to a write of a batch whose answers have no room for it. Of a step or a run that was ended it is the id and
+-- the status. Of other writes it says that the write, which was made, is to be sent again by itself for its answer.
 create or replace function tidebase._brief_answer (p_verb text, p_body json, p_status integer, out body json,
                                                    out status integer) language plpgsql as $$
 declare
@@ -2922,56 +3011,121 @@ begin
   end if;
 end $$;
 
--- Records, in one statement, those steps of a batch of which there is nothing to decide: completed, new, of a run that
--- its worker holds, and the first that the batch has of it. It leaves what record_step would, at a third less of its
--- cost.
--- Needs    the runs locked.    Returns  {"step"} for each of them, in the places of p_writes; null for all others.
-create or replace function tidebase._record_fresh (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
+-- Makes, in one statement, the writes of each run with which the batch begins for it and which leave nothing to decide.
+-- A write is plain when it comes with brief and its run is held by the owner that it names, and it either records a step
+-- that completed and is new, or completes a run that has no parent and no channels; and when all writes of its run before
+-- it are plain. It leaves what record_step and complete_run would.
+-- p_keyed_too: whether runs that have a dedupe key may be completed here, since no write of the batch may ask for the key.
+-- Needs    the runs locked.
+-- Returns  each plain write's answer in its place; null for all others.
+create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                  p_keyed_too boolean)
   returns json[] language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off as $$
 declare
   v_now     timestamptz := tidebase.now();
-  v_results json[] := array_fill(null::json, array[jsonb_array_length(p_writes)]);
-  v_fresh   record;
+  v_answers json[];
 begin
-  for v_fresh in
-    with given as (
-      select n::integer, w->>'run_id' as run_id, w->>'lease_owner' as owner, w->>'name' as name,
-             w->>'input_hash' as input_hash, (w->'options')::json as options, (w->>'brief')::boolean as brief,
-             coalesce((w->>'started_at')::timestamptz,
-                      v_now - tidebase._ms(coalesce((w->>'duration_ms')::bigint, 0))) as started_at,
-             row_number() over (partition by w->>'run_id' order by n) as place, w->>'do' as verb
-        from jsonb_array_elements(p_writes) with ordinality as given (w, n)
-    ), fresh as materialized (
-      select g.*, r.event_seq, r.fence
-        from given g join tidebase.runs r on r.id = g.run_id
-       where g.place = 1 and g.verb = 'record_step' and p_errors[n] is null
-         and r.status = 'running' and r.lease_owner = g.owner
-         and not exists (select from tidebase.steps s where s.run_id = g.run_id and s.name = g.name)
-    ), counted as (
-      update tidebase.runs r set event_seq = r.event_seq + 2, updated_at = v_now, stalled = false,
-             lease_expires_at = v_now + tidebase._ms(r.lease_ms)
-        from fresh where r.id = fresh.run_id
-    ), stored as (
-      insert into tidebase.steps as s (id, run_id, name, position, input_hash, input, options, contract, status, output,
-                                       settled_by, fence, started_at, completed_at, created_at, updated_at)
-      select tidebase._new_id('step'), run_id, name, event_seq + 1, input_hash, p_inputs[n], options,
-             tidebase._contract(options), 'completed', p_outputs[n], owner, fence, started_at, v_now, v_now, v_now
-        from fresh order by n
-      returning s as step
-    ), told as (
-      insert into tidebase.events (run_id, seq, type, payload, created_at)
-      select (step).run_id, (step).position, 'step.started', tidebase._step_started(step), v_now from stored
-      union all
-      select (step).run_id, (step).position + 1, 'step.completed', tidebase._step_completed(step), v_now from stored
-    )
-    select n, tidebase._step_told(step, brief, (step).output) as answer
-      from stored join fresh on fresh.run_id = (step).run_id
+  with given as (
+    select *, coalesce(named_id, new_id) as run_id  -- to ask for a run by its id is a write of it, and is not plain
+      from rows from (
+           jsonb_to_recordset(p_writes) as ("do" text, run_id text, id text, lease_owner text, name text,
+             input_hash text, options json, brief boolean, started_at timestamptz, duration_ms bigint),
+           unnest(p_inputs), unnest(p_outputs), unnest(p_errors)) with ordinality
+         as w (verb, named_id, new_id, lease_owner, name, input_hash, options, brief, started_at, duration_ms, input,
+               output, error, n)
+  ), judged as (
+    select g.*, r.event_seq, r.fence, r.queue,
+           row_number() over (partition by g.run_id, g.verb, g.name order by n) = 1  -- neither recorded nor completed twice
+           and r.status = 'running' and r.lease_owner = g.lease_owner and g.brief and case g.verb
+             when 'record_step' then g.error is null and not exists (
+               select from tidebase.steps s where s.run_id = g.run_id and s.name = g.name)
+             when 'complete_run' then r.parent_run_id is null and not r.has_channels
+                                      and (p_keyed_too or r.dedupe_key is null)
+             else false end as is_plain
+      from given g join tidebase.runs r on r.id = g.run_id
+  ), placed as (
+    select *, count(*) over so_far as place,
+           bool_and(is_plain) over so_far
+           and count(*) filter (where verb = 'complete_run')
+                 over (so_far rows between unbounded preceding and 1 preceding) = 0 as is_first
+      from judged window so_far as (partition by run_id order by n)
+  ), done as materialized (
+    select n, verb, run_id, lease_owner, name, input_hash, options, input, output, fence, queue,
+           event_seq + 2 * place::integer - 1 as seq,  -- each record before it has two events
+           coalesce(started_at, v_now - tidebase._ms(coalesce(duration_ms, 0))) as started_at,
+           case verb when 'record_step' then tidebase._new_id('step') end as step_id,
+           case verb when 'record_step' then tidebase._contract(options) end as contract
+      from (select * from placed where is_first order by n) as first
+  ), changed as (
+    update tidebase.runs r
+       set event_seq = c.seq, updated_at = v_now, stalled = false,
+           status = case when c.ends then 'completed' else r.status end,
+           result = case when c.ends then c.result end,
+           error = case when not c.ends then r.error end,
+           settled_by = case when c.ends then r.lease_owner else r.settled_by end,
+           lease_owner = case when not c.ends then r.lease_owner end,
+           lease_expires_at = case when not c.ends then v_now + tidebase._ms(r.lease_ms) end,
+           completed_at = case when c.ends then v_now end
+      from (select run_id, max(case verb when 'complete_run' then seq else seq + 1 end) as seq,
+                   bool_or(verb = 'complete_run') as ends,
+                   (array_agg(output) filter (where verb = 'complete_run'))[1] as result
+              from done group by run_id) as c
+     where r.id = c.run_id
+  ), with_steps as (
+    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output,
+                                settled_by, fence, started_at, completed_at, created_at, updated_at)
+    select step_id, run_id, name, seq, input_hash, input, options, contract, 'completed', output, lease_owner, fence,
+           started_at, v_now, v_now, v_now
+      from done where verb = 'record_step'
+  ), with_events as (
+    insert into tidebase.events (run_id, seq, type, payload, created_at)
+    select run_id, e.seq, e.type, e.payload, v_now
+      from done d cross join lateral (
+             select d.seq, 'step.started' as type, tidebase._step_started(step_id, name, 1, contract) as payload
+              where verb = 'record_step'
+             union all
+             select d.seq + 1, 'step.completed', tidebase._step_completed(step_id, name, contract)
+              where verb = 'record_step'
+             union all
+             select d.seq, 'run.completed', json_build_object('result', output) where verb = 'complete_run') as e
+  ), tallied as (
+    insert into tidebase.queue_tallies
+    select queue, 'completed', count(*) from done where verb = 'complete_run' and queue is not null group by queue
+  )
+  select array_agg(case d.verb
+           when 'record_step' then json_build_object('step', tidebase._brief_step(step_id, name, 'completed', 1))
+           when 'complete_run' then json_build_object('run', tidebase._brief_run(run_id, 'completed')) end order by g.n)
+    into v_answers
+    from generate_series(1, jsonb_array_length(p_writes)) as g (n) left join done d on d.n = g.n;
+  return v_answers;
+end $$;
+
+-- Inserts, in one statement, the new runs of a batch that have no dedupe key and no id that another write of it names,
+-- unless their id is taken. It leaves what enqueue_run would.
+-- Returns  p_answers, with those of the new runs in their places.
+create or replace function tidebase._enqueue_plain (p_writes jsonb, p_inputs json[], p_run_ids text[], p_answers json[])
+  returns json[] language plpgsql as $$
+declare
+  v_jobs   jsonb;
+  v_inputs json[];
+  v_places integer[];
+  v_new    record;
+begin
+  select jsonb_agg(job order by n), array_agg(input order by n), array_agg(n::integer order by n)
+    into v_jobs, v_inputs, v_places
+    from (select *, job->>'id' as id, count(*) over (partition by job->>'id') as times
+            from rows from (jsonb_array_elements(p_writes), unnest(p_inputs)) with ordinality as w (job, input, n)) as w
+   where job->>'do' = 'enqueue_run' and job->>'dedupe_key' is null
+     and (id is null or (times = 1 and id <> all (p_run_ids)));
+  for v_new in
+    select i.n, json_build_object('run', tidebase._run_json(i.run), 'deduplicated', false) as answer
+      from tidebase._insert_runs(v_jobs, v_inputs) i
   loop
-    v_results[v_fresh.n] := v_fresh.answer;
+    p_answers[v_places[v_new.n]] := v_new.answer;
   end loop;
-  return v_results;
+  return p_answers;
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -3004,7 +3158,7 @@ end $$;
 create or replace function tidebase.list_schedules () returns json language sql stable as $$
   select json_build_object('schedules', coalesce(json_agg(
            case when m.is_shown then tidebase._schedule_json(s)
-                else tidebase._marked(tidebase._schedule_shown(s, null)) end order by s.name), '[]'))
+                else tidebase._mark_omitted(tidebase._schedule_shown(s, null)) end order by s.name), '[]'))
     from tidebase.schedules s
     join (select name, bytes <= 65536 and sum(bytes) filter (where bytes <= 65536) over (order by name)
                                           <= tidebase._budget() as is_shown
@@ -3212,13 +3366,14 @@ begin
     continue when not found;
     v_runs := v_runs || json_build_object('runId', v_run.id, 'workflowName', v_run.workflow_name, 'queue', v_run.queue,
                 'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts);
-    update tidebase.runs set former_owners = former_owners || lease_owner where id = v_run.id;
+    v_run.former_owners := v_run.former_owners || v_run.lease_owner;
     if v_run.queue is not null and v_run.attempt < v_run.max_attempts then
       perform tidebase._requeue(v_run, v_error, v_now, null, 'lease_expired');
     elsif v_run.queue is not null then
       perform tidebase._fail(v_run, v_error, tidebase._failure_class(v_run, true), null, 'lease_expired');
     else
-      update tidebase.runs set stalled = true, event_seq = event_seq + 1, updated_at = v_now
+      update tidebase.runs set stalled = true, former_owners = v_run.former_owners, event_seq = event_seq + 1,
+             updated_at = v_now
        where id = v_run.id returning * into v_run;
       perform tidebase._append_event(v_run.id, v_run.event_seq, 'run.stalled', json_build_object(
                 'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt));
@@ -3286,10 +3441,10 @@ begin
                           completed_at = v_now
                     where run_id = v_id and kind = 'push' and status = 'pending' returning id
       loop
-        perform tidebase._record(v_run, null, 'recovery.failed', json_build_object('recoveryAttemptId', v_old,
-                  'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
+        perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.failed', json_build_object(
+                  'recoveryAttemptId', v_old, 'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
       end loop;
-      perform tidebase._record(v_run, null, 'recovery.started', json_build_object(
+      perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.started', json_build_object(
                 'recoveryAttemptId', (tidebase._enqueue_webhook('push', v_id, null, null, 'run.invoke',
                                                                 'queue_dispatch', v_queue.invoke_url, null)).id,
                 'reason', 'queue_dispatch'));
@@ -3337,8 +3492,8 @@ begin
                 order by wake_at limit p_limit for no key update skip locked
   loop
     if v_run.waiting_for ? 'event' then
-      perform tidebase._add_signal(v_run, null, v_run.waiting_for->>'event', tidebase._number(v_run.waiting_for), null,
-                                   true);
+      perform tidebase._add_signal(v_run, null, v_run.waiting_for->>'event',
+                                   tidebase._signal_number(v_run.waiting_for), null, true);
     else
       perform tidebase._wake(v_run);
     end if;
@@ -3377,8 +3532,8 @@ create or replace function tidebase.fold_tallies (p_rows integer) returns intege
   select 0
 $$;
 
--- What the watcher asks for those who wait: of each pair of a queue and what is claimed from it (a list of workflows, or
--- null for all) how many runs could start now, at most p_limit; and how far the events of each run have got.
+-- What the watcher asks on behalf of all waiting requests. For each queue and the workflows claimed from it (a list, or
+-- null for all): how many runs could start now, at most p_limit. For each run: the number of its last event.
 -- Returns  {"claims": [n, …], "runs": {ID: seq}}.
 create or replace function tidebase.watch (p_queues text[], p_workflows jsonb, p_limit integer, p_run_ids text[])
   returns json language plpgsql volatile
@@ -3541,7 +3696,7 @@ begin
     update tidebase.outbox set next_attempt_at = v_now
      where seq = (select min(seq) from tidebase.outbox where channel_id = v_webhook.channel_id and status = 'pending');
     if v_webhook.kind <> 'channel' then
-      perform tidebase._record(v_run, null, 'recovery.' || v_webhook.status, json_build_object(
+      perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.' || v_webhook.status, json_build_object(
                 'recoveryAttemptId', p_id, 'reason', v_webhook.reason, 'httpStatus', p_http_status, 'error', p_error));
     end if;
   end if;
@@ -4148,31 +4303,6 @@ begin
       'parent', (select json_build_object('id', e.parent_run_id, 'name', e.name)
                    from tidebase.run_edges e where e.child_run_id = r.id limit 1))
       from tidebase.runs r where r.id = p_run_id);
-end $$;
-
--- Versions of a run's state without their values, by stream and version, after one of them.
--- Returns  {"stateVersions", "nextCursor"}, null when there is no such run.
-create or replace function tidebase.list_versions_light (p_run_id text, p_stream text, p_labeled boolean, p_after text,
-                                                         p_limit integer)
-  returns json language plpgsql stable set enable_seqscan = off as $$
-declare
-  v_found json[];
-  v_ids   text[];
-begin
-  if not exists (select from tidebase.runs where id = p_run_id) then
-    return null;
-  end if;
-  select array_agg(json_build_object(
-           'id', v.id, 'streamId', v.stream_id, 'streamName', s.name, 'runId', v.run_id, 'stepId', v.step_id,
-           'version', v.version, 'label', v.label, 'reason', v.reason, 'importance', v.importance,
-           'createdBy', v.created_by, 'createdAt', tidebase._iso(v.created_at),
-           'bytes', octet_length(v.value::text), 'patchBytes', octet_length(v.patch::text)) order by p.n),
-         array_agg(v.id order by p.n)
-    into v_found, v_ids
-    from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
-    join tidebase.state_versions v on v.id = p.id join tidebase.state_streams s on s.id = v.stream_id;
-  return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
-                           'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
 end $$;
 
 create or replace function tidebase._delivery_light (o tidebase.outbox) returns json language sql stable as $$

@@ -32,10 +32,9 @@ Tidebase` works here as it does in an app that has the client copied in as tideb
 
 from __future__ import annotations
 
-import base64
 import difflib
 import functools
-import hmac
+import gc
 import importlib
 import itertools
 import json
@@ -50,7 +49,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -74,9 +73,9 @@ from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database
 from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, read_members, take, to_json
 from tidebase_server.database import CONNECT_SECONDS, Database, JsonArray, SchemaAhead, SchemaBehind, cannot_write
 from tidebase_server.embedded import EmbeddedError, EmbeddedPostgres
-from tidebase_server.exchange import Cut, Exchange, TargetRefused
+from tidebase_server.exchange import Cut, Exchange, TargetRefused, sign
 from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
-from tidebase_server.logs import LogFormat, one_line, place_of
+from tidebase_server.logs import LogFormat, log_expired, log_failure
 from tidebase_server.processes import Processes, on_stop
 from tidebase_server.request import (
     Part,
@@ -84,6 +83,7 @@ from tidebase_server.request import (
     choice_of,
     flag_of,
     found,
+    is_quiet,
     parse,
     path_of,
     query,
@@ -244,6 +244,7 @@ class Config:
                                   f"{SHORTEST_KEY} characters; {MAKE_KEY}")
 
     def webhook_targets(self) -> WebhookTargets:
+        """Where webhooks may go.  :raises ValueError: TIDEBASE_WEBHOOK_ALLOW is malformed."""
         return WebhookTargets(self.webhook_allow, on_loopback=self.host in LOOPBACK)
 
 # ------------------------------------------------------------------------------
@@ -280,16 +281,18 @@ class Watcher:
     def __init__(self, database: Database, max_waiting: int) -> None:
         self.database = database
         self.max_waiting = max_waiting
-        self.provide_threads: Callable[[int], None] = lambda waiting: None  # beside those of so many that wait
+        self.provide_threads: Callable[[int], None] = lambda waiting: None  # set by the HTTP server
         self.long_polls: list[LongPoll] = []
         self.lock = threading.Lock()
         self.wake_event = threading.Event()
         self.next_disconnect_check = 0.0
         self.stopping = False
 
-    def notify(self) -> None:
-        """Ask again soon: this process wrote something."""
-        if self.long_polls:
+    def notify(self, only_run: str | None = None) -> None:
+        """Ask again soon: this process wrote something; `only_run`: nothing but events of this run."""
+        with self.lock:
+            has_news = any(only_run in (None, poll.run_id) for poll in self.long_polls)
+        if has_news:
             self.wake_event.set()
 
     def stop(self) -> None:
@@ -331,7 +334,7 @@ class Watcher:
                 raise TooManyWaiting
             try:
                 self.provide_threads(len(self.long_polls) + 1)
-            except RuntimeError:  # the machine gives no more threads: those that there are must not all wait
+            except RuntimeError:  # the machine gives no more threads: some must stay free to answer requests
                 self.max_waiting = len(self.long_polls)
                 logger.warning("the machine gives no more threads: %d requests may wait at once", self.max_waiting,
                                extra={"event": "no_thread"})
@@ -347,7 +350,7 @@ class Watcher:
                     self.wake_event.set()  # for a last tick, which ends threads that are not needed any more
 
     def tick(self) -> int:
-        """Ask once, and wake the long polls that there is news for; of those for a queue, as many as runs of it could
+        """Ask once, and wake the long polls that have news. Of the polls for a queue, as many wake as runs of it can
         start.  :returns: 0, to sleep."""
         with self.lock:
             polls = list(self.long_polls)
@@ -398,29 +401,15 @@ def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], s
 # ------------------------------------------------------------------------------
 SEND_SECONDS = 10        # for a whole exchange, from the resolver to the last byte of the answer
 SEND_SLOTS = 8           # webhooks in flight at once that are not slow
-SEND_SLOW_SECONDS = 0.2  # in flight for longer, a webhook gives its slot to another: its thread only waits
+SEND_SLOW_SECONDS = 0.2  # a webhook in flight for longer counts as slow: its thread only waits for the receiver
 SEND_THREADS = 128       # webhooks in flight at once, the slow ones among them
-SEND_PER_HOST = 2        # of these to one host and port, so that one that hangs leaves the slots to the others
-SEND_HOLD_MS = 6000      # a claim lasts so long, and is renewed while its sender lives: then another one claims it
+SEND_PER_HOST = 2        # webhooks in flight to one host and port, so that a host that hangs cannot take all slots
+SEND_HOLD_MS = 6000      # how long a claim lasts unless it is renewed; then another sender may claim the webhook
 SEND_RENEW_SECONDS = 2.0
-SEND_SLEEP_SECONDS = 1.0  # between looks for what became due, or was written by another process
-SEND_GAP_SECONDS = 0.02
+SEND_SLEEP_SECONDS = 1.0  # between two claims, when this process writes no webhook
+SEND_GAP_SECONDS = 0.02  # between two claims, at least
 DEADLINE_SECONDS = 0.1   # how late a deadline may be kept
 SEND_DRAIN_SECONDS = 3.0  # for what is in flight when the server is told to stop
-
-
-def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str, str]:
-    """The signature headers: ours, HMAC-SHA256 over the body, and those of the Standard Webhooks specification, over
-    id, timestamp and body; a secret that begins with whsec_ is base64 there, as that specification has it."""
-    key = secret.encode()
-    standard_key = key
-    if secret.startswith("whsec_"):
-        with suppress(ValueError):
-            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True) or key
-    signed = b"%s.%d.%s" % (delivery_id.encode(), timestamp, body)
-    standard = base64.b64encode(hmac.digest(standard_key, signed, "sha256")).decode()
-    return {"x-tidebase-signature": "sha256=" + hmac.digest(key, body, "sha256").hex(),
-            "webhook-signature": f"v1,{standard}"}
 
 
 class Outcome(NamedTuple):
@@ -434,25 +423,27 @@ class Outcome(NamedTuple):
 
 
 class InFlight(NamedTuple):
+    """A webhook that is being sent."""
+
     webhook: dict[str, Any]  # as claimed
     exchange: Exchange
 
 
 class Sender:
-    """Sends what is due, each webhook in a thread of its own; those of a channel one after the other, since only the
-    first is ever due. What is in flight stands in `in_flight` and nowhere else, so no failure can lose a slot."""
+    """Sends the webhooks that are due, each in a thread of its own. The webhooks of one channel go one after the other,
+    since only the first of them is ever due. Free slots are counted from `in_flight`, so no failure can lose one."""
 
     def __init__(self, database: Database, secret: str, targets: WebhookTargets) -> None:
         self.database = database
         self.secret = secret
         self.targets = targets
         self.in_flight: dict[str, InFlight] = {}
-        self.changed = threading.Condition()  # guards it; notified when it shrinks
+        self.changed = threading.Condition()  # guards in_flight; notified when a webhook leaves it
         self.wake_event = threading.Event()      # there may be something to send
         self.deadline_event = threading.Event()  # there is a deadline to keep
         self.renew_at = 0.0
-        self.after = ""                       # hosts take turns: the next claim begins after this one
-        self.stop_by: float | None = None     # the end of what is in flight, once the server stops
+        self.after = ""                       # the host after which the next claim begins, so that hosts take turns
+        self.stop_by: float | None = None     # when webhooks in flight are cut short, once the server stops
 
     def notify(self) -> None:
         """There may be something to send."""
@@ -482,7 +473,10 @@ class Sender:
         return SEND_SLOW_SECONDS if self.in_flight else SEND_SLEEP_SECONDS
 
     def keep_deadlines(self) -> int:
-        """End what is in flight for too long.  Needs a thread that waits for nothing else.  :returns: 0, to sleep."""
+        """Cut webhooks short that are in flight for too long; runs in a thread that waits for nothing else.
+
+        :returns: 0, to sleep.
+        """
         now = time.monotonic()
         for _, exchange in list(self.in_flight.values()):
             if now >= min(exchange.deadline, self.stop_by or exchange.deadline):
@@ -490,7 +484,7 @@ class Sender:
         return 0
 
     def stop(self) -> None:
-        """Claim no more, and give what is in flight SEND_DRAIN_SECONDS."""
+        """Claim no more webhooks, and cut short in SEND_DRAIN_SECONDS what is in flight then."""
         self.stop_by = time.monotonic() + SEND_DRAIN_SECONDS
         self.deadline_event.set()
 
@@ -539,7 +533,7 @@ class Sender:
             else:
                 self.database.call("release_webhook", id=webhook["id"], attempt=webhook["attempt"],
                                    delay_ms=int(SEND_SLEEP_SECONDS * 1000))
-        except psycopg.Error as error:  # claimed by another when the hold is over, under the same id
+        except psycopg.Error as error:  # it is claimed again when the hold is over, and sent under the same id
             logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
                            extra={"event": "settle_failed", "delivery_id": webhook["id"]})
         finally:
@@ -563,7 +557,7 @@ class Sender:
             return Outcome(False, False, error=str(refusal))
         except Cut:
             return None if self.stop_by else Outcome(False, True, error=f"no complete answer within {SEND_SECONDS} s")
-        except ValueError as error:  # an address that nobody can have
+        except ValueError as error:  # the URL is no address
             return Outcome(False, False, error=type(error).__name__)
         except requests.RequestException as error:
             return Outcome(False, True, error=type(error).__name__)
@@ -652,16 +646,8 @@ class Reconciler:
     def _expire_leases(self) -> int:
         expired, runs = self.database.rows("expire_leases", limit=SWEEP_LIMIT)[0]
         for run in json.loads(runs):
-            self._log_expired(run)
+            log_expired(run)
         return int(expired)
-
-    @staticmethod
-    def _log_expired(run: dict[str, Any]) -> None:
-        outcome = ("it is stalled until somebody begins it" if run["queue"] is None
-                   else "it is queued again" if run["attempt"] < run["maxAttempts"] else "it failed")
-        logger.warning("the lease of run %s (%s) expired in attempt %d of %d, held by %s; %s", run["runId"],
-                       place_of(run), run["attempt"], run["maxAttempts"], one_line(run["leaseOwner"]), outcome,
-                       extra={"event": "lease_expired", "run_id": run["runId"]})
 
     def _cancel_overdue(self) -> int:
         # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
@@ -709,7 +695,7 @@ PREPARE_SECONDS = 1  # what a process that has only just started is given to loo
 
 def core() -> Server:
     """The server that this request came to."""
-    return cast(Server, request.core())
+    return cast("Server", request.core())
 
 
 def authorize() -> flask.Response | None:
@@ -739,15 +725,16 @@ def authorize() -> flask.Response | None:
 
 def add_headers(response: flask.Response) -> flask.Response:
     """After a route: add what all answers carry, and what TIDEBASE_CORS_ORIGIN allows."""
-    for name, value in SAFE_HEADERS.items():
-        response.headers.setdefault(name, value)
+    if "Cache-Control" not in response.headers:  # it is no reply()
+        for name, value in SAFE_HEADERS.items():
+            response.headers.setdefault(name, value)
     if core().cors_headers:
         response.headers.update(core().cors_headers)
     return response
 
 
 def answer_to(error: Exception) -> Reply:
-    """The answer to a request that raised. A defect is told in full to the log, and in one word to the client."""
+    """The answer to a request that raised. A defect is logged in full, and the client gets a 500."""
     if isinstance(error, HTTPException):
         return refused(error)
     answer = None
@@ -816,37 +803,23 @@ def write_all(writes: list[dict[str, Any]]) -> Reply:
             "write_each", writes=to_json([fields[n] for n in rest]), inputs=inputs, outputs=outputs, errors=errors,
             room=MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
         answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
-    core().wrote()
+    if not all(is_quiet(write["do"], error) for write, (_, _, error) in zip(writes, payloads, strict=True)):
+        core().wrote()  # who follows one of the runs learns of the others within WATCH_SECONDS
     for n, write in enumerate(writes):
         if write["do"] == "fail_run" and answers[n][1] == 200:
             log_failure(write["run_id"], answers[n][0])
+    return results([answers[n] for n in range(len(writes))])
+
+
+def results(rows: list[tuple[Any, ...]]) -> Reply:
+    """The answer to many requests in one, of rows of an answer and its status."""
     return reply('{"results": [' + ", ".join(
-        body if status == 200 else f'{body[:-1]}, "status": {status}}}'
-        for body, status in map(answers.__getitem__, range(len(writes)))) + "]}")
+        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
 
 
 def lease_of(step: dict[str, Any]) -> dict[str, Any]:
     """Who begins a step, and for how long."""
     return {"lease_owner": step["lease_owner"] or new_owner(), "lease_ms": core().config.lease_ms}
-
-
-def log_failure(run_id: str, text: str) -> None:
-    """Log what fail_run answered: which run, and no more of its error than its first words."""
-    try:
-        answer = json.loads(text)
-    except RecursionError:  # a payload may be nested just deeply enough to be taken and not to be read again
-        logger.warning("run %s failed; its payloads are nested too deeply to show why", run_id,
-                       extra={"event": "run_failed", "run_id": run_id})
-        return
-    run, error = answer["run"], answer["run"].get("error")
-    if run["status"] not in ("failed", "queued") or "requeued" not in answer:  # it had ended before
-        return
-    texts = [error.get("name"), error.get("message")] if isinstance(error, dict) else [error]
-    words = one_line(": ".join(text for text in texts if text and isinstance(text, str)))
-    logger.warning("run %s (%s) failed in attempt %d of %d%s; %s", run_id, place_of(run), run["attempt"],
-                   run["maxAttempts"], words and f": {words}",
-                   f"it is queued again for {run['runAt']}" if answer["requeued"] else "it is not queued again",
-                   extra={"event": "run_requeued" if answer["requeued"] else "run_failed", "run_id": run_id})
 
 
 # ------------------------------------------------------------------------------
@@ -882,7 +855,7 @@ def openapi_json() -> Reply:
 @functools.cache
 def described() -> str:
     """The text of /openapi.json."""
-    return json.dumps(openapi.document(app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS))
+    return json.dumps(openapi.document(flask.current_app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS))
 
 
 @routes.get("/session")
@@ -960,15 +933,17 @@ def begin_run(run_id: str) -> Reply:
 @routes.post("/runs/<part:run_id>/heartbeat")
 def heartbeat(run_id: str) -> Reply:
     """Extend the lease.  200 {run}, 404, 409 lease_lost, run_cancelled."""
-    return call("heartbeat", run_id=run_id, **parse(bodies.HeartbeatBody))
+    owner = parse(bodies.HeartbeatBody)["lease_owner"]
+    [row] = core().database.rows("heartbeat_runs", run_ids=[run_id], lease_owners=[owner], brief=False)
+    return reply(*row)
 
 
 @routes.post("/heartbeats")
 def heartbeats() -> Reply:
     """Extend many leases.  200 {results: [{run:heldRun} or heldRefusal]}."""
     runs = parse(bodies.HeartbeatsBody)["runs"]
-    return call("heartbeat_runs", run_ids=[run["id"] for run in runs],
-                lease_owners=[run["lease_owner"] for run in runs])
+    return results(core().database.rows("heartbeat_runs", run_ids=[run["id"] for run in runs],
+                                        lease_owners=[run["lease_owner"] for run in runs]))
 
 
 @routes.post("/runs/<part:run_id>/complete")
@@ -1172,8 +1147,8 @@ def list_versions(run_id: str) -> Reply:
     light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
     limit = whole_of("limit", asked.get("limit", "200" if light else "10000"), 1000 if light else 10_000, 1)
     return found(core().database.read(
-        "list_versions_light" if light else "list_versions", run_id=run_id, stream=asked.get("stream"),
-        labeled=flag_of("labeled", asked.get("labeled")), after=asked.get("after"), limit=limit)[0], run_id)
+        "list_versions", run_id=run_id, stream=asked.get("stream"), labeled=flag_of("labeled", asked.get("labeled")),
+        after=asked.get("after"), limit=limit, light=light)[0], run_id)
 
 
 @routes.post("/runs/<part:run_id>/snapshots")
@@ -1330,7 +1305,7 @@ def claim() -> Reply:
     except TooManyWaiting:
         return busy(reply(nothing))
     if text is not None:
-        server.wrote()
+        server.watcher.notify()
     return reply(text or nothing)
 
 
@@ -1443,13 +1418,14 @@ class Server:
 
     @property
     def url(self) -> str:
+        """The address that this server listens on."""
         host, port = self.listener.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     @property
     def public_url(self) -> str:
-        """What resolveUrl begins with: never the Host of a request, which whoever sends it chooses. Empty, so that it
-        is a path, when others can connect and nobody told the server its address."""
+        """What resolveUrl begins with: never the Host of a request, which its sender chooses. Empty, so that resolveUrl
+        is a path, when the server listens beyond loopback and TIDEBASE_PUBLIC_URL is not set."""
         return (self.config.public_url or (self.url if self.config.host in LOOPBACK else "")).rstrip("/")
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
@@ -1459,10 +1435,12 @@ class Server:
         environ["tidebase.server"] = self
         return app(environ, start_response)
 
-    def wrote(self) -> None:
-        """Something was written: wake the watcher and the sender."""
-        self.watcher.notify()
-        self.sender.notify()
+    def wrote(self, only_run: str | None = None) -> None:
+        """Something was written: wake the watcher and the sender; `only_run`: nothing but events of this run that no
+        channel takes."""
+        self.watcher.notify(only_run)
+        if only_run is None:
+            self.sender.notify()
 
     def prepare(self) -> None:
         """Bring the schema up to date and open the pool, once.
@@ -1582,6 +1560,7 @@ def serve_one(config: Config, conninfo: str, listener: socket.socket, revive: Ca
     """Serve in this process until SIGTERM or SIGINT, also one that came before and stands in `signals`."""
     server = Server(config, conninfo, listener, revive)
     on_stop(lambda *_: server.stop())
+    gc.freeze()  # what importing made lives as long as the process: collections need not look at it again and again
     if not signals:
         server.serve()
 

@@ -3906,9 +3906,9 @@ def _sorts_and_prints_alike(value: Any) -> bool:
     """Whether json prints a value as RFC 8785 has it, which it does but for rare numbers and keys."""
     kind = type(value)
     if kind is dict:
-        return all([key.isascii() and _sorts_and_prints_alike(member) for key, member in value.items()])
+        return all(key.isascii() and _sorts_and_prints_alike(member) for key, member in value.items())
     if kind is list:
-        return all([_sorts_and_prints_alike(member) for member in value])
+        return all(map(_sorts_and_prints_alike, value))
     return abs(value) < 2**53 if kind is int else kind is not float
 
 

@@ -83,6 +83,14 @@ BODIES = {
     "write an output": Sent("POST", "/writes", {"do": "complete_step", "runId": "r", "stepId": "s", **OWNER},
                             {"do": "choice", "runId": "name", "stepId": "name", "leaseOwner": "name"},
                             lambda body: {"writes": [body]}),
+    "write a step's failure": Sent(
+        "POST", "/writes", {"do": "fail_step", "runId": "r", "stepId": "s", "error": 1, **OWNER},
+        {"do": "choice", "runId": "name", "stepId": "name", "leaseOwner": "name", **FAILURE, "chained": "flag"},
+        lambda body: {"writes": [body]}),
+    "write a failure": Sent(
+        "POST", "/writes", {"do": "fail_run", "runId": "r"},
+        {"do": "choice", "runId": "name", "leaseOwner": "name", "failureClass": "name", "retryable": "flag",
+         "chained": "flag"}, lambda body: {"writes": [body]}),
     "write a result": Sent("POST", "/writes", {"do": "complete_run", "runId": "r"},
                            {"do": "choice", "runId": "name", "leaseOwner": "name", "brief": "flag"},
                            lambda body: {"writes": [body]}),
@@ -241,6 +249,15 @@ def test_what_is_too_deep_or_too_long_to_read_is_refused_wherever_it_stands(api:
     for frame in (b'{"records":[{"output":%s}]}', b'{"runs":[%s]}'):
         refused(api.post("/steps", raw=frame % BIG[what]), 400, "invalid_request")
     assert api.get("/runs")["runs"] == []
+
+
+@pytest.mark.parametrize("before", [0, 1, 500, 989, 990, 5000])
+def test_a_number_has_a_thousand_characters_wherever_it_stands_and_a_string_any_digits(api: Api, before: int) -> None:
+    frame = b'{"unknown":"%s","input":%%s}' % (b"7" * before)
+    for number in (b"1" * 1001, b"-" + b"1" * 1000, b"0." + b"1" * 999, b"1e" + b"0" * 998 + b"1"):
+        refused(api.post("/runs/report", raw=frame % number), 400, "invalid_request")
+    for value in (b"1" * 1000, b'"%s"' % (b"1" * 5000), b'["%s\\"", 5]' % (b"1" * 2000)):
+        assert value.decode() in api.post("/runs/report", raw=frame % value).text
 
 
 @pytest.mark.parametrize("kind", ["list", "object"])

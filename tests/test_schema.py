@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "fc29504c7de1b67269bfcc2dc19488eca3c205b8b2224b48c060ce1f1a46df4b")
+PINNED = (3, "1c53a7374a06371434bc251b2cbbadfcd0853693a9b582445482761ad183121e")
 
 
 def apply(conninfo: str) -> None:

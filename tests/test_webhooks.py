@@ -1145,16 +1145,20 @@ def test_a_slow_delivery_counts_though_another_sender_took_it_over_meanwhile(api
     api.server.let_send(False)
     run = api.create(channels=[channel(HOOK)])
     api.complete(run)
-    call = api.server.database.call
+
+    def settle(webhook: Any, *outcome: Any) -> None:
+        api.server.database.call("settle_webhook", id=webhook["id"], attempt=webhook["attempt"],
+                                 **tidebase.Outcome(*outcome)._asdict())
+
     first, = claimed(api)
     clock.advance(ms=tidebase.SEND_HOLD_MS)
     second, = claimed(api)
     assert (first["attempt"], second["attempt"]) == (1, 2)
-    call("settle_webhook", first["id"], 1, False, False, 400, "", "HTTP 400")  # a failure that is out of date does not
+    settle(first, False, False, 400, "", "HTTP 400")  # a failure that is out of date does not
     assert deliveries(api, run)[0]["status"] == "pending"
-    call("settle_webhook", first["id"], 1, True, False, 200, "ok", None)
+    settle(first, True, False, 200, "ok")
     assert deliveries(api, run)[0]["status"] == "delivered"
-    call("settle_webhook", second["id"], 2, False, True, 503, "", "HTTP 503")
+    settle(second, False, True, 503, "", "HTTP 503")
     assert deliveries(api, run)[0]["status"] == "delivered"
     api.server.let_send(True)
 

@@ -6,11 +6,15 @@ What a worker that holds many runs has ready goes in one transaction: finished s
 from __future__ import annotations
 
 import json
+import logging
+import random
+import re
 from typing import Any
 
 import psycopg
 import pytest
 from conftest import Answer, Api, Clock, Receiver, refused, together
+from psycopg.sql import SQL, Identifier
 
 STARTED = "2026-06-12T10:31:00.250Z"
 # What is never the same twice.
@@ -210,6 +214,34 @@ def test_outputs_are_recorded_in_batches_as_if_they_had_come_alone(api: Api) -> 
     assert api.event_types(other)[2:] == ["step.started"]
 
 
+def test_failures_come_in_batches_as_if_each_had_come_alone(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    run, queued = held(api), api.enqueue("q")
+    api.claim("q", owner="a")
+    begun = api.begin_step(run, "s", "a")["step"]["id"]
+    with caplog.at_level(logging.WARNING, "tidebase.server"):
+        results = writes(
+            api, {"do": "fail_step", "runId": run, "stepId": begun, "leaseOwner": "a", "error": {"n": 1.0}},
+            {"do": "fail_run", "runId": run, "leaseOwner": "b"}, {"do": "fail_run", "runId": "nowhere"},
+            {"do": "fail_run", "runId": run, "leaseOwner": "a", "error": "first words", "failureClass": "mine"},
+            {"do": "fail_run", "runId": queued, "leaseOwner": "a", "error": {"message": "again"}})
+    assert codes(results) == [None, "lease_lost", "not_found", None, None]
+    assert results[0]["step"] == api.detail(run)["steps"][0]
+    assert results[3] == {"run": api.run(run), "requeued": False}
+    assert (results[4]["run"]["status"], results[4]["requeued"]) == ("queued", True)
+    assert api.event_types(run)[2:] == ["step.started", "step.failed", "run.failed"]
+    assert [record.event for record in caplog.records] == ["run_failed", "run_requeued"]
+    assert "first words" in caplog.text
+
+
+def test_a_chained_write_is_refused_after_an_earlier_one_of_its_run_was(api: Api) -> None:
+    run, other = held(api), held(api)
+    results = writes(api, step(run, "one", chained=True), step(run, "one", inputHash="x", chained=True),
+                     step(other, chained=True), step(run, "two", chained=True), completion(run, chained=True))
+    assert codes(results) == [None, "input_mismatch", None, "prior_refused", "prior_refused"]
+    assert api.run(run)["status"] == "running"
+    refused(api.post("/writes", {"writes": [job(), {**step(run), "chained": 1}]}), 400, "invalid_request")
+
+
 def test_a_result_among_others_wakes_the_parent_that_waits_for_it(api: Api) -> None:
     api.enqueue("q")
     parent = api.claim("q", owner="a")[0]["id"]
@@ -258,9 +290,28 @@ def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> Non
         assert statuses == [200] * 100 + [404] + [200] * 199
         assert taken < 64
         # What is not reached after 60 is for another call.
-        statuses, taken = call([each for pair in zip(batch[:100], [batch[100]] * 100, strict=True) for each in pair])
-        assert statuses == [200, 404] * 59 + [200] + [None] * 81
+        statuses, taken = call([each for pair in zip(batch[102::2], [batch[100]] * 99, strict=True) for each in pair])
+        assert statuses == [200, 404] * 59 + [200] + [None] * 79
         assert taken < 64
+
+
+def test_plain_writes_take_no_subtransaction_and_what_follows_in_their_run_keeps_its_order(api: Api, database: str):
+    plain, mixed = held(api), held(api)
+    batch = [*(record(plain, f"s{n}") for n in range(10)), finish(plain),
+             record(mixed, "one"), begin_field(mixed, "two"), record(mixed, "three"), finish(mixed)]
+    with psycopg.connect(database) as connection:
+        payloads = ["1"] * len(batch)
+        statuses = connection.execute(
+            "select status from tidebase.write_each(%s, %s::json[], %s::json[], %s::json[])",
+            [json.dumps(batch), payloads, payloads, [None] * len(batch)]).fetchall()
+        alone = dict(connection.execute("select run_id, count(*) from tidebase.events"
+                                        " where xmin = pg_current_xact_id()::xid group by run_id").fetchall())
+    assert statuses == [(200,)] * len(batch)
+    assert alone == {plain: 21, mixed: 2}
+    for run, names in ((plain, [f"s{n}" for n in range(10)]), (mixed, ["one", "two", "three"])):
+        assert [each["name"] for each in api.detail(run)["steps"]] == names
+        assert [event["seq"] for event in api.events(run)] == list(range(1, len(api.events(run)) + 1))
+        assert api.event_types(run)[-1] == "run.completed"
 
 
 def test_a_batch_of_which_every_other_is_refused_is_answered_whole(api: Api) -> None:
@@ -353,6 +404,183 @@ def test_failures_of_steps_and_runs_come_in_batches_too(api: Api, database: str)
     assert {key: api.run(run)[key] for key in ("status", "error", "failureClass")} == {
         "status": "failed", "error": "no", "failureClass": "mine"}
     assert api.event_types(run)[2:] == ["step.started", "step.failed", "run.failed"]
+
+
+# ------------------------------------------------------------------------------
+# The same as the verbs
+# ------------------------------------------------------------------------------
+PAYLOADS = {"record_step": {"p_input": "input", "p_output": "output", "p_error": "error"},
+            "begin_step": {"p_input": "input"}, "complete_step": {"p_output": "output"},
+            "fail_step": {"p_error": "error"}, "complete_run": {"p_result": "output"}, "fail_run": {"p_error": "error"}}
+ARGUMENTS = {"record_step": {"p_resume_decision": None, "p_started_at": None, "p_duration_ms": None},
+             "fail_step": {"p_resume_decision": None}, "complete_run": {"p_brief": False},
+             "fail_run": {"p_failure_class": None}}
+
+
+def call_verb(connection: psycopg.Connection[Any], write: dict[str, Any]) -> tuple[Any, int]:
+    """Make one write by its verb alone.  :returns: the answer and its status, as write_each gives them."""
+    verb, fields = write["do"], {key: value for key, value in write.items()
+                                 if key not in ("do", "chained", "input", "output", "error")}
+    if verb == "enqueue_run":
+        arguments = {"p_queue": write["queue"], "p_job": json.dumps(fields), "p_input": write["input"]}
+    elif verb == "create_child":
+        arguments = {"p_run_id": write["run_id"], "p_child": json.dumps(fields), "p_input": write["input"]}
+    else:
+        arguments = ARGUMENTS.get(verb, {}) | {f"p_{key}": json.dumps(value) if key == "options" else value
+                                               for key, value in fields.items()}
+        arguments |= {name: write.get(key) for name, key in PAYLOADS[verb].items()}
+    named = SQL(", ").join(SQL("{} => %s").format(Identifier(name)) for name in arguments)
+    try:
+        with connection.transaction():
+            [row] = connection.execute(SQL("select * from tidebase.{}({})").format(Identifier(verb), named),
+                                       list(arguments.values())).fetchall()
+        return (row[0], row[1] if len(row) > 1 else 200)
+    except psycopg.Error as error:
+        if not str(error.sqlstate).startswith("TB"):
+            raise
+        return json.loads(error.diag.message_detail), int(error.sqlstate[2:])
+
+
+def by_verbs(connection: psycopg.Connection[Any], batch: list[Any]) -> list[tuple[Any, int]]:
+    answers, refused_runs = [], set()
+    for write in batch:
+        answer = ({"code": "prior_refused"}, 409) if write.get("chained") and write.get("run_id") in refused_runs else (
+            call_verb(connection, write))
+        if answer[1] != 200:
+            refused_runs.add(write.get("run_id"))
+        answers.append(answer)
+    return answers
+
+
+def by_batch(connection: psycopg.Connection[Any], batch: list[Any]) -> list[tuple[Any, int]]:
+    payloads = [[write.get(key) for write in batch] for key in ("input", "output", "error")]
+    fields = [{key: value for key, value in write.items() if key not in ("input", "output", "error")}
+              for write in batch]
+    with connection.transaction():
+        return connection.execute("select body, status from tidebase.write_each("
+                                  "%s, %s::json[], %s::json[], %s::json[])", [json.dumps(fields), *payloads]).fetchall()
+
+
+def world(connection: psycopg.Connection[Any], name: str) -> dict[str, str]:
+    """Runs in all states that matter, their ids beginning with this name; and the ids of two steps begun."""
+    def job(run: str, **more: Any) -> None:
+        fields = {"id": f"{name}{run}", "workflow_name": "w", "metadata": {}, "channels": [], "max_attempts": 2,
+                  "priority": 0, **more}
+        connection.execute("select tidebase.enqueue_run(%s, %s, '1')", (f"{name}q", json.dumps(fields)))
+
+    def claim(owner: str) -> None:
+        connection.execute("select tidebase.claim_runs(array[%s], %s, null, 10, 60000, false)", (f"{name}q", owner))
+
+    def begin(run: str, step: str) -> str:
+        [(step_id,)] = connection.execute("select body #>> '{step,id}' from tidebase.begin_step("
+                                          "%s, %s, 'h', null, '{}', 'a', 60000)", (f"{name}{run}", step)).fetchall()
+        return str(step_id)
+
+    for run in ("mine", "also", "again"):
+        job(run)
+    job("keyed", dedupe_key="k")
+    job("told", channels=[{"type": "webhook", "url": "http://127.0.0.1:9/"}])
+    job("parent")
+    claim("a")
+    for child in ("child", "other"):
+        connection.execute("select tidebase.create_child(%s, %s, '1')", (f"{name}parent", json.dumps({
+            "id": f"{name}{child}", "name": child, "workflow_name": "w", "metadata": {}, "channels": [],
+            "max_attempts": 1, "priority": 0, "edge_type": "child", "edge_metadata": {}, "queue": f"{name}q"})))
+    claim("a")
+    connection.execute("select tidebase.wait_run(%s, 'a', '{\"children\": true}', null)", (f"{name}parent",))
+    job("theirs")
+    claim("b")
+    job("queued")
+    steps = {"begun": begin("mine", "begun"), "again": begin("again", "begun")}
+    connection.execute("select tidebase.fail_run(%s, 'a', '\"e\"', null, true)", (f"{name}again",))
+    connection.execute("update tidebase.runs set run_at = tidebase.now() where id = %s", (f"{name}again",))
+    return steps
+
+
+RUNS = ("mine", "mine", "mine", "also", "again", "keyed", "told", "parent", "child", "other", "theirs", "queued",
+        "nowhere", "new1")
+OPTIONS = ({}, {}, {"sideEffects": ["read"]}, {"idempotencyKey": "k"}, {"replay": "never", "verifiedBy": "me"},
+           {"credentials": "c", "checkpointInvariant": [1]})
+
+
+def draw(random: random.Random, name: str, steps: dict[str, str]) -> dict[str, Any]:
+    """A write that may be plain, may be refused, may depend on those before it."""
+    run, owner = name + random.choice(RUNS), random.choice("aaaaab")
+    held_by = {"run_id": run, "lease_owner": owner, "chained": random.random() < 0.3}
+    step = {"name": random.choice("stuvwxyz"), "input_hash": random.choice("hhhhhhhx"),
+            "options": random.choice(OPTIONS)}
+    job = {"workflow_name": random.choice("wwwv"), "metadata": {"n": random.random()}, "max_attempts": 3, "priority": 1,
+           "input": "[1]", "channels": random.choice([[], [], [{"type": "webhook", "url": "http://127.0.0.1:9/"}]])}
+    match random.choices(["record", "failed", "begin", "end", "fail_step", "complete", "fail", "enqueue", "child"],
+                         [12, 1, 2, 1, 1, 4, 1, 4, 1])[0]:
+        case "record" | "failed" as kind:
+            return {"do": "record_step", **held_by, **step, "retryable": False, "brief": random.random() < 0.9,
+                    "input": random.choice([None, '{"a": 1.0}']), "output": random.choice(["1", None, '"\\u0000"']),
+                    "error": '"e"' if kind == "failed" else None,
+                    **random.choice([{}, {"duration_ms": 5}, {"started_at": STARTED}])}
+        case "begin":
+            return {"do": "begin_step", **held_by, **step, "lease_ms": 60000, "input": "1"}
+        case "end":
+            return {"do": "complete_step", **held_by, "step_id": steps["begun"], "output": "2"}
+        case "fail_step":
+            return {"do": "fail_step", **held_by, "step_id": steps["begun"], "retryable": True, "error": '"e"'}
+        case "complete":
+            return {"do": "complete_run", **held_by, "brief": random.random() < 0.9, "output": '{"b": 1.0}'}
+        case "fail":
+            return {"do": "fail_run", **held_by, "retryable": random.random() < 0.5, "error": '{"name": "E"}'}
+        case "enqueue":
+            return {"do": "enqueue_run", "queue": name + "q", **job, **random.choice([
+                {}, {"id": f"{name}new{random.randint(1, 4)}"}, {"id": name + "mine"}, {"dedupe_key": "k"},
+                {"dedupe_key": "j"}])}
+    return {"do": "create_child", **held_by, **job, "name": random.choice("cd"), "edge_type": "e", "edge_metadata": {},
+            **random.choice([{}, {"queue": name + "q"}, {"id": f"{name}new1"}])}
+
+
+def told(value: Any, names: dict[str, str]) -> Any:
+    """A row or an answer without times and with the names of what has a generated id."""
+    if isinstance(value, dict):
+        return {key: told(member, names) for key, member in value.items() if not key.endswith(("At", "_at"))}
+    if isinstance(value, (list, tuple)):
+        return [told(member, names) for member in value]
+    return re.sub(r"^[xy]\d+", "", names.get(value, value)) if isinstance(value, str) else value
+
+
+def left(connection: psycopg.Connection[Any], name: str) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """All rows that the database has of one world, and what its generated ids stand for."""
+    ids = [run for run, in connection.execute(
+        "select id from tidebase.runs where queue = %s or id like %s or parent_run_id like %s",
+        (name + "q", name + "%", name + "%"))]
+    rows = {table: [row for row, in connection.execute(
+        SQL("select to_json(t) from tidebase.{} t where {} = any (%s)").format(Identifier(table), Identifier(of)),
+        (ids,))] for table, of in {"runs": "id", "steps": "run_id", "events": "run_id", "channels": "run_id",
+                                   "run_edges": "parent_run_id"}.items()}
+    rows["tallies"] = connection.execute("select status, sum(runs)::integer from tidebase.queue_tallies"
+                                         " where queue = %s group by status", (name + "q",)).fetchall()
+    names = {step["id"]: f"step {step['name']}" for step in rows["steps"]}
+    names |= {run["id"]: f"run {run['metadata']['n']}" for run in rows["runs"] if run["id"].startswith("run_")}
+    names |= {edge["id"]: f"edge {edge['name']}" for edge in rows["run_edges"]}
+    names |= {channel["id"]: "channel" for channel in rows["channels"]}
+    for event in rows["events"]:
+        del event["id"]
+    return rows, names
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_batches_leave_and_answer_what_the_verbs_do_one_by_one(database: str, seed: int) -> None:
+    answers: dict[str, list[Any]] = {}
+    rows: dict[str, dict[str, set[str]]] = {}
+    with psycopg.connect(database, autocommit=True) as connection:
+        for side, make in (("x", by_verbs), ("y", by_batch)):
+            name = f"{side}{seed}"
+            steps, drawn = world(connection, name), random.Random(seed)
+            given = [make(connection, [draw(drawn, name, steps) for _ in range(size)]) for size in (12, 40, 3)]
+            found, names = left(connection, name)
+            answers[side] = [(told(body.get("code", body), names), status) for some in given for body, status in some]
+            rows[side] = {table: sorted(json.dumps(told(row, names), sort_keys=True) for row in some)
+                          for table, some in found.items()}
+    assert answers["y"] == answers["x"]
+    for table, left_by_verbs in rows["x"].items():
+        assert rows["y"][table] == left_by_verbs
 
 
 # ------------------------------------------------------------------------------

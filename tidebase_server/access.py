@@ -12,6 +12,7 @@ page that lets its own name point to this server, the two are of the same origin
 from __future__ import annotations
 
 import base64
+import functools
 import hmac
 import ipaddress
 import re
@@ -75,10 +76,10 @@ class Access:
         """Any port will do, since ports are forwarded: what a page cannot choose is the name."""
         if self.api_key:
             return None
-        asked = [environ.get("HTTP_HOST", "")]  # several Host headers are one with commas, which is nobody's name
+        is_own = self._is_own(authority_of(environ.get("HTTP_HOST", "")))  # of several, joined by commas, it is not
         if not (target := environ.get("REQUEST_URI", "/")).startswith("/"):  # http://name/path takes precedence
-            asked.append(urllib.parse.urlsplit(target).netloc)
-        if all(self._is_own(authority_of(text)) for text in asked):
+            is_own = is_own and self._is_own(authority_of(urllib.parse.urlsplit(target).netloc))
+        if is_own:
             return None
         return Denial(403, "foreign_origin", "without TIDEBASE_API_KEY this server takes requests to localhost and to "
                                              "the address it listens on alone; TIDEBASE_PUBLIC_URL names another")
@@ -116,9 +117,11 @@ class Access:
         return sent.strip(" ").encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
 
     def is_key(self, sent: bytes) -> bool:
+        """Whether this is the key that may do all."""
         return hmac.compare_digest(sent, self.api_key.encode())
 
     def is_read_key(self, sent: bytes) -> bool:
+        """Whether this is the key that only reads."""
         return bool(self.read_key) and hmac.compare_digest(sent, self.read_key.encode())
 
     def run_token_expiry(self, sent: bytes, run_id: str) -> int | None:
@@ -143,9 +146,11 @@ def of_body(environ: Mapping[str, Any]) -> Denial | None:
 
 
 def media_type(content_type: str | None) -> str:
+    """A Content-Type without its parameters."""
     return (content_type or "").split(";")[0].strip(" \t").lower()
 
 
+@functools.lru_cache(1024)  # each client sends the same Host with all its requests
 def authority_of(text: str, default_port: int | None = None) -> Authority | None:
     """`name`, `name:port`, `[address]:port`; None for anything else."""
     found = AUTHORITY.fullmatch(text)
@@ -160,11 +165,13 @@ def origin_of(url: str) -> Authority | None:
 
 
 def one_spelling(host: str) -> str:
+    """A name in lower case, an address in its shortest form."""
     host = host.strip("[]").lower()
     return ipaddress.ip_address(host).compressed if is_address(host) else host
 
 
 def is_address(host: str) -> bool:
+    """Whether it is an IP address, and no name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

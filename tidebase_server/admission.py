@@ -43,7 +43,7 @@ class Admission(Gatekeeper):
         self.headers = {**SAFE_HEADERS, **headers}
 
     def admit(self, head: Head) -> Refused | None:
-        """Requests without a body, and those whose key is right, go on to Flask, which checks them once more."""
+        """Let a request without a body, or with the right key, go on to Flask, which checks it once more."""
         if head.body_bytes == 0:
             return None
         path = path_of(head.target)
@@ -110,7 +110,7 @@ def run_token_expiry(given: str | None) -> int | None:
 
 
 def cors_headers(origin: str) -> dict[str, str]:
-    """What tells browsers that pages of this origin may call the server; nothing when none may."""
+    """The headers by which browsers let pages of this origin call the server; none without an origin."""
     if not origin:
         return {}
     headers = {"Access-Control-Allow-Origin": origin,

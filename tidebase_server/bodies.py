@@ -26,7 +26,7 @@ from msgspec import Raw
 from .answers import Refusal, invalid
 
 # ------------------------------------------------------------------------------
-# Limits: what a body may hold at most. LIMITS tells them to people, in /openapi.json.
+# Limits: what a body may hold at most. LIMITS lists them in words, for /openapi.json.
 # ------------------------------------------------------------------------------
 MAX_NUMBER = 1000  # characters; a longer number is no number that anybody means, and costs quadratic time
 MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits to about 2,700 bytes
@@ -68,8 +68,10 @@ value_of = msgspec.json.Decoder().decode
 def read_members(body: bytes) -> dict[str, Raw]:
     """The members of a body; nothing at all counts as {}.
 
-    :raises Refusal: 400, when it is not a JSON object. msgspec refuses what JSON does not allow, lone surrogates among
-        it, but in slices that it passes over looks neither at the encoding nor at the length of a number.
+    msgspec refuses all that JSON does not allow, lone surrogates among it. It does not check the encoding of the texts
+    that it leaves as they are, nor the length of numbers, so both are checked here.
+
+    :raises Refusal: 400, when the body is not a JSON object.
     """
     try:
         text = body.decode()
@@ -85,8 +87,8 @@ def read_members(body: bytes) -> dict[str, Raw]:
 
 
 def has_long_number(text: str) -> bool:
-    """Whether a number in a JSON text has more than MAX_NUMBER characters. One that has covers a multiple of
-    MAX_NUMBER, so only those places are looked at."""
+    """Whether a number in a JSON text has more than MAX_NUMBER characters. Such a number covers a position that is a
+    multiple of MAX_NUMBER, so only the text around these positions is searched."""
     return any(
         text[at] in "-+.0123456789eE" and LONG_NUMBER.search(text, at - MAX_NUMBER, at + MAX_NUMBER + 1)
         for at in range(MAX_NUMBER, len(text), MAX_NUMBER)
@@ -99,12 +101,128 @@ def to_json(value: Any) -> Raw:
 
 
 def encode_fields(fields: Mapping[str, Any]) -> Raw:
-    """The JSON of checked fields as an SQL function takes them, in snake_case; those that are None are left out."""
+    """The JSON of checked fields as an SQL function takes them, in snake_case. Fields that are None are left out."""
     return to_json({name: value for name, value in fields.items() if value is not None})
 
 
 # ------------------------------------------------------------------------------
-# Fields: the types of members. `deserialize` takes what is right at once; for all else marshmallow finds the words.
+# Checking: a schema is compiled into a list of checks, once; each body runs through it.
+# ------------------------------------------------------------------------------
+def decoded(text: Raw) -> Any:
+    """The value of a member.  :raises ValidationError: Python cannot hold it."""
+    try:
+        return value_of(text)
+    except msgspec.ValidationError:  # clients could not read 1e99999 as jsonb writes it, in so many digits
+        raise ValidationError("must not contain a number beyond a double") from None
+    except RecursionError:
+        raise ValidationError("nested too deeply") from None
+
+
+def camel(name: str) -> str:
+    """A name as the wire has it."""
+    first, *others = name.split("_")
+    return first + "".join(map(str.title, others))
+
+
+class RawField:
+    """The mark of a field whose `deserialize` takes the text of the member, a msgspec.Raw, and not its value."""
+
+
+class Check(NamedTuple):
+    """How one member is checked."""
+
+    key: str                           # on the wire
+    attribute: str                     # here and in SQL
+    deserialize: Callable[[Any], Any]  # marshmallow's, of the field
+    is_raw: bool                       # it takes the text
+    default: Any                       # marshmallow.missing: there is none
+    missing: str | None                # the words when the member is not there and must be
+
+
+class Body(marshmallow.Schema):
+    """The base of all bodies: a key that it does not know is ignored, since existing clients send some."""
+
+    class Meta:
+        unknown = marshmallow.EXCLUDE
+
+    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
+        """Give a field its name on the wire; marshmallow calls this for each."""
+        if field_obj.data_key is None:
+            field_obj.data_key = camel(field_name)
+        if field_obj.load_default is None and not isinstance(field_obj, RawField):
+            field_obj.allow_none = False  # else marshmallow takes such a default for "may be null"
+
+    @functools.cached_property
+    def checks(self) -> tuple[Check, ...]:
+        """The compiled schema."""
+        return tuple(
+            Check(cast(str, field.data_key), name, field.deserialize, isinstance(field, RawField), field.load_default,
+                  str(field.error_messages["required"]) if field.required else None)
+            for name, field in self.fields.items())
+
+    def check_whole(self, checked: dict[str, Any]) -> None:
+        """Check what members must be together.  :raises ValidationError: they are not; the field may be named."""
+
+
+@functools.cache
+def schema_of(kind: type[Body]) -> Body:
+    """The one schema of a kind of body."""
+    return kind()
+
+
+def check_members(schema: Body, members: Mapping[str, Raw]) -> dict[str, Any]:
+    """The fields of a body by their attributes, those with a default always among them.
+
+    :raises ValidationError: with the messages by member, as marshmallow has them.
+    """
+    checked, errors = dict[str, Any](), dict[str, Any]()
+    for key, attribute, deserialize, is_raw, default, missing in schema.checks:
+        text = members.get(key)
+        if text is None:
+            if missing is not None:
+                errors[key] = [missing]
+            elif default is not marshmallow.missing:
+                checked[attribute] = default() if callable(default) else default
+            continue
+        try:
+            checked[attribute] = deserialize(text if is_raw else decoded(text))
+        except ValidationError as error:
+            errors[key] = error.messages
+    if not errors:
+        try:
+            schema.check_whole(checked)
+        except ValidationError as error:
+            errors = {error.field_name: error.messages}
+    if errors:
+        raise ValidationError(errors)
+    return checked
+
+
+def check(kind: type[Body], members: Mapping[str, Raw]) -> dict[str, Any]:
+    """The fields of a body.  :raises Refusal: 400, every wrong member named in its issues."""
+    try:
+        return check_members(schema_of(kind), members)
+    except ValidationError as error:
+        raise Refusal(400, "invalid_request", "invalid request body", issues=list(issues(error.messages))) from None
+
+
+def issues(messages: Any, path: str = "") -> Iterator[dict[str, str]]:
+    """marshmallow's tree of messages as a list of {path, message}."""
+    if isinstance(messages, dict):
+        for key, below in messages.items():
+            yield from issues(below, path if key == "_schema" else f"{path}.{key}" if path else str(key))
+    else:
+        for message in messages:
+            yield {"path": path, "message": str(message).rstrip(".")}
+
+
+def take(kind: type[Body], checked: dict[str, Any]) -> Raw:
+    """Take the fields of `kind` out of a checked body.  :returns: them, as an SQL function takes them."""
+    return encode_fields({name: checked.pop(name) for name in schema_of(kind).fields if name in checked})
+
+
+# ------------------------------------------------------------------------------
+# Fields: the types of members. `deserialize` returns an ordinary value at once, and leaves all others to marshmallow.
 # ------------------------------------------------------------------------------
 # As parts of a URL . and .. are the folder and the one above it.
 ID = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.:-]{1,128}\Z")
@@ -119,7 +237,7 @@ def check_no_nul(value: str) -> None:
 class Text(fields.String):
     """A string as Postgres can hold it, of `least` to `most` characters."""
 
-    # For /openapi.json, here and below: what the validators cannot tell.
+    # For /openapi.json, here and below: what does not follow from the validators.
     json_schema: ClassVar[dict[str, Any]] = {"pattern": "^[^\\u0000]*$"}
 
     def __init__(self, least: int = 0, most: int = MAX_TEXT, *validators: Callable[[Any], Any], **options: Any) -> None:
@@ -249,10 +367,6 @@ class Names(fields.Field[Any]):
 # --- members that are read by their field, from the text that came
 
 
-class RawField:
-    """The mark of a field whose `deserialize` takes the member's text, a msgspec.Raw."""
-
-
 class JsonText(RawField, fields.Field[Raw | None]):
     """A payload: it goes to Postgres as the text it came as; null, or none at all, is `empty`."""
 
@@ -269,7 +383,7 @@ class JsonText(RawField, fields.Field[Raw | None]):
         return cast(Raw, value)
 
     def inspect(self, text: Raw) -> None:
-        """Nothing to object to: a payload is the user's."""
+        """Check more of the text; a payload may be anything.  :raises ValidationError: it may not be stored."""
 
 
 class Amount(JsonText):
@@ -291,7 +405,7 @@ class Amount(JsonText):
 
 
 class JsonValue(JsonText):
-    """A value that Postgres looks into, so that what jsonb cannot hold is refused."""
+    """A value that is stored as jsonb, so that what jsonb cannot hold is refused."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(empty="{}", **options)
@@ -302,22 +416,12 @@ class JsonValue(JsonText):
             self.inspect_value(bytes(text).decode(), decoded(text))
 
     def inspect_value(self, text: str, value: Any) -> None:
-        """Likewise, of a value that is not {}."""
+        """Check a value that is not {}.  :raises ValidationError: likewise."""
         if re.search(r"(?<!\\)(\\\\)*\\u0000", text):
             raise ValidationError("must not contain NUL")
         if (size := spelled_bytes(text)) > MAX_SPELLED:
             raise ValidationError(
                 f"too large: with its numbers written out it has {size:,} bytes; at most {MAX_SPELLED:,}")
-
-
-def decoded(text: Raw) -> Any:
-    """The value of a member.  :raises ValidationError: Python cannot hold it."""
-    try:
-        return value_of(text)
-    except msgspec.ValidationError:  # clients could not read 1e99999 as jsonb writes it, in so many digits
-        raise ValidationError("must not contain a number beyond a double") from None
-    except RecursionError:
-        raise ValidationError("nested too deeply") from None
 
 
 def spelled_bytes(text: str) -> int:
@@ -332,7 +436,7 @@ EXPONENT = re.compile(r"[0-9][eE][+-]?0*([0-9]{1,9})")
 
 
 class JsonObject(JsonValue):
-    """Likewise, and an object; of a schema, it is looked at by that, and may hold more."""
+    """An object that is stored as jsonb. With a `shape`, its members are checked by that schema; it may hold others."""
 
     json_schema: ClassVar[dict[str, Any]] = {"type": ["object", "null"]}
 
@@ -397,108 +501,7 @@ class Items(RawField, fields.List[Any]):
 
 
 # ------------------------------------------------------------------------------
-# Checking: a schema, compiled into a list, and the members of a body that are held against it.
-# ------------------------------------------------------------------------------
-def camel(name: str) -> str:
-    """A name as the wire has it."""
-    first, *others = name.split("_")
-    return first + "".join(map(str.title, others))
-
-
-class Check(NamedTuple):
-    """How one member is checked."""
-
-    key: str                           # on the wire
-    attribute: str                     # here and in SQL
-    deserialize: Callable[[Any], Any]  # marshmallow's, of the field
-    is_raw: bool                       # it takes the text
-    default: Any                       # marshmallow.missing: there is none
-    missing: str | None                # the words when the member is not there and must be
-
-
-class Body(marshmallow.Schema):
-    """The base of all bodies: a key that it does not know is ignored, since existing clients send some."""
-
-    class Meta:
-        unknown = marshmallow.EXCLUDE
-
-    def on_bind_field(self, field_name: str, field_obj: fields.Field[Any]) -> None:
-        if field_obj.data_key is None:
-            field_obj.data_key = camel(field_name)
-        if field_obj.load_default is None and not isinstance(field_obj, JsonText):
-            field_obj.allow_none = False  # else marshmallow takes such a default for "may be null"
-
-    @functools.cached_property
-    def checks(self) -> tuple[Check, ...]:
-        """The compiled schema."""
-        return tuple(
-            Check(cast(str, field.data_key), name, field.deserialize, isinstance(field, RawField), field.load_default,
-                  str(field.error_messages["required"]) if field.required else None)
-            for name, field in self.fields.items())
-
-    def check_whole(self, checked: dict[str, Any]) -> None:
-        """Check what members must be together.  :raises ValidationError: they are not; the field may be named."""
-
-
-@functools.cache
-def schema_of(kind: type[Body]) -> Body:
-    """The one schema of a kind of body."""
-    return kind()
-
-
-def check_members(schema: Body, members: Mapping[str, Raw]) -> dict[str, Any]:
-    """The fields of a body by their attributes, those with a default always among them.
-
-    :raises ValidationError: with the messages by member, as marshmallow has them.
-    """
-    checked, errors = dict[str, Any](), dict[str, Any]()
-    for key, attribute, deserialize, is_raw, default, missing in schema.checks:
-        text = members.get(key)
-        if text is None:
-            if missing is not None:
-                errors[key] = [missing]
-            elif default is not marshmallow.missing:
-                checked[attribute] = default() if callable(default) else default
-            continue
-        try:
-            checked[attribute] = deserialize(text if is_raw else decoded(text))
-        except ValidationError as error:
-            errors[key] = error.messages
-    if not errors:
-        try:
-            schema.check_whole(checked)
-        except ValidationError as error:
-            errors = {error.field_name: error.messages}
-    if errors:
-        raise ValidationError(errors)
-    return checked
-
-
-def check(kind: type[Body], members: Mapping[str, Raw]) -> dict[str, Any]:
-    """The fields of a body.  :raises Refusal: 400, every wrong member named in its issues."""
-    try:
-        return check_members(schema_of(kind), members)
-    except ValidationError as error:
-        raise Refusal(400, "invalid_request", "invalid request body", issues=list(issues(error.messages))) from None
-
-
-def issues(messages: Any, path: str = "") -> Iterator[dict[str, str]]:
-    """marshmallow's tree of messages as a list of {path, message}."""
-    if isinstance(messages, dict):
-        for key, below in messages.items():
-            yield from issues(below, path if key == "_schema" else f"{path}.{key}" if path else str(key))
-    else:
-        for message in messages:
-            yield {"path": path, "message": str(message).rstrip(".")}
-
-
-def take(kind: type[Body], checked: dict[str, Any]) -> Raw:
-    """Take the fields of `kind` out of a checked body.  :returns: them, as an SQL function takes them."""
-    return encode_fields({name: checked.pop(name) for name in schema_of(kind).fields if name in checked})
-
-
-# ------------------------------------------------------------------------------
-# Bodies of runs.
+# Bodies of runs: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class ChannelBody(Body):
     """Where to send the events of a run, or of a gate."""
@@ -520,13 +523,13 @@ class Channels(Items):
 
 
 class OwnerFields(Body):
-    """Who writes: a worker that lost its run is refused; a write that names no owner is not fenced."""
+    """Who writes. A worker that lost its run is refused; a write that names no owner is not fenced."""
 
     lease_owner = Name(load_default=None)
 
 
 class HeldFields(Body):
-    """Who writes, where it must be said."""
+    """Who writes; required."""
 
     lease_owner = Name(required=True)
 
@@ -559,7 +562,7 @@ class EnqueueBody(RunFields):
 
 
 class EnqueueManyBody(Body):
-    """Likewise, for many runs."""
+    """POST /queues/:queue/enqueue, for many runs."""
 
     runs = Items(Nested(EnqueueBody), 1, MAX_BATCH, required=True)
 
@@ -636,10 +639,10 @@ class ForkBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of steps, and of many writes at once.
+# Bodies of steps, and of many writes at once: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class StepOptions(Body):
-    """What a step's options promise of it; they may hold more. Here null counts as absent."""
+    """The options of a step that Tidebase knows; others are kept as they came. Here null counts as absent."""
 
     side_effects = OneOrMany(allow_none=True)
     idempotency_key = Text(allow_none=True)
@@ -774,7 +777,7 @@ class WritesBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of gates, waits and signals.
+# Bodies of gates, waits and signals: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class BeginGateBody(OwnerFields):
     """POST /runs/:id/gates/begin"""
@@ -821,7 +824,7 @@ class WaitFor(Body):
 
 
 class Wait(Nested):
-    """A WaitFor, as the JSON that is kept of it and shown again: its names are those of the wire."""
+    """A WaitFor as the JSON that the run keeps and shows, with the names of the wire."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(WaitFor, **options)
@@ -852,7 +855,7 @@ class ExpireSignalBody(HeldFields):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of state, snapshots and usage.
+# Bodies of state, snapshots and usage: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class VersionMetadata(Body):
     """What describes a version of the state."""
@@ -921,7 +924,7 @@ class UsageBody(OwnerFields):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of queues and schedules.
+# Bodies of queues and schedules: the schemas of their routes.
 # ------------------------------------------------------------------------------
 class ClaimBody(Body):
     """POST /queues/claim"""
@@ -968,7 +971,7 @@ class RunScheduleBody(Body):
 
 
 # ------------------------------------------------------------------------------
-# Bodies of Studio, the page.
+# Bodies of Studio, the page: the schemas of their routes.
 # ------------------------------------------------------------------------------
 MAX_QUERY = 16_000  # characters of a query string in a body
 MAX_BULK = 1000     # ids of a bulk request

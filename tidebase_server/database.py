@@ -59,13 +59,13 @@ class SchemaAhead(Exception):
 
 
 def is_away(error: psycopg.Error) -> bool:
-    """Whether it tells of a lost connection or of a server that ends: nobody knows whether the transaction stands."""
+    """Whether the connection was lost or the server ends, so that it is not known whether the transaction committed."""
     return isinstance(error, psycopg.OperationalError) and (
         error.sqlstate is None or error.sqlstate.startswith(("08", "57P")))
 
 
 def cannot_write(error: psycopg.Error) -> bool:
-    """Whether nobody can write now: the database is away, or it is a standby (25006), as after a failover."""
+    """Whether the database takes no writes now: it is away, or a standby (25006), as after a failover."""
     return is_away(error) or error.sqlstate == "25006"
 
 
@@ -169,7 +169,7 @@ class Database:
 
     def migrate(self, allowed: bool = True, by_hand: bool = False) -> bool:
         """Bring an older schema to this build's version. One of this version that another build applied is left alone,
-        unless somebody asks for it by hand: two builds side by side must not replace each other's functions in turns.
+        unless it is asked for `by_hand`: two builds side by side must not replace each other's functions in turns.
 
         :returns: whether anything was applied.
         :raises SchemaBehind: it is older, and `allowed` is false.

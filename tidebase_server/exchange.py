@@ -6,7 +6,9 @@ drips could hold a thread for ever: the deadline is kept by shutting the connect
 
 from __future__ import annotations
 
+import base64
 import functools
+import hmac
 import http.client
 import io
 import os
@@ -27,6 +29,20 @@ from .targets import WebhookTargets
 CONNECT_SECONDS = 5.0       # for one address of several
 ANSWER_CHARACTERS = 8000    # of a body, that are kept
 ANSWER_BYTES = 256 * 1024   # of a whole answer, its interim answers and headers among them; more is no answer
+
+
+def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str, str]:
+    """The signature headers: ours, HMAC-SHA256 over the body, and those of the Standard Webhooks specification, over
+    id, timestamp and body; a secret that begins with whsec_ is base64 there, as that specification has it."""
+    key = secret.encode()
+    standard_key = key
+    if secret.startswith("whsec_"):
+        with suppress(ValueError):
+            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True) or key
+    signed = b"%s.%d.%s" % (delivery_id.encode(), timestamp, body)
+    standard = base64.b64encode(hmac.digest(standard_key, signed, "sha256")).decode()
+    return {"x-tidebase-signature": "sha256=" + hmac.digest(key, body, "sha256").hex(),
+            "webhook-signature": f"v1,{standard}"}
 
 
 class TargetRefused(Exception):

@@ -31,11 +31,14 @@ SORTS: dict[str, tuple[LiteralString, LiteralString, LiteralString]] = {  # the 
 
 
 class Condition(NamedTuple):
+    """A condition of SQL, with %s for each value."""
+
     text: Composable
     values: tuple[Any, ...] = ()
 
 
 def condition(text: LiteralString, *values: Any) -> Condition:
+    """The condition of this text."""
     return Condition(SQL(text), values)
 
 
@@ -109,7 +112,7 @@ class Found:
                 self.rest += by_index[1:]
 
     def _search(self, text: str) -> None:
-        """A run's id, or the beginning of one that Tidebase made, which tells its time; else what an error holds."""
+        """Search for a run's id; for the beginning of one that Tidebase made, which holds its time; or in errors."""
         if start := re.fullmatch(r"run_([0-9a-f]{8,31})", text):
             first, last = int(start[1][:12].ljust(12, "0"), 16), int(start[1][:12].ljust(12, "f"), 16)
             slack = 600_000  # ms between the making of an id, by a client, and its run's
@@ -178,9 +181,9 @@ class Found:
              values: Sequence[Any] = ()) -> tuple[Any, list[str], str | None]:
         """The next runs.
 
-        :param then: SQL of what is to be told of them, in the same statement; `ids` are theirs, in order.
-        :returns: what was to be told, the ids, and the cursor to go on with. Where the search ended before the page was
-                  full, that is the last run it looked at.
+        :param then: an SQL expression of `ids`, the ids of these runs in order, in the same statement.
+        :returns: its value, the ids, and the cursor to go on with. Where the search ended before the page was full,
+                  that is the last run it looked at.
         """
         branches, parameters = list[Composable](), list[Any]()
         for served, rest in self.branches:
@@ -198,18 +201,18 @@ class Found:
             " array(select (extract(epoch from at) * 1000)::bigint from page order by at {way}, id {way}) as ats)"
             " select {then}, ids, ats from listed"
         ).format(branches=SQL(" union all ").join(branches), way=direction, limit=Literal(limit), then=SQL(then))
-        [(told, ids, ats)] = core().database.select(query, [*parameters, *values])
+        [(value, ids, ats)] = core().database.select(query, [*parameters, *values])
         if len(ids) == limit:
-            return told, ids, f"{ats[-1]}_{ids[-1]}"
+            return value, ids, f"{ats[-1]}_{ids[-1]}"
         reached = [end for served, rest in self.branches if rest for end in self._end_of_search(served, after)]
         if not reached:
-            return told, ids, None
+            return value, ids, None
         # Beyond the first end others may stand between those that were found: they are the next page's.
         end = min(reached) if self.beyond == ">" else max(reached)
         kept = [n for n, at in enumerate(ats) if not ((at, ids[n]) > end if self.beyond == ">" else (at, ids[n]) < end)]
         if len(kept) < len(ids):
             return self.page(len(kept), after, then, values) if kept else ("[]", [], f"{end[0]}_{end[1]}")
-        return told, ids, f"{end[0]}_{end[1]}"
+        return value, ids, f"{end[0]}_{end[1]}"
 
     def _end_of_search(self, served: list[Condition], after: tuple[int, str] | None) -> list[tuple[int, str]]:
         """The last run that a branch looked at, when there are more."""
@@ -234,10 +237,12 @@ class Found:
 
 
 def exists(run_id: str) -> bool:
+    """Whether there is a run of this id."""
     return bool(core().database.select("select 1 from tidebase.runs where id = %s", (run_id,)))
 
 
 def cursor_from(name: str, text: str | None) -> tuple[int, str] | None:
+    """A nextCursor of a query string: time in ms, and id.  :raises Refusal: 400, when it is none."""
     if not text:
         return None
     cursor = CURSOR.fullmatch(text)
@@ -247,7 +252,10 @@ def cursor_from(name: str, text: str | None) -> tuple[int, str] | None:
 
 
 def list_runs(asked: dict[str, str], known: dict[str, str] | None = None) -> tuple[str, list[str], str | None]:
-    """The JSON of a page of runs, their ids, and the cursor of the next; those as `known` are left out."""
+    """The JSON of a page of runs, their ids, and the cursor of the next page.
+
+    :param known: versions by id; runs of which that is still the version are left out of the JSON.
+    """
     sort = choice_of("sort", asked.get("sort"), tuple(SORTS), "newest")
     light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
     limit = whole_of("limit", asked.get("limit", "100"), 1000, 1)

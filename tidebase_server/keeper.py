@@ -23,6 +23,7 @@ STOP_SECONDS = 20  # for a fast shutdown, which writes a checkpoint; then Postgr
 
 
 def stop_when_unused(lock: int, postgres: int) -> None:
+    """Wait until no server holds the lock, then stop PostgreSQL."""
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.kill(postgres, signal.SIGINT)
     time.sleep(STOP_SECONDS)
@@ -30,6 +31,7 @@ def stop_when_unused(lock: int, postgres: int) -> None:
 
 
 def main(lock: int, data: int, uid: int, gid: int, command: list[str]) -> None:
+    """Run PostgreSQL in a process of its own; see above for the arguments."""
     if os.fork():
         os._exit(0)  # whoever started this goes on, and has no child to look after
     # A signal to all processes of a service ends its server, which needs PostgreSQL until then. Handlers, since what is

@@ -1,24 +1,54 @@
-"""Lines of the log: their form, and how little they hold of what somebody else wrote."""
+"""Lines of the log: their form, and how much of a user's text they may hold."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import Any
 
-LOGGED_CHARACTERS = 120  # of what somebody else wrote: a line of the log is no place for a payload
+logger = logging.getLogger("tidebase.server")
+LOGGED_CHARACTERS = 120  # of a user's text; payloads do not belong into a log
 
 
 def one_line(text: str) -> str:
-    """The first words of somebody's text, for a line of the log."""
+    """The first words of a user's text, for a line of the log."""
     words = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * LOGGED_CHARACTERS]).split())
     return words if len(words) <= LOGGED_CHARACTERS else words[:LOGGED_CHARACTERS] + "…"
 
 
 def place_of(run: dict[str, Any]) -> str:
-    """Its workflow and queue, for a line of the log."""
+    """The workflow and queue of a run, for a line of the log."""
     queue = "no queue" if run["queue"] is None else f"queue {one_line(run['queue'])}"
     return f"workflow {one_line(run['workflowName'])}, {queue}"
+
+
+def log_expired(run: dict[str, Any]) -> None:
+    """Log a lease that expired: of which run, and what becomes of it."""
+    outcome = ("it is stalled until somebody begins it" if run["queue"] is None
+               else "it is queued again" if run["attempt"] < run["maxAttempts"] else "it failed")
+    logger.warning("the lease of run %s (%s) expired in attempt %d of %d, held by %s; %s", run["runId"],
+                   place_of(run), run["attempt"], run["maxAttempts"], one_line(run["leaseOwner"]), outcome,
+                   extra={"event": "lease_expired", "run_id": run["runId"]})
+
+
+def log_failure(run_id: str, text: str) -> None:
+    """Log what fail_run answered: which run, and no more of its error than its first words."""
+    try:
+        answer = json.loads(text)
+    except RecursionError:  # a payload may be nested just deeply enough to be taken and not to be read again
+        logger.warning("run %s failed; its payloads are nested too deeply to show why", run_id,
+                       extra={"event": "run_failed", "run_id": run_id})
+        return
+    run, error = answer["run"], answer["run"]["error"]
+    if run["status"] not in ("failed", "queued"):  # it had ended before
+        return
+    texts = [error.get("name"), error.get("message")] if isinstance(error, dict) else [error]
+    words = one_line(": ".join(text for text in texts if text and isinstance(text, str)))
+    logger.warning("run %s (%s) failed in attempt %d of %d%s; %s", run_id, place_of(run), run["attempt"],
+                   run["maxAttempts"], words and f": {words}",
+                   f"it is queued again for {run['runAt']}" if answer["requeued"] else "it is not queued again",
+                   extra={"event": "run_requeued" if answer["requeued"] else "run_failed", "run_id": run_id})
 
 
 class LogFormat(logging.Formatter):

@@ -26,6 +26,7 @@ from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 
 from . import bodies
+from .bodies import camel
 
 Schema = dict[str, Any]
 
@@ -194,6 +195,7 @@ def kind_of(name: str) -> Schema:
 
 
 def or_null(schema: Schema) -> Schema:
+    """The schema of what is of this schema, or null."""
     if "enum" in schema:
         return schema | {"type": [schema["type"], "null"], "enum": [*schema["enum"], None]}
     if "type" in schema:
@@ -285,12 +287,8 @@ RULE_PART = re.compile(r"<part:(\w+)>")
 PART: Schema = {"type": "string", "minLength": 1, "maxLength": 512, "pattern": "^[^\\u0000]*$"}
 
 
-def camel(name: str) -> str:
-    first, *others = name.split("_")
-    return first + "".join(map(str.title, others))
-
-
 def as_given(schema: Schema, text: str) -> Any:
+    """A default as its type, from how a docstring has it."""
     return int(text) if schema["type"] == "integer" else text
 
 
@@ -303,6 +301,7 @@ def path_of(rule: Any) -> tuple[str, list[str]]:
 
 
 def parameters_of(rule: Any, head: str) -> list[Schema]:
+    """The parts of a route's path, and the parameters and headers that its docstring lists."""
     found = [{"in": "path", "name": name, "required": True, "schema": PART}
              | ({} if name == camel(own) else {"description": camel(own)})
              for name, own in zip(path_of(rule)[1], RULE_PART.findall(rule.rule), strict=True)]
@@ -316,6 +315,7 @@ def parameters_of(rule: Any, head: str) -> list[Schema]:
 
 
 def refusal(codes: list[str], words: str) -> Schema:
+    """The response of an error with one of these codes."""
     of_these = {"type": "object", "properties": {"code": {"enum": codes}}}
     schema = {"allOf": [{"$ref": "#/components/schemas/error"}, of_these]}
     return {"description": words, "content": {"application/json": {"schema": schema}}}

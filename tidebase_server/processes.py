@@ -19,13 +19,14 @@ BEHIND_STATUS = 3  # of a server process that found SchemaBehind
 
 
 def on_stop(heed: Callable[..., Any]) -> None:
+    """Call `heed`, as a signal handler, on SIGTERM and SIGINT."""
     for number in STOP_SIGNALS:
         signal.signal(number, heed)
 
 
 class Processes:
-    """Server processes that share one socket. This one starts them, and another for each that ends by itself; told to
-    stop, it ends them all."""
+    """Server processes that share one socket. The parent starts them, replaces each that ends by itself, and ends all
+    of them on SIGTERM or SIGINT."""
 
     def __init__(self, serve: Callable[[], None], signals: list[int]) -> None:
         self.serve = serve  # in a process of its own
@@ -34,14 +35,14 @@ class Processes:
         self.children: set[int] = set()
 
     def run(self, count: int) -> None:
-        """Until the last has ended.  :raises SchemaBehind: the reason why they did."""
+        """Start so many, and wait until the last has ended.  :raises SchemaBehind: the schema is too old to serve."""
         on_stop(self.stop)
         is_behind = False
         for _ in range(count):
             self.start()
         while self.children:
             child, status = os.wait()
-            if child not in self.children:  # the first process of a container gets to know of others' children, too
+            if child not in self.children:  # as the first process of a container it also reaps the children of others
                 continue
             self.children.discard(child)
             if os.waitstatus_to_exitcode(status) == BEHIND_STATUS:
@@ -56,13 +57,15 @@ class Processes:
             raise SchemaBehind
 
     def stop(self, number: int = signal.SIGTERM, _: Any = None) -> None:
+        """End all; safe in a signal handler."""
         self.signals.append(number)
         for child in list(self.children):
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGTERM)
 
     def start(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until it is known whose a signal is
+        """Start one process."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none between fork and the handlers of the child
         child = os.fork()
         if not child:
             self._live()
@@ -72,7 +75,7 @@ class Processes:
             self.stop()
 
     def _live(self) -> NoReturn:
-        """A child's life."""
+        """Serve, in the child, and exit."""
         on_stop(lambda *_: os._exit(0))  # nothing is served yet
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         status = 1
@@ -85,11 +88,11 @@ class Processes:
         except Exception:
             logger.exception("server process failed", extra={"event": "process_failed"})
         finally:
-            os._exit(status)  # what the parent has to clean up at its exit is the parent's
+            os._exit(status)  # without the clean-up of the parent, such as stopping the embedded PostgreSQL
 
 
 def end_with(parent: int) -> None:
-    """End this server process when the one that started it is gone."""
+    """End this server process when its parent has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)

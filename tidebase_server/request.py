@@ -28,7 +28,7 @@ class Core(Protocol):
     database: Database
     traces: Traces
 
-    def wrote(self) -> None:
+    def wrote(self, only_run: str | None = None) -> None:
         """Something was written: wake those who may wait for it."""
 
 
@@ -67,6 +67,7 @@ class Part(BaseConverter):
     """A part_of the path, in a route's rule."""
 
     def to_python(self, value: str) -> str:
+        """As werkzeug asks it of a converter."""
         return part_of(value)
 
 
@@ -86,8 +87,13 @@ def parse(kind: type[Body]) -> dict[str, Any]:
 def call(function: str, **arguments: Any) -> Reply:
     """Call one function of schema.sql, pass its answer on, and wake those who may wait for what it wrote."""
     text, status = core().database.call(function, **arguments)
-    core().wrote()
+    core().wrote(arguments["run_id"] if is_quiet(function, arguments.get("error")) else None)
     return reply(text or "null", status)
+
+
+def is_quiet(function: str, error: Any) -> bool:
+    """Whether a write makes no run ready and no webhook due: workers make many of these, and none waits for one."""
+    return function in ("record_step", "begin_step", "complete_step") and error is None
 
 
 def found(text: str | None, run_id: str) -> Reply:

@@ -1,9 +1,8 @@
 """The HTTP server: waitress, with one subclass of its request parser.
 
 waitress brings what HTTP asks of a server: the parser, chunked bodies, threads, and buffers for what a slow client has
-not read yet. Here stands what it is told to do, by its documented settings, and the subclass: it knows whether a
-request may have a body as soon as its head is complete, and it bounds what a client may send before that is known, and
-for how long.
+not read yet. This file has its settings, which are documented, and the subclass. The subclass decides whether a request
+may have a body as soon as its head is complete, and limits what a client may send before that, and for how long.
 
 Four things are used of waitress beyond its documentation: the parser, the connection that uses it, the loop, which is
 driven from here so that a stop can let requests finish, and the method that changes the number of threads. So its
@@ -108,7 +107,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
             super().parse_header(header_plus)
         except ValueError as error:  # of a target such as http://[: it would go unanswered
             raise waitress.parser.ParsingError(str(error)) from None
-        # Two lengths of one body: whoever is in front may believe the other, and take the rest for another request.
+        # A body with two lengths: a proxy may believe the other one, and take the rest of the body for another request.
         if (self.chunked and "CONTENT_LENGTH" in self.headers) or "TRANSFER_ENCODING" in self.headers:
             raise waitress.parser.ParsingError("Transfer-Encoding with Content-Length, or in HTTP/1.0")
 
@@ -142,7 +141,7 @@ class HttpServer:
     def __init__(self, app: Callable[..., Any], gatekeeper: Gatekeeper, listener: socket.socket, *, threads: int,
                  max_body: int, other_files: int) -> None:
         """
-        :param threads: for requests that are worked on; those that wait get threads of their own (`provide_threads`).
+        :param threads: for requests that do not wait; those that wait get further threads (`provide_threads`).
         :param max_body: bytes; a larger body is refused unread.
         :param other_files: how many files this process may have open beside its connections.
         """
@@ -152,7 +151,9 @@ class HttpServer:
         self.closed = False
         self.channels: dict[int, Any] = {}  # all that the loop looks after, by file number
         self.waitress = waitress.server.create_server(
-            app, self.channels, sockets=[listener], threads=threads, ident=None, clear_untrusted_proxy_headers=True,
+            app, self.channels, sockets=[listener], threads=threads, ident=None,
+            clear_untrusted_proxy_headers=False,  # none of them is read here, and to clear them costs each request
+
             connection_limit=raise_file_limit(other_files), asyncore_use_poll=True,
             channel_timeout=RECEIVE_SECONDS, cleanup_interval=CLEANUP_SECONDS,
             channel_request_lookahead=1,  # so that it is noticed when a client that waits hangs up
@@ -207,7 +208,7 @@ class HttpServer:
                 self.waitress.pull_trigger()
 
     def provide_threads(self, waiting: int) -> None:
-        """Have threads for so many requests that wait, beside those that are worked on; from any thread.
+        """Have `threads` and one more for each of so many requests that wait; may be called from any thread.
 
         :raises RuntimeError: the machine gives no more threads.
         """

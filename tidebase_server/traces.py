@@ -1,4 +1,7 @@
-"""Traces: who asked this process for work, until it is noted in the database."""
+"""Traces: which workers claimed lately at this process, kept in memory and written to the database once a minute.
+
+From them Studio says that no worker asks for a queue.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from typing import Any, NamedTuple
 
 from .database import Database
 
-NOTE_SECONDS = 60.0   # between two notes of who asked for work
-MAX_TRACES = 10_000   # workers that a process keeps in mind until then
-ASKED_SECONDS = 300.0
+NOTE_SECONDS = 60.0    # between two notes
+MAX_TRACES = 10_000    # workers in memory; beyond these the oldest is forgotten
+ASKED_SECONDS = 300.0  # a queue counts as asked for so long after the last claim
 
 
 class Trace(NamedTuple):
-    """Who asked for what; times are of the monotonic clock, since the database's is the one that counts."""
+    """What a worker claims, since when, and when last; times of the monotonic clock, in seconds."""
 
     queues: tuple[str, ...]
     workflows: tuple[str, ...] | None
@@ -25,8 +28,8 @@ class Trace(NamedTuple):
 
 
 class Traces:
-    """Claims leave a trace, so that it can be said that nobody asks for a queue. Noted once a minute, in one statement,
-    whatever the number of workers; `due` is the time for the next note."""
+    """The claims since the last note. A note is one statement, however many workers there are; `due` is the time of the
+    next one."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -34,7 +37,7 @@ class Traces:
         self.traces: dict[str, Trace] = {}
 
     def note_claim(self, owner: str, queues: Sequence[str], workflows: Sequence[str] | None) -> None:
-        """An owner, "" for one without a name, asks for runs of these queues and workflows (None: of any)."""
+        """Remember a claim of an owner ("": one without a name) for these queues and workflows (None: any)."""
         now = time.monotonic()
         with self.lock:
             before = self.traces.pop(owner, None)
@@ -44,7 +47,7 @@ class Traces:
                                        before.since if before else now, now)
 
     def note(self, database: Database) -> None:
-        """Write down those of the last minute, if it is over."""
+        """Write the traces to the database, if a note is due."""
         if time.monotonic() < self.due:
             return
         self.due = time.monotonic() + NOTE_SECONDS
@@ -58,7 +61,7 @@ class Traces:
                     del self.traces[owner]
 
     def workers(self) -> str:
-        """The JSON of those not noted yet, as note_workers takes it."""
+        """The JSON of the traces not written yet, as note_workers takes it."""
         now = time.monotonic()
         with self.lock:
             return json.dumps([
