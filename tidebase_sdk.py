@@ -622,7 +622,8 @@ class Run(Surface[M]):
         then again at every later boundary, so that `except Exception` around a step holds up nothing.
         """
         self._lease.boundary()
-        _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects)
+        if retries or timeout_s is not None or side_effects is not None:
+            _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects)
         call = _StepCall(self, name, fn, input, input_hash, retries, timeout_s)
         with self._names.call(("step", name), same=call.same) as (call.name,):
             known = _checkpoint(self, call.name, call.input_hash)
@@ -1589,13 +1590,17 @@ class _Lease:
     def boundary(self) -> None:
         """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
         self.fence()
-        if self.refused is not None:
-            raise copy.copy(self.refused)
+        self.check_not_refused()
         lease: _Lease | None = self
         while lease is not None:
             if lease.suspended or lease.leaving.locked():
                 raise RunSuspended
             lease = lease.parent
+
+    def check_not_refused(self) -> None:
+        """Raise what a record was refused with that no call waited for.  A copy, as in `fence`."""
+        if self.refused is not None:
+            raise copy.copy(self.refused)
 
     def add_writes(self, writes: Sequence[_Write]) -> None:
         """The run has more to be made durable."""
@@ -1828,7 +1833,7 @@ class _StepCall:
     def fields(self) -> bytes:
         """The members by which the server knows the step."""
         known = b'"name":%s,"inputHash":"%s"' % (_encode(self.name, "name="), self.input_hash.encode())
-        options = b"" if not self.options else b',"options":' + _encode(self.options, "a step's options")
+        options = b"" if not self.options else b',"options":' + _encode_body(self.options)
         return known + (b',"input":' + self.input if self.input else b"") + options
 
     def refusal(self, error: Exception, output_bytes: int = 0) -> Exception:
@@ -2065,6 +2070,7 @@ def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op
         body = {**_body(lease_owner=lease.owner, timeout_s=timeout_s), "for": condition}
         path = _path("runs", run.run_id, "wait")
         yield from _settle_writes(run)
+        lease.check_not_refused()
         with lease.ending():
             answer = yield from _request(run._client, "POST", path, body, lease=lease)
         if answer["ready"]:
@@ -2692,6 +2698,7 @@ class _WriteBatcher:
         self._lock = threading.RLock()  # the garbage collector may close a sender's generator at any time
         self._ready: deque[_Write] = deque()
         self._senders = 0  # threads and tasks that send, or are about to
+        self._in_flight: list[list[_Write]] = []
         self._tasks: set[Any] = set()  # those in the background: an event loop keeps no reference
 
     def write(self, verb: str, members: bytes, lease: _Lease | None = None, **options: Any) -> Op[Json]:
@@ -2770,11 +2777,22 @@ class _WriteBatcher:
             lease = writes[0].lease
             if lease is not None:
                 lease.add_writes(writes)
-            if may_send and self._senders < MAX_IN_FLIGHT and not (lease is not None and lease.in_flight):
+            if may_send and self._is_due():
                 self._senders += 1
                 return self._take()
         self._start_sender()
         return []
+
+    def _is_due(self, others: int | None = None) -> bool:
+        """Under the lock: whether a request may be sent now.  A second one is sent when it would carry as many writes
+        as the first: many small ones cost all sides more.  others: how many send already."""
+        needed = max([1, *map(len, self._in_flight)])
+        if (self._senders if others is None else others) < MAX_IN_FLIGHT:
+            for write in self._ready:
+                needed -= write.lease is None or not write.lease.in_flight
+                if not needed:
+                    return True
+        return False
 
     def _take(self) -> list[_Write]:
         """Under the lock: what the next request carries.  Writes of runs that have others in flight stay."""
@@ -2794,13 +2812,13 @@ class _WriteBatcher:
         for write in batch:
             if write.lease is not None:
                 write.lease.in_flight = True
+        self._in_flight.append(batch)
         return batch
 
     def _start_sender(self) -> None:
         """Have what is ready sent in the background, if a request may be sent now."""
         with self._lock:
-            if self._senders >= MAX_IN_FLIGHT or all(
-                    write.lease is not None and write.lease.in_flight for write in self._ready):
+            if not self._is_due():
                 return
             self._senders += 1
         driver = self._client._driver
@@ -2819,10 +2837,10 @@ class _WriteBatcher:
             yield Sleep(0.0)  # first all threads and tasks that are as far: what they have goes along
             while True:
                 with self._lock:
-                    batch = self._take()
-                    if not batch:
+                    if not self._is_due(self._senders - 1):
                         self._senders -= 1
                         return
+                    batch = self._take()
                 yield from self._send_batch(batch)
         except BaseException as error:
             with self._lock:
@@ -2840,6 +2858,7 @@ class _WriteBatcher:
                 write.settle(error)
         finally:
             with self._lock:
+                self._in_flight = [each for each in self._in_flight if each is not batch]
                 for write in reversed(batch):
                     if write.lease is not None:
                         write.lease.in_flight = False
@@ -2881,7 +2900,8 @@ class _WriteBatcher:
                 write.settle(_refusal(reply.status, body, write.path, len(write.data)))
 
     def _settle_each(self, batch: list[_Write], results: list[Json], sent: float) -> Op[None]:
-        """Settle each write with its result; send alone those whose answers had no room beside the others'."""
+        """Settle each write with its result; send alone those whose answers had no room beside the others', and those
+        that stood behind a refused write of their run whose caller has been told: it goes on without that one."""
         again: list[_Write] = []
         for write, result in zip(batch, results):
             code = result.get("code")
@@ -2891,8 +2911,11 @@ class _WriteBatcher:
                 if write.lease is not None:
                     write.lease.extend(sent)
                 write.settle(result)
-            elif code == "prior_refused" and write.lease is not None and write.lease.refused is not None:
-                write.settle(copy.copy(write.lease.refused))
+            elif code == "prior_refused" and write.lease is not None:
+                if write.lease.refused is None:
+                    again.append(write)
+                else:
+                    write.settle(copy.copy(write.lease.refused))
             else:
                 write.settle(_refusal(result["status"], result, write.path, len(write.data)))
         for write in again:
@@ -3876,13 +3899,17 @@ def input_hash(value: Any) -> str:
 
 def _canonical(value: Any) -> str:
     """canonical_json of what a JSON parser returned."""
-    text = _json_sorted(value)
-    # Numbers that ECMAScript prints otherwise, and letters that UTF-16 sorts otherwise, are rare; a text that may hold
-    # some is written by hand.
-    return text if _CANONICAL_DOUBTFUL.search(text) is None else _canonical_by_hand(value)
+    return _json_sorted(value) if _sorts_and_prints_alike(value) else _canonical_by_hand(value)
 
 
-_CANONICAL_DOUBTFUL = re.compile("[0-9]{16}|[0-9][.eE]|[\ud800-\uffff\U00010000-\U0010ffff]")
+def _sorts_and_prints_alike(value: Any) -> bool:
+    """Whether json prints a value as RFC 8785 has it, which it does but for rare numbers and keys."""
+    kind = type(value)
+    if kind is dict:
+        return all(key.isascii() and _sorts_and_prints_alike(member) for key, member in value.items())
+    if kind is list:
+        return all(map(_sorts_and_prints_alike, value))
+    return abs(value) < 2**53 if kind is int else kind is not float
 
 
 def _canonical_by_hand(value: Any) -> str:

@@ -131,7 +131,7 @@ def is_installed_as_locked() -> bool:
 def test_every_python_block_has_a_name_and_is_run_here():
     assert len(PROGRAMS) == TEXT.count("```python")
     assert set(PROGRAMS) == {"greet.py", "resume.py", "order_worker.py", "order.py", "campaign_worker.py",
-                             "campaign.py"}
+                             "campaign.py", "pay.py"}
 
 
 def test_every_sh_block_is_run_here_but_that_of_the_tests_which_is_how_they_are_run():
@@ -149,6 +149,14 @@ def test_links_lead_to_files():
 
 def test_greet_answers_twice_the_same(folder: Folder):
     assert [folder.run("greet.py") for _ in range(2)] == [["Hello, Ada!"]] * 2
+
+
+def test_pay_charges_under_one_key_however_often_it_is_started(folder: Folder):
+    [charged] = folder.run("pay.py")
+    assert re.fullmatch(r"600 cents, key [0-9a-f-]{36}", charged)
+    assert folder.run("pay.py") == [charged]
+    detail = Api(folder.environment["TIDEBASE_URL"]).detail("run_pay")
+    assert [step["name"] for step in detail["steps"]] == ["price", "price#2", "key", "charge"]
 
 
 def test_resume_runs_what_a_signed_webhook_asks_for(folder: Folder):

@@ -552,9 +552,12 @@ def test_of_steps_that_threads_of_one_run_end_at_once_each_gets_its_own_output(s
 
 def test_tasks_that_are_ready_at_the_same_time_send_one_request(server: Any) -> None:
     async def story() -> list[int]:
+        async def nothing() -> None:
+            pass
+
         async def flow(run: Any) -> None:
             for number in range(3):
-                await asyncio.gather(*(run.step(f"step {number} of {task}", lambda: None) for task in range(8)))
+                await asyncio.gather(*(run.step(f"step {number} of {task}", nothing) for task in range(8)))
 
         async with AsyncTidebase(server.url) as tide:
             wire = Wire(tide)

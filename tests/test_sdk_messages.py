@@ -197,3 +197,116 @@ def test_a_worker_whose_server_is_away_names_its_address(
     outcome = in_background(lambda: tide(lambda client: client.work(stop=lambda: bool(away()))))
     outcome()
     assert url in away()[0]
+
+
+# ------------------------------------------------------------------------------
+# Wrong calls, and what easily goes unnoticed.
+# ------------------------------------------------------------------------------
+
+
+WRONG_CALLS = {
+    "input": lambda client: client.enqueue("flow", input={1, 2}),
+    "metadata": lambda client: client.enqueue("flow", metadata=["a"]),
+    "channels": lambda client: client.runs.create("flow", channels={"type": "webhook"}),
+    "max_attempts": lambda client: client.enqueue("flow", max_attempts="3"),
+    "priority": lambda client: client.enqueue("flow", priority=1.5),
+    "delay_s": lambda client: client.enqueue("flow", delay_s="3"),
+    "run_at": lambda client: client.enqueue("flow", run_at=5),
+    "timeout_s": lambda client: client.runs.wait("r", timeout_s="5"),
+    "limit": lambda client: client.runs.list(limit="5"),
+    "concurrency": lambda client: client.work(concurrency="8"),
+    "on_error": lambda client: client.work(on_error="log"),
+    "output": lambda client: client.runs.review_step("r", "s", "complete", output=object()),
+}
+
+
+@pytest.mark.parametrize("argument", WRONG_CALLS)
+def test_an_argument_of_a_wrong_type_is_named_before_anything_is_sent(tide: Any, argument: str) -> None:
+    sent: list[str] = []
+    test_sdk.on_requests(tide, lambda effect: sent.append(effect.path))
+    with pytest.raises(TypeError, match=f"^{argument}= "):
+        tide(WRONG_CALLS[argument])
+    assert sent == []
+
+
+WRONG_STEPS = {
+    "retries": {"retries": "3"},
+    "timeout_s": {"timeout_s": "5"},
+    "input": {"input": object()},
+    "side_effects": {"side_effects": 5},
+    "verified_by": {"verified_by": object()},
+}
+
+
+@pytest.mark.parametrize("argument", WRONG_STEPS)
+def test_an_argument_of_a_wrong_type_of_a_step_is_named_before_its_function_is_called(
+    tide: Any, argument: str
+) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("step", lambda: pytest.fail("called"), **WRONG_STEPS[argument])
+
+    with pytest.raises(TypeError, match=f"^{argument}= "):
+        tide(lambda client: client.run("flow", tide.workflow(flow)))
+
+
+def test_a_time_to_begin_is_given_in_one_way(tide: Any) -> None:
+    with pytest.raises(ValueError, match="delay_s or run_at"):
+        tide(lambda client: client.enqueue("flow", delay_s=5, run_at="2030-01-01T00:00:00Z"))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, event: str) -> list[str]:
+    return [each.getMessage() for each in caplog.records if getattr(each, "event", "") == event]
+
+
+def test_another_input_for_a_known_run_is_not_used_and_the_log_says_so(
+    tide: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        if run.attempt == 1:
+            raise RuntimeError
+        return input
+
+    run_id = new_run_id()
+    for given in ({"n": 1}, None, {"n": 1.0}, {"n": 2}):
+        try:
+            answer = tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id, input=given))  # noqa: B023
+        except RuntimeError:
+            answer = None
+    assert answer == {"n": 1}
+    [message] = warnings_of(caplog, "differs_from_record")
+    assert run_id in message
+    assert "tide.runs.fork" in message
+
+
+def test_a_webhook_without_a_secret_to_verify_it_by_is_refused_and_the_log_says_why_once(
+    tide: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        assert tide(lambda client: client.handle_webhook(b"{}", "sha256=00"))[0] == 401
+    [message] = warnings_of(caplog, "no_webhook_secret")
+    assert "TIDEBASE_WEBHOOK_SECRET" in message
+    assert tide(lambda client: client.handle_webhook(b"{}", "sha256=00", secret="s"))[0] == 401
+    assert len(warnings_of(caplog, "no_webhook_secret")) == 1
+
+
+def test_runs_are_found_by_metadata_of_any_kind(tide: Any) -> None:
+    for value in (True, False, None, 5, "true", "a b"):
+        run_id = tide(lambda client: client.enqueue("flow", metadata={"m": value}))["run"]["id"]  # noqa: B023
+        found = tide(lambda client: client.runs.list(metadata={"m": value}))  # noqa: B023
+        assert found[0]["id"] == run_id, value
+
+
+def test_a_step_that_needs_review_says_which_and_how_to_decide(tide: Any, api: Api) -> None:
+    run_id = new_run_id()
+
+    async def flow(run: Any, input: Any) -> Any:
+        return await run.step("mail", lambda: 1 / 0 if run.attempt == 1 else "sent", side_effects="email")
+
+    with pytest.raises(ZeroDivisionError):
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    with pytest.raises(tidebase_sdk.StepNeedsReview) as ambiguous:
+        tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    step_id = api.detail(run_id)["steps"][0]["id"]
+    assert f"tide.runs.review_step('{run_id}', '{step_id}', DECISION)" in str(ambiguous.value)
+    assert f"explain {run_id}" in str(ambiguous.value)
+    assert ambiguous.value.body["step"]["id"] == step_id

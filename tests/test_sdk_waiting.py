@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import hmac
 import json
@@ -437,7 +438,7 @@ def test_1000_children_are_joined_and_a_replay_asks_for_them_in_one_request(
     replay = paths[paths.index("entered", before):]
     assert len([path for path in replay if f"/runs/{run_id}" in path and "GET" in path]) == 1
     assert [path for path in replay if "create_child" in path] == []
-    assert [path for path in paths[:before] if "/writes" in path] == 10 * ["POST /writes create_child"]
+    assert [path for path in paths[:before] if "create_child" in path] == 10 * ["POST /writes create_child"]
     assert sql("select status, attempt, count(*) from tidebase.runs group by 1, 2") == [("completed", 1, 1001)]
 
 
@@ -615,3 +616,23 @@ def test_a_pushed_run_that_begins_to_wait_is_answered_at_once_and_its_wake_up_is
     assert [body["type"] for body in receiver.bodies()] == ["run.invoke", "run.invoke"]
     assert api.run(run_id)["result"] == "ada"
     assert executed == ["draft"]
+
+
+@awaited_only
+def test_two_waits_in_one_task_group_leave_the_worker_without_noise(
+    tide: Any, api: Api, working: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def flow(run: Any, input: Any) -> list[Any]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run.gate(f"gate {n}", "Sure?", hold_s=0)) for n in range(2)]
+        return [task.result().actor for task in tasks]
+
+    run_id = enqueue(tide, "flow")
+    working(tide, {"flow": flow})
+    is_waiting(api, run_id)
+    for gate in api.detail(run_id)["gates"]:
+        body = {"token": gate["resolveToken"], "decision": "approved", "actor": "ada"}
+        assert api.post(f"/runs/{run_id}/gates/{gate['id']}/resolve", body).status == 200
+    assert result(tide, run_id) == ["ada", "ada"]
+    gc.collect()  # what nobody retrieved is told of when it is collected
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
