@@ -98,7 +98,8 @@ WRONG = {line.strip() for line in PROGRAM.splitlines() if "# wrong" in line}
 
 def test_mypy_knows_what_a_step_returns_and_finds_no_fault_in_the_examples(app: Path) -> None:
     files = sorted(path.name for path in app.glob("*.py"))
-    command = [sys.executable, "-m", "mypy", "--check-untyped-defs", "--cache-dir", str(app / "cache"), *files]
+    cache = ROOT / ".mypy_cache" / "programs"  # kept: what FastAPI brings takes longer to read than all of ours
+    command = [sys.executable, "-m", "mypy", "--check-untyped-defs", "--cache-dir", str(cache), *files]
     done = subprocess.run(command, cwd=app, capture_output=True, text=True)
     assert wrong_lines(done.stdout) == WRONG, done.stdout + done.stderr
 
