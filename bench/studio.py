@@ -120,18 +120,30 @@ def many_runs(conninfo: str) -> None:
         connection.execute("analyze tidebase.runs")
 
 
+# When the first row of the list was there, and when the HTML had come, both from the browser's clock.
+FIRST_ROW = """
+new MutationObserver((_, observer) => {
+    if (!document.querySelector(".runs tbody tr")) return;
+    observer.disconnect();
+    requestAnimationFrame(() => { window.firstRow = performance.now(); });
+}).observe(document, {childList: true, subtree: true});
+"""
+
+
 def measure_list(page: Any, url: str) -> None:
+    page.add_init_script(FIRST_ROW)
     times = []
-    for _ in range(5):
+    for _ in range(7):
         page.goto(f"{url}/studio/runs")
         page.wait_for_selector(".runs tbody tr")
         times.append(
-            page.evaluate("""() => new Promise((resolve) => requestAnimationFrame(() => {
-            const html = performance.getEntriesByType("navigation")[0].responseEnd;
-            const list = performance.getEntriesByType("resource").find((entry) => /\\/runs\\?/.test(entry.name));
-            resolve(list.responseEnd - html); }))""")
+            page.evaluate("window.firstRow - performance.getEntriesByType('navigation')[0].responseEnd")
         )
-    print(f"list of {RUNS:,} runs: rows answered {min(times):.0f} to {max(times):.0f} ms after the HTML")
+    first, *cached = times
+    print(
+        f"list of {RUNS:,} runs: rows drawn {first:.0f} ms after the HTML, and {min(cached):.0f} to {max(cached):.0f} ms"
+        " when the browser has the files"
+    )
 
 
 METRICS = ("ScriptDuration", "LayoutDuration", "RecalcStyleDuration")
