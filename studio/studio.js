@@ -4,7 +4,7 @@
 // itself, the rest of the path, the query, and a signal that ends its reads, streams, timers and listeners.
 
 import { ApiError, get, keepKey, laterAgain, poll, session, setPageSignal, watch } from "./api.js";
-import { button, dialog, el, field, fill, icon, link, plainTable, setServerTime, setText, show, skeleton, strong, switchZone, toast, zoneName } from "./dom.js";
+import { button, dialog, el, field, fill, icon, link, plainTable, setServerTime, setText, show, skeleton, strong, switchZone, time, toast, zoneName } from "./dom.js";
 import { goBack, navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
 import { begin as beginList } from "./runs.js";
 
@@ -133,7 +133,7 @@ function buildFrame() {
 watch.onReachable = (reachable) => {
 	if (reachable === banner.hidden) return;
 	show(banner, !reachable);
-	fill(banner, strong("The server cannot be reached."), `What you see is as of ${new Date().toLocaleTimeString()}. Trying again.`);
+	fill(banner, strong("The server cannot be reached."), ["What you see is as of ", time(new Date().toISOString(), "short"), ". Trying again."]);
 };
 
 // --- session
