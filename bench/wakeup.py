@@ -4,9 +4,10 @@
     wakeup.py              200 runs, first with one server, then with two
     wakeup.py --runs 50
 
-A worker process with 8 places serves one queue. All runs wait at their gates, without a worker; then they are decided
-one after the other, through another connection, at random moments. Measured with one server, which the worker and the
-deciding client share, and with two on one database: there the worker's server has to notice what the other one wrote.
+A worker process executes 8 runs of one queue at a time. All runs wait at their gates, without a worker; then they are
+decided one after the other, through another connection, at random moments. Measured with one server, which the worker
+and the deciding client share, and with two on one database: there the worker's server has to notice what the other one
+wrote.
 """
 import argparse
 import random
