@@ -35,7 +35,7 @@ CALLS = {
                   "p_input => %(text)s, p_options => '{}', p_lease_owner => 'me', p_lease_ms => 60000)",
     "complete_step": "select tidebase.complete_step(p_run_id => %(run)s, p_step_id => %(step)s, p_lease_owner => 'me', "
                      "p_output => %(text)s)",
-    "heartbeat": "select tidebase.heartbeat(p_run_id => %(run)s, p_lease_owner => 'me')",
+    "heartbeat": "select body from tidebase.heartbeat_runs(p_run_ids => array[%(run)s], p_lease_owners => array['me'])",
     "complete_run": "select tidebase.complete_run(p_run_id => %(run)s, p_lease_owner => 'me', p_result => %(text)s)",
     "write_each": "select status from tidebase.write_each(p_writes => %(writes)s, p_inputs => %(texts)s::json[], "
                   "p_outputs => %(texts)s::json[], p_errors => %(nothing)s::json[])",

@@ -482,15 +482,9 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
     "its rerun plan": (1, lambda bill, api: api.get(f"/runs/{DONE}/rerun")["steps"]),
     "a payload": (None, lambda bill, api: api.get(f"/runs/{DONE}/payload?of=input").text),
     "the minutes of a queue": (60, lambda bill, api: api.get("/queues/queue1/minutes")["minutes"]),
-<<<<<<< HEAD
-    "expired leases": (29, lambda bill, api: bill.later(1, "expire_leases", limit=100)),
-    "passed deadlines": (100, lambda bill, api: bill.later(28, "cancel_overdue", limit=100)),
+    "expired leases": (19, lambda bill, api: bill.later(1, "expire_leases", limit=100)),
+    "passed deadlines": (100, lambda bill, api: bill.later(29, "cancel_overdue", limit=100)),
     "what is forgotten": (100, lambda bill, api: bill.later(40, "purge_runs", days=30, limit=100)),
-=======
-    "expired leases": (19, lambda bill, api: bill.later(1, "expire_leases", 100)),
-    "passed deadlines": (100, lambda bill, api: bill.later(29, "cancel_overdue", 100)),
-    "what is forgotten": (100, lambda bill, api: bill.later(40, "purge_runs", 30, 100)),
->>>>>>> suite
     "the runs of a failure class": (0, lambda bill, api: api.get("/runs?failureClass=nothing")["runs"]),
     "the runs of sixteen metadata": (0, lambda bill, api: api.get(
         "/runs?" + "&".join(f"metadata.k{n}={n}" for n in range(16)))["runs"]),
