@@ -2887,7 +2887,7 @@ declare
   v_ending   text[];
   v_enqueues boolean;
   v_keys     boolean;             -- whether any has a dedupe key
-  v_bodies   json[];
+  v_bodies   json[] := array_fill(null::json, array[v_count]);
   v_statuses integer[] := array_fill(200, array[v_count]);
   v_done     boolean[];           -- of the plain ones
   v_written  record;
@@ -2903,22 +2903,27 @@ declare
   v_words    text;
   v_detail   text;
 begin
-  select coalesce(array_agg(distinct run_id) filter (where run_id is not null), '{}'),
-         array_agg(run_id) filter (where verb in ('complete_run', 'fail_run')),
-         coalesce(bool_or(verb = 'enqueue_run'), false), coalesce(bool_or(dedupe_key is not null), false)
-    into v_run_ids, v_ending, v_enqueues, v_keys
-    from jsonb_to_recordset(p_writes) as w ("do" text, run_id text, dedupe_key text), lateral (select w."do" as verb) v;
-  if v_keys then
-    perform tidebase._lock_keys(p_writes);
+  if v_count > 1 then  -- the verb of one alone takes the locks that it needs
+    select coalesce(array_agg(distinct run_id) filter (where run_id is not null), '{}'),
+           array_agg(run_id) filter (where verb in ('complete_run', 'fail_run')),
+           coalesce(bool_or(verb = 'enqueue_run'), false), coalesce(bool_or(dedupe_key is not null), false)
+      into v_run_ids, v_ending, v_enqueues, v_keys
+      from jsonb_to_recordset(p_writes) as w ("do" text, run_id text, dedupe_key text), lateral (select w."do" as verb) v;
+    if v_keys then
+      perform tidebase._lock_keys(p_writes);
+    end if;
+    perform from tidebase.runs
+      where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
+                                          where id = any (v_ending) and parent_run_id is not null))
+      order by id for no key update;
   end if;
-  perform from tidebase.runs
-    where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
-                                        where id = any (v_ending) and parent_run_id is not null))
-    order by id for no key update;
-  v_bodies := case when v_run_ids <> '{}' then tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors, not v_keys)
-                   else array_fill(null::json, array[v_count]) end;
-  if v_enqueues then
-    v_bodies := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_bodies);
+  if v_count > 2 then  -- the verbs of fewer cost less than the statements for many
+    if v_run_ids <> '{}' then
+      v_bodies := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors, not v_keys);
+    end if;
+    if v_enqueues then
+      v_bodies := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_bodies);
+    end if;
   end if;
   select array_agg(plain is not null), coalesce(sum(octet_length(plain::text)), 0) into v_done, v_size
     from unnest(v_bodies) as plain;
@@ -3022,7 +3027,9 @@ create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[
                                                   p_keyed_too boolean)
   returns json[] language plpgsql
   set plan_cache_mode = force_generic_plan
-  set enable_seqscan = off as $$
+  set enable_seqscan = off   -- a plan made while the tables were tiny is kept while they grow: it must find each row by
+  set enable_hashjoin = off  -- an index
+  set enable_mergejoin = off as $$
 declare
   v_now     timestamptz := tidebase.now();
   v_answers json[];
@@ -3037,14 +3044,15 @@ begin
                output, error, n)
   ), judged as (
     select g.*, r.event_seq, r.fence, r.queue,
-           row_number() over (partition by g.run_id, g.verb, g.name order by n) = 1  -- neither recorded nor completed twice
-           and r.status = 'running' and r.lease_owner = g.lease_owner and g.brief and case g.verb
-             when 'record_step' then g.error is null and not exists (
-               select from tidebase.steps s where s.run_id = g.run_id and s.name = g.name)
-             when 'complete_run' then r.parent_run_id is null and not r.has_channels
-                                      and (p_keyed_too or r.dedupe_key is null)
-             else false end as is_plain
-      from given g join tidebase.runs r on r.id = g.run_id
+           coalesce(
+             row_number() over (partition by g.run_id, g.verb, g.name order by n) = 1  -- neither recorded nor completed twice
+             and r.status = 'running' and r.lease_owner = g.lease_owner and g.brief and case g.verb
+               when 'record_step' then g.error is null and (  -- not "not exists", which PostgreSQL may answer by a scan
+                 select s.id from tidebase.steps s where s.run_id = g.run_id and s.name = g.name) is null
+               when 'complete_run' then r.parent_run_id is null and not r.has_channels
+                                        and (p_keyed_too or r.dedupe_key is null)
+               else false end, false) as is_plain
+      from given g left join tidebase.runs r on r.id = g.run_id
   ), placed as (
     select *, count(*) over so_far as place,
            bool_and(is_plain) over so_far
@@ -3052,12 +3060,12 @@ begin
                  over (so_far rows between unbounded preceding and 1 preceding) = 0 as is_first
       from judged window so_far as (partition by run_id order by n)
   ), done as materialized (
-    select n, verb, run_id, lease_owner, name, input_hash, options, input, output, fence, queue,
-           event_seq + 2 * place::integer - 1 as seq,  -- each record before it has two events
+    select n, case when is_first then verb end as verb, run_id, lease_owner, name, input_hash, options, input, output,
+           fence, queue, event_seq + 2 * place::integer - 1 as seq,  -- each record before it has two events
            coalesce(started_at, v_now - tidebase._ms(coalesce(duration_ms, 0))) as started_at,
-           case verb when 'record_step' then tidebase._new_id('step') end as step_id,
-           case verb when 'record_step' then tidebase._contract(options) end as contract
-      from (select * from placed where is_first order by n) as first
+           case when is_first and verb = 'record_step' then tidebase._new_id('step') end as step_id,
+           case when is_first and verb = 'record_step' then tidebase._contract(options) end as contract
+      from (select * from placed order by n) as placed
   ), changed as (
     update tidebase.runs r
        set event_seq = c.seq, updated_at = v_now, stalled = false,
@@ -3071,7 +3079,7 @@ begin
       from (select run_id, max(case verb when 'complete_run' then seq else seq + 1 end) as seq,
                    bool_or(verb = 'complete_run') as ends,
                    (array_agg(output) filter (where verb = 'complete_run'))[1] as result
-              from done group by run_id) as c
+              from done where verb is not null group by run_id) as c
      where r.id = c.run_id
   ), with_steps as (
     insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output,
@@ -3094,11 +3102,10 @@ begin
     insert into tidebase.queue_tallies
     select queue, 'completed', count(*) from done where verb = 'complete_run' and queue is not null group by queue
   )
-  select array_agg(case d.verb
+  select array_agg(case verb
            when 'record_step' then json_build_object('step', tidebase._brief_step(step_id, name, 'completed', 1))
-           when 'complete_run' then json_build_object('run', tidebase._brief_run(run_id, 'completed')) end order by g.n)
-    into v_answers
-    from generate_series(1, jsonb_array_length(p_writes)) as g (n) left join done d on d.n = g.n;
+           when 'complete_run' then json_build_object('run', tidebase._brief_run(run_id, 'completed')) end order by n)
+    into v_answers from done;
   return v_answers;
 end $$;
 

@@ -22,7 +22,7 @@ from common import ROOT, database, median, postgres
 
 TEXT = '{"text": "' + "x" * 200 + '"}'
 JOB = {"workflow_name": "bench", "metadata": {}, "channels": [], "max_attempts": 3, "priority": 0}
-BATCHES = (1, 4, 16)  # steps, each of a run of its own, in one call of write_each
+BATCHES = (1, 2, 3, 4, 8, 16)
 BATCH_CASE = (32, 16)  # runs at a time, and in one call: the client has two requests under way
 CALLS = {
     "enqueue_run": "select tidebase.enqueue_run(p_queue => 'cost', p_job => %(job)s, p_input => %(text)s)",

@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "4741c6f57720c7772eddaec83224c7a8064bc26792aba46328990a1fc92bb40c")
+PINNED = (3, "1bad49f8f7332fc851640b5ecf990e8a11747a8623d7f3cf0a358b8c13755020")
 
 
 def apply(conninfo: str) -> None:

@@ -280,8 +280,8 @@ def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> Non
         def call(those: list[Any]) -> tuple[list[int], int]:
             payloads = ["{}"] * len(those)
             rows = connection.execute("select case when body is not null then status end from tidebase.write_each("
-                                      " %s, %s::json[], %s::json[], array_fill(null::json, array[1000]))",
-                                      [json.dumps(those), payloads, payloads]).fetchall()
+                                      " %s, %s::json[], %s::json[], %s::json[])",
+                                      [json.dumps(those), payloads, payloads, [None] * len(those)]).fetchall()
             taken = connection.execute("select distinct xmin::text from tidebase.events").fetchall()
             connection.rollback()
             return [status for status, in rows], len(taken)
