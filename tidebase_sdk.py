@@ -2212,7 +2212,7 @@ def _run_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[A
 
 
 def _queue_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[Any]]:
-    """Results or exceptions of children that workers run.  One request tells a replay of all that exist."""
+    """Results or exceptions of children that workers run.  One request gives a replay all that exist."""
     bodies = {body["name"]: body for _, body in described}
     existing, are_all = (yield from _child_runs(run)) if len(bodies) > 1 else ({}, False)
     runs = {name: existing[name] for name, body in bodies.items() if name in existing
@@ -2250,7 +2250,7 @@ def _join_children(run: Run[Any], runs: dict[str, Json], alone: bool = False) ->
     while live := [name for name, child in runs.items() if not _has_ended(child)]:
 
         def read(wait_s: float) -> Op[Json | None]:
-            """Look at the first that lives or, when the server said that all have ended, at all."""
+            """Look at the first that lives or, when the server answered that all have ended, at all of them."""
             if wait_s or len(live) == 1:
                 path = _path("runs", runs[live[0]]["id"], wait_ms=_ms(wait_s))
                 answer = yield from _request(run._client, "GET", path, lease=run._lease, wait_s=wait_s)
@@ -2483,7 +2483,7 @@ class _Worker:
                 yield Sleep(pause_s, self._stopped)
             elif not self._stopping:
                 yield Sleep(None, self._place_freed)
-        if self._claim is not None:  # cancelled: asked once more, it tells what it took, which is given back
+        if self._claim is not None:  # cancelled: asked once more, it answers what it took, which is given back
             yield from self._claim_runs(1, 0.0)
 
     def _claim_runs(self, free: int, wait_s: float, cancel: CancelHandle | None = None) -> Op[float]:
@@ -2845,7 +2845,7 @@ class _WriteBatcher:
         except BaseException as error:
             with self._lock:
                 self._senders -= 1
-            if not isinstance(error, GeneratorExit):  # this task was cancelled: another goes on; else the loop is gone
+            if not isinstance(error, GeneratorExit):  # cancelled: another task goes on; else the loop has ended
                 self._start_sender()
             raise
 
@@ -2853,7 +2853,7 @@ class _WriteBatcher:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
         try:
             yield from self._send(batch)
-        except Exception as error:  # a defect: whoever waits is told
+        except Exception as error:  # a defect: those who wait get it as their exception
             for write in batch:
                 write.settle(error)
         finally:
@@ -2901,7 +2901,7 @@ class _WriteBatcher:
 
     def _settle_each(self, batch: list[_Write], results: list[Json], sent: float) -> Op[None]:
         """Settle each write with its result; send alone those whose answers had no room beside the others', and those
-        that stood behind a refused write of their run whose caller has been told: it goes on without that one."""
+        behind a refused write of their run whose caller got the exception: the run goes on without that write."""
         again: list[_Write] = []
         for write, result in zip(batch, results):
             code = result.get("code")
@@ -3679,11 +3679,11 @@ class _AsyncConnection:
 
 
 class _LoopState:
-    """What belongs to one event loop: idle connections and places for requests."""
+    """What belongs to one event loop: idle connections, and a count of requests that may be sent."""
 
     def __init__(self) -> None:
         self.idle: list[_AsyncConnection] = []
-        self.places = asyncio.Semaphore(CONNECTIONS)
+        self.free = asyncio.Semaphore(CONNECTIONS)
 
 
 class _AsyncDriver:
@@ -3784,7 +3784,7 @@ class _AsyncDriver:
     async def _exchange(self, effect: Exchange) -> Reply:
         if effect.is_long_poll:
             return await self._exchange_now(effect)
-        async with self._state().places:
+        async with self._state().free:
             return await self._exchange_now(effect)
 
     async def _exchange_now(self, effect: Exchange) -> Reply:
@@ -4024,7 +4024,7 @@ def _body(given: Mapping[str, Any] | None = None, *without: str, **fields: Any) 
     return body
 
 
-# What an argument of these names takes, on whichever method it stands, and in which words that is said.
+# What an argument of these names takes, on whichever method it stands, and how the TypeError calls it.
 _NUMBER, _WHOLE, _TEXT = ((int, float), "a number"), ((int,), "a whole number"), ((str,), "a text")
 _MAPPING, _CALLABLE, _MOMENT = ((Mapping,), "a mapping"), ((Callable,), "a function"), ((datetime,), "a datetime")
 _TAKES: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -4071,13 +4071,13 @@ def _iso(moment: datetime | str | None) -> str | None:
     return moment.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _moment(told: Any) -> datetime:
+def _moment(text: Any) -> datetime:
     """A time as the protocol writes it; ValueError for anything else."""
-    return datetime.fromisoformat(str(told).replace("Z", "+00:00"))
+    return datetime.fromisoformat(str(text).replace("Z", "+00:00"))
 
 
 def _lease_seconds(run: Json) -> float:
-    """The length of a lease just given: both ends are told by the database's clock."""
+    """The length of a lease just given: both ends are by the database's clock."""
     try:
         return max((_moment(run["leaseExpiresAt"]) - _moment(run["updatedAt"])).total_seconds(), 0.1)
     except (KeyError, ValueError):
@@ -4085,7 +4085,7 @@ def _lease_seconds(run: Json) -> float:
 
 
 def _backoff(bounds: tuple[float, float], tries: int) -> float:
-    """The rest after `tries` failures: doubling from the first bound to the second, half of it left to chance."""
+    """Seconds to pause after `tries` failures: doubling from the first bound to the second, half of it random."""
     return min(bounds[0] * 2.0 ** min(tries - 1, 30), bounds[1]) * random.uniform(0.5, 1.0)
 
 
@@ -4151,14 +4151,14 @@ def _words_of(error: BaseException) -> str:
 
 def _error_json(error: BaseException) -> Json:
     """An exception as it is recorded.  What UTF-8 cannot say is replaced: a failure must always be recordable."""
-    told = traceback.TracebackException.from_exception(error)
-    part: traceback.TracebackException | None = told
+    shown = traceback.TracebackException.from_exception(error)
+    part: traceback.TracebackException | None = shown
     while part is not None:  # the frames of this file say nothing about the failure
         # As tuples, without columns: to mark those, CPython 3.11 parses the line, which is not safe in two threads.
         part.stack = traceback.StackSummary.from_list(
             [(f.filename, f.lineno or 0, f.name, f.line) for f in part.stack if f.filename != __file__])
         part = part.__cause__ or part.__context__
-    stack = "".join(told.format())[-STACK_CHARS:]
+    stack = "".join(shown.format())[-STACK_CHARS:]
     parts = {"name": type(error).__name__, "message": _words_of(error)[:MESSAGE_CHARS], "stack": stack}
     return {key: text.encode("utf-8", "replace").decode() for key, text in parts.items()}
 
@@ -4248,8 +4248,8 @@ def _outcome(run: Json) -> Any:
     if run["status"] == "cancelled":
         words = f"run {run['id']} was cancelled: {run.get('cancelReason') or 'no reason given'}"
         return RunCancelled(words, body=run, code="run_cancelled")
-    told = run["error"] if isinstance(run["error"], dict) else {"message": run["error"]}
-    words = ": ".join(str(told[key]) for key in ("name", "message") if told.get(key))
+    error = run["error"] if isinstance(run["error"], dict) else {"message": run["error"]}
+    words = ": ".join(str(error[key]) for key in ("name", "message") if error.get(key))
     return RunFailed(f"run {run['id']} failed: {words or 'no error given'}", body=run, code="run_failed")
 
 
