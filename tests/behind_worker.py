@@ -9,6 +9,7 @@ process; flushing it to disk would matter when a machine loses power, which no t
 """
 
 import asyncio
+import http.client
 import json
 import os
 import secrets
@@ -35,9 +36,14 @@ def note(run, what, **line):
 
 
 def recorded(url, run):
-    """The outputs of the run's completed steps, in order, as the server has them now."""
-    with urllib.request.urlopen(f"{url}/runs/{run.run_id}?include=steps", timeout=30) as answer:
-        steps = json.load(answer)["steps"]
+    """The outputs of the run's completed steps, in order, as the server has them now; asked again while it is away."""
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/runs/{run.run_id}?include=steps", timeout=30) as answer:
+                steps = json.load(answer)["steps"]
+            break
+        except (OSError, http.client.HTTPException):  # a server that is killed is started again by the test
+            time.sleep(0.05)
     return [step["output"] for step in steps if step["status"] == "completed"]
 
 
