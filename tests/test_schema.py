@@ -25,7 +25,7 @@ import tidebase
 from tidebase_server import studio
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "1c53a7374a06371434bc251b2cbbadfcd0853693a9b582445482761ad183121e")
+PINNED = (3, "78a28315306cddf5b3fff57c78611f5b3a3d69d95325ab23ed280bcc4432419d")
 
 
 def apply(conninfo: str) -> None:
