@@ -942,6 +942,15 @@ create or replace function tidebase._shown_channels (p_channels jsonb) returns j
     from jsonb_array_elements(p_channels) with ordinality as given (c, n)
 $$;
 
+-- Adds channels, as above, to a run or to a gate of it.
+create or replace function tidebase._add_channels (p_run_id text, p_gate_id text, p_channels jsonb)
+  returns void language plpgsql as $$
+begin
+  insert into tidebase.channels (id, run_id, gate_id, type, url, secret, events)
+  select tidebase._new_id('chan'), p_run_id, p_gate_id, c->>'type', c->>'url', c->>'secret', coalesce(c->'events', '[]')
+    from jsonb_array_elements(p_channels) with ordinality as given (c, n) order by n;
+end $$;
+
 -- Asks the app, through the run's recovery webhook, to resume it.
 create or replace function tidebase._start_recovery (p_run tidebase.runs, p_reason text)
   returns tidebase.outbox language plpgsql as $$
@@ -1039,8 +1048,9 @@ create or replace function tidebase._insert_runs (p_jobs jsonb, p_inputs json[],
   returns table (n bigint, run tidebase.runs) language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
+  v_new record;
 begin
-  return query
+  for v_new in
     with given as (
       select *, coalesce(j.id, tidebase._new_id('run')) as run_id, coalesce(j.queue, p_queue) as on_queue,
              j.id is null or row_number() over (partition by j.id order by j.number) = 1 as is_first
@@ -1066,29 +1076,26 @@ begin
         from given where is_first order by number
       on conflict do nothing
       returning r as run
-    ), new as (
-      select g.number, g.channels, g.created, i.run
-        from inserted i join given g on g.run_id = (i.run).id where g.is_first
-    ), with_channels as (
-      insert into tidebase.channels (id, run_id, type, url, secret, events)
-      select tidebase._new_id('chan'), (new.run).id, c->>'type', c->>'url', c->>'secret', coalesce(c->'events', '[]')
-        from new cross join jsonb_array_elements(new.channels) with ordinality as channel (c, place)
-       order by new.number, place
-    ), with_events as (
-      insert into tidebase.events (run_id, seq, type, payload, created_at)
-      select (new.run).id, e.seq, e.type, e.payload, v_now
-        from new cross join lateral (
-               select 1 as seq, 'run.created' as type, tidebase._joined(json_build_object(
-                        'workflowName', (new.run).workflow_name, 'input', (new.run).input,
-                        'channels', tidebase._shown_channels(new.channels)), new.created) as payload
-                where new.created is not null
-               union all
-               select (new.run).event_seq, 'run.enqueued', json_build_object('queue', (new.run).queue, 'runAt',
-                        tidebase._iso((new.run).run_at))
-                where (new.run).queue is not null) as e
-       order by new.number, e.seq
     )
-    select new.number, new.run from new order by new.number;
+    select g.number, g.channels, g.created, i.run
+      from inserted i join given g on g.run_id = (i.run).id where g.is_first order by g.number
+  loop
+    if (v_new.run).has_channels then
+      perform tidebase._add_channels((v_new.run).id, null, v_new.channels);
+    end if;
+    if v_new.created is not null then
+      perform tidebase._append_event((v_new.run).id, 1, 'run.created', tidebase._joined(json_build_object(
+                'workflowName', (v_new.run).workflow_name, 'input', (v_new.run).input,
+                'channels', tidebase._shown_channels(v_new.channels)), v_new.created));
+    end if;
+    if (v_new.run).queue is not null then
+      perform tidebase._append_event((v_new.run).id, (v_new.run).event_seq, 'run.enqueued', json_build_object(
+                'queue', (v_new.run).queue, 'runAt', tidebase._iso((v_new.run).run_at)));
+    end if;
+    n := v_new.number;
+    run := v_new.run;
+    return next;
+  end loop;
 end $$;
 
 -- One run, as above.    Answers  null when its id or dedupe key is taken.
@@ -1969,9 +1976,7 @@ begin
             v_now + tidebase._ms(p_timeout_ms), v_now, v_now)
     returning * into v_gate;
     if p_channels <> '[]' then
-      insert into tidebase.channels (id, run_id, gate_id, type, url, secret, events)
-      select tidebase._new_id('chan'), p_run_id, v_id, c->>'type', c->>'url', c->>'secret', coalesce(c->'events', '[]')
-        from jsonb_array_elements(p_channels) as c;
+      perform tidebase._add_channels(p_run_id, v_id, p_channels);
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
     perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'gate.created',

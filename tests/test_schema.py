@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "1bad49f8f7332fc851640b5ecf990e8a11747a8623d7f3cf0a358b8c13755020")
+PINNED = (3, "f32468fb568492887b613a6f4e2a4fdca60b07c0924c49ca03154e2a991d83e1")
 
 
 def apply(conninfo: str) -> None:
