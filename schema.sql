@@ -2894,7 +2894,7 @@ declare
   v_keys     boolean;             -- whether any has a dedupe key
   v_bodies   json[] := array_fill(null::json, array[v_count]);
   v_statuses integer[] := array_fill(200, array[v_count]);
-  v_done     boolean[];           -- of the plain ones
+  v_done     boolean[] := array_fill(false, array[v_count]);  -- of the plain ones
   v_written  record;
   v_from     integer := 1;        -- where the part begins,
   v_until    integer := v_count;  -- ends,
@@ -2902,7 +2902,7 @@ declare
   v_parts    integer := 0;
   v_refused  text[] := '{}';      -- the runs of which a write was refused; v_earlier: when the part began
   v_earlier  text[];
-  v_size     bigint;              -- of the answers; v_before: when the part began
+  v_size     bigint := 0;         -- of the answers; v_before: when the part began
   v_before   bigint;
   v_state    text;
   v_words    text;
@@ -2929,9 +2929,9 @@ begin
     if v_enqueues then
       v_bodies := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_bodies);
     end if;
+    select array_agg(plain is not null), coalesce(sum(octet_length(plain::text)), 0) into v_done, v_size
+      from unnest(v_bodies) as plain;
   end if;
-  select array_agg(plain is not null), coalesce(sum(octet_length(plain::text)), 0) into v_done, v_size
-    from unnest(v_bodies) as plain;
   while v_from <= v_count and v_parts < 60 loop
     v_before := v_size;
     v_earlier := v_refused;
@@ -3555,8 +3555,15 @@ declare
   v_now    timestamptz := tidebase.now();
   v_claims integer[] := '{}';
   v_room   integer;
+  v_queued boolean[] := array(  -- of hundreds of queues most have no run that is queued, which one look says
+    select (select r.id from tidebase.runs r where r.queue = q.name and r.status = 'queued' limit 1) is not null
+      from unnest(p_queues) with ordinality as q (name, n) order by n);
 begin
   for n in 1 .. cardinality(p_queues) loop
+    if not v_queued[n] then
+      v_claims := v_claims || 0;
+      continue;
+    end if;
     v_room := tidebase._queue_room(p_queues[n], p_limit);
     if jsonb_typeof(p_workflows->(n - 1)) = 'null' then
       v_claims := v_claims || (
@@ -3776,8 +3783,9 @@ declare
 begin
   foreach v_name in array p_queues loop
     select * into v_queue from tidebase.queues where name = v_name;
-    v_ids := array(select id from tidebase.runs where queue = v_name and status = 'running' and not stalled
-                    limit coalesce(v_queue.concurrency, 1000));
+    v_ids := array(select id from (select id from tidebase.runs
+                                    where queue = v_name and status = 'running' and not stalled
+                                    limit coalesce(v_queue.concurrency, 1000)) as running order by id);
     v_until := null;
     if v_queue.rate_per_minute is not null then
       select min(claimed_at) + interval '60 seconds' into v_until  -- by then enough claims are older than a minute
@@ -4174,7 +4182,8 @@ end $$;
 
 -- A payload as the stored text: of a run or, by p_id, of something that belongs to it. Without p_tokens a webhook
 -- about a gate is not shown, because it contains the gate's token.
--- Returns  p_limit characters from p_offset on, and the whole size in bytes and characters; null when there is none.
+-- Returns  p_limit characters from p_offset on, and the whole size in bytes and characters. What a run or a step has not
+--          yet, or has no longer, is the JSON null that its detail shows; SQL's null says that there is no such thing.
 create or replace function tidebase.get_payload (p_run_id text, p_of text, p_id text, p_offset integer, p_limit integer,
                                                  p_tokens boolean, out part text, out bytes bigint,
                                                  out characters bigint)
@@ -4184,8 +4193,9 @@ declare
   v_text text;
 begin
   v_text := case split_part(p_of, '.', 1)
-    when 'step' then (select case v_name when 'input' then input::text when 'output' then output::text
-                                         when 'error' then error::text when 'options' then options::text end
+    when 'step' then (select coalesce(case v_name when 'input' then input::text when 'output' then output::text
+                                                  when 'error' then error::text when 'options' then options::text end,
+                                      'null')
                         from tidebase.steps where id = p_id and run_id = p_run_id)
     when 'event' then (select payload::text from tidebase.events where run_id = p_run_id and seq = p_id::integer)
     when 'gate' then (select case v_name when 'data' then data::text when 'capability' then capability::text
@@ -4199,8 +4209,9 @@ begin
                             from tidebase.outbox o where id = p_id and run_id = p_run_id)
     when 'usage' then (select metadata::text from tidebase.usage where id = p_id and run_id = p_run_id)
     when 'edge' then (select metadata::text from tidebase.run_edges where id = p_id and parent_run_id = p_run_id)
-    else (select case p_of when 'input' then input::text when 'result' then result::text when 'error' then error::text
-                           when 'metadata' then metadata::text end from tidebase.runs where id = p_run_id) end;
+    else (select coalesce(case p_of when 'input' then input::text when 'result' then result::text
+                                    when 'error' then error::text when 'metadata' then metadata::text end, 'null')
+            from tidebase.runs where id = p_run_id) end;
   part := case when p_limit is null then substr(v_text, p_offset + 1) else substr(v_text, p_offset + 1, p_limit) end;
   bytes := octet_length(v_text);
   characters := length(v_text);

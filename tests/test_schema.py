@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "f32468fb568492887b613a6f4e2a4fdca60b07c0924c49ca03154e2a991d83e1")
+PINNED = (3, "2bc0e51b255ea338cf68ad1daa3f28144d6ea84c21bfa1b0198098eca7a67c74")
 
 
 def apply(conninfo: str) -> None:
@@ -502,15 +502,6 @@ REQUESTS: dict[str, tuple[int | None, Callable[[Bill, Api], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-def test_with_many_runs_no_request_scans_a_table(bill, name):
-    count, request = REQUESTS[name]
-    scans, read, found = bill.of(lambda: request(bill, bill.api))
-    assert count is None or count == (found if isinstance(found, int) else len(found))
-    assert scans == {}
-    assert read < MAY_READ
-
-
 BOUNDED: dict[str, Callable[[Api], Any]] = {
     "counts": lambda api: api.get("/counts"),
     "counts of a workflow": lambda api: api.get("/counts?workflow=workflow1"),
@@ -520,16 +511,21 @@ BOUNDED: dict[str, Callable[[Api], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", BOUNDED)
-def test_with_many_runs_a_count_or_a_search_reads_so_many_of_each_status_at_most(bill, name):
-    scans, read, answer = bill.of(lambda: BOUNDED[name](bill.api))
-    assert answer.status == 200
-    assert scans == {}
-    assert read < 3 * 7 * filters.SEARCHED  # an entry and its row; where the search ended is looked up once more
-
-
-def test_the_bill_of_a_scan_is_seen(bill):
+def test_with_many_runs_no_request_scans_a_table(bill):
+    """One test, because the large database takes longer to make than all requests together."""
+    faults: dict[str, Any] = {}
+    for name, (count, request) in REQUESTS.items():
+        scans, read, found = bill.of(lambda request=request: request(bill, bill.api))
+        expected = count is None or count == (found if isinstance(found, int) else len(found))
+        if not expected or scans or read >= MAY_READ:
+            faults[name] = scans, read, found
+    for name, ask in BOUNDED.items():
+        scans, read, answer = bill.of(lambda ask=ask: ask(bill.api))
+        # An entry and its row; where the search ended is looked up once more.
+        if answer.status != 200 or scans or read >= 3 * 7 * filters.SEARCHED:
+            faults[name] = scans, read, answer.status
+    assert faults == {}
     statement = "select count(*) from tidebase.runs where result is not null"
     scans, read, _ = bill.of(lambda: bill.connection.execute(statement))
-    assert scans["runs"] >= 1
+    assert scans["runs"] >= 1, "the bill does not see a scan"
     assert read >= RUNS

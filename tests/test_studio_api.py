@@ -555,7 +555,8 @@ def test_a_payload_is_given_to_the_letter_in_parts_or_whole(api: Api):
     assert part.text == EXACT[5:55]
     assert part.headers["x-tidebase-characters"] == str(len(EXACT))
     assert "content-disposition" not in part.headers
-    refused(api.get(f"/runs/{run}/payload?of=result"), 404, "not_found")
+    assert api.get(f"/runs/{run}/payload?of=result").text == "null"  # as in its detail
+    refused(api.get("/runs/nowhere/payload"), 404, "not_found")
     refused(api.get(f"/runs/{run}/payload?of=secrets"), 400, "invalid_request")
     refused(api.get(f"/runs/{run}/payload?of=event&id=x"), 400, "invalid_request")
     api.begin(run, "w")["run"]
