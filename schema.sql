@@ -101,6 +101,21 @@ end $$;
 -- ------------------------------------------------------------------------------
 -- Tables: states are text with a named check, invariants are constraints, each index names the query it serves.
 -- ------------------------------------------------------------------------------
+-- What tables that an earlier build made lack. It stands before them, because their indexes need the columns.
+alter table if exists tidebase.runs add column if not exists recovery_secret text;
+alter table if exists tidebase.steps add column if not exists copied boolean not null default false;
+alter table if exists tidebase.steps add column if not exists
+  review_at timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored;
+alter table if exists tidebase.state_versions add column if not exists live_version integer;
+alter table if exists tidebase.signals add column if not exists n integer not null default 1;
+alter table if exists tidebase.signals drop constraint if exists signals_name_key;  -- one of a name; now one of a number
+alter table if exists tidebase.outbox drop constraint if exists outbox_channel_id_fkey;
+alter table if exists tidebase.outbox add column if not exists payload_seq bigint;
+alter table if exists tidebase.outbox add column if not exists host text generated always as
+  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
+alter table if exists tidebase.queues add column if not exists paused boolean not null default false;
+drop index if exists tidebase.runs_workflow_idx, tidebase.runs_queue_idx, tidebase.outbox_due_idx;
+
 create table if not exists tidebase.meta (
   only_row    boolean     primary key default true check (only_row),
   version     integer     not null,
@@ -4693,7 +4708,7 @@ end $$;
 -- ------------------------------------------------------------------------------
 do $$
 declare
-  v_version constant integer := 3;  -- tidebase.py's SCHEMA_VERSION; tests/test_schema.py pins it
+  v_version constant integer := 4;  -- SCHEMA_VERSION of tidebase_server/database.py; tests/test_schema.py pins it
 begin
   insert into tidebase.meta (version) values (v_version)
   on conflict (only_row) do update set version = v_version, digest = null, applied_at = tidebase.now()

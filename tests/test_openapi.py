@@ -218,7 +218,7 @@ def test_answers_fit_the_document_and_bad_data_is_refused(
     }))
     turn = itertools.count()
 
-    def held() -> str:
+    def held_run() -> str:
         run = api.enqueue("held")
         api.begin(run, "owner")["run"]
         return run
@@ -261,9 +261,9 @@ def test_answers_fit_the_document_and_bad_data_is_refused(
             if "leaseOwner" in body:
                 body["leaseOwner"] = "owner"
                 if "runId" in (case.path_parameters or {}):  # others may have ended the first one meanwhile
-                    case.path_parameters["runId"] = held()
+                    case.path_parameters["runId"] = held_run()
             if "stepId" in (case.path_parameters or {}):  # likewise
-                run = held()
+                run = held_run()
                 step = api.begin_step(run, "s", "owner")["step"]["id"]
                 if case.path.endswith("/review"):
                     api.fail_step(run, step, "owner", resumeDecision="manual_review")["step"]

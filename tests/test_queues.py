@@ -539,7 +539,7 @@ def test_without_a_place_to_wait_in_the_answer_comes_at_once_and_says_when_to_as
     for thread, _ in held:
         thread.join(10)
     thread, answers = hold(api)
-    waiting(api, 1)  # the places are free again
+    waiting(api, 1)  # the room is free again
     api.enqueue()
     thread.join(10)
     assert len(answers[0]["runs"]) == 1

@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (3, "2bc0e51b255ea338cf68ad1daa3f28144d6ea84c21bfa1b0198098eca7a67c74")
+PINNED = (4, "78334bdfc1ed1f8cf18d8315e97d31867cf5f6b1800834daf210f158cf05b734")
 
 
 def apply(conninfo: str) -> None:

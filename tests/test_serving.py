@@ -23,7 +23,7 @@ import tidebase_sdk
 from tidebase_server import serving
 
 
-def held(api: Api, owner: str = "a") -> str:
+def held_run(api: Api, owner: str = "a") -> str:
     run = api.create()
     api.begin(run, owner)["run"]
     return run
@@ -59,7 +59,7 @@ def connected(api: Api) -> socket.socket:
 
 
 def test_requests_sent_at_once_on_one_connection_are_answered_in_their_order(api: Api) -> None:
-    run = held(api)
+    run = held_run(api)
     body = {"inputHash": "h", "leaseOwner": "a"}
     paths = [(f"/runs/{run}/steps", {**body, "name": f"s{n}", "output": n}) if n % 3 else (f"/runs/{run}/cancelled", {})
              for n in range(9)]
@@ -74,7 +74,7 @@ def test_requests_sent_at_once_on_one_connection_are_answered_in_their_order(api
 
 @pytest.mark.parametrize("size", [1, 7, 50])
 def test_a_request_that_comes_in_pieces_is_one_request(api: Api, size: int) -> None:
-    run = held(api)
+    run = held_run(api)
     with connected(api) as connection:
         for number in range(3):
             raw = request(f"/runs/{run}/steps", {"inputHash": "h", "leaseOwner": "a", "name": f"s{number}"})
@@ -86,7 +86,7 @@ def test_a_request_that_comes_in_pieces_is_one_request(api: Api, size: int) -> N
 
 
 def test_a_client_that_is_slow_to_read_is_answered_in_full_and_goes_on(api: Api, server: LocalServer) -> None:
-    run, channels = held(api), server._http.waitress.active_channels
+    run, channels = held_run(api), server._http.waitress.active_channels
     record(api, run, output="x" * 3_000_000)["step"]
     again = request(f"/runs/{run}/steps/begin", {"inputHash": "h", "leaseOwner": "a", "name": "s"})
     with connected(api) as connection:
@@ -100,7 +100,7 @@ def test_a_client_that_is_slow_to_read_is_answered_in_full_and_goes_on(api: Api,
 
 
 def test_a_client_that_hangs_up_in_the_middle_leaves_nothing_behind(api: Api, server: LocalServer) -> None:
-    run = held(api)
+    run = held_run(api)
     before = len(server._http.waitress.active_channels)
     for cut in (10, 60, 120):
         with connected(api) as connection:
@@ -125,7 +125,7 @@ def test_a_target_that_is_no_address_is_refused_and_the_others_are_answered(api:
         connection.sendall(b"POST http://[ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
         [(status, _)] = answers_on(connection, 1)
         assert status == 400
-    assert record(api, held(api)).status == 200
+    assert record(api, held_run(api)).status == 200
 
 
 # ------------------------------------------------------------------------------

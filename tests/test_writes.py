@@ -49,7 +49,7 @@ def child(run: str, name: str = "c", workflow: str = "w", **body: Any) -> Any:
     return {"do": "create_child", "runId": run, "name": name, "workflowName": workflow, **body}
 
 
-def held(api: Api, owner: str = "a") -> str:
+def held_run(api: Api, owner: str = "a") -> str:
     run = api.create()
     api.begin(run, owner)["run"]
     return run
@@ -70,7 +70,7 @@ def same(value: Any) -> Any:
 # One by one
 # ------------------------------------------------------------------------------
 def test_each_is_answered_in_its_place_as_if_it_had_come_alone(api: Api) -> None:
-    first, second, third, cancelled = (held(api) for _ in range(4))
+    first, second, third, cancelled = (held_run(api) for _ in range(4))
     api.post(f"/runs/{cancelled}/cancel")["run"]
     results = writes(
         api, completion(first, leaseOwner="a", result={"b": 1.0, "a": "\0"}), step(second, output=[1]),
@@ -92,7 +92,7 @@ def test_each_is_answered_in_its_place_as_if_it_had_come_alone(api: Api) -> None
 
 
 def test_children_are_made_as_if_each_had_come_alone(api: Api, receiver: Receiver) -> None:
-    alone, among, cancelled = held(api), held(api), held(api)
+    alone, among, cancelled = held_run(api), held_run(api), held_run(api)
     api.post(f"/runs/{cancelled}/cancel")["run"]
     body = {"input": {"b": 1.0, "a": "\0"}, "metadata": {"m": 1}, "queue": "q", "maxAttempts": 2, "priority": 5,
             "edgeType": "part", "edgeMetadata": {"e": [1]}, "recoveryWebhook": "http://127.0.0.1:9/",
@@ -125,9 +125,9 @@ def test_children_are_made_as_if_each_had_come_alone(api: Api, receiver: Receive
     {"error": "boom", "retryable": True}, {"error": {"n": 1.0}, "resumeDecision": "manual_review"},
 ])
 def test_a_step_leaves_the_same_whether_it_came_alone_or_with_others(api: Api, body: Any) -> None:
-    alone, among = held(api), held(api)
+    alone, among = held_run(api), held_run(api)
     answer = api.post(f"/runs/{alone}/steps", {**step(alone), **body})
-    result = writes(api, step(held(api)), {**step(among), **body}, job())[1]
+    result = writes(api, step(held_run(api)), {**step(among), **body}, job())[1]
     assert same(result) == same(answer.json)
     one, other = api.detail(alone), api.detail(among)
     assert same(other) == same(one)
@@ -139,7 +139,7 @@ def test_a_step_leaves_the_same_whether_it_came_alone_or_with_others(api: Api, b
 
 
 def test_a_brief_answer_leaves_out_what_was_sent_and_a_repeat_does_too(api: Api) -> None:
-    run, other = held(api), held(api)
+    run, other = held_run(api), held_run(api)
     told = {"step": {"name": "s", "status": "completed", "attempt": 1}}
     for repeat in range(2):
         alone = api.post(f"/runs/{run}/steps", {**step(run), "output": {"a": 1.0}, "brief": True}).json
@@ -155,7 +155,7 @@ def test_a_brief_answer_leaves_out_what_was_sent_and_a_repeat_does_too(api: Api)
 
 
 def test_of_one_run_many_steps_are_recorded_in_the_order_given(api: Api) -> None:
-    run = held(api)
+    run = held_run(api)
     results = writes(api, *(step(run, f"s{number}", output=number) for number in range(5)), step(run, "s0", output="x"),
                      step(run, "s1", inputHash="other"))
     assert codes(results) == [None] * 6 + ["input_mismatch"]
@@ -165,7 +165,7 @@ def test_of_one_run_many_steps_are_recorded_in_the_order_given(api: Api) -> None
 
 
 def test_a_step_extends_the_lease_of_its_run_and_of_no_other(api: Api, clock: Clock) -> None:
-    run, other = held(api), held(api)
+    run, other = held_run(api), held_run(api)
     before, others = (api.run(each)["leaseExpiresAt"] for each in (run, other))
     clock.advance(ms=500)
     writes(api, step(run), job())
@@ -174,7 +174,7 @@ def test_a_step_extends_the_lease_of_its_run_and_of_no_other(api: Api, clock: Cl
 
 
 def test_a_step_that_another_owner_began_is_decided_as_if_it_had_come_alone(api: Api) -> None:
-    run, review = held(api), api.create()
+    run, review = held_run(api), api.create()
     api.begin_step(run, "s", "a")["step"]
     api.begin_step(review, "s", "b", options={"replay": "manual"})["step"]
     api.begin(review, "a")["run"]
@@ -185,7 +185,7 @@ def test_a_step_that_another_owner_began_is_decided_as_if_it_had_come_alone(api:
 
 
 def test_begins_are_answered_in_batches_as_if_they_had_come_alone(api: Api) -> None:
-    fresh, done, locked, review, cancelled = (held(api) for _ in range(5))
+    fresh, done, locked, review, cancelled = (held_run(api) for _ in range(5))
     api.do_step(done, "s", "a", output="first")
     api.begin_step(locked, "s", "b")["step"]
     lost = api.begin_step(review, "s", "a", options={"replay": "manual"})["step"]["id"]
@@ -204,7 +204,7 @@ def test_begins_are_answered_in_batches_as_if_they_had_come_alone(api: Api) -> N
 
 
 def test_outputs_are_recorded_in_batches_as_if_they_had_come_alone(api: Api) -> None:
-    run, other = held(api), held(api)
+    run, other = held_run(api), held_run(api)
     mine, theirs = (api.begin_step(of, "s", "a")["step"]["id"] for of in (run, other))
     results = writes(api, output(run, mine, output={"a": 1.0}), output(other, theirs, owner="b"), output(run, "none"),
                      output(run, mine, output="again"))
@@ -215,7 +215,7 @@ def test_outputs_are_recorded_in_batches_as_if_they_had_come_alone(api: Api) -> 
 
 
 def test_failures_come_in_batches_as_if_each_had_come_alone(api: Api, caplog: pytest.LogCaptureFixture) -> None:
-    run, queued = held(api), api.enqueue("q")
+    run, queued = held_run(api), api.enqueue("q")
     api.claim("q", owner="a")
     begun = api.begin_step(run, "s", "a")["step"]["id"]
     with caplog.at_level(logging.WARNING, "tidebase.server"):
@@ -234,7 +234,7 @@ def test_failures_come_in_batches_as_if_each_had_come_alone(api: Api, caplog: py
 
 
 def test_a_chained_write_is_refused_after_an_earlier_one_of_its_run_was(api: Api) -> None:
-    run, other = held(api), held(api)
+    run, other = held_run(api), held_run(api)
     results = writes(api, step(run, "one", chained=True), step(run, "one", inputHash="x", chained=True),
                      step(other, chained=True), step(run, "two", chained=True), completion(run, chained=True))
     assert codes(results) == [None, "input_mismatch", None, "prior_refused", "prior_refused"]
@@ -248,12 +248,12 @@ def test_a_result_among_others_wakes_the_parent_that_waits_for_it(api: Api) -> N
     child = api.post(f"/runs/{parent}/children", {"name": "c", "workflowName": "w"})["run"]["id"]
     api.begin(child, "b")["run"]
     api.post(f"/runs/{parent}/wait", {"leaseOwner": "a", "for": {"children": ["c"]}})["run"]
-    writes(api, step(held(api)), completion(child, leaseOwner="b", result=1))
+    writes(api, step(held_run(api)), completion(child, leaseOwner="b", result=1))
     assert api.run(parent)["status"] == "queued"
 
 
 def test_a_refusal_in_between_changes_nothing_of_those_around_it(api: Api) -> None:
-    run, other = held(api), held(api)
+    run, other = held_run(api), held_run(api)
     api.do_step(other, "s", "a")
     results = writes(
         api, step(run, "one", output=1), begin(run, "two"), child(run, "c"), step(other, "s", inputHash="x"),
@@ -270,7 +270,7 @@ def test_a_refusal_in_between_changes_nothing_of_those_around_it(api: Api) -> No
 
 def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> None:
     """PostgreSQL keeps 64 of a transaction at hand; beyond those, every snapshot of others gets dearer."""
-    run, many = held(api), 300
+    run, many = held_run(api), 300
     batch = [{"do": "enqueue_run", "queue": "q", "workflow_name": "w", "id": f"r{n}", "metadata": {}, "channels": [],
               "max_attempts": 1, "priority": 0} if n % 2 else
              {"do": "begin_step", "run_id": run, "lease_owner": "a", "name": f"s{n}", "input_hash": "h", "options": {},
@@ -296,7 +296,7 @@ def test_a_large_batch_takes_few_subtransactions(api: Api, database: str) -> Non
 
 
 def test_plain_writes_take_no_subtransaction_and_what_follows_in_their_run_keeps_its_order(api: Api, database: str):
-    plain, mixed = held(api), held(api)
+    plain, mixed = held_run(api), held_run(api)
     batch = [*(record(plain, f"s{n}") for n in range(10)), finish(plain),
              record(mixed, "one"), begin_field(mixed, "two"), record(mixed, "three"), finish(mixed)]
     with psycopg.connect(database) as connection:
@@ -315,7 +315,7 @@ def test_plain_writes_take_no_subtransaction_and_what_follows_in_their_run_keeps
 
 
 def test_a_batch_of_which_every_other_is_refused_is_answered_whole(api: Api) -> None:
-    run = held(api)
+    run = held_run(api)
     results = writes(api, *(each for n in range(150) for each in (begin(run, f"s{n}"), completion("nowhere"))))
     assert codes(results) == [None, "not_found"] * 150
     assert [result["step"]["name"] for result in results[::2]] == [f"s{n}" for n in range(150)]
@@ -354,7 +354,7 @@ def write_each(database: str, *given: Any) -> list[Any]:
 
 
 def test_a_chained_write_is_refused_after_one_of_its_run_was_and_those_of_other_runs_are_not(api: Api, database: str):
-    run, other = held(api), held(api)
+    run, other = held_run(api), held_run(api)
     assert write_each(
         database, record(run, "one", chained=True), record(run, "one", input_hash="x", chained=True),
         record(other, "one", chained=True), record(run, "two", chained=True), record(run, "free"),
@@ -365,14 +365,14 @@ def test_a_chained_write_is_refused_after_one_of_its_run_was_and_those_of_other_
 
 
 def test_chained_writes_of_a_worker_that_lost_its_run_leave_nothing(api: Api, database: str):
-    run = held(api, "b")
+    run = held_run(api, "b")
     chain = [record(run, f"s{n}", chained=True) for n in range(5)]
     assert write_each(database, *chain, finish(run, chained=True)) == ["lease_lost"] + ["prior_refused"] * 5
     assert api.detail(run)["steps"] == []
 
 
 def test_a_begin_that_needs_a_review_counts_as_refused_for_those_chained_to_it(api: Api, database: str):
-    run = held(api)
+    run = held_run(api)
     api.fail_step(run, api.begin_step(run, "s", "a", options={"replay": "manual"})["step"]["id"], "a",
                   resumeDecision="manual_review")["step"]
     assert write_each(database, begin_field(run, "s"), record(run, "t", chained=True),
@@ -381,7 +381,7 @@ def test_a_begin_that_needs_a_review_counts_as_refused_for_those_chained_to_it(a
 
 def test_however_many_are_refused_no_chained_write_overtakes(api: Api, database: str):
     """Where a call does not reach all of them, those chained to a refused one are answered all the same."""
-    run, busy = held(api), held(api)
+    run, busy = held_run(api), held_run(api)
     noise = [each for n in range(100) for each in (begin_field(busy, f"s{n}"), finish("nowhere"))]
     answers = write_each(database, record(run, "one", lease_owner="b"), *noise, record(run, "two", chained=True),
                          record(busy, "last", chained=True))
@@ -393,7 +393,7 @@ def test_however_many_are_refused_no_chained_write_overtakes(api: Api, database:
 
 
 def test_failures_of_steps_and_runs_come_in_batches_too(api: Api, database: str):
-    run = held(api)
+    run = held_run(api)
     step_id = api.begin_step(run, "s", "a")["step"]["id"]
     fail_step = {"do": "fail_step", "run_id": run, "step_id": step_id, "lease_owner": "a", "retryable": False,
                  "payload": '{"message": "boom"}'}
@@ -593,7 +593,7 @@ def test_what_is_no_list_of_writes_is_refused(api: Api, wrong: Any) -> None:
 
 
 def test_a_malformed_one_is_named_and_nothing_is_written(api: Api) -> None:
-    run = held(api)
+    run = held_run(api)
     body = refused(api.post("/writes", {"writes": [step(run), job(priority="high"), step(run, name=5)]}),
                    400, "invalid_request")
     assert sorted(issue["path"] for issue in body["issues"]) == ["writes.1.priority", "writes.2.name"]
@@ -607,7 +607,7 @@ def test_a_malformed_one_is_named_and_nothing_is_written(api: Api) -> None:
 # Crossing
 # ------------------------------------------------------------------------------
 def test_batches_that_cross_each_other_all_get_through(api: Api) -> None:
-    runs = [held(api) for _ in range(12)]
+    runs = [held_run(api) for _ in range(12)]
     keys = [f"k{number}" for number in range(12)]
 
     def batch(number: int) -> Answer:
