@@ -13,11 +13,7 @@ from typing import Any
 import openapi_spec_validator
 import pytest
 import requests
-import schemathesis
 from conftest import FOREVER_MS, LEASE_MS, Api, LocalServer, ServerProcess, eventually, refused
-from schemathesis import GenerationMode
-from schemathesis.config import SchemathesisConfig
-from schemathesis.engine import Status, events, from_schema
 
 import tidebase
 from tidebase_server import openapi
@@ -181,6 +177,12 @@ def exact(schema: Any) -> Any:
 def test_answers_fit_the_document_and_bad_data_is_refused(
         request: pytest.FixtureRequest, spawn_server: Callable[..., ServerProcess],
         monkeypatch: pytest.MonkeyPatch) -> None:
+    # Imported here, since it takes seconds, and only one of the processes that run the tests needs it.
+    import schemathesis
+    from schemathesis import GenerationMode
+    from schemathesis.config import SchemathesisConfig
+    from schemathesis.engine import Status, events, from_schema
+
     # Before each request, its proxy would be looked up among all environment variables: a fifth of this test's time.
     monkeypatch.setattr(requests.sessions, "get_environ_proxies", lambda *_, **__: {})
     server = spawn_server(TIDEBASE_API_KEY=KEY, TIDEBASE_LEASE_MS=LEASE_MS, TIDEBASE_RECONCILE_MS=FOREVER_MS)

@@ -504,6 +504,16 @@ def test_the_summary_counts_costs_with_those_of_all_descendants(api: Api):
         refused(api.get(f"/runs/none/{part}"), 404, "not_found")
 
 
+def test_a_light_step_leaves_a_large_contract_out_and_the_document_says_so(api: Api):
+    run = api.create()
+    api.begin_step(api.begin(run, "w")["run"]["id"], "s", "w", options={"credentials": ["x" * 5000], "replay": "never"})
+    [step] = api.get(f"/runs/{run}/steps")["steps"]
+    assert step["resumeContract"] == {"sideEffects": [], "idempotencyKey": None, "replay": "never", "credentials": [],
+                                      "checkpointInvariant": None, "verifiedBy": None, "payloadOmitted": True}
+    light = api.get("/openapi.json").json["components"]["schemas"]["lightContract"]
+    assert set(light["properties"]) == set(step["resumeContract"])
+
+
 def test_steps_and_events_come_in_pages_without_payloads(api: Api):
     run = api.create()
     api.begin(run, "w")["run"]
