@@ -131,6 +131,8 @@ def test_a_queue_that_nobody_asks_is_told_and_one_whose_workers_do_not_know_the_
     assert why(api, run)[0] == "queue reports is paused"
     api.put("/queues/reports/config", {"paused": False})["config"]
     assert why(api, run)[1]["kind"] == "ready"  # the claim of a moment ago left a trace
+    api.claim("others", owner="w", workflows=["other"])
+    assert why(api, run)[1]["kind"] == "ready"  # and the worker, which asks for its queues in turn, is still there
     sql("insert into tidebase.workers (owner, queues, workflows, since, last_asked_at)"
         " values ('other', array['mails'], array['mail'], now(), now())")
     other = api.enqueue("mails")

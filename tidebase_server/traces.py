@@ -16,15 +16,22 @@ from .database import Database
 NOTE_SECONDS = 60.0    # between two notes
 MAX_TRACES = 10_000    # workers in memory; beyond these the oldest is forgotten
 ASKED_SECONDS = 300.0  # a queue counts as asked for so long after the last claim
+MAX_NAMES = 1000       # queues, and workflows, that a trace names
 
 
 class Trace(NamedTuple):
-    """What a worker claims, since when, and when last; times of the monotonic clock, in seconds."""
+    """What a worker has claimed since the last note, since when, and when last; times of the monotonic clock, in
+    seconds."""
 
     queues: tuple[str, ...]
-    workflows: tuple[str, ...] | None
     since: float
     at: float
+    workflows: tuple[str, ...] | None
+
+
+def joined(known: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
+    """These names, each once; beyond MAX_NAMES those that were named last."""
+    return tuple(dict.fromkeys([*known, *more]))[-MAX_NAMES:]
 
 
 class Traces:
@@ -40,11 +47,13 @@ class Traces:
         """Remember a claim of an owner ("": one without a name) for these queues and workflows (None: any)."""
         now = time.monotonic()
         with self.lock:
-            before = self.traces.pop(owner, None)
-            if before is None and len(self.traces) >= MAX_TRACES:
+            before = self.traces.pop(owner, Trace((), now, now, ()))
+            if len(self.traces) >= MAX_TRACES:
                 del self.traces[next(iter(self.traces))]
-            self.traces[owner] = Trace(tuple(queues), None if workflows is None else tuple(workflows),
-                                       before.since if before else now, now)
+            # A worker may ask for its queues in turn, and for each of them with other workflows.
+            any_workflow = workflows is None or before.workflows is None
+            self.traces[owner] = Trace(joined(before.queues, queues), before.since, now,
+                                       None if any_workflow else joined(before.workflows or (), workflows or ()))
 
     def note(self, database: Database) -> None:
         """Write the traces to the database, if a note is due."""
