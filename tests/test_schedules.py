@@ -324,9 +324,9 @@ def test_a_schedule_whose_time_zone_this_host_lacks_holds_up_nothing_else(api, c
 
 @pytest.fixture
 def hasty(sql, start_server):
-    """A server whose statements are cancelled after 300 ms."""
+    """A server whose statements are cancelled after a second."""
     [(name,)] = sql("select current_database()")
-    sql(f"alter database {name} set statement_timeout = '300ms'")
+    sql(f"alter database {name} set statement_timeout = '1s'")
     try:
         yield start_server()
     finally:
