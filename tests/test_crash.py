@@ -43,7 +43,8 @@ class Workers:
         return self.processes[-1]
 
     def executions(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
+        whole = self.journal.read_text().rpartition("\n")[0] if self.journal.exists() else ""  # one may be half written
+        return [json.loads(line) for line in whole.splitlines()]
 
     def close(self) -> None:
         for process in self.processes:

@@ -212,8 +212,9 @@ class Crew:
         assert self.wait(worker) == -signal.SIGKILL
 
     def lines(self, *what: str, run: str | None = None) -> list[Any]:
-        """The journal's lines of these kinds, in order."""
-        lines = map(json.loads, self.journal.read_text().splitlines()) if self.journal.exists() else []
+        """The journal's lines of these kinds, in order, without one that is being written."""
+        whole = self.journal.read_text().rpartition("\n")[0] if self.journal.exists() else ""
+        lines = map(json.loads, whole.splitlines())
         return [line for line in lines if line["what"] in what and line["run"] == (run or line["run"])]
 
     def close(self) -> None:
