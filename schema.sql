@@ -4708,7 +4708,7 @@ end $$;
 -- ------------------------------------------------------------------------------
 do $$
 declare
-  v_version constant integer := 4;  -- SCHEMA_VERSION of tidebase_server/database.py; tests/test_schema.py pins it
+  v_version constant integer := 5;  -- SCHEMA_VERSION of tidebase_server/database.py; tests/test_schema.py pins it
 begin
   insert into tidebase.meta (version) values (v_version)
   on conflict (only_row) do update set version = v_version, digest = null, applied_at = tidebase.now()

@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (4, "78334bdfc1ed1f8cf18d8315e97d31867cf5f6b1800834daf210f158cf05b734")
+PINNED = (5, "6128172eb2e7c2183814059ddb7bb29108542a8f364654e4c7bcc70031f21664")
 
 
 def apply(conninfo: str) -> None:
