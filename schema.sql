@@ -505,6 +505,12 @@ create or replace function tidebase._bytes (p_value jsonb) returns integer langu
                        then pg_column_size(p_value) else octet_length(p_value::text) end, 0)
 $$;
 
+-- The bytes of a payload's text, 0 for null; what is stored uncompressed is not read.
+create or replace function tidebase._text_bytes (p_value json) returns bigint language sql stable as $$
+  select coalesce(case when pg_column_compression(p_value) is null then pg_column_size(p_value)
+                       else octet_length(p_value::text) end, 0)
+$$;
+
 -- A payload as a list has it: null if p_room is false or it has more than 64 KiB.
 create or replace function tidebase._in_list (p_value json, p_room boolean) returns json language sql stable as
 $$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
@@ -748,25 +754,19 @@ $$;
 create or replace function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
   language plpgsql stable as $$
 declare
-  v_limit  constant bigint := 4 * 1024 * 1024;
-  v_stored bigint;
-  v_last   integer := 2147483647;  -- the position of the last that is answered
+  v_step  record;
+  v_bytes bigint := 0;
+  v_last  integer;  -- the position of the last that is answered
 begin
-  select coalesce(sum(pg_column_size(output)), 0) into v_stored
-    from tidebase.steps where run_id = p_run_id and status = 'completed';
-  -- What is stored is never more than its text, nor less than a 256th of it.
-  truncated := v_stored > v_limit;
-  if v_stored > v_limit / 256 and not truncated then
-    select coalesce(sum(octet_length(output::text)), 0) > v_limit into truncated
-      from tidebase.steps where run_id = p_run_id and status = 'completed';
-  end if;
-  if truncated then  -- seldom: the running sum of a thousand steps takes as long as all the rest
-    select coalesce(max(position) filter (where bytes <= v_limit), 0) into v_last
-      from (select position, sum(coalesce(octet_length(output::text), 4)) over (order by position) as bytes
-              from (select position, output, sum(pg_column_size(output)) over (order by position) as stored
-                      from tidebase.steps where run_id = p_run_id and status = 'completed') as first
-             where coalesce(stored, 0) <= v_limit + 65536) as done;
-  end if;
+  truncated := false;
+  for v_step in select position, tidebase._text_bytes(output) as bytes from tidebase.steps
+                 where run_id = p_run_id and status = 'completed' order by position
+  loop  -- not a running sum over all of them: what does not fit is not read
+    v_bytes := v_bytes + v_step.bytes;
+    truncated := v_bytes > 4 * 1024 * 1024;
+    exit when truncated;
+    v_last := v_step.position;
+  end loop;
   select coalesce(json_agg(done), '[]') into checkpoints  -- of rows: a json_build_object for each takes longer
     from (select name, input_hash as "inputHash", output, copied, tidebase._iso(completed_at) as "completedAt"
             from tidebase.steps where run_id = p_run_id and status = 'completed' and position <= v_last
@@ -774,10 +774,11 @@ begin
 end $$;
 
 -- The keys of two objects in one; as text, so that payloads stay as they came.
-create or replace function tidebase._joined (p_first json, p_second json) returns json language sql immutable as $$
-  select case when p_second::text = '{}' then p_first
-              else (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json end
-$$;
+create or replace function tidebase._joined (p_first json, p_second json) returns json language plpgsql immutable as $$
+begin
+  return case when p_second::text = '{}' then p_first
+              else (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json end;
+end $$;
 
 -- ------------------------------------------------------------------------------
 -- Helpers: locks, refusals, checks, events, webhooks: the same for every verb.
@@ -1051,14 +1052,14 @@ end $$;
 -- Runs: created, begun, kept alive, ended, put back.
 -- ------------------------------------------------------------------------------
 
--- Inserts runs, their channels and first events, in one statement. This is the only insert into runs.
+-- Inserts runs, their channels and first events. This is the only insert into runs.
 -- p_jobs: [{workflow_name, metadata, channels, id?, queue?, recovery_webhook?, recovery_secret?, dedupe_key?, delay_ms?,
 -- run_at?, max_attempts?, priority?, deadline_ms?, parent_run_id?, created?}]; p_inputs: their inputs, in the same order.
 -- created: keys to add to the event run.created; a job without it gets no such event. A job with a queue has
 -- max_attempts and priority. p_queue: of jobs that name none.
 -- Leaves   runs with a queue queued, event run.enqueued; others pending. A job whose id or dedupe key is taken by another
 --          run, or by an earlier job, is left out.
--- Returns  the number of each job that was inserted, and its run.
+-- Returns  the number of each job that was inserted, and its run; in no particular order.
 create or replace function tidebase._insert_runs (p_jobs jsonb, p_inputs json[], p_queue text default null)
   returns table (n bigint, run tidebase.runs) language plpgsql as $$
 declare
@@ -1067,8 +1068,7 @@ declare
 begin
   for v_new in
     with given as (
-      select *, coalesce(j.id, tidebase._new_id('run')) as run_id, coalesce(j.queue, p_queue) as on_queue,
-             j.id is null or row_number() over (partition by j.id order by j.number) = 1 as is_first
+      select *, coalesce(j.id, tidebase._new_id('run')) as run_id, coalesce(j.queue, p_queue) as on_queue
         from rows from (
                jsonb_to_recordset(p_jobs) as (
                  id text, workflow_name text, metadata jsonb, channels jsonb, queue text, recovery_webhook text,
@@ -1077,7 +1077,6 @@ begin
                unnest(p_inputs)) with ordinality
              as j (id, workflow_name, metadata, channels, queue, recovery_webhook, recovery_secret, dedupe_key, delay_ms,
                    run_at, max_attempts, priority, deadline_ms, parent_run_id, created, input, number)
-       order by j.number
     ), inserted as (
       insert into tidebase.runs as r (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret,
                                       queue, dedupe_key, priority, run_at, max_attempts, deadline_at, parent_run_id,
@@ -1088,27 +1087,29 @@ begin
              case when on_queue is not null then coalesce(run_at, v_now + tidebase._ms(delay_ms), v_now) end,
              case when on_queue is not null then max_attempts else 1 end, v_now + tidebase._ms(deadline_ms),
              parent_run_id, channels <> '[]', (created is not null)::integer + (on_queue is not null)::integer, v_now, v_now
-        from given where is_first order by number
+        from given
       on conflict do nothing
       returning r as run
+    ), with_events as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select (i.run).id, (i.run).event_seq, 'run.enqueued', json_build_object(
+               'queue', (i.run).queue, 'runAt', tidebase._iso((i.run).run_at)), v_now
+        from inserted i where (i.run).queue is not null
     )
     select g.number, g.channels, g.created, i.run
-      from inserted i join given g on g.run_id = (i.run).id where g.is_first order by g.number
+      from inserted i join given g on g.run_id = (i.run).id order by g.run_id, g.number
   loop
-    if (v_new.run).has_channels then
-      perform tidebase._add_channels((v_new.run).id, null, v_new.channels);
-    end if;
-    if v_new.created is not null then
-      perform tidebase._append_event((v_new.run).id, 1, 'run.created', tidebase._joined(json_build_object(
-                'workflowName', (v_new.run).workflow_name, 'input', (v_new.run).input,
-                'channels', tidebase._shown_channels(v_new.channels)), v_new.created));
-    end if;
-    if (v_new.run).queue is not null then
-      perform tidebase._append_event((v_new.run).id, (v_new.run).event_seq, 'run.enqueued', json_build_object(
-                'queue', (v_new.run).queue, 'runAt', tidebase._iso((v_new.run).run_at)));
-    end if;
+    continue when (v_new.run).id = run.id;  -- an earlier job has its id
     n := v_new.number;
     run := v_new.run;
+    if run.has_channels then
+      perform tidebase._add_channels(run.id, null, v_new.channels);
+    end if;
+    if v_new.created is not null then
+      perform tidebase._append_event(run.id, 1, 'run.created', tidebase._joined(json_build_object(
+                'workflowName', run.workflow_name, 'input', run.input,
+                'channels', tidebase._shown_channels(v_new.channels)), v_new.created));
+    end if;
     return next;
   end loop;
 end $$;
@@ -2507,10 +2508,8 @@ create or replace function tidebase._enqueue (p_queue text, p_job jsonb, p_input
 begin
   deduplicated := false;
   loop
-    select (i.run).* into run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input], p_queue) i;
-    if found then
-      return;
-    end if;
+    run := (select i.run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input], p_queue) i);
+    exit when run.id is not null;
     if exists (select from tidebase.runs where id = p_job->>'id') then
       run := tidebase._same_run(p_job->>'id', p_job->>'workflow_name');
       return;
@@ -2531,10 +2530,13 @@ end $$;
 
 -- One run.    Returns  {"run", "deduplicated"}.
 create or replace function tidebase.enqueue_run (p_queue text, p_job jsonb, p_input json)
-  returns json language sql as $$
-  select json_build_object('run', tidebase._run_json(e.run), 'deduplicated', e.deduplicated)
-    from tidebase._enqueue(p_queue, p_job, p_input) e
-$$;
+  returns json language plpgsql as $$
+declare
+  v_new record := tidebase._enqueue(p_queue, p_job, p_input);
+  v_run tidebase.runs := v_new.run;  -- a variable of its own: its columns are read several times as fast
+begin
+  return json_build_object('run', tidebase._run_json(v_run), 'deduplicated', v_new.deduplicated);
+end $$;
 
 -- Serialises batches of jobs with dedupe keys, by queue: two batches that name the same keys in different orders would
 -- deadlock.
@@ -2680,12 +2682,6 @@ begin
   return v_ids;
 end $$;
 
--- The bytes of a payload's text, 0 for null; what is stored uncompressed is not read.
-create or replace function tidebase._text_bytes (p_value json) returns bigint language sql stable as $$
-  select coalesce(case when pg_column_compression(p_value) is null then pg_column_size(p_value)
-                       else octet_length(p_value::text) end, 0)
-$$;
-
 -- The bytes that an answer has up to, and with, each of these runs: their payloads and, if p_checkpoints, the outputs of
 -- their completed steps.
 create or replace function tidebase._claim_sizes (p_ids text[], p_checkpoints boolean)
@@ -2776,21 +2772,32 @@ end $$;
 create or replace function tidebase._claimed_json (p_ids text[], p_lease_owner text, p_checkpoints boolean)
   returns json language plpgsql stable as $$
 declare
-  v_limit constant bigint := 4 * 1024 * 1024;  -- with the 4 MiB of one more run's checkpoints, 8 MiB
+  v_limit  constant bigint := 4 * 1024 * 1024;  -- with the 4 MiB of one more run's checkpoints, 8 MiB
+  v_before constant text[] := case when p_checkpoints then p_ids[:cardinality(p_ids) - 1] else '{}' end;
 begin
-  if not p_checkpoints then
-    return (select json_build_object('runs', json_agg(tidebase._run_json(r) order by n), 'leaseOwner', p_lease_owner)
-              from unnest(p_ids) with ordinality as claimed (id, n) join tidebase.runs r on r.id = claimed.id);
-  end if;
   return (
-    select json_build_object('leaseOwner', p_lease_owner, 'runs', json_agg(tidebase._joined(
-             tidebase._run_json(r), json_build_object('checkpoints', coalesce(c.checkpoints, '[]'),
-                                                      'checkpointsTruncated', coalesce(c.truncated, before > v_limit)))
-             order by n))
-      from (select *, lag(total, 1, 0::bigint) over (order by n) as before
-              from tidebase._claim_sizes(p_ids, true)) as claimed
+    select json_build_object('leaseOwner', p_lease_owner, 'runs', json_agg(
+             case when p_checkpoints then tidebase._claimed_run(r, coalesce(before.total, 0) <= v_limit)
+                  else tidebase._run_json(r) end order by claimed.n))
+      from unnest(p_ids) with ordinality as claimed (id, n)
       join tidebase.runs r on r.id = claimed.id
-      left join lateral tidebase._checkpoints(r.id) as c on before <= v_limit and r.event_seq > 2);
+      left join tidebase._claim_sizes(v_before, true) as before on before.n = claimed.n - 1);
+end $$;
+
+-- A claimed run with its checkpoints; without p_room, without them.
+create or replace function tidebase._claimed_run (p_run tidebase.runs, p_room boolean)
+  returns json language plpgsql stable as $$
+begin
+  if not p_room or p_run.event_seq <= 2 then  -- enqueued and claimed: it has no steps
+    return tidebase._joined(tidebase._run_json(p_run), json_build_object('checkpoints', '[]'::json,
+                                                                         'checkpointsTruncated', not p_room));
+  end if;
+  return (select json_object_agg(key, value) from (  -- not _joined, which would parse all checkpoints
+            select * from json_each(tidebase._run_json(p_run))
+            union all
+            select more.* from tidebase._checkpoints(p_run.id) c,
+                   lateral (values ('checkpoints', c.checkpoints),
+                                   ('checkpointsTruncated', to_json(c.truncated))) as more) as members);
 end $$;
 
 -- Sets what p_config names of {concurrency, rate_per_minute, invoke_url, paused}; null clears.    Returns  {"config"}.

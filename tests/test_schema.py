@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "6128172eb2e7c2183814059ddb7bb29108542a8f364654e4c7bcc70031f21664")
+PINNED = (5, "cebe9925c71e65bbaccf345ac8448be09d8fbe3948a0ada4a6596f3eeb1c6d56")
 
 
 def apply(conninfo: str) -> None:
