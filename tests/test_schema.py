@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "cebe9925c71e65bbaccf345ac8448be09d8fbe3948a0ada4a6596f3eeb1c6d56")
+PINNED = (5, "51006e2aed891fb2a33805752548018c1b1a462056671e2d5b2f7a5dce67bafe")
 
 
 def apply(conninfo: str) -> None:
@@ -217,6 +217,35 @@ def test_functions_of_an_older_build_are_gone_after_an_upgrade(empty_database, d
     assert shape(empty_database) != shape(database)
     assert tidebase.Database(empty_database, 2).migrate() is True
     assert shape(empty_database) == shape(database)
+
+
+GENERATED = """
+    alter table tidebase.steps add column review_at timestamptz
+      generated always as (case when status = 'manual_review' then updated_at end) stored;
+    alter table tidebase.outbox add column host text generated always as
+      (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored"""
+
+
+@pytest.mark.parametrize("columns", ["", GENERATED], ids=["without", "generated"])
+def test_an_older_database_gets_the_columns_it_lacks_and_no_table_is_rewritten(empty_database, columns):
+    with serving(empty_database) as api:
+        api.server.let_send(False)
+        run = api.create(recoveryWebhook="http://user:secret@Example.com:80/x")
+        step = api.begin_step(run, "s", "a", options={"replay": "manual"})["step"]["id"]
+        api.fail_step(run, step, "a", resumeDecision="manual_review")
+        api.post(f"/runs/{run}/recover", {"reason": "manual"})
+    shown = ("select review_at is not null, (select host from tidebase.outbox) from tidebase.steps",
+             "select array[pg_relation_filenode('tidebase.steps'), pg_relation_filenode('tidebase.outbox')]")
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("alter table tidebase.steps drop column review_at;"
+                           f"alter table tidebase.outbox drop column host; {columns}".encode())
+    [files] = query(empty_database, shown[1])
+    apply(empty_database)
+    assert query(empty_database, shown[0]) == [(True, "example.com:80")]
+    assert query(empty_database, shown[1]) == [files]
+    with serving(empty_database) as api:
+        api.post(f"/runs/{run}/steps/{step}/review", {"decision": "complete", "output": 1, "actor": "me"})
+    assert query(empty_database, shown[0]) == [(False, "example.com:80")]
 
 
 def test_a_schema_of_the_same_version_from_another_build_is_left_alone_but_for_migrate_by_hand(empty_database, caplog):
