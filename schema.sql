@@ -4312,7 +4312,9 @@ begin
     return null;
   end if;
   v_facts := tidebase._queue_facts(array(
-    select distinct r.queue from tidebase._subtree(p_run_id, p_limit) t join tidebase.runs r on r.id = t.id
+    select distinct r.queue
+      from tidebase._subtree(p_run_id, p_limit) t
+     cross join lateral (select * from tidebase.runs where id = t.id limit 1) r  -- a join could begin with all queued runs
      where r.status = 'queued' and r.run_at <= v_now), p_asked);
   v_runs := array(
     select json_build_object(
@@ -4321,7 +4323,7 @@ begin
              'startedAt', tidebase._iso(tidebase._started_at(r.id)), 'completedAt', tidebase._iso(r.completed_at),
              'failureClass', r.failure_class, 'why', tidebase._why(r.id, v_facts, v_now)->'why')
       from tidebase._subtree(p_run_id, p_limit + 1) with ordinality as t (id, depth, n)
-      join tidebase.runs r on r.id = t.id
+     cross join lateral (select * from tidebase.runs where id = t.id limit 1) r  -- likewise
       left join lateral (select * from tidebase.run_edges where child_run_id = r.id and t.depth > 0 limit 1) e on true
      order by t.n limit p_limit + 1);
   return json_build_object('root', p_run_id, 'runs', array_to_json(v_runs[1:p_limit]),

@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "51006e2aed891fb2a33805752548018c1b1a462056671e2d5b2f7a5dce67bafe")
+PINNED = (5, "4cec91b58e80004b8ec3626a9436c774b9787faa4c81665b990e4d90a3b51395")
 
 
 def apply(conninfo: str) -> None:
@@ -558,3 +558,24 @@ def test_with_many_runs_no_request_scans_a_table(bill):
     scans, read, _ = bill.of(lambda: bill.connection.execute(statement))
     assert scans["runs"] >= 1, "the bill does not see a scan"
     assert read >= RUNS
+
+
+def test_a_tree_is_read_by_keys_however_small_the_tables_were_when_it_was_planned(database):
+    add = ("with made as (insert into tidebase.runs (id, workflow_name, status, queue, run_at)"
+           " select 'run_' || n, 'w', 'queued', 'q', now() from generate_series({}, {}) n returning id) insert into tidebase.run_edges (id, parent_run_id, child_run_id,"
+           " name, edge_type) select 'edge_' || id, 'run_{}', id, id, 'child' from made")
+    read = ("select sum(pg_stat_get_xact_tuples_returned(oid)) from pg_class"
+            " where relnamespace = 'tidebase'::regnamespace")
+    with psycopg.connect(database) as connection:
+        connection.execute("insert into tidebase.runs (id, workflow_name, status) values ('run_0', 'w', 'pending'),"
+                           " ('run_x', 'w', 'pending')")
+        connection.execute(add.format(1, 20, "0").encode())
+        connection.execute(add.format(21, 300, "x").encode())
+        for _ in range(7):  # from the sixth call on, its plan is kept
+            [(tree,)] = connection.execute("select tidebase.run_tree('run_0', 100, '{}')").fetchall()
+        connection.execute(add.format(301, 5000, "x").encode())
+        [(before,)] = connection.execute(read).fetchall()
+        connection.execute("select tidebase.run_tree('run_0', 100, '{}')")
+        [(after,)] = connection.execute(read).fetchall()
+    assert len(tree["runs"]) == 21
+    assert after - before < 1000
