@@ -104,17 +104,36 @@ end $$;
 -- What tables that an earlier build made lack. It stands before them, because their indexes need the columns.
 alter table if exists tidebase.runs add column if not exists recovery_secret text;
 alter table if exists tidebase.steps add column if not exists copied boolean not null default false;
-alter table if exists tidebase.steps add column if not exists
-  review_at timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored;
 alter table if exists tidebase.state_versions add column if not exists live_version integer;
 alter table if exists tidebase.signals add column if not exists n integer not null default 1;
 alter table if exists tidebase.signals drop constraint if exists signals_name_key;  -- one of a name; now one of a number
 alter table if exists tidebase.outbox drop constraint if exists outbox_channel_id_fkey;
 alter table if exists tidebase.outbox add column if not exists payload_seq bigint;
-alter table if exists tidebase.outbox add column if not exists host text generated always as
-  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored;
 alter table if exists tidebase.queues add column if not exists paused boolean not null default false;
 drop index if exists tidebase.runs_workflow_idx, tidebase.runs_queue_idx, tidebase.outbox_due_idx;
+
+-- The host, and port, of an address.
+create or replace function tidebase._host (p_url text) returns text language sql immutable as
+$$ select coalesce(lower(substring(p_url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '') $$;
+
+-- Two columns that some builds generated. To add such a column would rewrite the table under a lock, so they are filled in
+-- once, where they matter: for steps in review and for webhooks that are due.
+do $$
+begin
+  if to_regclass('tidebase.steps') is null then
+    return;  -- an empty database
+  end if;
+  if not exists (select from pg_attribute where attrelid = to_regclass('tidebase.steps') and attname = 'review_at') then
+    alter table tidebase.steps add column review_at timestamptz;
+    update tidebase.steps set review_at = updated_at where status = 'manual_review';
+  end if;
+  if not exists (select from pg_attribute where attrelid = to_regclass('tidebase.outbox') and attname = 'host') then
+    alter table tidebase.outbox add column host text not null default '';
+    update tidebase.outbox set host = tidebase._host(url) where status = 'pending';
+  end if;
+  alter table tidebase.steps alter column review_at drop expression if exists;
+  alter table tidebase.outbox alter column host drop expression if exists, alter column host set default '';
+end $$;
 
 create table if not exists tidebase.meta (
   only_row    boolean     primary key default true check (only_row),
@@ -234,8 +253,8 @@ create table if not exists tidebase.steps (
   completed_at     timestamptz,
   created_at       timestamptz not null default tidebase.now(),
   updated_at       timestamptz not null default tidebase.now(),
-  -- Since when it waits for a person. A column, since an index on status would make each end of a step cost more.
-  review_at        timestamptz generated always as (case when status = 'manual_review' then updated_at end) stored,
+  review_at        timestamptz,                            -- since when it waits for a person; an index on status instead
+                                                           -- would make each end of a step cost more
   constraint steps_name_key unique (run_id, name)           -- also serves the run detail and every begin
 ) with (fillfactor = 70, autovacuum_vacuum_threshold = 2000, autovacuum_analyze_threshold = 2000);
 -- Serves list_approvals.
@@ -408,8 +427,7 @@ create table if not exists tidebase.outbox (
   event_type      text        not null,                     -- run.resume, run.invoke, or the event's
   reason          text,
   url             text        not null,
-  host            text        generated always as           -- and port: whom a hanging receiver may not hold up
-                  (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored,
+  host            text        not null default '',          -- and port: whom a hanging receiver may not hold up
   payload         json,
   payload_seq     bigint,                                   -- the row that has it instead: an event's is stored once
   status          text        not null default 'pending'
@@ -503,6 +521,12 @@ create or replace function tidebase._bytes (p_value jsonb) returns integer langu
   select coalesce(case when pg_column_size(p_value) > 262148
                          or (pg_column_size(p_value) <= 2400 and pg_column_compression(p_value) is null)
                        then pg_column_size(p_value) else octet_length(p_value::text) end, 0)
+$$;
+
+-- The bytes of a payload's text, 0 for null; what is stored uncompressed is not read.
+create or replace function tidebase._text_bytes (p_value json) returns bigint language sql stable as $$
+  select coalesce(case when pg_column_compression(p_value) is null then pg_column_size(p_value)
+                       else octet_length(p_value::text) end, 0)
 $$;
 
 -- A payload as a list has it: null if p_room is false or it has more than 64 KiB.
@@ -748,25 +772,19 @@ $$;
 create or replace function tidebase._checkpoints (p_run_id text, out checkpoints json, out truncated boolean)
   language plpgsql stable as $$
 declare
-  v_limit  constant bigint := 4 * 1024 * 1024;
-  v_stored bigint;
-  v_last   integer := 2147483647;  -- the position of the last that is answered
+  v_step  record;
+  v_bytes bigint := 0;
+  v_last  integer;  -- the position of the last that is answered
 begin
-  select coalesce(sum(pg_column_size(output)), 0) into v_stored
-    from tidebase.steps where run_id = p_run_id and status = 'completed';
-  -- What is stored is never more than its text, nor less than a 256th of it.
-  truncated := v_stored > v_limit;
-  if v_stored > v_limit / 256 and not truncated then
-    select coalesce(sum(octet_length(output::text)), 0) > v_limit into truncated
-      from tidebase.steps where run_id = p_run_id and status = 'completed';
-  end if;
-  if truncated then  -- seldom: the running sum of a thousand steps takes as long as all the rest
-    select coalesce(max(position) filter (where bytes <= v_limit), 0) into v_last
-      from (select position, sum(coalesce(octet_length(output::text), 4)) over (order by position) as bytes
-              from (select position, output, sum(pg_column_size(output)) over (order by position) as stored
-                      from tidebase.steps where run_id = p_run_id and status = 'completed') as first
-             where coalesce(stored, 0) <= v_limit + 65536) as done;
-  end if;
+  truncated := false;
+  for v_step in select position, tidebase._text_bytes(output) as bytes from tidebase.steps
+                 where run_id = p_run_id and status = 'completed' order by position
+  loop  -- not a running sum over all of them: what does not fit is not read
+    v_bytes := v_bytes + v_step.bytes;
+    truncated := v_bytes > 4 * 1024 * 1024;
+    exit when truncated;
+    v_last := v_step.position;
+  end loop;
   select coalesce(json_agg(done), '[]') into checkpoints  -- of rows: a json_build_object for each takes longer
     from (select name, input_hash as "inputHash", output, copied, tidebase._iso(completed_at) as "completedAt"
             from tidebase.steps where run_id = p_run_id and status = 'completed' and position <= v_last
@@ -774,10 +792,11 @@ begin
 end $$;
 
 -- The keys of two objects in one; as text, so that payloads stay as they came.
-create or replace function tidebase._joined (p_first json, p_second json) returns json language sql immutable as $$
-  select case when p_second::text = '{}' then p_first
-              else (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json end
-$$;
+create or replace function tidebase._joined (p_first json, p_second json) returns json language plpgsql immutable as $$
+begin
+  return case when p_second::text = '{}' then p_first
+              else (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json end;
+end $$;
 
 -- ------------------------------------------------------------------------------
 -- Helpers: locks, refusals, checks, events, webhooks: the same for every verb.
@@ -898,19 +917,19 @@ create or replace function tidebase._append_event_and_renew_lease (
   returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
-  v_seq integer;
 begin
-  update tidebase.runs set event_seq = event_seq + case when p_started is null then 1 else 2 end, updated_at = v_now,
-         stalled = stalled and lease_owner is distinct from p_lease_owner,
-         lease_expires_at = case when lease_owner = p_lease_owner then v_now + tidebase._ms(lease_ms)
-                                 else lease_expires_at end
-   where id = p_run.id returning event_seq into v_seq;
-  if p_started is not null then
-    insert into tidebase.events (run_id, seq, type, payload, created_at)
-    values (p_run.id, v_seq - 1, 'step.started', p_started, v_now);
-  end if;
+  with counted as (
+    update tidebase.runs set event_seq = event_seq + case when p_started is null then 1 else 2 end, updated_at = v_now,
+           stalled = stalled and lease_owner is distinct from p_lease_owner,
+           lease_expires_at = case when lease_owner = p_lease_owner then v_now + tidebase._ms(lease_ms)
+                                   else lease_expires_at end
+     where id = p_run.id returning event_seq
+  )
   insert into tidebase.events (run_id, seq, type, payload, created_at)
-  values (p_run.id, v_seq, p_type, p_payload, v_now);
+  select p_run.id, e.seq, e.type, e.payload, v_now
+    from counted, lateral (values (event_seq - 1, 'step.started', p_started), (event_seq, p_type, p_payload))
+                          as e (seq, type, payload)
+   where e.payload is not null;
 end $$;
 
 -- Puts a webhook into the outbox. Needs the run locked, so that a channel's rows stand in the order of its events.
@@ -919,10 +938,10 @@ create or replace function tidebase._enqueue_webhook (p_kind text, p_run_id text
                                                       p_type text, p_reason text, p_url text, p_payload json,
                                                       p_payload_seq bigint default null)
   returns tidebase.outbox language sql as $$
-  insert into tidebase.outbox (id, kind, run_id, channel_id, gate_id, event_type, reason, url, payload, payload_seq,
-                               next_attempt_at)
+  insert into tidebase.outbox (id, kind, run_id, channel_id, gate_id, event_type, reason, url, host, payload,
+                               payload_seq, next_attempt_at)
   values (tidebase._new_id(case p_kind when 'channel' then 'del' else 'rec' end), p_kind, p_run_id, p_channel_id,
-          p_gate_id, p_type, p_reason, p_url, p_payload, p_payload_seq,
+          p_gate_id, p_type, p_reason, p_url, tidebase._host(p_url), p_payload, p_payload_seq,
           case when not exists (select from tidebase.outbox o
                                  where o.channel_id = p_channel_id and o.status = 'pending') then tidebase.now() end)
   returning *
@@ -1051,14 +1070,14 @@ end $$;
 -- Runs: created, begun, kept alive, ended, put back.
 -- ------------------------------------------------------------------------------
 
--- Inserts runs, their channels and first events, in one statement. This is the only insert into runs.
+-- Inserts runs, their channels and first events. This is the only insert into runs.
 -- p_jobs: [{workflow_name, metadata, channels, id?, queue?, recovery_webhook?, recovery_secret?, dedupe_key?, delay_ms?,
 -- run_at?, max_attempts?, priority?, deadline_ms?, parent_run_id?, created?}]; p_inputs: their inputs, in the same order.
 -- created: keys to add to the event run.created; a job without it gets no such event. A job with a queue has
 -- max_attempts and priority. p_queue: of jobs that name none.
 -- Leaves   runs with a queue queued, event run.enqueued; others pending. A job whose id or dedupe key is taken by another
 --          run, or by an earlier job, is left out.
--- Returns  the number of each job that was inserted, and its run.
+-- Returns  the number of each job that was inserted, and its run; in no particular order.
 create or replace function tidebase._insert_runs (p_jobs jsonb, p_inputs json[], p_queue text default null)
   returns table (n bigint, run tidebase.runs) language plpgsql as $$
 declare
@@ -1067,8 +1086,7 @@ declare
 begin
   for v_new in
     with given as (
-      select *, coalesce(j.id, tidebase._new_id('run')) as run_id, coalesce(j.queue, p_queue) as on_queue,
-             j.id is null or row_number() over (partition by j.id order by j.number) = 1 as is_first
+      select *, coalesce(j.id, tidebase._new_id('run')) as run_id, coalesce(j.queue, p_queue) as on_queue
         from rows from (
                jsonb_to_recordset(p_jobs) as (
                  id text, workflow_name text, metadata jsonb, channels jsonb, queue text, recovery_webhook text,
@@ -1077,7 +1095,6 @@ begin
                unnest(p_inputs)) with ordinality
              as j (id, workflow_name, metadata, channels, queue, recovery_webhook, recovery_secret, dedupe_key, delay_ms,
                    run_at, max_attempts, priority, deadline_ms, parent_run_id, created, input, number)
-       order by j.number
     ), inserted as (
       insert into tidebase.runs as r (id, workflow_name, input, metadata, status, recovery_webhook, recovery_secret,
                                       queue, dedupe_key, priority, run_at, max_attempts, deadline_at, parent_run_id,
@@ -1088,27 +1105,29 @@ begin
              case when on_queue is not null then coalesce(run_at, v_now + tidebase._ms(delay_ms), v_now) end,
              case when on_queue is not null then max_attempts else 1 end, v_now + tidebase._ms(deadline_ms),
              parent_run_id, channels <> '[]', (created is not null)::integer + (on_queue is not null)::integer, v_now, v_now
-        from given where is_first order by number
+        from given
       on conflict do nothing
       returning r as run
+    ), with_events as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select (i.run).id, (i.run).event_seq, 'run.enqueued', json_build_object(
+               'queue', (i.run).queue, 'runAt', tidebase._iso((i.run).run_at)), v_now
+        from inserted i where (i.run).queue is not null
     )
     select g.number, g.channels, g.created, i.run
-      from inserted i join given g on g.run_id = (i.run).id where g.is_first order by g.number
+      from inserted i join given g on g.run_id = (i.run).id order by g.run_id, g.number
   loop
-    if (v_new.run).has_channels then
-      perform tidebase._add_channels((v_new.run).id, null, v_new.channels);
-    end if;
-    if v_new.created is not null then
-      perform tidebase._append_event((v_new.run).id, 1, 'run.created', tidebase._joined(json_build_object(
-                'workflowName', (v_new.run).workflow_name, 'input', (v_new.run).input,
-                'channels', tidebase._shown_channels(v_new.channels)), v_new.created));
-    end if;
-    if (v_new.run).queue is not null then
-      perform tidebase._append_event((v_new.run).id, (v_new.run).event_seq, 'run.enqueued', json_build_object(
-                'queue', (v_new.run).queue, 'runAt', tidebase._iso((v_new.run).run_at)));
-    end if;
+    continue when (v_new.run).id = run.id;  -- an earlier job has its id
     n := v_new.number;
     run := v_new.run;
+    if run.has_channels then
+      perform tidebase._add_channels(run.id, null, v_new.channels);
+    end if;
+    if v_new.created is not null then
+      perform tidebase._append_event(run.id, 1, 'run.created', tidebase._joined(json_build_object(
+                'workflowName', run.workflow_name, 'input', run.input,
+                'channels', tidebase._shown_channels(v_new.channels)), v_new.created));
+    end if;
     return next;
   end loop;
 end $$;
@@ -1568,6 +1587,7 @@ begin
   update tidebase.steps
      set status = p_status, output = p_step.output, error = p_step.error, settled_by = p_step.settled_by,
          reviewed = p_step.reviewed, lease_owner = null, lease_expires_at = null,
+         review_at = case p_status when 'manual_review' then v_now end,
          completed_at = case when p_ends then v_now else p_step.completed_at end, updated_at = v_now
    where id = p_step.id returning * into p_step;
   return p_step;
@@ -1673,7 +1693,7 @@ begin
        set status = 'running', attempt = s.attempt + 1, input = p_input, options = p_options,
            contract = tidebase._contract(p_options), lease_owner = p_lease_owner,
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
-           completed_at = null, updated_at = v_now
+           completed_at = null, review_at = null, updated_at = v_now
      where s.id = v_step.id returning * into v_step;
     perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started',
                                                    tidebase._step_started(v_step));
@@ -1781,6 +1801,7 @@ declare
   v_now      timestamptz := tidebase.now();
   v_contract json := tidebase._contract(p_options);
   v_decision text := tidebase._decision(p_resume_decision, p_retryable, v_contract);
+  v_status   text := case when p_error is null then 'completed' else tidebase._failed_status(v_decision, p_retryable) end;
   v_step     tidebase.steps;
   v_begun    boolean;
   v_started  json;
@@ -1807,16 +1828,15 @@ begin
   end if;
   v_begun := coalesce(v_step.status = 'running' and v_step.lease_owner = p_lease_owner, false);
   insert into tidebase.steps as s (id, run_id, name, position, input_hash, input, options, contract, status, output,
-                                   error, settled_by, fence, started_at, completed_at, created_at, updated_at)
+                                   error, settled_by, fence, review_at, started_at, completed_at, created_at, updated_at)
   values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options, v_contract,
-          case when p_error is null then 'completed' else tidebase._failed_status(v_decision, p_retryable) end,
-          p_output, p_error, p_lease_owner, v_run.fence,
+          v_status, p_output, p_error, p_lease_owner, v_run.fence, case v_status when 'manual_review' then v_now end,
           coalesce(p_started_at, v_now - tidebase._ms(p_duration_ms), v_step.started_at, v_now), v_now, v_now, v_now)
   on conflict (run_id, name) do update
      set attempt = s.attempt + case when v_begun then 0 else 1 end, input = p_input, options = p_options,
          contract = v_contract, status = excluded.status, output = p_output, error = p_error, settled_by = p_lease_owner,
-         lease_owner = null, lease_expires_at = null, fence = v_run.fence, started_at = excluded.started_at,
-         completed_at = v_now, updated_at = v_now
+         lease_owner = null, lease_expires_at = null, fence = v_run.fence, review_at = excluded.review_at,
+         started_at = excluded.started_at, completed_at = v_now, updated_at = v_now
   returning * into v_step;
   v_started := case when not v_begun then tidebase._step_started(v_step) end;
   if p_error is null then
@@ -2507,10 +2527,8 @@ create or replace function tidebase._enqueue (p_queue text, p_job jsonb, p_input
 begin
   deduplicated := false;
   loop
-    select (i.run).* into run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input], p_queue) i;
-    if found then
-      return;
-    end if;
+    run := (select i.run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input], p_queue) i);
+    exit when run.id is not null;
     if exists (select from tidebase.runs where id = p_job->>'id') then
       run := tidebase._same_run(p_job->>'id', p_job->>'workflow_name');
       return;
@@ -2531,17 +2549,23 @@ end $$;
 
 -- One run.    Returns  {"run", "deduplicated"}.
 create or replace function tidebase.enqueue_run (p_queue text, p_job jsonb, p_input json)
-  returns json language sql as $$
-  select json_build_object('run', tidebase._run_json(e.run), 'deduplicated', e.deduplicated)
-    from tidebase._enqueue(p_queue, p_job, p_input) e
-$$;
+  returns json language plpgsql as $$
+declare
+  v_new record := tidebase._enqueue(p_queue, p_job, p_input);
+  v_run tidebase.runs := v_new.run;  -- a variable of its own: its columns are read several times as fast
+begin
+  return json_build_object('run', tidebase._run_json(v_run), 'deduplicated', v_new.deduplicated);
+end $$;
+
+create or replace function tidebase._are_keyed (p_jobs jsonb) returns boolean language sql immutable as
+$$ select jsonb_path_exists(p_jobs, '$[*].dedupe_key ? (@ != null)') $$;
 
 -- Serialises batches of jobs with dedupe keys, by queue: two batches that name the same keys in different orders would
 -- deadlock.
 create or replace function tidebase._lock_keys (p_jobs jsonb, p_queue text default null)
   returns void language plpgsql as $$
 begin
-  if jsonb_path_exists(p_jobs, '$[*].dedupe_key ? (@ != null)') then
+  if tidebase._are_keyed(p_jobs) then
     perform pg_advisory_xact_lock(hashtextextended('tidebase.enqueue.' || queue, 0))
        from (select distinct coalesce(p_queue, job->>'queue') as queue from jsonb_array_elements(p_jobs) as job
               where job->>'dedupe_key' is not null order by queue) as queues;
@@ -2680,12 +2704,6 @@ begin
   return v_ids;
 end $$;
 
--- The bytes of a payload's text, 0 for null; what is stored uncompressed is not read.
-create or replace function tidebase._text_bytes (p_value json) returns bigint language sql stable as $$
-  select coalesce(case when pg_column_compression(p_value) is null then pg_column_size(p_value)
-                       else octet_length(p_value::text) end, 0)
-$$;
-
 -- The bytes that an answer has up to, and with, each of these runs: their payloads and, if p_checkpoints, the outputs of
 -- their completed steps.
 create or replace function tidebase._claim_sizes (p_ids text[], p_checkpoints boolean)
@@ -2776,21 +2794,32 @@ end $$;
 create or replace function tidebase._claimed_json (p_ids text[], p_lease_owner text, p_checkpoints boolean)
   returns json language plpgsql stable as $$
 declare
-  v_limit constant bigint := 4 * 1024 * 1024;  -- with the 4 MiB of one more run's checkpoints, 8 MiB
+  v_limit  constant bigint := 4 * 1024 * 1024;  -- with the 4 MiB of one more run's checkpoints, 8 MiB
+  v_before constant text[] := case when p_checkpoints then p_ids[:cardinality(p_ids) - 1] else '{}' end;
 begin
-  if not p_checkpoints then
-    return (select json_build_object('runs', json_agg(tidebase._run_json(r) order by n), 'leaseOwner', p_lease_owner)
-              from unnest(p_ids) with ordinality as claimed (id, n) join tidebase.runs r on r.id = claimed.id);
-  end if;
   return (
-    select json_build_object('leaseOwner', p_lease_owner, 'runs', json_agg(tidebase._joined(
-             tidebase._run_json(r), json_build_object('checkpoints', coalesce(c.checkpoints, '[]'),
-                                                      'checkpointsTruncated', coalesce(c.truncated, before > v_limit)))
-             order by n))
-      from (select *, lag(total, 1, 0::bigint) over (order by n) as before
-              from tidebase._claim_sizes(p_ids, true)) as claimed
+    select json_build_object('leaseOwner', p_lease_owner, 'runs', json_agg(
+             case when p_checkpoints then tidebase._claimed_run(r, coalesce(before.total, 0) <= v_limit)
+                  else tidebase._run_json(r) end order by claimed.n))
+      from unnest(p_ids) with ordinality as claimed (id, n)
       join tidebase.runs r on r.id = claimed.id
-      left join lateral tidebase._checkpoints(r.id) as c on before <= v_limit and r.event_seq > 2);
+      left join tidebase._claim_sizes(v_before, true) as before on before.n = claimed.n - 1);
+end $$;
+
+-- A claimed run with its checkpoints; without p_room, without them.
+create or replace function tidebase._claimed_run (p_run tidebase.runs, p_room boolean)
+  returns json language plpgsql stable as $$
+begin
+  if not p_room or p_run.event_seq <= 2 then  -- enqueued and claimed: it has no steps
+    return tidebase._joined(tidebase._run_json(p_run), json_build_object('checkpoints', '[]'::json,
+                                                                         'checkpointsTruncated', not p_room));
+  end if;
+  return (select json_object_agg(key, value) from (  -- not _joined, which would parse all checkpoints
+            select * from json_each(tidebase._run_json(p_run))
+            union all
+            select more.* from tidebase._checkpoints(p_run.id) c,
+                   lateral (values ('checkpoints', c.checkpoints),
+                                   ('checkpointsTruncated', to_json(c.truncated))) as more) as members);
 end $$;
 
 -- Sets what p_config names of {concurrency, rate_per_minute, invoke_url, paused}; null clears.    Returns  {"config"}.
@@ -2880,7 +2909,7 @@ begin
   end case;
 end $$;
 
--- Many writes, their payloads in the same order: see write_one. Each stands or falls alone.
+-- Many writes, their payloads in the same order: see _write_one. Each stands or falls alone.
 -- Chained  a write with "chained": true is refused (TB409 prior_refused) when an earlier write of the same run in this
 --          call was refused. So of a run's chained writes those that are durable are a prefix. A begin that is answered
 --          with 409 manual_review counts as refused; an answer that was only too large (413) does not.
@@ -2888,14 +2917,12 @@ end $$;
 --          before its child unless somebody chose the ids: so two batches do not wait for each other. Those that make
 --          runs with the same chosen ids in different orders do, and one of them is to be sent again (40P01).
 -- Leaves   what each verb leaves; those of one run in the order given.
--- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. Where
---          many refuse, some are not reached: their answer is null, and they are for another call, in the same order.
---          A chained write is answered by the call that refused an earlier write of its run. Past p_room bytes, answers
---          without payloads, see _brief_answer.
--- First the plain writes are made, by two statements: see _write_plain and _enqueue_plain. The others follow one by one.
--- A part of them, at first all, is written in one subtransaction. Where a write is refused, the part is undone and
--- written again up to that write; then the next part begins. So there are about as many subtransactions as refusals:
--- PostgreSQL keeps 64 of a transaction in memory, and beyond them all other transactions get slower.
+-- Returns  in the order given, each verb's answer, or {"error", "code", …} where it refuses, and its HTTP status. After
+--          60 refusals the rest is not reached: its answers are null, and it is for another call, in the same order. A
+--          chained write is answered by the call that refused an earlier write of its run. Past p_room bytes, answers
+--          come without payloads, see _brief_answer.
+-- First, unless there is only one, the plain writes are made, by a statement for each kind: see _write_plain and
+-- _enqueue_plain. The others follow one by one, see _write_part.
 create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
                                                 p_room bigint default 16777216)
   returns table (body json, status integer) language plpgsql
@@ -2903,106 +2930,121 @@ create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[],
   set enable_seqscan = off as $$
 declare
   v_count    constant integer := jsonb_array_length(p_writes);
+  v_verbs    text[];
   v_run_ids  text[];
   v_ending   text[];
-  v_enqueues boolean;
-  v_keys     boolean;             -- whether any has a dedupe key
-  v_bodies   json[] := array_fill(null::json, array[v_count]);
-  v_statuses integer[] := array_fill(200, array[v_count]);
-  v_done     boolean[] := array_fill(false, array[v_count]);  -- of the plain ones
-  v_written  record;
-  v_from     integer := 1;        -- where the part begins,
-  v_until    integer := v_count;  -- ends,
-  v_at       integer;             -- and has got to
-  v_parts    integer := 0;
-  v_refused  text[] := '{}';      -- the runs of which a write was refused; v_earlier: when the part began
-  v_earlier  text[];
-  v_size     bigint := 0;         -- of the answers; v_before: when the part began
-  v_before   bigint;
-  v_state    text;
-  v_words    text;
-  v_detail   text;
+  v_plain    json[] := array_fill(null::json, array[v_count]);  -- the answers to the plain writes, in their places
+  v_bodies   json[] := '{}';
+  v_statuses integer[] := '{}';
+  v_made     integer := 0;      -- how many these are
+  v_refused  text[] := '{}';    -- the runs of which a write was refused
+  v_room     bigint := p_room;  -- left
+  v_part     record;
 begin
-  if v_count > 1 then  -- the verb of one alone takes the locks that it needs
-    select coalesce(array_agg(distinct run_id) filter (where run_id is not null), '{}'),
-           array_agg(run_id) filter (where verb in ('complete_run', 'fail_run')),
-           coalesce(bool_or(verb = 'enqueue_run'), false), coalesce(bool_or(dedupe_key is not null), false)
-      into v_run_ids, v_ending, v_enqueues, v_keys
-      from jsonb_to_recordset(p_writes) as w ("do" text, run_id text, dedupe_key text), lateral (select w."do" as verb) v;
-    if v_keys then
+  if v_count > 1 then
+    select array_agg(w->>'do'), array_agg(w->>'run_id'),
+           array_agg(w->>'run_id') filter (where w->>'do' in ('complete_run', 'fail_run'))
+      into v_verbs, v_run_ids, v_ending from jsonb_array_elements(p_writes) as w;
+    if 'enqueue_run' = any (v_verbs) then
       perform tidebase._lock_keys(p_writes);
     end if;
     perform from tidebase.runs
       where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
                                           where id = any (v_ending) and parent_run_id is not null))
       order by id for no key update;
-  end if;
-  if v_count > 2 then  -- the verbs of fewer cost less than the statements for many
-    if v_run_ids <> '{}' then
-      v_bodies := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors, not v_keys);
+    if v_verbs && array['record_step', 'complete_run'] then
+      v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors);
     end if;
-    if v_enqueues then
-      v_bodies := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_bodies);
+    if 'enqueue_run' = any (v_verbs) then
+      v_plain := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_plain);
     end if;
-    select array_agg(plain is not null), coalesce(sum(octet_length(plain::text)), 0) into v_done, v_size
-      from unnest(v_bodies) as plain;
+    select count(plain), p_room - coalesce(sum(octet_length(plain::text)), 0) into v_made, v_room
+      from unnest(v_plain) as plain;
   end if;
-  while v_from <= v_count and v_parts < 60 loop
-    v_before := v_size;
-    v_earlier := v_refused;
-    begin
-      for n in v_from .. v_until loop
-        continue when v_done[n];
-        v_at := n;
-        if tidebase._is_prior_refused(p_writes->(n - 1), v_refused) then
-          v_bodies[n] := tidebase._prior_refused(p_writes->(n - 1));
-          v_statuses[n] := 409;
-          continue;
-        end if;
-        v_written := tidebase._write_one(p_writes->(n - 1), p_inputs[n], p_outputs[n], p_errors[n]);
-        if v_written.status <> 200 then
-          v_refused := v_refused || (p_writes->(n - 1)->>'run_id');
-        end if;
-        if v_size + octet_length(v_written.body::text) > p_room then
-          v_written := tidebase._brief_answer(p_writes->(n - 1)->>'do', v_written.body, v_written.status);
-        end if;
-        v_size := v_size + octet_length(v_written.body::text);
-        v_bodies[n] := v_written.body;
-        v_statuses[n] := v_written.status;
-      end loop;
-      v_parts := v_parts + 1;
-      v_from := v_until + 1;
-      v_until := v_count;
-    exception when others then
-      get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
-      v_size := v_before;
-      v_refused := v_earlier;
-      if v_state !~ '^TB' then
-        raise;
-      elsif v_at > v_from then
-        v_until := v_at - 1;
-      else
-        v_bodies[v_at] := tidebase._joined(json_build_object('error', v_words),
-                                           tidebase.refusal_body(v_detail::json));
-        if v_size + octet_length(v_bodies[v_at]::text) > p_room then
-          v_bodies[v_at] := json_build_object('error', v_words, 'code', v_detail::json->'code', 'payloadOmitted', true);
-        end if;
-        v_size := v_size + octet_length(v_bodies[v_at]::text);
-        v_statuses[v_at] := substr(v_state, 3)::integer;
-        v_refused := v_refused || (p_writes->(v_at - 1)->>'run_id');
-        v_from := v_at + 1;
-        v_until := v_count;
-      end if;
-    end;
+  if v_made = v_count then
+    v_bodies := v_plain;
+    v_statuses := array_fill(200, array[v_count]);
+  end if;
+  for part in 1 .. 60 loop
+    exit when cardinality(v_bodies) = v_count;
+    v_part := tidebase._write_part(p_writes, p_inputs, p_outputs, p_errors, v_plain, cardinality(v_bodies) + 1, v_count,
+                                   v_refused, v_room);
+    v_bodies := v_bodies || v_part.bodies;
+    v_statuses := v_statuses || v_part.statuses;
+    v_refused := v_part.refused;
+    v_room := v_part.room;
   end loop;
-  for n in v_from .. v_count loop
-    if not v_done[n] then  -- not reached, or reached in a part that was undone
-      v_bodies[n] := case when tidebase._is_prior_refused(p_writes->(n - 1), v_refused)
-                     then tidebase._prior_refused(p_writes->(n - 1)) end;
-      v_statuses[n] := 409;
-    end if;
+  for n in cardinality(v_bodies) + 1 .. v_count loop  -- not reached
+    v_bodies[n] := coalesce(v_plain[n], case when tidebase._is_prior_refused(p_writes->(n - 1), v_refused)
+                                        then tidebase._prior_refused(p_writes->(n - 1)) end);
+    v_statuses[n] := case when v_plain[n] is null then 409 else 200 end;
   end loop;
   return query select * from unnest(v_bodies, v_statuses);
+end $$;
+
+-- Writes one by one, from p_from on, up to the first that is refused; and answers all of them, those in p_plain with that.
+-- They are in one subtransaction. Where one is refused, all are undone, and those before it are written once more. So
+-- there is one subtransaction for each refusal: PostgreSQL keeps 64 of a transaction in memory, and beyond them all other
+-- transactions get slower.
+-- p_refused: the runs of which a write was refused. p_room: what the answers may take, in bytes. Both are returned as they
+-- are afterwards.
+create or replace function tidebase._write_part (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                 p_plain json[], p_from integer, p_until integer, p_refused text[],
+                                                 p_room bigint, out bodies json[], out statuses integer[],
+                                                 out refused text[], out room bigint) language plpgsql as $$
+declare
+  v_at     integer;
+  v_write  jsonb;
+  v_answer record;
+  v_body   json;
+  v_words  text;
+  v_state  text;
+  v_detail text;
+begin
+  bodies := '{}';
+  statuses := '{}';
+  refused := p_refused;
+  room := p_room;
+  begin
+    for n in p_from .. p_until loop
+      v_at := n;
+      v_write := p_writes->(n - 1);
+      if p_plain[n] is not null then
+        select p_plain[n] as body, 200 as status into v_answer;
+      elsif tidebase._is_prior_refused(v_write, refused) then
+        select tidebase._prior_refused(v_write) as body, 409 as status into v_answer;
+      else
+        v_answer := tidebase._write_one(v_write, p_inputs[n], p_outputs[n], p_errors[n]);
+        if v_answer.status = 409 then
+          refused := refused || (v_write->>'run_id');
+        end if;
+        if octet_length(v_answer.body::text) > room then
+          v_answer := tidebase._brief_answer(v_write->>'do', v_answer.body, v_answer.status);
+        end if;
+        room := room - octet_length(v_answer.body::text);
+      end if;
+      bodies := bodies || v_answer.body;
+      statuses := statuses || v_answer.status;
+    end loop;
+    return;
+  exception when others then
+    get stacked diagnostics v_words = message_text, v_state = returned_sqlstate, v_detail = pg_exception_detail;
+    if v_state !~ '^TB' then
+      raise;
+    end if;
+  end;
+  select * into bodies, statuses, refused, room
+    from tidebase._write_part(p_writes, p_inputs, p_outputs, p_errors, p_plain, p_from, v_at - 1, p_refused, p_room);
+  if cardinality(bodies) = v_at - p_from then  -- else an earlier one is refused now, since time went on
+    v_body := tidebase._joined(json_build_object('error', v_words), tidebase.refusal_body(v_detail::json));
+    if octet_length(v_body::text) > room then
+      v_body := json_build_object('error', v_words, 'code', v_detail::json->'code', 'payloadOmitted', true);
+    end if;
+    bodies := bodies || v_body;
+    statuses := statuses || substr(v_state, 3)::integer;
+    refused := refused || (v_write->>'run_id');
+    room := room - octet_length(v_body::text);
+  end if;
 end $$;
 
 create or replace function tidebase._is_prior_refused (p_write jsonb, p_refused text[])
@@ -3040,11 +3082,9 @@ end $$;
 -- A write is plain when it comes with brief and its run is held by the owner that it names, and it either records a step
 -- that completed and is new, or completes a run that has no parent and no channels; and when all writes of its run before
 -- it are plain. It leaves what record_step and complete_run would.
--- p_keyed_too: whether runs that have a dedupe key may be completed here, since no write of the batch may ask for the key.
 -- Needs    the runs locked.
 -- Returns  each plain write's answer in its place; null for all others.
-create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
-                                                  p_keyed_too boolean)
+create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
   returns json[] language plpgsql
   set plan_cache_mode = force_generic_plan
   set enable_seqscan = off   -- a plan made while the tables were tiny is kept while they grow: it must find each row by
@@ -3052,6 +3092,7 @@ create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[
   set enable_mergejoin = off as $$
 declare
   v_now     timestamptz := tidebase.now();
+  v_keyed   constant boolean := tidebase._are_keyed(p_writes);  -- then a run that has a key may stand in the way of another
   v_answers json[];
 begin
   with given as (
@@ -3070,7 +3111,7 @@ begin
                when 'record_step' then g.error is null and (  -- not "not exists", which PostgreSQL may answer by a scan
                  select s.id from tidebase.steps s where s.run_id = g.run_id and s.name = g.name) is null
                when 'complete_run' then r.parent_run_id is null and not r.has_channels
-                                        and (p_keyed_too or r.dedupe_key is null)
+                                        and (not v_keyed or r.dedupe_key is null)
                else false end, false) as is_plain
       from given g left join tidebase.runs r on r.id = g.run_id
   ), placed as (
@@ -3145,7 +3186,7 @@ begin
     from (select *, job->>'id' as id, count(*) over (partition by job->>'id') as times
             from rows from (jsonb_array_elements(p_writes), unnest(p_inputs)) with ordinality as w (job, input, n)) as w
    where job->>'do' = 'enqueue_run' and job->>'dedupe_key' is null
-     and (id is null or (times = 1 and id <> all (p_run_ids)));
+     and (id is null or (times = 1 and (id = any (p_run_ids)) is not true));
   for v_new in
     select i.n, json_build_object('run', tidebase._run_json(i.run), 'deduplicated', false) as answer
       from tidebase._insert_runs(v_jobs, v_inputs) i
@@ -4271,7 +4312,9 @@ begin
     return null;
   end if;
   v_facts := tidebase._queue_facts(array(
-    select distinct r.queue from tidebase._subtree(p_run_id, p_limit) t join tidebase.runs r on r.id = t.id
+    select distinct r.queue
+      from tidebase._subtree(p_run_id, p_limit) t
+     cross join lateral (select * from tidebase.runs where id = t.id limit 1) r  -- a join could begin with all queued runs
      where r.status = 'queued' and r.run_at <= v_now), p_asked);
   v_runs := array(
     select json_build_object(
@@ -4280,7 +4323,7 @@ begin
              'startedAt', tidebase._iso(tidebase._started_at(r.id)), 'completedAt', tidebase._iso(r.completed_at),
              'failureClass', r.failure_class, 'why', tidebase._why(r.id, v_facts, v_now)->'why')
       from tidebase._subtree(p_run_id, p_limit + 1) with ordinality as t (id, depth, n)
-      join tidebase.runs r on r.id = t.id
+     cross join lateral (select * from tidebase.runs where id = t.id limit 1) r  -- likewise
       left join lateral (select * from tidebase.run_edges where child_run_id = r.id and t.depth > 0 limit 1) e on true
      order by t.n limit p_limit + 1);
   return json_build_object('root', p_run_id, 'runs', array_to_json(v_runs[1:p_limit]),
@@ -4708,7 +4751,7 @@ end $$;
 -- ------------------------------------------------------------------------------
 do $$
 declare
-  v_version constant integer := 4;  -- SCHEMA_VERSION of tidebase_server/database.py; tests/test_schema.py pins it
+  v_version constant integer := 5;  -- SCHEMA_VERSION of tidebase_server/database.py; tests/test_schema.py pins it
 begin
   insert into tidebase.meta (version) values (v_version)
   on conflict (only_row) do update set version = v_version, digest = null, applied_at = tidebase.now()

@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (4, "78334bdfc1ed1f8cf18d8315e97d31867cf5f6b1800834daf210f158cf05b734")
+PINNED = (5, "4cec91b58e80004b8ec3626a9436c774b9787faa4c81665b990e4d90a3b51395")
 
 
 def apply(conninfo: str) -> None:
@@ -217,6 +217,35 @@ def test_functions_of_an_older_build_are_gone_after_an_upgrade(empty_database, d
     assert shape(empty_database) != shape(database)
     assert tidebase.Database(empty_database, 2).migrate() is True
     assert shape(empty_database) == shape(database)
+
+
+GENERATED = """
+    alter table tidebase.steps add column review_at timestamptz
+      generated always as (case when status = 'manual_review' then updated_at end) stored;
+    alter table tidebase.outbox add column host text generated always as
+      (coalesce(lower(substring(url from '^[^:]+://(?:[^/?#]*@)?([^/?#]*)')), '')) stored"""
+
+
+@pytest.mark.parametrize("columns", ["", GENERATED], ids=["without", "generated"])
+def test_an_older_database_gets_the_columns_it_lacks_and_no_table_is_rewritten(empty_database, columns):
+    with serving(empty_database) as api:
+        api.server.let_send(False)
+        run = api.create(recoveryWebhook="http://user:secret@Example.com:80/x")
+        step = api.begin_step(run, "s", "a", options={"replay": "manual"})["step"]["id"]
+        api.fail_step(run, step, "a", resumeDecision="manual_review")
+        api.post(f"/runs/{run}/recover", {"reason": "manual"})
+    shown = ("select review_at is not null, (select host from tidebase.outbox) from tidebase.steps",
+             "select array[pg_relation_filenode('tidebase.steps'), pg_relation_filenode('tidebase.outbox')]")
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute("alter table tidebase.steps drop column review_at;"
+                           f"alter table tidebase.outbox drop column host; {columns}".encode())
+    [files] = query(empty_database, shown[1])
+    apply(empty_database)
+    assert query(empty_database, shown[0]) == [(True, "example.com:80")]
+    assert query(empty_database, shown[1]) == [files]
+    with serving(empty_database) as api:
+        api.post(f"/runs/{run}/steps/{step}/review", {"decision": "complete", "output": 1, "actor": "me"})
+    assert query(empty_database, shown[0]) == [(False, "example.com:80")]
 
 
 def test_a_schema_of_the_same_version_from_another_build_is_left_alone_but_for_migrate_by_hand(empty_database, caplog):
@@ -529,3 +558,24 @@ def test_with_many_runs_no_request_scans_a_table(bill):
     scans, read, _ = bill.of(lambda: bill.connection.execute(statement))
     assert scans["runs"] >= 1, "the bill does not see a scan"
     assert read >= RUNS
+
+
+def test_a_tree_is_read_by_keys_however_small_the_tables_were_when_it_was_planned(database):
+    add = ("with made as (insert into tidebase.runs (id, workflow_name, status, queue, run_at)"
+           " select 'run_' || n, 'w', 'queued', 'q', now() from generate_series({}, {}) n returning id) insert into tidebase.run_edges (id, parent_run_id, child_run_id,"
+           " name, edge_type) select 'edge_' || id, 'run_{}', id, id, 'child' from made")
+    read = ("select sum(pg_stat_get_xact_tuples_returned(oid)) from pg_class"
+            " where relnamespace = 'tidebase'::regnamespace")
+    with psycopg.connect(database) as connection:
+        connection.execute("insert into tidebase.runs (id, workflow_name, status) values ('run_0', 'w', 'pending'),"
+                           " ('run_x', 'w', 'pending')")
+        connection.execute(add.format(1, 20, "0").encode())
+        connection.execute(add.format(21, 300, "x").encode())
+        for _ in range(7):  # from the sixth call on, its plan is kept
+            [(tree,)] = connection.execute("select tidebase.run_tree('run_0', 100, '{}')").fetchall()
+        connection.execute(add.format(301, 5000, "x").encode())
+        [(before,)] = connection.execute(read).fetchall()
+        connection.execute("select tidebase.run_tree('run_0', 100, '{}')")
+        [(after,)] = connection.execute(read).fetchall()
+    assert len(tree["runs"]) == 21
+    assert after - before < 1000

@@ -17,7 +17,7 @@ from msgspec import Raw
 
 logger = logging.getLogger("tidebase.server")
 SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
-SCHEMA_VERSION = 4  # what schema.sql records at its end; both are raised with every change of that file
+SCHEMA_VERSION = 5  # what schema.sql records at its end; both are raised with every change of that file
 CONNECT_SECONDS = 5
 
 
