@@ -71,11 +71,12 @@ from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, 
 from tidebase_server.cron import next_fire
 from tidebase_server.database import CONNECT_SECONDS, Database, JsonArray, SchemaAhead, SchemaBehind, cannot_write
 from tidebase_server.delivery import Outcome, deliver
-from tidebase_server.embedded import EmbeddedError, EmbeddedPostgres
+from tidebase_server.embedded import EmbeddedPostgres
 from tidebase_server.exchange import Cut, Exchange
 from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
 from tidebase_server.logs import LogFormat, log_expired, log_failure
 from tidebase_server.processes import Processes, on_stop
+from tidebase_server.programs import EmbeddedError
 from tidebase_server.request import (
     Part,
     call,
