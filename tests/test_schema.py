@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -282,6 +283,20 @@ def test_a_user_who_may_not_create_the_schema_is_told_so_in_one_line_and_once(po
         thread.join(30)
     assert [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "tick_failed"] == [
         "a tick of the reconciler failed; the next one tries again"]
+
+
+def test_the_right_that_the_documentation_names_is_all_that_a_user_needs(empty_database, poor):
+    [grant] = re.findall(r"^```sql\n(grant .*?)^```", (ROOT / "docs/operating.md").read_text(), re.M | re.S)
+    [database, user] = [psycopg.conninfo.conninfo_to_dict(poor)[key] for key in ("dbname", "user")]
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(grant.replace(" shop ", f" {database} ").replace(" tidebase;", f" {user};"))
+    try:
+        assert "brought up to date" in command(poor, "migrate").stdout
+        with serving(poor) as api:
+            assert api.run(api.create())["status"] == "pending"
+    finally:
+        with psycopg.connect(empty_database, autocommit=True) as connection:
+            connection.execute(f"drop owned by {user}")
 
 
 def test_a_newer_schema_is_served_and_never_turned_back(empty_database):
