@@ -1210,9 +1210,9 @@ TICK_SECONDS = 5    # then, for ticks under way
 
 
 def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], stop: threading.Event,
-                 failed: Callable[[Exception], None]) -> None:
-    """Repeat tick until `stop` is set; sleep when it found no work or failed. The same failure, again and again, is
-    logged once."""
+                 failed: Callable[[Exception], None] = lambda error: None) -> None:
+    """Repeat tick until `stop` is set; sleep when it found no work or failed. A failure that repeats is logged once. An
+    outage of the database is not logged here: the reconciler does that for all."""
     failure = ""
     while not stop.is_set():
         try:
@@ -1323,18 +1323,19 @@ class Server:
         self.watcher.provide_threads = self._http.provide_threads
         loops = [
             ("watcher", self._when_prepared(self.watcher.tick), self._sleep(
-                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event)),
+                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event), self.stopping),
             ("sender", self._when_prepared(self.sender.tick), self._sleep(
-                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event)),
-            ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000)),
+                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event), self.stopping),
+            ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000), self.stopping,
+             self._reconcile_failed),
         ]
-        threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(
-            job, tick, sleep, self.stopping, self._tick_failed), daemon=True) for job, tick, sleep in loops]
+        threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{loop[0]}", args=loop, daemon=True)
+                   for loop in loops]
         sent = threading.Event()  # nothing is in flight any more
         deadlines = threading.Thread(target=keep_ticking, name="tidebase-sender-deadlines", args=(
-            "deadlines", self.sender.keep_deadlines, self._sleep(
+            "sender's deadlines", self.sender.keep_deadlines, self._sleep(
                 lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS,
-                self.sender.deadline_event), sent, self._tick_failed))
+                self.sender.deadline_event), sent))
         for thread in (*threads, deadlines):
             thread.start()
         try:
@@ -1390,12 +1391,11 @@ class Server:
             self.wrote()
         return done
 
-    def _tick_failed(self, error: Exception) -> None:
+    def _reconcile_failed(self, error: Exception) -> None:
         if isinstance(error, SchemaBehind):
             self.failure = error
             self.stop()
-        elif (isinstance(error, psycopg.Error) and cannot_write(error)
-              and threading.current_thread().name.endswith("reconciler")):
+        elif isinstance(error, psycopg.Error) and cannot_write(error):
             self.reconciler.failed(error)
 
 
