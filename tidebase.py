@@ -22,8 +22,8 @@ The rooms of this file, each using only those above it:
     Command line          serve, migrate, explain, demo
 
 What is not needed to understand that stands in tidebase_server/: the bodies, the pool of connections, the embedded
-PostgreSQL, the HTTP server, requests that wait, who may ask, where webhooks may go and how one is posted, what Studio
-reads, /openapi.json.
+PostgreSQL, the HTTP server, requests that wait and streams, who may ask, where webhooks may go and how one is posted,
+what Studio reads, /openapi.json.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -72,6 +72,7 @@ from tidebase_server.cron import next_fire
 from tidebase_server.database import CONNECT_SECONDS, Database, JsonArray, SchemaAhead, SchemaBehind, cannot_write
 from tidebase_server.delivery import Outcome, deliver
 from tidebase_server.embedded import EmbeddedPostgres
+from tidebase_server.events import EventLog, frames
 from tidebase_server.exchange import Cut, Exchange
 from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
 from tidebase_server.logs import LogFormat, log_expired, log_failure
@@ -111,17 +112,24 @@ logger = logging.getLogger("tidebase.server")
 # Settings: every tunable, read once at the start and refused if out of range.
 # ------------------------------------------------------------------------------
 class Setting(NamedTuple):
-    """One environment variable: its name, default, kind, and what it does (the README's table is this one)."""
+    """One environment variable (the README's table is made of these)."""
 
     name: str
     default: str
     kind: type
     help: str
+    low: int = 0   # the range of an int
+    high: int = 0
+
+    @property
+    def field(self) -> str:
+        """The field of Config that has its value."""
+        return self.name.removeprefix("TIDEBASE_").lower()
 
 
 SETTINGS = (
     Setting("HOST", "127.0.0.1", str, "address to listen on; beyond loopback TIDEBASE_API_KEY must be set"),
-    Setting("PORT", "7373", int, "port to listen on"),
+    Setting("PORT", "7373", int, "port to listen on", 0, 65_535),
     Setting("DATABASE_URL", "", str, "the PostgreSQL (15 or newer) to use; without it an embedded one is started"),
     Setting("TIDEBASE_DATA_DIR", ".tidebase", str, "where the embedded PostgreSQL keeps its data"),
     Setting("TIDEBASE_AUTO_MIGRATE", "1", bool, "0: refuse to start on an older schema instead of updating it"),
@@ -133,17 +141,22 @@ SETTINGS = (
             "private hosts and networks that webhooks may reach while HOST is beyond loopback: app,10.1.0.0/16"),
     Setting("TIDEBASE_PUBLIC_URL", "", str, "this server's address for reviewers (resolveUrl); needed beyond loopback"),
     Setting("TIDEBASE_CORS_ORIGIN", "", str, "an origin, or *, whose pages may call this server; else none may"),
-    Setting("TIDEBASE_LEASE_MS", "60000", int, "how long a worker may be silent: three heartbeats of the client"),
-    Setting("TIDEBASE_RECONCILE_MS", "5000", int, "how often expired leases, deadlines and the like are looked for"),
-    Setting("TIDEBASE_RETENTION_DAYS", "0", int, "ended runs are deleted after so many days; 0 keeps them for ever"),
-    Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int, "the largest request body in bytes; larger ones get 413"),
-    Setting("TIDEBASE_THREADS", "64", int, "threads per process for requests that are worked on"),
+    Setting("TIDEBASE_LEASE_MS", "60000", int,
+            "how long a worker may be silent: three heartbeats of the client", 100, 86_400_000),
+    Setting("TIDEBASE_RECONCILE_MS", "5000", int,
+            "how often expired leases, deadlines and the like are looked for", 10, 3_600_000),
+    Setting("TIDEBASE_RETENTION_DAYS", "0", int,
+            "ended runs are deleted after so many days; 0 keeps them for ever", 0, 36_500),
+    Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int,
+            "the largest request body in bytes; larger ones get 413", 1024, 1 << 30),
+    Setting("TIDEBASE_THREADS", "64", int, "threads per process for requests that are worked on", 4, 1024),
     # An idle worker that waits costs next to nothing; one that may not wait asks again every second or two. With a
     # maximum of 32, 200 idle workers cost a quarter of a core.
-    Setting("TIDEBASE_MAX_WAITING", "500", int, "requests per process that may wait, each in a thread"),
-    Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process"),
-    Setting("TIDEBASE_READ_TIMEOUT_MS", "10000", int, "how long PostgreSQL may take to read what a GET asks for"),
-    Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port"),
+    Setting("TIDEBASE_MAX_WAITING", "500", int, "requests per process that may wait, each in a thread", 1, 5000),
+    Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process", 2, 1024),
+    Setting("TIDEBASE_READ_TIMEOUT_MS", "10000", int,
+            "how long PostgreSQL may take to read what a GET asks for", 10, 3_600_000),
+    Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port", 1, 64),
 )
 # Set for the client, the examples or by the platform; not ours to warn about.
 FOREIGN_SETTINGS = {"TIDEBASE_URL", "TIDEBASE_REPORTS_DIR"}
@@ -190,19 +203,20 @@ class Config:
         values: dict[str, Any] = {}
         for setting in SETTINGS:
             text = environment.get(setting.name, "") or setting.default
-            field = setting.name.removeprefix("TIDEBASE_").lower()
             if setting.kind is bool:
                 if text not in ("0", "1"):
                     raise ConfigError(f"{setting.name} is {text!r}; it takes 0 or 1")
-                values[field] = text == "1"
+                values[setting.field] = text == "1"
             elif setting.kind is int:
                 if not re.fullmatch(r"[0-9]{1,18}", text):
                     raise ConfigError(f"{setting.name} is {text!r}; it takes a whole number")
-                values[field] = int(text)
+                if not setting.low <= int(text) <= setting.high:
+                    raise ConfigError(f"{setting.name} is {text}; it takes {setting.low} to {setting.high}")
+                values[setting.field] = int(text)
             else:
                 if not text.isprintable():  # among it what is not UTF-8
                     raise ConfigError(f"{setting.name} holds characters that cannot be sent")
-                values[field] = text
+                values[setting.field] = text
         for name in environment:
             if name.startswith("TIDEBASE_") and name not in FOREIGN_SETTINGS | {s.name for s in SETTINGS}:
                 near = difflib.get_close_matches(name, [s.name for s in SETTINGS], 1)
@@ -213,15 +227,10 @@ class Config:
         return config
 
     def check(self) -> None:
-        """Refuse what cannot work, or is not safe.  :raises ConfigError: with the setting and the way out."""
-        limits = {"port": (0, 65535), "lease_ms": (100, 86_400_000), "reconcile_ms": (10, 3_600_000),
-                  "retention_days": (0, 36_500), "max_body": (1024, 1 << 30), "threads": (4, 1024),
-                  "max_waiting": (1, 5000), "pool": (2, 1024), "read_timeout_ms": (10, 3_600_000),
-                  "web_concurrency": (1, 64)}
-        for field, (low, high) in limits.items():
-            if not low <= getattr(self, field) <= high:
-                name = next(s.name for s in SETTINGS if s.name.removeprefix("TIDEBASE_").lower() == field)
-                raise ConfigError(f"{name} is {getattr(self, field)}; it takes {low} to {high}")
+        """Refuse settings that cannot work, or are not safe, together.
+
+        :raises ConfigError: with the setting and the way out.
+        """
         try:
             psycopg.conninfo.conninfo_to_dict(self.database_url)
         except psycopg.ProgrammingError:  # its words repeat the password
@@ -1005,31 +1014,6 @@ def usage() -> Reply:
 # --- events
 
 
-EVENTS_AT_ONCE = 500
-BEAT_SECONDS = 15  # a stream without news sends a comment: proxies keep it open, and a reader that hung up is noticed
-LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
-
-
-class EventLog(NamedTuple):
-    """The events of a run that a request asks for."""
-
-    database: Database
-    run_id: str
-    light: bool              # without long payloads
-    types: list[str] | None  # of these types alone; one that ends with a dot stands for all that begin with it
-
-    def after(self, seq: int, limit: int) -> list[tuple[int, str]]:
-        """The next ones after this number, each with its number and as JSON text."""
-        return cast(list[tuple[int, str]], self.database.select(
-            "select * from tidebase.list_events(%s, %s, %s, %s, %s)",
-            (self.run_id, seq, limit, self.light, self.types)))
-
-    def run(self) -> tuple[str, int] | None:
-        """The run's status and the number of its last event; None when there is no such run."""
-        return next(iter(self.database.select(
-            "select status, event_seq from tidebase.runs where id = %s", (self.run_id,))), None)
-
-
 @routes.get("/runs/<part:run_id>/events")
 def stream_events(run_id: str) -> Reply | flask.Response:
     """A run's events after a number, as a stream that goes on; as a list for Accept: application/json. A stream that a
@@ -1051,7 +1035,7 @@ def stream_events(run_id: str) -> Reply | flask.Response:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
     if flask.request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
         return event_list(events.after(after, limit), last_seq=run[1])
-    return event_stream(core(), events, after, follow)
+    return event_stream(events, after, follow)
 
 
 def event_list(found: list[tuple[int, str]], last_seq: int) -> Reply:
@@ -1062,44 +1046,20 @@ def event_list(found: list[tuple[int, str]], last_seq: int) -> Reply:
     return answer
 
 
-def event_stream(server: Server, events: EventLog, after: int, follow: bool) -> Reply | flask.Response:
+def event_stream(events: EventLog, after: int, follow: bool) -> Reply | flask.Response:
     """Open a stream, which counts as a request that waits until it is closed; 503 when no more requests may wait."""
+    server, expires_at = core(), flask.g.expires_at
     poll, watching = LongPoll(run_id=events.run_id, seq=after), ExitStack()
     try:
         watching.enter_context(server.watcher.watching(poll))
     except TooManyWaiting:
         return busy(refused(Refusal(503, "busy", "too many streams are open here: try again")))
-    response = flask.Response(event_frames(server, events, poll, follow, flask.g.expires_at),
-                              mimetype="text/event-stream")
+    response = flask.Response(
+        frames(events, server.watcher, poll, follow, lambda: expires_at - server.access.clock()),
+        mimetype="text/event-stream")
     response.headers["X-Accel-Buffering"] = "no"  # has nginx pass on each event at once
     response.call_on_close(watching.close)
     return response
-
-
-def event_frames(server: Server, events: EventLog, poll: LongPoll, follow: bool, expires_at: float) -> Iterator[str]:
-    """What a stream sends. It ends when the server stops, when the run token expires (`expires_at`), when the run is
-    deleted and, unless it is to `follow`, after the last event of a run that ended."""
-    yield ": tidebase\n\n"
-    while True:
-        poll.wake_event.clear()  # before reading, so that no wake-up is lost in between
-        seconds_left = expires_at - server.access.clock()
-        if server.watcher.stopping or seconds_left <= 0:
-            return
-        try:
-            found = events.after(poll.seq, EVENTS_AT_ONCE)
-            run = None if found else events.run()
-        except psycopg.OperationalError:  # the stream outlives an outage of the database
-            found, run = [], ("unknown", 0)
-        for seq, text in found:
-            poll.seq = seq
-            # A line break can only be white space between JSON's tokens, and would end the data line.
-            yield f"id: {seq}\ndata: {text.translate(LINE_BREAKS)}\n\n"
-        if found:
-            continue
-        if run is None or (not follow and run[0] in ENDED and run[1] <= poll.seq):
-            return
-        if not poll.wake_event.wait(min(BEAT_SECONDS, seconds_left)):
-            yield ": beat\n\n"
 
 
 # --- queues and schedules

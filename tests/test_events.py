@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from conftest import Api, LocalServer, eventually, refused
 
-import tidebase
 from tidebase import Tidebase, TidebaseError
+from tidebase_server import events as event_streams
 from tidebase_server import watcher
 
 PATHS_OF_BAD_NUMBERS = ["after=x", "after=-1", "after=1.5", "after=", "after=2147483648", "after=%D9%A3"]
@@ -103,7 +103,7 @@ def use(api: Api, run: str, count: int) -> None:
 @pytest.fixture
 def beating(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams that say something every few milliseconds, as they do every 15 s."""
-    monkeypatch.setattr(tidebase, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(event_streams, "BEAT_SECONDS", 0.05)
 
 
 # --- history, then live
@@ -193,7 +193,7 @@ def test_a_stream_begins_after_the_last_event_that_its_reader_saw(api):
 
 
 def test_a_stream_from_beyond_the_end_waits_for_what_is_after_it(api, monkeypatch):
-    monkeypatch.setattr(tidebase, "BEAT_SECONDS", 3 * watcher.WATCH_SECONDS)
+    monkeypatch.setattr(event_streams, "BEAT_SECONDS", 3 * watcher.WATCH_SECONDS)
     run = api.create()
     with listening(api, run, "?after=5") as stream:
         use(api, run, 2)  # events 2 and 3

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from conftest import Answer, Api, LocalServer, eventually, refused
 
-import tidebase
 import tidebase_sdk
+from tidebase_server import events as event_streams
 from tidebase_server import serving
 
 
@@ -361,7 +361,7 @@ def test_threads_that_waiting_requests_needed_go_again(
 def test_nothing_is_read_from_the_database_for_a_stream_that_nobody_reads(
         api: Api, server: LocalServer, sql: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each such stream held 4 MB and more."""
-    monkeypatch.setattr(tidebase, "EVENTS_AT_ONCE", 4)
+    monkeypatch.setattr(event_streams, "EVENTS_AT_ONCE", 4)
     run = api.create()
     sql("insert into tidebase.events (run_id, seq, type, payload)"
         " select %s, n, 'state.updated', to_json(repeat('x', 100000)) from generate_series(2, 241) n", run)
