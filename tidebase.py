@@ -14,16 +14,16 @@ snake_case}.
 The rooms of this file, each using only those above it:
 
     Settings              every tunable: its environment name, unit, default and reason
-    Watcher               asks Postgres, once for all of them, what the requests that wait are waiting for
     Webhook sender        sends the webhooks of the outbox
-    Reconciler            does what time alone brings about: expired leases, deadlines, schedules
+    Reconciler            does what becomes due as time passes: expired leases, deadlines, schedules
     Requests              what happens to each request before and after its route
     Routes                check, call, answer; in the order of the protocol
     Server                the rooms above, built and run
     Command line          serve, migrate, explain, demo
 
 What is not needed to understand that stands in tidebase_server/: the bodies, the pool of connections, the embedded
-PostgreSQL, the HTTP server, who may ask, where webhooks may go, what Studio reads, /openapi.json.
+PostgreSQL, the HTTP server, requests that wait and streams, who may ask, where webhooks may go and how one is posted,
+what Studio reads, /openapi.json.
 
 Run it with `python tidebase.py`; without DATABASE_URL it brings its own PostgreSQL. Importing this file opens no
 socket, thread or connection. It hands on the names of the client, tidebase_sdk.py, so that `from tidebase import
@@ -48,20 +48,17 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, LiteralString, NamedTuple, TypeVar, cast
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+from typing import Any, LiteralString, NamedTuple, cast
 
 import click
 import flask
 import psycopg
-import requests
-from cronsim import CronSim, CronSimError
 from werkzeug.exceptions import HTTPException
 
 import tidebase_sdk
@@ -71,12 +68,16 @@ from tidebase_server.access import LOOPBACK, Access
 from tidebase_server.admission import Admission, check_key, check_sender, cors_headers, run_token_expiry
 from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database_refused, invalid, refused, reply
 from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, read_members, take, to_json
+from tidebase_server.cron import next_fire
 from tidebase_server.database import CONNECT_SECONDS, Database, JsonArray, SchemaAhead, SchemaBehind, cannot_write
-from tidebase_server.embedded import EmbeddedError, EmbeddedPostgres
-from tidebase_server.exchange import Cut, Exchange, TargetRefused, sign
+from tidebase_server.delivery import Outcome, deliver
+from tidebase_server.embedded import EmbeddedPostgres
+from tidebase_server.events import EventLog, frames
+from tidebase_server.exchange import Cut, Exchange
 from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
 from tidebase_server.logs import LogFormat, log_expired, log_failure
 from tidebase_server.processes import Processes, on_stop
+from tidebase_server.programs import EmbeddedError
 from tidebase_server.request import (
     Part,
     call,
@@ -95,6 +96,7 @@ from tidebase_server.request import (
 from tidebase_server.serving import HttpServer
 from tidebase_server.targets import WebhookTargets
 from tidebase_server.traces import Traces
+from tidebase_server.watcher import WATCH_GAP_SECONDS, LongPoll, TooManyWaiting, Watcher
 
 __version__ = "0.1.0"
 __all__ = [*tidebase_sdk.__all__, "Config", "Server"]
@@ -104,24 +106,30 @@ aio = tidebase_sdk.aio
 
 HERE = Path(__file__).resolve().parent
 logger = logging.getLogger("tidebase.server")
-T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------
 # Settings: every tunable, read once at the start and refused if out of range.
 # ------------------------------------------------------------------------------
 class Setting(NamedTuple):
-    """One environment variable: its name, default, kind, and what it does (the README's table is this one)."""
+    """One environment variable (the README's table is made of these)."""
 
     name: str
     default: str
     kind: type
     help: str
+    low: int = 0   # the range of an int
+    high: int = 0
+
+    @property
+    def field(self) -> str:
+        """The field of Config that has its value."""
+        return self.name.removeprefix("TIDEBASE_").lower()
 
 
 SETTINGS = (
     Setting("HOST", "127.0.0.1", str, "address to listen on; beyond loopback TIDEBASE_API_KEY must be set"),
-    Setting("PORT", "7373", int, "port to listen on"),
+    Setting("PORT", "7373", int, "port to listen on", 0, 65_535),
     Setting("DATABASE_URL", "", str, "the PostgreSQL (15 or newer) to use; without it an embedded one is started"),
     Setting("TIDEBASE_DATA_DIR", ".tidebase", str, "where the embedded PostgreSQL keeps its data"),
     Setting("TIDEBASE_AUTO_MIGRATE", "1", bool, "0: refuse to start on an older schema instead of updating it"),
@@ -133,17 +141,22 @@ SETTINGS = (
             "private hosts and networks that webhooks may reach while HOST is beyond loopback: app,10.1.0.0/16"),
     Setting("TIDEBASE_PUBLIC_URL", "", str, "this server's address for reviewers (resolveUrl); needed beyond loopback"),
     Setting("TIDEBASE_CORS_ORIGIN", "", str, "an origin, or *, whose pages may call this server; else none may"),
-    Setting("TIDEBASE_LEASE_MS", "60000", int, "how long a worker may be silent: three heartbeats of the client"),
-    Setting("TIDEBASE_RECONCILE_MS", "5000", int, "how often expired leases, deadlines and the like are looked for"),
-    Setting("TIDEBASE_RETENTION_DAYS", "0", int, "ended runs are deleted after so many days; 0 keeps them for ever"),
-    Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int, "the largest request body in bytes; larger ones get 413"),
-    Setting("TIDEBASE_THREADS", "64", int, "threads per process for requests that are worked on"),
+    Setting("TIDEBASE_LEASE_MS", "60000", int,
+            "how long a worker may be silent: three heartbeats of the client", 100, 86_400_000),
+    Setting("TIDEBASE_RECONCILE_MS", "5000", int,
+            "how often expired leases, deadlines and the like are looked for", 10, 3_600_000),
+    Setting("TIDEBASE_RETENTION_DAYS", "0", int,
+            "ended runs are deleted after so many days; 0 keeps them for ever", 0, 36_500),
+    Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int,
+            "the largest request body in bytes; larger ones get 413", 1024, 1 << 30),
+    Setting("TIDEBASE_THREADS", "64", int, "threads per process for requests that are worked on", 4, 1024),
     # An idle worker that waits costs next to nothing; one that may not wait asks again every second or two. With a
     # maximum of 32, 200 idle workers cost a quarter of a core.
-    Setting("TIDEBASE_MAX_WAITING", "500", int, "requests per process that may wait, each in a thread"),
-    Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process"),
-    Setting("TIDEBASE_READ_TIMEOUT_MS", "10000", int, "how long PostgreSQL may take to read what a GET asks for"),
-    Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port"),
+    Setting("TIDEBASE_MAX_WAITING", "500", int, "requests per process that may wait, each in a thread", 1, 5000),
+    Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process", 2, 1024),
+    Setting("TIDEBASE_READ_TIMEOUT_MS", "10000", int,
+            "how long PostgreSQL may take to read what a GET asks for", 10, 3_600_000),
+    Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port", 1, 64),
 )
 # Set for the client, the examples or by the platform; not ours to warn about.
 FOREIGN_SETTINGS = {"TIDEBASE_URL", "TIDEBASE_REPORTS_DIR"}
@@ -190,19 +203,20 @@ class Config:
         values: dict[str, Any] = {}
         for setting in SETTINGS:
             text = environment.get(setting.name, "") or setting.default
-            field = setting.name.removeprefix("TIDEBASE_").lower()
             if setting.kind is bool:
                 if text not in ("0", "1"):
                     raise ConfigError(f"{setting.name} is {text!r}; it takes 0 or 1")
-                values[field] = text == "1"
+                values[setting.field] = text == "1"
             elif setting.kind is int:
                 if not re.fullmatch(r"[0-9]{1,18}", text):
                     raise ConfigError(f"{setting.name} is {text!r}; it takes a whole number")
-                values[field] = int(text)
+                if not setting.low <= int(text) <= setting.high:
+                    raise ConfigError(f"{setting.name} is {text}; it takes {setting.low} to {setting.high}")
+                values[setting.field] = int(text)
             else:
                 if not text.isprintable():  # among it what is not UTF-8
                     raise ConfigError(f"{setting.name} holds characters that cannot be sent")
-                values[field] = text
+                values[setting.field] = text
         for name in environment:
             if name.startswith("TIDEBASE_") and name not in FOREIGN_SETTINGS | {s.name for s in SETTINGS}:
                 near = difflib.get_close_matches(name, [s.name for s in SETTINGS], 1)
@@ -213,15 +227,10 @@ class Config:
         return config
 
     def check(self) -> None:
-        """Refuse what cannot work, or is not safe.  :raises ConfigError: with the setting and the way out."""
-        limits = {"port": (0, 65535), "lease_ms": (100, 86_400_000), "reconcile_ms": (10, 3_600_000),
-                  "retention_days": (0, 36_500), "max_body": (1024, 1 << 30), "threads": (4, 1024),
-                  "max_waiting": (1, 5000), "pool": (2, 1024), "read_timeout_ms": (10, 3_600_000),
-                  "web_concurrency": (1, 64)}
-        for field, (low, high) in limits.items():
-            if not low <= getattr(self, field) <= high:
-                name = next(s.name for s in SETTINGS if s.name.removeprefix("TIDEBASE_").lower() == field)
-                raise ConfigError(f"{name} is {getattr(self, field)}; it takes {low} to {high}")
+        """Refuse settings that cannot work, or are not safe, together.
+
+        :raises ConfigError: with the setting and the way out.
+        """
         try:
             psycopg.conninfo.conninfo_to_dict(self.database_url)
         except psycopg.ProgrammingError:  # its words repeat the password
@@ -247,161 +256,13 @@ class Config:
         """Where webhooks may go.  :raises ValueError: TIDEBASE_WEBHOOK_ALLOW is malformed."""
         return WebhookTargets(self.webhook_allow, on_loopback=self.host in LOOPBACK)
 
-# ------------------------------------------------------------------------------
-# Watcher: asks Postgres, once for all of them, what the requests that wait are waiting for. Each of these long polls
-# holds a thread, so their number is bounded.
-# ------------------------------------------------------------------------------
-WATCH_SECONDS = 0.05   # how late a write of another process may be noticed
-WATCH_GAP_SECONDS = 0.005  # the least time between two questions, however many writes this process makes
-DISCONNECT_SECONDS = 1.0   # how late it may be noticed that a client hung up while there is nothing for it
-
-
-class LongPoll:
-    """A request that waits: for runs of some queues (`workflows`: of these alone), or for an event of a run after
-    number `seq`. `wake_event` is set when there may be an answer."""
-
-    def __init__(self, queues: Iterable[str] = (), run_id: str | None = None, seq: int = 0,
-                 is_disconnected: Callable[[], bool] = lambda: False, workflows: Iterable[str] | None = None) -> None:
-        only = None if workflows is None else tuple(workflows)
-        self.claims = [(queue, only) for queue in queues]
-        self.run_id = run_id
-        self.seq = seq
-        self.is_disconnected = is_disconnected
-        self.wake_event = threading.Event()
-
-
-class TooManyWaiting(Exception):
-    """As many requests wait as may."""
-
-
-class Watcher:
-    """While requests wait, asks Postgres every 50 ms what changed for all of them, and at once after a write of this
-    process (`notify`). While none waits, it asks nothing."""
-
-    def __init__(self, database: Database, max_waiting: int) -> None:
-        self.database = database
-        self.max_waiting = max_waiting
-        self.provide_threads: Callable[[int], None] = lambda waiting: None  # set by the HTTP server
-        self.long_polls: list[LongPoll] = []
-        self.lock = threading.Lock()
-        self.wake_event = threading.Event()
-        self.next_disconnect_check = 0.0
-        self.stopping = False
-
-    def notify(self, only_run: str | None = None) -> None:
-        """Ask again soon: this process wrote something; `only_run`: nothing but events of this run."""
-        with self.lock:
-            has_news = any(only_run in (None, poll.run_id) for poll in self.long_polls)
-        if has_news:
-            self.wake_event.set()
-
-    def stop(self) -> None:
-        """Wake all long polls; they answer what they have."""
-        self.stopping = True
-        with self.lock:
-            for poll in self.long_polls:
-                poll.wake_event.set()
-        self.wake_event.set()
-
-    def wait(self, poll: LongPoll, ask: Callable[[], T | None], seconds: float) -> T | None:
-        """The first answer of `ask` that is not None. It is asked now, and whenever there is news for `poll`.
-
-        :param seconds: how long to wait at most; then None.
-        :raises TooManyWaiting: there is no answer yet, and no more requests may wait.
-        """
-        answer = ask()
-        if answer is not None or seconds <= 0 or self.stopping:
-            return answer
-        deadline = time.monotonic() + seconds
-        with self.watching(poll):
-            while not self.stopping and poll.wake_event.wait(max(0.0, deadline - time.monotonic())):
-                poll.wake_event.clear()
-                if poll.is_disconnected():  # a run claimed for a client that hung up would be lost until its lease ends
-                    return None
-                answer = ask()
-                if answer is not None:
-                    return answer
-        return None
-
-    @contextmanager
-    def watching(self, poll: LongPoll) -> Iterator[None]:
-        """Set poll.wake_event whenever there is news for it, while this lasts.
-
-        :raises TooManyWaiting: no more requests may wait.
-        """
-        with self.lock:
-            if len(self.long_polls) >= self.max_waiting:
-                raise TooManyWaiting
-            try:
-                self.provide_threads(len(self.long_polls) + 1)
-            except RuntimeError:  # the machine gives no more threads: some must stay free to answer requests
-                self.max_waiting = len(self.long_polls)
-                logger.warning("the machine gives no more threads: %d requests may wait at once", self.max_waiting,
-                               extra={"event": "no_thread"})
-                raise TooManyWaiting from None
-            self.long_polls.append(poll)
-        self.wake_event.set()
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.long_polls.remove(poll)
-                if not self.long_polls:
-                    self.wake_event.set()  # for a last tick, which ends threads that are not needed any more
-
-    def tick(self) -> int:
-        """Ask once, and wake the long polls that have news. Of the polls for a queue, as many wake as runs of it can
-        start.  :returns: 0, to sleep."""
-        with self.lock:
-            polls = list(self.long_polls)
-            self.provide_threads(len(polls))  # fewer than before may be needed
-        if polls:
-            claims = list(dict.fromkeys(claim for poll in polls for claim in poll.claims))
-            runs = sorted({poll.run_id for poll in polls if poll.run_id is not None})
-            news = json.loads(self.database.call(
-                "watch", queues=[queue for queue, _ in claims], workflows=to_json([only for _, only in claims]),
-                limit=len(polls), run_ids=runs)[0] or "{}")
-            ready = dict(zip(claims, news["claims"], strict=True))
-            checks_connections = time.monotonic() >= self.next_disconnect_check
-            if checks_connections:
-                self.next_disconnect_check = time.monotonic() + DISCONNECT_SECONDS
-            for poll in polls:
-                claim = next((claim for claim in poll.claims if ready[claim] > 0), None)
-                # A run that does not exist any more is news, too.
-                has_news = claim is not None or (poll.run_id and news["runs"].get(poll.run_id, 2**31) > poll.seq)
-                is_disconnected = (checks_connections or has_news) and poll.is_disconnected()
-                if has_news or is_disconnected:
-                    poll.wake_event.set()
-                if claim is not None and not is_disconnected:
-                    ready[claim] -= 1
-        return 0
-
-    def idle_seconds(self) -> float | None:
-        """How long the watcher may sleep; None, until something is written, while no request waits."""
-        return WATCH_SECONDS if self.long_polls else None
-
-
-def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], stop: threading.Event,
-                 failed: Callable[[Exception], None]) -> None:
-    """Repeat tick until `stop` is set, sleeping only when it found no work or failed."""
-    while not stop.is_set():
-        try:
-            done = tick()
-        except Exception as error:
-            if not isinstance(error, SchemaBehind) and not (isinstance(error, psycopg.Error) and cannot_write(error)):
-                logger.exception("tick failed", extra={"event": "tick_failed", "job": job})
-            failed(error)
-            done = 0
-        if not done:
-            sleep()
-
 
 # ------------------------------------------------------------------------------
-# Webhook sender: claims due webhooks from the outbox, signs and sends them, and records what became of each.
+# Webhook sender: claims due webhooks from the outbox, delivers each in a thread, and records the outcome.
 # ------------------------------------------------------------------------------
-SEND_SECONDS = 10        # for a whole exchange, from the resolver to the last byte of the answer
+SEND_SECONDS = 10        # for a whole exchange, from resolving the name to the last byte of the answer
 SEND_SLOTS = 8           # webhooks in flight at once that are not slow
-SEND_SLOW_SECONDS = 0.2  # a webhook in flight for longer counts as slow: its thread only waits for the receiver
+SEND_SLOW_SECONDS = 0.2  # a webhook in flight for longer is slow: its thread does nothing but wait for the receiver
 SEND_THREADS = 128       # webhooks in flight at once, the slow ones among them
 SEND_PER_HOST = 2        # webhooks in flight to one host and port, so that a host that hangs cannot take all slots
 SEND_HOLD_MS = 6000      # how long a claim lasts unless it is renewed; then another sender may claim the webhook
@@ -409,59 +270,52 @@ SEND_RENEW_SECONDS = 2.0
 SEND_SLEEP_SECONDS = 1.0  # between two claims, when this process writes no webhook
 SEND_GAP_SECONDS = 0.02  # between two claims, at least
 DEADLINE_SECONDS = 0.1   # how late a deadline may be kept
-SEND_DRAIN_SECONDS = 3.0  # for what is in flight when the server is told to stop
-
-
-class Outcome(NamedTuple):
-    """What became of one try to deliver a webhook, as settle_webhook takes it."""
-
-    delivered: bool
-    retryable: bool
-    http_status: int | None = None
-    response: str | None = None
-    error: str | None = None
+SEND_DRAIN_SECONDS = 3.0  # for webhooks in flight when the server is told to stop
 
 
 class InFlight(NamedTuple):
-    """A webhook that is being sent."""
+    """A webhook that is being delivered."""
 
-    webhook: dict[str, Any]  # as claimed
+    webhook: dict[str, Any]  # as claim_webhooks answered it
     exchange: Exchange
 
 
 class Sender:
-    """Sends the webhooks that are due, each in a thread of its own. The webhooks of one channel go one after the other,
-    since only the first of them is ever due. Free slots are counted from `in_flight`, so no failure can lose one."""
+    """Delivers the webhooks that are due, each in a thread of its own. The webhooks of one channel go out in order,
+    since only the first that is not settled is due. Free slots are counted from `in_flight`, so none can be lost."""
 
     def __init__(self, database: Database, secret: str, targets: WebhookTargets) -> None:
         self.database = database
         self.secret = secret
         self.targets = targets
-        self.in_flight: dict[str, InFlight] = {}
+        self.in_flight: dict[str, InFlight] = {}  # by the webhook's id
         self.changed = threading.Condition()  # guards in_flight; notified when a webhook leaves it
-        self.wake_event = threading.Event()      # there may be something to send
+        self.wake_event = threading.Event()      # there may be a webhook to send
         self.deadline_event = threading.Event()  # there is a deadline to keep
         self.renew_at = 0.0
         self.after = ""                       # the host after which the next claim begins, so that hosts take turns
-        self.stop_by: float | None = None     # when webhooks in flight are cut short, once the server stops
+        self.stop_by: float | None = None     # once the server stops: when the webhooks in flight are cut off
 
     def notify(self) -> None:
-        """There may be something to send."""
+        """Have the next tick come at once: there may be a webhook to send."""
         self.wake_event.set()
 
     def tick(self) -> int:
-        """Renew what is in flight, then claim what is due and start to send it.  :returns: how many were started."""
+        """Renew the claims of what is in flight, then claim what is due and start to deliver it.
+
+        :returns: how many webhooks were started.
+        """
         self.wake_event.clear()
         in_flight = list(self.in_flight.values())
         self._renew(in_flight)
         now = time.monotonic()
-        quick = sum(one.exchange.is_over or now - one.exchange.started < SEND_SLOW_SECONDS for one in in_flight)
-        room = min(SEND_SLOTS - quick, SEND_THREADS - len(in_flight))
-        if room <= 0 or self.stop_by is not None:
+        slow = sum(not one.exchange.is_over and now - one.exchange.started >= SEND_SLOW_SECONDS for one in in_flight)
+        free = min(SEND_SLOTS - (len(in_flight) - slow), SEND_THREADS - len(in_flight))
+        if free <= 0 or self.stop_by is not None:
             return 0
         per_host = SEND_PER_HOST if len(in_flight) < SEND_THREADS // 2 else 1  # the last threads are for other hosts
         claim = json.loads(str(self.database.call(
-            "claim_webhooks", limit=room, hold_ms=SEND_HOLD_MS, per_host=per_host,
+            "claim_webhooks", limit=free, hold_ms=SEND_HOLD_MS, per_host=per_host,
             in_flight=[one.webhook["id"] for one in in_flight], after=self.after)[0]))
         self.after = claim["after"]
         for webhook in claim["webhooks"]:
@@ -469,13 +323,13 @@ class Sender:
         return len(claim["webhooks"])
 
     def idle_seconds(self) -> float:
-        """How long the sender may sleep: less while a slow webhook may give up its slot."""
+        """How long the sender may sleep: less while a webhook in flight may become slow and so free a slot."""
         return SEND_SLOW_SECONDS if self.in_flight else SEND_SLEEP_SECONDS
 
     def keep_deadlines(self) -> int:
-        """Cut webhooks short that are in flight for too long; runs in a thread that waits for nothing else.
+        """Cut off each exchange whose deadline is over. It has a thread of its own, which waits for nothing else.
 
-        :returns: 0, to sleep.
+        :returns: 0, so that the caller sleeps.
         """
         now = time.monotonic()
         for _, exchange in list(self.in_flight.values()):
@@ -484,12 +338,13 @@ class Sender:
         return 0
 
     def stop(self) -> None:
-        """Claim no more webhooks, and cut short in SEND_DRAIN_SECONDS what is in flight then."""
+        """Claim no more webhooks, and cut off in SEND_DRAIN_SECONDS those that are still in flight then."""
         self.stop_by = time.monotonic() + SEND_DRAIN_SECONDS
         self.deadline_event.set()
 
     def drain(self) -> None:
-        """Wait until nothing is in flight; what could not be recorded by then is sent again by another server."""
+        """Wait, for a bounded time, until nothing is in flight. A webhook whose outcome is not recorded by then is sent
+        again by another server, when its claim ends."""
         end = (self.stop_by or 0.0) + CONNECT_SECONDS
         with self.changed:
             self.changed.wait_for(lambda: not self.in_flight, max(0.0, end - time.monotonic()))
@@ -516,8 +371,11 @@ class Sender:
     def _deliver(self, webhook: dict[str, Any], exchange: Exchange) -> None:
         outcome: Outcome | None = None
         try:
-            outcome = self._send(webhook, exchange)
-        except Exception as error:  # a defect here must not make it due for ever: it counts as a failed try
+            outcome = deliver(webhook, exchange, self.secret, __version__)
+        except Cut:
+            if self.stop_by is None:  # else the server stops, and the try does not count
+                outcome = Outcome(False, True, error=f"no complete answer within {SEND_SECONDS} s")
+        except Exception as error:  # a defect here: it counts as a failed try, or the webhook would be due for ever
             logger.exception("a webhook could not be sent",
                              extra={"event": "send_failed", "delivery_id": webhook["id"]})
             outcome = Outcome(False, True, error=type(error).__name__)
@@ -525,7 +383,7 @@ class Sender:
             self._finish(webhook, outcome)
 
     def _finish(self, webhook: dict[str, Any], outcome: Outcome | None) -> None:
-        """Record the outcome of a try; None gives the webhook back, as if it had not been claimed."""
+        """Record the outcome of a try. None: give the webhook back, as if it had not been claimed."""
         try:
             if outcome:
                 self.database.call("settle_webhook", id=webhook["id"], attempt=webhook["attempt"],
@@ -533,7 +391,7 @@ class Sender:
             else:
                 self.database.call("release_webhook", id=webhook["id"], attempt=webhook["attempt"],
                                    delay_ms=int(SEND_SLEEP_SECONDS * 1000))
-        except psycopg.Error as error:  # it is claimed again when the hold is over, and sent under the same id
+        except psycopg.Error as error:  # it is claimed again when the claim ends, and sent under the same id
             logger.warning("a webhook's outcome could not be recorded: %s", type(error).__name__,
                            extra={"event": "settle_failed", "delivery_id": webhook["id"]})
         finally:
@@ -542,75 +400,37 @@ class Sender:
                 self.changed.notify_all()
             self.notify()
 
-    def _send(self, webhook: dict[str, Any], exchange: Exchange) -> Outcome | None:
-        """Post it.  :returns: None when the server stops: the try was cut short and does not count."""
-        body = webhook["body"].encode()
-        now = int(time.time())
-        headers = {"content-type": "application/json", "user-agent": f"tidebase/{__version__}",
-                   "webhook-id": webhook["id"], "webhook-timestamp": str(now)}
-        secret = webhook["secret"] or (self.secret if webhook["kind"] != "channel" else "")
-        if secret:
-            headers |= sign(body, secret, webhook["id"], now)
-        try:
-            status, text = exchange.post(webhook["url"], body, headers)
-        except TargetRefused as refusal:
-            return Outcome(False, False, error=str(refusal))
-        except Cut:
-            return None if self.stop_by else Outcome(False, True, error=f"no complete answer within {SEND_SECONDS} s")
-        except ValueError as error:  # the URL is no address
-            return Outcome(False, False, error=type(error).__name__)
-        except requests.RequestException as error:
-            return Outcome(False, True, error=type(error).__name__)
-        delivered = 200 <= status < 300
-        return Outcome(delivered, status in (408, 429) or status >= 500, status, text,
-                       None if delivered else f"HTTP {status}")
-
 
 # ------------------------------------------------------------------------------
-# Reconciler: what time alone brings about. A tick does a bounded amount of work and may run anywhere at once.
+# Reconciler: does what becomes due as time passes. A tick does a bounded amount of work, and several servers may tick
+# at once.
 # ------------------------------------------------------------------------------
 SWEEP_LIMIT = 100
-REVIVE_SECONDS = 10.0  # an embedded PostgreSQL that is away longer than a restart takes is started again
-
-
-def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
-    """When a cron expression next fires, in its time zone; None for a date that never comes, as 30 February.
-
-    :raises ValueError: the expression is none of five fields, or the zone is unknown; the message says which.
-    """
-    try:
-        zone = ZoneInfo(timezone)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"{timezone[:100]!r} is not a time zone") from None
-    try:
-        if len(cron.split()) != 5:
-            raise CronSimError
-        # In the hour that autumn repeats, cronsim counts from the first of the two: its answer may be past.
-        return next((at for at in CronSim(cron, after.astimezone(zone)) if at > after), None)
-    except CronSimError:
-        raise ValueError(f"{cron[:100]!r} is not a cron expression of five fields") from None
+REVIVE_SECONDS = 10.0  # an embedded PostgreSQL that is away for longer than a restart takes is started again
 
 
 class Reconciler:
-    """One tick every TIDEBASE_RECONCILE_MS. Its sweeps are apart: one that fails keeps no other from running."""
+    """One tick every TIDEBASE_RECONCILE_MS: a few sweeps, each on its own, so that one that fails holds up no other."""
 
     def __init__(self, database: Database, lease_ms: int, retention_days: int,
                  revive: Callable[[], None] | None) -> None:
+        """:param revive: starts an embedded PostgreSQL that died; None when it is not ours."""
         self.database = database
         self.lease_seconds = lease_ms / 1000
         self.retention_days = retention_days
         self.revive = revive
-        self.away_since: float | None = None
-        self.patient_until = time.monotonic() + self.lease_seconds
-        self.failing: dict[str, str] = {}  # what fails now, by name, and its error: logged once
+        self.away_since: float | None = None  # the database is away
+        self.patient_until = time.monotonic() + self.lease_seconds  # until then expired leases are left alone
+        self.failing: dict[str, str] = {}  # sweeps and schedules that fail, and why: logged once
 
     def tick(self) -> int:
-        """Sweep once.  :returns: how much was done.
+        """Do each sweep once.
 
-        While the server, or the database, was away, workers could not renew their leases: for one lease after that,
-        expired ones are left alone.
+        While this server was not running, or the database was away, workers could not renew their leases. So expired
+        leases are left alone until workers have had the time of one lease to renew them.
 
-        :raises psycopg.Error: the database is away; all other failures are logged, each with the name of its sweep.
+        :returns: how much was done.
+        :raises psycopg.Error: the database is away. Other failures are logged, with the name of the sweep.
         """
         done = sum(self._attempt(sweep, self.database.count, sweep, limit=SWEEP_LIMIT) for sweep in (
             "expire_gates", "wake_due", "offer_runs"))
@@ -629,7 +449,7 @@ class Reconciler:
         return done
 
     def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any, **named: Any) -> int:
-        """Do one part of a tick; when it fails, log that and go on.  :raises psycopg.Error: the database is away."""
+        """Call one sweep; when it fails, log that and answer 0.  :raises psycopg.Error: the database is away."""
         try:
             done = sweep(*arguments, **named)
         except Exception as error:
@@ -650,7 +470,8 @@ class Reconciler:
         return int(expired)
 
     def _cancel_overdue(self) -> int:
-        # One run a transaction: a cancellation locks the run's children too, and two that did many could meet.
+        # One run a transaction: a cancellation also locks the run's children, so two transactions that each cancelled
+        # many runs could deadlock.
         return sum(itertools.takewhile(bool, (
             self.database.count("cancel_overdue", limit=1) for _ in range(SWEEP_LIMIT))))
 
@@ -660,13 +481,13 @@ class Reconciler:
                    for schedule in due["schedules"])
 
     def _fire(self, schedule: dict[str, Any], now: str) -> int:
-        # From now on, not from the time it was due at: after downtime it fires once.
+        # The next time after now, not after the time that was due: after downtime a schedule fires once.
         coming = next_fire(schedule["cron"], schedule["timezone"], datetime.fromisoformat(now))
         return self.database.count("fire_schedule", name=schedule["name"], fire_at=schedule["nextRunAt"],
                                    next_run_at=coming)
 
     def failed(self, error: Exception) -> None:
-        """The database is away: leases get their grace, and the outage is logged once."""
+        """A tick found the database away: log the outage once, leave leases alone, revive an embedded PostgreSQL."""
         self.patient_until = time.monotonic() + self.lease_seconds
         if self.away_since is None:
             self.away_since = time.monotonic()
@@ -1193,11 +1014,6 @@ def usage() -> Reply:
 # --- events
 
 
-EVENTS_AT_ONCE = 500
-BEAT_SECONDS = 15  # a stream without news sends a comment: proxies keep it open, and a reader that hung up is noticed
-LINE_BREAKS = {ord("\n"): " ", ord("\r"): " "}
-
-
 @routes.get("/runs/<part:run_id>/events")
 def stream_events(run_id: str) -> Reply | flask.Response:
     """A run's events after a number, as a stream that goes on; as a list for Accept: application/json. A stream that a
@@ -1207,60 +1023,41 @@ def stream_events(run_id: str) -> Reply | flask.Response:
     ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
     ?limit:1..1000 (of the list)
     200 stream or [event] or [lightEvent], 404, 503 busy when as many requests wait as may."""
-    asked_for, server, expires_at = flask.request, core(), flask.g.expires_at
     asked = query("after", "follow", "token", "view", "types", "limit")
-    after = whole_of("after", asked_for.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
+    after = whole_of("after", flask.request.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
     follow = flag_of("follow", asked.get("follow"), default=True)
-    light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"
-    types = asked["types"].split(",") if asked.get("types") else None
-    most = whole_of("limit", asked["limit"], 1000, 1) if "limit" in asked else 2**31 - 1
-
-    def events(after: int, limit: int) -> list[tuple[Any, ...]]:
-        return server.database.select("select * from tidebase.list_events(%s, %s, %s, %s, %s)",
-                                      (run_id, after, limit, light, types))
-
-    def last() -> tuple[str, int] | None:
-        return next(iter(server.database.select(
-            "select status, event_seq from tidebase.runs where id = %s", (run_id,))), None)
-
-    known = last()
-    if known is None:
+    limit = whole_of("limit", asked["limit"], 1000, 1) if "limit" in asked else 2**31 - 1
+    events = EventLog(core().database, run_id,
+                      light=choice_of("view", asked.get("view"), ("light", "full"), "full") == "light",
+                      types=asked["types"].split(",") if asked.get("types") else None)
+    run = events.run()
+    if run is None:
         raise Refusal(404, "not_found", f"run {run_id} does not exist")
-    if asked_for.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
-        some = events(after, most)
-        answer = reply("[" + ", ".join(text for _, text in some) + "]")
-        if some and some[-1][0] < known[1]:
-            answer[2]["x-tidebase-next"] = str(some[-1][0])
-        return answer
+    if flask.request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
+        return event_list(events.after(after, limit), last_seq=run[1])
+    return event_stream(events, after, follow)
 
-    poll = LongPoll(run_id=run_id, seq=after)
-    watching = ExitStack()
+
+def event_list(found: list[tuple[int, str]], last_seq: int) -> Reply:
+    """These events as a list; `last_seq` is the number of the run's last event when they were read."""
+    answer = reply("[" + ", ".join(text for _, text in found) + "]")
+    if found and found[-1][0] < last_seq:
+        answer[2]["x-tidebase-next"] = str(found[-1][0])
+    return answer
+
+
+def event_stream(events: EventLog, after: int, follow: bool) -> Reply | flask.Response:
+    """Open a stream, which counts as a request that waits until it is closed; 503 when no more requests may wait."""
+    server, expires_at = core(), flask.g.expires_at
+    poll, watching = LongPoll(run_id=events.run_id, seq=after), ExitStack()
     try:
         watching.enter_context(server.watcher.watching(poll))
     except TooManyWaiting:
         return busy(refused(Refusal(503, "busy", "too many streams are open here: try again")))
-
-    def stream() -> Iterator[str]:
-        yield ": tidebase\n\n"
-        while not server.watcher.stopping and (seconds_left := expires_at - server.access.clock()) > 0:
-            poll.wake_event.clear()
-            try:
-                some = events(poll.seq, EVENTS_AT_ONCE)
-                ended = not some and ((run := last()) is None or (
-                    not follow and run[0] in ENDED and run[1] <= poll.seq))
-            except psycopg.OperationalError:
-                some, ended = [], False  # the stream outlives an outage of the database
-            for seq, text in some:
-                poll.seq = seq
-                # A line break can only be white space between JSON's tokens, and would end the data line.
-                yield f"id: {seq}\ndata: {text.translate(LINE_BREAKS)}\n\n"
-            if ended:
-                return
-            if not some and not poll.wake_event.wait(min(BEAT_SECONDS, seconds_left)):
-                yield ": beat\n\n"
-
-    response = flask.Response(stream(), mimetype="text/event-stream")
-    response.headers["X-Accel-Buffering"] = "no"
+    response = flask.Response(
+        frames(events, server.watcher, poll, follow, lambda: expires_at - server.access.clock()),
+        mimetype="text/event-stream")
+    response.headers["X-Accel-Buffering"] = "no"  # has nginx pass on each event at once
     response.call_on_close(watching.close)
     return response
 
@@ -1369,6 +1166,28 @@ def delete_schedule(name: str) -> Reply:
 # ------------------------------------------------------------------------------
 OTHER_FILES = 256   # beside connections and the pool: webhooks under way, large bodies, what Python opens
 DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
+TICK_SECONDS = 5    # then, for ticks under way
+
+
+def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], stop: threading.Event,
+                 failed: Callable[[Exception], None] = lambda error: None) -> None:
+    """Repeat tick until `stop` is set; sleep when it found no work or failed. A failure that repeats is logged once. An
+    outage of the database is not logged here: the reconciler does that for all."""
+    failure = ""
+    while not stop.is_set():
+        try:
+            done = tick()
+            failure = ""
+        except Exception as error:
+            is_logged = isinstance(error, SchemaBehind) or (isinstance(error, psycopg.Error) and cannot_write(error))
+            if not is_logged and str(error) != failure:
+                logger.exception("a tick of the %s failed; the next one tries again", job,
+                                 extra={"event": "tick_failed", "job": job})
+            failure = str(error)
+            failed(error)
+            done = 0
+        if not done:
+            sleep()
 
 
 def create_app() -> flask.Flask:
@@ -1419,8 +1238,7 @@ class Server:
     @property
     def url(self) -> str:
         """The address that this server listens on."""
-        host, port = self.listener.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return url_of(self.listener)
 
     @property
     def public_url(self) -> str:
@@ -1465,18 +1283,19 @@ class Server:
         self.watcher.provide_threads = self._http.provide_threads
         loops = [
             ("watcher", self._when_prepared(self.watcher.tick), self._sleep(
-                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event)),
+                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event), self.stopping),
             ("sender", self._when_prepared(self.sender.tick), self._sleep(
-                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event)),
-            ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000)),
+                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event), self.stopping),
+            ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000), self.stopping,
+             self._reconcile_failed),
         ]
-        threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(
-            job, tick, sleep, self.stopping, self._tick_failed)) for job, tick, sleep in loops]
+        threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{loop[0]}", args=loop, daemon=True)
+                   for loop in loops]
         sent = threading.Event()  # nothing is in flight any more
         deadlines = threading.Thread(target=keep_ticking, name="tidebase-sender-deadlines", args=(
-            "deadlines", self.sender.keep_deadlines, self._sleep(
+            "sender's deadlines", self.sender.keep_deadlines, self._sleep(
                 lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS,
-                self.sender.deadline_event), sent, self._tick_failed))
+                self.sender.deadline_event), sent))
         for thread in (*threads, deadlines):
             thread.start()
         try:
@@ -1488,8 +1307,12 @@ class Server:
             self.watcher.stop()
             self.sender.notify()
             self._http.close(DRAIN_SECONDS)
+            end = time.monotonic() + TICK_SECONDS
             for thread in threads:
-                thread.join()
+                thread.join(max(0.0, end - time.monotonic()))
+                if thread.is_alive():  # it waits for PostgreSQL, maybe for a lock; each statement is all or nothing
+                    logger.warning("%s is still at work, and is ended with the process", thread.name,
+                                   extra={"event": "thread_left"})
             self.sender.drain()
             sent.set()
             self.sender.deadline_event.set()
@@ -1528,17 +1351,16 @@ class Server:
             self.wrote()
         return done
 
-    def _tick_failed(self, error: Exception) -> None:
+    def _reconcile_failed(self, error: Exception) -> None:
         if isinstance(error, SchemaBehind):
             self.failure = error
             self.stop()
-        elif (isinstance(error, psycopg.Error) and cannot_write(error)
-              and threading.current_thread().name.endswith("reconciler")):
+        elif isinstance(error, psycopg.Error) and cannot_write(error):
             self.reconciler.failed(error)
 
 
 def listen(config: Config) -> socket.socket:
-    """The listening socket.  :raises ConfigError: the address cannot be had."""
+    """The listening socket.  :raises ConfigError: the address cannot be listened on."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1552,22 +1374,29 @@ def listen(config: Config) -> socket.socket:
     return listener
 
 
+def url_of(listener: socket.socket) -> str:
+    """The address of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 # ------------------------------------------------------------------------------
 # Command line: serve, migrate, explain, demo.
 # ------------------------------------------------------------------------------
 def serve_one(config: Config, conninfo: str, listener: socket.socket, revive: Callable[[], None] | None,
               signals: list[int]) -> None:
-    """Serve in this process until SIGTERM or SIGINT, also one that came before and stands in `signals`."""
+    """Serve in this process until SIGTERM or SIGINT; not at all when `signals` holds one that came before."""
     server = Server(config, conninfo, listener, revive)
     on_stop(lambda *_: server.stop())
-    gc.freeze()  # what importing made lives as long as the process: collections need not look at it again and again
+    gc.freeze()  # what was imported lives as long as the process: the collector need not look at it again and again
     if not signals:
         server.serve()
 
 
 @contextmanager
 def database_of(config: Config) -> Iterator[tuple[str, Callable[[], None] | None]]:
-    """The database to work on: DATABASE_URL, or an embedded one for as long as this lasts; and how to revive it."""
+    """The address of the database: DATABASE_URL or, while this context lasts, that of an embedded PostgreSQL. With it
+    comes the function that starts the embedded one again should it die."""
     if config.database_url:
         yield config.database_url, None
         return
@@ -1608,12 +1437,10 @@ def serve(config: Config) -> None:
             logger.warning("TIDEBASE_PUBLIC_URL is not set, so the resolveUrl of gates is a path without an address",
                            extra={"event": "no_public_url"})
         signals: list[int] = []
-        on_stop(lambda number, _: signals.append(number))  # heeded when the database is up, and can be stopped again
+        on_stop(lambda number, _: signals.append(number))  # an embedded PostgreSQL that is starting must not be left so
         with database_of(config) as (conninfo, revive), listener:
-            host, port = listener.getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            click.echo(f"Tidebase {__version__} listens on {url}")
-            click.echo(f"Studio, its page, is at {url}/studio")
+            click.echo(f"Tidebase {__version__} listens on {url_of(listener)}")
+            click.echo(f"Studio, its page, is at {url_of(listener)}/studio")
             one = functools.partial(serve_one, config, conninfo, listener, revive, signals)
             if config.web_concurrency == 1:
                 one()
@@ -1630,7 +1457,7 @@ def migrate(config: Config) -> None:
     try:
         with database_of(config) as (conninfo, _):
             applied = Database(conninfo, 2).migrate(by_hand=True)
-    except (psycopg.OperationalError, SchemaAhead) as error:
+    except (psycopg.Error, SchemaAhead) as error:
         raise click.ClickException(str(error).split("\n")[0]) from None
     except EmbeddedError as error:
         raise click.ClickException(str(error)) from None
@@ -1646,13 +1473,18 @@ def explain(run_id: str) -> None:
             plan, url = tide.runs.rerun_plan(run_id), tide._server.url
     except (tidebase_sdk.TidebaseError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}\n")
+    click.echo(printable(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}") + "\n")
     rows = [("step", "what a resume does", "why")] + [
-        (step["name"], step["plan"].replace("_", " "), step["reason"]) for step in plan["steps"]]
+        (printable(step["name"]), step["plan"].replace("_", " "), printable(step["reason"])) for step in plan["steps"]]
     widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
     for name, does, reason in rows if plan["steps"] else ():
         click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
     click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
+
+
+def printable(text: str) -> str:
+    """A text of somebody else's without line breaks and other characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from conftest import ROOT, Api, ServerProcess, an_embedded_postgres, eventually, free_port
 
@@ -279,6 +280,17 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_receivers_that_drip(spa
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_a_server_that_is_told_to_stop_does_not_wait_for_a_table_that_somebody_locked(spawn_server, database):
+    server = spawn_server()
+    with psycopg.connect(database) as other, psycopg.connect(database, autocommit=True) as onlooker:
+        other.execute("lock table tidebase.outbox, tidebase.runs")
+        eventually(lambda: onlooker.execute(
+            "select count(*) from pg_stat_activity where datname = current_database()"
+            " and cardinality(pg_blocking_pids(pid)) > 0").fetchone()[0] >= 2)  # the sender and the reconciler
+        assert server.end(signal.SIGTERM) == 0
+    assert "thread_left" in server.log.read_text()
 
 
 def restart(embedded: tidebase.EmbeddedPostgres, mode: str) -> None:

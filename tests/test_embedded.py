@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT, eventually, together
 
 from tidebase_server import embedded as database
+from tidebase_server import programs
 
 NOBODY = 65534
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
@@ -55,7 +56,7 @@ def copy_of(made: Path, data_dir: Path) -> Path:
     shutil.copytree(made, data_dir, symlinks=True)
     data_dir.chmod(0o711)
     if os.geteuid() == 0:
-        database.own(data_dir / "postgres", database.system_user())
+        programs.own(data_dir / "postgres", programs.system_user())
     return data_dir
 
 
@@ -79,7 +80,7 @@ def python(code: str, *arguments: str, user: int | None = None) -> list[str]:
     the interpreter and the modules of this one."""
     drop = f"os.setgroups([]); os.setgid({user}); os.setuid({user})" if user else ""
     head = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import psycopg, socket, subprocess; "
-            "from tidebase_server import embedded as database; database.wheel(); "
+            "from tidebase_server import embedded as database, programs; programs.wheel(); "
             f"os.chdir('/'); os.umask(0o022)\n{drop}\n")
     return [sys.executable, "-c", head + textwrap.dedent(code), *arguments]
 
@@ -214,9 +215,9 @@ def test_no_folder_that_was_there_before_changes_its_mode(outside: Path, made: P
     closed.parent.chmod(0o710)
     there = copy_of(made, outside / "there")
     there.chmod(0o700)
-    versions, version = database.wheel()
-    programs = [path for path in versions[version].parent.rglob("*") if path.is_dir()]
-    before = modes(*closed.parents, closed, there, *programs, *versions[version].parents)
+    versions, version = programs.wheel()
+    installed = [path for path in versions[version].parent.rglob("*") if path.is_dir()]
+    before = modes(*closed.parents, closed, there, *installed, *versions[version].parents)
     for data_dir in (closed / "made" / "data", there):
         with started(data_dir) as (_, conninfo):
             assert answer_of(conninfo) == 1
@@ -226,7 +227,7 @@ def test_no_folder_that_was_there_before_changes_its_mode(outside: Path, made: P
 @only_root
 def test_programs_that_only_root_can_reach_are_copied_to_where_postgresql_may_run_them(
         outside: Path, data_dir: Path, monkeypatch: Any) -> None:
-    versions, version = database.wheel()
+    versions, version = programs.wheel()
     package = versions[version].parent.parent
     closed = outside / "closed"
     closed.mkdir(mode=0o700)
@@ -236,7 +237,7 @@ def test_programs_that_only_root_can_reach_are_copied_to_where_postgresql_may_ru
         path.chmod(path.stat().st_mode & 0o700)  # as after an install with umask 077
     here = closed / versions[version].relative_to(package.parent)
     monkeypatch.setattr(database, "wheel", lambda: ({version: here}, version))
-    monkeypatch.setattr(database, "INSTALLED", outside / "installed")
+    monkeypatch.setattr(programs, "INSTALLED", outside / "installed")
     before = os.umask(0o077)
     try:
         for _ in range(2):
@@ -264,7 +265,7 @@ START = """
     embedded = database.EmbeddedPostgres(sys.argv[1])
     try:
         conninfo = embedded.start()
-    except database.EmbeddedError as error:
+    except programs.EmbeddedError as error:
         sys.exit("refused: " + str(error))
     with psycopg.connect(conninfo) as connection:
         print(connection.execute("select 1").fetchone()[0], os.stat(f"/proc/{embedded.pid()}").st_uid)
@@ -295,9 +296,9 @@ def test_a_plain_user_needs_nothing_and_root_may_start_it_in_between(outside: Pa
 
 @only_root
 def test_started_by_root_it_runs_as_the_system_user_also_on_data_that_root_copied(data_dir: Path) -> None:
-    for owner in (database.system_user(), database.Identity(0, 0)):
-        database.own(data_dir / "postgres", owner)
-        assert output_of(python(START, str(data_dir))).split() == ["1", str(database.system_user().uid)]
+    for owner in (programs.system_user(), programs.Identity(0, 0)):
+        programs.own(data_dir / "postgres", owner)
+        assert output_of(python(START, str(data_dir))).split() == ["1", str(programs.system_user().uid)]
 
 
 @only_root
@@ -324,12 +325,12 @@ def test_of_four_first_starts_at_once_one_makes_the_system_user_and_all_know_it(
             (etc / name).write_text("".join(line for line in lines if not line.startswith("pgserver:")))
     look = """
         from pathlib import Path
-        database.USER_LOCK = Path(sys.argv[1])
+        programs.USER_LOCK = Path(sys.argv[1])
         print("ready", flush=True)
         sys.stdin.readline()
-        print(*database.system_user(), flush=True)
+        print(*programs.system_user(), flush=True)
         sys.stdin.readline()  # all have one
-        print(*database.look_up("pgserver"), flush=True)
+        print(*programs.look_up("pgserver"), flush=True)
     """
     many = textwrap.dedent("""
         import subprocess, sys
@@ -440,7 +441,7 @@ def test_what_lies_in_tmp_for_a_long_path_comes_back_when_it_was_tidied_up_and_g
         shutil.rmtree(link.parent)
         link.parent.mkdir()  # somebody else's
         link.parent.chmod(0o777)
-        with pytest.raises(database.EmbeddedError, match="not ours"):
+        with pytest.raises(programs.EmbeddedError, match="not ours"):
             embedded.revive()
         link.parent.chmod(0o700)
         embedded.revive()
@@ -453,10 +454,10 @@ def test_why_it_does_not_start_is_told_with_the_end_of_its_log(data_dir: Path, m
     monkeypatch.setattr(database, "START_SECONDS", 0)
     with (embedded.folder / "postgresql.conf").open("a") as settings:
         settings.write("no_such_setting = 1\n")
-    with pytest.raises(database.EmbeddedError, match="no_such_setting"):
+    with pytest.raises(programs.EmbeddedError, match="no_such_setting"):
         embedded.start()
     (embedded.folder / "PG_VERSION").write_text("9\n")
-    with pytest.raises(database.EmbeddedError, match="was made by PostgreSQL 9"):
+    with pytest.raises(programs.EmbeddedError, match="was made by PostgreSQL 9"):
         embedded.start()
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from conftest import Api, LocalServer, eventually, refused
 
-import tidebase
 from tidebase import Tidebase, TidebaseError
+from tidebase_server import events as event_streams
+from tidebase_server import watcher
 
 PATHS_OF_BAD_NUMBERS = ["after=x", "after=-1", "after=1.5", "after=", "after=2147483648", "after=%D9%A3"]
 
@@ -102,7 +103,7 @@ def use(api: Api, run: str, count: int) -> None:
 @pytest.fixture
 def beating(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams that say something every few milliseconds, as they do every 15 s."""
-    monkeypatch.setattr(tidebase, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(event_streams, "BEAT_SECONDS", 0.05)
 
 
 # --- history, then live
@@ -192,7 +193,7 @@ def test_a_stream_begins_after_the_last_event_that_its_reader_saw(api):
 
 
 def test_a_stream_from_beyond_the_end_waits_for_what_is_after_it(api, monkeypatch):
-    monkeypatch.setattr(tidebase, "BEAT_SECONDS", 3 * tidebase.WATCH_SECONDS)
+    monkeypatch.setattr(event_streams, "BEAT_SECONDS", 3 * watcher.WATCH_SECONDS)
     run = api.create()
     with listening(api, run, "?after=5") as stream:
         use(api, run, 2)  # events 2 and 3
@@ -261,6 +262,23 @@ def test_a_server_that_stops_ends_its_streams(start_server):
         assert [next(some)["seq"] for some in events] == [1, 1]
         server.close()
         assert [list(some) for some in events] == [[], []]
+
+
+def test_a_stream_that_is_about_to_wait_when_the_server_stops_ends_at_once(start_server, beating):
+    server = start_server()
+    api = Api(server.url, server)
+    run = api.create()
+    began = server.access.clock
+
+    def stop_meanwhile() -> float:
+        """Told to stop between two steps of the stream."""
+        server.access.clock = began
+        server.watcher.stop()
+        return began()
+
+    server.access.clock = stop_meanwhile
+    with listening(api, run, "?after=1") as stream:
+        assert list(stream.lines()) == [": tidebase", ""]
 
 
 # --- as a list

@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from conftest import LEASE_MS, Answer, Api, eventually, refused
 
-import tidebase
+from tidebase_server import watcher
 
 ENDINGS = ["complete", "fail", "cancel", "lease"]
 CENTURY_MS = 36_525 * 86_400_000
@@ -558,8 +558,8 @@ def test_a_claimer_that_hung_up_while_it_waited_is_given_nothing(api):
 
 
 def test_claimers_that_hung_up_keep_no_run_from_those_who_wait(start_server, monkeypatch):
-    monkeypatch.setattr(tidebase, "DISCONNECT_SECONDS", 3600.0)
-    monkeypatch.setattr(tidebase, "WATCH_SECONDS", 3600.0)  # no second look for those the first one passed over
+    monkeypatch.setattr(watcher, "DISCONNECT_SECONDS", 3600.0)
+    monkeypatch.setattr(watcher, "WATCH_SECONDS", 3600.0)  # no second look for those the first one passed over
     server = start_server()
     api = Api(server.url, server)
     dead = [http.client.HTTPConnection(api.address) for _ in range(3)]

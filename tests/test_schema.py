@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -280,6 +282,50 @@ def test_migrate_on_a_database_that_is_away_says_so_and_fails():
     assert "Traceback" not in failed.stderr
     assert "refused" in failed.stderr
     assert "hushhush" not in failed.stderr
+
+
+@pytest.fixture
+def poor(empty_database: str) -> Iterator[str]:
+    """The address of a database for a user who may create nothing in it."""
+    name = f"tidebase_test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(f"create role {name} login password '{name}'")
+        yield psycopg.conninfo.make_conninfo(empty_database, user=name, password=name)
+        connection.execute(f"drop role {name}")
+
+
+def test_a_user_who_may_not_create_the_schema_is_told_so_in_one_line_and_once(poor, caplog):
+    failed = command(poor, "migrate")
+    assert failed.returncode == 1
+    assert "permission denied for database" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
+    server = LocalServer(config(TIDEBASE_RECONCILE_MS=10), poor)
+    ticks: list[int] = []
+    server._reconcile = lambda: ticks.append(1) or tidebase.Server._reconcile(server)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    try:
+        conftest.eventually(lambda: len(ticks) > 3)
+        conftest.refused(Api(server.url).get("/runs"), 503, "database_unavailable")
+    finally:
+        server.stop()
+        thread.join(30)
+    assert [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "tick_failed"] == [
+        "a tick of the reconciler failed; the next one tries again"]
+
+
+def test_the_right_that_the_documentation_names_is_all_that_a_user_needs(empty_database, poor):
+    [grant] = re.findall(r"^```sql\n(grant .*?)^```", (ROOT / "docs/operating.md").read_text(), re.M | re.S)
+    [database, user] = [psycopg.conninfo.conninfo_to_dict(poor)[key] for key in ("dbname", "user")]
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(grant.replace(" shop ", f" {database} ").replace(" tidebase;", f" {user};"))
+    try:
+        assert "brought up to date" in command(poor, "migrate").stdout
+        with serving(poor) as api:
+            assert api.run(api.create())["status"] == "pending"
+    finally:
+        with psycopg.connect(empty_database, autocommit=True) as connection:
+            connection.execute(f"drop owned by {user}")
 
 
 def test_a_newer_schema_is_served_and_never_turned_back(empty_database):

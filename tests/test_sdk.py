@@ -31,7 +31,6 @@ from typing import Any
 import pytest
 from conftest import Api, eventually, free_port
 
-import tidebase
 import tidebase_sdk
 from tidebase_sdk import (
     AsyncTidebase,
@@ -52,6 +51,7 @@ from tidebase_sdk import (
     new_run_id,
     verify_webhook_signature,
 )
+from tidebase_server.delivery import sign
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"TIDEBASE_LEASE_MS": 1500, "TIDEBASE_RECONCILE_MS": 100}  # leases that end within a test
@@ -1140,7 +1140,7 @@ def test_a_webhook_is_verified_by_all_its_headers_and_the_runs_own_secret(
 
     def headers(secret: str, sent_at: int) -> dict[str, str]:
         return {"Webhook-Id": "rec_1", "Webhook-Timestamp": str(sent_at),
-                **tidebase.sign(raw, secret, "rec_1", sent_at)}
+                **sign(raw, secret, "rec_1", sent_at)}
 
     def deliver(given: dict[str, str], **options: Any) -> int:
         return int(tide(lambda client: client.handle_webhook(raw, headers=given, **options))[0])

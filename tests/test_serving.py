@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import pytest
 from conftest import Answer, Api, LocalServer, eventually, refused
 
 import tidebase_sdk
+from tidebase_server import events as event_streams
 from tidebase_server import serving
 
 
@@ -206,8 +208,9 @@ def open_files(server: LocalServer) -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_no_body_is_taken_from_who_has_no_key(closed: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thirty uploads without a key put 1.8 GB into the temporary folder."""
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes of its body each request had brought, whenever its parser took something."""
     taken: list[int] = []
     received = serving.Parser.received
 
@@ -217,6 +220,11 @@ def test_no_body_is_taken_from_who_has_no_key(closed: Api, monkeypatch: pytest.M
         return consumed
 
     monkeypatch.setattr(serving.Parser, "received", count)
+    return taken
+
+
+def test_no_body_is_taken_from_who_has_no_key(closed: Api, taken: list[int]) -> None:
+    """Thirty uploads without a key put 1.8 GB into the temporary folder."""
     for fields in (["Content-Length: 900000"], ["Transfer-Encoding: chunked"],
                    ["Content-Length: 5", "Expect: 100-continue"]):
         status, body = answer_to(closed, head("/runs/report", *fields), b"x" * 900_000)
@@ -230,10 +238,11 @@ def test_no_body_is_taken_from_who_has_no_key(closed: Api, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null"])
-def test_no_body_is_taken_from_a_page_of_another_origin(closed: Api, origin: str) -> None:
+def test_no_body_is_taken_from_a_page_of_another_origin(closed: Api, taken: list[int], origin: str) -> None:
     status, body = answer_to(closed, head("/runs/report", f"Authorization: Bearer {KEY}", f"Origin: {origin}",
                                           "Content-Length: 900000"), b"x" * 900_000)
     assert (status, body["code"]) == (403, "foreign_origin")
+    assert max(taken) == 0
 
 
 @pytest.mark.parametrize(("sent", "more"), [
@@ -349,29 +358,32 @@ def test_threads_that_waiting_requests_needed_go_again(
     eventually(lambda: len(threads) == 4)
 
 
-def test_nothing_is_read_from_the_database_for_a_stream_that_nobody_reads(api: Api, server: LocalServer) -> None:
+def test_nothing_is_read_from_the_database_for_a_stream_that_nobody_reads(
+        api: Api, server: LocalServer, sql: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each such stream held 4 MB and more."""
+    monkeypatch.setattr(event_streams, "EVENTS_AT_ONCE", 4)
     run = api.create()
-    for number in range(60):
-        api.put(f"/runs/{run}/state", {"value": f"{number}" + "x" * 100_000})["state"]
-    read: list[int] = []
+    sql("insert into tidebase.events (run_id, seq, type, payload)"
+        " select %s, n, 'state.updated', to_json(repeat('x', 100000)) from generate_series(2, 241) n", run)
+    sql("update tidebase.runs set event_seq = 241 where id = %s", run)  # 24 MB, more than the system takes for a reader
+    waiting: list[int] = []  # bytes that wait to be sent, at each read of events
     select = server.database.select
 
-    def count(query: Any, values: Any) -> list[tuple[Any, ...]]:
-        rows = select(query, values)
+    def watched(query: Any, values: Any) -> list[tuple[Any, ...]]:
         if "list_events" in str(query):
-            read.append(sum(len(row[1]) for row in rows))
-        return rows
+            waiting.append(max(channel.total_outbufs_len for channel in server._http.waitress.active_channels.values()))
+        return select(query, values)
 
-    server.database.select = count  # type: ignore[method-assign]
-    try:
-        with connected(api) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.sendall(head(f"/runs/{run}/events", method="GET"))
-            eventually(lambda: server.watcher.long_polls and read)
-            waiting = [c for c in server._http.waitress.active_channels.values() if c.total_outbufs_len]
-            eventually(lambda: any(c.total_outbufs_len for c in server._http.waitress.active_channels.values()))
-            assert all(c.total_outbufs_len < 1_000_000 for c in waiting)
-            assert len(read) == 1
-    finally:
-        server.database.select = select  # type: ignore[method-assign]
+    def is_held() -> bool:
+        """Whether a thread waits in waitress until output was taken."""
+        return any(frame.f_code.co_name == "wait" and frame.f_back.f_back and
+                   frame.f_back.f_code.co_name == "_flush_outbufs_below_high_watermark"
+                   for frame in sys._current_frames().values() if frame.f_back)
+
+    monkeypatch.setattr(server.database, "select", watched)
+    with connected(api) as connection:
+        connection.sendall(head(f"/runs/{run}/events", method="GET"))
+        eventually(lambda: is_held() or len(waiting) > 60)
+        assert len(waiting) < 60
+        assert max(waiting) < 1_000_000
     eventually(lambda: not server.watcher.long_polls)

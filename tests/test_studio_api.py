@@ -305,6 +305,16 @@ def test_the_client_and_the_command_line_explain_a_run(api: Api):
     line(asked.output, "run none does not exist")
 
 
+def test_names_that_would_steer_a_terminal_are_explained_in_plain_characters(api: Api):
+    run = api.create()
+    api.begin(run, "a")
+    api.do_step(run, "\x1b[2Jgone\nforged line", "a")
+    asked = CliRunner().invoke(tidebase.main, ["explain", run], env={"TIDEBASE_URL": api.server.url})
+    assert asked.exit_code == 0, asked.output
+    line(asked.output, "[2Jgone forged line", "replays")
+    assert "\x1b" not in asked.output
+
+
 # --- lists
 
 

@@ -27,6 +27,7 @@ import werkzeug.datastructures
 from conftest import LEASE_MS, ROOT, Api, Receiver, config, eventually, free_port, refused
 
 import tidebase
+from tidebase_server import delivery
 
 SECRET = "shh-channel-secret"
 APP_SECRET = "shh-app-secret"
@@ -644,6 +645,14 @@ def test_an_answer_that_is_not_http_is_tried_again(api, raw):
     assert settled(api, run)[0]["errorText"] == "ConnectionError"
 
 
+def test_an_answer_of_two_lengths_is_tried_again(api, raw):
+    # Issue: what a broken answer raised counted as an address that is none, and the webhook was given up.
+    run = api.create(channels=[channel(raw(answering(b"HTTP/1.1 200 OK\r\ncontent-length: 1, 2\r\n\r\n")).url)])
+    api.complete(run)
+    row, = settled(api, run)
+    assert (row["status"], row["errorText"], row["attempts"]) == ("pending", "InvalidHeader", 1)
+
+
 # --- receivers that hang, drip and flood
 
 
@@ -858,7 +867,7 @@ def test_what_fails_between_claim_and_start_loses_no_slot(api, clock, receiver, 
 
 
 def test_a_defect_in_sending_counts_as_a_failed_try(api, receiver, monkeypatch, caplog):
-    monkeypatch.setattr(tidebase, "sign", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(delivery, "sign", lambda *arguments: 1 / 0)
     run = api.create(channels=[channel(receiver.url) for _ in range(2 * tidebase.SEND_SLOTS)])
     api.complete(run)
     assert {(row["status"], row["errorText"]) for row in settled(api, run)} == {("pending", "ZeroDivisionError")}
@@ -923,7 +932,8 @@ def test_beyond_loopback_no_webhook_reaches_this_machine_or_its_networks_in_any_
         "[64:ff9b::127.0.0.1]", "[2002:7f00:1::]", "mapped.test", "nat64.test", "6to4.test", "both.test",
         "teredo.test", "user:secret@127.0.0.1")]
     networks = [f"http://{host}/" for host in (
-        "10.0.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "[fd12::1]", "inside.test", "ula.test")]
+        "10.0.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "[fd12::1]", "inside.test", "ula.test",
+        "[64:ff9b:1:a9fe:a9:fe00:808:808]", "[5f00::1]")]
     never = [f"http://{host}:{port}/" for host in (
         "0.0.0.0", "0", "[::]", "169.254.169.254", "[::ffff:169.254.169.254]", "[fd00:ec2::254]", "100.100.100.200",
         "[fe80::1]", "224.0.0.1", "255.255.255.255", "[ff02::1]", "0.1.2.3", "[64:ff9b::a9fe:a9fe]")]
@@ -1004,6 +1014,16 @@ def test_the_next_address_of_a_name_is_tried_when_one_takes_no_connection(api, r
     api.complete(run)
     assert settled(api, run)[0]["status"] == "delivered"
     assert receiver.requests[0][1]["host"] == f"two.test:{receiver.port}"
+
+
+def test_a_name_is_tried_again_while_one_of_its_addresses_may_be_reached(exposed, resolved):
+    # Issue: with another address that is refused, a receiver that was down for a moment lost the webhook for good.
+    api = exposed(TIDEBASE_WEBHOOK_ALLOW="127.0.0.1/32")
+    resolved["two.test"] = ["127.0.0.1", "10.0.0.1"]  # nobody listens at the first
+    run = api.create(channels=[channel(f"http://two.test:{free_port()}/hook")])
+    api.complete(run)
+    row, = settled(api, run)
+    assert (row["status"], row["errorText"]) == ("pending", "ConnectionError")
 
 
 def test_tls_and_the_host_header_keep_the_name_of_the_url(api, resolved, monkeypatch):

@@ -1,14 +1,13 @@
-"""One POST to a receiver that nobody vouches for: one deadline for all of it, a checked address, a bounded answer.
+"""One POST to a receiver that is not trusted: one deadline for the whole exchange, a checked address, a bounded answer.
 
-requests and urllib3 do the HTTP and the TLS. Their time-outs are for a single read or an address, so a receiver that
-drips could hold a thread for ever: the deadline is kept by shutting the connection down from another thread (`cut`).
+requests and urllib3 do the HTTP and the TLS. Each of their time-outs limits one read, or the connection to one address,
+so a receiver that sends a byte now and then could hold a thread for ever. The deadline is kept by another thread, which
+shuts the connection down (`cut`).
 """
 
 from __future__ import annotations
 
-import base64
 import functools
-import hmac
 import http.client
 import io
 import os
@@ -27,26 +26,12 @@ import urllib3.connection
 from .targets import WebhookTargets
 
 CONNECT_SECONDS = 5.0       # for one address of several
-ANSWER_CHARACTERS = 8000    # of a body, that are kept
-ANSWER_BYTES = 256 * 1024   # of a whole answer, its interim answers and headers among them; more is no answer
-
-
-def sign(body: bytes, secret: str, delivery_id: str, timestamp: int) -> dict[str, str]:
-    """The signature headers: ours, HMAC-SHA256 over the body, and those of the Standard Webhooks specification, over
-    id, timestamp and body; a secret that begins with whsec_ is base64 there, as that specification has it."""
-    key = secret.encode()
-    standard_key = key
-    if secret.startswith("whsec_"):
-        with suppress(ValueError):
-            standard_key = base64.b64decode(secret.removeprefix("whsec_"), validate=True) or key
-    signed = b"%s.%d.%s" % (delivery_id.encode(), timestamp, body)
-    standard = base64.b64encode(hmac.digest(standard_key, signed, "sha256")).decode()
-    return {"x-tidebase-signature": "sha256=" + hmac.digest(key, body, "sha256").hex(),
-            "webhook-signature": f"v1,{standard}"}
+ANSWER_CHARACTERS = 8000    # of the answer's body are kept
+ANSWER_BYTES = 256 * 1024   # of a whole answer, with its interim answers and headers; a longer one is cut off
 
 
 class TargetRefused(Exception):
-    """The receiver's address is not one to send webhooks to; the message is for who configured it."""
+    """No webhook may be sent to the receiver's address; the message is for whoever configured it."""
 
 
 class Cut(Exception):
@@ -54,7 +39,7 @@ class Cut(Exception):
 
 
 class Exchange:
-    """One POST and its answer. `post` blocks its thread; `cut` ends that from another one."""
+    """One POST and its answer. `post` blocks its thread; `cut`, called by another thread, ends it."""
 
     def __init__(self, targets: WebhookTargets, seconds: float) -> None:
         self.targets = targets
@@ -62,23 +47,25 @@ class Exchange:
         self.deadline = self.started + seconds
         self.is_cut = False
         self.is_over = False  # `post` returned, or raised
-        self._lock = threading.Lock()
-        self._connection: socket.socket | None = None  # a handle of our own: the other is closed at any time
+        self.has_connected = False  # to the receiver, which may have got the request
+        self._lock = threading.Lock()  # guards is_cut and _connection
+        self._connection: socket.socket | None = None  # a duplicate, since requests may close its own at any time
 
     def post(self, url: str, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
-        """Send it.  :returns: the status, and the first characters of the answer.
+        """Send it.
 
-        The status counts: a body that breaks off, or is cut, is kept as far as it came.
-
-        :raises TargetRefused, ValueError: it can never be sent there.
-        :raises Cut, requests.RequestException: another try may do better.
+        :returns: the status, and the first characters of the answer's body. A body that breaks off, or is cut, is kept
+            as far as it came: the status alone decides.
+        :raises TargetRefused: the address may not be sent to.
+        :raises ValueError: the URL is no address, or (`has_connected`) the head of the answer is malformed.
+        :raises Cut, requests.RequestException: there is no answer; another try may do better.
         """
         headers = {**headers, "Accept-Encoding": "identity"}
         try:
             with _Session(self) as session, session.post(
                     url, data=body, headers=headers, timeout=self._left(), stream=True,
                     allow_redirects=False) as response:
-                if self.is_cut:  # in the head, whose beginning http.client takes for all of it
+                if self.is_cut:  # maybe in the head: http.client takes one that breaks off for a complete one
                     raise Cut
                 return response.status_code, _beginning(response)
         except requests.RequestException as error:
@@ -93,41 +80,45 @@ class Exchange:
                     self._connection = None
 
     def cut(self) -> None:
-        """End it: whoever reads from the connection, or writes to it, gets an error at once."""
+        """End it: a read from the connection, or a write to it, fails at once."""
         with self._lock:
             self.is_cut = True
             if self._connection:
-                with suppress(OSError):  # the receiver was faster
+                with suppress(OSError):  # the receiver has closed it already
                     self._connection.shutdown(socket.SHUT_RDWR)
 
     def connect(self, host: str, port: int) -> socket.socket:
-        """A connection to the first address of the host that may be sent to and takes it.
+        """Connect to the first address of the host that may be sent to and accepts the connection.
 
-        :raises TargetRefused: none of them may.
-        :raises OSError: none of them takes it in time.
+        :raises TargetRefused: no address of the host may be sent to.
+        :raises OSError: none of those that may be sent to accepts in time, or the host has no address.
         """
-        refusals, failure = [], OSError(f"{host} has no address")
+        refusal: str | None = None
+        failure: OSError | None = None
         for family, kind, protocol, _, address in _addresses(host, port, self._left()):
-            refusal = self.targets.refusal(host, str(address[0]))
-            if refusal:
-                refusals.append(refusal)
+            reason = self.targets.refusal(host, str(address[0]))
+            if reason:
+                refusal = refusal or reason
                 continue
             try:
                 return self._connect(socket.socket(family, kind, protocol), address)
             except OSError as error:
                 failure = error
-        raise TargetRefused(refusals[0]) if refusals else failure
+        if refusal and not failure:
+            raise TargetRefused(refusal)
+        raise failure or OSError(f"{host} has no address")
 
     def _connect(self, connection: socket.socket, address: Any) -> socket.socket:
         try:
             connection.settimeout(min(CONNECT_SECONDS, self._left()))
             connection.connect(address)
-            connection.settimeout(self._left())  # TLS keeps it for its handshake as a whole
+            connection.settimeout(self._left())  # also the limit of the TLS handshake, as a whole
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 if self.is_cut:
                     raise TimeoutError
                 self._connection = connection.dup()
+            self.has_connected = True
         except OSError:
             connection.close()
             raise
@@ -138,8 +129,14 @@ class Exchange:
 
 
 def _addresses(host: str, port: int, seconds: float) -> list[Any]:
-    """What a host is resolved to. A resolver can be slower than anybody wants to wait, and is then left to itself."""
-    with suppress(socket.gaierror):  # it is a name; an address, in whatever spelling, needs no resolver
+    """What getaddrinfo answers for a host.
+
+    :param seconds: how long the resolver may take. It cannot be stopped, so a slower one goes on in a thread of its own
+        and its answer is not used.
+    :raises OSError: the name is unknown, or was not resolved in time.
+    :raises UnicodeError: it cannot be a name.
+    """
+    with suppress(socket.gaierror):  # then it is a name; an address, in whatever spelling, needs no resolver
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -160,15 +157,15 @@ def _addresses(host: str, port: int, seconds: float) -> list[Any]:
 
 
 # ------------------------------------------------------------------------------
-# Beneath requests: connections that the exchange makes, and answers that end.
+# Under requests: connections made by the exchange, and answers of a bounded size.
 #
-# This is the one place that leans on what the libraries do not document. urllib3 has no hook for how a connection is
-# made but HTTPConnection._new_conn, which it calls for a socket, before TLS; the host in the Host header and the name
-# in the certificate stay those of the URL. http.client makes its answers from response_class and reads them from fp.
-# tests/test_webhooks.py shows that each takes hold; the versions are pinned in requirements.txt.
+# This is the one place that relies on what the libraries do not document. urllib3 has no hook for making a connection
+# but HTTPConnection._new_conn, which returns the socket, before TLS; the Host header and the name that the certificate
+# must have are still those of the URL. http.client makes its answers from response_class and reads them from fp.
+# tests/test_webhooks.py tests that each of these has its effect; requirements.txt pins the versions.
 # ------------------------------------------------------------------------------
 class _Bounded(io.RawIOBase):
-    """The bytes of an answer, up to ANSWER_BYTES."""
+    """The bytes of an answer; beyond ANSWER_BYTES reading fails."""
 
     def __init__(self, raw: Any) -> None:
         self.raw = raw
@@ -190,13 +187,15 @@ class _Bounded(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
+    """An answer of bounded size."""
+
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
         self.fp = io.BufferedReader(_Bounded(self.fp.detach()))
 
 
 class _Connecting:
-    """How both kinds of connection are made."""
+    """What connections with and without TLS have in common: the exchange makes the socket."""
 
     response_class: Any = _Response
     _dns_host: str
@@ -233,25 +232,26 @@ class _Adapter(requests.adapters.HTTPAdapter):
 class _Session(requests.Session):
     def __init__(self, exchange: Exchange) -> None:
         super().__init__()
-        self.trust_env = False  # no proxy and no password of this machine's user; an authority of its own it may have
+        self.trust_env = False  # no proxy, and no password from the .netrc of the user who started the server
         self.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
         for scheme in ("http://", "https://"):
             self.mount(scheme, _Adapter(exchange))
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """None is followed: else requests would read its body to the end, and its address, even so."""
+        """No redirect is followed. requests asks even without allow_redirects, and would then read the whole body."""
         return None
 
 
 def _beginning(response: requests.Response) -> str:
-    """The first characters of a body, whatever its encoding is. NUL and lone surrogates are no text for Postgres."""
+    """The first characters of an answer's body, with NUL and lone surrogates replaced, which PostgreSQL does not store.
+    The body is not decompressed."""
     taken = b""
     with suppress(urllib3.exceptions.HTTPError):
         while len(taken) < 4 * ANSWER_CHARACTERS and (chunk := response.raw.read1(4096, decode_content=False)):
             taken += chunk
     try:
         text = taken.decode(response.encoding or "utf-8", "replace")
-    except (LookupError, ValueError):  # the receiver named an encoding that there is not
+    except (LookupError, ValueError):  # the receiver named an encoding that does not exist
         text = taken.decode("utf-8", "replace")
     text = text.encode("utf-8", "replace").decode()
     return text[:ANSWER_CHARACTERS].replace("\x00", "\N{REPLACEMENT CHARACTER}")

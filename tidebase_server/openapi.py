@@ -1,14 +1,20 @@
-"""What the server says of itself: /openapi.json.
+"""Builds the document of /openapi.json from the server's own code.
 
-A file of its own, since tidebase.py is read by people who want to know what the server does, and none of this decides
-anything. Nothing is told twice: paths and methods are the app's, bodies the marshmallow schemas that the routes parse,
-and all else is what each route's docstring says, as people read it:
+Paths and methods come from the Flask app, bodies from the marshmallow schemas that the routes parse. The rest comes
+from the routes' docstrings. Each says what its route does, then lists query parameters (?) and headers (@) and, from
+200 on, the answers: each a status with the shape of its JSON, or with its error codes.
 
     What it does.  ?waitMs:0..25000=0 (explained) @a-header  200 {run, created}, 404, 409 run_cancelled, lease_lost.
 
-A shape in such a docstring, as in OBJECTS below: `{…}` an object, `[…]` a list, `or` between alternatives; `?` after a
-key or a type means that it may be null, `~` before a key that it may be absent, `...name` all keys of that object. What
-a key holds its name says (see kind_of), or a type after a colon: low..high, a|b|c, or a name; `=word` is that word.
+How a shape is written, there and in OBJECTS below:
+
+    {a, b}       an object with these keys        a?         a key, or a type, that may be null
+    [a]          a list                           ~a         a key that may be absent
+    a or b       one of these shapes              ...run     all keys of that object
+    a:int        a key with the type after the colon: a name, low..high, or words as x|y|z
+    a=word       a key that holds this word
+
+The type of a key without a colon goes by its name: see kind_of.
 """
 
 from __future__ import annotations
@@ -31,58 +37,50 @@ from .bodies import camel
 Schema = dict[str, Any]
 
 # ------------------------------------------------------------------------------
-# Shapes: what answers hold. Every key is always there, but for those marked ~.
+# Shapes: the objects in answers, and the types in them. Every key is always there, but for those marked ~.
 # ------------------------------------------------------------------------------
 OBJECTS = {
-    "run": """{id, workflowName, input, metadata,
-        status:pending|queued|running|waiting|completed|failed|cancelled, result, error, recoveryWebhook?, leaseOwner?,
+    "run": """{id, workflowName, input, metadata, status:runState, result, error, recoveryWebhook?, leaseOwner?,
         leaseExpiresAt?, attempt, queue?, dedupeKey?, priority, runAt?, maxAttempts, deadlineAt?, cancelRequestedAt?,
         cancelledAt?, cancelReason?, cancelActor?, failureClass?, createdAt, updatedAt, completedAt?,
         waitingFor:object?, stalled:bool}""",
-    "step": """{id, runId, name, inputHash, input, options, resumeContract,
-        status:running|completed|failed_retryable|manual_review|failed, output, error, leaseOwner?, leaseExpiresAt?,
-        attempt, startedAt?, completedAt?, createdAt, updatedAt}""",
-    "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never,
-        checkpointInvariant:any, verifiedBy:any, credentials:[any]}""",
+    "step": """{id, runId, name, inputHash, input, options, resumeContract, status:stepState, output, error,
+        leaseOwner?, leaseExpiresAt?, attempt, startedAt?, completedAt?, createdAt, updatedAt}""",
+    "resumeContract": """{sideEffects:[any], idempotencyKey?, replay:auto|manual|never, checkpointInvariant:any,
+        verifiedBy:any, credentials:[any]}""",
     "lightContract": "{...resumeContract, ~payloadOmitted:bool}",
     "checkpoint": "{name, inputHash, output, copied, completedAt}",
-    "heldRun": """{id, status:pending|queued|running|waiting|completed|failed|cancelled, leaseOwner?, leaseExpiresAt?,
-        updatedAt}""",
+    "heldRun": "{id, status:runState, leaseOwner?, leaseExpiresAt?, updatedAt}",
     "briefRun": "{id, status:completed|failed|cancelled, ~payloadOmitted:bool}",
-    "briefStep": """{id, name, status:completed|failed_retryable|manual_review|failed, attempt,
-        ~payloadOmitted:bool}""",
+    "briefStep": "{id, name, status:completed|failed_retryable|manual_review|failed, attempt, ~payloadOmitted:bool}",
     "claimedRun": "{...run, ~checkpoints, ~checkpointsTruncated}",
     "enqueuedRun": "{...run, deduplicated, ~metadata:object?, ~payloadOmitted:bool}",
     "event": "{id:int, runId, seq, type, payload, createdAt}",
-    "gate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels:[sentChannel],
-        resolveToken?, reviewUrl?,
-        expiresAt?, createdAt, updatedAt, resolvedAt?}""",
-    "publicGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, capability, expiresAt?, resolveUrl, resolveToken?,
-        ~reviewUrl?}""",
+    "gate": """{id, runId, name, prompt, data, status:gateState, decision:gateDecision?, actor?, decisionPayload,
+        capability, channels:[sentChannel], resolveToken?, reviewUrl?, expiresAt?, createdAt, updatedAt,
+        resolvedAt?}""",
+    "publicGate": """{id, runId, name, prompt, data, status:gateState, decision:gateDecision?, actor?, capability,
+        expiresAt?, resolveUrl, resolveToken?, ~reviewUrl?}""",
     "signal": "{id, runId, name, n:int, payload, timedOut, createdAt}",
     "state": "{runId, value, version, updatedAt}",
     "stateStream": """{id, runId, name, targetType, targetId, currentVersion, currentValue, metadata, createdAt,
         updatedAt}""",
     "stateVersion": """{id, streamId, runId, stepId?, version, value, patch, label?, reason?,
-        importance:transient|normal|checkpoint|milestone, metadata, createdBy?, createdAt}""",
+        importance:versionImportance, metadata, createdBy?, createdAt}""",
     "usage": """{id, runId, stepId?, kind, provider?, model?, label?, quantity?, unit?, inputTokens?, outputTokens?,
         totalTokens?, costUsd?, metadata, createdAt}""",
-    "usageGroup": """{~model?, ~workflow, ~day, entries, runs:int, inputTokens, outputTokens, totalTokens,
-        costUsd}""",
+    "usageGroup": "{~model?, ~workflow, ~day, entries, runs:int, inputTokens, outputTokens, totalTokens, costUsd}",
     "runEdge": "{id, parentRunId, childRunId, name, edgeType, metadata, createdAt}",
-    "recoveryAttempt": """{id, runId, reason, webhookUrl, status:pending|delivered|failed, httpStatus?, responseBody?,
-        errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
+    "recoveryAttempt": """{id, runId, reason, webhookUrl, status:deliveryState, httpStatus?, responseBody?, errorText?,
+        createdAt, completedAt?, attempts, nextAttemptAt?}""",
     "sentChannel": "{type, url, events:[string]}",
     "channel": "{id, runId, type, config:{url, secret:null}, events:[string], createdAt}",
-    "channelDelivery": """{id, runId, channelId, gateId?, eventType, payload, status:pending|delivered|failed,
-        httpStatus?, responseBody?, errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
+    "channelDelivery": """{id, runId, channelId, gateId?, eventType, payload, status:deliveryState, httpStatus?,
+        responseBody?, errorText?, createdAt, completedAt?, attempts, nextAttemptAt?}""",
     "queueConfig": "{name, concurrency?, ratePerMinute?, invokeUrl?, paused}",
-    "queueCounts": """{name, queued, running, waiting, failed, completed, cancelled, oldestReadyMs?,
-        config:queueConfig}""",
-    "schedule": """{name, cron, timezone, workflowName, input, queue, maxAttempts, enabled, nextRunAt?,
-        lastEnqueuedAt?, createdAt, updatedAt}""",
+    "queueCounts": "{name, queued, running, waiting, failed, completed, cancelled, oldestReadyMs?, config:queueConfig}",
+    "schedule": """{name, cron, timezone, workflowName, input, queue, maxAttempts, enabled, nextRunAt?, lastEnqueuedAt?,
+        createdAt, updatedAt}""",
     "runDetail": """{~run:shownRun, ~steps, ~state?, ~stateStreams, ~stateVersions, ~runEdges, ~childRuns:[childRun],
         ~recoveryAttempts, ~channels, ~channelDeliveries:[channelDelivery], ~gates, ~usage:[usage], ~events,
         ~truncated}""",
@@ -97,11 +95,10 @@ OBJECTS = {
     "childRun": "{...run, ~metadata:object?, ~payloadOmitted:bool}",
     "listedStateVersion": "{...stateVersion, ~metadata:object?, ~payloadOmitted:bool}",
     "listedSchedule": "{...schedule, ~payloadOmitted:bool}",
-    "lightRun": """{id, workflowName, status:pending|queued|running|waiting|completed|failed|cancelled, queue?,
-        priority, attempt, maxAttempts, dedupeKey?, createdAt, updatedAt, completedAt?, runAt?, deadlineAt?,
-        leaseOwner?, leaseExpiresAt?, failureClass?, stalled:bool, cancelReason?, cancelActor?, parentRunId?,
-        metadata:object?, metadataOmitted:bool, error:briefError?, durationMs:int?, eventSeq:int, why?, whyDetail?,
-        version:string}""",
+    "lightRun": """{id, workflowName, status:runState, queue?, priority, attempt, maxAttempts, dedupeKey?, createdAt,
+        updatedAt, completedAt?, runAt?, deadlineAt?, leaseOwner?, leaseExpiresAt?, failureClass?, stalled:bool,
+        cancelReason?, cancelActor?, parentRunId?, metadata:object?, metadataOmitted:bool, error:briefError?,
+        durationMs:int?, eventSeq:int, why?, whyDetail?, version:string}""",
     "briefError": "{name?, message?}",
     "whyDetail": """{kind:whyKind, ~since:time?, ~until:time?, ~worker:string?, ~heartbeatAt, ~step:string?,
         ~stepSince:time?, ~queue?, ~concurrency,
@@ -112,18 +109,17 @@ OBJECTS = {
     "rerunPlan": """{runId, runStatus, safe:bool?, verdict, counts:{replays:int, runs:int, runs_again:int,
         stops_for_review:int, never:int}, blocking:[string], steps:[plannedStep], stepsTruncated:bool,
         actions:[retry|recover|review|fork|cancel]}""",
-    "plannedStep": """{id, name, position:int, status:running|completed|failed_retryable|manual_review|failed, attempt,
+    "plannedStep": """{id, name, position:int, status:stepState, attempt,
         plan:replays|runs|runs_again|stops_for_review|never, reason}""",
-    "lightStep": """{id, name, position:int, status:running|completed|failed_retryable|manual_review|failed, attempt,
-        startedAt?, completedAt?, createdAt, updatedAt, leaseOwner?, leaseExpiresAt?, inputHash,
-        resumeContract:lightContract, reviewed?, copied, error:briefError?, inputBytes:int?, outputBytes:int?,
-        errorBytes:int?, optionsBytes:int?}""",
+    "lightStep": """{id, name, position:int, status:stepState, attempt, startedAt?, completedAt?, createdAt, updatedAt,
+        leaseOwner?, leaseExpiresAt?, inputHash, resumeContract:lightContract, reviewed?, copied, error:briefError?,
+        inputBytes:int?, outputBytes:int?, errorBytes:int?, optionsBytes:int?}""",
     "lightEvent": """{id:int, runId, seq, type, createdAt, payload, payloadBytes:int, payloadOmitted:bool, stepId?,
         name?, attempt:int?}""",
     "lightStateVersion": """{id, streamId, streamName, runId, stepId?, version, label?, reason?,
-        importance:transient|normal|checkpoint|milestone, createdBy?, createdAt, bytes:int, patchBytes:int?}""",
+        importance:versionImportance, createdBy?, createdAt, bytes:int, patchBytes:int?}""",
     "lightDelivery": """{id, runId, kind:recovery|push|channel, eventType, reason?, url, gateId?, channelId?,
-        status:pending|delivered|failed, attempts, nextAttemptAt?, httpStatus?, errorText?, createdAt, completedAt?,
+        status:deliveryState, attempts, nextAttemptAt?, httpStatus?, errorText?, createdAt, completedAt?,
         payloadBytes:int?, responseBytes:int?}""",
     "lightSignal": "{id, runId, name, n:int, timedOut, createdAt, payload, payloadBytes:int?, payloadOmitted:bool}",
     "lightUsage": """{id, runId, stepId?, stepName?, kind, provider?, model?, label?, quantity?, unit?, inputTokens?,
@@ -134,20 +130,18 @@ OBJECTS = {
     "runHead": "{id, workflowName, status, queue?, attempt, createdAt}",
     "runSummary": """{run:summaryRun, counts:{steps:int, stepsByStatus:object, events:int, gates:int, gatesPending:int,
         children:int, childrenLive:int, signals:int, deliveries:int, stateVersions:int, usage:int},
-        cost:{own:summedCost, subtree:{...summedCost, runs:int, truncated:bool}}, durationMs:int,
-        state:{version, bytes:int, updatedAt}?, parent:{id, name}?}""",
+        cost:{own:summedCost, subtree:{...summedCost, runs:int, truncated:bool}}, durationMs:int, state:{version,
+        bytes:int, updatedAt}?, parent:{id, name}?}""",
     "summaryRun": """{...lightRun, hasRecoveryWebhook:bool, inputBytes:int, resultBytes:int?, errorBytes:int?,
         metadataBytes:int, cancelRequestedAt?, cancelledAt?, startedAt?, forkedFrom?, schedule:string?}""",
     "approval": """{kind:gate|review, since:time, run:runHead, gate:askedGate?, step:lightStep?, context:{steps:[{name,
         status, startedAt?, completedAt?}], stepsCompleted:int, state:any, stateOmitted:bool, stateVersion:int?,
         costUsd, totalTokens}}""",
-    "askedGate": """{id, runId, name, prompt, data, dataOmitted:bool, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, channels:[sentChannel],
-        resolveToken?, reviewUrl?,
-        expiresAt?, createdAt, updatedAt, resolvedAt?}""",
-    "seenGate": """{id, runId, name, prompt, data, status:pending|approved|rejected|canceled,
-        decision:approved|rejected|canceled?, actor?, decisionPayload, capability, expiresAt?, createdAt, resolvedAt?,
-        workflowName, runStatus}""",
+    "askedGate": """{id, runId, name, prompt, data, dataOmitted:bool, status:gateState, decision:gateDecision?, actor?,
+        decisionPayload, capability, channels:[sentChannel], resolveToken?, reviewUrl?, expiresAt?, createdAt,
+        updatedAt, resolvedAt?}""",
+    "seenGate": """{id, runId, name, prompt, data, status:gateState, decision:gateDecision?, actor?, decisionPayload,
+        capability, expiresAt?, createdAt, resolvedAt?, workflowName, runStatus}""",
     "worker": """{id?, queues:[string]?, workflows:[string]?, since:time, lastAskedAt?, lastHeardAt, running:int,
         runs:[{id, workflowName, queue?, heartbeatAt}]}""",
     "error": """{error:string, code, ~issues:[{path, message}], ~run, ~step, ~gate, ~state?, ~leaseOwner,
@@ -157,6 +151,20 @@ OBJECTS = {
     "heldRefusal": "{error:string, code, ~run:heldRun, status:int}",
 }
 
+ENUMS = {
+    "runState": "pending|queued|running|waiting|completed|failed|cancelled",
+    "stepState": "running|completed|failed_retryable|manual_review|failed",
+    "gateState": "pending|approved|rejected|canceled",
+    "gateDecision": "approved|rejected|canceled",
+    "deliveryState": "pending|delivered|failed",
+    "versionImportance": "transient|normal|checkpoint|milestone",
+    "whyKind": "running|queue_capped|rate_limited|paused|retry|scheduled|offered|gate|signal|sleep|children"
+               "|lease_expired|nobody_asks|workflow_unknown|ready|pending",
+    "payloadKind": "input|result|error|metadata|step.input|step.output|step.error|step.options|event|gate.data"
+                   "|gate.capability|gate.decisionPayload|state|state.patch|signal|delivery|delivery.response"
+                   "|usage.metadata|edge.metadata",
+}
+# All other types, among them the keys whose name says what they hold.
 BY_NAME: dict[str, Schema] = {
     key: schema for keys, schema in (
         ("input result error output data payload decisionPayload capability value patch currentValue any", {}),
@@ -169,20 +177,14 @@ BY_NAME: dict[str, Schema] = {
          {"type": "boolean"}),
         ("time", {"type": "string", "format": "date-time"}),
         ("null", {"type": "null"}),
-        ("whyKind", {"type": "string", "enum": [
-            "running", "queue_capped", "rate_limited", "paused", "retry", "scheduled", "offered", "gate", "signal",
-            "sleep", "children", "lease_expired", "nobody_asks", "workflow_unknown", "ready", "pending"]}),
-        ("payloadKind", {"type": "string", "enum": [
-            "input", "result", "error", "metadata", "step.input", "step.output", "step.error", "step.options", "event",
-            "gate.data", "gate.capability", "gate.decisionPayload", "state", "state.patch", "signal", "delivery",
-            "delivery.response", "usage.metadata", "edge.metadata"]}),
     ) for key in keys.split()
-}
+} | {name: {"type": "string", "enum": words.split("|")} for name, words in ENUMS.items()}
 TOKEN = re.compile(r"\.\.\.|[][{}:=?~]|[\w.|-]+")
 
 
 def kind_of(name: str) -> Schema:
-    """The schema of a type by its name, and of a key by what it is called."""
+    """The schema of a type or, for a key without one, of the type that its name says: one of BY_NAME or OBJECTS, a list
+    of one of OBJECTS for its plural, a time for a name that ends with At; else a string."""
     if name in BY_NAME:
         return dict(BY_NAME[name])
     if name in OBJECTS:
@@ -197,7 +199,7 @@ def kind_of(name: str) -> Schema:
 
 
 def or_null(schema: Schema) -> Schema:
-    """The schema of what is of this schema, or null."""
+    """The schema that allows null beside what this one allows."""
     if "enum" in schema:
         return schema | {"type": [schema["type"], "null"], "enum": [*schema["enum"], None]}
     if "type" in schema:
@@ -206,7 +208,7 @@ def or_null(schema: Schema) -> Schema:
 
 
 def shape(text: str) -> Schema:
-    """The JSON schema of a shape as it is written above."""
+    """The JSON schema of a shape; the head of this file says how one is written."""
     tokens = TOKEN.findall(text)
 
     def take(token: str) -> bool:
@@ -215,16 +217,16 @@ def shape(text: str) -> Schema:
             return True
         return False
 
-    def read() -> Schema:
-        read_one = [one()]
+    def alternatives() -> Schema:
+        found = [one()]
         while take("or"):
-            read_one.append(one())
-        schema = read_one[0] if len(read_one) == 1 else {"anyOf": read_one}
+            found.append(one())
+        schema = found[0] if len(found) == 1 else {"anyOf": found}
         return or_null(schema) if take("?") else schema
 
     def one() -> Schema:
         if take("["):
-            schema: Schema = {"type": "array", "items": read()}
+            schema: Schema = {"type": "array", "items": alternatives()}
             assert take("]"), text
             return schema
         return members() if take("{") else kind_of(tokens.pop(0))
@@ -234,26 +236,26 @@ def shape(text: str) -> Schema:
         required: list[str] = []
         while not take("}"):
             if take("..."):
-                all_of = shape(OBJECTS[tokens.pop(0)])
-                properties |= all_of["properties"]
-                required += all_of.get("required", [])
+                included = shape(OBJECTS[tokens.pop(0)])
+                properties |= included["properties"]
+                required += included.get("required", [])
                 continue
-            absent, key = take("~"), tokens.pop(0)
-            empty = take("?")
-            schema = {"const": tokens.pop(0)} if take("=") else read() if take(":") else kind_of(key)
-            properties[key] = or_null(schema) if empty else schema
-            required += [] if absent else [key]
+            may_be_absent, key = take("~"), tokens.pop(0)
+            may_be_null = take("?")
+            schema = {"const": tokens.pop(0)} if take("=") else alternatives() if take(":") else kind_of(key)
+            properties[key] = or_null(schema) if may_be_null else schema
+            required += [] if may_be_absent else [key]
         return {"type": "object", "properties": properties} | ({"required": required} if required else {})
 
-    schema = read()
+    schema = alternatives()
     assert not tokens, text
     return schema
 
 
 # ------------------------------------------------------------------------------
-# The document: the app's routes, their docstrings and the schemas that they parse, as OpenAPI.
+# The document: the app's routes, their docstrings and the schemas that they parse, turned into OpenAPI.
 # ------------------------------------------------------------------------------
-GROUPS = {  # a route is of the last whose pattern its path has, else of the server
+GROUPS = {  # a route belongs to the last group whose pattern its path has, and to Server if there is none
     "Runs": ("/runs|/heartbeats", "One execution of a workflow each: created, leased, ended."),
     "Steps": ("/steps|/writes", "Named pieces of a run: begun under a lease, recorded once, replayed from then on."),
     "Gates": ("/gates", "Questions to a person, each decided once by whoever holds its token."),
@@ -275,7 +277,7 @@ RUN_TOKEN = (
     "Opens the events of one run, to read, until it expires. The client makes it, without a request (`runs.token`): "
     "EXPIRY in whole seconds since 1970; MAC the HMAC-SHA256 of `tidebase-run-token.v1.EXPIRY.RUN_ID`, keyed with the "
     "API key or the read key, as base64url without padding.")
-REFUSED = {  # what any route may answer, beside what it says of itself
+REFUSED = {  # what routes may answer beside what their docstrings list
     "400": ("invalid_request", "A value has the wrong form: issues says which, in the body, the path or the query."),
     "401": ("unauthorized", "The API key is missing or wrong."),
     "403": ("foreign_origin", "A web page asks that is not this server's own; or, without a key, the Host is not."),
@@ -290,12 +292,13 @@ PART: Schema = {"type": "string", "minLength": 1, "maxLength": 512, "pattern": "
 
 
 def as_given(schema: Schema, text: str) -> Any:
-    """A default as its type, from how a docstring has it."""
+    """The default of a parameter, from the text in a docstring."""
     return int(text) if schema["type"] == "integer" else text
 
 
 def path_of(rule: Any) -> tuple[str, list[str]]:
-    """A route's path and the names of its parts, where those that differ in nothing but such a name are one path."""
+    """A route's path as OpenAPI writes it, and the names of its parts. Routes whose paths differ only in such names are
+    one path, whose part then has all of the names."""
     alike = [RULE_PART.findall(other.rule) for other in rule.map.iter_rules()
              if RULE_PART.sub("", other.rule) == RULE_PART.sub("", rule.rule)]
     names = [camel("_or_".join(dict.fromkeys(at))) for at in zip(*alike, strict=True)]
@@ -307,45 +310,46 @@ def parameters_of(rule: Any, head: str) -> list[Schema]:
     found = [{"in": "path", "name": name, "required": True, "schema": PART}
              | ({} if name == camel(own) else {"description": camel(own)})
              for name, own in zip(path_of(rule)[1], RULE_PART.findall(rule.rule), strict=True)]
-    for mark, name, kind, default, explained in PARAMETER.findall(head):
+    for mark, name, kind, default, description in PARAMETER.findall(head):
         schema = kind_of(kind or "string")
         if default:
             schema["default"] = as_given(schema, default)
         found.append({"in": "query" if mark == "?" else "header", "name": name, "schema": schema}
-                     | ({"description": explained} if explained else {}))
+                     | ({"description": description} if description else {}))
     return found
 
 
 def refusal(codes: list[str], words: str) -> Schema:
-    """The response of an error with one of these codes."""
-    of_these = {"type": "object", "properties": {"code": {"enum": codes}}}
-    schema = {"allOf": [{"$ref": "#/components/schemas/error"}, of_these]}
+    """The response that is an error with one of these codes."""
+    one_code = {"type": "object", "properties": {"code": {"enum": codes}}}
+    schema = {"allOf": [{"$ref": "#/components/schemas/error"}, one_code]}
     return {"description": words, "content": {"application/json": {"schema": schema}}}
 
 
 def answers_of(tail: str) -> dict[str, Schema]:
     """The responses that the end of a docstring lists: `200 {run}, 404, 409 lease_lost, run_cancelled.`"""
     answers: dict[str, Schema] = {}
-    for status, said in re.findall(r"(\d{3})\b(.*?)(?=, \d{3}\b|$)", tail.rstrip(".")):
-        said = said.strip()
-        if status == "200" or said.startswith("{"):
-            answers[status] = {"description": said or "the answer", "content": {}}
-            kinds = re.split(r" or (?=[{[a-z])", said)
+    for status, text in re.findall(r"(\d{3})\b(.*?)(?=, \d{3}\b|$)", tail.rstrip(".")):
+        text = text.strip()
+        if status == "200" or text.startswith("{"):
+            answers[status] = {"description": text or "the answer", "content": {}}
+            kinds = re.split(r" or (?=[{[a-z])", text)
             for media in [kind for kind in kinds if kind in MEDIA]:
-                # What the schema of a stream's content describes differs from tool to tool.
+                # Tools disagree on what the schema of a stream describes, so there is none.
                 answers[status]["content"][MEDIA[media]] = {"schema": {} if media == "stream" else {"type": "string"}}
             if shapes := [kind for kind in kinds if kind not in MEDIA]:
                 answers[status]["content"]["application/json"] = {"schema": shape(" or ".join(shapes))}
         else:
-            codes = [piece.split()[0] for piece in said.split(",") if piece] or ["not_found"]
-            answers[status] = refusal(codes, said or "not_found")
+            codes = [piece.split()[0] for piece in text.split(",") if piece] or ["not_found"]
+            answers[status] = refusal(codes, text or "not_found")
             if status in REFUSED:
-                answers[status] = refusal([REFUSED[status][0], *codes], f"{REFUSED[status][0]}, {said}")
+                answers[status] = refusal([REFUSED[status][0], *codes], f"{REFUSED[status][0]}, {text}")
     return answers
 
 
 def bodies_of(view: Callable[..., Any]) -> list[type[marshmallow.Schema]]:
-    """The schemas that a route's code names: what it parses. One that combines others stands for those."""
+    """The schemas of the bodies that a route parses: those that its code names. A schema that others inherit from does
+    not count beside them."""
     code: Any = inspect.unwrap(view)
     named = [code.__globals__.get(name, getattr(bodies, name, None)) for name in code.__code__.co_names]
     kinds = [kind for kind in named if isinstance(kind, type) and issubclass(kind, marshmallow.Schema)
@@ -354,7 +358,7 @@ def bodies_of(view: Callable[..., Any]) -> list[type[marshmallow.Schema]]:
 
 
 def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
-    """What apispec cannot know of a field: its class may say more as `json_schema`, payloads have JSON defaults."""
+    """What apispec does not find out about a field: the `json_schema` of its class, and defaults that are JSON text."""
     known: Schema = {bound: int(ret[bound]) for bound in ("minimum", "maximum") if bound in ret}  # Decimals among them
     known |= getattr(field, "json_schema", {})
     if "pattern" in ret:
@@ -367,7 +371,7 @@ def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
         ret.pop("$ref", None)
     default = None if field.load_default is marshmallow.missing else field.load_default
     if default is None:
-        ret.pop("default", None)  # an absent string is not a null that may be sent
+        ret.pop("default", None)  # the field may be absent, which does not mean that it may be null
         return known
     if callable(default):
         default = default()
@@ -378,13 +382,17 @@ def property_of(converter: Any, field: Any, ret: Schema) -> Schema:
 
 
 def document(app: flask.Flask, version: str, without_key: set[str], pages: set[str], limits: str) -> dict[str, Any]:
-    """All of the app's routes but `pages` as an OpenAPI 3.1 document; `without_key` answer without the API key,
-    `limits` says what holds for bodies and queries of all routes."""
+    """The OpenAPI 3.1 document of the app.
+
+    :param without_key: the endpoints that answer without the API key.
+    :param pages: the endpoints that are left out, since they are pages for people.
+    :param limits: a text on what holds for the bodies and queries of all routes.
+    """
     marshmallows = MarshmallowPlugin(schema_name_resolver=lambda schema: (
         schema if isinstance(schema, type) else type(schema)).__name__)
     spec = APISpec("Tidebase", version, "3.1.0", plugins=[marshmallows],
                    info={"description": f"{INTRODUCTION} {limits}"},
-                   tags=[{"name": group, "description": said} for group, (_, said) in GROUPS.items()])
+                   tags=[{"name": group, "description": text} for group, (_, text) in GROUPS.items()])
     assert marshmallows.converter
     marshmallows.converter.add_attribute_function(property_of)  # type: ignore[no-untyped-call]
     for name, text in OBJECTS.items():

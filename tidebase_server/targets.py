@@ -1,7 +1,7 @@
-"""Who may be reached from here: the addresses that webhooks may go to.
+"""The addresses that webhooks may be sent to.
 
-Whoever may create a run chooses where its webhooks go, and can read what was answered. So a server that others can
-reach must not be a way into the networks that it stands in.
+Whoever may create a run chooses where its webhooks go, and can read what the receiver answered. So a server that others
+can reach must not give them a way into its own machine and its private networks.
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 HOST_NAME = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 
-# Where clouds answer with the machine's own credentials, beside 169.254.169.254, which is link-local.
+# Where clouds answer with the machine's own credentials. The most common one, 169.254.169.254, is link-local.
 METADATA = tuple(map(ipaddress.ip_network, (
     "fd00:ec2::/32",       # AWS
     "fd20:ce::254/128",    # Google
     "100.100.100.200/32",  # Alibaba
     "168.63.129.16/32",    # Azure
 )))
-# IPv6 networks whose last 32 bits are the IPv4 address that is meant (RFC 6052, 8215, 7915, 4291).
+# IPv6 networks whose addresses stand for the IPv4 address in their last 32 bits (RFC 6052, 8215, 7915, 4291).
 TRANSLATED = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96", "::/96")))
+# Not routed in the open internet, though the ipaddress module of Python 3.11 takes them for global: translation to
+# IPv4 within a network (RFC 8215), with the IPv4 address anywhere in it, and segment routing (RFC 9602).
+INTERNAL = tuple(map(ipaddress.IPv6Network, ("64:ff9b:1::/48", "5f00::/16")))
 
 
 class WebhookTargets:
     """Decides which addresses a webhook may be sent to."""
 
     def __init__(self, allowed: str, on_loopback: bool) -> None:
-        """:param allowed: TIDEBASE_WEBHOOK_ALLOW, host names and networks with commas between them.
-        :param on_loopback: the server can be reached from this machine only, whose networks are then no secret.
+        """
+        :param allowed: TIDEBASE_WEBHOOK_ALLOW, host names and networks with commas between them.
+        :param on_loopback: the server listens on loopback. Whoever can use it is on this machine, and reaches its
+            networks anyway.
         :raises ValueError: an item is neither a host name nor a network; the message says which.
         """
         self.on_loopback = on_loopback
@@ -45,10 +50,10 @@ class WebhookTargets:
                 self.hosts.add(item.rstrip(".").lower())
 
     def refusal(self, host: str, address: str) -> str | None:
-        """Why nothing may be sent to this address, in words; None when it may.
+        """Why no webhook may be sent to this address, in words for a person; None when one may.
 
-        :param host: the host of the URL, as it was written.
-        :param address: what it was resolved to, and will be connected to.
+        :param host: the host as written in the URL.
+        :param address: the address that it was resolved to, and that will be connected to.
         """
         where = host if host == address else f"{host} ({address})"
         for form in _forms(ipaddress.ip_address(address)):
@@ -65,10 +70,10 @@ class WebhookTargets:
 
 
 def _forms(address: Address) -> Iterator[Address]:
-    """The address, and the IPv4 addresses that it leads to in another spelling."""
+    """The address, and each IPv4 address that it stands for in IPv6."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped:
-            yield address.ipv4_mapped  # the very same; of itself it is in no network
+            yield address.ipv4_mapped  # the same address; it is in no IPv6 network
             return
         number = int(address)
         if number > 1 and any(address in network for network in TRANSLATED):
@@ -81,7 +86,7 @@ def _forms(address: Address) -> Iterator[Address]:
 
 
 def _never(address: Address) -> str | None:
-    """What an address is that no webhook is for."""
+    """What an address is, in words, when no webhook may be sent to it, whatever the settings; else None."""
     if address.is_unspecified or (address.version == 4 and int(address) < 1 << 24):
         return "no address of a host"
     if address.is_link_local:
@@ -94,9 +99,10 @@ def _never(address: Address) -> str | None:
 
 
 def _inside(address: Address) -> str | None:
-    """What an address is that only those inside can reach."""
+    """What an address is, in words, when it cannot be reached from the open internet; else None."""
     if address.is_loopback:
         return "this machine"
-    if not address.is_global or (isinstance(address, ipaddress.IPv6Address) and address.is_site_local):
+    if (not address.is_global or any(address in network for network in INTERNAL)
+            or (isinstance(address, ipaddress.IPv6Address) and address.is_site_local)):
         return "in a private network"
     return None
