@@ -10,6 +10,8 @@ import http.client
 import http.server
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -308,6 +310,79 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class ForkServer:
+    """Starts processes by fork, from one that has imported Tidebase: see fork_server.py. It is started when the first
+    is asked for, and all of them end with it."""
+
+    def __init__(self) -> None:
+        self.orders: socket.socket | None = None
+
+    def start(self, *arguments: str, environment: Mapping[str, str], output: int, files: int | None = None) -> Forked:
+        """Start `python ARGUMENTS`.
+
+        :param output: a descriptor, of its standard output and error.
+        :param files: how many it may have open, when it is not as many as here.
+        """
+        if not self.orders:
+            self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self.process = subprocess.Popen([sys.executable, str(ROOT / "tests/fork_server.py")], stdin=theirs)
+        order = {"argv": arguments, "environment": dict(environment), "cwd": os.getcwd(), "files": files}
+        answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, open(os.devnull) as nothing:
+            descriptors = [theirs.fileno(), nothing.fileno(), output, output]
+            socket.send_fds(self.orders, [json.dumps(order).encode()], descriptors)
+        return Forked(arguments, answers)
+
+    def close(self) -> None:
+        if self.orders:
+            self.orders.close()
+            self.process.wait()
+
+
+class Forked:
+    """A process that a fork server started, with what is needed here of subprocess.Popen."""
+
+    def __init__(self, arguments: Sequence[str], answers: socket.socket) -> None:
+        self.arguments, self.answers = arguments, answers
+        self.pid = int(answers.recv(100))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """:returns: its exit status, None while it runs."""
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.  :returns: its exit status."""
+        if self.returncode is None:
+            if not select.select([self.answers], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.arguments, timeout or 0)
+            with self.answers:
+                self.returncode = int(self.answers.recv(100))
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+fork_server = ForkServer()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> Iterator[None]:
+    yield
+    fork_server.close()
+
+
 class ServerProcess:
     """`python tidebase.py`, to be killed and started again on the same port."""
 
@@ -317,15 +392,12 @@ class ServerProcess:
         self.port = int(environment["PORT"])
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | None = None
 
     def start(self, wait: bool = True) -> ServerProcess:
         with self.log.open("ab") as log:
-            command = [sys.executable, str(ROOT / "tidebase.py")]
-            if self.files:
-                command = ["sh", "-c", f'ulimit -n {self.files}; exec "$@"', "sh", *command]
-            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log,
-                                            stdin=subprocess.DEVNULL)
+            self.process = fork_server.start(str(ROOT / "tidebase.py"), environment=self.environment,
+                                             output=log.fileno(), files=self.files)
         if wait:
             eventually(self.is_healthy, 30)
         return self
@@ -340,8 +412,7 @@ class ServerProcess:
     def end(self, number: int) -> int:
         """Send a signal and wait for the end.  :returns: the exit status."""
         assert self.process
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+        self.process.send_signal(number)
         return self.process.wait(30)
 
 
