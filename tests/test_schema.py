@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (4, "78334bdfc1ed1f8cf18d8315e97d31867cf5f6b1800834daf210f158cf05b734")
+PINNED = (4, "3e943019787d3eda47944db9e4bc6096fdefdb2390c0d5a179e54664df822119")
 
 
 def apply(conninfo: str) -> None:
