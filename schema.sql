@@ -2309,17 +2309,23 @@ begin
   return json_build_object('usage', tidebase._usage_json(v_usage));
 end $$;
 
--- The ledger summed up, by model, by workflow or by day (UTC), dearest first.    Returns  {"groups"}.
+-- The ledger summed up, by model, by workflow or by day (UTC), dearest first. It is summed up per run first, in memory:
+-- to count the distinct runs of each group would sort all entries.    Returns  {"groups"}.
 create or replace function tidebase.usage_groups (p_by text, p_since timestamptz, p_until timestamptz)
-  returns json language sql stable as $$
-  with grouped as (
-    select case p_by when 'model' then u.model when 'workflow' then r.workflow_name
-                     else to_char(u.created_at at time zone 'UTC', 'YYYY-MM-DD') end as key,
-           count(*) as entries, count(distinct u.run_id) as runs, coalesce(sum(u.input_tokens), 0) as input_tokens,
-           coalesce(sum(u.output_tokens), 0) as output_tokens, coalesce(sum(u.total_tokens), 0) as total_tokens,
-           coalesce(sum(u.cost_usd), 0) as cost_usd
-      from tidebase.usage u join tidebase.runs r on r.id = u.run_id
-     where (p_since is null or u.created_at >= p_since) and (p_until is null or u.created_at < p_until)
+  returns json language sql stable set work_mem = '64MB' as $$
+  with per_run as (
+    select case p_by when 'model' then model when 'day' then (created_at at time zone 'UTC')::date::text end as key,
+           run_id, count(*) as entries, sum(input_tokens) as input_tokens, sum(output_tokens) as output_tokens,
+           sum(total_tokens) as total_tokens, sum(cost_usd) as cost_usd
+      from tidebase.usage
+     where (p_since is null or created_at >= p_since) and (p_until is null or created_at < p_until)
+     group by 1, run_id
+  ), grouped as (
+    select case p_by when 'workflow' then r.workflow_name else key end as key, sum(entries)::bigint as entries,
+           count(*) as runs, coalesce(sum(input_tokens), 0) as input_tokens,
+           coalesce(sum(output_tokens), 0) as output_tokens, coalesce(sum(total_tokens), 0) as total_tokens,
+           coalesce(sum(cost_usd), 0) as cost_usd
+      from per_run left join tidebase.runs r on p_by = 'workflow' and r.id = run_id
      group by 1
   )
   select json_build_object('groups', coalesce(json_agg(json_build_object(

@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (4, "3e943019787d3eda47944db9e4bc6096fdefdb2390c0d5a179e54664df822119")
+PINNED = (4, "185cd57a44eb0b09c8bd4dfbb9ced275dc02c9d3a722ead0d8bc6113bbeda7fc")
 
 
 def apply(conninfo: str) -> None:
