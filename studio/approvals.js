@@ -11,7 +11,7 @@ import { items, member } from "./json.js";
 import { inlinePayload } from "./payload.js";
 import { runUrl, setQuery, setTitle } from "./router.js";
 import { gateBody } from "./tabs.js";
-import { errorLine } from "./why.js";
+import { errorLine } from "./runs.js";
 
 const PAGE_SIZE = 50;
 const idOf = (item) => (item.gate ?? item.step).id;

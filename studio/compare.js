@@ -6,7 +6,7 @@ import { ask, between, button, card, dash, debounce, el, empty, facts, field, fi
 	muted, options, plural, setText, show, skeleton, status, time } from "./dom.js";
 import { diffTable, readPayload } from "./payload.js";
 import { runUrl } from "./router.js";
-import { outcome, runDuration, shownStatus } from "./why.js";
+import { outcome, runDuration, shownStatus } from "./runs.js";
 
 const LONGEST = 65_536; // bytes of an output that is compared by itself
 const MOST = 200; // outputs that are compared

@@ -12,7 +12,7 @@ import { payload, readPayload } from "./payload.js";
 import { compareUrl, navigate, runsUrl, runUrl, setQuery, setTitle } from "./router.js";
 import { stepPanel, TABS } from "./tabs.js";
 import { makeWaterfall, Timeline } from "./waterfall.js";
-import { outcome, shownStatus } from "./why.js";
+import { outcome, shownStatus } from "./runs.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the last so many are read at once
 const LIVE = new Set(["pending", "queued", "running", "waiting"]);
@@ -39,7 +39,7 @@ export async function open({ main, parts: [id], query, signal }) {
 	const panel = el("aside.card.side", { "aria-label": "Details" });
 	const content = el("div.stack", { role: "tabpanel", tabindex: "-1" });
 	const { workflowName } = summary.run;
-	const title = link(runsUrl({ workflow: workflowName }), workflowName);
+	const title = el("a", { href: runsUrl({ workflow: workflowName }) }, workflowName);
 	fill(main,
 		el("header.stack", el("div.spread", el("h1", title, badge), actions), el("div.spread", idText(id), mark), why, about),
 		verdict, tabs, el("div.split", content, panel));

@@ -13,7 +13,7 @@ import { diffTable, inlinePayload, payload, readPayload } from "./payload.js";
 import { runUrl } from "./router.js";
 import { virtualRows } from "./virtual.js";
 import { attemptsOf } from "./waterfall.js";
-import { errorLine, outcome, shownStatus } from "./why.js";
+import { errorLine, outcome, shownStatus } from "./runs.js";
 
 /** A tab that load(box) fills, again after events of a kind, and with the summary when `watched`. */
 function loadedTab(model, kind, load, watched = false) {

@@ -279,7 +279,8 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		filter = text.toLowerCase();
 		draw();
 	});
-	const element = el("section.card", el("header", search, onlyErrors, tally), table, nothing, el("div.body", legend));
+	const element = el("section.card", el("header", search, el("div.row", onlyErrors, tally)), table, nothing,
+		el("div.body", legend));
 	const observer = new ResizeObserver(schedule);
 	observer.observe(table);
 	signal.addEventListener("abort", () => observer.disconnect());
