@@ -2329,17 +2329,23 @@ begin
   return json_build_object('usage', tidebase._usage_json(v_usage));
 end $$;
 
--- The ledger summed up, by model, by workflow or by day (UTC), dearest first.    Returns  {"groups"}.
+-- The ledger summed up, by model, by workflow or by day (UTC), dearest first. It is summed up per run first, in memory:
+-- to count the distinct runs of each group would sort all entries.    Returns  {"groups"}.
 create or replace function tidebase.usage_groups (p_by text, p_since timestamptz, p_until timestamptz)
-  returns json language sql stable as $$
-  with grouped as (
-    select case p_by when 'model' then u.model when 'workflow' then r.workflow_name
-                     else to_char(u.created_at at time zone 'UTC', 'YYYY-MM-DD') end as key,
-           count(*) as entries, count(distinct u.run_id) as runs, coalesce(sum(u.input_tokens), 0) as input_tokens,
-           coalesce(sum(u.output_tokens), 0) as output_tokens, coalesce(sum(u.total_tokens), 0) as total_tokens,
-           coalesce(sum(u.cost_usd), 0) as cost_usd
-      from tidebase.usage u join tidebase.runs r on r.id = u.run_id
-     where (p_since is null or u.created_at >= p_since) and (p_until is null or u.created_at < p_until)
+  returns json language sql stable set work_mem = '64MB' as $$
+  with per_run as (
+    select case p_by when 'model' then model when 'day' then (created_at at time zone 'UTC')::date::text end as key,
+           run_id, count(*) as entries, sum(input_tokens) as input_tokens, sum(output_tokens) as output_tokens,
+           sum(total_tokens) as total_tokens, sum(cost_usd) as cost_usd
+      from tidebase.usage
+     where (p_since is null or created_at >= p_since) and (p_until is null or created_at < p_until)
+     group by 1, run_id
+  ), grouped as (
+    select case p_by when 'workflow' then r.workflow_name else key end as key, sum(entries)::bigint as entries,
+           count(*) as runs, coalesce(sum(input_tokens), 0) as input_tokens,
+           coalesce(sum(output_tokens), 0) as output_tokens, coalesce(sum(total_tokens), 0) as total_tokens,
+           coalesce(sum(cost_usd), 0) as cost_usd
+      from per_run left join tidebase.runs r on p_by = 'workflow' and r.id = run_id
      group by 1
   )
   select json_build_object('groups', coalesce(json_agg(json_build_object(
@@ -3869,8 +3875,24 @@ begin
   return v_facts;
 end $$;
 
+-- A line with the values of p_detail in it: {b:worker} and {n:total} as they are, {ids:runs} a list, {for:since} a length
+-- of time until p_now, {ago:since} how long ago or in how long, {at:until} the instant.
+create or replace function tidebase._say (p_line text, p_detail json, p_now timestamptz)
+  returns text language sql stable as $$
+  select string_agg(part[1] || case part[2]
+           when 'for' then tidebase._span(p_now - (p_detail->>part[3])::timestamptz)
+           when 'ago' then case when (p_detail->>part[3])::timestamptz > p_now
+                                then 'in ' || tidebase._span((p_detail->>part[3])::timestamptz - p_now)
+                                else tidebase._span(p_now - (p_detail->>part[3])::timestamptz) || ' ago' end
+           when 'at' then tidebase._at((p_detail->>part[3])::timestamptz, p_now)
+           when 'ids' then (select string_agg(id, ', ' order by n)
+                              from json_array_elements_text(p_detail->part[3]) with ordinality as i (id, n))
+           else coalesce(p_detail->>part[3], '') end, '' order by n)
+    from regexp_matches(p_line, '([^{]*)(?:\{(\w+):(\w+)\})?', 'g') with ordinality as m (part, n)
+$$;
+
 -- Why a run that has not ended does not go on: a line for people and the same as data. p_facts comes from
--- _queue_facts.
+-- _queue_facts. The detail's `line` is what _say made the line of: a page says it in its own time zone.
 -- Returns  {"why", "whyDetail"}, both null for a run that ended.
 create or replace function tidebase._why (p_run_id text, p_facts jsonb, p_now timestamptz)
   returns json language plpgsql stable set enable_seqscan = off as $$
@@ -3889,29 +3911,28 @@ begin
   v_fact := p_facts->v_run.queue;
 
   if v_run.status = 'running' and v_run.lease_expires_at <= p_now then
-    v_line := format('its lease ran out %s ago; nobody has begun it again',
-                     tidebase._span(p_now - v_run.lease_expires_at));
+    v_line := 'its lease ran out {ago:since}; nobody has begun it again';
     v_detail := json_build_object('kind', 'lease_expired', 'since', tidebase._iso(v_run.lease_expires_at),
                                   'worker', v_run.lease_owner, 'queue', v_run.queue);
 
   elsif v_run.status = 'running' then
     v_since := v_run.lease_expires_at - tidebase._ms(v_run.lease_ms);  -- the owner's last write
-    v_line := format('%s by %s, heartbeat %s ago', case when v_run.queue is null then 'begun' else 'claimed' end,
-                     v_run.lease_owner, tidebase._span(p_now - v_since));
+    v_line := case when v_run.queue is null then 'begun' else 'claimed' end
+              || ' by {b:worker}, heartbeat {ago:heartbeatAt}';
     select s.name, s.started_at into v_found
       from tidebase.events e join tidebase.steps s on s.id = tidebase._readable(e.payload)->>'stepId'
      where e.run_id = p_run_id and e.seq > v_run.event_seq - 20 and e.type = 'step.started' and s.run_id = p_run_id
        and s.status = 'running' and s.fence = v_run.fence
      order by e.seq desc limit 1;
     if v_found.name is not null then
-      v_line := format('%s, in step %s for %s', v_line, v_found.name, tidebase._span(p_now - v_found.started_at));
+      v_line := v_line || ', in step {b:step} for {for:stepSince}';
       v_detail := json_build_object('kind', 'running', 'worker', v_run.lease_owner, 'heartbeatAt',
                     tidebase._iso(v_since), 'step', v_found.name, 'stepSince', tidebase._iso(v_found.started_at));
     else
       select id, name, left(prompt, 200) as prompt, created_at into v_found
         from tidebase.gates where run_id = p_run_id and status = 'pending' order by created_at limit 1;
       if v_found.id is not null then
-        v_line := format('waits for a person since %s: %s', tidebase._span(p_now - v_found.created_at), v_found.prompt);
+        v_line := 'waits for a person since {for:since}: {b:prompt}';
         v_detail := json_build_object('kind', 'gate', 'gateId', v_found.id, 'gate', v_found.name,
                       'prompt', v_found.prompt, 'since', tidebase._iso(v_found.created_at),
                       'worker', v_run.lease_owner, 'heartbeatAt', tidebase._iso(v_since));
@@ -3925,13 +3946,14 @@ begin
   elsif v_run.status = 'waiting' and v_run.waiting_for ? 'gateId' then
     select id, name, left(prompt, 200) as prompt, created_at into v_found
       from tidebase.gates where id = v_run.waiting_for->>'gateId' and run_id = p_run_id;
-    v_line := format('waits for a person since %s: %s', tidebase._span(p_now - v_found.created_at), v_found.prompt);
+    v_line := 'waits for a person since {for:since}: {b:prompt}';
     v_detail := json_build_object('kind', 'gate', 'gateId', v_found.id, 'gate', v_found.name, 'prompt', v_found.prompt,
                                   'since', tidebase._iso(v_found.created_at));
 
   elsif v_run.status = 'waiting' and v_run.waiting_for ? 'event' then
-    v_line := format('waits for signal %s', v_run.waiting_for->>'event')
-              || coalesce(', until ' || tidebase._at(v_run.wake_at, p_now), '');
+    v_line := 'waits for signal {b:signal}'
+              || case when (v_run.waiting_for->>'n')::integer > 1 then ' (number {n:n})' else '' end
+              || case when v_run.wake_at is not null then ', until {at:until}' else '' end;
     v_detail := json_build_object('kind', 'signal', 'signal', v_run.waiting_for->>'event',
                   'n', coalesce((v_run.waiting_for->>'n')::integer, 1), 'until', tidebase._iso(v_run.wake_at));
 
@@ -3942,47 +3964,43 @@ begin
        and (v_run.waiting_for->'children' = 'true' or exists (
               select from tidebase.run_edges e
                where e.child_run_id = c.id and e.parent_run_id = p_run_id and v_run.waiting_for->'children' ? e.name));
-    v_line := format('waits for %s', v_found.live);
+    v_line := 'waits for {n:live} of {n:total} children';
     v_detail := json_build_object('kind', 'children', 'live', v_found.live, 'total', (
       case when v_run.waiting_for->'children' = 'true'
            then (select count(*) from tidebase.run_edges where parent_run_id = p_run_id)
            else jsonb_array_length(v_run.waiting_for->'children') end));
-    v_line := format('%s of %s children', v_line, v_detail->>'total');
 
   elsif v_run.status = 'waiting' then
-    v_line := 'sleeps until ' || tidebase._at(v_run.wake_at, p_now);
+    v_line := 'sleeps until {at:until}';
     v_detail := json_build_object('kind', 'sleep', 'until', tidebase._iso(v_run.wake_at));
 
   elsif v_run.status = 'pending' then
-    v_line := format('created %s ago; nobody has begun it', tidebase._span(p_now - v_run.created_at));
+    v_line := 'created {ago:since}; nobody has begun it';
     v_detail := json_build_object('kind', 'pending', 'since', tidebase._iso(v_run.created_at));
 
   elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.offered_at is not null then
-    v_line := format('offered to the app %s ago, again at %s', tidebase._span(p_now - v_run.offered_at),
-                     tidebase._at(v_run.run_at, p_now));
+    v_line := 'offered to the app {ago:since}, again at {at:until}';
     v_detail := json_build_object('kind', 'offered', 'since', tidebase._iso(v_run.offered_at),
                                   'until', tidebase._iso(v_run.run_at));
 
   elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.has_error then
     select coalesce(brief->>'name', brief->>'message') as error into v_found
       from (select tidebase._error_brief(error) as brief from tidebase.runs where id = p_run_id) as failed;
-    v_line := format('again at %s, attempt %s of %s', tidebase._at(v_run.run_at, p_now), v_run.attempt + 1,
-                     v_run.max_attempts) || coalesce(', after ' || left(v_found.error, 100), '');
+    v_line := 'again at {at:until}, attempt {n:attempt} of {n:maxAttempts}'
+              || case when v_found.error is not null then ', after {b:error}' else '' end;
     v_detail := json_build_object('kind', 'retry', 'until', tidebase._iso(v_run.run_at), 'attempt', v_run.attempt + 1,
-                                  'maxAttempts', v_run.max_attempts, 'error', v_found.error);
+                                  'maxAttempts', v_run.max_attempts, 'error', left(v_found.error, 100));
 
   elsif v_run.status = 'queued' and v_run.run_at > p_now then
-    v_line := 'starts at ' || tidebase._at(v_run.run_at, p_now);
+    v_line := 'starts at {at:until}';
     v_detail := json_build_object('kind', 'scheduled', 'until', tidebase._iso(v_run.run_at));
 
   elsif v_run.status = 'queued' and (v_fact->>'paused')::boolean then
-    v_line := format('queue %s is paused', v_run.queue);
+    v_line := 'queue {b:queue} is paused';
     v_detail := json_build_object('kind', 'paused', 'queue', v_run.queue);
 
   elsif v_run.status = 'queued' and (v_fact->>'running')::integer >= (v_fact->>'concurrency')::integer then
-    v_line := format('queue %s is at its cap of %s: %s', v_run.queue, v_fact->>'concurrency', (
-        select string_agg(id, ', ' order by n)
-          from jsonb_array_elements_text(v_fact->'holders') with ordinality as h (id, n)))
+    v_line := 'queue {b:queue} is at its cap of {n:concurrency}: {ids:runs}'
       || case when (v_fact->>'running')::integer > 3
                 then format(' and %s more hold it', (v_fact->>'running')::integer - 3)
               when (v_fact->>'running')::integer = 1 then ' holds it' else ' hold it' end;
@@ -3990,29 +4008,28 @@ begin
                                   'runs', v_fact->'holders', 'holders', v_fact->'running');
 
   elsif v_run.status = 'queued' and v_fact->>'rateUntil' is not null then
-    v_line := 'rate limit, next place in ' || tidebase._span((v_fact->>'rateUntil')::timestamptz - p_now);
+    v_line := 'rate limit, next place {ago:until}';
     v_detail := json_build_object('kind', 'rate_limited', 'queue', v_run.queue, 'ratePerMinute', v_fact->'rate',
                                   'until', tidebase._iso((v_fact->>'rateUntil')::timestamptz));
 
   elsif v_run.status = 'queued' and not (v_fact->>'pushed')::boolean
         and coalesce((v_fact->>'askedAt')::timestamptz <= p_now - interval '5 min', true) then
-    v_line := format('nobody has asked queue %s for work in the last 5 min', v_run.queue)
-              || case when (v_fact->>'running')::integer > 0
-                      then format('; %s of its runs are at work', v_fact->>'running') else '' end;
+    v_line := 'nobody has asked queue {b:queue} for work in the last 5 min'
+              || case when (v_fact->>'running')::integer > 0 then '; {n:running} of its runs are at work' else '' end;
     v_detail := json_build_object('kind', 'nobody_asks', 'queue', v_run.queue, 'lastAskedAt',
                   tidebase._iso((v_fact->>'askedAt')::timestamptz), 'running', v_fact->'running');
 
   elsif v_run.status = 'queued' and jsonb_typeof(v_fact->'workflows') = 'array'
         and not v_fact->'workflows' ? v_run.workflow_name then
-    v_line := format('workers ask queue %s, but none of them for workflow %s', v_run.queue, v_run.workflow_name);
+    v_line := 'workers ask queue {b:queue}, but none of them for workflow {b:workflowName}';
     v_detail := json_build_object('kind', 'workflow_unknown', 'queue', v_run.queue, 'workflowName', v_run.workflow_name);
 
   elsif v_run.status = 'queued' then
-    v_line := format('ready since %s; queue %s gives it out when its turn has come',
-                     tidebase._span(p_now - v_run.run_at), v_run.queue);
+    v_line := 'ready since {for:since}; queue {b:queue} gives it out when its turn has come';
     v_detail := json_build_object('kind', 'ready', 'queue', v_run.queue, 'since', tidebase._iso(v_run.run_at));
   end if;
-  return json_build_object('why', v_line, 'whyDetail', v_detail);
+  return json_build_object('why', tidebase._say(v_line, v_detail, p_now), 'whyDetail',
+                           tidebase._joined(v_detail, json_build_object('line', v_line)));
 end $$;
 
 -- Whether a value's text has at most 1,000 bytes. The stored size is compared first, so that a large value is not

@@ -1,19 +1,22 @@
 // The server: requests, refusals, and streams of events.
 //
-// The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch, since
-// EventSource can send none. Reads of a page are given up when it is left.
+// The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch,
+// since EventSource can send none. Reads of a page are given up when it is left.
 
-import { toast } from "./dom.js";
+import { el, fault, fill, skeleton, toast } from "./dom.js";
 
 const KEY = "tidebase.key";
 
 /** A refusal of the server; `status` 0: it could not be reached. */
 export class ApiError extends Error {
 	constructor(status, body) {
-		super(body.issues?.map((issue) => `${issue.path}: ${issue.message}`).join("; ") ?? body.error ?? `the server answered ${status}`);
-		Object.assign(this, { status, code: body.code, body });
+		super(body.issues?.map((issue) => `${issue.path}: ${issue.message}`).join("; ")
+			?? body.error ?? `the server answered ${status}`);
+		this.status = status;
 	}
 }
+
+export const unreachable = () => new ApiError(0, { error: "the server cannot be reached" });
 
 export const session = { access: "full", key: sessionStorage.getItem(KEY), leaseMs: 60_000 };
 export const canWrite = () => session.access === "full";
@@ -42,30 +45,31 @@ async function send(method, url, { body, signal, accept = "application/json", ke
 	const headers = { accept };
 	if (key) headers.authorization = `Bearer ${key}`;
 	if (body !== undefined) headers["content-type"] = "application/json";
+	// A body that is a string is JSON already: a payload that somebody typed goes out as it was typed.
+	if (typeof body === "object") body = JSON.stringify(body);
 	let response;
 	try {
-		// A body that is a string is JSON already: a payload that somebody typed goes out as it was typed.
-		response = await fetch(url, { method, headers, signal, cache: "no-store", body: typeof body === "object" ? JSON.stringify(body) : body });
+		response = await fetch(url, { method, headers, signal, cache: "no-store", body });
 	} catch (error) {
 		if (error.name === "AbortError") throw error;
 		watch.onReachable(false);
-		throw new ApiError(0, { error: "the server cannot be reached" });
+		throw unreachable();
 	}
 	watch.onReachable(true);
 	if (response.ok) return response;
-	const refusal = await response.json().catch(() => ({}));
 	if (response.status === 401 && key === session.key) watch.onUnauthorized();
-	throw new ApiError(response.status, refusal);
+	throw new ApiError(response.status, await response.json().catch(() => ({})));
 }
 
-export const getResponse = (url, parameters = {}, options = {}) => send("GET", url + query(parameters), { signal: leaving, ...options });
+export const getResponse = (url, parameters = {}, options = {}) =>
+	send("GET", url + query(parameters), { signal: leaving, ...options });
 /** The answer's text, exactly as it came. */
 export const getText = async (...asked) => (await getResponse(...asked)).text();
 export const get = async (...asked) => (await getResponse(...asked)).json();
 export const postText = async (url, body, options = {}) => (await send("POST", url, { body, ...options })).text();
 export const post = async (url, body = {}, options = {}) => JSON.parse(await postText(url, body, options));
-export const put = async (url, body) => (await send("PUT", url, { body })).json();
-export const remove = async (url) => (await send("DELETE", url)).json();
+export const put = (url, body) => send("PUT", url, { body });
+export const remove = (url) => send("DELETE", url);
 
 /** Do something that the server may refuse: the refusal is shown. Resolves to whether it was done. */
 export async function attempt(action) {
@@ -73,17 +77,30 @@ export async function attempt(action) {
 		await action();
 		return true;
 	} catch (error) {
-		if (error.name !== "AbortError") {
-			if (!(error instanceof ApiError)) throw error;
-			toast(error.message, "error");
-		}
+		laterAgain(error);
+		if (error.name !== "AbortError") toast(error.message, "error");
 		return false;
 	}
 }
 
-/** Leave a failure to the next try, which comes by itself. */
+/** Leave a failure to the next try, which comes by itself. What is no refusal of the server is a fault of this page. */
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
+}
+
+/** A box that load(box) fills: grey rows first; a failure of the first reading is shown, with a way to try again. */
+export function loading(load, rows = 3) {
+	const box = el("div.stack", skeleton(rows));
+	const again = async () => {
+		try {
+			await load(box);
+		} catch (error) {
+			laterAgain(error);
+			if (error.name !== "AbortError" && box.querySelector(".skeleton, .fault")) fill(box, fault(error, again));
+		}
+	};
+	again();
+	return Object.assign(box, { again });
 }
 
 const RETRY_MS = [300, 1000, 2000, 5000];
@@ -91,8 +108,8 @@ const STALE_MS = 20_000; // this long without a connection, the page says that i
 const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
 
 /**
- * Follow a run's events while the tab is visible: closed when it is hidden, resumed by number.
- * onEvents gets all that came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or not live.
+ * Follow a run's events while the tab is visible: closed when it is hidden, resumed by number. onEvents gets all that
+ * came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or not live.
  */
 export function follow(runId, after, onEvents, onState, signal) {
 	let connection = null;
@@ -111,12 +128,14 @@ export function follow(runId, after, onEvents, onState, signal) {
 		};
 		try {
 			heard();
-			const response = await getResponse(path`/runs/${runId}/events`, { after, view: "light" }, { signal: AbortSignal.any([mine.signal, signal]), accept: "text/event-stream" });
+			const response = await getResponse(path`/runs/${runId}/events`, { after, view: "light" },
+				{ signal: AbortSignal.any([mine.signal, signal]), accept: "text/event-stream" });
 			failures = 0;
 			lostAt = null;
 			onState("live");
 			await read(response.body, heard);
 		} catch (error) {
+			laterAgain(error);
 			if (error.status === 404 || error.status === 401) return onState("not live");
 		} finally {
 			clearTimeout(silence);
@@ -131,9 +150,8 @@ export function follow(runId, after, onEvents, onState, signal) {
 
 	async function read(body, heard) {
 		const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-		let rest = "";
-		for (;;) {
-			const { value, done } = await reader.read();
+		for (let rest = ""; ;) {
+			const { value, done } = await reader.read().catch(() => ({ done: true })); // the connection broke
 			if (done) return;
 			heard();
 			const blocks = (rest + value).split("\n\n");
@@ -157,7 +175,7 @@ export function follow(runId, after, onEvents, onState, signal) {
 	connect();
 }
 
-/** Call `load` every so many milliseconds while the tab is visible, and at once when it is shown again or a person decided something. */
+/** Call `load` every so often while the tab is visible, and at once when it is shown again or somebody decided. */
 export function every(load, milliseconds, signal) {
 	let timer;
 	let running = null;

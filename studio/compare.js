@@ -2,87 +2,111 @@
 
 import { every, follow, get, laterAgain, path, post } from "./api.js";
 import { bodyOf, jsonInput } from "./decide.js";
-import { ask, button, card, dash, debounce, duration, el, empty, facts, field, fill, grid, idText, money, muted, plural, setText, skeleton, status, time } from "./dom.js";
+import { ask, between, button, card, dash, debounce, el, empty, facts, field, fill, grid, heading, idText, money,
+	muted, options, plural, setText, show, skeleton, status, time } from "./dom.js";
 import { diffTable, readPayload } from "./payload.js";
 import { runUrl } from "./router.js";
-import { outcome, runDuration, shownStatus } from "./why.js";
+import { outcome, runDuration, shownStatus } from "./runs.js";
 
 const LONGEST = 65_536; // bytes of an output that is compared by itself
+const MOST = 200; // outputs that are compared
+const MOST_NAMES = 12; // of steps, in a line
+
+/** "a, b and 3 more" */
+const listed = (names) => names.slice(0, MOST_NAMES).join(", ")
+	+ (names.length > MOST_NAMES ? ` and ${names.length - MOST_NAMES} more` : "");
 
 /** Ask from where to fork, and with what input. Resolves to the new run, or null. */
 export async function askFork({ run }, steps, inputText) {
-	steps.sort((a, b) => a.position - b.position);
-	const preview = el("dl.facts", { role: "status" });
-	const note = el("p.muted", "The input is another one: reused steps keep what they returned for the old one.");
-	const from = el("select", { name: "fromStep", onchange: draw }, steps.map(({ name }) => el("option", { value: name }, name)), el("option", { value: "" }, "the end: reuse all completed steps"));
+	steps.sort((one, other) => one.position - other.position);
+	const preview = el("div", { role: "status" });
+	const note = muted("The input is another one: reused steps keep what they returned for the old one.");
+	const from = el("select", { name: "fromStep", onchange: draw },
+		options([...steps.map(({ name }) => [name, name]), ["", "the end: reuse all completed steps"]]));
 	from.value = (steps.find((step) => step.status !== "completed") ?? steps.at(-1))?.name ?? "";
-	const input = jsonInput("input", { value: inputText });
-	input.addEventListener("input", draw);
+	const payload = jsonInput("input", { value: inputText });
+	payload.addEventListener("input", draw);
 	function draw() {
 		const cut = from.value ? steps.findIndex((step) => step.name === from.value) : steps.length;
 		const kept = steps.filter((step, index) => index < cut && step.status === "completed");
 		const again = steps.filter((step) => !kept.includes(step));
-		const list = (word, some) => el("div", el("dt", `${word}: ${plural(some.length, "step")}`), el("dd", some.slice(0, 12).map(({ name }) => name).join(", ") + (some.length > 12 ? ` and ${some.length - 12} more` : "")));
-		fill(preview, list("Reused", kept), list("Runs again", again));
-		note.hidden = kept.length === 0 || input.value === inputText;
+		fill(preview, facts([["Reused", kept], ["Runs again", again]].map(([word, some]) =>
+			[`${word}: ${plural(some.length, "step")}`, listed(some.map(({ name }) => name))])));
+		show(note, kept.length > 0 && payload.value !== inputText);
 	}
 	draw();
-	const values = await ask("Fork this run", [el("p", "A new run of the same workflow. It begins with copies of the checkpoints before the step that you choose."), field("Run again from", from), preview,
-		field("Input", input), note, run.queue && field("Queue", el("input", { name: "queue", value: run.queue }))], "Fork");
+	const values = await ask("Fork this run", [
+		el("p", "A new run of the same workflow. It begins with copies of the checkpoints before the step that you choose."),
+		field("Run again from", from), preview, field("Input", payload), note,
+	], "Fork");
 	if (!values) return null;
-	const { fromStep, queue } = values;
-	return (await post(path`/runs/${run.id}/fork`, bodyOf({ fromStep, queue: queue === run.queue ? null : queue }, values.input === inputText ? {} : { input: values.input }))).run;
+	const body = bodyOf({ fromStep: values.fromStep }, { input: values.input === inputText ? null : values.input });
+	return (await post(path`/runs/${run.id}/fork`, body)).run;
 }
 
 export async function open({ main, query, signal }) {
 	const sides = ["a", "b"].map((name) => ({ id: query.get(name), steps: new Map(), head: el("div", skeleton(2)) }));
 	const [first, second] = sides;
-	const same = new Map(); // step name -> whether both outputs are the same, once they were read
+	const outputs = new Map(); // step name -> how the outputs compare, once they were read
 	const tally = el("p.muted", { role: "status" });
 	const details = el("div");
-	const cell = (side) => ({ [side]: step }) => (step ? el("span.row", status(step.status), muted(step.copied ? "reused" : step.completedAt && step.startedAt && duration(new Date(step.completedAt) - new Date(step.startedAt)))) : dash());
-	const table = grid(({ name }) => name, [["Step", ({ name }) => name], ["First", cell("a")], ["Second", cell("b")],
-		["Output", ({ name, word }) => (word === "differs" ? button("differs: show", () => showDifference(name), "quiet") : muted(word))]], empty("No steps"));
-	fill(main, el("h1", "Side by side"), el("div.sides", first.head, second.head), tally, table.element, details);
+	const cell = (step) => (step ? el("span.row", status(step.status), muted(step.copied ? "reused"
+		: step.completedAt && step.startedAt && between(step.startedAt, step.completedAt))) : dash());
+	const table = grid(({ name }) => name, [
+		["Step", ({ name }) => name], ["First", ({ pair }) => cell(pair[0])], ["Second", ({ pair }) => cell(pair[1])],
+		["Output", ({ name, word }) => (word === "differs"
+			? button("differs: show", () => showDifference(name), "quiet") : muted(word))],
+	], empty("No steps"));
+	fill(main, heading("Side by side"), el("div.sides", first.head, second.head), tally, table.element, details);
+
+	async function readSide(side, index) {
+		const [{ run, cost }, { steps }] = await Promise.all([
+			get(path`/runs/${side.id}/summary`), get(path`/runs/${side.id}/steps`, { limit: 1000 })]);
+		const copied = (step) => step.copied || step.completedAt < run.createdAt;
+		side.run = run;
+		side.steps = new Map(steps.map((step) => [step.name, { ...step, copied: copied(step) }]));
+		const title = el("a", { href: runUrl(run.id) }, index === 0 ? "First: " : "Second: ", run.workflowName);
+		fill(side.head, card(title, status(shownStatus(run)), idText(run.id), facts([["Duration", runDuration(run)],
+			["Cost", money(cost.own.costUsd)], ["Created", time(run.createdAt)]]), muted(outcome(run))));
+	}
 
 	async function load() {
-		await Promise.all(sides.map(async (side, index) => {
-			const [summary, { steps }] = await Promise.all([get(path`/runs/${side.id}/summary`), get(path`/runs/${side.id}/steps`, { limit: 1000 })]);
-			const { run, cost } = summary;
-			side.run = run;
-			side.steps = new Map(steps.map((step) => [step.name, { ...step, copied: step.copied || step.completedAt < run.createdAt }]));
-			fill(side.head, card(el("a", { href: runUrl(run.id) }, index === 0 ? "First: " : "Second: ", run.workflowName), status(shownStatus(run)), idText(run.id),
-				facts([["Duration", runDuration(run)], ["Cost", money(cost.own.costUsd)], ["Created", time(run.createdAt)]]), el("p.muted", outcome(run))));
-		}));
+		await Promise.all(sides.map(readSide));
 		draw();
-		for (const { name, a } of rows().filter(({ word }) => word === "reading").slice(0, 200)) {
-			same.set(name, a.outputBytes > LONGEST ? "long" : !a.outputBytes || (await outputOf(first, name)) === (await outputOf(second, name)) ? "same" : "differs");
+		for (const { name, pair } of rows().filter(({ word }) => word === "reading").slice(0, MOST)) {
+			const size = pair[0].outputBytes;
+			const same = async () => new Set(await readOutputs(name)).size === 1;
+			outputs.set(name, size > LONGEST ? "long" : size === 0 || await same() ? "same" : "differs");
 		}
 		draw();
 	}
 
-	const outputOf = (side, name) => readPayload(side.id, "step.output", side.steps.get(name).id);
-	const rows = () => [...new Set([...first.steps.keys(), ...second.steps.keys()])].map((name) => {
-		const [a, b] = sides.map((side) => side.steps.get(name));
-		return { name, a, b, word: wordOf(name, a, b) };
+	const readOutputs = (name) =>
+		Promise.all(sides.map((side) => readPayload(side.id, "step.output", side.steps.get(name).id)));
+
+	const rows = () => [...new Set(sides.flatMap((side) => [...side.steps.keys()]))].map((name) => {
+		const pair = sides.map((side) => side.steps.get(name));
+		return { name, pair, word: wordOf(name, ...pair) };
 	});
 
-	function wordOf(name, a, b) {
-		if (!a || !b) return "only in one";
-		if (a.copied || b.copied) return "reused";
-		if (a.status !== "completed" || b.status !== "completed") return "open";
-		return a.outputBytes === b.outputBytes ? same.get(name) ?? "reading" : "differs";
+	function wordOf(name, one, other) {
+		if (!one || !other) return "only in one";
+		if (one.copied || other.copied) return "reused";
+		if (one.status !== "completed" || other.status !== "completed") return "open";
+		return one.outputBytes === other.outputBytes ? outputs.get(name) ?? "reading" : "differs";
 	}
 
 	function draw() {
 		const list = rows();
 		const differing = list.filter(({ word }) => word === "differs" || word === "only in one").map(({ name }) => name);
+		const all = plural(list.length, "step");
 		table.set(list);
-		setText(tally, differing.length ? `${differing.length} of ${plural(list.length, "step")} differ: ${differing.slice(0, 8).join(", ")}` : `No difference found in ${plural(list.length, "step")}.`);
+		setText(tally, differing.length ? `${differing.length} of ${all} differ: ${listed(differing)}`
+			: `No difference found in ${all}.`);
 	}
 
 	async function showDifference(name) {
-		fill(details, card(`Output of ${name}`, null, diffTable(await outputOf(first, name), await outputOf(second, name))));
+		fill(details, card(`Output of ${name}`, null, diffTable(...await readOutputs(name))));
 		details.scrollIntoView({ block: "nearest" });
 	}
 

@@ -1,27 +1,26 @@
 // Elements, times and numbers: what every page of Studio is made of.
 //
-// el() is the only place where elements are made. It sets attributes and text, never markup, so whatever a run is called
-// stays text. Live updates change texts, rows and cells in place, so that focus, selection and scroll position stay.
+// el() is the only place where elements are made. It sets attributes and text, never markup, so that whatever a run is
+// called stays text. Live updates change texts, rows and cells in place: focus, selection and scroll position stay.
 
 const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "rect", "line", "text", "title"]);
 
 /**
- * Make an element: el("button.primary", {onclick: save}, "Save") or, without attributes, el("td.num", 3). Attributes that
- * are null or false are left out, functions are listeners. Children: nodes, strings, numbers, null, or lists of those.
+ * Make an element: el("button.primary", {onclick: save}, "Save") or, without attributes, el("td.num", 3). Attributes
+ * that are null or false are left out, functions are listeners. Children: nodes, texts, numbers, null, lists of those.
  */
 export function el(selector, attributes, ...children) {
 	const [tag, ...classes] = selector.split(".");
 	const node = SVG_TAGS.has(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);
 	if (classes.length) node.setAttribute("class", classes.join(" "));
-	if (attributes?.constructor === Object) {
-		for (const [name, value] of Object.entries(attributes)) {
-			if (isNothing(value)) continue;
-			if (typeof value === "function") node.addEventListener(name.slice(2), value);
-			else if (name === "value" && "value" in node) node.value = value;
-			else node.setAttribute(name, value === true ? "" : value);
-		}
-	} else children.unshift(attributes);
+	if (attributes?.constructor !== Object) return add(node, [attributes, children]);
+	for (const [name, value] of Object.entries(attributes)) {
+		if (isNothing(value)) continue;
+		if (typeof value === "function") node.addEventListener(name.slice(2), value);
+		else if (name === "value" && "value" in node) node.value = value;
+		else node.setAttribute(name, value === true ? "" : value);
+	}
 	return add(node, children);
 }
 
@@ -45,7 +44,7 @@ export function setText(node, text) {
 
 export const show = (node, visible) => { node.hidden = !visible; };
 
-/** Bring the children of `parent` in line with `items`: each key's node is kept, made by make and brought up to date by update. */
+/** Bring the children of `parent` in line with `items`: make(item) makes a key's node, update(node, item) keeps it. */
 export function syncRows(parent, items, keyOf, make, update) {
 	const nodes = new Map([...parent.children].map((node) => [node.dataset.key, node]));
 	let next = parent.firstElementChild;
@@ -64,8 +63,9 @@ export function syncRows(parent, items, keyOf, make, update) {
 }
 
 /** A table of rows of cells, which may be td elements; heads: their words, or null. */
-export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table", heads && el("thead", el("tr", heads.map((word) => el("th", word)))),
-	el("tbody", rows.filter(Boolean).map((cells) => el("tr", cells.map((cell) => (cell?.tagName === "TD" ? cell : el("td", cell))))))));
+export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table",
+	heads && el("thead", el("tr", heads.map((word) => el("th", word)))),
+	el("tbody", rows.map((cells) => el("tr", cells.map((cell) => (cell?.tagName === "TD" ? cell : el("td", cell))))))));
 
 /**
  * A live table of columns [head, cell(item), class?]. set(items) replaces only the cells that look different, and shows
@@ -73,25 +73,32 @@ export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table
  */
 export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow } = {}) {
 	const body = el("tbody");
-	const whole = el(`table.${kind}`, el("thead", el("tr", columns.map(([word, , of]) => el("th", { class: of }, word)))), body);
+	columns = columns.filter(Boolean);
+	const heads = columns.map(([word, , name]) => el("th", { class: name }, word));
+	const whole = el(`table.${kind}`, el("thead", el("tr", heads)), body);
 	const element = el("div.card.table-wrap", skeleton());
 	const update = (row, item) => {
-		const is = JSON.stringify(item);
-		if (row.is !== is) {
-			row.is = is;
+		const source = JSON.stringify(item);
+		if (row.source !== source) {
+			row.source = source;
 			row.item = Object.assign(row.item ?? {}, item); // the same object: the buttons of cells that stay act on it
-			const cells = columns.map(([word, cell, of]) => el("td", { class: of, "data-label": word }, cell(row.item)));
-			if (row.firstChild) cells.forEach((cell, index) => cell.isEqualNode(row.children[index]) || row.children[index].replaceWith(cell));
-			else row.append(...cells);
+			columns.forEach(([word, cell, name], index) => {
+				const made = el("td", { class: name, "data-label": word }, cell(row.item));
+				const old = row.children[index];
+				if (!old) row.append(made);
+				else if (!made.isEqualNode(old)) old.replaceWith(made);
+			});
 		}
 		onRow?.(row, item);
 	};
 	return { element, set(items) {
 		const { activeElement } = document;
-		if (items.length && !whole.isConnected) fill(element, whole);
-		syncRows(body, items, keyOf, () => el("tr"), update);
 		if (!items.length) fill(element, nothing);
-		if (activeElement.isConnected && activeElement !== document.activeElement) activeElement.focus({ preventScroll: true }); // its row was moved
+		else if (!whole.isConnected) fill(element, whole);
+		syncRows(body, items, keyOf, () => el("tr"), update);
+		if (activeElement.isConnected && activeElement !== document.activeElement) { // its row was moved
+			activeElement.focus({ preventScroll: true });
+		}
 	} };
 }
 
@@ -100,41 +107,45 @@ export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow }
 const RING = "M8 2.5a5.5 5.5 0 1 1 0 11 5.5 5.5 0 0 1 0-11";
 const CHECK = "M3 8.5 6.3 12 13 4.5";
 const CROSS = "M4 4l8 8M12 4l-8 8";
-const WARNING = "M8 2 14.5 13.5h-13zM8 6.5v3M8 11.4v.4";
+const STROKE = `${RING}M4.2 4.2l7.6 7.6`;
+const PAUSE = `${RING}M6.4 6v4M9.6 6v4`;
 const CLOCK = `${RING}M8 5v3l2 1.5`;
+const WARNING = "M8 2 14.5 13.5h-13zM8 6.5v3M8 11.4v.4";
 const ICONS = {
-	queued: CLOCK, failed_retryable: CLOCK, clock: CLOCK, waiting: `${RING}M6.4 6v4M9.6 6v4`, paused: `${RING}M6.4 6v4M9.6 6v4`,
+	queued: CLOCK, failed_retryable: CLOCK, clock: CLOCK, waiting: PAUSE, paused: PAUSE,
 	running: "M8 2a6 6 0 1 1-6 6M5.8 8a2.2 2.2 0 1 0 4.4 0 2.2 2.2 0 0 0-4.4 0",
 	completed: CHECK, approved: CHECK, delivered: CHECK, check: CHECK, failed: CROSS, rejected: CROSS, close: CROSS,
-	cancelled: `${RING}M4.2 4.2l7.6 7.6`, canceled: `${RING}M4.2 4.2l7.6 7.6`, stalled: WARNING, manual_review: WARNING,
+	cancelled: STROKE, canceled: STROKE, stalled: WARNING, manual_review: WARNING,
 	runs: "M2 4h12M2 8h8M2 12h10", approvals: "M3 3h10v7H8l-3 3v-3H3z", queues: "M2 3h12v3H2zM2 8h12v2H2zM2 12h12v1.5H2z",
 	schedules: "M2.5 4h11v9.5h-11zM2.5 7h11M5.5 2v3M10.5 2v3", costs: "M3 13.5V9M8 13.5V3M13 13.5V6.5",
 	workers: "M3 3h10v7H3zM1.5 13h13M8 10v3", copy: "M5.5 5.5h8v8h-8zM3 10.5H2.5v-8h8V3", chevron: "M6 3.5 10.5 8 6 12.5",
-	search: "M7 2.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M10.5 10.5 14 14", download: "M8 2.5v7.5M4.8 7 8 10.2 11.2 7M3 13.5h10",
+	search: "M7 2.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M10.5 10.5 14 14",
+	download: "M8 2.5v7.5M4.8 7 8 10.2 11.2 7M3 13.5h10",
 };
 
-export const icon = (name) => el(`svg.icon.icon-${name}`, { viewBox: "0 0 16 16", "aria-hidden": "true" }, el("path", { d: ICONS[name] ?? RING }));
+export const icon = (name) => el(`svg.icon.icon-${name}`, { viewBox: "0 0 16 16", "aria-hidden": "true" },
+	el("path", { d: ICONS[name] ?? RING }));
 
 const STATUS_WORDS = { failed_retryable: "to be retried", manual_review: "in review", canceled: "expired" };
 
 /** A status with its shape and colour. */
-export const status = (name, word = STATUS_WORDS[name] ?? name) => el(`span.status.status-${name}`, icon(name), el("span", word));
+export const status = (name, word = STATUS_WORDS[name] ?? name) =>
+	el(`span.status.status-${name}`, icon(name), el("span", word));
 
 // --- times: one zone for the whole page, the whole instant on hover
 
-let zone = localStorage.getItem("tidebase.zone") === "utc" ? "UTC" : undefined;
+let zone = localStorage.getItem("tidebase.zone") === "utc" ? "UTC" : undefined; // undefined: this computer's
 let clockOffset = 0; // the server's clock minus this computer's, in milliseconds
 const formats = new Map();
 
-const hereZone = Intl.DateTimeFormat().resolvedOptions().timeZone;
-export const zoneName = () => zone ?? hereZone;
+export const zoneName = () => zone ?? Intl.DateTimeFormat().resolvedOptions().timeZone;
 export const zoneNote = () => muted("Times in ", el("span", { "data-zone": "" }, zoneName()));
 
 export function switchZone() {
 	zone = zone ? undefined : "UTC";
 	localStorage.setItem("tidebase.zone", zone ? "utc" : "local");
 	formats.clear();
-	for (const node of document.querySelectorAll("time[data-kind]")) writeTime(node);
+	document.querySelectorAll("time").forEach(writeTime);
 	for (const node of document.querySelectorAll("[data-zone]")) setText(node, zoneName());
 }
 
@@ -143,23 +154,27 @@ export const setServerTime = (iso) => { clockOffset = new Date(iso) - Date.now()
 /** Now, by the server's clock: ages stay right when this computer's clock is wrong. */
 export const now = () => Date.now() + clockOffset;
 
-const OF_DAY = { hour: "2-digit", minute: "2-digit", second: "2-digit" };
+const MINUTES = { hour: "2-digit", minute: "2-digit" };
+const CLOCK_TIME = { ...MINUTES, second: "2-digit" };
+const PRECISE = { ...CLOCK_TIME, fractionalSecondDigits: 3 };
+const DATE = { month: "short", day: "numeric" };
 const FORMATS = {
-	day: { year: "numeric", month: "short", day: "numeric" }, clock: OF_DAY, precise: { ...OF_DAY, fractionalSecondDigits: 3 },
-	date: { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" },
-	long: { year: "numeric", month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" },
-	whole: { weekday: "short", year: "numeric", month: "short", day: "numeric", ...OF_DAY, fractionalSecondDigits: 3 },
+	day: { year: "numeric", ...DATE }, clock: CLOCK_TIME, precise: PRECISE, date: { ...DATE, ...MINUTES },
+	long: { year: "numeric", ...DATE, ...MINUTES }, whole: { weekday: "short", year: "numeric", ...DATE, ...PRECISE },
 };
 
 function format(name, at) {
-	if (!formats.has(name)) formats.set(name, new Intl.DateTimeFormat("en-GB", { hourCycle: "h23", timeZone: zone, ...FORMATS[name] }));
+	if (!formats.has(name)) {
+		formats.set(name, new Intl.DateTimeFormat("en-GB", { hourCycle: "h23", timeZone: zone, ...FORMATS[name] }));
+	}
 	return formats.get(name).format(at);
 }
 
 /** "14:02:10" today, "24 Nov 14:02" this year, else with the year. */
 function shortTime(at) {
 	if (format("day", at) === format("day", now())) return format("clock", at);
-	return format(at.getUTCFullYear() === new Date(now()).getUTCFullYear() ? "date" : "long", at).replace(",", "");
+	const thisYear = at.getUTCFullYear() === new Date(now()).getUTCFullYear();
+	return format(thisYear ? "date" : "long", at).replace(",", "");
 }
 
 export const wholeInstant = (at) => `${format("whole", new Date(at))} (${zoneName()})\n${new Date(at).toISOString()}`;
@@ -173,11 +188,13 @@ export function duration(milliseconds) {
 	if (ms < 9950) return `${(ms / 1000).toFixed(1)} s`;
 	const seconds = Math.round(ms / 1000);
 	const first = UNITS.findIndex(([size]) => seconds >= size);
-	const [size, unit] = UNITS[first];
-	const [smaller, smallerUnit] = UNITS[first + 1] ?? [1, ""];
+	const [[size, unit], [smaller, smallerUnit]] = [UNITS[first], UNITS[first + 1] ?? [1]];
 	const rest = Math.floor((seconds % size) / smaller);
 	return `${Math.floor(seconds / size)} ${unit}${rest ? ` ${rest} ${smallerUnit}` : ""}`;
 }
+
+/** How long something took, of two instants. */
+export const between = (from, to) => duration(new Date(to) - new Date(from));
 
 function ago(at) {
 	const ms = now() - at;
@@ -185,15 +202,17 @@ function ago(at) {
 	return Math.abs(ms) < 1000 ? "now" : ms > 0 ? `${words} ago` : `in ${words}`;
 }
 
-const TIME_KINDS = { ago, short: shortTime, precise: (at) => format("precise", at), since: (at) => duration(now() - at) };
+const TIME_KINDS = {
+	ago, short: shortTime, precise: (at) => format("precise", at), since: (at) => duration(now() - at),
+};
 
 /** A time that keeps itself up to date: ago, short, precise, or since (a duration that goes on). */
 export const time = (iso, kind = "ago") => (iso ? writeTime(el("time", { datetime: iso, "data-kind": kind })) : dash());
 
-const writeTime = (node) => {
+function writeTime(node) {
 	setText(node, TIME_KINDS[node.dataset.kind](new Date(node.dateTime)));
 	return node;
-};
+}
 
 // The whole instant, worked out when somebody points at a time: a list has many.
 document.addEventListener("mouseover", ({ target }) => {
@@ -202,22 +221,26 @@ document.addEventListener("mouseover", ({ target }) => {
 });
 
 setInterval(() => {
-	if (document.hidden) return;
-	for (const node of document.querySelectorAll("time[data-kind=ago], time[data-kind=since]")) writeTime(node);
+	if (!document.hidden) document.querySelectorAll("time[data-kind=ago], time[data-kind=since]").forEach(writeTime);
 }, 1000);
 
 // --- numbers
 
-const grouped = new Intl.NumberFormat("en-US");
-export const count = (number) => grouped.format(number);
+export const count = (number) => number.toLocaleString("en-US");
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
-export const bytes = (size) => (size < 1000 ? `${size} B` : size < 1e6 ? `${(size / 1000).toFixed(1)} kB` : `${(size / 1e6).toFixed(1)} MB`);
-export const compactCount = (number) => (number < 1e4 ? count(number) : number < 1e6 ? `${(number / 1e3).toFixed(1)} k` : `${(number / 1e6).toFixed(2)} M`);
 
-/** Cents and up with two digits, less than that with as many as show it. */
+/** 9,999 as it is, 60.4K, 1.2M. */
+export const compactCount = (number) => (number < 1e4 ? count(number)
+	: number.toLocaleString("en-US", { notation: "compact", maximumFractionDigits: 1 }));
+
+export const bytes = (size) => (size < 1000 ? `${size} B`
+	: size < 1e6 ? `${(size / 1000).toFixed(1)} kB` : `${(size / 1e6).toFixed(1)} MB`);
+
+/** Ten cents and up with two digits, less than that with as many as show it. */
 export function money(usd) {
 	const amount = Number(usd ?? 0);
-	return amount === 0 ? "$0" : amount >= 0.0995 ? `$${amount.toLocaleString("en-US", { minimumFractionDigits: 2, maximumFractionDigits: 2 })}` : `$${Number(amount.toPrecision(2))}`;
+	if (amount < 0.0995) return `$${Number(amount.toPrecision(2))}`;
+	return amount.toLocaleString("en-US", { style: "currency", currency: "USD" });
 }
 
 // --- small parts
@@ -225,18 +248,28 @@ export function money(usd) {
 export const code = (text) => el("code", text);
 export const strong = (...children) => el("strong", children);
 export const muted = (...children) => el("span.muted", children);
+export const number = (...children) => el("td.num", children);
 export const dash = (word = "–") => el("span.none", word);
+export const tag = (word) => el("span.tag", word);
 export const link = (href, ...children) => el("a.link", { href }, children);
+export const errorText = (text = "") => el("p.error-text", { role: "alert" }, text);
 
-export const button = (word, onclick, kind = "", attributes = {}) => el(`button${kind && `.${kind}`}`, { type: "button", onclick, ...attributes }, word);
-export const iconButton = (name, label, onclick, attributes = {}) => button(icon(name), onclick, "bare", { title: label, "aria-label": label, ...attributes });
+export const button = (word, onclick, kind = "", attributes = {}) =>
+	el(`button${kind && `.${kind}`}`, { type: "button", onclick, ...attributes }, word);
+export const iconButton = (name, label, onclick, attributes = {}) =>
+	button(icon(name), onclick, "bare", { title: label, "aria-label": label, ...attributes });
 
-export const field = (label, input, hint = null) => el("label.field", el("span", label), input, hint && el("small", hint));
+export const field = (label, entry, hint = null) =>
+	el("label.field", el("span", label), entry, hint && el("small", hint));
+export const input = (name, attributes = {}) => el("input", { name, ...attributes });
+export const heading = (title, ...aside) => el("header.spread", el("h1", title), aside);
 export const empty = (title, ...details) => el("div.empty", el("strong", title), el("p", details));
-export const card = (title, aside, ...body) => el("section.card", el("header", el("h2", title), aside), el("div.body.stack", body));
+export const card = (title, aside, ...body) =>
+	el("section.card", el("header", el("h2", title), aside), el("div.body.stack", body));
 
 /** Names and values, of rows [name, value, ...]. */
-export const facts = (rows) => el("dl.facts", rows.filter(Boolean).map(([name, ...value]) => el("div", el("dt", name), el("dd", value))));
+export const facts = (rows) => el("dl.facts", rows.filter(Boolean).map(([name, ...value]) =>
+	el("div", el("dt", name), el("dd", value))));
 
 /** Costs [name, usd] as numbers and bars. */
 export function meters(title, rows) {
@@ -244,19 +277,26 @@ export function meters(title, rows) {
 	return card(title, null, plainTable(rows.map(([name, cost]) => {
 		const bar = el("div.meter");
 		bar.style.width = `${(100 * cost) / most}%`;
-		return [name, el("td.num", money(cost)), el("td.half", bar)];
+		return [name, number(money(cost)), el("td.half", bar)];
 	})));
 }
 
-/** Grey rows while the first answer is on its way; they appear after a moment, so that quick answers do not flicker. */
-export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", "aria-label": "Loading" }, Array.from({ length: rows }, () => el("i")));
+/** Grey rows while the first answer is on its way; they appear after a moment: quick answers do not flicker. */
+export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", "aria-label": "Loading" },
+	Array.from({ length: rows }, () => el("i")));
+
+/** What could not be done, and a way to try again. */
+export const fault = (error, again, ...words) => el("div.fault", { role: "alert" }, words, el("p", error.message),
+	again && button("Try again", again));
 
 /** An input to search with; action(text) is called as one types. */
 export const searchInput = (placeholder, label, action, attributes = {}) => el("div.search", icon("search"),
-	el("input", { type: "search", placeholder, "aria-label": label, oninput: ({ target }) => action?.(target.value), ...attributes }));
+	input(null, { type: "search", placeholder, "aria-label": label, oninput: ({ target }) => action?.(target.value),
+		...attributes }));
 
-export const select = (label, choices, onchange, attributes = {}) => el("select", { "aria-label": label, onchange, ...attributes },
-	choices.map(([value, word]) => el("option", { value }, word)));
+export const checkbox = (label, onchange) => el("input", { type: "checkbox", "aria-label": label, onchange });
+export const options = (choices) => choices.map(([value, word]) => el("option", { value }, word));
+export const select = (label, choices, onchange) => el("select", { "aria-label": label, onchange }, options(choices));
 
 /** Say in a mark how fresh a page is: live, reconnecting, stale, paused. */
 export function setMark(mark, state) {
@@ -272,7 +312,7 @@ async function copyText(text) {
 	} catch {
 		const area = el("textarea.offscreen", { readonly: true, "aria-hidden": "true", value: text });
 		const focused = document.activeElement;
-		(document.querySelector("dialog[open]") ?? document.body).append(area);
+		foreground().append(area);
 		area.select();
 		const copied = document.execCommand("copy");
 		area.remove();
@@ -282,39 +322,30 @@ async function copyText(text) {
 }
 
 /** A button that copies a text, or what a function brings. */
-export function copyButton(text, label, word = null) {
-	const copy = button(icon("copy"), async (event) => {
-		event.stopPropagation();
-		const copied = await copyText(typeof text === "function" ? await text() : text);
-		copy.firstChild.replaceWith(icon(copied ? "check" : "close"));
-		announce(copied ? "Copied" : "Copying failed");
-		setTimeout(() => copy.firstChild.replaceWith(icon("copy")), 1200);
-	}, word ? "quiet" : "bare", { title: label, "aria-label": word ? null : label });
-	return add(copy, [word]);
-}
+export const copyButton = (text, label, word = null) => button([icon("copy"), word], async (event) => {
+	event.stopPropagation();
+	const copied = await copyText(typeof text === "function" ? await text() : text);
+	toast(copied ? "Copied." : "Copying failed.", copied ? "ok" : "error");
+}, word ? "quiet" : "bare", { title: label, "aria-label": word ? null : label });
 
 export const idText = (id) => el("span.id", code(id), copyButton(id, `Copy ${id}`));
 
-const live = el("div.offscreen", { role: "status", "aria-live": "polite" });
 const toasts = el("div.toasts", { role: "alert" });
-
-/** Say something to a screen reader. */
-export function announce(text) {
-	if (!live.isConnected) document.body.append(live);
-	live.textContent = text;
-}
+const foreground = () => document.querySelector("dialog[open]") ?? document.body; // a modal dialog makes the rest inert
 
 /** Show a short message at the edge of the page; errors stay until they are closed. */
 export function toast(text, kind = "ok") {
-	(document.querySelector("dialog[open]") ?? document.body).append(toasts); // a modal dialog makes the rest inert
-	const note = el(`div.toast.toast-${kind}`, el("span", text), iconButton("close", "Close message", () => note.remove()));
+	const note = el(`div.toast.toast-${kind}`, el("span", text),
+		iconButton("close", "Close message", () => note.remove()));
+	foreground().append(toasts);
 	toasts.append(note);
 	if (kind !== "error") setTimeout(() => note.remove(), 4000);
 }
 
 /** Open a modal dialog. `closed` resolves to the value of the button that submitted its form, or "". */
 export function dialog(title, content, ...buttons) {
-	const form = el("form", { method: "dialog" }, el("header", el("h2", title), iconButton("close", "Close", () => box.close(""))),
+	const form = el("form", { method: "dialog" },
+		el("header", el("h2", title), iconButton("close", "Close", () => box.close(""))),
 		el("div.dialog-body", content), buttons.length > 0 && el("footer", buttons));
 	const box = el("dialog", { "aria-label": title, onclick: (event) => event.target === box && box.close("") }, form);
 	document.body.append(box);
@@ -329,7 +360,9 @@ export function dialog(title, content, ...buttons) {
 
 /** Ask in a dialog; resolves to the form's values when it was submitted, else to null. */
 export async function ask(title, content, word, { kind = "primary", otherwise = null } = {}) {
-	const { form, closed } = dialog(title, content, otherwise && el("button", { value: "", formnovalidate: true }, otherwise), el(`button.${kind}`, { value: "go" }, word));
+	const { form, closed } = dialog(title, content,
+		otherwise && el("button", { value: "", formnovalidate: true }, otherwise),
+		el(`button.${kind}`, { value: "go" }, word));
 	return (await closed) === "go" ? Object.fromEntries(new FormData(form)) : null;
 }
 

@@ -5,8 +5,9 @@ import { query } from "./api.js";
 let open = () => {};
 export const setOpener = (opener) => { open = opener; };
 
-export const runUrl = (id, parameters = "") => `/studio/runs/${encodeURIComponent(id)}${parameters}`;
+export const runUrl = (id, parameters = {}) => `/studio/runs/${encodeURIComponent(id)}${query(parameters)}`;
 export const runsUrl = (filters) => `/studio/runs${query(filters)}`;
+export const compareUrl = (first, second) => `/studio/compare${query({ a: first, b: second })}`;
 export const rememberScroll = () => history.replaceState({ ...history.state, scroll: scrollY }, "");
 
 /** Go to another view. The scroll position of this one is kept for the way back. */
@@ -23,7 +24,9 @@ export const goBack = () => (history.state?.depth ? history.back() : navigate("/
 /** Change parameters of this view's address in place: null takes one out. The view is not opened again. */
 export function setQuery(changes) {
 	const url = new URL(location.href);
-	for (const [name, value] of Object.entries(changes)) url.searchParams[value === null ? "delete" : "set"](name, value);
+	for (const [name, value] of Object.entries(changes)) {
+		url.searchParams[value === null ? "delete" : "set"](name, value);
+	}
 	history.replaceState(history.state, "", url);
 }
 

@@ -3,50 +3,51 @@
 // The page reads a summary and the steps once, follows the run's event stream by seq, and applies each event to the
 // timeline. Rows are read again only for what an event does not carry. What is open, selected and scrolled stays.
 
-import { attempt, canWrite, every, follow, get, laterAgain, path, post, query as toQuery, session } from "./api.js";
+import { attempt, canWrite, every, follow, get, laterAgain, path, post, session } from "./api.js";
+import { askFork } from "./compare.js";
 import { actor, bodyOf, jsonInput, reviewForm } from "./decide.js";
-import { ask, button, code, compactCount, count, debounce, duration, el, facts, field, fill, icon, iconButton, idText, link, money, muted, plainTable, plural, setMark, setText, show, status, strong,
-	time, toast } from "./dom.js";
+import { ask, button, code, compactCount, count, debounce, duration, el, facts, field, fill, icon, iconButton, idText,
+	input, link, money, muted, plainTable, plural, setMark, setText, show, status, strong, time, toast } from "./dom.js";
 import { payload, readPayload } from "./payload.js";
-import { navigate, runsUrl, runUrl, setQuery, setTitle } from "./router.js";
+import { compareUrl, navigate, runsUrl, runUrl, setQuery, setTitle } from "./router.js";
 import { stepPanel, TABS } from "./tabs.js";
-import { Timeline, Waterfall } from "./waterfall.js";
-import { outcome, shownStatus } from "./why.js";
+import { makeWaterfall, Timeline } from "./waterfall.js";
+import { outcome, shownStatus } from "./runs.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the last so many are read at once
 const LIVE = new Set(["pending", "queued", "running", "waiting"]);
 
 export async function open({ main, parts: [id], query, signal }) {
 	let summary = await get(path`/runs/${id}/summary`);
-	let panelOf = null;
+	let panelOf = null; // the key of what the side panel shows, if that is not the run itself
 	let tab = null;
 	let lastPosition = 0;
 	let inVerdict = []; // actions that stand beside the verdict
-	const timeline = new Timeline(session.leaseMs);
+	const timeline = new Timeline(session.leaseMs, id);
 	/** What the tabs share. */
-	const model = { id, signal, timeline, events: [], steps: new Map(), listeners: new Set(), keepStep, openPanel, readSummary, get summary() { return summary; } };
+	const model = { id, signal, timeline, events: [], steps: new Map(), listeners: new Set(), keepStep, openPanel,
+		readSummary, get summary() { return summary; } };
+	const isLive = () => LIVE.has(summary.run.status);
 
 	const mark = el("span.mark", { role: "status" }, "loading");
 	const badge = el("span");
 	const why = el("p.why");
 	const about = el("div");
-	const verdict = el("section.card.verdict", { "aria-label": "Safe to rerun?", hidden: true });
+	const verdict = el("section.card.body.verdict", { "aria-label": "Safe to rerun?", hidden: true });
 	const actions = el("div.row");
 	const tabs = el("nav.tabs", { role: "tablist", "aria-label": "What is known of this run" });
 	const panel = el("aside.card.side", { "aria-label": "Details" });
 	const content = el("div.stack", { role: "tabpanel", tabindex: "-1" });
-	const { workflowName, forkedFrom } = summary.run;
+	const { workflowName } = summary.run;
+	const title = el("a", { href: runsUrl({ workflow: workflowName }) }, workflowName);
 	fill(main,
-		el("nav.crumbs", { "aria-label": "Where" }, el("a", { href: "/studio/runs" }, "Runs"), "/", el("a", { href: runsUrl({ workflow: workflowName }) }, workflowName),
-			summary.parent && ["/ child of ", link(runUrl(summary.parent.id), summary.parent.name ?? summary.parent.id)],
-			forkedFrom && ["/ fork of ", link(runUrl(forkedFrom), forkedFrom), link(compareUrl(forkedFrom, id), "compare")],
-			el("span.grow"), mark),
-		el("header.stack", el("div.spread", el("h1", workflowName, badge), actions), idText(id), why, about), verdict, tabs, el("div.split", content, panel));
+		el("header.stack", el("div.spread", el("h1", title, badge), actions), el("div.spread", idText(id), mark), why, about),
+		verdict, tabs, el("div.split", content, panel));
 
-	// --- header
+	// --- header: each part is built again only when it says something else; times keep themselves up to date
 
 	function showHeader() {
-		const { run } = summary;
+		const { run, cost } = summary;
 		const shown = shownStatus(run);
 		timeline.setRun(run);
 		setTitle(`${workflowName} ${shown}`);
@@ -54,43 +55,20 @@ export async function open({ main, parts: [id], query, signal }) {
 			fill(badge, status(shown));
 			readVerdict();
 		});
-		// Times keep themselves up to date: the line is built again only when it says something else.
 		once(why, [shown, run.whyDetail, run.error, run.cancelReason], () => {
 			const line = outcome(run);
 			why.className = `why why-${shown}`;
-			show(why, Boolean(line));
+			show(why, line);
 			fill(why, el("span", line));
 		});
-		once(about, [run, summary.cost], () => fill(about, facts(factRows())));
+		once(about, [run, cost], () => fill(about, facts(aboutRun(summary, isLive()))));
 		showActions();
 		showTabs();
 		if (!panelOf) showRunPanel();
 	}
 
-	function factRows() {
-		const { run: r, cost } = summary;
-		const live = LIVE.has(r.status);
-		const more = cost.subtree?.runs > 1;
-		const spent = more ? cost.subtree : cost.own;
-		const budget = r.metadata?.budget ?? r.metadata?.budgetUsd;
-		return [
-			["Duration", live ? time(r.createdAt, "since") : duration(summary.durationMs ?? 0)],
-			["Attempt", r.maxAttempts > 1 ? `${r.attempt} of ${r.maxAttempts}` : r.attempt],
-			r.queue && ["Queue", link(runsUrl({ queue: r.queue }), r.queue)],
-			r.leaseOwner && ["Owner", code(r.leaseOwner)],
-			r.leaseExpiresAt && ["Lease ends", time(r.leaseExpiresAt)],
-			(Number(spent?.costUsd) > 0 || spent?.totalTokens > 0) && [more ? `Cost of ${plural(cost.subtree.runs, "run")}` : "Cost",
-				el("span", { title: `${count(spent.inputTokens ?? 0)} in, ${count(spent.outputTokens ?? 0)} out; its own: ${money(cost.own.costUsd)}` },
-					money(spent.costUsd), spent.totalTokens > 0 && muted(` · ${compactCount(spent.totalTokens)} tokens`))],
-			budget !== undefined && budget !== null && ["Budget", typeof budget === "number" ? money(budget) : JSON.stringify(budget)],
-			["Created", time(r.createdAt, "short")], r.completedAt && ["Ended", time(r.completedAt, "short")], r.deadlineAt && ["Deadline", time(r.deadlineAt, live ? "ago" : "short")],
-			r.dedupeKey && ["Dedupe key", code(r.dedupeKey)], r.priority !== 0 && ["Priority", r.priority], r.failureClass && ["Failure class", el("span.tag", r.failureClass)],
-		];
-	}
-
-	const ACTIONS = {
-		retry: ["Retry", retry], recover: ["Recover", recover], signal: ["Signal", signalRun], fork: ["Fork", forkRun], cancel: ["Cancel", cancel, "danger"],
-	};
+	const ACTIONS = { retry: ["Retry", retry], recover: ["Recover", recover], signal: ["Signal", signalRun],
+		fork: ["Fork", forkRun], cancel: ["Cancel", cancel, "danger"] };
 	const actionButton = (name, kind) => button(ACTIONS[name][0], async () => {
 		await attempt(ACTIONS[name][1]);
 		readSummary().catch(laterAgain);
@@ -98,16 +76,16 @@ export async function open({ main, parts: [id], query, signal }) {
 
 	function showActions() {
 		if (!canWrite()) return;
-		const { run: r } = summary;
-		const live = LIVE.has(r.status);
-		const ended = r.status === "failed" || r.status === "cancelled";
-		const wanted = [ended && "retry", (ended || r.stalled) && r.recoveryWebhook && "recover", live && "signal", "fork", live && "cancel"].filter((name) => name && !inVerdict.includes(name));
+		const { status: is, stalled, hasRecoveryWebhook } = summary.run;
+		const ended = is === "failed" || is === "cancelled";
+		const wanted = [ended && "retry", (ended || stalled) && hasRecoveryWebhook && "recover", isLive() && "signal", "fork",
+			isLive() && "cancel"].filter((name) => name && !inVerdict.includes(name));
 		once(actions, wanted, () => fill(actions, wanted.map((name) => actionButton(name))));
 	}
 
 	async function readVerdict() {
 		const { run } = summary;
-		const wanted = ["failed", "cancelled", "stalled"].includes(shownStatus(run)) || run.whyDetail?.kind === "lease_expired";
+		const wanted = /failed|cancelled|stalled/.test(shownStatus(run)) || run.whyDetail?.kind === "lease_expired";
 		const plan = wanted ? await get(path`/runs/${id}/rerun`).catch(laterAgain) : null;
 		const shown = plan && plan.safe !== null;
 		inVerdict = shown ? plan.actions.filter((name) => ["retry", "recover", "fork"].includes(name)) : [];
@@ -115,18 +93,29 @@ export async function open({ main, parts: [id], query, signal }) {
 		showActions();
 		if (!shown) return;
 		const blocking = canWrite() ? plan.steps.filter((step) => step.plan === "stops_for_review") : [];
+		const buttons = inVerdict.map((name, index) => actionButton(name, index === 0 && plan.safe ? "primary" : ""));
+		const decided = () => {
+			readVerdict();
+			readSummary();
+		};
 		verdict.classList.toggle("safe", plan.safe);
-		fill(verdict, el("div.spread", el("h2", icon(plan.safe ? "completed" : "stalled"), el("span", plan.verdict)), canWrite() && el("div.row", inVerdict.map((name, index) => actionButton(name, index === 0 && plan.safe ? "primary" : "")))),
-			blocking.map((step) => el("details", { open: blocking.length === 1 }, el("summary", "Decide ", strong(step.name)), reviewForm(id, step, () => { readVerdict(); readSummary(); }))),
+		fill(verdict,
+			el("div.spread", el("h2", icon(plan.safe ? "completed" : "stalled"), el("span", plan.verdict)),
+				canWrite() && el("div.row", buttons)),
+			blocking.map((step) => el("details", { open: blocking.length === 1 },
+				el("summary", "Decide ", strong(step.name)), reviewForm(id, step, decided))),
 			plan.steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"),
-				plainTable(plan.steps.map((step) => [step.name, el(`span.act.act-${step.plan}`, step.plan.replaceAll("_", " ")), el("td.muted", step.reason)]))));
+				plainTable(plan.steps.map(({ name, plan: kind, reason }) =>
+					[name, el(`span.act.act-${kind}`, kind.replaceAll("_", " ")), muted(reason)]))));
 	}
 
 	// --- actions
 
 	async function retry() {
 		const plan = await get(path`/runs/${id}/rerun`);
-		if (plan.safe === false && !await ask("Retry all the same?", el("p", plan.verdict), "Retry", { kind: "danger", otherwise: "Do not" })) return;
+		const sure = plan.safe !== false || await ask("Retry all the same?", el("p", plan.verdict), "Retry",
+			{ kind: "danger", otherwise: "Do not" });
+		if (!sure) return;
 		await post(path`/runs/${id}/retry`);
 		toast("It is put back.");
 	}
@@ -137,21 +126,24 @@ export async function open({ main, parts: [id], query, signal }) {
 	}
 
 	async function cancel() {
-		const asked = await ask("Cancel this run?", [el("p", "It ends at once; its worker is told at its next write. Completed steps stay on record."), field("Reason", el("input", { name: "reason" }))],
-			"Cancel the run", { kind: "danger", otherwise: "Keep it" });
+		const asked = await ask("Cancel this run?",
+			[el("p", "It ends at once; its worker is told at its next write. Completed steps stay on record."),
+				field("Reason", input("reason"))], "Cancel the run", { kind: "danger", otherwise: "Keep it" });
 		if (asked) await post(path`/runs/${id}/cancel`, bodyOf({ reason: asked.reason, actor: actor() || "studio" }));
 	}
 
 	async function signalRun() {
-		const asked = await ask("Send a signal", [field("Name", el("input", { name: "name", required: true, value: summary.run.whyDetail?.signal ?? "" })), field("Payload", jsonInput("payload"), "JSON; empty is null")], "Send");
+		const asked = await ask("Send a signal", [
+			field("Name", input("name", { required: true, value: summary.run.whyDetail?.signal ?? "" })),
+			field("Payload", jsonInput("payload"), "JSON; empty is null")], "Send");
 		if (!asked) return;
 		await post(path`/runs/${id}/signals`, bodyOf({ name: asked.name }, { payload: asked.payload }));
 		toast("The signal is sent.");
 	}
 
 	async function forkRun() {
-		const { askFork } = await import("./compare.js");
-		const fork = await askFork(summary, [...model.steps.values()], summary.run.inputBytes > 0 ? await readPayload(id, "input") : "{}");
+		const given = summary.run.inputBytes > 0 ? await readPayload(id, "input") : "{}";
+		const fork = await askFork(summary, [...model.steps.values()], given);
 		if (fork) navigate(compareUrl(id, fork.id));
 	}
 
@@ -159,14 +151,14 @@ export async function open({ main, parts: [id], query, signal }) {
 
 	function openPanel(title, nodes, key) {
 		panelOf = key;
-		fill(panel, el("header", el("h2", { title }, title), iconButton("close", "Close details", closePanel)), el("div.body.stack", nodes));
+		fill(panel, el("header", el("h2", { title }, title), iconButton("close", "Close details", closePanel)),
+			el("div.body.stack", nodes));
 		panel.classList.add("opened");
 		panel.scrollTop = 0;
 	}
 
 	function closePanel() {
-		panelOf = null;
-		panel.said = null;
+		panelOf = panel.source = null;
 		panel.classList.remove("opened");
 		waterfall.choose(null);
 		setQuery({ step: null });
@@ -174,12 +166,15 @@ export async function open({ main, parts: [id], query, signal }) {
 	}
 
 	function showRunPanel() {
-		const { run: r } = summary;
-		const failed = r.status === "failed";
-		const kinds = [failed && ["Error", "error"], ["Result", "result"], ["Input", "input"], r.metadataBytes > 2 && ["Metadata", "metadata"], !failed && ["Error of an earlier attempt", "error"]]
-			.filter((kind) => kind && r[`${kind[1]}Bytes`] > 0);
-		once(panel, kinds.map(([word, of]) => [word, r[`${of}Bytes`]]), () => fill(panel, el("header", el("h2", "The run")),
-			el("div.body.stack", kinds.map(([word, of]) => payload(word, id, of)), kinds.length === 0 && el("p.muted", "It has no input and no result yet."))));
+		const { run } = summary;
+		const failed = run.status === "failed";
+		const error = [failed ? "Error" : "Error of an earlier attempt", "error"];
+		const kinds = [failed && error, ["Result", "result"], ["Input", "input"],
+			run.metadataBytes > 2 && ["Metadata", "metadata"], !failed && error]
+			.filter((kind) => kind && run[`${kind[1]}Bytes`] > 0);
+		once(panel, kinds.map(([, of]) => [of, run[`${of}Bytes`]]), () => fill(panel, el("header", el("h2", "The run")),
+			el("div.body.stack", kinds.map(([word, of]) => payload(word, id, of)),
+				kinds.length === 0 && muted("It has no input and no result yet."))));
 	}
 
 	function select(row) {
@@ -194,32 +189,36 @@ export async function open({ main, parts: [id], query, signal }) {
 
 	// --- tabs
 
-	const waterfall = new Waterfall(timeline, { signal, onSelect: select, async onOpen(childId) {
-		const [child, { steps }] = await Promise.all([get(path`/runs/${childId}/summary`), get(path`/runs/${childId}/steps`, { limit: 500 })]);
+	const waterfall = makeWaterfall(timeline, { signal, onSelect: select, async onOpen(childId) {
+		const [child, { steps }] = await Promise.all([
+			get(path`/runs/${childId}/summary`), get(path`/runs/${childId}/steps`, { limit: 500 })]);
 		const own = new Timeline(session.leaseMs, childId);
 		own.setRun(child.run);
 		steps.forEach((step) => own.setStep(step));
 		return own;
 	} });
-	const opened = new Map([["timeline", { element: waterfall.element, update: () => waterfall.schedule() }]]);
+	const opened = new Map([["timeline", { element: waterfall.element, update: waterfall.schedule }]]);
 
 	function showTabs() {
-		const { counts } = summary;
-		const list = [["timeline", "Timeline", counts.steps], ["events", "Events", counts.events], ["state", "State", summary.state?.version], ["gates", "Gates", counts.gates],
-			["usage", "Usage", counts.usage], ["children", "Children", counts.children], ["webhooks", "Webhooks", counts.deliveries]];
+		const { counts, state } = summary;
+		const numbers = { ...counts, timeline: counts.steps, state: state?.version, webhooks: counts.deliveries };
 		if (!tabs.firstChild) {
-			tabs.append(...list.map(([name, word]) => el("a", { href: runUrl(id, name === "timeline" ? "" : `?tab=${name}`), role: "tab", id: `tab-${name}`, onclick(event) {
-				event.preventDefault();
-				showTab(name);
-			} }, word, el("span"))));
-			tabs.addEventListener("keydown", ({ key, target }) => (key === "ArrowRight" ? target.nextSibling : key === "ArrowLeft" ? target.previousSibling : null)?.focus());
+			tabs.append(...Object.keys(TABS).map((name) => el("a", { role: "tab", id: `tab-${name}`,
+				href: runUrl(id, { tab: name }), onclick(event) {
+					event.preventDefault();
+					showTab(name);
+				} }, name[0].toUpperCase() + name.slice(1), el("span"))));
+			tabs.addEventListener("keydown", ({ key, target }) => {
+				if (key === "ArrowRight") target.nextSibling?.focus();
+				if (key === "ArrowLeft") target.previousSibling?.focus();
+			});
 		}
-		list.forEach(([name, , number], index) => {
-			const link = tabs.children[index];
-			link.setAttribute("aria-selected", String(name === tab));
-			link.tabIndex = name === tab ? 0 : -1;
-			setText(link.lastChild, number ? compactCount(number) : "");
-		});
+		for (const anchor of tabs.children) {
+			const name = anchor.id.slice(4);
+			anchor.setAttribute("aria-selected", String(name === tab));
+			anchor.tabIndex = name === tab ? 0 : -1;
+			setText(anchor.lastChild, numbers[name] ? compactCount(numbers[name]) : "");
+		}
 	}
 
 	function showTab(name) {
@@ -233,7 +232,7 @@ export async function open({ main, parts: [id], query, signal }) {
 		if (panelOf) closePanel();
 		showTabs();
 		document.getElementById(`tab-${name}`).scrollIntoView({ block: "nearest", inline: "nearest" });
-		opened.get(name).update?.([]);
+		opened.get(name).update([]);
 	}
 
 	// --- live
@@ -252,7 +251,7 @@ export async function open({ main, parts: [id], query, signal }) {
 			readSummarySoon();
 		}
 		showTabs();
-		opened.get(tab)?.update?.(events);
+		opened.get(tab)?.update(events);
 	}
 
 	async function readSummary() {
@@ -278,17 +277,16 @@ export async function open({ main, parts: [id], query, signal }) {
 		waterfall.schedule();
 	}
 
-	const soon = (read, wait) => debounce(() => read().catch(laterAgain), wait);
-	const readSummarySoon = soon(readSummary, 250);
-	const readNewSteps = soon(readSteps, 250);
+	const soon = (read) => debounce(() => read().then(waterfall.schedule, laterAgain), 150);
+	const readSummarySoon = soon(readSummary);
+	const readNewSteps = soon(readSteps);
 	const readGates = soon(async () => {
-		(await get(path`/runs/${id}`, { include: "gates" })).gates.forEach((gate) => timeline.setGate(gate));
-		waterfall.schedule();
-	}, 60);
+		for (const gate of (await get(path`/runs/${id}`, { include: "gates" })).gates) timeline.setGate(gate);
+	});
 	const readTree = soon(async () => {
-		(await get(path`/runs/${id}/tree`, { limit: 500 })).runs.slice(1).forEach((child) => timeline.setChild(child));
-		waterfall.schedule();
-	}, 60);
+		const { runs } = await get(path`/runs/${id}/tree`, { limit: 500 });
+		for (const child of runs.slice(1)) timeline.setChild(child);
+	});
 
 	function onState(state) {
 		setMark(mark, state);
@@ -310,10 +308,10 @@ export async function open({ main, parts: [id], query, signal }) {
 	let seconds = 0;
 	every(async () => {
 		seconds += 1;
-		const live = LIVE.has(summary.run.status);
-		if (seconds % (live ? 3 : 15) === 0) await readSummary();
-		if (live && summary.counts.childrenLive && seconds % 3 === 0) readTree();
-		if (live && tab === "timeline") waterfall.schedule();
+		if (seconds % (isLive() ? 3 : 15) === 0) await readSummary();
+		if (!isLive()) return;
+		if (summary.counts.childrenLive && seconds % 3 === 0) readTree();
+		if (tab === "timeline") waterfall.schedule();
 	}, 1000, signal);
 
 	return {
@@ -322,15 +320,38 @@ export async function open({ main, parts: [id], query, signal }) {
 	};
 }
 
-const compareUrl = (a, b) => `/studio/compare${toQuery({ a, b })}`;
+/** The facts of a run's header. */
+function aboutRun({ run, parent, cost: { own, subtree }, durationMs }, live) {
+	const several = subtree?.runs > 1;
+	const { costUsd, totalTokens, inputTokens, outputTokens } = several ? subtree : own;
+	const budget = run.metadata?.budget ?? run.metadata?.budgetUsd ?? null;
+	return [
+		["Duration", live ? time(run.createdAt, "since") : duration(durationMs ?? 0)],
+		["Attempt", run.maxAttempts > 1 ? `${run.attempt} of ${run.maxAttempts}` : run.attempt],
+		run.queue && ["Queue", link(runsUrl({ queue: run.queue }), run.queue)],
+		parent && ["Child of", link(runUrl(parent.id), parent.name ?? parent.id)],
+		run.forkedFrom && ["Fork of", link(compareUrl(run.forkedFrom, run.id), run.forkedFrom)],
+		run.leaseOwner && ["Owner", code(run.leaseOwner)],
+		run.leaseExpiresAt && ["Lease ends", time(run.leaseExpiresAt)],
+		(costUsd > 0 || totalTokens > 0) && [several ? `Cost of ${plural(subtree.runs, "run")}` : "Cost",
+			el("span", { title: `${count(inputTokens)} in, ${count(outputTokens)} out; its own: ${money(own.costUsd)}` },
+				money(costUsd), totalTokens > 0 && muted(` · ${compactCount(totalTokens)} tokens`))],
+		budget !== null && ["Budget", typeof budget === "number" ? money(budget) : JSON.stringify(budget)],
+		["Created", time(run.createdAt, "short")],
+		run.completedAt && ["Ended", time(run.completedAt, "short")],
+		run.deadlineAt && ["Deadline", time(run.deadlineAt, live ? "ago" : "short")],
+		run.dedupeKey && ["Dedupe key", code(run.dedupeKey)],
+		run.priority !== 0 && ["Priority", run.priority],
+	];
+}
 
 /** Let the browser draw and take input before going on: what is long is done in slices. */
 const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
 /** Do something with a node only when what it is made from is not what it was made from. */
 function once(node, source, action) {
-	const said = JSON.stringify(source);
-	if (node.said === said) return;
-	node.said = said;
+	const text = JSON.stringify(source);
+	if (node.source === text) return;
+	node.source = text;
 	action();
 }

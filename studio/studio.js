@@ -1,22 +1,43 @@
 // Tidebase Studio: the frame around the pages: session, navigation, keyboard, and what all pages share.
 //
-// A page is a module with open({main, parts, query, signal}) -> {escape?, onQuery?} | nothing: the element where it builds
-// itself, the rest of the path, the query, and a signal that ends its reads, streams, timers and listeners.
+// A page is a module with open({main, parts, query, signal}) -> {escape?, onQuery?} | nothing: the element where it
+// builds itself, the rest of the path, the query, and a signal that ends its reads, streams, timers and listeners.
 
-import { ApiError, get, keepKey, laterAgain, poll, session, setPageSignal, watch } from "./api.js";
-import { button, dialog, el, field, fill, icon, link, plainTable, setServerTime, setText, show, skeleton, strong, switchZone, time, toast, zoneName } from "./dom.js";
+import { ApiError, get, keepKey, laterAgain, poll, session, setPageSignal, unreachable, watch } from "./api.js";
+import { button, dialog, el, errorText, fault, field, fill, heading, icon, input, link, plainTable, setServerTime,
+	setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName } from "./dom.js";
 import { goBack, navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
 import { begin as beginList } from "./runs.js";
 
-const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs", workers: "Workers" };
-const OTHERS = { compare: "Side by side" };
+const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
+	workers: "Workers" };
+const TITLES = { ...PAGES, compare: "Side by side" };
+
+// --- the frame
 
 const main = el("main.page", { id: "main", tabindex: "-1" });
+const banner = el("div.banner", { role: "status", hidden: true });
+const badge = el("span.badge", { hidden: true });
+const links = Object.entries(PAGES).map(([name, title]) => el("a", { href: `/studio/${name}`, title: `g ${name[0]}` },
+	icon(name), el("span", title), name === "approvals" && badge));
+const foot = el("div.nav-foot");
+const logo = (size) => el("img", { src: "/studio/icon.svg", alt: "", width: size });
+const frame = el("div.frame", el("nav.nav", { "aria-label": "Studio" },
+	el("a.brand", { href: "/studio/runs" }, logo(21), "Tidebase"), el("div.nav-links", links), foot),
+el("div", banner, main));
+
+watch.onReachable = (reachable) => {
+	if (reachable === banner.hidden) return;
+	show(banner, !reachable);
+	fill(banner, strong("The server cannot be reached."), "What you see is as of ",
+		time(new Date().toISOString(), "short"), ". Trying again.");
+};
+
+// --- opening pages
+
 let page = null; // what the page that is open gave back
 let shownPath = null;
 let leaving = new AbortController();
-
-// --- opening pages
 
 async function open(scroll) {
 	const url = new URL(location.href);
@@ -29,38 +50,40 @@ async function open(scroll) {
 	setPageSignal(signal);
 	shownPath = url.pathname;
 	page = null;
-	const title = PAGES[name] ?? OTHERS[name];
-	for (const anchor of document.querySelectorAll(".nav-links a")) {
-		if (anchor.dataset.page === (PAGES[name] ? name : "runs")) anchor.setAttribute("aria-current", "page");
+	const title = TITLES[name];
+	for (const anchor of links) {
+		if (anchor.pathname === `/studio/${PAGES[name] ? name : "runs"}`) anchor.setAttribute("aria-current", "page");
 		else anchor.removeAttribute("aria-current");
 	}
 	setTitle(title ?? "Not found");
-	if (!title) return fill(main, el("h1", "There is no such page"), link("/studio/runs", "All runs"));
+	if (!title) return fill(main, heading("There is no such page"), link("/studio/runs", "All runs"));
 	fill(main, skeleton());
 	try {
-		const module = await import(`./${name === "runs" && parts.length ? "run" : name}.js`).catch(() => { throw new ApiError(0, { error: "the server cannot be reached" }); });
+		const file = name === "runs" && parts.length ? "run" : name;
+		const module = await import(`./${file}.js`).catch(() => { throw unreachable(); });
 		if (signal.aborted) return; // left before it was there
 		const opened = await module.open({ main, parts, query: url.searchParams, signal });
 		if (signal.aborted) return;
 		page = opened;
 	} catch (error) {
-		if (signal.aborted || error.name === "AbortError") return;
-		showFault(error, title);
-		if (!(error instanceof ApiError)) throw error;
+		if (signal.aborted || error.status === 401) return;
+		laterAgain(error);
+		fill(main, heading(title), fault(error, openAgain,
+			strong(error.status === 404 ? "It does not exist, or no longer" : "This could not be loaded")));
 	}
 	scrollTo(0, scroll);
 	if (!main.contains(document.activeElement)) main.focus({ preventScroll: true });
 }
 
-function showFault(error, title) {
-	if (error.status === 401) return;
-	fill(main, el("h1", title), el("div.fault", { role: "alert" }, strong(error.status === 404 ? "It does not exist, or no longer" : "This could not be loaded"),
-		el("p", error.message), button("Try again", () => { shownPath = null; open(0); })));
+function openAgain() {
+	shownPath = null;
+	open(0);
 }
 
 document.addEventListener("click", (event) => {
 	const anchor = event.target.closest?.("a[href^='/studio']");
-	if (!anchor || event.defaultPrevented || event.button !== 0 || event.metaKey || event.ctrlKey || event.shiftKey) return;
+	if (!anchor || event.defaultPrevented || event.button !== 0) return;
+	if (event.metaKey || event.ctrlKey || event.shiftKey) return;
 	event.preventDefault();
 	navigate(anchor.getAttribute("href"));
 });
@@ -93,8 +116,8 @@ document.addEventListener("keydown", (event) => {
 	else if (key === "?") showHelp();
 	else if (key === "/") {
 		event.preventDefault();
-		const input = main.querySelector("[data-search]");
-		if (input) input.select();
+		const search = main.querySelector("[data-search]");
+		if (search) search.select();
 		else navigate("/studio/runs?focus=search");
 	} else if (key === "j" || key === "k") moveFocus(target, key === "j" ? 1 : -1);
 	else if (key === "x") target.closest("tr")?.querySelector("input[type=checkbox]")?.click();
@@ -108,35 +131,16 @@ function moveFocus(from, by) {
 	rows[Math.max(0, Math.min(rows.length - 1, index + by))]?.focus();
 }
 
-const KEYS = [["/", "search"], ["j k", "next, previous row"], ["Enter", "open the row"], ["x", "select the row"], ["Esc", "close, or go back"],
-	...Object.entries(PAGES).map(([name, title]) => [`g ${name[0]}`, title]), ["?", "this help"]];
-const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) => [el("td.row", keys.split(" ").map((key) => el("kbd", key))), what])));
-
-// --- the frame
-
-const banner = el("div.banner", { role: "status", hidden: true });
-const badge = el("span.badge", { hidden: true });
-let counting = new AbortController();
-
-function buildFrame() {
-	const links = Object.entries(PAGES).map(([name, title]) =>
-		el("a", { href: `/studio/${name}`, "data-page": name, title: `g ${name[0]}` }, icon(name), el("span", title), name === "approvals" && badge));
-	fill(document.body, el("div.frame",
-		el("nav.nav", { "aria-label": "Studio" },
-			el("a.brand", { href: "/studio/runs" }, el("img", { src: "/studio/icon.svg", alt: "" }), "Tidebase"), el("div.nav-links", links),
-			el("div.nav-foot", session.access === "read" && el("span.tag", { title: "Signed in with TIDEBASE_READ_KEY" }, "read only"),
-				button([icon("clock"), el("span", { "data-zone": "" }, zoneName())], switchZone, "quiet", { title: "Show times in UTC or in this computer's zone" }),
-				button([el("kbd", "?"), "Keyboard"], showHelp, "quiet"), session.key && button("Sign out", signOut, "quiet"))),
-		el("div", banner, main)));
-}
-
-watch.onReachable = (reachable) => {
-	if (reachable === banner.hidden) return;
-	show(banner, !reachable);
-	fill(banner, strong("The server cannot be reached."), ["What you see is as of ", time(new Date().toISOString(), "short"), ". Trying again."]);
-};
+const KEYS = [["/", "search"], ["j k", "next, previous row"], ["Enter", "open the row"], ["x", "select the row"],
+	["Esc", "close, or go back"], ...Object.entries(PAGES).map(([name, title]) => [`g ${name[0]}`, title]),
+	["?", "this help"]];
+const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) =>
+	[el("span.row", keys.split(" ").map((key) => el("kbd", key))), what])));
 
 // --- session
+
+const KEY_GONE = "Your key is no longer the server's.";
+let counting = new AbortController(); // ends the reading of how many decisions wait
 
 function signOut() {
 	keepKey(null);
@@ -148,21 +152,24 @@ function showSignIn(words = "") {
 	counting.abort();
 	shownPath = null;
 	setTitle("Sign in");
-	const input = el("input", { type: "password", required: true, autocomplete: "current-password" });
-	const fault = el("p.error-text", { role: "alert" }, words);
-	fill(document.body, el("main.sign-in", el("form.card", { async onsubmit(event) {
+	const typed = input(null, { type: "password", required: true, autocomplete: "current-password" });
+	const refused = errorText(words);
+	async function signIn(event) {
 		event.preventDefault();
 		try {
-			await get("/session", {}, { key: input.value, signal: null });
+			await get("/session", {}, { key: typed.value, signal: null });
 		} catch (error) {
-			setText(fault, error.status === 401 ? "That key is not the server's." : error.message);
-			return input.select();
+			setText(refused, error.status === 401 ? "That key is not the server's." : error.message);
+			return typed.select();
 		}
-		keepKey(input.value);
+		keepKey(typed.value);
 		start();
-	} }, el("div.row", el("img", { src: "/studio/icon.svg", alt: "", width: 32, height: 32 }), el("h1", "Tidebase Studio")),
-	field("API key", input, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you close it."), fault, el("button.primary", "Sign in"))));
-	input.focus();
+	}
+	fill(document.body, el("main.sign-in", el("form.card", { onsubmit: signIn },
+		el("div.row", logo(32), el("h1", "Tidebase Studio")),
+		field("API key", typed, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you"
+			+ " close it."), refused, el("button.primary", "Sign in"))));
+	typed.focus();
 }
 
 async function readSession() {
@@ -172,15 +179,20 @@ async function readSession() {
 
 async function start() {
 	if (location.pathname === "/studio/review") return (await import("./approvals.js")).openReview(document.body);
-	if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) beginList(new URLSearchParams(location.search)); // two answers in the time of one
+	const isList = /^\/studio(\/runs)?\/?$/.test(location.pathname);
+	if (isList) beginList(new URLSearchParams(location.search)); // two answers in the time of one
 	try {
 		await readSession();
 	} catch (error) {
-		if (error.status === 401) return showSignIn(session.key ? "Your key is no longer the server's." : "");
-		fill(document.body, el("main.sign-in", el("div.fault", strong("Tidebase Studio"), error.message, ". Trying again.")));
+		if (error.status === 401) return showSignIn(session.key ? KEY_GONE : "");
+		fill(document.body, el("main.sign-in", fault(error, null, strong("Tidebase Studio"))));
 		return setTimeout(start, 2000);
 	}
-	buildFrame();
+	fill(foot, session.access === "read" && tag("read only"),
+		button([icon("clock"), el("span", { "data-zone": "" }, zoneName())], switchZone, "quiet",
+			{ title: "Show times in UTC or in this computer's zone" }),
+		button([el("kbd", "?"), "Keyboard"], showHelp, "quiet"), session.key && button("Sign out", signOut, "quiet"));
+	fill(document.body, frame);
 	counting.abort();
 	const { signal } = counting = new AbortController();
 	await open(history.state?.scroll ?? 0);
@@ -192,13 +204,13 @@ async function start() {
 	}, 5000, signal).catch(laterAgain);
 }
 
-watch.onUnauthorized = () => main.isConnected && showSignIn("Your key is no longer the server's.");
+watch.onUnauthorized = () => main.isConnected && showSignIn(KEY_GONE);
 addEventListener("unhandledrejection", (event) => {
 	const { reason } = event;
 	if (reason?.name === "AbortError" || reason instanceof ApiError) event.preventDefault();
 	if (reason instanceof ApiError && reason.status !== 401 && reason.status !== 0) toast(reason.message, "error");
 });
-document.addEventListener("visibilitychange", () => {
-	if (!document.hidden && main.isConnected) readSession().catch(() => {}); // this computer may have slept: its clock is compared again
+document.addEventListener("visibilitychange", () => { // this computer may have slept: its clock is compared again
+	if (!document.hidden && main.isConnected) readSession().catch(laterAgain);
 });
 start();

@@ -1,94 +1,110 @@
 // What is behind a run's tabs, and the panel of one step.
 //
-// A tab is a function of the run's model that gives {element, update?(new events)}. It is built when it is first shown, and
-// keeps what it has read.
+// A tab is a function of the run's model that gives {element, update(new events)}. It is built when it is first shown,
+// and keeps what it has read.
 
-import { attempt, canWrite, get, getText, laterAgain, path, post } from "./api.js";
+import { attempt, canWrite, get, getText, loading, path, post } from "./api.js";
 import { gateForm, reviewForm } from "./decide.js";
-import { button, bytes, card, code, copyButton, count, debounce, duration, el, empty, facts, fill, grid, iconButton, link, meters, money, muted, plainTable, plural, searchInput,
-	select, setText, show, skeleton, status, strong, time, toast } from "./dom.js";
+import { between, button, bytes, card, code, copyButton, count, debounce, duration, el, empty, errorText, facts, fill,
+	grid, iconButton, input, link, meters, money, muted, number, options, plainTable, plural, searchInput, select, setText,
+	status, strong, tag, time, toast } from "./dom.js";
 import { items, member } from "./json.js";
 import { diffTable, inlinePayload, payload, readPayload } from "./payload.js";
 import { runUrl } from "./router.js";
-import { VirtualRows } from "./virtual.js";
-import { errorLine, outcome, shownStatus } from "./why.js";
+import { virtualRows } from "./virtual.js";
+import { attemptsOf } from "./waterfall.js";
+import { errorLine, outcome, shownStatus } from "./runs.js";
 
-/** A tab that is read by load(box) when it is shown, again after events of a kind, and with the summary when `watched`. */
+/** A tab that load(box) fills, again after events of a kind, and with the summary when `watched`. */
 function loadedTab(model, kind, load, watched = false) {
-	const element = el("div.stack", skeleton(3));
-	const again = debounce(() => load(element).catch(laterAgain), 150);
-	again();
+	const element = loading(load);
+	const again = debounce(element.again, 150);
 	if (watched) model.listeners.add(() => element.isConnected && again());
-	return { element, update: (events) => events.some(({ type }) => kind.test(type)) && again(), again };
+	return { element, again, update: (events) => events.some(({ type }) => kind.test(type)) && again() };
 }
 
 // --- one step
 
 const REPLAY = { auto: "runs again", manual: "waits for a review", never: "never runs again" };
-const ATTEMPTS = { cut: ["stalled", "cut off"], held: ["cancelled", "ended"], review: ["manual_review", "no outcome"] };
+const ATTEMPT = { cut: ["stalled", "cut off"], held: ["cancelled", "ended"], review: ["manual_review", "no outcome"] };
 
 /** Attempts, contract and payloads of a step; its row is read again, since events carry no sizes. */
 export function stepPanel(model, row) {
-	const box = el("div.stack", skeleton(4));
 	const runId = row.owner?.runId ?? model.id;
-	async function load() {
-		const { steps } = await get(path`/runs/${runId}/steps`, row.step ? { after: Math.max(0, row.step.position - 1), limit: 2 } : { text: row.name });
+	const panel = loading(async (box) => {
+		const asked = row.step ? { after: Math.max(0, row.step.position - 1), limit: 2 } : { text: row.name };
+		const { steps } = await get(path`/runs/${runId}/steps`, asked);
 		const step = steps.find((one) => one.id === row.key);
-		if (!step) return fill(box, el("p.muted", "Its row is not there yet."));
+		if (!step) return fill(box, muted("Its row is not there yet."));
 		if (runId === model.id) model.keepStep(step);
-		const contract = step.resumeContract ?? {};
-		const shown = (title, of) => step[`${of}Bytes`] > 0 && payload(title, runId, `step.${of}`, step.id);
-		const stack = el("div");
+		const { sideEffects, replay, idempotencyKey } = step.resumeContract ?? {};
+		const shown = (title, of) => step[`${of}Bytes`] > 2 && payload(title, runId, `step.${of}`, step.id);
+		const attempts = attemptsOf(row);
+		const trace = step.errorBytes > 2 && stackOf(await readPayload(runId, "step.error", step.id));
 		fill(box,
-			facts([["Status", status(step.status)], ["Attempt", step.attempt], step.startedAt && ["Began", time(step.startedAt, "precise")],
-				step.completedAt && ["Took", duration(new Date(step.completedAt) - new Date(step.startedAt ?? step.createdAt))], step.leaseOwner && ["Owner", code(step.leaseOwner)],
+			facts([["Status", status(step.status)], ["Attempt", step.attempt],
+				step.startedAt && ["Began", time(step.startedAt, "precise")],
+				step.completedAt && ["Took", between(step.startedAt ?? step.createdAt, step.completedAt)],
+				step.leaseOwner && ["Owner", code(step.leaseOwner)],
 				row.copied && ["Copied", "from the run that this is a fork of"]]),
-			step.status === "manual_review" && canWrite() && card("Decide it", null, reviewForm(runId, step, () => { load(); model.readSummary(); })),
-			step.error && el("p.error-text", errorLine(step.error)), stack, shown("Error", "error"), shown("Output", "output"), shown("Input", "input"),
-			row.attempts.length > 1 && el("section", el("h3", "Attempts"), plainTable(row.attempts.map(({ n, from, to, outcome: ended }) =>
-				[n, status(...ATTEMPTS[ended] ?? [ended]), time(new Date(from).toISOString(), "precise"), el("td.num", to === null ? "…" : duration(to - from))]))),
-			el("h3", "Contract"), facts([["Side effects", contract.sideEffects?.length ? contract.sideEffects.map((effect) => el("span.tag", String(effect))) : "none declared"],
-				["On a crash", REPLAY[contract.replay] ?? contract.replay], contract.idempotencyKey && ["Idempotency key", code(contract.idempotencyKey), copyButton(contract.idempotencyKey, "Copy the key")],
+			step.status === "manual_review" && canWrite() && card("Decide it", null, reviewForm(runId, step, () => {
+				panel.again();
+				model.readSummary();
+			})),
+			step.error && errorText(errorLine(step.error)),
+			trace && el("section.payload", el("header", el("h3", "Stack"), copyButton(trace, "Copy the stack")),
+				el("pre", { tabindex: 0, role: "region", "aria-label": "Stack" }, trace)),
+			shown("Error", "error"), shown("Output", "output"), shown("Input", "input"),
+			attempts.length > 1 && plainTable(attempts.map(({ n, from, to, kind }) => [n, status(...ATTEMPT[kind] ?? [kind]),
+				time(new Date(from).toISOString(), "precise"), number(to === null ? "…" : duration(to - from))]),
+			["Attempt", "Outcome", "Began", "Took"]),
+			el("h3", "Contract"),
+			facts([["Side effects", sideEffects?.length ? sideEffects.map((effect) => tag(String(effect))) : "none declared"],
+				["On a crash", REPLAY[replay] ?? replay],
+				idempotencyKey && ["Idempotency key", code(idempotencyKey), copyButton(idempotencyKey, "Copy the key")],
 				["Input hash", code(step.inputHash.slice(0, 12)), copyButton(step.inputHash, "Copy the input hash")]]),
-			step.optionsBytes > 2 && shown("Options", "options"));
-		if (step.errorBytes > 0) {
-			const trace = stackOf(await readPayload(runId, "step.error", step.id));
-			if (trace) fill(stack, el("section.payload", el("header", el("h3", "Stack"), copyButton(trace, "Copy the stack")), el("pre", { tabindex: 0, role: "region", "aria-label": "Stack" }, trace)));
-		}
-	}
-	load().catch((error) => error.name !== "AbortError" && fill(box, el("div.fault", error.message)));
-	return box;
+			shown("Options", "options"));
+	}, 4);
+	return panel;
 }
 
 function stackOf(text) {
 	const found = member(text, "stack") ?? member(text, "traceback");
 	const line = (raw) => (raw.startsWith('"') ? JSON.parse(raw) : raw);
-	return found && (found.startsWith("[") ? [...items(found)].map(line).join("\n") : line(found));
+	return found && (found.startsWith("[") ? items(found).map(line).join("\n") : line(found));
 }
 
 // --- events
 
-const KINDS = [["", "All events"], ["run.", "Run"], ["step.", "Steps"], ["step.failed", "Failed steps"], ["gate.", "Gates"], ["state.", "State"], ["usage.", "Usage"], ["signal.", "Signals"], ["recovery.", "Recovery"]];
-
 function eventsTab(model) {
-	let text = "";
+	let filter = "";
 	let list = [];
-	let at = null;
-	const search = searchInput("Filter by name or text", "Filter events", (typed) => { text = typed.toLowerCase(); refilter(); });
-	const kind = select("Type", KINDS, () => refilter());
+	let chosen = null;
+	const search = searchInput("Filter by type, name or text", "Filter events", (text) => {
+		filter = text.toLowerCase();
+		refilter();
+	});
 	const tally = muted();
-	const table = el("table.events", el("thead", el("tr", [["seq", "#"], ["time", "Time"], ["type", "Event"], ["what", "What"]].map(([name, word]) => el(`th.e-${name}`, word)))));
-	const rows = new VirtualRows(table, 4, { keyOf: (event) => event.seq, update: (row, event) => row.classList.toggle("chosen", at === event),
-		make: (event) => el("tr", { onclick: () => open(event) }, el("td.e-seq", event.seq), el("td.e-time", time(event.createdAt, "precise")), el("td.e-type", button(event.type, null, "", { "data-row": "" })),
-			el("td.e-what.muted", event.name && [strong(event.name), " "], describeEvent(event))) }, model.signal);
-	const earlier = button("Read the 1,000 events before", readEarlier, "quiet");
-	const fits = (event) => event.type.startsWith(kind.value) && (!text || event.text.toLowerCase().includes(text));
+	const heads = [["seq", "#"], ["time", "Time"], ["type", "Event"], ["what", "What"]];
+	const table = el("table.events", el("thead", el("tr", heads.map(([name, word]) => el(`th.e-${name}`, word)))));
+	const rows = virtualRows(table, 4, {
+		keyOf: (event) => event.seq,
+		make: (event) => el("tr", { onclick: () => open(event) }, el("td.e-seq", event.seq),
+			el("td.e-time", time(event.createdAt, "precise")),
+			el("td.e-type", button(event.type, null, "", { "data-row": "" })),
+			el("td.e-what.muted", event.name && [strong(event.name), " "], describeEvent(event))),
+		update: (row, event) => row.classList.toggle("chosen", chosen === event),
+	}, model.signal);
+	const fits = ({ text }) => text.toLowerCase().includes(filter);
 
 	function open(event) {
-		at = event;
+		chosen = event;
 		rows.draw();
-		model.openPanel(`${event.seq} ${event.type}`, [facts([["Time", time(event.createdAt, "precise")], event.name && ["Name", event.name], event.attempt && ["Attempt", event.attempt]]),
-			event.payloadOmitted ? payload("Payload", model.id, "event", event.seq) : inlinePayload("Payload", member(event.text, "payload"), `event-${event.seq}`)], `event:${event.seq}`);
+		const { seq, type, text, name, createdAt, payloadOmitted } = event;
+		model.openPanel(`${seq} ${type}`, [
+			facts([["Time", time(createdAt, "precise")], name && ["Name", name], event.attempt && ["Attempt", event.attempt]]),
+			payloadOmitted ? payload("Payload", model.id, "event", seq)
+				: inlinePayload("Payload", member(text, "payload"), `event-${seq}`)], `event:${seq}`);
 	}
 
 	function refilter() {
@@ -98,20 +114,12 @@ function eventsTab(model) {
 
 	function draw() {
 		rows.set(list);
-		setText(tally, list.length === model.events.length ? plural(list.length, "event") : `${count(list.length)} of ${plural(model.events.length, "event")}`);
-		show(earlier, model.firstSeq > 0);
-	}
-
-	async function readEarlier() {
-		const from = Math.max(0, model.firstSeq - 1000);
-		const raw = await getText(path`/runs/${model.id}/events`, { view: "light", after: from, limit: model.firstSeq - from });
-		model.firstSeq = from;
-		model.events.unshift(...[...items(raw)].map((one) => Object.assign(JSON.parse(one), { text: one })));
-		refilter();
+		const all = plural(model.events.length, "event") + (model.firstSeq > 0 ? ", the last ones" : "");
+		setText(tally, list.length === model.events.length ? all : `${count(list.length)} of ${all}`);
 	}
 
 	return {
-		element: el("section.card", el("header", search, kind, tally), earlier, table),
+		element: el("section.card", el("header", search, tally), table),
 		update(events) {
 			if (events.length === 0) return refilter();
 			list.push(...events.filter(fits));
@@ -121,10 +129,11 @@ function eventsTab(model) {
 }
 
 /** What an event's small payload says in a few words: its plain values, and those of what it is about. */
-function describeEvent({ payload: p, payloadBytes, payloadOmitted }) {
-	if (!p || typeof p !== "object") return payloadOmitted ? bytes(payloadBytes) : "";
-	const about = p.usage ?? p.gate ?? p.stateVersion ?? p.signal ?? p.error ?? {};
-	return [...Object.entries(p), ...Object.entries(about)].filter(([name, value]) => ["string", "number"].includes(typeof value) && !/(id|hash|at|name|token|url)$/i.test(name))
+function describeEvent({ payload: whole, payloadBytes, payloadOmitted }) {
+	if (typeof whole !== "object" || !whole) return payloadOmitted ? bytes(payloadBytes) : "";
+	const about = whole.usage ?? whole.gate ?? whole.stateVersion ?? whole.signal ?? whole.error ?? {};
+	return [...Object.entries(whole), ...Object.entries(about)].filter(([name, value]) =>
+		["string", "number"].includes(typeof value) && !/(id|hash|at|name|token|url)$/i.test(name))
 		.map(([name, value]) => `${name} ${value}`).join(" · ");
 }
 
@@ -133,24 +142,28 @@ function describeEvent({ payload: p, payloadBytes, payloadOmitted }) {
 function stateTab(model) {
 	let versions = [];
 	let at = -1;
-	const range = el("input", { type: "range", min: 0, "aria-label": "Version", oninput: () => choose(Number(range.value)) });
-	const about = el("div");
-	const shown = el("div");
-	const diff = el("div");
+	const slider = input(null,
+		{ type: "range", min: 0, "aria-label": "Version", oninput: () => choose(Number(slider.value)) });
+	const [about, shown, diff] = [el("div"), el("div"), el("div")];
 	const against = select("Compare with", [], () => drawDiff());
-	const built = [card("State", null, el("div.slider", iconButton("chevron", "Earlier version", () => choose(at - 1), { "data-back": "" }), range, iconButton("chevron", "Later version", () => choose(at + 1))), about, shown),
-		card("Changes", el("label.row", el("span", "against"), against), diff)];
-	const streams = () => new Set(versions.map((version) => version.streamName)).size > 1;
-	const wordOf = (version) => [streams() && version.streamName, version.version, version.label].filter(Boolean).join(" ");
+	const built = [card("State", null, el("div.slider",
+		iconButton("chevron", "Earlier version", () => choose(at - 1), { "data-back": "" }), slider,
+		iconButton("chevron", "Later version", () => choose(at + 1))), about, shown),
+	card("Changes", el("label.row", el("span", "against"), against), diff)];
+	const severalStreams = () => new Set(versions.map(({ streamName }) => streamName)).size > 1;
+	const wordOf = ({ streamName, version, label }) =>
+		[severalStreams() && streamName, version, label].filter(Boolean).join(" ");
 
 	function choose(index) {
 		at = Math.max(0, Math.min(versions.length - 1, index));
 		const version = versions[at];
-		range.value = at;
-		range.setAttribute("aria-valuetext", `version ${wordOf(version)}`);
+		slider.value = at;
+		slider.setAttribute("aria-valuetext", `version ${wordOf(version)}`);
 		against.value = Math.max(0, at - 1);
-		fill(about, facts([["Version", `${version.version} of ${versions.length}`], streams() && ["Stream", version.streamName], version.label && ["Label", strong(version.label)],
-			version.reason && ["Reason", version.reason], version.importance !== "normal" && ["Importance", version.importance], version.createdBy && ["By", version.createdBy], ["Time", time(version.createdAt, "precise")]]));
+		fill(about, facts([["Version", `${version.version} of ${versions.length}`],
+			severalStreams() && ["Stream", version.streamName], version.label && ["Label", strong(version.label)],
+			version.reason && ["Reason", version.reason], version.createdBy && ["By", version.createdBy],
+			["Time", time(version.createdAt, "precise")]]));
 		drawSoon();
 	}
 
@@ -160,25 +173,29 @@ function stateTab(model) {
 	}, 40);
 
 	async function drawDiff() {
-		const [before, after] = [versions[against.value], versions[at]];
-		if (before === after) return fill(diff, el("p.muted", versions.length > 1 ? "The same version." : "There is only one version."));
-		fill(diff, diffTable(await readPayload(model.id, "state", before.id), await readPayload(model.id, "state", after.id)));
+		const pair = [versions[against.value], versions[at]];
+		if (pair[0] === pair[1]) return fill(diff, muted(versions.length > 1 ? "The same version." : "There is only one."));
+		const [before, after] = await Promise.all(pair.map(({ id }) => readPayload(model.id, "state", id)));
+		fill(diff, diffTable(before, after));
 	}
 
 	return loadedTab(model, /^(state|snapshot)\./, async (box) => {
 		const following = at === versions.length - 1; // at the newest version: it moves on with it
-		const news = [];
-		for (let after = null; ;) {
-			const { stateVersions, nextCursor } = await get(path`/runs/${model.id}/state/versions`, { view: "light", after, limit: 1000 });
-			news.push(...stateVersions);
-			if (!nextCursor) break;
-			after = nextCursor;
+		const found = [];
+		for (let after = null, more = true; more; more = after) {
+			const answer = await get(path`/runs/${model.id}/state/versions`, { view: "light", after, limit: 1000 });
+			found.push(...answer.stateVersions);
+			after = answer.nextCursor;
 		}
-		versions = news.sort((a, b) => (a.liveVersion ?? 0) - (b.liveVersion ?? 0) || a.createdAt.localeCompare(b.createdAt));
-		if (versions.length === 0) return fill(box, empty("No state", "A workflow that calls ", code("run.state.set({...})"), " shows its state here, version by version."));
-		if (!box.contains(range)) fill(box, built);
-		range.max = versions.length - 1;
-		fill(against, versions.map((version, index) => el("option", { value: index }, wordOf(version))));
+		versions = found.sort((one, other) => (one.liveVersion ?? 0) - (other.liveVersion ?? 0)
+			|| one.createdAt.localeCompare(other.createdAt));
+		if (versions.length === 0) {
+			return fill(box, empty("No state", "A workflow that calls ", code("run.state.set({...})"),
+				" shows its state here, version by version."));
+		}
+		if (!box.contains(slider)) fill(box, built);
+		slider.max = versions.length - 1;
+		fill(against, options(versions.map((version, index) => [index, wordOf(version)])));
 		choose(following ? versions.length - 1 : at);
 	});
 }
@@ -187,47 +204,69 @@ function stateTab(model) {
 
 function gatesTab(model) {
 	const tab = loadedTab(model, /^gate\./, async (box) => {
-		const gates = [...items(member(await getText(path`/runs/${model.id}`, { include: "gates" }), "gates"))].map((raw) => ({ ...JSON.parse(raw), raw }));
-		if (gates.length === 0) return fill(box, empty("No gates", "A decision of a person: ", code('run.gate("approve", "Send this?")'), "."));
-		fill(box, gates.map((gate) => card(gate.name, el("div.row", status(gate.status === "pending" ? "waiting" : gate.status), gate.actor && `by ${gate.actor}`, time(gate.resolvedAt ?? gate.createdAt, "short")),
-			gateBody(gate), gate.status === "pending" && canWrite() && gate.resolveToken && gateForm(gate, () => { tab.again(); model.readSummary(); }))));
+		const gates = items(member(await getText(path`/runs/${model.id}`, { include: "gates" }), "gates"));
+		if (gates.length === 0) {
+			return fill(box, empty("No gates", "A decision of a person: ", code('run.gate("approve", "Send this?")'), "."));
+		}
+		fill(box, gates.map((raw) => {
+			const gate = { ...JSON.parse(raw), raw };
+			const { actor, resolvedAt, createdAt, resolveToken } = gate;
+			const pending = gate.status === "pending";
+			return card(gate.name, el("div.row", status(pending ? "waiting" : gate.status), actor && `by ${actor}`,
+				time(resolvedAt ?? createdAt, "short")),
+			gateBody(gate), pending && canWrite() && resolveToken && gateForm(gate, () => {
+				tab.again();
+				model.readSummary();
+			}));
+		}));
 	});
 	return tab;
 }
 
 /** Prompt, data and, once decided, the answer. `gate.raw` is its text. */
-export function gateBody(gate) {
+export function gateBody({ raw, id, runId, prompt, capability, expiresAt, dataOmitted, reviewUrl }) {
 	const shown = (title, name) => {
-		const text = member(gate.raw, name);
-		return text && text !== "null" && text !== "{}" && inlinePayload(title, text, `${gate.id}-${name}`, true);
+		const text = member(raw, name);
+		return text && text !== "null" && text !== "{}" && inlinePayload(title, text, `${id}-${name}`, true);
 	};
-	return [el("p.prompt", gate.prompt),
-		(gate.capability || gate.expiresAt) && facts([gate.capability && ["Capability", code(typeof gate.capability === "string" ? gate.capability : JSON.stringify(gate.capability))], gate.expiresAt && ["Expires", time(gate.expiresAt)]]),
-		gate.dataOmitted ? payload("Data", gate.runId, "gate.data", gate.id) : shown("Data", "data"), shown("Answer", "decisionPayload"),
-		gate.reviewUrl && canWrite() && el("p.row", copyButton(gate.reviewUrl, "Copy the review link", "Copy review link"), muted("Whoever has it may decide this gate, without a key."))];
+	return [el("p.prompt", prompt),
+		(capability || expiresAt) && facts([
+			capability && ["Capability", code(member(raw, "capability").replace(/^"|"$/g, ""))],
+			expiresAt && ["Expires", time(expiresAt)]]),
+		dataOmitted ? payload("Data", runId, "gate.data", id) : shown("Data", "data"), shown("Answer", "decisionPayload"),
+		reviewUrl && canWrite() && el("p.row", copyButton(reviewUrl, "Copy the review link", "Copy review link"),
+			muted("Whoever has it may decide this gate, without a key."))];
 }
 
 // --- usage
 
 function usageTab(model) {
-	let subtree = null;
-	const withChildren = el("input", { type: "checkbox", onchange() {
-		subtree = withChildren.checked ? "true" : null;
-		tab.again();
-	} });
+	const withChildren = input(null, { type: "checkbox", onchange: () => tab.again() });
 	const stepOf = (entry) => model.steps.get(entry.stepId)?.name ?? "outside of steps";
-	const tokens = (number) => (number === null ? "" : count(number));
-	const table = grid((entry) => entry.id, [["Time", (entry) => time(entry.createdAt, "short")], ["Step", stepOf], ["Model", (entry) => [entry.provider, entry.model].filter(Boolean).join(" ") || entry.kind],
-		["Label", (entry) => entry.label ?? (entry.quantity === null ? "" : `${entry.quantity} ${entry.unit ?? ""}`)], ["In", (entry) => tokens(entry.inputTokens), "num"], ["Out", (entry) => tokens(entry.outputTokens), "num"],
-		["Cost", (entry) => el("span", { title: entry.costUsd }, money(entry.costUsd)), "num"]], empty("No usage", "Recorded by ", code("run.usage.record(model=…, cost_usd=…)"), "."));
+	const tokens = (many) => (many === null ? "" : count(many));
+	const table = grid((entry) => entry.id, [
+		["Time", ({ createdAt }) => time(createdAt, "short")], ["Step", stepOf],
+		["Model", ({ provider, model: name, kind }) => [provider, name].filter(Boolean).join(" ") || kind],
+		["Label", ({ label, quantity, unit }) => label ?? (quantity === null ? "" : `${quantity} ${unit ?? ""}`)],
+		["In", ({ inputTokens }) => tokens(inputTokens), "num"], ["Out", ({ outputTokens }) => tokens(outputTokens), "num"],
+		["Cost", ({ costUsd }) => el("span", { title: costUsd }, money(costUsd)), "num"],
+	], empty("No usage", "Recorded by ", code("run.usage.record(model=…, cost_usd=…)"), "."));
 	const tab = loadedTab(model, /^usage\./, async (box) => {
-		const { usage, byModel, truncated } = await get(path`/runs/${model.id}/usage`, { limit: 1000, subtree });
-		const total = byModel.reduce((sum, group) => sum + Number(group.costUsd ?? 0), 0);
+		const asked = { limit: 1000, subtree: withChildren.checked ? "true" : null };
+		const { usage, byModel, truncated } = await get(path`/runs/${model.id}/usage`, asked);
+		const total = byModel.reduce((sum, { costUsd }) => sum + Number(costUsd), 0);
 		const bySteps = new Map();
-		for (const entry of usage) bySteps.set(stepOf(entry), (bySteps.get(stepOf(entry)) ?? 0) + Number(entry.costUsd ?? 0));
+		for (const entry of usage) {
+			bySteps.set(stepOf(entry), (bySteps.get(stepOf(entry)) ?? 0) + Number(entry.costUsd ?? 0));
+		}
+		const dearest = [...bySteps].sort((one, other) => other[1] - one[1]).slice(0, 30);
 		table.set(usage);
-		fill(box, el("div.spread", el("span", strong(money(total)), ` in ${plural(usage.length, "entry", "entries")}`, truncated && " (the first of more)"), model.summary.counts.children > 0 && el("label.row", withChildren, "With its children")),
-			usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd ?? 0)])), !subtree && meters("By step", [...bySteps].sort((a, b) => b[1] - a[1]).slice(0, 30))],
+		fill(box,
+			el("div.spread", el("span", strong(money(total)), ` in ${plural(usage.length, "entry", "entries")}`,
+				truncated && " (the first of more)"),
+			model.summary.counts.children > 0 && el("label.row", withChildren, "With its children")),
+			usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd)])),
+				!withChildren.checked && meters("By step", dearest)],
 			table.element);
 	});
 	return tab;
@@ -237,29 +276,28 @@ function usageTab(model) {
 
 function childrenTab(model) {
 	const folded = new Set();
+	const table = grid((run) => run.id, [
+		["Child", ({ id, name, depth, open, parent }) => {
+			const fold = parent && iconButton("chevron", `Children of ${name}`, () => {
+				if (!folded.delete(id)) folded.add(id);
+				tab.again();
+			}, { "aria-expanded": String(open) });
+			const cell = el("div.unfolds", fold, link(runUrl(id), name ?? id));
+			cell.style.paddingLeft = `${depth * 1.3 - 0.8}rem`;
+			return cell;
+		}], ["Status", (run) => status(shownStatus(run))], ["Workflow", ({ workflowName }) => workflowName],
+		["Why, or how it ended", outcome], ["Created", ({ createdAt }) => time(createdAt)],
+	], empty("No children", "Runs for parts of its work: ", code('run.child("name", "workflow")'), "."));
 	const tab = loadedTab(model, /^run\.child/, async (box) => {
 		const { runs, truncated } = await get(path`/runs/${model.id}/tree`, { limit: 1000 });
-		const list = [];
-		const addBelow = (parent) => {
-			for (const run of runs.filter((one) => one.parentRunId === parent)) {
-				list.push({ ...run, below: runs.some((one) => one.parentRunId === run.id), folded: folded.has(run.id) });
-				if (!folded.has(run.id)) addBelow(run.id);
-			}
-		};
-		addBelow(model.id);
-		table.set(list);
-		fill(box, table.element, truncated && el("p.muted", "The first 1,000 runs of the tree."));
+		const below = Map.groupBy(runs, (run) => run.parentRunId);
+		const branch = (id) => (below.get(id) ?? []).flatMap((run) => {
+			const open = !folded.has(run.id);
+			return [{ ...run, open, parent: below.has(run.id) }, ...open ? branch(run.id) : []];
+		});
+		table.set(branch(model.id));
+		fill(box, table.element, truncated && muted("The first 1,000 runs of the tree."));
 	}, true);
-	const table = grid((run) => run.id, [
-		["Child", (run) => {
-			const name = el("div.unfolds", run.below && iconButton("chevron", `Children of ${run.name}`, () => {
-				if (!folded.delete(run.id)) folded.add(run.id);
-				tab.again();
-			}, { "aria-expanded": String(!run.folded) }), link(runUrl(run.id), run.name ?? run.id));
-			name.style.paddingLeft = `${run.depth * 1.3 - 0.8}rem`;
-			return name;
-		}], ["Status", (run) => status(shownStatus(run))], ["Workflow", (run) => run.workflowName], ["Why, or how it ended", (run) => outcome(run)], ["Created", (run) => time(run.createdAt)]],
-	empty("No children", "Runs for parts of its work: ", code('run.child("name", "workflow")'), "."));
 	return tab;
 }
 
@@ -267,24 +305,36 @@ function childrenTab(model) {
 
 function webhooksTab(model) {
 	const shownAs = ({ status: is }) => status(is === "pending" ? "waiting" : is, is);
-	const open = (delivery) => model.openPanel(delivery.eventType ?? delivery.reason, [
-		facts([["Status", shownAs(delivery)], ["Kind", delivery.kind], ["Tries", delivery.attempts], delivery.status === "pending" && ["Next try", time(delivery.nextAttemptAt)], delivery.httpStatus && ["HTTP", delivery.httpStatus],
-			["Id", code(delivery.id), copyButton(delivery.id, "Copy the delivery's id")]]), el("p", code(delivery.url)), el("p.error-text", delivery.errorText),
-		delivery.payloadBytes > 0 && payload("Body", model.id, "delivery", delivery.id), delivery.responseBytes > 0 && payload("Answer", model.id, "delivery.response", delivery.id)], `delivery:${delivery.id}`);
-	const resend = async (delivery) => {
-		if (await attempt(() => post(path`/runs/${model.id}/deliveries/${delivery.id}/resend`))) toast("It is sent again.");
+	const nameOf = ({ eventType, reason }) => eventType ?? reason;
+	function open(delivery) {
+		const { id, kind, attempts, nextAttemptAt, httpStatus, url, payloadBytes, responseBytes } = delivery;
+		model.openPanel(nameOf(delivery), [
+			facts([["Status", shownAs(delivery)], ["Kind", kind], ["Tries", attempts],
+				delivery.status === "pending" && ["Next try", time(nextAttemptAt)], httpStatus && ["HTTP", httpStatus],
+				["Id", code(id), copyButton(id, "Copy the delivery's id")]]),
+			el("p", code(url)), errorText(delivery.errorText),
+			payloadBytes > 0 && payload("Body", model.id, "delivery", id),
+			responseBytes > 0 && payload("Answer", model.id, "delivery.response", id)], `delivery:${id}`);
+	}
+	async function resend({ id }) {
+		if (await attempt(() => post(path`/runs/${model.id}/deliveries/${id}/resend`))) toast("It is sent again.");
 		tab.again();
-	};
-	const table = grid((delivery) => delivery.id, [["Status", shownAs], ["Event", (delivery) => button(delivery.eventType ?? delivery.reason, () => open(delivery), "quiet")], ["To", (delivery) => delivery.url],
-		["Tries", (delivery) => delivery.attempts], ["Answer", (delivery) => (delivery.errorText ? el("span.error-text", delivery.errorText) : delivery.httpStatus)], ["Created", (delivery) => time(delivery.createdAt)],
-		["", (delivery) => canWrite() && delivery.status !== "pending" && button("Resend", () => resend(delivery)), "buttons"]],
-	empty("No webhooks", "This run has no recovery webhook and no channel, or nothing has been sent yet."));
+	}
+	const table = grid((delivery) => delivery.id, [
+		["Status", shownAs], ["Event", (delivery) => button(nameOf(delivery), () => open(delivery), "quiet")],
+		["To", ({ url }) => url], ["Tries", ({ attempts }) => attempts],
+		["Answer", ({ errorText: refused, httpStatus }) => (refused ? el("span.error-text", refused) : httpStatus)],
+		["Created", ({ createdAt }) => time(createdAt)],
+		canWrite() && ["", (delivery) => delivery.status !== "pending"
+			&& button("Resend", () => resend(delivery)), "buttons"],
+	], empty("No webhooks", "This run has no recovery webhook and no channel, or nothing has been sent yet."));
 	const tab = loadedTab(model, /^(recovery|run)\./, async (box) => {
 		const { deliveries, nextCursor } = await get(path`/runs/${model.id}/deliveries`, { limit: 200 });
 		table.set(deliveries);
-		fill(box, table.element, nextCursor && el("p.muted", "The newest 200."));
+		fill(box, table.element, nextCursor && muted("The newest 200."));
 	}, true);
 	return tab;
 }
 
-export const TABS = { timeline: null, events: eventsTab, state: stateTab, gates: gatesTab, usage: usageTab, children: childrenTab, webhooks: webhooksTab };
+export const TABS = { timeline: null, events: eventsTab, state: stateTab, gates: gatesTab, usage: usageTab,
+	children: childrenTab, webhooks: webhooksTab };

@@ -28,7 +28,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "4cec91b58e80004b8ec3626a9436c774b9787faa4c81665b990e4d90a3b51395")
+PINNED = (5, "cbcec71697168ebb6b778caeccae9aef4cb55ef637f6251a06456245c846b1e3")
 
 
 def apply(conninfo: str) -> None:

@@ -4,6 +4,7 @@ what waits for a person, and who may read."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ def why(api: Api, run: str) -> tuple[str, dict[str, Any]]:
     assert shown["whyDetail"] == listed["whyDetail"] == light["whyDetail"]
     assert (shown["why"] is None) == (shown["whyDetail"] is None) == (shown["status"] in ("completed", "failed",
                                                                                         "cancelled"))
-    return shown["why"], shown["whyDetail"]
+    detail = shown["whyDetail"]
+    if detail:  # a page says the same line in its own time zone, with these values
+        assert {name for _, name in re.findall(r"{(\w+):(\w+)}", detail["line"])} <= detail.keys()
+        assert shown["why"].startswith(detail["line"].partition("{")[0])
+    return shown["why"], detail
 
 
 def line(text: str, *parts: str) -> None:

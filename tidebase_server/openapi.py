@@ -100,7 +100,7 @@ OBJECTS = {
         cancelReason?, cancelActor?, parentRunId?, metadata:object?, metadataOmitted:bool, error:briefError?,
         durationMs:int?, eventSeq:int, why?, whyDetail?, version:string}""",
     "briefError": "{name?, message?}",
-    "whyDetail": """{kind:whyKind, ~since:time?, ~until:time?, ~worker:string?, ~heartbeatAt, ~step:string?,
+    "whyDetail": """{kind:whyKind, line, ~since:time?, ~until:time?, ~worker:string?, ~heartbeatAt, ~step:string?,
         ~stepSince:time?, ~queue?, ~concurrency,
         ~runs:[string], ~holders:int, ~ratePerMinute, ~attempt, ~maxAttempts, ~error:string?, ~gateId, ~gate:string,
         ~prompt, ~signal:string, ~n:int, ~live:int, ~total:int, ~lastAskedAt?, ~running:int, ~workflowName}""",

@@ -13,7 +13,7 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flask
 import psycopg
@@ -41,10 +41,30 @@ HEADERS = {
 routes = flask.Blueprint("studio", __name__)
 
 
-def files() -> dict[str, Path]:
-    """What there is to serve, by name: nothing of a request ever becomes a path."""
-    return {path.name: path for path in FOLDER.glob("*.*")
-            if path.suffix in MEDIA and re.fullmatch(r"[a-z]+\.[a-z]+", path.name)}
+class File(NamedTuple):
+    """A file of the page; changed: its modification time in ns; tag: its ETag."""
+
+    changed: int
+    content: bytes
+    tag: str
+
+
+_files: dict[Path, File] = {}  # those that were asked for, read again when they change
+
+
+def read_file(name: str) -> File | None:
+    """The file of this name in FOLDER.  A name with another form, such as a path, is of no file: None."""
+    if not re.fullmatch(r"[a-z]+\.[a-z]+", name) or Path(name).suffix not in MEDIA:
+        return None
+    path = FOLDER / name
+    try:
+        changed = path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+    if path not in _files or _files[path].changed != changed:
+        content = path.read_bytes()
+        _files[path] = File(changed, content, hashlib.sha256(content).hexdigest())
+    return _files[path]
 
 
 @routes.get("/")
@@ -59,17 +79,17 @@ def front() -> Reply:
 def page(name: str = "") -> Any:
     """Studio, the page of this server: its files by name, and itself at any other address.  ?n:0..100000 (of
     icon.svg: a number on it)  200 page, 404."""
-    known = files()
-    if name not in known and "/" not in name and Path(name).suffix in MEDIA:
-        raise Refusal(404, "not_found", "there is no such file")
-    path = known.get(name, known.get("index.html"))
-    if path is None:
-        raise Refusal(404, "not_found", "the folder studio/ is missing beside tidebase.py")
-    content = path.read_bytes()
+    is_file = "/" not in name and Path(name).suffix in MEDIA
+    file = read_file(name if is_file else "index.html")
+    if file is None:
+        raise Refusal(404, "not_found", "there is no such file" if is_file else
+                      "the folder studio/ is missing beside tidebase.py")
+    content, tag = file.content, file.tag
     if name == "icon.svg" and (number := whole_of("n", flask.request.args.get("n", "0"), 100_000)):
         content = content.replace(b"</svg>", badge(number).encode() + b"</svg>")
-    response = flask.Response(content, headers=HEADERS, content_type=MEDIA[path.suffix])
-    response.set_etag(hashlib.sha256(content).hexdigest())
+        tag = f"{tag}-{number}"
+    response = flask.Response(content, headers=HEADERS, content_type=MEDIA[Path(name).suffix if is_file else ".html"])
+    response.set_etag(tag)
     return response.make_conditional(flask.request)
 
 
