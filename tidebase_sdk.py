@@ -32,8 +32,8 @@ Type checkers see no submodule in a single file.  Where your code says `from tid
 
 Rooms, in the order of reading: constants; errors; foundations; the public surface, which is the manual; a run's logic
 (lease, names, steps, waiting, children); the worker; batching and heartbeats; requests and connections; helpers.
-Operations are written once, as generators that yield what they need done (an HTTP exchange, a call of your function, a
-sleep); a blocking driver and an asyncio driver perform it.  All times in arguments are seconds.
+Operations are written once, as generators, and performed by a blocking driver or one for asyncio.  All times in
+arguments are seconds.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from opcode import opname
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, Protocol, TypeVar, Union, cast, overload
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, Protocol, TypeVar, cast, overload
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -262,7 +262,7 @@ Json = dict[str, Any]  # the server's JSON as it came; keys that this file does 
 JsonList = list[Json]
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-Op = Generator["Effect", Any, T]  # an operation: yields effects (see "Requests and connections"), returns a T
+Op = Generator[Any, Any, T]  # an operation: `value = yield driver.sleep(...)` waits for what a driver's method returned
 
 
 class Blocking:
@@ -313,11 +313,21 @@ S = TypeVar("S", bound=Surface[Any])
 
 
 class op(Generic[P, T]):
-    """A method written once, as a generator of effects.  It blocks on Tidebase's surfaces, is awaited on
-    AsyncTidebase's.  Taken from the class it is the generator function: `yield from Runs.create(runs, ...)`."""
+    """A method written once, as a generator: see Op.  It blocks on Tidebase's surfaces, is awaited on AsyncTidebase's.
+    Taken from the class it is the generator function: `yield from Runs.create(runs, ...)`."""
 
     def __init__(self, logic: Callable[Concatenate[Any, P], Op[T]]) -> None:
-        self._logic = logic
+        @functools.wraps(logic)
+        def blocking(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
+            with _own_frames_hidden:
+                return cast(T, surface._client._driver.drive(logic(surface, *args, **kwargs)))
+
+        @functools.wraps(logic)
+        async def awaited(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
+            with _own_frames_hidden:
+                return cast(T, await surface._client._driver.drive(logic(surface, *args, **kwargs)))
+
+        self._logic, self._blocking, self._awaited = logic, blocking, awaited
         self.__doc__ = logic.__doc__
 
     @overload
@@ -327,7 +337,9 @@ class op(Generic[P, T]):
     @overload
     def __get__(self, surface: Surface[Awaited], owner: object = None) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(self, surface: Any, owner: object = None) -> Any:
-        return self._logic if surface is None else surface._client._driver.bind(self._logic, surface)
+        if surface is None:
+            return self._logic
+        return types.MethodType(self._awaited if surface._client._driver.awaited else self._blocking, surface)
 
 
 if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: what fn returns, and which client asks
@@ -1080,8 +1092,9 @@ class Events(Surface[M]):
         self.run_id, self.seq, self.ended = run_id, seq, False
         self._ended_at: int | None = None  # `seq` when the run was seen to have ended
         self._kinds = None if kinds is None else frozenset(kinds)
-        self._stream: Any = None
-        self._bytes = b""
+        self._connection: Any = None
+        self._answer: Any = None  # on it
+        self._bytes = b""  # of it: an event that is not complete yet
         self._ready: deque[Json] = deque()
 
     @op
@@ -1097,7 +1110,7 @@ class Events(Surface[M]):
                 if time.monotonic() - last_word > self._client.timeout_s:
                     raise Unreachable(f"the event stream broke: {error}", path=f"/runs/{self.run_id}/events") from error
                 tries += 1
-                yield Sleep(_backoff(BACKOFF_S, tries))
+                yield self._client._driver.sleep(_backoff(BACKOFF_S, tries))
             except BaseException:
                 self.close()
                 raise
@@ -1105,14 +1118,18 @@ class Events(Surface[M]):
 
     def _read(self) -> Op[None]:
         """Wait for the next bytes; OSError where the stream ends before the run."""
-        if self._stream is None:
+        driver, ends = self._client._driver, time.monotonic() + STREAM_SILENCE_S
+        if self._connection is None:
             path = _path("runs", self.run_id, "events", after=self.seq, follow="false")
-            self._stream, self._bytes = (yield OpenStream(path, {"Accept": "text/event-stream"})), b""
-            if self._stream.status in (429, 502, 503, 504):
-                raise ConnectionRefusedError(f"it answered {self._stream.status}")
-            if self._stream.status != 200:
-                raise _refusal(self._stream.status, _loads((yield ReadStream(self._stream))), path)
-        data = yield ReadStream(self._stream)
+            request = Request("GET", path, None, {"Accept": "text/event-stream"}, STREAM_SILENCE_S)
+            self._connection, self._bytes = (yield driver.connect(ends)), b""
+            self._answer = yield from _ask(driver.server, self._connection, request, ends)
+            status = self._answer.status
+            if status in (429, 502, 503, 504):
+                raise ConnectionRefusedError(f"it answered {status}")
+            if status != 200:
+                raise _refusal(status, _loads((yield from _read_some(self._connection, self._answer, ends))), path)
+        data = yield from _read_some(self._connection, self._answer, ends)
         if not data:  # the server has no more, or stops
             if self._ended_at == self.seq:
                 self.ended = True
@@ -1134,9 +1151,9 @@ class Events(Surface[M]):
 
     def close(self) -> None:
         """Close the connection; iterating on opens another."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _leave(self, error: BaseException | None) -> Op[None]:
         self.close()
@@ -1237,6 +1254,7 @@ class Client(Surface[M]):
     url, api_key, webhook_secret: as given, or from the environment; `url` without a slash at its end.
     """
 
+    _is_awaited = False
     _driver: Any
     _context: Any  # the class of what a workflow is given
     _session: Any  # the class of what `attach` returns
@@ -1255,15 +1273,20 @@ class Client(Surface[M]):
         self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
         self.timeout_s = timeout_s
         self._workflows: dict[str, Callable[..., Any]] = {}
-        self._threads = _BlockingDriver(self._server)
-        self._driver = self._threads
-        self._heartbeater = _Heartbeater(self)
-        self._batcher = _WriteBatcher(self)
         self._warned_of_secret = False
         self.runs: Runs[M] = Runs(self)
         self.queues: Queues[M] = Queues(self)
         self.schedules: Schedules[M] = Schedules(self)
         self.gates: Gates[M] = Gates(self)
+        self._begin()
+        _clients.add(self)
+
+    def _begin(self) -> None:
+        """Make what belongs to one process: connections, threads and what they have to send."""
+        self._threads = _BlockingDriver(self._server)  # the heartbeats' on either client
+        self._driver = _AsyncDriver(self._server) if self._is_awaited else self._threads
+        self._heartbeater = _Heartbeater(self)
+        self._batcher = _WriteBatcher(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._server.url}>"
@@ -1440,7 +1463,7 @@ class Client(Surface[M]):
         self._heartbeater.close()
         self._threads.close()
         self._driver.close()
-        yield Sleep(0)  # lets an event loop finish what it closes
+        yield self._driver.sleep(0)  # lets an event loop finish what it closes
 
     def _registered(self, workflow: str | Callable[..., Any]) -> tuple[Callable[..., Any], str | None]:
         """A workflow by function or registered name: the function, and that name if it has one."""
@@ -1465,12 +1488,19 @@ class AsyncTidebase(Client[Awaited]):
     `workflow`, `runs.token` and `runs.subscribe`, for `async for`, are called as they are.
     """
 
-    _context, _session = AsyncRunContext, AsyncRunSession
+    _is_awaited, _context, _session = True, AsyncRunContext, AsyncRunSession
 
-    def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
-                 *, timeout_s: float = TIMEOUT_S) -> None:
-        super().__init__(url, api_key, webhook_secret, timeout_s=timeout_s)
-        self._driver = _AsyncDriver(self._server)
+
+def _begin_in_child() -> None:
+    """In a forked process: threads, connections and what they were about are the parent's."""
+    _thread_cache.__init__()  # type: ignore[misc]
+    for client in list(_clients):
+        client._begin()
+
+
+_clients: weakref.WeakSet[Client[Any]] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 # ------------------------------------------------------------------------------
@@ -1811,14 +1841,14 @@ class _StepCall:
             self.same = lambda: (self.input_hash,)
             if not _accepts(fn, 0) and _accepts(fn, 1):
                 args = (plain,)
-        self.invoke = Invoke(fn, args, timeout_s)
+        self.fn, self.args, self.timeout_s = fn, args, timeout_s
 
     def declare(self, side_effects: str | Sequence[str] | None, credentials: Any, **declared: Any) -> None:
         """Note what the step declares about itself.  ValueError for what does not go together."""
         effects = [side_effects] if isinstance(side_effects, str) else list(side_effects or ())
         self.options = options = _body(
             side_effects=effects or None, credentials=[credentials] if isinstance(credentials, str) else credentials,
-            retries=self.retries or None, timeout_s=self.invoke.timeout_s, **declared)
+            retries=self.retries or None, timeout_s=self.timeout_s, **declared)
         acts = any(effect != "read" for effect in effects)
         replay = options.get("replay") or ("manual" if acts and "idempotencyKey" not in options else "auto")
         if replay not in ("auto", "manual", "never"):
@@ -1900,7 +1930,8 @@ def _execute_step(run: Run[Any], call: _StepCall) -> Op[Any]:
         output = b"null"
         started_at = lease.now()
         try:
-            output = _encode((yield call.invoke), f"the output of step {call.name!r}")
+            returned = yield client._driver.invoke(call.fn, call.args, call.timeout_s)
+            output = _encode(returned, f"the output of step {call.name!r}")
         except Exception as raised:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
@@ -1928,7 +1959,7 @@ def _execute_step(run: Run[Any], call: _StepCall) -> Op[Any]:
             return recorded["output"] if "output" in recorded else json.loads(output)
         if not again:
             raise cast(Exception, error)
-        yield Sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
+        yield client._driver.sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
     raise AssertionError("unreachable")
 
 
@@ -1992,7 +2023,7 @@ def _begin_step(run: Run[Any], call: _StepCall) -> Op[Json]:
         elif action != "locked":
             raise TidebaseError(f"the server answered a step with {action!r}", 200, answer)
         else:
-            yield Sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
+            yield run._client._driver.sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
     raise AssertionError("unreachable")
 
 
@@ -2041,14 +2072,14 @@ def _wait_for(client: Client[Any], condition: Json | None, read: Callable[[float
             found = yield from read(wait_s)
         else:
             found = None
-            yield Sleep(wait_s, run._lease.event if run else None)
+            yield client._driver.sleep(wait_s, run._lease.event if run else None)
         if run is not None:
             run._lease.boundary()
         now = time.monotonic()
         if found is not None or now >= ends or (is_there and read is None):
             return found
         if read is not None and now - asked < wait_s / 2:  # too many wait there: the server did not hold the request
-            yield Sleep(min(1.0, wait_s), run._lease.event if run else None)
+            yield client._driver.sleep(min(1.0, wait_s), run._lease.event if run else None)
 
 
 def _long_poll(run: Run[Any], wait_s: float, *path: str, **query: Any) -> Op[Json]:
@@ -2196,14 +2227,15 @@ def _run_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[A
         except (Exception, RunSuspended) as error:
             results[index] = error
 
+    driver = run._client._driver
     tasks: list[Any] = []
     try:
         for index, (_, body) in enumerate(described):
             if index >= FANOUT:
-                yield Join(tasks[index - FANOUT])
-            tasks.append((yield Start(one(index), f"tidebase-child-{body['name']}")))
+                yield driver.join(tasks[index - FANOUT])
+            tasks.append(driver.start(one(index), f"tidebase-child-{body['name']}"))
         for task in tasks:
-            yield Join(task)
+            yield driver.join(task)
     except (asyncio.CancelledError, KeyboardInterrupt):
         for task in tasks:
             task.cancel()
@@ -2298,7 +2330,7 @@ def _begin_run(client: Client[Any], run_id: str, parent: _Lease | None = None) -
             leased = error.status == 409 and isinstance(error.body, dict) and error.body.get("leaseOwner")
             if parent is None or not leased or isinstance(error, (LeaseLost, RunCancelled)):
                 raise
-        yield Sleep(_backoff(LOCKED_POLL_S, tries), parent.event)
+        yield client._driver.sleep(_backoff(LOCKED_POLL_S, tries), parent.event)
     raise AssertionError("unreachable")
 
 
@@ -2321,7 +2353,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any]) -> Op[Any]:
     lease, heartbeater = run._lease, run._client._heartbeater
     heartbeater.add(lease)
     try:
-        result = yield Invoke(workflow, _fit(workflow, run, run.input))
+        result = yield run._client._driver.invoke(workflow, _fit(workflow, run, run.input))
         lease.fence()  # user code may have swallowed it
         return (yield from _complete(run, result))[0]
     except (Exception, SystemExit) as error:
@@ -2432,8 +2464,9 @@ class _Worker:
             raise ValueError("work() needs a queue, a limit and a concurrency of at least 1")
         self._client, self._queues, self._poll_s, self._limit, self._on_error = client, queues, poll_s, limit, on_error
         self._concurrency, self._owner, self._write_behind = concurrency, owner, write_behind
-        self._place_freed = client._driver.event()  # set by stop(), too
-        self._stopped = client._driver.event()
+        self._driver = client._driver
+        self._place_freed = self._driver.event()  # set by stop(), too
+        self._stopped = self._driver.event()
         self._stopping = False
         self._claim_handle = CancelHandle()  # of the claim that waits
         self._busy: set[_Lease] = set()
@@ -2445,10 +2478,10 @@ class _Worker:
         """Claim and execute until a signal comes or stop() is true; then wind down."""
         self._log_start()
         with _stop_signals() as signalled:
-            claiming = yield Start(self._claims(), "tidebase-claims")
+            claiming = self._driver.start(self._claims(), "tidebase-claims")
             try:
                 while not (claiming.done() or signalled() or (stop is not None and stop())):
-                    yield Sleep(STOP_CHECK_S)
+                    yield self._driver.sleep(STOP_CHECK_S)
             except asyncio.CancelledError:  # of the task that awaits us: its runs are given back before it ends
                 self._cancel_tasks()
                 yield from self._wind_down(claiming, shutdown_s)
@@ -2477,12 +2510,12 @@ class _Worker:
             self._place_freed.clear()
             free = self._concurrency - len(self._busy)
             if not self._client._workflows:
-                yield Sleep(CLAIM_PAUSE_S, self._stopped)  # another thread may register one
+                yield self._driver.sleep(CLAIM_PAUSE_S, self._stopped)  # another thread may register one
             elif free > 0:
                 pause_s = yield from self._claim_runs(free, self._poll_s, self._claim_handle)
-                yield Sleep(pause_s, self._stopped)
+                yield self._driver.sleep(pause_s, self._stopped)
             elif not self._stopping:
-                yield Sleep(None, self._place_freed)
+                yield self._driver.sleep(None, self._place_freed)
         if self._claim is not None:  # cancelled: asked once more, it answers what it took, which is given back
             yield from self._claim_runs(1, 0.0)
 
@@ -2533,7 +2566,7 @@ class _Worker:
             return
         lease.on_returned = functools.partial(self._free_place, lease)
         self._busy.add(lease)
-        self._tasks.append((yield Start(self._execute(run, workflow), f"tidebase-{run.run_id}")))
+        self._tasks.append(self._driver.start(self._execute(run, workflow), f"tidebase-{run.run_id}"))
 
     def _execute(self, run: Run[Any], workflow: Callable[..., Any]) -> Op[None]:
         """Execute a run; however it ends, the worker goes on."""
@@ -2554,7 +2587,7 @@ class _Worker:
                                exc_info=True, extra=extra)
             if self._on_error is not None:
                 try:
-                    yield Invoke(self._on_error, _fit(self._on_error, error, run._record))
+                    yield self._driver.invoke(self._on_error, _fit(self._on_error, error, run._record))
                 except Exception as raised:
                     _hide_frames(raised)
                     logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
@@ -2586,7 +2619,7 @@ class _Worker:
         while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
             for lease in list(self._busy):
                 lease.suspend()
-            yield Sleep(0.05)
+            yield self._driver.sleep(0.05)
         left = [lease.run_id for lease in list(self._busy)]
         if left:
             logger.warning("the worker stopped with runs under way after %g s; they are taken over when their leases "
@@ -2694,7 +2727,6 @@ class _WriteBatcher:
 
     def __init__(self, client: Client[Any]) -> None:
         self._client = client
-        self._process = os.getpid()
         self._lock = threading.RLock()  # the garbage collector may close a sender's generator at any time
         self._ready: deque[_Write] = deque()
         self._senders = 0  # threads and tasks that send, or are about to
@@ -2712,7 +2744,7 @@ class _WriteBatcher:
         batch = self._add([write], may_send=not self._client._driver.awaited)
         if batch:
             try:
-                yield from self._send_batch(batch)
+                yield from self._send_batch(batch, self._client._driver)
             finally:
                 with self._lock:
                     self._senders -= 1
@@ -2754,7 +2786,7 @@ class _WriteBatcher:
                 self._give_up(write)
                 write.wake()
             elif write.outcome is None:  # again: it may have come before there was the event
-                yield Sleep(min(left_s, RECHECK_S), write.done)
+                yield self._client._driver.sleep(min(left_s, RECHECK_S), write.done)
                 if write.outcome is None:
                     self._start_sender()
 
@@ -2770,8 +2802,6 @@ class _WriteBatcher:
 
     def _add(self, writes: list[_Write], may_send: bool = False) -> list[_Write]:
         """Queue writes.  Returns a batch where the caller is to send one."""
-        if self._process != os.getpid():  # forked: the threads that were sending are in the other process
-            self.__init__(self._client)  # type: ignore[misc]
         with self._lock:
             self._ready.extend(writes)
             lease = writes[0].lease
@@ -2827,21 +2857,21 @@ class _WriteBatcher:
                 asyncio.get_running_loop()
             except RuntimeError:  # a thread beside the event loop: the one that sends heartbeats
                 driver = self._client._threads
-        task = driver.start(self._send_all(), "tidebase-writes")
+        task = driver.start(self._send_all(driver), "tidebase-writes")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _send_all(self) -> Op[None]:
+    def _send_all(self, driver: Any) -> Op[None]:
         """Send what is ready, until there is nothing."""
         try:
-            yield Sleep(0.0)  # first all threads and tasks that are as far: what they have goes along
+            yield driver.sleep(0)  # first all threads and tasks that are as far: what they have goes along
             while True:
                 with self._lock:
                     if not self._is_due(self._senders - 1):
                         self._senders -= 1
                         return
                     batch = self._take()
-                yield from self._send_batch(batch)
+                yield from self._send_batch(batch, driver)
         except BaseException as error:
             with self._lock:
                 self._senders -= 1
@@ -2849,10 +2879,10 @@ class _WriteBatcher:
                 self._start_sender()
             raise
 
-    def _send_batch(self, batch: list[_Write]) -> Op[None]:
+    def _send_batch(self, batch: list[_Write], driver: Any) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
         try:
-            yield from self._send(batch)
+            yield from self._send(batch, driver)
         except Exception as error:  # a defect: those who wait get it as their exception
             for write in batch:
                 write.settle(error)
@@ -2867,7 +2897,7 @@ class _WriteBatcher:
             for write in batch:
                 write.wake()
 
-    def _send(self, batch: list[_Write]) -> Op[None]:
+    def _send(self, batch: list[_Write], driver: Any) -> Op[None]:
         """Send a batch, again until there is an answer, and settle each write."""
         for tries in itertools.count(1):
             batch = [write for write in batch if self._is_worth_sending(write)]
@@ -2876,22 +2906,24 @@ class _WriteBatcher:
             sent = time.monotonic()
             timeout_s = max(1.0, min(self._client.timeout_s, max(write.until for write in batch) - sent))
             data = b'{"writes":[%s]}' % b",".join([write.data for write in batch])
-            reply, self._trouble, asked_s, _ = yield from _attempt(
-                self._client, "POST", "/writes", data, timeout_s=timeout_s)
-            if reply is not None:
-                yield from self._settle_all(batch, reply, sent)
+            try:
+                reply = yield from _attempt(driver, Request("POST", "/writes", data, {}, timeout_s))
+            except _NoAnswer as failure:
+                self._trouble, pause_s = str(failure), failure.pause_s + _backoff(BACKOFF_S, tries)
+            else:
+                yield from self._settle_all(batch, reply, sent, driver)
                 return
-            yield Sleep(asked_s + _backoff(BACKOFF_S, tries))
+            yield driver.sleep(pause_s)
 
-    def _settle_all(self, batch: list[_Write], reply: Reply, sent: float) -> Op[None]:
+    def _settle_all(self, batch: list[_Write], reply: Reply, sent: float, driver: Any) -> Op[None]:
         """Settle each write of a batch that was answered."""
         answer = _loads(reply.data)
         if 200 <= reply.status < 300 and isinstance(answer, dict):
-            yield from self._settle_each(batch, answer["results"], sent)
+            yield from self._settle_each(batch, answer["results"], sent, driver)
         elif len(batch) > 1 and reply.status in (400, 413):  # one is at fault, and must not take the others along
             half = len(batch) // 2
-            yield from self._send(batch[:half])
-            yield from self._send(batch[half:])
+            yield from self._send(batch[:half], driver)
+            yield from self._send(batch[half:], driver)
         else:
             body = reply.data.decode("utf-8", "replace") if answer is None else answer
             for issue in body.get("issues") or () if isinstance(body, dict) else ():
@@ -2899,7 +2931,7 @@ class _WriteBatcher:
             for write in batch:
                 write.settle(_refusal(reply.status, body, write.path, len(write.data)))
 
-    def _settle_each(self, batch: list[_Write], results: list[Json], sent: float) -> Op[None]:
+    def _settle_each(self, batch: list[_Write], results: list[Json], sent: float, driver: Any) -> Op[None]:
         """Settle each write with its result; send alone those whose answers had no room beside the others', and those
         behind a refused write of their run whose caller got the exception: the run goes on without that write."""
         again: list[_Write] = []
@@ -2919,7 +2951,7 @@ class _WriteBatcher:
             else:
                 write.settle(_refusal(result["status"], result, write.path, len(write.data)))
         for write in again:
-            yield from self._send([write])
+            yield from self._send([write], driver)
 
     def _is_worth_sending(self, write: _Write) -> bool:
         """Whether a write has no outcome yet.  It gets one here where the lease or the time is over."""
@@ -2996,7 +3028,7 @@ class _Heartbeater:
         with self._lock:
             before = self._leases.get(lease.run_id)
             self._leases[lease.run_id] = lease
-            if self._thread is None or not self._thread.is_alive():  # not alive: this is a forked process
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tidebase-heartbeats", daemon=True)
                 self._thread.start()
             self._wake_by(lease.heartbeat_at)
@@ -3056,7 +3088,8 @@ class _Heartbeater:
         body = {"runs": [{"id": lease.run_id, "leaseOwner": lease.owner} for lease in leases]}
         path, once_s = "/heartbeats", max(shortest / HEARTBEATS_PER_LEASE, 0.5)
         try:
-            answer = self._client._threads.drive(_request(self._client, "POST", path, body, once_s=once_s))
+            threads = self._client._threads
+            answer = threads.drive(_request(self._client, "POST", path, body, once_s=once_s, driver=threads))
         except TidebaseError as error:
             names = ", ".join(lease.run_id for lease in leases)
             logger.info("a heartbeat for the runs %s was not answered: %s", names, error,
@@ -3072,7 +3105,7 @@ class _Heartbeater:
 
 
 # ------------------------------------------------------------------------------
-# Requests and connections: what operations ask of a driver, and the two drivers, blocking and asyncio.
+# Requests and connections: an HTTP exchange, written once, and the two drivers that perform it, blocking and asyncio.
 # ------------------------------------------------------------------------------
 
 
@@ -3097,8 +3130,8 @@ class CancelHandle:
             end()
 
 
-class Exchange(NamedTuple):
-    """One request, one answer, no repeat.  The driver returns a Reply or raises OSError."""
+class Request(NamedTuple):
+    """What is sent, once, within timeout_s from the connection to the last byte of the answer."""
     method: str
     path: str
     body: bytes | None
@@ -3115,75 +3148,48 @@ class Reply(NamedTuple):
     data: bytes
 
 
-class Invoke(NamedTuple):
-    """Call the user's function.  The driver returns what it returns; raises StepTimeout after `timeout_s`."""
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    timeout_s: float | None = None
+class _NoAnswer(TidebaseError):
+    """There was no answer, or one that asks for a repeat after pause_s.  Never raised to a user."""
 
-
-class Sleep(NamedTuple):
-    """Sleep, at most until the event is set; None: until then."""
-    seconds: float | None
-    event: Any = None
-
-
-class Start(NamedTuple):
-    """Run an operation beside this one (thread or task).  Returns it: done(), cancel(), result()."""
-    op: Op[Any]
-    name: str
-
-
-class Join(NamedTuple):
-    """Wait until a started operation has ended, well or not."""
-    task: Any
-
-
-class OpenStream(NamedTuple):
-    """Send a GET and return when the head of its answer is there: .status, .close(), to be read by ReadStream."""
-    path: str
-    headers: Mapping[str, str]
-
-
-class ReadStream(NamedTuple):
-    """The next bytes of a stream, b"" at its end.  Raises OSError."""
-    stream: Any
-
-
-Effect = Union[Exchange, Invoke, Sleep, Start, Join, OpenStream, ReadStream]
+    def __init__(self, reason: str, pause_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause_s = pause_s
 
 
 def _request(client: Client[Any], method: str, path: str, body: Any = None, *, lease: _Lease | None = None,
              headers: Mapping[str, str] | None = None, patience_s: float | None = None, once_s: float | None = None,
-             wait_s: float = 0.0, cancel: CancelHandle | None = None) -> Op[Json]:
+             wait_s: float = 0.0, cancel: CancelHandle | None = None, driver: Any = None) -> Op[Json]:
     """Send until an answer comes: until the lease is gone, or without one for patience_s (default timeout_s).
 
     once_s: no repeat, and this long for the answer.  wait_s: on top, how long the server may hold the request.
-    cancel: to end it by.  Every request may arrive twice: the protocol has it so.
+    cancel: to end it by.  driver: default the client's.  Every request may arrive twice: the protocol has it so.
     Raises the refusal; LeaseLost or Unreachable when no answer came in time.
     """
-    data = None if body is None else _encode_body(body)
+    driver, data = driver or client._driver, None if body is None else _encode_body(body)
     patience_s = 0.0 if once_s is not None else client.timeout_s if patience_s is None else patience_s
     started = time.monotonic()
     for tries in itertools.count(1):
         if lease is not None:
             lease.fence()
         sent = time.monotonic()
-        give_up_at = lease.ends_at if lease is not None else started + patience_s
-        timeout_s = once_s or max(1.0, min(client.timeout_s, give_up_at - sent))
-        reply, trouble, asked_s, cause = yield from _attempt(
-            client, method, path, data, headers, timeout_s=timeout_s, wait_s=wait_s, cancel=cancel)
-        if reply is not None:
+        give_up_at = started + patience_s if lease is None else lease.ends_at
+        timeout_s = wait_s + (once_s or max(1.0, min(client.timeout_s, give_up_at - sent)))
+        try:
+            reply = yield from _attempt(driver, Request(
+                method, path, data, headers or {}, timeout_s, wait_s > 0, cancel))
             return _accepted(reply, path, len(data or b""), None if method == "GET" else sent, lease)
-        pause_s = asked_s + _backoff(BACKOFF_S, tries)
-        if time.monotonic() + pause_s > (lease.ends_at if lease is not None else give_up_at):
-            message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {trouble}"
-            if lease is None:
-                raise Unreachable(message, path=path) from cause and cause.with_traceback(None)  # the message says all
-            message = f"the lease of run {lease.run_id} ran out: {message}"
-            lease.lose(LeaseLost(message, code="lease_lost", path=path))
+        except _NoAnswer as failure:
+            pause_s = failure.pause_s + _backoff(BACKOFF_S, tries)
+            if time.monotonic() + pause_s > (give_up_at if lease is None else lease.ends_at):
+                message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {failure}"
+                if lease is None:
+                    cause = failure.__cause__
+                    raise Unreachable(message, path=path) from cause and cause.with_traceback(None)
+                message = f"the lease of run {lease.run_id} ran out: {message}"
+                lease.lose(LeaseLost(message, code="lease_lost", path=path))
+        if lease is not None:
             lease.fence()
-        yield Sleep(pause_s)
+        yield driver.sleep(pause_s)
     raise AssertionError("unreachable")
 
 
@@ -3201,21 +3207,70 @@ def _accepted(reply: Reply, path: str, size: int, written: float | None, lease: 
     raise error
 
 
-def _attempt(client: Client[Any], method: str, path: str, data: bytes | None, headers: Mapping[str, str] | None = None,
-             *, timeout_s: float, wait_s: float = 0.0, cancel: CancelHandle | None = None,
-             ) -> Op[tuple[Reply | None, str, float, Exception | None]]:
-    """Send a request once.  Returns the reply or, where a repeat may help, None, why, the pause in seconds that the
-    server asks for, and the exception, if there was one."""
+def _attempt(driver: Any, request: Request) -> Op[Reply]:
+    """Send a request once.  Raises _NoAnswer where a repeat may help."""
     try:
-        reply: Reply = yield Exchange(method, path, data, headers or {}, wait_s + timeout_s, wait_s > 0, cancel)
+        reply: Reply = yield driver._exchange(request)
     except OSError as error:
-        return None, f"{type(error).__name__}: {error}", 0.0, error
+        raise _NoAnswer(f"{type(error).__name__}: {error}") from error
     asked_s = min(float(reply.retry_after), RETRY_AFTER_CAP_S) if reply.retry_after.isdigit() else 0.0
-    if cancel is not None:
-        cancel.retry_after_s = asked_s
+    if request.cancel is not None:
+        request.cancel.retry_after_s = asked_s
     if reply.status in (429, 502, 503, 504):
-        return None, f"it answered {reply.status}", asked_s, None
-    return reply, "", asked_s, None
+        raise _NoAnswer(f"it answered {reply.status}", asked_s)
+    return reply
+
+
+def _exchange(driver: Any, request: Request) -> Op[Reply]:
+    """Send a request and read its answer, on an idle connection where there is one.  Raises OSError."""
+    ends = time.monotonic() + request.timeout_s
+    cancel = request.cancel
+    while True:
+        idle = driver.take_idle()
+        connection = idle or (yield driver.connect(ends))
+        try:
+            if cancel is not None:
+                cancel.attach(connection.cut)
+            answer = yield from _ask(driver.server, connection, request, ends)
+            while not answer.ended:
+                answer.feed((yield connection.read(ends)))
+            if cancel is not None:
+                cancel.attach(None)
+        except BaseException as error:
+            connection.close()
+            if idle and isinstance(error, ConnectionError) and not (cancel and cancel.is_cancelled):
+                continue  # the server had closed this idle connection; the next may be the same, the last is new
+            raise
+        if answer.keeps_alive():
+            driver.keep(connection)
+        else:
+            connection.close()
+        return Reply(answer.status, answer.headers.get("retry-after", ""), answer.take())
+
+
+def _ask(server: _Server, connection: Any, request: Request, ends: float) -> Op[_Answer]:
+    """Send a request and read the head of its answer, which may come instead of reading a large body."""
+    head, body, answer = server.head_of(request), request.body or b"", _Answer()
+    if len(body) > EXPECT_BYTES:
+        connection.write(head, ends)
+        expected_by = min(ends, time.monotonic() + EXPECT_S)
+        with contextlib.suppress(TimeoutError, socket.timeout):  # some never say that they want it
+            while not (answer.status or answer.continues):
+                answer.feed((yield connection.read(expected_by)))
+        if answer.status:
+            return answer
+        head = b""
+    connection.write(head + body, ends)
+    while not answer.status:
+        answer.feed((yield connection.read(ends)))
+    return answer
+
+
+def _read_some(connection: Any, answer: _Answer, ends: float) -> Op[bytes]:
+    """The next bytes of an answer's body, b"" at its end."""
+    while not (data := answer.take()) and not answer.ended:
+        answer.feed((yield connection.read(ends)))
+    return data
 
 
 class _Server:
@@ -3228,27 +3283,25 @@ class _Server:
         if not all(" " < letter < "\x7f" for letter in api_key):
             raise ValueError("the Tidebase API key has characters that no header can carry")
         self.url, self.api_key = url.rstrip("/"), api_key or None
-        self.host, self.prefix = parts.hostname, parts.path.rstrip("/")
+        self.host, self._prefix = parts.hostname, parts.path.rstrip("/")
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.authority = parts.netloc
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._fields = f"Host: {self.authority}\r\nUser-Agent: tidebase-python/{__version__}\r\n"
+        self._fields = f"Host: {parts.netloc}\r\nUser-Agent: tidebase-python/{__version__}\r\n"
         if api_key:
             self._fields += f"Authorization: Bearer {api_key}\r\n"
 
-    def request(self, effect: Exchange | OpenStream) -> tuple[bytes, bytes]:
-        """The head and the body of a request."""
-        body = effect.body if isinstance(effect, Exchange) else None
-        method = effect.method if isinstance(effect, Exchange) else "GET"
-        fields = "".join(f"{key}: {value}\r\n" for key, value in effect.headers.items())
-        if body is not None:
+    def head_of(self, request: Request) -> bytes:
+        """The head of a request."""
+        fields = "".join([f"{key}: {value}\r\n" for key, value in request.headers.items()])
+        size = len(request.body or b"")
+        if request.body is not None:
             fields += "Content-Type: application/json\r\n"
-        if body is not None or method != "GET":
-            fields += f"Content-Length: {len(body or b'')}\r\n"
-        if len(body or b"") > EXPECT_BYTES:
+        if request.body is not None or request.method != "GET":
+            fields += f"Content-Length: {size}\r\n"
+        if size > EXPECT_BYTES:
             fields += "Expect: 100-continue\r\n"
-        head = f"{method} {self.prefix}{effect.path} HTTP/1.1\r\n{self._fields}{fields}\r\n"
-        return head.encode("ascii"), body or b""
+        line = f"{request.method} {self._prefix}{request.path} HTTP/1.1\r\n"
+        return f"{line}{self._fields}{fields}\r\n".encode("ascii")
 
 
 class _Answer:
@@ -3324,6 +3377,7 @@ class _Answer:
             self._raw = rest[size + 2 :]
             self.ended = size == 0
 
+
 class _ThreadCache:
     """Daemon threads, kept for a while when their work is done: starting one costs more than a short step.
 
@@ -3331,15 +3385,12 @@ class _ThreadCache:
     """
 
     def __init__(self) -> None:
-        self._process = os.getpid()
         self._idle: deque[SimpleQueue[Any]] = deque()  # what each idle thread takes its next work from
 
     def call(self, name: str, fn: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
         """Call fn in a thread of this name, in a copy of the caller's context."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
-        if self._process != os.getpid():  # forked: the threads are in the other process
-            self.__init__()  # type: ignore[misc]
         try:
             work = self._idle.pop()
         except IndexError:
@@ -3372,15 +3423,15 @@ class _ThreadCache:
             self._idle.append(work)
 
 
-_threads = _ThreadCache()
+_thread_cache = _ThreadCache()
 
 
 class _BlockingConnection:
-    """A connection, and the answer to the last request on it."""
+    """A connection.  Its methods take the moment until which they wait, by time.monotonic(), and raise OSError."""
 
-    def __init__(self, server: _Server, timeout_s: float) -> None:
-        self.answer = _Answer()
-        self._socket = socket.create_connection((server.host, server.port), timeout_s)
+    def __init__(self, server: _Server, ends: float, generation: int) -> None:
+        self.generation = generation
+        self._socket = socket.create_connection((server.host, server.port), _left(ends))
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if server.tls is not None:
@@ -3389,42 +3440,18 @@ class _BlockingConnection:
             self._socket.close()
             raise
 
-    status = property(lambda self: self.answer.status)
+    def write(self, data: bytes, ends: float) -> None:
+        """Send all of it."""
+        self._socket.settimeout(_left(ends))
+        self._socket.sendall(data)
 
-    def send(self, request: tuple[bytes, bytes], timeout_s: float) -> None:
-        """Send a request and read the head of its answer, which may come instead of reading a large body."""
-        self.answer = _Answer()
-        head, body = request
-        if len(body) > EXPECT_BYTES:
-            self._socket.settimeout(min(EXPECT_S, timeout_s))
-            self._socket.sendall(head)
-            with contextlib.suppress(TimeoutError, socket.timeout):  # some never say that they want it
-                while not (self.answer.status or self.answer.continues):
-                    self.answer.feed(self._socket.recv(BLOCK_BYTES))
-            if self.answer.status:
-                return
-            head = b""
-        self._socket.settimeout(timeout_s)
-        self._socket.sendall(head + body)
-        while not self.answer.status:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
-
-    def read(self) -> bytes:
-        """The next bytes of the body, b"" at its end."""
-        block = self.answer.take()
-        while not block and not self.answer.ended:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
-            block = self.answer.take()
-        return block
-
-    def read_all(self) -> bytes:
-        """The body, to its end."""
-        while not self.answer.ended:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
-        return self.answer.take()
+    def read(self, ends: float) -> bytes:
+        """The next bytes, b"" when the other side has closed it."""
+        self._socket.settimeout(_left(ends))
+        return self._socket.recv(BLOCK_BYTES)
 
     def cut(self) -> None:
-        """Have the thread that waits for the answer wait no more."""
+        """Have the thread that reads wait no more."""
         with contextlib.suppress(OSError):  # closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -3434,7 +3461,7 @@ class _BlockingConnection:
 
 
 class _BlockingDriver:
-    """Performs effects in the calling thread.
+    """Performs operations in the calling thread: what its methods return is what was waited for.
 
     Idle connections are kept for whichever thread asks next, so there are never more than threads that asked at once.
     """
@@ -3443,119 +3470,75 @@ class _BlockingDriver:
     event = threading.Event
 
     def __init__(self, server: _Server) -> None:
-        self._server = server
+        self.server = server
         self._idle: deque[_BlockingConnection] = deque()
         self._closed = 0  # how often: a connection that was in use meanwhile is not kept
-        self._process = os.getpid()
-        self._methods: dict[Any, Callable[..., Any]] = {}  # of each operation: to make one takes longer than to call it
-
-    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., T]:
-        """An operation as a method of `surface`."""
-        if logic not in self._methods:
-
-            @functools.wraps(logic)
-            def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                try:
-                    return self.drive(logic(self_, *args, **kwargs))
-                except BaseException as error:
-                    _hide_frames(error)
-                    if sys.version_info < (3, 11):
-                        raise error  # where a bare `raise` would bring the hidden frames back; it adds one of its own
-                    raise
-
-            self._methods[logic] = method
-        return types.MethodType(self._methods[logic], surface)
 
     def drive(self, op: Op[T]) -> T:
-        """Perform what the operation yields until it returns or raises."""
-        resume: Callable[[Any], Effect] = op.send
+        """Perform an operation."""
         value: Any = None
-        while True:
-            try:
-                effect = resume(value)
-            except StopIteration as end:
-                return cast(T, end.value)
-            try:
-                value, resume = self.perform(effect), op.send
-            except BaseException as error:
-                value, resume = error, op.throw
+        try:
+            while True:
+                value = op.send(value)
+        except StopIteration as end:
+            return cast(T, end.value)
 
     def start(self, op: Op[T], name: str) -> concurrent.futures.Future[T]:
         """Perform an operation beside the caller, in a thread of this name."""
-        return _threads.call(name, self.drive, op)
+        return _thread_cache.call(name, self.drive, op)
 
-    def perform(self, effect: Effect) -> Any:
-        """One effect, here and now."""
-        if isinstance(effect, Exchange):
-            return self._exchange(effect)
-        if isinstance(effect, Invoke):
-            return self._invoke(effect)
-        if isinstance(effect, Sleep):
-            return effect.event.wait(effect.seconds) if effect.event else time.sleep(effect.seconds or 0)
-        if isinstance(effect, Start):
-            return self.start(effect.op, effect.name)
-        if isinstance(effect, Join):
-            return concurrent.futures.wait([effect.task])
-        if isinstance(effect, OpenStream):
-            connection = _BlockingConnection(self._server, STREAM_SILENCE_S)
-            try:
-                connection.send(self._server.request(effect), STREAM_SILENCE_S)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
-        if isinstance(effect, ReadStream):
-            return effect.stream.read()
-        raise AssertionError(f"no such effect: {effect!r}")
+    def join(self, task: concurrent.futures.Future[Any]) -> None:
+        """Wait until a started operation has ended, well or not."""
+        concurrent.futures.wait([task])
 
-    def _invoke(self, effect: Invoke) -> Any:
-        if effect.timeout_s is None:
-            result = effect.fn(*effect.args)
+    def sleep(self, seconds: float | None, event: threading.Event | None = None) -> None:
+        """Sleep, at most until the event is set; None: until then."""
+        if event is None:
+            time.sleep(seconds or 0.0)
         else:
-            future = _threads.call("tidebase-step", effect.fn, *effect.args)
-            if not concurrent.futures.wait([future], effect.timeout_s).done:
-                raise StepTimeout(f"no result within {effect.timeout_s:g} s")
+            event.wait(seconds)
+
+    def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None = None) -> Any:
+        """Call the user's function.  Raises StepTimeout after timeout_s."""
+        if timeout_s is None:
+            result = fn(*args)
+        else:
+            future = _thread_cache.call("tidebase-step", fn, *args)
+            if not concurrent.futures.wait([future], timeout_s).done:
+                raise StepTimeout(f"no result within {timeout_s:g} s")
             result = future.result()
         if inspect.iscoroutine(result):
             result.close()
-            raise TypeError(f"{effect.fn!r} is async: an AsyncTidebase awaits it, a Tidebase cannot")
+            raise TypeError(f"{fn!r} is async: an AsyncTidebase awaits it, a Tidebase cannot")
         return result
 
-    def _exchange(self, effect: Exchange) -> Reply:
-        request = self._server.request(effect)
-        if self._process != os.getpid():  # forked: the parent goes on using its connections
-            self._idle, self._process = deque(), os.getpid()
-        closed = self._closed
-        while True:
-            connection = None
-            with contextlib.suppress(IndexError):  # not `if self._idle`: other threads take from it, too
-                connection = self._idle.pop()
-            used = connection is not None
-            connection = connection or _BlockingConnection(self._server, effect.timeout_s)
-            try:
-                if effect.cancel is not None:
-                    effect.cancel.attach(connection.cut)
-                connection.send(request, effect.timeout_s)
-                data = connection.read_all()
-                if effect.cancel is not None:
-                    effect.cancel.attach(None)
-            except BaseException as error:
-                connection.close()
-                if used and isinstance(error, ConnectionError) and not (effect.cancel and effect.cancel.is_cancelled):
-                    continue  # the server had closed this idle connection; the next may be the same, the last is new
-                raise
-            answer = connection.answer
-            if answer.keeps_alive() and closed == self._closed:
-                self._idle.append(connection)
-            else:
-                connection.close()
-            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
+    def _exchange(self, request: Request) -> Reply:
+        return self.drive(_exchange(self, request))
+
+    def connect(self, ends: float) -> _BlockingConnection:
+        """A new connection."""
+        return _BlockingConnection(self.server, ends, self._closed)
+
+    def take_idle(self) -> _BlockingConnection | None:
+        """An idle connection, which the server may have closed meanwhile."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def keep(self, connection: _BlockingConnection) -> None:
+        """The connection is idle."""
+        if connection.generation == self._closed:
+            self._idle.append(connection)
+        else:
+            connection.close()
 
     def close(self) -> None:
         """Close the idle connections, and those in use as soon as they are not."""
         self._closed += 1
-        while self._idle:
-            self._idle.pop().close()
+        while (connection := self.take_idle()) is not None:
+            connection.close()
+
 
 class _AsyncEvent:
     """An asyncio.Event that any thread may set, and that can be waited for for a while without a task of its own."""
@@ -3604,78 +3587,62 @@ class _AsyncEvent:
             future.set_result(None)
 
 
-class _AsyncConnection:
-    """A connection on an event loop, and the answer to the last request on it."""
+class _AsyncConnection(asyncio.Protocol):
+    """A connection on an event loop, as _BlockingConnection.  asyncio calls its methods without a docstring."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self.answer = _Answer()
+    _transport: Any
 
-    status = property(lambda self: self.answer.status)
+    def __init__(self) -> None:
+        self._data = b""
+        self._is_over = False  # there will be no more data
+        self._error: Exception | None = None
+        self._news = _AsyncEvent()
 
-    @contextlib.contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
-        """Abort the connection when the block takes longer; much cheaper than wait_for around every read."""
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + seconds
-        timer = loop.call_at(ends, self._writer.transport.abort)
-        try:
-            yield
-        except OSError as error:
-            self.close()
-            if loop.time() >= ends:
-                raise TimeoutError(f"no answer within {seconds:.0f} s") from error
-            raise ConnectionResetError(f"the connection broke: {error}") from error
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            timer.cancel()
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
 
-    async def send(self, request: tuple[bytes, bytes]) -> None:
-        """Send a request and read the head of its answer, which may come instead of reading a large body."""
-        self.answer = _Answer()
-        head, body = request
-        if len(body) > EXPECT_BYTES:
-            self._writer.write(head)
-            ends = time.monotonic() + EXPECT_S
-            with contextlib.suppress(asyncio.TimeoutError):  # some never say that they want it
-                while not (self.answer.status or self.answer.continues):
-                    self.answer.feed(await asyncio.wait_for(
-                        self._reader.read(BLOCK_BYTES), max(ends - time.monotonic(), 0.0)))
-            if self.answer.status:
-                return
-            head = b""
-        self._writer.write(head + body)
-        await self._writer.drain()
-        while not self.answer.status:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if len(self._data) > BLOCK_BYTES:
+            self._transport.pause_reading()
+        self._news.set()
 
-    async def read(self) -> bytes:
-        """The next bytes of the body, b"" at its end."""
-        block = self.answer.take()
-        while not block and not self.answer.ended:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
-            block = self.answer.take()
-        return block
+    def eof_received(self) -> None:
+        self._is_over = True
+        self._news.set()
 
-    async def read_all(self) -> bytes:
-        """The body, to its end."""
-        while not self.answer.ended:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
-        return self.answer.take()
+    def connection_lost(self, error: Exception | None) -> None:
+        self._is_over, self._error = True, self._error or error
+        self._news.set()
 
-    def is_open(self) -> bool:
-        """Whether the other side has not closed it, as far as is known here."""
-        return not (self._writer.is_closing() or self._reader.at_eof())
+    def write(self, data: bytes, ends: float) -> None:
+        """Send it; what the other side does not take yet is kept here."""
+        self._transport.write(data)
+
+    async def read(self, ends: float) -> bytes:
+        """The next bytes, b"" when the other side has closed it."""
+        while not (self._data or self._is_over):
+            left_s = ends - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError("timed out")
+            self._news.clear()
+            await self._news.wait(left_s)
+        if self._error is not None and not self._data:
+            raise ConnectionResetError(f"the connection broke: {self._error}") from self._error
+        data, self._data = self._data, b""
+        if not self._is_over:
+            self._transport.resume_reading()
+        return data
+
+    def is_idle(self) -> bool:
+        """Whether a request may be sent on it, as far as is known here."""
+        return not (self._data or self._is_over or self._transport.is_closing())
 
     def cut(self) -> None:
-        """Have the task that waits for the answer wait no more."""
-        self._writer.transport.abort()
+        """Have the task that reads wait no more."""
+        self._transport.abort()
 
-    def close(self) -> None:
-        """Close it; nobody waits on it."""
-        self._writer.close()
+    close = cut
 
 
 class _LoopState:
@@ -3687,44 +3654,27 @@ class _LoopState:
 
 
 class _AsyncDriver:
-    """Performs effects on the running event loop; sync functions of the user in threads."""
+    """Performs operations on the running event loop: what its methods return is awaited.  As _BlockingDriver, but that
+    sync functions of the user are called in threads."""
 
     awaited = True
     event = _AsyncEvent
 
     def __init__(self, server: _Server) -> None:
-        self._server = server
+        self.server = server
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
-        self._methods: dict[Any, Callable[..., Any]] = {}
-
-    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., Coroutine[Any, Any, T]]:
-        """An operation as a coroutine method of `surface`."""
-        if logic not in self._methods:
-
-            @functools.wraps(logic)
-            async def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                try:
-                    return await self.drive(logic(self_, *args, **kwargs))
-                except BaseException as error:
-                    _hide_frames(error)
-                    if sys.version_info < (3, 11):
-                        raise error  # see _BlockingDriver
-                    raise
-
-            self._methods[logic] = method
-        return types.MethodType(self._methods[logic], surface)
 
     async def drive(self, op: Op[T]) -> T:
-        """Perform what the operation yields until it returns or raises; it may still await after a cancellation."""
-        resume: Callable[[Any], Effect] = op.send
+        """Perform an operation, which may still await after a cancellation."""
+        resume: Callable[[Any], Awaitable[Any]] = op.send
         value: Any = None
         while True:
             try:
-                effect = resume(value)
+                waited_for = resume(value)
             except StopIteration as end:
                 return cast(T, end.value)
             try:
-                value, resume = await self.perform(effect), op.send
+                value, resume = await waited_for, op.send
             except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
                 op.close()
                 raise
@@ -3735,98 +3685,85 @@ class _AsyncDriver:
         """Perform an operation beside the caller, in a task."""
         return asyncio.ensure_future(self.drive(op))
 
-    async def perform(self, effect: Effect) -> Any:
-        """One effect, awaited."""
-        if isinstance(effect, Exchange):
-            return await self._exchange(effect)
-        if isinstance(effect, Invoke):
-            return await self._invoke(effect)
-        if isinstance(effect, Sleep):
-            return await (effect.event.wait(effect.seconds) if effect.event else asyncio.sleep(effect.seconds or 0))
-        if isinstance(effect, Start):
-            return self.start(effect.op, effect.name)
-        if isinstance(effect, Join):
-            return await asyncio.wait({asyncio.wrap_future(effect.task)})
-        if isinstance(effect, OpenStream):
-            connection = await self._connect(STREAM_SILENCE_S)
-            with connection.deadline(STREAM_SILENCE_S):
-                await connection.send(self._server.request(effect))
-            return connection
-        if isinstance(effect, ReadStream):
-            with effect.stream.deadline(STREAM_SILENCE_S):
-                return await effect.stream.read()
-        raise AssertionError(f"no such effect: {effect!r}")
+    async def join(self, task: asyncio.Future[Any]) -> None:
+        """As _BlockingDriver's."""
+        await asyncio.wait({task})
 
-    async def _invoke(self, effect: Invoke) -> Any:
-        async def call() -> Any:
-            if inspect.iscoroutinefunction(effect.fn):
-                return await effect.fn(*effect.args)
-            result = await asyncio.wrap_future(_threads.call("tidebase-step", effect.fn, *effect.args))
-            return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
+    def sleep(self, seconds: float | None, event: _AsyncEvent | None = None) -> Awaitable[None]:
+        """As _BlockingDriver's."""
+        return asyncio.sleep(seconds or 0.0) if event is None else event.wait(seconds)
 
-        if effect.timeout_s is None:
-            return await call()
-        task = asyncio.ensure_future(call())
+    async def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None = None) -> Any:
+        """As _BlockingDriver's; what fn returns is awaited, if it can be."""
+        if timeout_s is None:
+            return await self._call(fn, args)
+        task = asyncio.ensure_future(self._call(fn, args))
         try:
-            done, _ = await asyncio.wait({task}, timeout=effect.timeout_s)
+            done, _ = await asyncio.wait({task}, timeout=timeout_s)
         except asyncio.CancelledError:
             task.cancel()
             raise
         if not done:
             task.cancel()
             await asyncio.wait({task})
-            raise StepTimeout(f"no result within {effect.timeout_s:g} s")
+            raise StepTimeout(f"no result within {timeout_s:g} s")
         return task.result()
 
-    def _state(self) -> _LoopState:
-        return self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
+    async def _call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if inspect.iscoroutinefunction(fn):
+            return await fn(*args)
+        result = await asyncio.wrap_future(_thread_cache.call("tidebase-step", fn, *args))
+        return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
 
-    async def _exchange(self, effect: Exchange) -> Reply:
-        if effect.is_long_poll:
-            return await self._exchange_now(effect)
+    async def _exchange(self, request: Request) -> Reply:
+        if request.is_long_poll:
+            return await self.drive(_exchange(self, request))
         async with self._state().free:
-            return await self._exchange_now(effect)
+            return await self.drive(_exchange(self, request))
 
-    async def _exchange_now(self, effect: Exchange) -> Reply:
-        idle, request = self._state().idle, self._server.request(effect)
-        while True:
-            used = bool(idle)
-            connection = idle.pop() if used else await self._connect(effect.timeout_s)
-            if used and not connection.is_open():
-                connection.close()
-                continue
-            try:
-                with connection.deadline(effect.timeout_s):
-                    if effect.cancel is not None:
-                        effect.cancel.attach(connection.cut)
-                    await connection.send(request)
-                    data = await connection.read_all()
-                    if effect.cancel is not None:
-                        effect.cancel.attach(None)
-            except ConnectionError:
-                if used and not (effect.cancel and effect.cancel.is_cancelled):
-                    continue  # the server had closed this idle connection; the next may be the same, the last is new
-                raise
-            answer = connection.answer
-            if answer.keeps_alive() and len(idle) < CONNECTIONS:
-                idle.append(connection)
-            else:
-                connection.close()
-            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
-
-    async def _connect(self, timeout_s: float) -> _AsyncConnection:
-        server = self._server
-        try:  # asyncio sets TCP_NODELAY by itself
-            opening = asyncio.open_connection(server.host, server.port, ssl=server.tls)
-            return _AsyncConnection(*await asyncio.wait_for(opening, timeout_s))
+    async def connect(self, ends: float) -> _AsyncConnection:
+        """A new connection; asyncio sets TCP_NODELAY by itself."""
+        server, loop = self.server, asyncio.get_running_loop()
+        opening = loop.create_connection(_AsyncConnection, server.host, server.port, ssl=server.tls)
+        try:
+            return (await asyncio.wait_for(opening, _left(ends)))[1]
         except asyncio.TimeoutError:
-            raise TimeoutError(f"no connection within {timeout_s:.0f} s") from None
+            raise TimeoutError("timed out") from None
+
+    def take_idle(self) -> _AsyncConnection | None:
+        """As _BlockingDriver's, of the running event loop."""
+        idle = self._state().idle
+        while idle:
+            connection = idle.pop()
+            if connection.is_idle():
+                return connection
+            connection.close()
+        return None
+
+    def keep(self, connection: _AsyncConnection) -> None:
+        """The connection is idle."""
+        idle = self._state().idle
+        if len(idle) < CONNECTIONS:
+            idle.append(connection)
+        else:
+            connection.close()
 
     def close(self) -> None:
         """Close the idle connections of the running event loop."""
-        idle = self._state().idle
-        while idle:
-            idle.pop().close()
+        while (connection := self.take_idle()) is not None:
+            connection.close()
+
+    def _state(self) -> _LoopState:
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            self._loops[loop] = _LoopState()
+        return self._loops[loop]
+
+
+def _left(ends: float) -> float:
+    """Seconds until a moment of time.monotonic(), as a socket's timeout: 0 would mean not to wait at all."""
+    return max(ends - time.monotonic(), 0.001)
+
 
 # ------------------------------------------------------------------------------
 # Helpers without I/O: ids, signatures, JSON and its canonical form, request bodies, errors; each names its standard.
@@ -4189,6 +4126,21 @@ def _hide_frames(error: BaseException) -> None:
             part.__traceback__ = shown
         part = part.__cause__ or part.__context__
 
+
+class _OwnFramesHidden:
+    """Around what a user calls: an exception shows the user's frames alone."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            _hide_frames(error)
+            if sys.version_info < (3, 11):  # it raises the exception again with the frames that it had
+                raise error
+
+
+_own_frames_hidden = _OwnFramesHidden()
 
 _REFUSALS: dict[str, type[TidebaseError]] = {
     "lease_lost": LeaseLost,
