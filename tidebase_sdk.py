@@ -27,13 +27,12 @@ The same awaited; steps may be sync or async functions:
             tide.workflow("fetch", fetch)          # async def fetch(run, input): await run.step("get", get_page)
             await tide.work(concurrency=200)
 
-Type checkers see no submodule in a single file.  Where your code says `from tidebase.aio import ...`, copy this file as
-`tidebase/__init__.py` and put `from tidebase import *` into `tidebase/aio.py`; at run time a single file does as well.
+At run time `from tidebase.aio import ...` works with a single file.  For type checkers, which see no submodule there,
+copy this file as `tidebase/__init__.py` and put `from tidebase import *` into `tidebase/aio.py`.
 
 Rooms, in the order of reading: constants; errors; foundations; the public surface, which is the manual; a run's logic
 (lease, names, steps, waiting, children); the worker; batching and heartbeats; requests and connections; helpers.
-Operations are written once, as generators, and performed by a blocking driver or one for asyncio.  All times in
-arguments are seconds.
+All times in arguments are seconds.
 """
 
 from __future__ import annotations
@@ -160,10 +159,14 @@ class LeaseLost(TidebaseError):
     """The run has another owner, or its lease ran out unrenewed: this process can no longer write for it."""
 
 
-class RunCancelled(TidebaseError):
-    """The run was cancelled."""
+class FinalError(TidebaseError):
+    """The root of those where trying again cannot help."""
 
     retryable = False
+
+
+class RunCancelled(FinalError):
+    """The run was cancelled."""
 
     @property
     def run_id(self) -> str | None:
@@ -174,55 +177,43 @@ class RunCancelled(TidebaseError):
         return run.get("id") or (unquote(named[1]) if named else None)
 
 
-class RunIdConflict(TidebaseError, ValueError):
+class RunIdConflict(FinalError, ValueError):
     """The run id belongs to a run of another workflow."""
 
-    retryable = False
 
-
-class RunCompleted(TidebaseError):
+class RunCompleted(FinalError):
     """`attach` found that the run has completed: there is nothing left to drive.  `result`: what it returned."""
 
-    retryable = False
     run_id = property(lambda self: self.body["id"])
     result = property(lambda self: self.body["result"])
 
 
-class BodyTooLarge(TidebaseError):
+class BodyTooLarge(FinalError):
     """A step's output, a result or an input is larger than the server's setting TIDEBASE_MAX_BODY allows."""
 
-    retryable = False
 
-
-class StepInputMismatch(TidebaseError, ValueError):
+class StepInputMismatch(FinalError, ValueError):
     """A step of this name is recorded with another input.  Give each call its own name, or fork the run before it."""
 
-    retryable = False
 
-
-class StepNeedsReview(TidebaseError):
+class StepNeedsReview(FinalError):
     """A step may have had its effect without leaving a record.  A person decides: `tide.runs.review_step`.
 
     `body["step"]`: the step, with its id; the message says how to decide.
     """
 
-    retryable = False
 
-
-class StepFailed(TidebaseError):
+class StepFailed(FinalError):
     """A person reviewed a step and decided that it has failed for good.  `body["step"]`: the step, with its error."""
-
-    retryable = False
 
 
 class StepTimeout(TidebaseError):
     """A step's function took longer than its `timeout_s`."""
 
 
-class RunFailed(TidebaseError):
+class RunFailed(FinalError):
     """A run that was waited for, a child for instance, failed for good.  `body`: the run, as far as it was recorded."""
 
-    retryable = False
     run_id = property(lambda self: self.body["id"])
     failure_class = property(lambda self: self.body["failureClass"])
     error = property(lambda self: self.body["error"], doc="What it failed with: JSON with name, message and stack.")
@@ -241,10 +232,8 @@ class WaitTimeout(TidebaseError, TimeoutError):
     """What was waited for did not come within `timeout_s`."""
 
 
-class SignalTimeout(WaitTimeout):
+class SignalTimeout(FinalError, WaitTimeout):
     """A signal did not come in time.  That is decided for good: every replay raises the same."""
-
-    retryable = False
 
 
 class RunSuspended(BaseException):
@@ -387,6 +376,11 @@ class _ClientPart(Surface[M]):
     def __init__(self, client: Client[M]) -> None:
         self._client = client
 
+    def _request(self, method: str, *parts: str, body: Any = None, member: str | None = None, **query: Any) -> Op[Any]:
+        """Send a request to the path of these parts and return the answer, or one member of it."""
+        answer = _request(self._client, method, _path(*parts, **query), body)
+        return answer if member is None else _member(answer, member)
+
 
 class _RunPart(Surface[M]):
     """A namespace of a run, such as `run.state`.  Its requests are repeated as long as the run is held."""
@@ -400,8 +394,9 @@ class _RunPart(Surface[M]):
         return self._run._names.write_id(prefix, verb, *about)
 
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
+        """Send a request below the run's path."""
         lease = self._run._lease
-        yield from _flush(self._run)
+        yield from Run.flush(self._run)  # what leaves the run waits for all before it
         path = _path("runs", self._run.run_id, *parts, **query)
         body = body and {**body, "leaseOwner": lease.owner}  # a former owner's write is refused
         return (yield from _request(self._client, method, path, body, lease=lease))
@@ -435,9 +430,8 @@ class GateDecision(NamedTuple):
 class State(_RunPart[M]):
     """`run.state`: a live value that your product can show.  Each write is a new version.
 
-    Between steps a write is made once, also when the code runs again, so that the value does not fall back; a repeated
-    call returns the state of the first time.  Within a step's function, and while a step, gate, child or the like is
-    under way in another thread or task, it is made in each execution.
+    Between steps a write is made once, also when the code runs again: a repeated call returns the state of the first
+    time.  Within a step's function, and while a call is under way in another thread or task, each execution writes.
     """
 
     @op
@@ -451,9 +445,8 @@ class State(_RunPart[M]):
         """
         body = {**_body(locals(), id=self._write_id("ver", "set", stream)), "value": value}
         answer = yield from self._request("PUT", "state", body=body)
-        given = {} if value is None else _plain(value, "value=")
         after = self._run._names.last_here()
-        _warn_of_differences(self._run, "the state that is written after", after, answer["state"], value=given)
+        _warn_of_differences(self._run, "the state that is written after", after, answer["state"], value=value)
         return answer
 
     @op
@@ -493,8 +486,7 @@ class Snapshots(_RunPart[M]):
         """
         body = {**_body(locals(), id=self._write_id("ver", "snapshot", label)), "state": state}
         answer = yield from self._request("POST", "snapshots", body=body)
-        given = {} if state is None else _plain(state, "state=")
-        _warn_of_differences(self._run, "snapshot", label, answer["snapshot"], value=given)
+        _warn_of_differences(self._run, "snapshot", label, answer["snapshot"], value=state)
         return answer
 
     @op
@@ -506,10 +498,9 @@ class Snapshots(_RunPart[M]):
 class Usage(_RunPart[M]):
     """`run.usage`: the cost ledger.
 
-    Between steps an entry is written once, also when the code runs again; if it then has other figures, those recorded
-    first stay, and a warning is logged.  Within a step's function each execution counts, since it was spent: record
-    there what the step itself spends.  Likewise while a step, gate, child or the like is under way in another thread or
-    task, so record what steps side by side have used within them, or after the last of them has ended.
+    Between steps an entry is written once, also when the code runs again; other figures then log a warning, and those
+    recorded first stay.  Within a step's function, and while a call is under way in another thread or task, each
+    execution counts, since it was spent: record what a step spends within it, or after all side by side have ended.
     """
 
     @op
@@ -540,8 +531,7 @@ class RunGates(_RunPart[M]):
         The name is not numbered here.  What was asked first stays; a warning is logged when prompt or data differ.
         """
         answer = yield from self._request("POST", "gates", "begin", body=_body(locals()))
-        asked = {} if data is None else _plain(data, "data=")
-        _warn_of_differences(self._run, "gate", name, answer["gate"], prompt=prompt, data=asked)
+        _warn_of_differences(self._run, "gate", name, answer["gate"], prompt=prompt, data=data)
         return _gate_json(answer["gate"])
 
     @op
@@ -615,9 +605,8 @@ class Run(Surface[M]):
 
         On return the output is in Postgres (with write-behind: on its way there).  It is what JSON gives back, the
         first time as in every replay: a tuple comes as a list.  fn takes no argument, or the input when there is one
-        and fn requires exactly one.  A plain step, one without side effects, is written once, at its end, and is seen
-        as running after 0.25 s; one with side effects is written before fn is called as well, so that no try goes
-        unseen.
+        and fn requires exactly one.  A plain step, one without side effects, is written once, at its end; one with
+        side effects also before fn is called, so that no try goes unseen.
 
         input: what the output depends on, any JSON; a replay with another input is refused.
         input_hash: what to compare instead of the hash of the input.
@@ -627,11 +616,10 @@ class Run(Surface[M]):
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
         checkpoint_invariant, verified_by, credentials: notes for whoever looks at the run, any JSON.
-        A step that another owner executes is waited for.
 
         Raises what fn raised; TypeError for an output JSON cannot say, BodyTooLarge for one that the server does not
-        take; StepInputMismatch, which is a ValueError, too; StepNeedsReview, StepFailed; LeaseLost and RunCancelled,
-        then again at every later boundary, so that `except Exception` around a step holds up nothing.
+        take; StepInputMismatch, a ValueError; StepNeedsReview, StepFailed; LeaseLost and RunCancelled, then again at
+        every later boundary, so that `except Exception` around a step holds up nothing.
         """
         self._lease.boundary()
         if retries or timeout_s is not None or side_effects is not None:
@@ -803,7 +791,8 @@ class Run(Surface[M]):
         Raises what the first record that was refused was refused with (StepInputMismatch, BodyTooLarge ...), LeaseLost,
         RunCancelled.  Flushing again does nothing more.
         """
-        return _flush(self)
+        yield from _settle_writes(self)
+        self._lease.boundary()
 
 
 class RunContext(Run[Blocking]):
@@ -925,7 +914,7 @@ class Runs(_ClientPart[M]):
     def get(self, run_id: str, *, include: Sequence[str] | None = None) -> Op[Json]:
         """Everything about a run: run, steps, state, gates, usage, events ...; include: only these parts."""
         parts = None if include is None else ",".join(include)
-        return _request(self._client, "GET", _path("runs", run_id, include=parts))
+        return self._request("GET", "runs", run_id, include=parts)
 
     @op
     def list(self, *, status: str | None = None, workflow: str | None = None, queue: str | None = None,
@@ -938,8 +927,8 @@ class Runs(_ClientPart[M]):
         _check(metadata=metadata, limit=limit)
         marks = {f"metadata.{key}": value if isinstance(value, str) else _encode(value, f"metadata={key!r}").decode()
                  for key, value in (metadata or {}).items()}
-        path = _path("runs", status=status, workflow=workflow, queue=queue, before=before, limit=limit, **marks)
-        answer = yield from _request(self._client, "GET", path)
+        answer = yield from self._request("GET", "runs", status=status, workflow=workflow, queue=queue, before=before,
+                                          limit=limit, **marks)
         page = RunPage(answer["runs"])
         page.next_cursor = answer["nextCursor"]
         return page
@@ -982,12 +971,12 @@ class Runs(_ClientPart[M]):
         Its `n` is its number among those of its name: the n-th wait for the name takes it.
         """
         body = _body(name=name, payload=payload, id=_new_id("sig"))
-        return _member(_request(self._client, "POST", _path("runs", run_id, "signals"), body), "signal")
+        return self._request("POST", "runs", run_id, "signals", body=body, member="signal")
 
     @op
     def retry(self, run_id: str) -> Op[Json]:
         """Put a failed or cancelled run back, its checkpoints kept.  Returns the run, queued or pending."""
-        return _member(_request(self._client, "POST", _path("runs", run_id, "retry"), {}), "run")
+        return self._request("POST", "runs", run_id, "retry", body={}, member="run")
 
     @op
     def rerun_plan(self, run_id: str) -> Op[Json]:
@@ -996,12 +985,12 @@ class Runs(_ClientPart[M]):
         {"safe", "verdict", "steps": [{"name", "plan", "reason", ...}], "blocking": names, "actions", ...}; plan is
         "replays", "runs", "runs_again", "stops_for_review" or "never".  TidebaseError 404.
         """
-        return _request(self._client, "GET", _path("runs", run_id, "rerun"))
+        return self._request("GET", "runs", run_id, "rerun")
 
     @op
     def recover(self, run_id: str, reason: str = "manual") -> Op[Json]:
         """Have the run's recovery webhook called.  {"recoveryAttempt"}; TidebaseError 422 without one."""
-        return _request(self._client, "POST", _path("runs", run_id, "recover"), {"reason": reason})
+        return self._request("POST", "runs", run_id, "recover", body={"reason": reason})
 
     @op
     def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None,
@@ -1010,11 +999,10 @@ class Runs(_ClientPart[M]):
 
         They answer whatever input the workflow's steps are called with in the fork.  input: the fork's; None: the same.
         queue: where it waits for a worker; None: the queue of the run it is forked from.  Where that has none either,
-        nothing runs the fork by itself: `tide.run(name, workflow, run_id=...)` with its id does, or its recovery
-        webhook (`tide.runs.recover`), which it has from the other run.
+        `tide.run(name, workflow, run_id=...)` with its id runs it, or the recovery webhook that it has from that run.
         """
         body = _body(locals(), "run_id", id=new_run_id())
-        return _member(_request(self._client, "POST", _path("runs", run_id, "fork"), body), "run")
+        return self._request("POST", "runs", run_id, "fork", body=body, member="run")
 
     @op
     def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
@@ -1025,15 +1013,14 @@ class Runs(_ClientPart[M]):
         Returns the step.
         """
         body = _body(locals(), "run_id", "step_id")
-        path = _path("runs", run_id, "steps", step_id, "review")
-        return _member(_request(self._client, "POST", path, body), "step")
+        return self._request("POST", "runs", run_id, "steps", step_id, "review", body=body, member="step")
 
     def token(self, run_id: str, *, ttl_s: float = RUN_TOKEN_S) -> str:
         """A run token: what you give a browser for its EventSource, instead of the key, which opens everything.
 
-        It opens GET /runs/:id/events of this one run, as `?token=` or `Authorization: Bearer`, to read, until it
-        expires by the server's clock; a stream ends then, too.  It opens nothing else.  It is computed here, from the
-        client's key: nothing is sent, nothing is stored, and only a change of the key takes it back.
+        It opens GET /runs/:id/events of this one run, as `?token=` or `Authorization: Bearer`, and nothing else, until
+        it expires by the server's clock; a stream ends then, too.  It is computed here, from the client's key: nothing
+        is sent or stored, and only a change of the key takes it back.
         ttl_s: seconds until it expires, rounded up to a whole one, at most a day.  Raises ValueError for another;
         TidebaseError when the client has no key.
         """
@@ -1201,7 +1188,7 @@ class Gates(_ClientPart[M]):
         token: the gate's resolveToken.  Raises TidebaseError 409 when it is wrong or the gate was decided before.
         """
         body = _body(locals(), "run_id", "gate_id")
-        return _request(self._client, "POST", _path("runs", run_id, "gates", gate_id, "resolve"), body)
+        return self._request("POST", "runs", run_id, "gates", gate_id, "resolve", body=body)
 
 
 class Queues(_ClientPart[M]):
@@ -1219,12 +1206,12 @@ class Queues(_ClientPart[M]):
             if setting not in ("concurrency", "rate_per_minute", "invoke_url") or _camel(setting) in body:
                 raise ValueError(f"clear takes settings that are not given a value here, not {setting!r}")
             body[_camel(setting)] = None
-        return _request(self._client, "PUT", _path("queues", name, "config"), body)
+        return self._request("PUT", "queues", name, "config", body=body)
 
     @op
     def list(self) -> Op[JsonList]:
         """The queues, with their counts and configuration."""
-        return _member(_request(self._client, "GET", "/queues"), "queues")
+        return self._request("GET", "queues", member="queues")
 
 
 class Schedules(_ClientPart[M]):
@@ -1237,18 +1224,17 @@ class Schedules(_ClientPart[M]):
 
         cron: five fields, in `timezone` (IANA name, default UTC); TidebaseError 400 names what is wrong with it.
         """
-        body = _body(locals(), "name")
-        return _member(_request(self._client, "PUT", _path("schedules", name), body), "schedule")
+        return self._request("PUT", "schedules", name, body=_body(locals(), "name"), member="schedule")
 
     @op
     def list(self) -> Op[JsonList]:
         """The schedules."""
-        return _member(_request(self._client, "GET", "/schedules"), "schedules")
+        return self._request("GET", "schedules", member="schedules")
 
     @op
     def delete(self, name: str) -> Op[Json]:
         """{"deleted": name}; TidebaseError 404 when there is none."""
-        return _request(self._client, "DELETE", _path("schedules", name))
+        return self._request("DELETE", "schedules", name)
 
 class Client(Surface[M]):
     """What Tidebase and AsyncTidebase share: everything but the driver.  `close()` it, or use it in `with`.
@@ -1391,11 +1377,11 @@ class Client(Surface[M]):
 
         write_behind: a plain step (no side effects but "read", replay auto) returns when its function has returned; its
         record follows, in the order of the run's steps, in the next request.  What is durable is always a prefix of
-        what was executed.  Everything that leaves the run waits first until all earlier steps are durable: a step with
-        side effects (before its function is called), gate, sleep, signal, child, fanout, state, snapshot, usage, the
-        run's end and `run.flush()`.  At most 64 records, 1 MiB or 1 s may be behind; then the next step waits.  A
-        refused record is raised at the next boundary, and nothing after it is sent for that run.  So a crash repeats
-        the plain steps of the last moments, and never one that came before a declared side effect.
+        what was executed, and everything that leaves the run waits until all of that is durable: a step with side
+        effects (before its function is called), gate, sleep, signal, child, fanout, state, snapshot, usage, the run's
+        end and `run.flush()`.  At most 64 records, 1 MiB or 1 s may be behind; then the next step waits before it
+        returns.  A refused record is raised at the next boundary, and nothing after it is sent for that run.  So a
+        crash repeats the plain steps of the last moments, and never one that came before a declared side effect.
 
         Only runs of workflows registered with this client when it asks are claimed; others stay in their queue for a
         worker that knows them.  Raises TidebaseError when the server refuses the claim itself (401, 400).
@@ -1971,12 +1957,6 @@ def _record(step: _Step, started_at: datetime, outcome: bytes) -> bytes:
     return b'"startedAt":"%s","brief":true,%s,%s' % (started_at.isoformat().encode(), step.fields, outcome)
 
 
-def _flush(run: Run[Any]) -> Op[None]:
-    """Wait until all that the run has written is durable; raise what is raised at a boundary."""
-    yield from _settle_writes(run)
-    run._lease.boundary()
-
-
 def _settle_writes(run: Run[Any]) -> Op[None]:
     """Wait until each write that the run has made has an outcome, good or bad."""
     for write in run._lease.unsettled.all():
@@ -1984,8 +1964,10 @@ def _settle_writes(run: Run[Any]) -> Op[None]:
 
 
 def _warn_of_differences(run: Run[Any], what: str, name: str, recorded: Json, **given: Any) -> None:
-    """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay."""
-    differing = [key for key, value in given.items() if recorded.get(key) != value]
+    """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay.  None
+    stands for {}, as the server has it."""
+    differing = [key for key, value in given.items()
+                 if recorded.get(key) != ({} if value is None else _plain(value, f"{key}="))]
     if differing:
         logger.warning("run %s: %s %r was recorded with another %s, which stays as recorded first",
                        run.run_id, what, name, " and ".join(differing),
@@ -2223,7 +2205,7 @@ def _join_children(run: Run[Any], runs: dict[str, Json], alone: bool = False) ->
                     runs[name] = children[name]
                 else:
                     path = _path("runs", runs[name]["id"], include="run")
-                    runs[name] = yield from _member(_request(run._client, "GET", path, lease=run._lease), "run")
+                    runs[name] = (yield from _request(run._client, "GET", path, lease=run._lease))["run"]
             return runs[live[0]]
 
         condition = {"children": True if alone else live[:CHILDREN_NAMED]}
@@ -3383,6 +3365,10 @@ class _BlockingConnection:
         self._socket.settimeout(_left(ends))
         return self._socket.recv(BLOCK_BYTES)
 
+    def is_open(self) -> bool:
+        """Whether a request may be sent on it: it shows when one is sent."""
+        return True
+
     def cut(self) -> None:
         """Have the thread that reads wait no more."""
         with contextlib.suppress(OSError):  # closed already
@@ -3393,19 +3379,58 @@ class _BlockingConnection:
         self._socket.close()
 
 
-class _BlockingDriver:
-    """Performs operations in the calling thread: what its methods return is what was waited for.
+class _Driver:
+    """What both drivers share: the idle connections, kept for whoever asks next."""
 
-    Idle connections are kept for whichever thread asks next, so there are never more than threads that asked at once.
-    """
-
-    awaited = False
-    event = threading.Event
+    awaited: bool
+    event: Any  # the class of events that `sleep` can be ended by
+    MOST_IDLE: int
 
     def __init__(self, server: _Server) -> None:
         self.server = server
-        self._idle: deque[_BlockingConnection] = deque()
         self._closed = 0  # how often: a connection that was in use meanwhile is not kept
+
+    def _idle(self) -> deque[Any]:
+        raise NotImplementedError
+
+    def take_idle(self) -> Any:
+        """An idle connection that is still open, as far as is known here; None where there is none."""
+        with contextlib.suppress(IndexError):  # not `while idle`: other threads take from it, too
+            while True:
+                connection = self._idle().pop()
+                if connection.is_open():
+                    return connection
+                connection.close()
+        return None
+
+    def keep(self, connection: Any) -> None:
+        """The connection is idle."""
+        idle = self._idle()
+        if connection.generation == self._closed and len(idle) < self.MOST_IDLE:
+            idle.append(connection)
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        """Close the idle connections, and those in use as soon as they are not."""
+        self._closed += 1
+        while (connection := self.take_idle()) is not None:
+            connection.close()
+
+
+class _BlockingDriver(_Driver):
+    """Performs operations in the calling thread: what its methods return is what was waited for."""
+
+    awaited = False
+    event = threading.Event
+    MOST_IDLE = sys.maxsize  # there are never more than threads that asked at once
+
+    def __init__(self, server: _Server) -> None:
+        super().__init__(server)
+        self._connections: deque[_BlockingConnection] = deque()
+
+    def _idle(self) -> deque[Any]:
+        return self._connections
 
     def drive(self, op: Op[T]) -> T:
         """Perform an operation."""
@@ -3451,26 +3476,6 @@ class _BlockingDriver:
     def connect(self, ends: float) -> _BlockingConnection:
         """A new connection."""
         return _BlockingConnection(self.server, ends, self._closed)
-
-    def take_idle(self) -> _BlockingConnection | None:
-        """An idle connection, which the server may have closed meanwhile."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
-
-    def keep(self, connection: _BlockingConnection) -> None:
-        """The connection is idle."""
-        if connection.generation == self._closed:
-            self._idle.append(connection)
-        else:
-            connection.close()
-
-    def close(self) -> None:
-        """Close the idle connections, and those in use as soon as they are not."""
-        self._closed += 1
-        while (connection := self.take_idle()) is not None:
-            connection.close()
 
 
 class _AsyncEvent:
@@ -3525,7 +3530,8 @@ class _AsyncConnection(asyncio.Protocol):
 
     _transport: Any
 
-    def __init__(self) -> None:
+    def __init__(self, generation: int) -> None:
+        self.generation = generation  # of the driver: see _Driver.keep
         self._data = b""
         self._is_over = False  # there will be no more data
         self._error: Exception | None = None
@@ -3567,7 +3573,7 @@ class _AsyncConnection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
-    def is_idle(self) -> bool:
+    def is_open(self) -> bool:
         """Whether a request may be sent on it, as far as is known here."""
         return not (self._data or self._is_over or self._transport.is_closing())
 
@@ -3582,19 +3588,20 @@ class _LoopState:
     """What belongs to one event loop: idle connections, and a count of requests that may be sent."""
 
     def __init__(self) -> None:
-        self.idle: list[_AsyncConnection] = []
+        self.idle: deque[_AsyncConnection] = deque()
         self.free = asyncio.Semaphore(CONNECTIONS)
 
 
-class _AsyncDriver:
+class _AsyncDriver(_Driver):
     """Performs operations on the running event loop: what its methods return is awaited.  As _BlockingDriver, but that
     sync functions of the user are called in threads."""
 
     awaited = True
     event = _AsyncEvent
+    MOST_IDLE = CONNECTIONS
 
     def __init__(self, server: _Server) -> None:
-        self.server = server
+        super().__init__(server)
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
         self._tasks: set[asyncio.Future[Any]] = set()
 
@@ -3661,34 +3668,15 @@ class _AsyncDriver:
     async def connect(self, ends: float) -> _AsyncConnection:
         """A new connection; asyncio sets TCP_NODELAY by itself."""
         server, loop = self.server, asyncio.get_running_loop()
-        opening = loop.create_connection(_AsyncConnection, server.host, server.port, ssl=server.tls)
+        made = functools.partial(_AsyncConnection, self._closed)
+        opening = loop.create_connection(made, server.host, server.port, ssl=server.tls)
         try:
             return (await asyncio.wait_for(opening, _left(ends)))[1]
         except asyncio.TimeoutError:
             raise TimeoutError("timed out") from None
 
-    def take_idle(self) -> _AsyncConnection | None:
-        """As _BlockingDriver's, of the running event loop."""
-        idle = self._state().idle
-        while idle:
-            connection = idle.pop()
-            if connection.is_idle():
-                return connection
-            connection.close()
-        return None
-
-    def keep(self, connection: _AsyncConnection) -> None:
-        """The connection is idle."""
-        idle = self._state().idle
-        if len(idle) < CONNECTIONS:
-            idle.append(connection)
-        else:
-            connection.close()
-
-    def close(self) -> None:
-        """Close the idle connections of the running event loop."""
-        while (connection := self.take_idle()) is not None:
-            connection.close()
+    def _idle(self) -> deque[Any]:
+        return self._state().idle
 
     def _state(self) -> _LoopState:
         loop = asyncio.get_running_loop()
