@@ -27,13 +27,12 @@ The same awaited; steps may be sync or async functions:
             tide.workflow("fetch", fetch)          # async def fetch(run, input): await run.step("get", get_page)
             await tide.work(concurrency=200)
 
-Type checkers see no submodule in a single file.  Where your code says `from tidebase.aio import ...`, copy this file as
-`tidebase/__init__.py` and put `from tidebase import *` into `tidebase/aio.py`; at run time a single file does as well.
+At run time `from tidebase.aio import ...` works with a single file.  For type checkers, which see no submodule there,
+copy this file as `tidebase/__init__.py` and put `from tidebase import *` into `tidebase/aio.py`.
 
 Rooms, in the order of reading: constants; errors; foundations; the public surface, which is the manual; a run's logic
 (lease, names, steps, waiting, children); the worker; batching and heartbeats; requests and connections; helpers.
-Operations are written once, as generators that yield what they need done (an HTTP exchange, a call of your function, a
-sleep); a blocking driver and an asyncio driver perform it.  All times in arguments are seconds.
+All times in arguments are seconds.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from opcode import opname
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, Protocol, TypeVar, Union, cast, overload
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, Protocol, TypeVar, cast, overload
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -160,10 +159,14 @@ class LeaseLost(TidebaseError):
     """The run has another owner, or its lease ran out unrenewed: this process can no longer write for it."""
 
 
-class RunCancelled(TidebaseError):
-    """The run was cancelled."""
+class FinalError(TidebaseError):
+    """The root of those where trying again cannot help."""
 
     retryable = False
+
+
+class RunCancelled(FinalError):
+    """The run was cancelled."""
 
     @property
     def run_id(self) -> str | None:
@@ -174,55 +177,43 @@ class RunCancelled(TidebaseError):
         return run.get("id") or (unquote(named[1]) if named else None)
 
 
-class RunIdConflict(TidebaseError, ValueError):
+class RunIdConflict(FinalError, ValueError):
     """The run id belongs to a run of another workflow."""
 
-    retryable = False
 
-
-class RunCompleted(TidebaseError):
+class RunCompleted(FinalError):
     """`attach` found that the run has completed: there is nothing left to drive.  `result`: what it returned."""
 
-    retryable = False
     run_id = property(lambda self: self.body["id"])
     result = property(lambda self: self.body["result"])
 
 
-class BodyTooLarge(TidebaseError):
+class BodyTooLarge(FinalError):
     """A step's output, a result or an input is larger than the server's setting TIDEBASE_MAX_BODY allows."""
 
-    retryable = False
 
-
-class StepInputMismatch(TidebaseError, ValueError):
+class StepInputMismatch(FinalError, ValueError):
     """A step of this name is recorded with another input.  Give each call its own name, or fork the run before it."""
 
-    retryable = False
 
-
-class StepNeedsReview(TidebaseError):
+class StepNeedsReview(FinalError):
     """A step may have had its effect without leaving a record.  A person decides: `tide.runs.review_step`.
 
     `body["step"]`: the step, with its id; the message says how to decide.
     """
 
-    retryable = False
 
-
-class StepFailed(TidebaseError):
+class StepFailed(FinalError):
     """A person reviewed a step and decided that it has failed for good.  `body["step"]`: the step, with its error."""
-
-    retryable = False
 
 
 class StepTimeout(TidebaseError):
     """A step's function took longer than its `timeout_s`."""
 
 
-class RunFailed(TidebaseError):
+class RunFailed(FinalError):
     """A run that was waited for, a child for instance, failed for good.  `body`: the run, as far as it was recorded."""
 
-    retryable = False
     run_id = property(lambda self: self.body["id"])
     failure_class = property(lambda self: self.body["failureClass"])
     error = property(lambda self: self.body["error"], doc="What it failed with: JSON with name, message and stack.")
@@ -241,10 +232,8 @@ class WaitTimeout(TidebaseError, TimeoutError):
     """What was waited for did not come within `timeout_s`."""
 
 
-class SignalTimeout(WaitTimeout):
+class SignalTimeout(FinalError, WaitTimeout):
     """A signal did not come in time.  That is decided for good: every replay raises the same."""
-
-    retryable = False
 
 
 class RunSuspended(BaseException):
@@ -260,9 +249,10 @@ class RunSuspended(BaseException):
 
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
 JsonList = list[Json]
+_Asked = tuple[str, str]  # kind and name of a call, such as ("step", "fetch")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-Op = Generator["Effect", Any, T]  # an operation: yields effects (see "Requests and connections"), returns a T
+Op = Generator[Any, Any, T]  # an operation: `value = yield driver.sleep(...)` waits for what a driver's method returned
 
 
 class Blocking:
@@ -313,11 +303,21 @@ S = TypeVar("S", bound=Surface[Any])
 
 
 class op(Generic[P, T]):
-    """A method written once, as a generator of effects.  It blocks on Tidebase's surfaces, is awaited on
-    AsyncTidebase's.  Taken from the class it is the generator function: `yield from Runs.create(runs, ...)`."""
+    """A method written once, as a generator: see Op.  It blocks on Tidebase's surfaces, is awaited on AsyncTidebase's.
+    Taken from the class it is the generator function: `yield from Runs.create(runs, ...)`."""
 
     def __init__(self, logic: Callable[Concatenate[Any, P], Op[T]]) -> None:
-        self._logic = logic
+        @functools.wraps(logic)
+        def blocking(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
+            with _own_frames_hidden:
+                return cast(T, surface._client._driver.drive(logic(surface, *args, **kwargs)))
+
+        @functools.wraps(logic)
+        async def awaited(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
+            with _own_frames_hidden:
+                return cast(T, await surface._client._driver.drive(logic(surface, *args, **kwargs)))
+
+        self._logic, self._blocking, self._awaited = logic, blocking, awaited
         self.__doc__ = logic.__doc__
 
     @overload
@@ -327,7 +327,9 @@ class op(Generic[P, T]):
     @overload
     def __get__(self, surface: Surface[Awaited], owner: object = None) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(self, surface: Any, owner: object = None) -> Any:
-        return self._logic if surface is None else surface._client._driver.bind(self._logic, surface)
+        if surface is None:
+            return self._logic
+        return types.MethodType(self._awaited if surface._client._driver.awaited else self._blocking, surface)
 
 
 if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: what fn returns, and which client asks
@@ -374,6 +376,11 @@ class _ClientPart(Surface[M]):
     def __init__(self, client: Client[M]) -> None:
         self._client = client
 
+    def _request(self, method: str, *parts: str, body: Any = None, member: str | None = None, **query: Any) -> Op[Any]:
+        """Send a request to the path of these parts and return the answer, or one member of it."""
+        answer = _request(self._client, method, _path(*parts, **query), body)
+        return answer if member is None else _member(answer, member)
+
 
 class _RunPart(Surface[M]):
     """A namespace of a run, such as `run.state`.  Its requests are repeated as long as the run is held."""
@@ -387,8 +394,9 @@ class _RunPart(Surface[M]):
         return self._run._names.write_id(prefix, verb, *about)
 
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
+        """Send a request below the run's path."""
         lease = self._run._lease
-        yield from _flush(self._run)
+        yield from Run.flush(self._run)  # what leaves the run waits for all before it
         path = _path("runs", self._run.run_id, *parts, **query)
         body = body and {**body, "leaseOwner": lease.owner}  # a former owner's write is refused
         return (yield from _request(self._client, method, path, body, lease=lease))
@@ -422,9 +430,8 @@ class GateDecision(NamedTuple):
 class State(_RunPart[M]):
     """`run.state`: a live value that your product can show.  Each write is a new version.
 
-    Between steps a write is made once, also when the code runs again, so that the value does not fall back; a repeated
-    call returns the state of the first time.  Within a step's function, and while a step, gate, child or the like is
-    under way in another thread or task, it is made in each execution.
+    Between steps a write is made once, also when the code runs again: a repeated call returns the state of the first
+    time.  Within a step's function, and while a call is under way in another thread or task, each execution writes.
     """
 
     @op
@@ -438,9 +445,8 @@ class State(_RunPart[M]):
         """
         body = {**_body(locals(), id=self._write_id("ver", "set", stream)), "value": value}
         answer = yield from self._request("PUT", "state", body=body)
-        given = {} if value is None else _plain(value, "value=")
         after = self._run._names.last_here()
-        _warn_of_differences(self._run, "the state that is written after", after, answer["state"], value=given)
+        _warn_of_differences(self._run, "the state that is written after", after, answer["state"], value=value)
         return answer
 
     @op
@@ -480,8 +486,7 @@ class Snapshots(_RunPart[M]):
         """
         body = {**_body(locals(), id=self._write_id("ver", "snapshot", label)), "state": state}
         answer = yield from self._request("POST", "snapshots", body=body)
-        given = {} if state is None else _plain(state, "state=")
-        _warn_of_differences(self._run, "snapshot", label, answer["snapshot"], value=given)
+        _warn_of_differences(self._run, "snapshot", label, answer["snapshot"], value=state)
         return answer
 
     @op
@@ -493,10 +498,9 @@ class Snapshots(_RunPart[M]):
 class Usage(_RunPart[M]):
     """`run.usage`: the cost ledger.
 
-    Between steps an entry is written once, also when the code runs again; if it then has other figures, those recorded
-    first stay, and a warning is logged.  Within a step's function each execution counts, since it was spent: record
-    there what the step itself spends.  Likewise while a step, gate, child or the like is under way in another thread or
-    task, so record what steps side by side have used within them, or after the last of them has ended.
+    Between steps an entry is written once, also when the code runs again; other figures then log a warning, and those
+    recorded first stay.  Within a step's function, and while a call is under way in another thread or task, each
+    execution counts, since it was spent: record what a step spends within it, or after all side by side have ended.
     """
 
     @op
@@ -527,15 +531,15 @@ class RunGates(_RunPart[M]):
         The name is not numbered here.  What was asked first stays; a warning is logged when prompt or data differ.
         """
         answer = yield from self._request("POST", "gates", "begin", body=_body(locals()))
-        asked = {} if data is None else _plain(data, "data=")
-        _warn_of_differences(self._run, "gate", name, answer["gate"], prompt=prompt, data=asked)
+        _warn_of_differences(self._run, "gate", name, answer["gate"], prompt=prompt, data=data)
         return _gate_json(answer["gate"])
 
     @op
     def get(self, gate_id: str) -> Op[Json]:
         """The gate as it stands.  Raises RunCancelled when the run is cancelled."""
         answer = yield from self._request("GET", "gates", gate_id)
-        self._run._lease.check_not_cancelled(answer)
+        if answer["runStatus"] == "cancelled":
+            self._run._lease.cancelled(answer)
         return _gate_json(answer["gate"])
 
 
@@ -559,7 +563,7 @@ class Run(Surface[M]):
     the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.  A call
     from within the function of a step is recorded as `STEP/name`.
 
-    Write-behind: see `Tidebase.work`.
+    hold_s, on several methods: a run from a queue waits this long with its worker, then without one.
     """
 
     def __init__(self, client: Client[M], run: Json, lease: _Lease, begun: Mapping[str, Any],
@@ -579,7 +583,6 @@ class Run(Surface[M]):
         self._checkpoints: dict[str, Json] = {step["name"]: step for step in begun.get("checkpoints", ())}
         self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
         self._names = _Names(self.run_id)
-        self._sleeps = itertools.count(1)
         self._step_failures: list[tuple[BaseException, str]] = []
 
     def __repr__(self) -> str:
@@ -602,11 +605,9 @@ class Run(Surface[M]):
 
         On return the output is in Postgres (with write-behind: on its way there).  It is what JSON gives back, the
         first time as in every replay: a tuple comes as a list.  fn takes no argument, or the input when there is one
-        and fn requires exactly one.  A plain step, one without side effects, is written once, at its end, and is seen
-        as running after 0.25 s; one with side effects is written before fn is called as well, so that no try goes
-        unseen.
+        and fn requires exactly one.  A plain step, one without side effects, is written once, at its end; one with
+        side effects also before fn is called, so that no try goes unseen.
 
-        name: of the second call of a name, `name#2` and so on (see Run).
         input: what the output depends on, any JSON; a replay with another input is refused.
         input_hash: what to compare instead of the hash of the input.
         retries: further tries after a failure, each recorded, with growing pauses; ValueError unless replay is "auto".
@@ -615,26 +616,25 @@ class Run(Surface[M]):
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
         checkpoint_invariant, verified_by, credentials: notes for whoever looks at the run, any JSON.
-        A step that another owner executes is waited for.
 
         Raises what fn raised; TypeError for an output JSON cannot say, BodyTooLarge for one that the server does not
-        take; StepInputMismatch, which is a ValueError, too; StepNeedsReview, StepFailed; LeaseLost and RunCancelled,
-        then again at every later boundary, so that `except Exception` around a step holds up nothing.
+        take; StepInputMismatch, a ValueError; StepNeedsReview, StepFailed; LeaseLost and RunCancelled, then again at
+        every later boundary, so that `except Exception` around a step holds up nothing.
         """
         self._lease.boundary()
         if retries or timeout_s is not None or side_effects is not None:
             _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects)
-        call = _StepCall(self, name, fn, input, input_hash, retries, timeout_s)
-        with self._names.call(("step", name), same=call.same) as (call.name,):
-            known = _checkpoint(self, call.name, call.input_hash)
+        step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
+        with self._names.call(("step", name), same=step.called_with) as (step.name,):
+            known = step.checkpoint()
             if known is not None:
                 return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
             if (side_effects or idempotency_key or replay or retries or timeout_s or checkpoint_invariant
                     or verified_by or credentials):
-                call.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
+                step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
                              checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
-            with self._names.executing(call.name):
-                return (yield from _execute_step(self, call))
+            with self._names.executing(step.name):
+                return (yield from _execute_step(self, step))
 
     @op
     def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
@@ -642,11 +642,9 @@ class Run(Surface[M]):
              poll_s: float = GATE_POLL_S) -> Op[GateDecision]:
         """Wait until a person has decided.  The decision is durable: a replay returns it at once.
 
-        name: each call asks anew; the second gate of a name is `name#2` and so on (see Run).  What was asked first
-        stays: a replay with another prompt or other data logs a warning.
-        timeout_s: then the gate is canceled, actor `timeout`.  hold_s: a run from a queue waits this long with its
-        worker, then without one (see Run).  poll_s: how long one request of a run that waits in place is held (at most
-        25).  Raises RunCancelled, LeaseLost.
+        What was asked first stays: a replay with another prompt or other data logs a warning.
+        timeout_s: then the gate is canceled, actor `timeout`.  poll_s: how long one request of a run that waits in
+        place is held (at most 25).  Raises RunCancelled, LeaseLost.
         """
         with self._names.call(("gate", name)) as (name,):
             with self._names.executing():  # the run does not leave before it has asked all that it asks at once
@@ -673,12 +671,12 @@ class Run(Surface[M]):
         When it ends is fixed at the first call, by the database's clock, in the step `sleep:NAME`, which completes when
         the sleep is over; other seconds in a later version of your code do not move it.  name: default 1, 2, 3 ... in
         the order of calls, so name sleeps whose order may change.  hold_s: a run from a queue sleeps with its worker
-        when no more than this is left, else without one (see Run).  Raises RunCancelled, LeaseLost.
+        when no more than this is left.  Raises RunCancelled, LeaseLost.
         """
         if (seconds is None) == (until is None):
             raise ValueError("sleep() needs either seconds or until")
         _check(seconds=seconds, until=until)
-        with self._names.call(("step", f"sleep:{name or next(self._sleeps)}")) as (label,):
+        with self._names.call(("step", f"sleep:{name or self._names.count('sleep', '')}")) as (label,):
             step = yield from _begin_wait(self, label, {"seconds": seconds, "until": _iso(until)})
             if step["status"] == "completed":
                 return
@@ -696,17 +694,29 @@ class Run(Surface[M]):
 
         Signals are kept until asked for: the first wait for a name takes the first signal of that name, the second wait
         the second.  timeout_s: then SignalTimeout, for good; a signal sent later is for the next wait.  It counts from
-        the first call.  The step `signal:NAME` records the wait and completes when it is over.
-        hold_s: a run from a queue waits this long with its worker, then without one (see Run).
-        Raises RunCancelled, LeaseLost.
+        the first call.  The step `signal:NAME` records the wait and completes when it is over.  Raises RunCancelled,
+        LeaseLost.
         """
         _check(timeout_s=timeout_s)
         with self._names.call(("step", f"signal:{name}")) as (label,):
             number = self._names.count("signal", name)
+
+            def read(wait_s: float) -> Op[Json | None]:
+                return _member(_long_poll(self, wait_s, "signals", name, n=number), "signal")
+
             step = yield from _begin_wait(self, label, {"timeoutS": timeout_s})
             signal = step["output"]
             if step["status"] != "completed":
-                signal = yield from _receive_signal(self, name, number, step, hold_s)
+                asked_s = step["input"]["timeoutS"]
+                ends = math.inf if asked_s is None else (
+                    self._lease.monotonic_at(_moment(step["createdAt"]) + timedelta(seconds=asked_s)))
+                condition = {"event": name, "n": number, "stepId": step["id"]}
+                signal = yield from _wait_for(
+                    self._client, condition, read, ends, run=self, hold_s=hold_s, poll_s=GATE_POLL_S)
+                if signal is None:  # the server decides which came first, the signal or the end
+                    path = _path("runs", self.run_id, "signals", name, "expire")
+                    body = {"n": number, "leaseOwner": self._lease.owner}
+                    signal = yield from _member(_request(self._client, "POST", path, body, lease=self._lease), "signal")
                 yield from _end_wait(self, step, signal)
             if signal["timedOut"]:
                 raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
@@ -721,18 +731,15 @@ class Run(Surface[M]):
         """Run a workflow as a child run and return its result.  A child that completed is not run again.
 
         workflow: a function, or the name of a registered one; default the one registered as workflow_name.
-        name: the child's name in the record, default workflow_name; of the second call of a name, `name#2` and so on
-        (see Run).  A child keeps the input it was made with: a replay with another one logs a warning.
-        Without a queue the child runs here and now; this raises what it raises.
+        name: the child's name in the record, default workflow_name.  A child keeps the input it was made with: a replay
+        with another one logs a warning.  Without a queue the child runs here and now; this raises what it raises.
 
         queue: any worker that serves it runs the child, up to max_attempts (3) times; it finds the workflow by
-        workflow_name, which need not be known here, and a run from a queue waits without a worker meanwhile (see Run).
-        Raises RunFailed when the child failed for good, also in a replay, until `tide.runs.retry` puts it back;
-        RunCancelled.
+        workflow_name, which need not be known here, and a run from a queue waits without a worker meanwhile.  Raises
+        RunFailed when the child failed for good, also in a replay, until `tide.runs.retry` puts it back; RunCancelled.
         """
         given = locals()
-        given.update(name=name or workflow_name)
-        fn, body = _describe_child(**given)
+        fn, body = _describe_child(self, {**given, "name": name or workflow_name})
         same = None if queue is not None else functools.partial(_child_key, body)
         with self._names.call(("child", body["name"]), same=same) as (label,):
             return (yield from _run_child(self, fn, {**body, "name": label}))
@@ -745,18 +752,16 @@ class Run(Surface[M]):
         children: mappings of {"name", "workflow", "workflow_name", "input", ...}, the arguments of `child`.
         workflow_name: default workflow where that is a name, else the child's name or, with a queue, what the function
         is registered as.  queue: they are run by the workers that serve it, as many at once as there are places, while
-        a run from a queue waits without a worker (see Run); one child may name another queue.  Without, they run here,
-        16 at once.
+        a run from a queue waits without a worker; one child may name another queue.  Without, they run here, 16 at
+        once.  A child whose name the run has used is numbered, too, in the order of the list.
         checkpoint: the joined results are recorded in the step `join:CHECKPOINT`, so that a replay asks for no child;
         default the fanout's name; False: they are not.
-        Names: the second fanout of a name is `name#2`, and a child whose name the run has used is numbered, too, in the
-        order of the list (see Run).
 
         All children end before FanoutFailed is raised, which names each that failed; those that completed are not run
         again.  return_errors: instead, RunFailed or RunCancelled stands in the list where a result would.
         """
         self._lease.boundary()
-        described = [_describe_child(self, **{**child, "queue": child.get("queue") or queue}) for child in children]
+        described = [_describe_child(self, {**child, "queue": child.get("queue") or queue}) for child in children]
         bodies = [body for _, body in described]
         same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
         asked = [("child", body["name"]) for body in bodies]
@@ -770,13 +775,13 @@ class Run(Surface[M]):
             with self._names.call(("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
                                   same=same) as (join,):
                 joined: Any = None
-                call = _StepCall(self, join, lambda: joined, wanted, None)
-                known = _checkpoint(self, join, call.input_hash)
+                step = _Step(self, join, lambda: joined, wanted, None)
+                known = step.checkpoint()
                 if known is not None:
                     return _unpack_results(_copied(known["output"]), names)
                 joined = yield from _join_fanout(self, name, described, queue, return_errors)
                 with self._names.executing():
-                    recorded = yield from _execute_step(self, call)
+                    recorded = yield from _execute_step(self, step)
                 return _unpack_results(recorded, names)
 
     @op
@@ -786,7 +791,8 @@ class Run(Surface[M]):
         Raises what the first record that was refused was refused with (StepInputMismatch, BodyTooLarge ...), LeaseLost,
         RunCancelled.  Flushing again does nothing more.
         """
-        return _flush(self)
+        yield from _settle_writes(self)
+        self._lease.boundary()
 
 
 class RunContext(Run[Blocking]):
@@ -891,9 +897,8 @@ class Runs(_ClientPart[M]):
                recovery_secret: str | None = None) -> Op[Json]:
         """Create a run without a queue, or get the one of this run_id; durable on return.  Returns the run.
 
-        An existing run keeps its input: a warning is logged when another one is given.  deadline_s: cancelled when it
-        has not ended by then.  recovery_secret: signs its recovery webhooks, instead of the server's
-        TIDEBASE_WEBHOOK_SECRET.  Raises RunIdConflict, which is a ValueError, too, when run_id is of another workflow.
+        An existing run keeps its input: a warning is logged when another one is given.  Raises RunIdConflict, which is
+        a ValueError, too, when run_id is of another workflow.
         """
         given = locals()
         path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
@@ -909,7 +914,7 @@ class Runs(_ClientPart[M]):
     def get(self, run_id: str, *, include: Sequence[str] | None = None) -> Op[Json]:
         """Everything about a run: run, steps, state, gates, usage, events ...; include: only these parts."""
         parts = None if include is None else ",".join(include)
-        return _request(self._client, "GET", _path("runs", run_id, include=parts))
+        return self._request("GET", "runs", run_id, include=parts)
 
     @op
     def list(self, *, status: str | None = None, workflow: str | None = None, queue: str | None = None,
@@ -922,8 +927,8 @@ class Runs(_ClientPart[M]):
         _check(metadata=metadata, limit=limit)
         marks = {f"metadata.{key}": value if isinstance(value, str) else _encode(value, f"metadata={key!r}").decode()
                  for key, value in (metadata or {}).items()}
-        path = _path("runs", status=status, workflow=workflow, queue=queue, before=before, limit=limit, **marks)
-        answer = yield from _request(self._client, "GET", path)
+        answer = yield from self._request("GET", "runs", status=status, workflow=workflow, queue=queue, before=before,
+                                          limit=limit, **marks)
         page = RunPage(answer["runs"])
         page.next_cursor = answer["nextCursor"]
         return page
@@ -966,12 +971,12 @@ class Runs(_ClientPart[M]):
         Its `n` is its number among those of its name: the n-th wait for the name takes it.
         """
         body = _body(name=name, payload=payload, id=_new_id("sig"))
-        return _member(_request(self._client, "POST", _path("runs", run_id, "signals"), body), "signal")
+        return self._request("POST", "runs", run_id, "signals", body=body, member="signal")
 
     @op
     def retry(self, run_id: str) -> Op[Json]:
         """Put a failed or cancelled run back, its checkpoints kept.  Returns the run, queued or pending."""
-        return _member(_request(self._client, "POST", _path("runs", run_id, "retry"), {}), "run")
+        return self._request("POST", "runs", run_id, "retry", body={}, member="run")
 
     @op
     def rerun_plan(self, run_id: str) -> Op[Json]:
@@ -980,12 +985,12 @@ class Runs(_ClientPart[M]):
         {"safe", "verdict", "steps": [{"name", "plan", "reason", ...}], "blocking": names, "actions", ...}; plan is
         "replays", "runs", "runs_again", "stops_for_review" or "never".  TidebaseError 404.
         """
-        return _request(self._client, "GET", _path("runs", run_id, "rerun"))
+        return self._request("GET", "runs", run_id, "rerun")
 
     @op
     def recover(self, run_id: str, reason: str = "manual") -> Op[Json]:
         """Have the run's recovery webhook called.  {"recoveryAttempt"}; TidebaseError 422 without one."""
-        return _request(self._client, "POST", _path("runs", run_id, "recover"), {"reason": reason})
+        return self._request("POST", "runs", run_id, "recover", body={"reason": reason})
 
     @op
     def fork(self, run_id: str, *, from_step: str | None = None, input: Any = None,
@@ -994,11 +999,10 @@ class Runs(_ClientPart[M]):
 
         They answer whatever input the workflow's steps are called with in the fork.  input: the fork's; None: the same.
         queue: where it waits for a worker; None: the queue of the run it is forked from.  Where that has none either,
-        nothing runs the fork by itself: `tide.run(name, workflow, run_id=...)` with its id does, or its recovery
-        webhook (`tide.runs.recover`), which it has from the other run.
+        `tide.run(name, workflow, run_id=...)` with its id runs it, or the recovery webhook that it has from that run.
         """
         body = _body(locals(), "run_id", id=new_run_id())
-        return _member(_request(self._client, "POST", _path("runs", run_id, "fork"), body), "run")
+        return self._request("POST", "runs", run_id, "fork", body=body, member="run")
 
     @op
     def review_step(self, run_id: str, step_id: str, decision: str, *, output: Any = None,
@@ -1009,15 +1013,14 @@ class Runs(_ClientPart[M]):
         Returns the step.
         """
         body = _body(locals(), "run_id", "step_id")
-        path = _path("runs", run_id, "steps", step_id, "review")
-        return _member(_request(self._client, "POST", path, body), "step")
+        return self._request("POST", "runs", run_id, "steps", step_id, "review", body=body, member="step")
 
     def token(self, run_id: str, *, ttl_s: float = RUN_TOKEN_S) -> str:
         """A run token: what you give a browser for its EventSource, instead of the key, which opens everything.
 
-        It opens GET /runs/:id/events of this one run, as `?token=` or `Authorization: Bearer`, to read, until it
-        expires by the server's clock; a stream ends then, too.  It opens nothing else.  It is computed here, from the
-        client's key: nothing is sent, nothing is stored, and only a change of the key takes it back.
+        It opens GET /runs/:id/events of this one run, as `?token=` or `Authorization: Bearer`, and nothing else, until
+        it expires by the server's clock; a stream ends then, too.  It is computed here, from the client's key: nothing
+        is sent or stored, and only a change of the key takes it back.
         ttl_s: seconds until it expires, rounded up to a whole one, at most a day.  Raises ValueError for another;
         TidebaseError when the client has no key.
         """
@@ -1080,8 +1083,9 @@ class Events(Surface[M]):
         self.run_id, self.seq, self.ended = run_id, seq, False
         self._ended_at: int | None = None  # `seq` when the run was seen to have ended
         self._kinds = None if kinds is None else frozenset(kinds)
-        self._stream: Any = None
-        self._bytes = b""
+        self._connection: Any = None
+        self._answer: Any = None  # on it
+        self._bytes = b""  # of it: an event that is not complete yet
         self._ready: deque[Json] = deque()
 
     @op
@@ -1097,7 +1101,7 @@ class Events(Surface[M]):
                 if time.monotonic() - last_word > self._client.timeout_s:
                     raise Unreachable(f"the event stream broke: {error}", path=f"/runs/{self.run_id}/events") from error
                 tries += 1
-                yield Sleep(_backoff(BACKOFF_S, tries))
+                yield self._client._driver.sleep(_backoff(BACKOFF_S, tries))
             except BaseException:
                 self.close()
                 raise
@@ -1105,21 +1109,25 @@ class Events(Surface[M]):
 
     def _read(self) -> Op[None]:
         """Wait for the next bytes; OSError where the stream ends before the run."""
-        if self._stream is None:
+        driver, ends = self._client._driver, time.monotonic() + STREAM_SILENCE_S
+        if self._connection is None:
             path = _path("runs", self.run_id, "events", after=self.seq, follow="false")
-            self._stream, self._bytes = (yield OpenStream(path, {"Accept": "text/event-stream"})), b""
-            if self._stream.status in (429, 502, 503, 504):
-                raise ConnectionRefusedError(f"it answered {self._stream.status}")
-            if self._stream.status != 200:
-                raise _refusal(self._stream.status, _loads((yield ReadStream(self._stream))), path)
-        data = yield ReadStream(self._stream)
+            request = Request("GET", path, None, {"Accept": "text/event-stream"}, STREAM_SILENCE_S)
+            self._connection, self._bytes = (yield driver.connect(ends)), b""
+            self._answer = yield from _ask(driver.server, self._connection, request, ends)
+            status = self._answer.status
+            if status in (429, 502, 503, 504):
+                raise ConnectionRefusedError(f"it answered {status}")
+            if status != 200:
+                raise _refusal(status, _loads((yield from _read_some(self._connection, self._answer, ends))), path)
+        data = yield from _read_some(self._connection, self._answer, ends)
         if not data:  # the server has no more, or stops
             if self._ended_at == self.seq:
                 self.ended = True
                 self.close()
                 return
-            run = yield from _request(self._client, "GET", _path("runs", self.run_id, include="run"))
-            if _has_ended(run["run"]):
+            answer = yield from _request(self._client, "GET", _path("runs", self.run_id, include="run"))
+            if _has_ended(answer["run"]):
                 self._ended_at = self.seq  # what it wrote until then is asked for once more
             raise ConnectionResetError("the stream ended")
         events, self._bytes = _events_in(self._bytes + data)
@@ -1134,9 +1142,9 @@ class Events(Surface[M]):
 
     def close(self) -> None:
         """Close the connection; iterating on opens another."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _leave(self, error: BaseException | None) -> Op[None]:
         self.close()
@@ -1156,16 +1164,14 @@ class Events(Surface[M]):
 
     def __iter__(self: Events[Blocking]) -> Iterator[Json]:  # a loop that is left closes the connection
         try:
-            yield from iter(self.next, None)
+            while (event := self.next()) is not None:
+                yield event
         finally:
             self.close()
 
     async def __aiter__(self: Events[Awaited]) -> AsyncIterator[Json]:
         try:
-            while True:
-                event = await self.next()
-                if event is None:
-                    return
+            while (event := await self.next()) is not None:
                 yield event
         finally:
             self.close()
@@ -1182,7 +1188,7 @@ class Gates(_ClientPart[M]):
         token: the gate's resolveToken.  Raises TidebaseError 409 when it is wrong or the gate was decided before.
         """
         body = _body(locals(), "run_id", "gate_id")
-        return _request(self._client, "POST", _path("runs", run_id, "gates", gate_id, "resolve"), body)
+        return self._request("POST", "runs", run_id, "gates", gate_id, "resolve", body=body)
 
 
 class Queues(_ClientPart[M]):
@@ -1200,12 +1206,12 @@ class Queues(_ClientPart[M]):
             if setting not in ("concurrency", "rate_per_minute", "invoke_url") or _camel(setting) in body:
                 raise ValueError(f"clear takes settings that are not given a value here, not {setting!r}")
             body[_camel(setting)] = None
-        return _request(self._client, "PUT", _path("queues", name, "config"), body)
+        return self._request("PUT", "queues", name, "config", body=body)
 
     @op
     def list(self) -> Op[JsonList]:
         """The queues, with their counts and configuration."""
-        return _member(_request(self._client, "GET", "/queues"), "queues")
+        return self._request("GET", "queues", member="queues")
 
 
 class Schedules(_ClientPart[M]):
@@ -1218,25 +1224,30 @@ class Schedules(_ClientPart[M]):
 
         cron: five fields, in `timezone` (IANA name, default UTC); TidebaseError 400 names what is wrong with it.
         """
-        body = _body(locals(), "name")
-        return _member(_request(self._client, "PUT", _path("schedules", name), body), "schedule")
+        return self._request("PUT", "schedules", name, body=_body(locals(), "name"), member="schedule")
 
     @op
     def list(self) -> Op[JsonList]:
         """The schedules."""
-        return _member(_request(self._client, "GET", "/schedules"), "schedules")
+        return self._request("GET", "schedules", member="schedules")
 
     @op
     def delete(self, name: str) -> Op[Json]:
         """{"deleted": name}; TidebaseError 404 when there is none."""
-        return _request(self._client, "DELETE", _path("schedules", name))
+        return self._request("DELETE", "schedules", name)
 
 class Client(Surface[M]):
     """What Tidebase and AsyncTidebase share: everything but the driver.  `close()` it, or use it in `with`.
 
     url, api_key, webhook_secret: as given, or from the environment; `url` without a slash at its end.
+
+    Of a new run, on several methods: deadline_s: it is cancelled when it has not ended by then.  recovery_webhook: an
+    address that is called when it failed or its worker fell silent; recovery_secret signs that, instead of the server's
+    TIDEBASE_WEBHOOK_SECRET.  channels: webhooks that are told its events, {"type": "webhook", "url", "secret",
+    "events"}.
     """
 
+    _is_awaited = False
     _driver: Any
     _context: Any  # the class of what a workflow is given
     _session: Any  # the class of what `attach` returns
@@ -1255,15 +1266,20 @@ class Client(Surface[M]):
         self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
         self.timeout_s = timeout_s
         self._workflows: dict[str, Callable[..., Any]] = {}
-        self._threads = _BlockingDriver(self._server)
-        self._driver = self._threads
-        self._heartbeater = _Heartbeater(self)
-        self._batcher = _WriteBatcher(self)
         self._warned_of_secret = False
         self.runs: Runs[M] = Runs(self)
         self.queues: Queues[M] = Queues(self)
         self.schedules: Schedules[M] = Schedules(self)
         self.gates: Gates[M] = Gates(self)
+        self._begin()
+        _clients.add(self)
+
+    def _begin(self) -> None:
+        """Make what belongs to one process: connections, threads and what they have to send."""
+        self._threads = _BlockingDriver(self._server)  # the heartbeats' on either client
+        self._driver = _AsyncDriver(self._server) if self._is_awaited else self._threads
+        self._heartbeater = _Heartbeater(self)
+        self._batcher = _WriteBatcher(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._server.url}>"
@@ -1312,13 +1328,11 @@ class Client(Surface[M]):
         """Create a run, or resume the one of this run_id, execute it here under heartbeats and return its result.
 
         workflow: the function, default the one registered under workflow_name; it is given what the server has stored
-        as input.  A run_id that nobody knows is created; a completed run returns its stored result, and nothing is
-        executed; a known run keeps its input, and a warning is logged when another one is given.  deadline_s: cancelled
-        when it has not ended by then.  recovery_secret: signs its recovery webhooks, instead of the server's
-        TIDEBASE_WEBHOOK_SECRET.  write_behind: see `work`; on return all is durable.
+        as input.  run_id: as in `runs.create`; a completed run returns its stored result, and nothing is executed.
+        write_behind: see `work`; on return all is durable.
 
-        Raises what the workflow raises, recorded before; RunIdConflict, a ValueError, when run_id is of another
-        workflow; TidebaseError 409 run_leased while another owner holds the run; RunCancelled, LeaseLost, Unreachable.
+        Raises what the workflow raises, recorded before; RunIdConflict; TidebaseError 409 run_leased while another
+        owner holds the run; RunCancelled, LeaseLost, Unreachable.
         """
         fn = self._registered(workflow_name)[0] if workflow is None else workflow
         run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
@@ -1336,8 +1350,7 @@ class Client(Surface[M]):
 
         dedupe_key: at most one live run per queue and key; a second call answers the first run.  delay_s or run_at (a
         datetime, without time zone local, or ISO-8601 text): not before then; both are a ValueError.  max_attempts: the
-        server's default is 3.  priority: higher first.  deadline_s: cancelled when it has not ended by then.
-        Returns {"run", "deduplicated"}.
+        server's default is 3.  priority: higher first.  Returns {"run", "deduplicated"}.
         Raises TidebaseError 400 with the fields named in its body; Unreachable, then the run may exist.
         """
         if delay_s is not None and run_at is not None:
@@ -1364,11 +1377,11 @@ class Client(Surface[M]):
 
         write_behind: a plain step (no side effects but "read", replay auto) returns when its function has returned; its
         record follows, in the order of the run's steps, in the next request.  What is durable is always a prefix of
-        what was executed.  Everything that leaves the run waits first until all earlier steps are durable: a step with
-        side effects (before its function is called), gate, sleep, signal, child, fanout, state, snapshot, usage, the
-        run's end and `run.flush()`.  At most 64 records, 1 MiB or 1 s may be behind; then the next step waits.  A
-        refused record is raised at the next boundary, and nothing after it is sent for that run.  So a crash repeats
-        the plain steps of the last moments, and never one that came before a declared side effect.
+        what was executed, and everything that leaves the run waits until all of that is durable: a step with side
+        effects (before its function is called), gate, sleep, signal, child, fanout, state, snapshot, usage, the run's
+        end and `run.flush()`.  At most 64 records, 1 MiB or 1 s may be behind; then the next step waits before it
+        returns.  A refused record is raised at the next boundary, and nothing after it is sent for that run.  So a
+        crash repeats the plain steps of the last moments, and never one that came before a declared side effect.
 
         Only runs of workflows registered with this client when it asks are claimed; others stay in their queue for a
         worker that knows them.  Raises TidebaseError when the server refuses the claim itself (401, 400).
@@ -1440,7 +1453,7 @@ class Client(Surface[M]):
         self._heartbeater.close()
         self._threads.close()
         self._driver.close()
-        yield Sleep(0)  # lets an event loop finish what it closes
+        yield self._driver.sleep(0)  # lets an event loop finish what it closes
 
     def _registered(self, workflow: str | Callable[..., Any]) -> tuple[Callable[..., Any], str | None]:
         """A workflow by function or registered name: the function, and that name if it has one."""
@@ -1465,12 +1478,19 @@ class AsyncTidebase(Client[Awaited]):
     `workflow`, `runs.token` and `runs.subscribe`, for `async for`, are called as they are.
     """
 
-    _context, _session = AsyncRunContext, AsyncRunSession
+    _is_awaited, _context, _session = True, AsyncRunContext, AsyncRunSession
 
-    def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
-                 *, timeout_s: float = TIMEOUT_S) -> None:
-        super().__init__(url, api_key, webhook_secret, timeout_s=timeout_s)
-        self._driver = _AsyncDriver(self._server)
+
+def _begin_in_child() -> None:
+    """In a forked process: threads, connections and what they were about are the parent's."""
+    _thread_cache.__init__()  # type: ignore[misc]
+    for client in list(_clients):
+        client._begin()
+
+
+_clients: weakref.WeakSet[Client[Any]] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 # ------------------------------------------------------------------------------
@@ -1487,22 +1507,19 @@ class _Lease:
         self.run_id, self.owner, self.event, self.parent = cast(str, run["id"]), owner, event, parent
         self.write_behind = write_behind
         self.workflow_name = str(run.get("workflowName"))  # for messages
-        self.duration_s = _lease_seconds(run)
-        self.heartbeat_s = self.duration_s / HEARTBEATS_PER_LEASE
+        self.fields = _members({"runId": self.run_id, "leaseOwner": owner})  # what each of its writes begins with
+        self.unsettled = _Unsettled()
         self.on_lost: Callable[..., Any] | None = None
         self.on_returned: Callable[[], None] = lambda: None  # the workflow's function has returned
         self.lost: TidebaseError | None = None
         self.refused: Exception | None = None  # what a record was refused with that no call waited for
-        self.suspended = False
+        self.suspended = False  # its worker stops
         self.leaving = threading.Lock()  # held while the run asks to wait without us: nothing may begin meanwhile
         self.waiting = False  # the run waits without us: it is queued again when what it waits for is there
         self.is_ending = False  # its outcome is under way: a heartbeat refused now means that it arrived
         self.ended = False  # completed, failed or given back: threads left over stop at their next boundary
-        self.fields = _members({"runId": self.run_id, "leaseOwner": owner})
-        self.writes: deque[_Write] = deque()  # those without an outcome yet, in order
-        self.bytes_behind = 0  # of them
-        self._lock = threading.Lock()  # of these two
-        self.in_flight = False  # some of them are: the others wait, so that none is overtaken
+        self.duration_s = _lease_seconds(run)
+        self.heartbeat_s = self.duration_s / HEARTBEATS_PER_LEASE
         now = time.monotonic()
         self._clock = (_moment(run["updatedAt"]) if run.get("updatedAt") else datetime.now(timezone.utc), now)
         self.renew(now)
@@ -1536,17 +1553,22 @@ class _Lease:
             if self.on_lost is not None:
                 self.on_lost(*_fit(self.on_lost, error))
 
+    def cancelled(self, answer: Json) -> None:
+        """An answer says that the run is cancelled: lose the lease, and raise RunCancelled."""
+        path = _path("runs", self.run_id)
+        self.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled", path))
+        self.fence()
+
     def refuse(self, error: Exception) -> None:
         """A record was refused that no call waited for: every later boundary raises `error`."""
         if self.refused is None:
             self.refused = error
             self.event.set()
 
-    def check_not_cancelled(self, answer: Json) -> None:
-        """Raise RunCancelled when an answer that tells the run's status says so."""
-        if answer.get("runStatus") == "cancelled":
-            self.lose(RunCancelled(f"run {self.run_id} is cancelled", 200, answer, "run_cancelled"))
-            self.fence()
+    def suspend(self) -> None:
+        """The worker stops: the next boundary unwinds the run."""
+        self.suspended = True
+        self.event.set()
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
@@ -1557,11 +1579,6 @@ class _Lease:
         except BaseException:
             self.is_ending = False
             raise
-
-    def suspend(self) -> None:
-        """The worker stops: the next boundary unwinds the run."""
-        self.suspended = True
-        self.event.set()
 
     def gone(self) -> TidebaseError | None:
         """What ended this lease or, for a child, its parent's."""
@@ -1602,44 +1619,10 @@ class _Lease:
         if self.refused is not None:
             raise copy.copy(self.refused)
 
-    def add_writes(self, writes: Sequence[_Write]) -> None:
-        """The run has more to be made durable."""
-        with self._lock:
-            self.writes.extend(writes)
-            self.bytes_behind += sum([len(write.data) for write in writes])
-
-    def forget_write(self, write: _Write) -> None:
-        """A write has an outcome, or is withdrawn."""
-        with self._lock, contextlib.suppress(ValueError):
-            self.writes.remove(write)
-            self.bytes_behind -= len(write.data)
-
-    def oldest_write(self) -> _Write | None:
-        """The first write without an outcome."""
-        with self._lock:
-            return self.writes[0] if self.writes else None
-
-    def newest_write(self) -> _Write | None:
-        """The last write without an outcome."""
-        with self._lock:
-            return self.writes[-1] if self.writes else None
-
-    def is_far_behind(self) -> bool:
-        """Whether a step must wait for records of earlier steps."""
-        oldest = self.oldest_write() if self.write_behind and self.writes else None
-        return oldest is not None and (
-            len(self.writes) >= BEHIND_WRITES or self.bytes_behind >= BEHIND_BYTES
-            or time.monotonic() - oldest.since >= BEHIND_S)
-
 
 class _Names:
     """What the calls of an execution are named in the record, which of them are under way, and the ids of what is
-    written between them.  The rule about names stands here and nowhere else.
-
-    The second call of a name is `name#2`, the third `name#3`, in the order of calls, which a replay repeats; a number
-    is passed over when an earlier call has that name.  Two calls of one name at the same time have no order: refused.
-    A call from within a step's function is `step/name`: a replay does not make it, as the step's output is there.
-    """
+    written between them.  The rule about names that Run tells stands here and nowhere else."""
 
     # The step whose function is called, and the call that began last, in this task or thread; each with the names that
     # it belongs to, since a step's function may run other runs.
@@ -1649,15 +1632,16 @@ class _Names:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._lock = threading.Lock()
-        self._numbers: dict[tuple[str, str], int] = {}  # the last one given, by kind and name as called
-        self._taken: set[tuple[str, str]] = set()  # kind and name as recorded
-        self._under_way: set[tuple[str, str]] = set()  # kind and name as called
-        self._failed: dict[tuple[tuple[str, str], ...], list[tuple[list[str], tuple[Any, ...]]]] = {}
+        self._numbers: dict[_Asked, int] = {}  # the last one given, by kind and name as called
+        self._taken: set[_Asked] = set()  # kind and name as recorded
+        self._under_way: set[_Asked] = set()  # kind and name as called
+        self._failed: dict[tuple[_Asked, ...], list[tuple[list[str], tuple[Any, ...]]]] = {}  # names, called with what
         self._executing = 0
         self._last = ""  # the call that began last, in whatever task, and whether it failed
         self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
 
-    def call(self, *asked: tuple[str, str], same: Callable[[], tuple[Any, ...] | None] | None = None) -> _Call:
+    @contextlib.contextmanager
+    def call(self, *asked: _Asked, same: Callable[[], tuple[Any, ...] | None] | None = None) -> Iterator[list[str]]:
         """Around a call: yields its names in the record.
 
         asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
@@ -1666,34 +1650,54 @@ class _Names:
         its output.
         """
         within = self._within.get()
-        if within is not None and within[0] is self:
-            return _Call(self, tuple((kind, f"{within[1]}/{name}") for kind, name in asked), same, nested=True)
-        return _Call(self, asked, same, nested=False)
-
-    def begin(self, call: _Call) -> list[str]:
-        """The call begins: its names."""
+        is_nested = within is not None and within[0] is self
+        if within is not None and is_nested:
+            asked = tuple([(kind, f"{within[1]}/{name}") for kind, name in asked])
         with self._lock:
-            for kind, name in call.asked:
+            for kind, name in asked:
                 if (kind, name) in self._under_way:
                     raise ValueError(
                         f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
                         f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
-            names = self._failed_before(call) or [self._next(kind, name) for kind, name in call.asked]
-            self._under_way.update(call.asked)
-            call.place = f"{call.asked[0][0]} {names[0]}"
-            if not call.nested:
-                self._move_to(call.place)
-        return names
+            names = self._names_of_failed(asked, same) or [self._next(kind, name) for kind, name in asked]
+            self._under_way.update(asked)
+            place = f"{asked[0][0]} {names[0]}"
+            if not is_nested:
+                self._move_to(place)
+        called_with = None
+        try:
+            yield names
+        except Exception:
+            if same is not None:
+                called_with = same()
+                with self._lock:
+                    if self.last_here() == place:
+                        self._move_to(f"{place} failed")
+            raise
+        finally:
+            with self._lock:
+                self._under_way.difference_update(asked)
+                if called_with is not None:
+                    self._failed.setdefault(asked, []).append((names, called_with))
 
-    def end(self, call: _Call, names: list[str], failed: bool) -> None:
-        """The call has returned or raised."""
-        called_with = call.same() if failed and call.same is not None else None
-        with self._lock:
-            self._under_way.difference_update(call.asked)
-            if called_with is not None:
-                self._failed.setdefault(call.asked, []).append((names, called_with))
-            if failed and call.same is not None and self.last_here() == call.place:
-                self._move_to(f"{call.place} failed")
+    def _names_of_failed(self, asked: tuple[_Asked, ...], same: Callable[[], object] | None) -> list[str] | None:
+        """The names of the same call, if it failed."""
+        if same is not None and asked in self._failed:
+            called_with = same()
+            for failed in self._failed[asked]:
+                if failed[1] == called_with:
+                    self._failed[asked].remove(failed)
+                    return failed[0]
+        return None
+
+    def _next(self, kind: str, name: str) -> str:
+        """The next free name in the record."""
+        number = self._numbers.get((kind, name), 0) + 1
+        while (kind, numbered := name if number == 1 else f"{name}#{number}") in self._taken:
+            number += 1
+        self._numbers[kind, name] = number
+        self._taken.add((kind, numbered))
+        return numbered
 
     def _move_to(self, place: str) -> None:
         self._last = place
@@ -1704,37 +1708,31 @@ class _Names:
         here = self._place.get()
         return here[1] if here is not None and here[0] is self else self._last
 
-    def _failed_before(self, call: _Call) -> list[str] | None:
-        """The names of the same call, if it failed."""
-        if call.asked in self._failed and call.same is not None:
-            called_with = call.same()
-            for failed in self._failed[call.asked]:
-                if failed[1] == called_with:
-                    self._failed[call.asked].remove(failed)
-                    return failed[0]
-        return None
+    @contextlib.contextmanager
+    def executing(self, step: str | None = None) -> Iterator[None]:
+        """Around what is executed here and cannot be left behind: a step of this name, or a child."""
+        before = self._within.get()
+        with self._lock:
+            self._executing += 1
+        if step is not None:
+            self._within.set((self, step))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._executing -= 1
+            if step is not None:
+                self._within.set(before)
 
-    def _next(self, kind: str, name: str) -> str:
-        number = self._numbers.get((kind, name), 0) + 1
-        while (kind, numbered := name if number == 1 else f"{name}#{number}") in self._taken:
-            number += 1
-        self._numbers[kind, name] = number
-        self._taken.add((kind, numbered))
-        return numbered
+    def is_executing(self) -> bool:
+        """Whether a step or a child of the run is executed here."""
+        return self._executing > 0
 
     def count(self, kind: str, name: str) -> int:
         """How often this has been asked for, this time included."""
         with self._lock:
             self._numbers[kind, name] = self._numbers.get((kind, name), 0) + 1
             return self._numbers[kind, name]
-
-    def executing(self, step: str | None = None) -> _Executing:
-        """Around what is executed here and cannot be left behind: a step of this name, or a child."""
-        return _Executing(self, step)
-
-    def is_executing(self) -> bool:
-        """Whether a step or a child of the run is executed here."""
-        return self._executing > 0
 
     def write_id(self, prefix: str, verb: str, *about: str | None) -> str:
         """The id of a write: between calls the same in every execution, so that a replay writes it once.
@@ -1752,73 +1750,39 @@ class _Names:
         return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
-class _Call:
-    """A call that is under way: see _Names.call."""
-
-    __slots__ = ("_given", "_names", "asked", "nested", "place", "same")
-
-    def __init__(self, names: _Names, asked: tuple[tuple[str, str], ...],
-                 same: Callable[[], tuple[Any, ...] | None] | None, nested: bool) -> None:
-        self._names, self.asked, self.same, self.nested, self.place = names, asked, same, nested, ""
-
-    def __enter__(self) -> list[str]:
-        self._given = self._names.begin(self)
-        return self._given
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._names.end(self, self._given, kind is not None and issubclass(kind, Exception))
+# --- steps
 
 
-class _Executing:
-    """Something is executed: see _Names.executing."""
-
-    __slots__ = ("_before", "_names", "_step")
-
-    def __init__(self, names: _Names, step: str | None) -> None:
-        self._names, self._step = names, step
-
-    def __enter__(self) -> None:
-        with self._names._lock:
-            self._names._executing += 1
-        if self._step is not None:
-            self._before = _Names._within.get()
-            _Names._within.set((self._names, self._step))
-
-    def __exit__(self, *error: object) -> None:
-        with self._names._lock:
-            self._names._executing -= 1
-        if self._step is not None:
-            _Names._within.set(self._before)
-
-
-class _StepCall:
+class _Step:
     """A step as it is called: what it is recorded with, and how it is executed."""
 
     def __init__(self, run: Run[Any], name: str, fn: Callable[..., Any], input: Any, input_hash: str | None,
                  retries: int = 0, timeout_s: float | None = None) -> None:
-        self.run, self.name, self.retries = run, name, retries
+        self.run, self.name, self.fn, self.retries, self.timeout_s = run, name, fn, retries, timeout_s
+        self.args: tuple[Any, ...] = ()
         self.options: Json = {}
         self.decision = "safe_replay"  # what the last failure is recorded with
         self.is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
-        args: tuple[Any, ...] = ()
+        self.announcement: _Write | None = None  # begin_step of a plain step that takes long
         if input is None:
             self.input, self.input_hash = b"", input_hash or NULL_HASH
-            self.same: Callable[[], tuple[Any, ...] | None] = functools.partial(_called_with, fn)
         else:
             self.input = _encode(input, "input=")
-            plain = json.loads(self.input)
+            plain = _decode(self.input)
             self.input_hash = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
-            self.same = lambda: (self.input_hash,)
             if not _accepts(fn, 0) and _accepts(fn, 1):
-                args = (plain,)
-        self.invoke = Invoke(fn, args, timeout_s)
+                self.args = (plain,)
+
+    def called_with(self) -> tuple[Any, ...] | None:
+        """By what the same call is known again: the input or, without one, the function and what is bound to it."""
+        return (self.input_hash,) if self.input else _bound_to(self.fn)
 
     def declare(self, side_effects: str | Sequence[str] | None, credentials: Any, **declared: Any) -> None:
         """Note what the step declares about itself.  ValueError for what does not go together."""
         effects = [side_effects] if isinstance(side_effects, str) else list(side_effects or ())
         self.options = options = _body(
             side_effects=effects or None, credentials=[credentials] if isinstance(credentials, str) else credentials,
-            retries=self.retries or None, timeout_s=self.invoke.timeout_s, **declared)
+            retries=self.retries or None, timeout_s=self.timeout_s, **declared)
         acts = any(effect != "read" for effect in effects)
         replay = options.get("replay") or ("manual" if acts and "idempotencyKey" not in options else "auto")
         if replay not in ("auto", "manual", "never"):
@@ -1829,6 +1793,13 @@ class _StepCall:
         self.decision = {"never": "fail_hard", "manual": "manual_review", "auto": "safe_replay"}[replay]
         self.is_plain = replay == "auto" and not acts and "idempotencyKey" not in options
 
+    def checkpoint(self) -> Json | None:
+        """Its checkpoint, if one came with the lease.  For one of another input the server is asked."""
+        known = self.run._checkpoints.get(self.name)
+        if known is not None and (known["inputHash"] == self.input_hash or known.get("copied")):  # of a fork's origin
+            return known
+        return None
+
     @functools.cached_property
     def fields(self) -> bytes:
         """The members by which the server knows the step."""
@@ -1836,24 +1807,24 @@ class _StepCall:
         options = b"" if not self.options else b',"options":' + _encode_body(self.options)
         return known + (b',"input":' + self.input if self.input else b"") + options
 
-    def refusal(self, error: Exception, output_bytes: int = 0) -> Exception:
-        """What a refusal means for this step, in words that name it."""
+    def explain(self, outcome: Json | Exception, output_bytes: int = 0) -> Json | Exception:
+        """A refusal in words that name the step; an answer as it is."""
         run_id = self.run.run_id
-        if isinstance(error, BodyTooLarge):
+        if isinstance(outcome, BodyTooLarge):
             sizes = f"its output has {output_bytes:,} bytes" + (f", its input {len(self.input):,}" * bool(self.input))
             message = (f"step {self.name!r} of run {run_id}: {sizes}, more than the server takes in one request, see "
                        "its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
             return BodyTooLarge(message, 413, code="body_too_large")
-        if isinstance(error, StepInputMismatch):
-            return self.mismatch(error.body)
-        if isinstance(error, StepNeedsReview):
-            step = error.body.get("step") or {} if isinstance(error.body, dict) else {}
+        if isinstance(outcome, StepInputMismatch):
+            return self.mismatch(outcome.body)
+        if isinstance(outcome, StepNeedsReview):
+            step = outcome.body.get("step") or {} if isinstance(outcome.body, dict) else {}
             message = (f"step {self.name!r} ({step.get('id')}) of run {run_id} may have had its effect without leaving "
                        f"a record: see what happened outside, then decide with tide.runs.review_step({run_id!r}, "
                        f"{step.get('id')!r}, DECISION), where DECISION is 'retry', 'complete' (with its output=) or "
                        f"'fail'; `python tidebase.py explain {run_id}` on the server shows the run")
-            return StepNeedsReview(message, error.status, error.body, error.code, error.path)
-        return error
+            return StepNeedsReview(message, outcome.status, outcome.body, outcome.code, outcome.path)
+        return outcome
 
     def mismatch(self, answer: Json) -> StepInputMismatch:
         """answer: the server's, with the step as it is recorded."""
@@ -1868,149 +1839,135 @@ class _StepCall:
         return StepInputMismatch(message, body=answer, code="input_mismatch")
 
 
-def _checkpoint(run: Run[Any], name: str, hashed: str) -> Json | None:
-    """The checkpoint of a step, if one came with the lease.  For one of another input the server is asked."""
-    known = run._checkpoints.get(name)
-    if known is not None and (known["inputHash"] == hashed or known.get("copied")):  # a fork may be of changed code
-        return known
-    return None
-
-
-def _execute_step(run: Run[Any], call: _StepCall) -> Op[Any]:
+def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
     """Execute a step that no checkpoint here answers, and record it; again while tries are left.
 
     It is begun first where a try must leave a trace, or where the server may have its output.
     """
-    lease, client = run._lease, run._client
-    call.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
+    lease, driver, heartbeater = run._lease, run._client._driver, run._client._heartbeater
+    step.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
     for tries in itertools.count(1):
-        while lease.is_far_behind():
-            yield from client._batcher.settled(lease.oldest_write())
-            lease.boundary()
         lease.boundary()
-        begins = not call.is_plain or not run._has_all_checkpoints or call.name in run._checkpoints
         step_id: str | None = None
-        if begins:
-            answer = yield from _begin_step(run, call)
+        if not step.is_plain or not run._has_all_checkpoints or step.name in run._checkpoints:
+            answer = yield from _begin_step(run, step)
             if answer["action"] == "return":
                 return answer["output"]
             step_id = answer["step"]["id"]
-        notice = None if begins else client._heartbeater.watch(_SlowStepNotice(run, call))
+        else:
+            heartbeater.watch(step)
         error: Exception | None = None
-        output = b"null"
-        started_at = lease.now()
+        output, started_at = b"null", lease.now()
         try:
-            output = _encode((yield call.invoke), f"the output of step {call.name!r}")
+            returned = yield driver.invoke(step.fn, step.args, step.timeout_s)
+            output = _encode(returned, f"the output of step {step.name!r}")
         except Exception as raised:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
             error = raised
         finally:
-            if notice is not None:
-                client._heartbeater.forget(notice)
-        if notice is not None and notice.write is not None and (yield from _is_refused(client, notice.write)):
-            answer = yield from _begin_step(run, call)
+            if step_id is None:
+                heartbeater.forget(step)
+        if step.announcement is not None and (yield from _is_refused(run, step.announcement)):
+            answer = yield from _begin_step(run, step)
             if answer["action"] == "return":
                 return answer["output"]
-        again = error is not None and tries <= call.retries and getattr(error, "retryable", True) is not False
+        if error is None and step_id is None and lease.write_behind:
+            yield from _record_behind(run, step, started_at, output)
+            return _decode(output)
+        again = error is not None and tries <= step.retries and getattr(error, "retryable", True) is not False
         try:
-            if error is None and step_id is None and lease.write_behind:
-                _record_behind(run, call, started_at, output)
-                return json.loads(output)
-            answer = yield from _record_step(run, call, step_id, started_at, output, error, again)
+            answer = yield from _record_step(run, step, step_id, started_at, output, error, again)
         except BodyTooLarge as refused:
             if error is not None:
                 raise refused from None  # its input is
             error = refused  # the output will not be shorter the next time
-            answer = yield from _record_step(run, call, step_id, started_at, output, error, again=False)
+            answer = yield from _record_step(run, step, step_id, started_at, output, error, again=False)
         if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
             recorded: Json = answer["step"]
-            return recorded["output"] if "output" in recorded else json.loads(output)
+            return recorded["output"] if "output" in recorded else _decode(output)
         if not again:
             raise cast(Exception, error)
-        yield Sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
+        yield driver.sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
     raise AssertionError("unreachable")
 
 
-def _record_step(run: Run[Any], call: _StepCall, step_id: str | None, started_at: datetime, output: bytes,
-                 error: Exception | None, again: bool) -> Op[Json]:
-    """Write how a step ended: of one that was begun as step_id, or all of it at once.  Returns the answer."""
-    outcome = b'"output":' + output
-    if error is not None:
-        run._step_failures.append((error, call.name))
-        decision = "auto_retry" if again else call.decision
-        outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
-    if step_id is None:
-        verb, members = "record_step", _record_members(call, started_at, outcome)
-    else:
-        verb = "complete_step" if error is None else "fail_step"
-        members = b'"stepId":"%s",%s' % (step_id.encode(), outcome)
-    explain = functools.partial(call.refusal, output_bytes=len(output))
-    return run._client._batcher.write(verb, members, run._lease, explain=explain)
-
-
-def _record_behind(run: Run[Any], call: _StepCall, started_at: datetime, output: bytes) -> None:
-    """Have a plain step recorded in the background, after all that the run has written."""
-
-    def check(answer: Json) -> None:
-        if "output" in answer["step"] or answer["step"]["status"] != "completed":
-            raise TidebaseError(f"step {call.name!r} of run {run.run_id} is recorded with another outcome than it had "
-                                "here: the next attempt goes on with the recorded one", 409, answer, "other_outcome")
-
-    explain = functools.partial(call.refusal, output_bytes=len(output))
-    members = _record_members(call, started_at, b'"output":' + output)
-    run._client._batcher.post("record_step", members, run._lease, explain=explain, check=check)
-
-
-def _record_members(call: _StepCall, started_at: datetime, outcome: bytes) -> bytes:
-    return b'"startedAt":"%s","brief":true,%s,%s' % (started_at.isoformat().encode(), call.fields, outcome)
-
-
-def _is_refused(client: Client[Any], announcement: _Write) -> Op[bool]:
-    """Whether the announcement of a slow step was answered with anything but `execute`.  One under way is waited for,
-    so that the answer counts before the step's record is sent."""
-    if client._batcher.withdraw(announcement):
-        return False
-    yield from client._batcher.settled(announcement)
-    answer = announcement.outcome
-    return isinstance(answer, dict) and answer["action"] != "execute"
-
-
-def _begin_step(run: Run[Any], call: _StepCall) -> Op[Json]:
+def _begin_step(run: Run[Any], step: _Step) -> Op[Json]:
     """Ask for the step until the answer is `execute` or `return`; while another owner executes it, wait."""
-    lease = run._lease
+    lease, client = run._lease, run._client
     for tries in itertools.count(1):
         lease.boundary()
-        answer = yield from run._client._batcher.write("begin_step", call.fields, lease, explain=call.refusal)
+        answer = yield from client._batcher.write("begin_step", step.fields, lease, explain=step.explain)
         action = answer["action"]
         if action in ("execute", "return"):
             return answer
         if action == "input_mismatch":
-            raise call.mismatch(answer)
+            raise step.mismatch(answer)
         if action == "cancelled":
-            lease.lose(RunCancelled(f"run {run.run_id} is cancelled", 200, answer, "run_cancelled"))
-        elif action != "locked":
+            lease.cancelled(answer)
+        if action != "locked":
             raise TidebaseError(f"the server answered a step with {action!r}", 200, answer)
-        else:
-            yield Sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
+        yield client._driver.sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
     raise AssertionError("unreachable")
 
 
-def _flush(run: Run[Any]) -> Op[None]:
-    """Wait until all that the run has written is durable; raise what is raised at a boundary."""
-    yield from _settle_writes(run)
-    run._lease.boundary()
+def _is_refused(run: Run[Any], announcement: _Write) -> Op[bool]:
+    """Whether the announcement of a slow step was answered with anything but `execute`.  One under way is waited for,
+    so that the answer counts before the step's record is sent."""
+    if run._client._batcher.withdraw(announcement):
+        return False
+    yield from run._client._batcher.settled(announcement)
+    answer = announcement.outcome
+    return isinstance(answer, dict) and answer["action"] != "execute"
+
+
+def _record_step(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
+                 error: Exception | None, again: bool) -> Op[Json]:
+    """Write how a step ended: of one that was begun as step_id, or all of it at once.  Returns the answer."""
+    outcome = b'"output":' + output
+    if error is not None:
+        run._step_failures.append((error, step.name))
+        decision = "auto_retry" if again else step.decision
+        outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
+    if step_id is None:
+        verb, members = "record_step", _record(step, started_at, outcome)
+    else:
+        verb = "complete_step" if error is None else "fail_step"
+        members = b'"stepId":"%s",%s' % (step_id.encode(), outcome)
+    explain = functools.partial(step.explain, output_bytes=len(output))
+    return run._client._batcher.write(verb, members, run._lease, explain=explain)
+
+
+def _record_behind(run: Run[Any], step: _Step, started_at: datetime, output: bytes) -> Op[None]:
+    """Have a plain step recorded in the background, after all that the run has written."""
+
+    def explain(outcome: Json | Exception) -> Json | Exception:
+        if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
+            return TidebaseError(f"step {step.name!r} of run {run.run_id} is recorded with another outcome than it had "
+                                 "here: the next attempt goes on with the recorded one", 409, outcome, "other_outcome")
+        return step.explain(outcome, len(output))
+
+    members = _record(step, started_at, b'"output":' + output)
+    return run._client._batcher.post_behind(
+        _Write("record_step", members, run._lease, is_behind=True, explain=explain))
+
+
+def _record(step: _Step, started_at: datetime, outcome: bytes) -> bytes:
+    """The members of record_step: a step, from its begin to its end."""
+    return b'"startedAt":"%s","brief":true,%s,%s' % (started_at.isoformat().encode(), step.fields, outcome)
 
 
 def _settle_writes(run: Run[Any]) -> Op[None]:
-    """Wait until each write of the run has an outcome, good or bad."""
-    while (write := run._lease.newest_write()) is not None:
+    """Wait until each write that the run has made has an outcome, good or bad."""
+    for write in run._lease.unsettled.all():
         yield from run._client._batcher.settled(write)
 
 
 def _warn_of_differences(run: Run[Any], what: str, name: str, recorded: Json, **given: Any) -> None:
-    """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay."""
-    differing = [key for key, value in given.items() if recorded.get(key) != value]
+    """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay.  None
+    stands for {}, as the server has it."""
+    differing = [key for key, value in given.items()
+                 if recorded.get(key) != ({} if value is None else _plain(value, f"{key}="))]
     if differing:
         logger.warning("run %s: %s %r was recorded with another %s, which stays as recorded first",
                        run.run_id, what, name, " and ".join(differing),
@@ -2031,31 +1988,33 @@ def _wait_for(client: Client[Any], condition: Json | None, read: Callable[[float
     place.  A run that must not leave waits in place, too.
     """
     leaves_at = time.monotonic() + hold_s
+    event = run._lease.event if run else None
     while True:
         asked, is_there = time.monotonic(), False
         if run is not None and condition is not None and asked >= leaves_at and asked < ends:
             is_there = yield from _leave(run, condition, None if read is None or ends == math.inf else ends - asked)
         holds_s = leaves_at - asked if leaves_at > asked and condition is not None else math.inf
         wait_s = 0.0 if is_there else max(min(poll_s, LONG_POLL_S, ends - asked, holds_s), 0.0)
+        found: Json | None = None
         if read is not None:
             found = yield from read(wait_s)
         else:
-            found = None
-            yield Sleep(wait_s, run._lease.event if run else None)
+            yield client._driver.sleep(wait_s, event)
         if run is not None:
             run._lease.boundary()
         now = time.monotonic()
         if found is not None or now >= ends or (is_there and read is None):
             return found
         if read is not None and now - asked < wait_s / 2:  # too many wait there: the server did not hold the request
-            yield Sleep(min(1.0, wait_s), run._lease.event if run else None)
+            yield client._driver.sleep(min(1.0, wait_s), event)
 
 
 def _long_poll(run: Run[Any], wait_s: float, *path: str, **query: Any) -> Op[Json]:
     """GET something of a run, which the server may hold until there is news."""
     path_and_query = _path("runs", run.run_id, *path, wait_ms=_ms(wait_s), **query)
     answer = yield from _request(run._client, "GET", path_and_query, lease=run._lease, wait_s=wait_s)
-    run._lease.check_not_cancelled(answer)
+    if answer.get("runStatus") == "cancelled":
+        run._lease.cancelled(answer)
     return answer
 
 
@@ -2067,12 +2026,11 @@ def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op
     try:
         if run._names.is_executing():  # again, now that `leaving` is set: one of us sees the other
             return False
-        body = {**_body(lease_owner=lease.owner, timeout_s=timeout_s), "for": condition}
-        path = _path("runs", run.run_id, "wait")
         yield from _settle_writes(run)
         lease.check_not_refused()
+        body = {**_body(lease_owner=lease.owner, timeout_s=timeout_s), "for": condition}
         with lease.ending():
-            answer = yield from _request(run._client, "POST", path, body, lease=lease)
+            answer = yield from _request(run._client, "POST", _path("runs", run.run_id, "wait"), body, lease=lease)
         if answer["ready"]:
             lease.is_ending = False
             return True
@@ -2086,13 +2044,12 @@ def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op
 def _begin_wait(run: Run[Any], name: str, asked: Json) -> Op[Json]:
     """The step that records a wait: begun, found under way with what was asked first, or completed."""
     run._lease.boundary()
-    known = _checkpoint(run, name, NULL_HASH)
+    step = _Step(run, name, _begin_wait, asked, NULL_HASH)
+    known = step.checkpoint()
     if known is not None:
         return {**known, "status": "completed"}
-    call = _StepCall(run, name, _begin_wait, asked, NULL_HASH)
-    call.options = {"wait": True}
-    answer = yield from _begin_step(run, call)
-    return cast(Json, answer["step"])
+    step.options = {"wait": True}
+    return cast(Json, (yield from _begin_step(run, step))["step"])
 
 
 def _end_wait(run: Run[Any], step: Json, output: Any) -> Op[None]:
@@ -2101,50 +2058,34 @@ def _end_wait(run: Run[Any], step: Json, output: Any) -> Op[None]:
     yield from run._client._batcher.write("complete_step", members, run._lease)
 
 
-def _receive_signal(run: Run[Any], name: str, number: int, step: Json, hold_s: float) -> Op[Json]:
-    """The number-th signal of a name, or that it has timed out.  step: the one that records the wait."""
-    timeout_s = step["input"]["timeoutS"]
-    ends = math.inf if timeout_s is None else (
-        run._lease.monotonic_at(_moment(step["createdAt"]) + timedelta(seconds=timeout_s)))
-
-    def read(wait_s: float) -> Op[Json | None]:
-        return _member(_long_poll(run, wait_s, "signals", name, n=number), "signal")
-
-    condition = {"event": name, "n": number, "stepId": step["id"]}
-    signal = yield from _wait_for(run._client, condition, read, ends, run=run, hold_s=hold_s, poll_s=GATE_POLL_S)
-    if signal is None:  # the server decides which came first, the signal or the end
-        path = _path("runs", run.run_id, "signals", name, "expire")
-        body = {"n": number, "leaseOwner": run._lease.owner}
-        signal = yield from _member(_request(run._client, "POST", path, body, lease=run._lease), "signal")
-    return cast(Json, signal)
-
-
 # --- children
 
 
-def _describe_child(self: Run[Any], name: str, workflow: str | Callable[..., Any] | None = None, *,
-                    workflow_name: str | None = None, queue: str | None = None, input: Any = None,
-                    metadata: Json | None = None, recovery_webhook: str | None = None,
-                    channels: Sequence[Json] | None = None, edge_type: str | None = None,
-                    edge_metadata: Json | None = None, max_attempts: int | None = None,
-                    priority: int | None = None, recovery_secret: str | None = None) -> tuple[Any, Json]:
-    """A child's function, if it is known here, and its fields for the server.  self: the parent."""
-    given = locals()
-    if input is not None:
-        given["input"] = _plain(input, f"input= of child {name!r}")
-    fn: Callable[..., Any] | None = None
+_CHILD_TAKES = inspect.signature(Run.child).parameters.keys()
+
+
+def _describe_child(run: Run[Any], given: Mapping[str, Any]) -> tuple[Any, Json]:
+    """A child's function, if it is known here, and its fields for the server.  given: the arguments of Run.child."""
+    unknown = sorted(given.keys() - _CHILD_TAKES)
+    if unknown or "name" not in given:
+        raise TypeError(f"a child takes the arguments of run.child, and a name: not {', '.join(unknown) or 'none'}")
+    name, workflow, queue = given["name"], given.get("workflow"), given.get("queue")
+    workflow_name, fn = given.get("workflow_name"), None
     if callable(workflow):
-        fn, registered = self._client._registered(workflow)
+        fn, registered = run._client._registered(workflow)
         workflow_name = workflow_name or (registered if queue is not None else None) or name
     else:
         known_as = workflow or workflow_name or name
-        if queue is None or known_as in self._client._workflows:
-            fn, _ = self._client._registered(known_as)
+        if queue is None or known_as in run._client._workflows:
+            fn, _ = run._client._registered(known_as)
         if queue is not None and workflow_name not in (None, known_as):
             raise ValueError(f"child {name!r} is run by a worker of queue {queue!r}, which finds its workflow by "
                              f"workflow_name={workflow_name!r}, not by {workflow!r}: leave the latter out")
         workflow_name = workflow_name or known_as
-    return fn, _body(given, "workflow", workflow_name=workflow_name)
+    body = _body(given, "workflow", workflow_name=workflow_name)
+    if "input" in body:
+        body["input"] = _plain(body["input"], f"input= of child {name!r}")
+    return fn, body
 
 
 def _run_child(run: Run[Any], fn: Any, body: Json) -> Op[Any]:
@@ -2196,14 +2137,15 @@ def _run_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[A
         except (Exception, RunSuspended) as error:
             results[index] = error
 
+    driver = run._client._driver
     tasks: list[Any] = []
     try:
         for index, (_, body) in enumerate(described):
             if index >= FANOUT:
-                yield Join(tasks[index - FANOUT])
-            tasks.append((yield Start(one(index), f"tidebase-child-{body['name']}")))
+                yield driver.join(tasks[index - FANOUT])
+            tasks.append(driver.start(one(index), f"tidebase-child-{body['name']}"))
         for task in tasks:
-            yield Join(task)
+            yield driver.join(task)
     except (asyncio.CancelledError, KeyboardInterrupt):
         for task in tasks:
             task.cancel()
@@ -2233,7 +2175,8 @@ def _create_children(run: Run[Any], bodies: Sequence[Json]) -> Op[list[Json]]:
     for start in range(0, len(bodies), CHILDREN_AT_ONCE):
         run._lease.boundary()
         part = bodies[start : start + CHILDREN_AT_ONCE]
-        writes = batcher.post_all("create_child", [_members(body) for body in part], run._lease)
+        writes = [_Write("create_child", _members(body), run._lease) for body in part]
+        batcher.post(writes)
         for body, write in zip(part, writes):
             answer = yield from batcher.wait(write)
             if not answer["created"]:
@@ -2262,7 +2205,7 @@ def _join_children(run: Run[Any], runs: dict[str, Json], alone: bool = False) ->
                     runs[name] = children[name]
                 else:
                     path = _path("runs", runs[name]["id"], include="run")
-                    runs[name] = yield from _member(_request(run._client, "GET", path, lease=run._lease), "run")
+                    runs[name] = (yield from _request(run._client, "GET", path, lease=run._lease))["run"]
             return runs[live[0]]
 
         condition = {"children": True if alone else live[:CHILDREN_NAMED]}
@@ -2298,7 +2241,7 @@ def _begin_run(client: Client[Any], run_id: str, parent: _Lease | None = None) -
             leased = error.status == 409 and isinstance(error.body, dict) and error.body.get("leaseOwner")
             if parent is None or not leased or isinstance(error, (LeaseLost, RunCancelled)):
                 raise
-        yield Sleep(_backoff(LOCKED_POLL_S, tries), parent.event)
+        yield client._driver.sleep(_backoff(LOCKED_POLL_S, tries), parent.event)
     raise AssertionError("unreachable")
 
 
@@ -2318,10 +2261,10 @@ def _begin_and_execute(client: Client[Any], run: Json, workflow: Callable[..., A
 
 def _execute(run: Run[Any], workflow: Callable[..., Any]) -> Op[Any]:
     """Execute a run that is held, under heartbeats, to one of its ends: completed, failed, given back or lost."""
-    lease, heartbeater = run._lease, run._client._heartbeater
-    heartbeater.add(lease)
+    lease, client = run._lease, run._client
+    client._heartbeater.add(lease)
     try:
-        result = yield Invoke(workflow, _fit(workflow, run, run.input))
+        result = yield client._driver.invoke(workflow, _fit(workflow, run, run.input))
         lease.fence()  # user code may have swallowed it
         return (yield from _complete(run, result))[0]
     except (Exception, SystemExit) as error:
@@ -2346,7 +2289,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any]) -> Op[Any]:
             raise RunSuspended from error  # also out of the group that a TaskGroup makes of it
         raise
     finally:
-        heartbeater.remove(lease)
+        client._heartbeater.remove(lease)
         lease.ended = True
 
 
@@ -2361,21 +2304,20 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
     lease = run._lease
     encoded = _encode(result, f"the result of workflow {run.name!r}")
 
-    def explain(error: Exception) -> Exception:
-        if not isinstance(error, BodyTooLarge):
-            return error
+    def explain(outcome: Json | Exception) -> Json | Exception:
+        if not isinstance(outcome, BodyTooLarge):
+            return outcome
         message = (f"the result of run {run.run_id} of workflow {run.name!r} has {len(encoded):,} bytes, more than the "
                    "server takes: see its setting TIDEBASE_MAX_BODY")
-        return BodyTooLarge(message, 413, error.body, error.code, error.path)
+        return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
         answer = yield from run._client._batcher.write("complete_run", members, lease, explain=explain)
     if answer["run"]["status"] == "cancelled":
-        lease.lose(RunCancelled(f"run {run.run_id} is cancelled", 200, answer, "run_cancelled"))
-        lease.fence()
-    return json.loads(encoded), answer
+        lease.cancelled(answer)
+    return _decode(encoded), answer
 
 
 def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
@@ -2401,10 +2343,10 @@ def _give_back(run: Run[Any]) -> Op[None]:
     if not run._lease.waiting:
         with _logged(run, "release"):
             yield from _settle_writes(run)
-            path = _path("runs", run.run_id, "release")
+            body = {"leaseOwner": run._lease.owner}
             with run._lease.ending():
-                body = {"leaseOwner": run._lease.owner}
-                yield from _request(run._client, "POST", path, body, patience_s=RELEASE_S)
+                yield from _request(run._client, "POST", _path("runs", run.run_id, "release"), body,
+                                    patience_s=RELEASE_S)
 
 
 @contextlib.contextmanager
@@ -2432,23 +2374,31 @@ class _Worker:
             raise ValueError("work() needs a queue, a limit and a concurrency of at least 1")
         self._client, self._queues, self._poll_s, self._limit, self._on_error = client, queues, poll_s, limit, on_error
         self._concurrency, self._owner, self._write_behind = concurrency, owner, write_behind
-        self._place_freed = client._driver.event()  # set by stop(), too
-        self._stopped = client._driver.event()
+        self._driver = client._driver
+        self._place_freed = self._driver.event()  # set by _stop(), too
+        self._stopped = self._driver.event()
         self._stopping = False
         self._claim_handle = CancelHandle()  # of the claim that waits
-        self._busy: set[_Lease] = set()
+        self._busy: set[_Lease] = set()  # a set of leases, since a run's task goes on for a while
         self._tasks: list[Any] = []
         self._claim: Json | None = None  # repeated as it is until it is answered, so that no claimed run is lost
         self._failures = 0
 
     def work(self, stop: Callable[[], bool] | None, shutdown_s: float) -> Op[None]:
         """Claim and execute until a signal comes or stop() is true; then wind down."""
-        self._log_start()
+        workflows, url = sorted(self._client._workflows), self._client.url
+        logger.info("worker serves the workflows %s from the queues %s at %s, %s at once",
+                    ", ".join(workflows) or "none", ", ".join(self._queues), url, self._concurrency,
+                    extra={"event": "worker_started", "workflows": workflows, "queues": self._queues, "url": url})
+        if not workflows:
+            logger.warning("no workflow is registered, so the worker at %s claims nothing: register one with "
+                           "tide.workflow(name, fn), on the same client, before tide.work()", url,
+                           extra={"event": "no_workflows", "url": url})
         with _stop_signals() as signalled:
-            claiming = yield Start(self._claims(), "tidebase-claims")
+            claiming = self._driver.start(self._claims(), "tidebase-claims")
             try:
                 while not (claiming.done() or signalled() or (stop is not None and stop())):
-                    yield Sleep(STOP_CHECK_S)
+                    yield self._driver.sleep(STOP_CHECK_S)
             except asyncio.CancelledError:  # of the task that awaits us: its runs are given back before it ends
                 self._cancel_tasks()
                 yield from self._wind_down(claiming, shutdown_s)
@@ -2459,17 +2409,6 @@ class _Worker:
             if claiming.done():
                 claiming.result()  # a refusal
 
-    def _log_start(self) -> None:
-        """Log what this worker serves, and where."""
-        workflows, url = sorted(self._client._workflows), self._client.url
-        logger.info("worker serves the workflows %s from the queues %s at %s, %s at once",
-                    ", ".join(workflows) or "none", ", ".join(self._queues), url, self._concurrency,
-                    extra={"event": "worker_started", "workflows": workflows, "queues": self._queues, "url": url})
-        if not workflows:
-            logger.warning("no workflow is registered, so the worker at %s claims nothing: register one with "
-                           "tide.workflow(name, fn), on the same client, before tide.work()", url,
-                           extra={"event": "no_workflows", "url": url})
-
     def _claims(self) -> Op[None]:
         """Claim runs and start them whenever there are free places, until the worker stops."""
         while not self._stopping:
@@ -2477,26 +2416,26 @@ class _Worker:
             self._place_freed.clear()
             free = self._concurrency - len(self._busy)
             if not self._client._workflows:
-                yield Sleep(CLAIM_PAUSE_S, self._stopped)  # another thread may register one
+                yield self._driver.sleep(CLAIM_PAUSE_S, self._stopped)  # another thread may register one
             elif free > 0:
                 pause_s = yield from self._claim_runs(free, self._poll_s, self._claim_handle)
-                yield Sleep(pause_s, self._stopped)
+                yield self._driver.sleep(pause_s, self._stopped)
             elif not self._stopping:
-                yield Sleep(None, self._place_freed)
+                yield self._driver.sleep(None, self._place_freed)
         if self._claim is not None:  # cancelled: asked once more, it answers what it took, which is given back
             yield from self._claim_runs(1, 0.0)
 
     def _claim_runs(self, free: int, wait_s: float, cancel: CancelHandle | None = None) -> Op[float]:
         """Claim once and start what came.  Returns the seconds to pause before the next claim."""
+        client = self._client
         if self._claim is None:
             owner = self._owner or f"{platform.node()}-{os.getpid()}-{_new_id('worker')}"
             self._claim = _body(id=_new_id("claim"), queues=self._queues, lease_owner=owner, checkpoints=True,
-                                workflows=sorted(self._client._workflows))
-            self._claim["limit"] = min(self._limit or free, free, 100)
+                                workflows=sorted(client._workflows), limit=min(self._limit or free, free, 100))
         asked, body = time.monotonic(), {**self._claim, "waitMs": _ms(wait_s)}
         try:
             answer = yield from _request(
-                self._client, "POST", "/queues/claim", body, once_s=CLAIM_S, wait_s=wait_s, cancel=cancel)
+                client, "POST", "/queues/claim", body, once_s=CLAIM_S, wait_s=wait_s, cancel=cancel)
         except TidebaseError as error:
             if self._stopping:
                 return 0.0
@@ -2505,22 +2444,21 @@ class _Worker:
             self._failures += 1
             if self._failures == 1:
                 logger.warning("the worker goes on asking, but the server is away: %s", error,
-                               extra={"event": "server_away", "error": str(error), "url": self._client.url})
+                               extra={"event": "server_away", "error": str(error), "url": client.url})
             return _backoff(BACKOFF_S, self._failures)
         if self._failures:
-            logger.info("the server at %s is back", self._client.url,
-                        extra={"event": "server_back", "url": self._client.url})
+            logger.info("the server at %s is back", client.url, extra={"event": "server_back", "url": client.url})
         self._claim, self._failures = None, 0
         for run in answer["runs"]:
             yield from self._start(run, answer["leaseOwner"])
-        if any(run["workflowName"] not in self._client._workflows for run in answer["runs"]):
+        if any(run["workflowName"] not in client._workflows for run in answer["runs"]):
             return UNKNOWN_PAUSE_S
         if not answer["runs"] and time.monotonic() - asked < wait_s / 2:  # too many wait there already
             return self._claim_handle.retry_after_s + _backoff((CLAIM_PAUSE_S, CLAIM_PAUSE_S), 1)
         return 0.0
 
     def _start(self, claimed: Json, owner: str) -> Op[None]:
-        lease = _Lease(claimed, owner, self._client._driver.event(), write_behind=self._write_behind)
+        lease = _Lease(claimed, owner, self._driver.event(), write_behind=self._write_behind)
         run: Run[Any] = self._client._context(self._client, claimed, lease, claimed, may_leave=True)
         workflow = self._client._workflows.get(run.name)
         if workflow is None:  # an older server does not look at what a claim asks for
@@ -2533,7 +2471,7 @@ class _Worker:
             return
         lease.on_returned = functools.partial(self._free_place, lease)
         self._busy.add(lease)
-        self._tasks.append((yield Start(self._execute(run, workflow), f"tidebase-{run.run_id}")))
+        self._tasks.append(self._driver.start(self._execute(run, workflow), f"tidebase-{run.run_id}"))
 
     def _execute(self, run: Run[Any], workflow: Callable[..., Any]) -> Op[None]:
         """Execute a run; however it ends, the worker goes on."""
@@ -2552,13 +2490,13 @@ class _Worker:
             if lost is None:
                 logger.warning("run %s of workflow %s failed, attempt %s", run.run_id, run.name, run.attempt,
                                exc_info=True, extra=extra)
-            if self._on_error is not None:
-                try:
-                    yield Invoke(self._on_error, _fit(self._on_error, error, run._record))
-                except Exception as raised:
-                    _hide_frames(raised)
-                    logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
-                                     extra={**extra, "event": "on_error_failed"})
+            try:
+                if self._on_error is not None:
+                    yield self._driver.invoke(self._on_error, _fit(self._on_error, error, run._record))
+            except Exception as raised:
+                _hide_frames(raised)
+                logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
+                                 extra={**extra, "event": "on_error_failed"})
         finally:
             self._free_place(run._lease)
 
@@ -2586,7 +2524,7 @@ class _Worker:
         while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
             for lease in list(self._busy):
                 lease.suspend()
-            yield Sleep(0.05)
+            yield self._driver.sleep(0.05)
         left = [lease.run_id for lease in list(self._busy)]
         if left:
             logger.warning("the worker stopped with runs under way after %g s; they are taken over when their leases "
@@ -2627,20 +2565,19 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 class _Write:
     """Something to be made durable: a step, a run's result, a new run."""
 
-    __slots__ = ("_give_up_at", "_path", "check", "data", "done", "explain", "is_behind", "lease", "outcome", "since",
-                 "verb")
+    __slots__ = ("_give_up_at", "_path", "data", "done", "explain", "is_behind", "lease", "outcome", "since", "verb")
 
     def __init__(self, verb: str, members: bytes, lease: _Lease | None, *, path: str = "/writes",
-                 timeout_s: float = 0.0, is_behind: bool = False, check: Callable[[Json], None] | None = None,
-                 explain: Callable[[Exception], Exception] | None = None) -> None:
-        """members: JSON, without the braces.  is_behind: no call waits for it.  explain: makes an exception that names
-        the case of a refusal.  check: raises for an answer that is none of success.  timeout_s: without a lease."""
+                 timeout_s: float = 0.0, is_behind: bool = False,
+                 explain: Callable[[Json | Exception], Json | Exception] | None = None) -> None:
+        """members: JSON, without the braces.  path: for errors; timeout_s: how long it is tried; both without a lease.
+        is_behind: no call waits for it.  explain: makes of an answer or refusal what the caller gets."""
         if lease is not None:
             chained = b',"chained":true,' if lease.write_behind and verb != "fail_run" else b","
             members = lease.fields + chained + members
-        self.verb, self._path, self.lease = verb, path, lease
+        self.verb, self.lease, self._path = verb, lease, path
         self.data = b'{"do":"%s",%s}' % (verb.encode(), members)
-        self.is_behind, self.explain, self.check = is_behind, explain, check
+        self.is_behind, self.explain = is_behind, explain
         self.since = time.monotonic()
         self._give_up_at = self.since + timeout_s
         self.outcome: Json | Exception | None = None  # the answer, or what is raised for it
@@ -2661,26 +2598,55 @@ class _Write:
         if self.outcome is not None:
             return
         lease = self.lease
-        try:
-            if isinstance(outcome, dict) and self.check is not None:
-                self.check(outcome)
-        except TidebaseError as error:
-            outcome = error
-        if isinstance(outcome, Exception):
-            if lease is not None and isinstance(outcome, (LeaseLost, RunCancelled)):
-                lease.lose(outcome)
-            elif self.explain is not None:
-                outcome = self.explain(outcome)
-            if lease is not None and self.is_behind:
-                lease.refuse(outcome)
+        if lease is not None and isinstance(outcome, (LeaseLost, RunCancelled)):
+            lease.lose(outcome)
+        elif self.explain is not None:
+            outcome = self.explain(outcome)
+        if lease is not None and self.is_behind and isinstance(outcome, Exception):
+            lease.refuse(outcome)
         self.outcome = outcome
         if lease is not None:
-            lease.forget_write(self)
+            lease.unsettled.remove(self)
 
     def wake(self) -> None:
         """Wake those who wait for the outcome."""
         if self.done is not None and self.outcome is not None:
             self.done.set()
+
+
+class _Unsettled:
+    """The writes of one run that have no outcome yet, in order."""
+
+    def __init__(self) -> None:
+        self.in_flight = False  # some of them are: the others wait, so that none is overtaken
+        self._writes: deque[_Write] = deque()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, write: _Write) -> None:
+        """The run has more to be made durable."""
+        with self._lock:
+            self._writes.append(write)
+            self._bytes += len(write.data)
+
+    def remove(self, write: _Write) -> None:
+        """A write has an outcome, or is withdrawn."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._writes.remove(write)
+            self._bytes -= len(write.data)
+
+    def all(self) -> list[_Write]:
+        """These writes, now."""
+        with self._lock:
+            return list(self._writes)
+
+    def in_the_way_of(self, write: _Write) -> _Write | None:
+        """The write that must have its outcome before another may be behind: the bounds of write-behind."""
+        with self._lock:
+            if self._writes and (len(self._writes) >= BEHIND_WRITES or self._bytes + len(write.data) > BEHIND_BYTES
+                                 or time.monotonic() - self._writes[0].since >= BEHIND_S):
+                return self._writes[0]
+        return None
 
 
 class _WriteBatcher:
@@ -2694,12 +2660,11 @@ class _WriteBatcher:
 
     def __init__(self, client: Client[Any]) -> None:
         self._client = client
-        self._process = os.getpid()
         self._lock = threading.RLock()  # the garbage collector may close a sender's generator at any time
         self._ready: deque[_Write] = deque()
         self._senders = 0  # threads and tasks that send, or are about to
         self._in_flight: list[list[_Write]] = []
-        self._tasks: set[Any] = set()  # those in the background: an event loop keeps no reference
+        self._trouble = "it has not answered"  # to the last request that failed
 
     def write(self, verb: str, members: bytes, lease: _Lease | None = None, **options: Any) -> Op[Json]:
         """Make something durable and return the server's answer; see _Write for the arguments.
@@ -2709,27 +2674,40 @@ class _WriteBatcher:
         write = _Write(verb, members, lease, timeout_s=self._client.timeout_s, **options)
         if lease is not None:
             lease.fence()
-        batch = self._add([write], may_send=not self._client._driver.awaited)
-        if batch:
-            try:
-                yield from self._send_batch(batch)
-            finally:
-                with self._lock:
-                    self._senders -= 1
-                self._start_sender()
+        driver = self._client._driver
+        with self._lock:
+            self._add(write)
+            batch = [] if driver.awaited or not self._is_due() else self._take()
+            self._senders += 1 if batch else 0
+        try:
+            if batch:
+                yield from self._send_batch(batch, driver)
+        finally:
+            with self._lock:
+                self._senders -= 1 if batch else 0
+            self._start_sender()
         return (yield from self.wait(write))
 
-    def post(self, verb: str, members: bytes, lease: _Lease, is_behind: bool = True, **options: Any) -> _Write:
-        """Have something made durable in the background, after what the run has written before."""
-        write = _Write(verb, members, lease, is_behind=is_behind, **options)
-        self._add([write])
-        return write
+    def post(self, writes: Sequence[_Write]) -> None:
+        """Have these made durable in the background, in one request as far as they fit, after what their runs have
+        written before; each may be waited for."""
+        with self._lock:
+            for write in writes:
+                self._add(write)
+        self._start_sender()
 
-    def post_all(self, verb: str, all_members: Sequence[bytes], lease: _Lease) -> list[_Write]:
-        """Have these made durable in one request, as far as they fit; each is to be waited for."""
-        writes = [_Write(verb, members, lease) for members in all_members]
-        self._add(writes)
-        return writes
+    def post_behind(self, write: _Write) -> Op[None]:
+        """Likewise, as soon as the bounds of write-behind let another write of its run be behind."""
+        lease = cast(_Lease, write.lease)
+        while True:
+            with self._lock:
+                other = lease.unsettled.in_the_way_of(write)
+                if other is None:
+                    self._add(write)
+                    break
+            yield from self.settled(other)
+            lease.boundary()
+        self._start_sender()
 
     def wait(self, write: _Write) -> Op[Json]:
         """The answer to a write; raises what it was refused with."""
@@ -2743,9 +2721,9 @@ class _WriteBatcher:
             raise write.outcome
         return cast(Json, write.outcome)
 
-    def settled(self, write: _Write | None) -> Op[None]:
+    def settled(self, write: _Write) -> Op[None]:
         """Wait until a write has an outcome."""
-        while write is not None and write.outcome is None:
+        while write.outcome is None:
             if write.done is None:
                 write.done = self._client._driver.event()
             left_s = write.until - time.monotonic()
@@ -2754,34 +2732,25 @@ class _WriteBatcher:
                 self._give_up(write)
                 write.wake()
             elif write.outcome is None:  # again: it may have come before there was the event
-                yield Sleep(min(left_s, RECHECK_S), write.done)
+                yield self._client._driver.sleep(min(left_s, RECHECK_S), write.done)
                 if write.outcome is None:
                     self._start_sender()
 
     def withdraw(self, write: _Write) -> bool:
         """Take a write back, unless it has been sent."""
         with self._lock:
-            if write in self._ready:
-                self._ready.remove(write)
-                if write.lease is not None:
-                    write.lease.forget_write(write)
-                return True
-        return False
+            if write not in self._ready:
+                return False
+            self._ready.remove(write)
+            if write.lease is not None:
+                write.lease.unsettled.remove(write)
+            return True
 
-    def _add(self, writes: list[_Write], may_send: bool = False) -> list[_Write]:
-        """Queue writes.  Returns a batch where the caller is to send one."""
-        if self._process != os.getpid():  # forked: the threads that were sending are in the other process
-            self.__init__(self._client)  # type: ignore[misc]
-        with self._lock:
-            self._ready.extend(writes)
-            lease = writes[0].lease
-            if lease is not None:
-                lease.add_writes(writes)
-            if may_send and self._is_due():
-                self._senders += 1
-                return self._take()
-        self._start_sender()
-        return []
+    def _add(self, write: _Write) -> None:
+        """Under the lock: queue a write."""
+        self._ready.append(write)
+        if write.lease is not None:
+            write.lease.unsettled.add(write)
 
     def _is_due(self, others: int | None = None) -> bool:
         """Under the lock: whether a request may be sent now.  A second one is sent when it would carry as many writes
@@ -2789,7 +2758,7 @@ class _WriteBatcher:
         needed = max([1, *map(len, self._in_flight)])
         if (self._senders if others is None else others) < MAX_IN_FLIGHT:
             for write in self._ready:
-                needed -= write.lease is None or not write.lease.in_flight
+                needed -= write.lease is None or not write.lease.unsettled.in_flight
                 if not needed:
                     return True
         return False
@@ -2797,62 +2766,60 @@ class _WriteBatcher:
     def _take(self) -> list[_Write]:
         """Under the lock: what the next request carries.  Writes of runs that have others in flight stay."""
         batch: list[_Write] = []
-        stay: deque[_Write] = deque()
+        stay: list[_Write] = []
         size = 0
-        while self._ready:
+        while self._ready and len(batch) < BATCH_WRITES:
             write = self._ready[0]
-            if write.lease is not None and write.lease.in_flight:
+            if write.lease is not None and write.lease.unsettled.in_flight:
                 stay.append(self._ready.popleft())
                 continue
             size += len(write.data)
-            if batch and (size > BATCH_BYTES or len(batch) >= BATCH_WRITES):
+            if batch and size > BATCH_BYTES:
                 break
             batch.append(self._ready.popleft())
         self._ready.extendleft(reversed(stay))
         for write in batch:
             if write.lease is not None:
-                write.lease.in_flight = True
+                write.lease.unsettled.in_flight = True
         self._in_flight.append(batch)
         return batch
 
-    def _start_sender(self) -> None:
-        """Have what is ready sent in the background, if a request may be sent now."""
+    def _start_sender(self, driver: Any = None) -> None:
+        """Have what is ready sent in the background, if a request may be sent now.  driver: default the client's."""
         with self._lock:
             if not self._is_due():
                 return
             self._senders += 1
-        driver = self._client._driver
+        driver = driver or self._client._driver
         if driver.awaited:
             try:
                 asyncio.get_running_loop()
             except RuntimeError:  # a thread beside the event loop: the one that sends heartbeats
                 driver = self._client._threads
-        task = driver.start(self._send_all(), "tidebase-writes")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        driver.start(self._send_all(driver), "tidebase-writes")
 
-    def _send_all(self) -> Op[None]:
+    def _send_all(self, driver: Any) -> Op[None]:
         """Send what is ready, until there is nothing."""
         try:
-            yield Sleep(0.0)  # first all threads and tasks that are as far: what they have goes along
+            yield driver.sleep(0)  # first all threads and tasks that are as far: what they have goes along
             while True:
                 with self._lock:
                     if not self._is_due(self._senders - 1):
                         self._senders -= 1
                         return
                     batch = self._take()
-                yield from self._send_batch(batch)
+                yield from self._send_batch(batch, driver)
         except BaseException as error:
             with self._lock:
                 self._senders -= 1
-            if not isinstance(error, GeneratorExit):  # cancelled: another task goes on; else the loop has ended
-                self._start_sender()
+            if not isinstance(error, GeneratorExit):  # cancelled: a thread goes on, as the event loop may be ending
+                self._start_sender(self._client._threads)
             raise
 
-    def _send_batch(self, batch: list[_Write]) -> Op[None]:
+    def _send_batch(self, batch: list[_Write], driver: Any) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
         try:
-            yield from self._send(batch)
+            yield from self._send(batch, driver)
         except Exception as error:  # a defect: those who wait get it as their exception
             for write in batch:
                 write.settle(error)
@@ -2861,37 +2828,35 @@ class _WriteBatcher:
                 self._in_flight = [each for each in self._in_flight if each is not batch]
                 for write in reversed(batch):
                     if write.lease is not None:
-                        write.lease.in_flight = False
+                        write.lease.unsettled.in_flight = False
                     if write.outcome is None:
                         self._ready.appendleft(write)
             for write in batch:
                 write.wake()
 
-    def _send(self, batch: list[_Write]) -> Op[None]:
-        """Send a batch, again until there is an answer, and settle each write."""
+    def _send(self, batch: list[_Write], driver: Any) -> Op[None]:
+        """Send a batch until there is an answer, and settle each write with its part of it."""
         for tries in itertools.count(1):
             batch = [write for write in batch if self._is_worth_sending(write)]
             if not batch:
                 return
             sent = time.monotonic()
-            timeout_s = max(1.0, min(self._client.timeout_s, max(write.until for write in batch) - sent))
+            timeout_s = max(1.0, min(self._client.timeout_s, max([write.until for write in batch]) - sent))
             data = b'{"writes":[%s]}' % b",".join([write.data for write in batch])
-            reply, self._trouble, asked_s, _ = yield from _attempt(
-                self._client, "POST", "/writes", data, timeout_s=timeout_s)
-            if reply is not None:
-                yield from self._settle_all(batch, reply, sent)
-                return
-            yield Sleep(asked_s + _backoff(BACKOFF_S, tries))
-
-    def _settle_all(self, batch: list[_Write], reply: Reply, sent: float) -> Op[None]:
-        """Settle each write of a batch that was answered."""
+            try:
+                reply = yield from _attempt(driver, Request("POST", "/writes", data, {}, timeout_s))
+                break
+            except _NoAnswer as failure:
+                self._trouble, pause_s = str(failure), failure.pause_s + _backoff(BACKOFF_S, tries)
+            yield driver.sleep(pause_s)
         answer = _loads(reply.data)
         if 200 <= reply.status < 300 and isinstance(answer, dict):
-            yield from self._settle_each(batch, answer["results"], sent)
+            for write in self._settle_each(batch, answer["results"], sent):
+                yield from self._send([write], driver)
         elif len(batch) > 1 and reply.status in (400, 413):  # one is at fault, and must not take the others along
             half = len(batch) // 2
-            yield from self._send(batch[:half])
-            yield from self._send(batch[half:])
+            yield from self._send(batch[:half], driver)
+            yield from self._send(batch[half:], driver)
         else:
             body = reply.data.decode("utf-8", "replace") if answer is None else answer
             for issue in body.get("issues") or () if isinstance(body, dict) else ():
@@ -2899,38 +2864,33 @@ class _WriteBatcher:
             for write in batch:
                 write.settle(_refusal(reply.status, body, write.path, len(write.data)))
 
-    def _settle_each(self, batch: list[_Write], results: list[Json], sent: float) -> Op[None]:
-        """Settle each write with its result; send alone those whose answers had no room beside the others', and those
-        behind a refused write of their run whose caller got the exception: the run goes on without that write."""
+    def _settle_each(self, batch: list[_Write], results: list[Json], sent: float) -> list[_Write]:
+        """Settle each write with its result.  Returns those to be sent again, alone: those whose answers had no room
+        beside the others', and those behind a refused write of their run whose caller got the exception, since the run
+        goes on without that write."""
         again: list[_Write] = []
         for write, result in zip(batch, results):
-            code = result.get("code")
-            if code == "batch_too_large" and len(batch) > 1:
-                again.append(write)
-            elif "error" not in result:
-                if write.lease is not None:
-                    write.lease.extend(sent)
+            lease, code = write.lease, result.get("code")
+            if "error" not in result:
+                if lease is not None:
+                    lease.extend(sent)
                 write.settle(result)
-            elif code == "prior_refused" and write.lease is not None:
-                if write.lease.refused is None:
-                    again.append(write)
-                else:
-                    write.settle(copy.copy(write.lease.refused))
+            elif code == "prior_refused" and lease is not None and lease.refused is not None:
+                write.settle(copy.copy(lease.refused))
+            elif code == "prior_refused" or (code == "batch_too_large" and len(batch) > 1):
+                again.append(write)
             else:
                 write.settle(_refusal(result["status"], result, write.path, len(write.data)))
-        for write in again:
-            yield from self._send([write])
+        return again
 
     def _is_worth_sending(self, write: _Write) -> bool:
         """Whether a write has no outcome yet.  It gets one here where the lease or the time is over."""
         lease = write.lease
         if write.outcome is None and lease is not None:
             lease.check_clock()
-            gone = lease.gone()
-            if gone is not None:
-                write.settle(copy.copy(gone))
-            elif lease.refused is not None and write.verb != "fail_run":
-                write.settle(copy.copy(lease.refused))
+            over = lease.gone() or (None if write.verb == "fail_run" else lease.refused)
+            if over is not None:
+                write.settle(copy.copy(over))
         if write.outcome is None and time.monotonic() >= write.until:
             self._give_up(write)
         return write.outcome is None
@@ -2944,28 +2904,12 @@ class _WriteBatcher:
             message = f"the lease of run {write.lease.run_id} ran out: {message}"
             write.settle(LeaseLost(message, code="lease_lost", path=write.path))
 
-    _trouble = "it has not answered"  # to the last request that failed
-
-
-class _SlowStepNotice:
-    """Has a plain step that is still executed after SLOW_STEP_S begun in the record, so that it is seen as running."""
-
-    def __init__(self, run: Run[Any], call: _StepCall) -> None:
-        self.run, self.call = run, call
-        self.due = math.inf
-        self.write: _Write | None = None  # begin_step, once it is due
-
-    def post(self) -> None:
-        """It is due."""
-        lease, call = self.run._lease, self.call
-        self.write = self.run._client._batcher.post("begin_step", call.fields, lease, is_behind=False)
-
 
 class _Heartbeater:
     """One thread that renews the leases of all runs a client holds; it starts with the first and ends with the last.
 
-    It announces their slow steps, too.  The async client has it as well: a step that blocks the event loop must not
-    cost the leases of all its runs.
+    It has plain steps that take longer than SLOW_STEP_S begun in the record, too, so that they are seen as running.
+    The async client has it as well: a step that blocks the event loop must not cost the leases of all its runs.
     """
 
     def __init__(self, client: Client[Any]) -> None:
@@ -2976,27 +2920,26 @@ class _Heartbeater:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._sleeps_until = 0.0
-        self._watched: dict[_SlowStepNotice, None] = {}  # in the order of `due`
+        self._steps: dict[_Step, float] = {}  # plain steps under way, and when to announce each: the next one first
 
-    def watch(self, notice: _SlowStepNotice) -> _SlowStepNotice:
+    def watch(self, step: _Step) -> None:
         """Announce a step that begins now, unless it is forgotten in time."""
-        notice.due = time.monotonic() + SLOW_STEP_S
+        due = time.monotonic() + SLOW_STEP_S
         with self._lock:
-            self._watched[notice] = None
-            self._wake_by(notice.due)
-        return notice
+            self._steps[step] = due
+            self._wake_by(due)
 
-    def forget(self, notice: _SlowStepNotice) -> None:
-        """The step has ended: announce it no more, unless that is under way (`notice.write`)."""
+    def forget(self, step: _Step) -> None:
+        """The step has ended: announce it no more.  Where that is under way already, `step.announcement` is set."""
         with self._lock:
-            self._watched.pop(notice, None)
+            self._steps.pop(step, None)
 
     def add(self, lease: _Lease) -> None:
         """Keep a lease alive from now on."""
         with self._lock:
             before = self._leases.get(lease.run_id)
             self._leases[lease.run_id] = lease
-            if self._thread is None or not self._thread.is_alive():  # not alive: this is a forked process
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="tidebase-heartbeats", daemon=True)
                 self._thread.start()
             self._wake_by(lease.heartbeat_at)
@@ -3032,13 +2975,11 @@ class _Heartbeater:
                         self._client._threads.close()
                     return
                 leases, now = list(self._leases.values()), time.monotonic()
-                late = list(itertools.takewhile(lambda notice: notice.due <= now, self._watched))  # noqa: B023
-                for notice in late:
-                    del self._watched[notice]
-                    notice.post()  # before the lock is given up: who forgets it then sees the write
-                next_due = next(iter(self._watched)).due if self._watched else math.inf
-                promised = self._sleeps_until if self._sleeps_until > now else math.inf  # of a step that is over
-                self._sleeps_until = min(next_due, promised, *(lease.heartbeat_at for lease in leases))
+                self._announce(now)
+                moments = [*itertools.islice(self._steps.values(), 1), *(lease.heartbeat_at for lease in leases)]
+                if self._sleeps_until > now:
+                    moments.append(self._sleeps_until)  # of a step that is over: woken for it anew, it would cost more
+                self._sleeps_until = min(moments)
             is_due = min(lease.heartbeat_at for lease in leases) <= now
             try:
                 if is_due:
@@ -3048,15 +2989,22 @@ class _Heartbeater:
             if not is_due:
                 self._wake.wait(max(self._sleeps_until - now, 0.0))
 
+    def _announce(self, now: float) -> None:
+        """Under the lock, so that who forgets a step then sees its announcement: have slow steps begun."""
+        for step in list(itertools.takewhile(lambda step: self._steps[step] <= now, self._steps)):
+            del self._steps[step]
+            step.announcement = _Write("begin_step", step.fields, step.run._lease)
+            self._client._batcher.post([step.announcement])
+
     def _send(self, leases: list[_Lease]) -> None:
         """One request for all.  Where it fails, they are due again soon: a restarted server waits for exactly this."""
         sent, shortest = time.monotonic(), min(lease.duration_s for lease in leases)
         for lease in leases:
             lease.heartbeat_at = sent + min(1.0, lease.duration_s / 10)
         body = {"runs": [{"id": lease.run_id, "leaseOwner": lease.owner} for lease in leases]}
-        path, once_s = "/heartbeats", max(shortest / HEARTBEATS_PER_LEASE, 0.5)
+        path, once_s, threads = "/heartbeats", max(shortest / HEARTBEATS_PER_LEASE, 0.5), self._client._threads
         try:
-            answer = self._client._threads.drive(_request(self._client, "POST", path, body, once_s=once_s))
+            answer = threads.drive(_request(self._client, "POST", path, body, once_s=once_s, driver=threads))
         except TidebaseError as error:
             names = ", ".join(lease.run_id for lease in leases)
             logger.info("a heartbeat for the runs %s was not answered: %s", names, error,
@@ -3072,7 +3020,7 @@ class _Heartbeater:
 
 
 # ------------------------------------------------------------------------------
-# Requests and connections: what operations ask of a driver, and the two drivers, blocking and asyncio.
+# Requests and connections: an HTTP exchange, written once, and the two drivers that perform it, blocking and asyncio.
 # ------------------------------------------------------------------------------
 
 
@@ -3097,8 +3045,8 @@ class CancelHandle:
             end()
 
 
-class Exchange(NamedTuple):
-    """One request, one answer, no repeat.  The driver returns a Reply or raises OSError."""
+class Request(NamedTuple):
+    """What is sent, once, within timeout_s from the connection to the last byte of the answer."""
     method: str
     path: str
     body: bytes | None
@@ -3115,75 +3063,48 @@ class Reply(NamedTuple):
     data: bytes
 
 
-class Invoke(NamedTuple):
-    """Call the user's function.  The driver returns what it returns; raises StepTimeout after `timeout_s`."""
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    timeout_s: float | None = None
+class _NoAnswer(TidebaseError):
+    """There was no answer, or one that asks for a repeat after pause_s.  Never raised to a user."""
 
-
-class Sleep(NamedTuple):
-    """Sleep, at most until the event is set; None: until then."""
-    seconds: float | None
-    event: Any = None
-
-
-class Start(NamedTuple):
-    """Run an operation beside this one (thread or task).  Returns it: done(), cancel(), result()."""
-    op: Op[Any]
-    name: str
-
-
-class Join(NamedTuple):
-    """Wait until a started operation has ended, well or not."""
-    task: Any
-
-
-class OpenStream(NamedTuple):
-    """Send a GET and return when the head of its answer is there: .status, .close(), to be read by ReadStream."""
-    path: str
-    headers: Mapping[str, str]
-
-
-class ReadStream(NamedTuple):
-    """The next bytes of a stream, b"" at its end.  Raises OSError."""
-    stream: Any
-
-
-Effect = Union[Exchange, Invoke, Sleep, Start, Join, OpenStream, ReadStream]
+    def __init__(self, reason: str, pause_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause_s = pause_s
 
 
 def _request(client: Client[Any], method: str, path: str, body: Any = None, *, lease: _Lease | None = None,
              headers: Mapping[str, str] | None = None, patience_s: float | None = None, once_s: float | None = None,
-             wait_s: float = 0.0, cancel: CancelHandle | None = None) -> Op[Json]:
+             wait_s: float = 0.0, cancel: CancelHandle | None = None, driver: Any = None) -> Op[Json]:
     """Send until an answer comes: until the lease is gone, or without one for patience_s (default timeout_s).
 
     once_s: no repeat, and this long for the answer.  wait_s: on top, how long the server may hold the request.
-    cancel: to end it by.  Every request may arrive twice: the protocol has it so.
+    cancel: to end it by.  driver: default the client's.  Every request may arrive twice: the protocol has it so.
     Raises the refusal; LeaseLost or Unreachable when no answer came in time.
     """
-    data = None if body is None else _encode_body(body)
+    driver, data = driver or client._driver, None if body is None else _encode_body(body)
     patience_s = 0.0 if once_s is not None else client.timeout_s if patience_s is None else patience_s
     started = time.monotonic()
     for tries in itertools.count(1):
         if lease is not None:
             lease.fence()
         sent = time.monotonic()
-        give_up_at = lease.ends_at if lease is not None else started + patience_s
-        timeout_s = once_s or max(1.0, min(client.timeout_s, give_up_at - sent))
-        reply, trouble, asked_s, cause = yield from _attempt(
-            client, method, path, data, headers, timeout_s=timeout_s, wait_s=wait_s, cancel=cancel)
-        if reply is not None:
+        give_up_at = started + patience_s if lease is None else lease.ends_at
+        timeout_s = wait_s + (once_s or max(1.0, min(client.timeout_s, give_up_at - sent)))
+        try:
+            reply = yield from _attempt(driver, Request(
+                method, path, data, headers or {}, timeout_s, wait_s > 0, cancel))
             return _accepted(reply, path, len(data or b""), None if method == "GET" else sent, lease)
-        pause_s = asked_s + _backoff(BACKOFF_S, tries)
-        if time.monotonic() + pause_s > (lease.ends_at if lease is not None else give_up_at):
-            message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {trouble}"
-            if lease is None:
-                raise Unreachable(message, path=path) from cause and cause.with_traceback(None)  # the message says all
-            message = f"the lease of run {lease.run_id} ran out: {message}"
-            lease.lose(LeaseLost(message, code="lease_lost", path=path))
+        except _NoAnswer as failure:
+            pause_s = failure.pause_s + _backoff(BACKOFF_S, tries)
+            if time.monotonic() + pause_s > (give_up_at if lease is None else lease.ends_at):
+                message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {failure}"
+                if lease is None:
+                    cause = failure.__cause__
+                    raise Unreachable(message, path=path) from cause and cause.with_traceback(None)
+                message = f"the lease of run {lease.run_id} ran out: {message}"
+                lease.lose(LeaseLost(message, code="lease_lost", path=path))
+        if lease is not None:
             lease.fence()
-        yield Sleep(pause_s)
+        yield driver.sleep(pause_s)
     raise AssertionError("unreachable")
 
 
@@ -3201,21 +3122,70 @@ def _accepted(reply: Reply, path: str, size: int, written: float | None, lease: 
     raise error
 
 
-def _attempt(client: Client[Any], method: str, path: str, data: bytes | None, headers: Mapping[str, str] | None = None,
-             *, timeout_s: float, wait_s: float = 0.0, cancel: CancelHandle | None = None,
-             ) -> Op[tuple[Reply | None, str, float, Exception | None]]:
-    """Send a request once.  Returns the reply or, where a repeat may help, None, why, the pause in seconds that the
-    server asks for, and the exception, if there was one."""
+def _attempt(driver: Any, request: Request) -> Op[Reply]:
+    """Send a request once.  Raises _NoAnswer where a repeat may help."""
     try:
-        reply: Reply = yield Exchange(method, path, data, headers or {}, wait_s + timeout_s, wait_s > 0, cancel)
+        reply: Reply = yield driver._exchange(request)
     except OSError as error:
-        return None, f"{type(error).__name__}: {error}", 0.0, error
+        raise _NoAnswer(f"{type(error).__name__}: {error}") from error
     asked_s = min(float(reply.retry_after), RETRY_AFTER_CAP_S) if reply.retry_after.isdigit() else 0.0
-    if cancel is not None:
-        cancel.retry_after_s = asked_s
+    if request.cancel is not None:
+        request.cancel.retry_after_s = asked_s
     if reply.status in (429, 502, 503, 504):
-        return None, f"it answered {reply.status}", asked_s, None
-    return reply, "", asked_s, None
+        raise _NoAnswer(f"it answered {reply.status}", asked_s)
+    return reply
+
+
+def _exchange(driver: Any, request: Request) -> Op[Reply]:
+    """Send a request and read its answer, on an idle connection where there is one.  Raises OSError."""
+    ends = time.monotonic() + request.timeout_s
+    cancel = request.cancel
+    while True:
+        idle = driver.take_idle()
+        connection = idle or (yield driver.connect(ends))
+        try:
+            if cancel is not None:
+                cancel.attach(connection.cut)
+            answer = yield from _ask(driver.server, connection, request, ends)
+            while not answer.ended:
+                answer.feed((yield connection.read(ends)))
+            if cancel is not None:
+                cancel.attach(None)
+        except BaseException as error:
+            connection.close()
+            if idle and isinstance(error, ConnectionError) and not (cancel and cancel.is_cancelled):
+                continue  # the server had closed this idle connection; the next may be the same, the last is new
+            raise
+        if answer.keeps_alive():
+            driver.keep(connection)
+        else:
+            connection.close()
+        return Reply(answer.status, answer.retry_after, answer.take())
+
+
+def _ask(server: _Server, connection: Any, request: Request, ends: float) -> Op[_Answer]:
+    """Send a request and read the head of its answer, which may come instead of reading a large body."""
+    head, body, answer = server.head_of(request), request.body or b"", _Answer()
+    if len(body) > EXPECT_BYTES:
+        connection.write(head, ends)
+        expected_by = min(ends, time.monotonic() + EXPECT_S)
+        with contextlib.suppress(TimeoutError, socket.timeout):  # some never say that they want it
+            while not (answer.status or answer.continues):
+                answer.feed((yield connection.read(expected_by)))
+        if answer.status:
+            return answer
+        head = b""
+    connection.write(head + body, ends)
+    while not answer.status:
+        answer.feed((yield connection.read(ends)))
+    return answer
+
+
+def _read_some(connection: Any, answer: _Answer, ends: float) -> Op[bytes]:
+    """The next bytes of an answer's body, b"" at its end."""
+    while not (data := answer.take()) and not answer.ended:
+        answer.feed((yield connection.read(ends)))
+    return data
 
 
 class _Server:
@@ -3228,27 +3198,25 @@ class _Server:
         if not all(" " < letter < "\x7f" for letter in api_key):
             raise ValueError("the Tidebase API key has characters that no header can carry")
         self.url, self.api_key = url.rstrip("/"), api_key or None
-        self.host, self.prefix = parts.hostname, parts.path.rstrip("/")
+        self.host, self._prefix = parts.hostname, parts.path.rstrip("/")
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.authority = parts.netloc
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._fields = f"Host: {self.authority}\r\nUser-Agent: tidebase-python/{__version__}\r\n"
+        self._fields = f"Host: {parts.netloc}\r\nUser-Agent: tidebase-python/{__version__}\r\n"
         if api_key:
             self._fields += f"Authorization: Bearer {api_key}\r\n"
 
-    def request(self, effect: Exchange | OpenStream) -> tuple[bytes, bytes]:
-        """The head and the body of a request."""
-        body = effect.body if isinstance(effect, Exchange) else None
-        method = effect.method if isinstance(effect, Exchange) else "GET"
-        fields = "".join(f"{key}: {value}\r\n" for key, value in effect.headers.items())
-        if body is not None:
+    def head_of(self, request: Request) -> bytes:
+        """The head of a request."""
+        fields = "".join([f"{key}: {value}\r\n" for key, value in request.headers.items()])
+        size = len(request.body or b"")
+        if request.body is not None:
             fields += "Content-Type: application/json\r\n"
-        if body is not None or method != "GET":
-            fields += f"Content-Length: {len(body or b'')}\r\n"
-        if len(body or b"") > EXPECT_BYTES:
+        if request.body is not None or request.method != "GET":
+            fields += f"Content-Length: {size}\r\n"
+        if size > EXPECT_BYTES:
             fields += "Expect: 100-continue\r\n"
-        head = f"{method} {self.prefix}{effect.path} HTTP/1.1\r\n{self._fields}{fields}\r\n"
-        return head.encode("ascii"), body or b""
+        line = f"{request.method} {self._prefix}{request.path} HTTP/1.1\r\n"
+        return f"{line}{self._fields}{fields}\r\n".encode("ascii")
 
 
 class _Answer:
@@ -3257,15 +3225,18 @@ class _Answer:
     http.client knows more of HTTP, but reading heads with its parser for e-mail costs more than all else in a request.
     """
 
+    _FIELDS = re.compile(
+        rb"\r\n(content-length|transfer-encoding|connection|retry-after):[ \t]*([^\r\n]*?)[ \t]*(?=\r|$)")
+
     def __init__(self) -> None:
         self.status = 0  # 0: its head is not there yet
-        self.headers: dict[str, str] = {}  # names in lower case
+        self.retry_after = ""
         self.continues = False  # the server wants to have the body (RFC 9110, 10.1.1)
         self.ended = False
         self._raw = b""
         self._body: list[bytes] = []
         self._left: int | None = None  # bytes of the body still to come; None: until the connection ends
-        self._chunked = False
+        self._chunked = self._closes = False
 
     def feed(self, data: bytes) -> None:
         """Take what a connection brought, b"" at its end.  Raises ConnectionError where that makes no answer."""
@@ -3287,33 +3258,30 @@ class _Answer:
 
     def keeps_alive(self) -> bool:
         """Whether another request may be sent on its connection."""
-        return self.ended and not self._raw and self.headers.get("connection", "").lower() != "close" and (
-            self._chunked or self._left is not None)
+        return self.ended and not (self._raw or self._closes) and (self._chunked or self._left is not None)
 
     def _read_head(self) -> None:
         head, _, self._raw = self._raw.partition(b"\r\n\r\n")
-        line, *fields = head.decode("latin-1").split("\r\n")
-        status = int(line.split(" ", 2)[1]) if line.startswith("HTTP/1.") else 0
+        status = int(head[9:12]) if head.startswith(b"HTTP/1.") else 0
         if not 100 <= status <= 599:
             raise ValueError("no HTTP/1.1")
         if status == 100:
             self.continues = True
         elif status >= 200:  # other 1xx are not the answer yet
-            pairs = (field.partition(":") for field in fields)
-            self.status, self.headers = status, {name.lower(): value.strip() for name, _, value in pairs}
-            self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
-            length = "0" if status in (204, 304) else self.headers.get("content-length")
+            fields = dict(self._FIELDS.findall(head.lower()))
+            self.status, self.retry_after = status, fields.get(b"retry-after", b"").decode("latin-1")
+            self._chunked = fields.get(b"transfer-encoding") == b"chunked"
+            self._closes = fields.get(b"connection") == b"close"
+            length = b"0" if status in (204, 304) else fields.get(b"content-length")
             self._left = None if length is None else int(length)
 
     def _read_rest(self, at_end: bool) -> None:
         taken = self._raw if self._left is None else self._raw[: self._left]
         self._body.append(taken)
         self._raw = self._raw[len(taken) :]
-        if self._left is None:
-            self.ended = at_end
-        else:
+        if self._left is not None:
             self._left -= len(taken)
-            self.ended = self._left == 0
+        self.ended = at_end if self._left is None else self._left == 0
 
     def _read_chunks(self, at_end: bool) -> None:
         while not self.ended:
@@ -3324,6 +3292,7 @@ class _Answer:
             self._raw = rest[size + 2 :]
             self.ended = size == 0
 
+
 class _ThreadCache:
     """Daemon threads, kept for a while when their work is done: starting one costs more than a short step.
 
@@ -3331,15 +3300,12 @@ class _ThreadCache:
     """
 
     def __init__(self) -> None:
-        self._process = os.getpid()
         self._idle: deque[SimpleQueue[Any]] = deque()  # what each idle thread takes its next work from
 
     def call(self, name: str, fn: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
         """Call fn in a thread of this name, in a copy of the caller's context."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
-        if self._process != os.getpid():  # forked: the threads are in the other process
-            self.__init__()  # type: ignore[misc]
         try:
             work = self._idle.pop()
         except IndexError:
@@ -3372,15 +3338,15 @@ class _ThreadCache:
             self._idle.append(work)
 
 
-_threads = _ThreadCache()
+_thread_cache = _ThreadCache()
 
 
 class _BlockingConnection:
-    """A connection, and the answer to the last request on it."""
+    """A connection.  Its methods take the moment until which they wait, by time.monotonic(), and raise OSError."""
 
-    def __init__(self, server: _Server, timeout_s: float) -> None:
-        self.answer = _Answer()
-        self._socket = socket.create_connection((server.host, server.port), timeout_s)
+    def __init__(self, server: _Server, ends: float, generation: int) -> None:
+        self.generation = generation
+        self._socket = socket.create_connection((server.host, server.port), _left(ends))
         try:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if server.tls is not None:
@@ -3389,42 +3355,22 @@ class _BlockingConnection:
             self._socket.close()
             raise
 
-    status = property(lambda self: self.answer.status)
+    def write(self, data: bytes, ends: float) -> None:
+        """Send all of it."""
+        self._socket.settimeout(_left(ends))
+        self._socket.sendall(data)
 
-    def send(self, request: tuple[bytes, bytes], timeout_s: float) -> None:
-        """Send a request and read the head of its answer, which may come instead of reading a large body."""
-        self.answer = _Answer()
-        head, body = request
-        if len(body) > EXPECT_BYTES:
-            self._socket.settimeout(min(EXPECT_S, timeout_s))
-            self._socket.sendall(head)
-            with contextlib.suppress(TimeoutError, socket.timeout):  # some never say that they want it
-                while not (self.answer.status or self.answer.continues):
-                    self.answer.feed(self._socket.recv(BLOCK_BYTES))
-            if self.answer.status:
-                return
-            head = b""
-        self._socket.settimeout(timeout_s)
-        self._socket.sendall(head + body)
-        while not self.answer.status:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
+    def read(self, ends: float) -> bytes:
+        """The next bytes, b"" when the other side has closed it."""
+        self._socket.settimeout(_left(ends))
+        return self._socket.recv(BLOCK_BYTES)
 
-    def read(self) -> bytes:
-        """The next bytes of the body, b"" at its end."""
-        block = self.answer.take()
-        while not block and not self.answer.ended:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
-            block = self.answer.take()
-        return block
-
-    def read_all(self) -> bytes:
-        """The body, to its end."""
-        while not self.answer.ended:
-            self.answer.feed(self._socket.recv(BLOCK_BYTES))
-        return self.answer.take()
+    def is_open(self) -> bool:
+        """Whether a request may be sent on it: it shows when one is sent."""
+        return True
 
     def cut(self) -> None:
-        """Have the thread that waits for the answer wait no more."""
+        """Have the thread that reads wait no more."""
         with contextlib.suppress(OSError):  # closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -3433,129 +3379,104 @@ class _BlockingConnection:
         self._socket.close()
 
 
-class _BlockingDriver:
-    """Performs effects in the calling thread.
+class _Driver:
+    """What both drivers share: the idle connections, kept for whoever asks next."""
 
-    Idle connections are kept for whichever thread asks next, so there are never more than threads that asked at once.
-    """
-
-    awaited = False
-    event = threading.Event
+    awaited: bool
+    event: Any  # the class of events that `sleep` can be ended by
+    MOST_IDLE: int
 
     def __init__(self, server: _Server) -> None:
-        self._server = server
-        self._idle: deque[_BlockingConnection] = deque()
+        self.server = server
         self._closed = 0  # how often: a connection that was in use meanwhile is not kept
-        self._process = os.getpid()
-        self._methods: dict[Any, Callable[..., Any]] = {}  # of each operation: to make one takes longer than to call it
 
-    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., T]:
-        """An operation as a method of `surface`."""
-        if logic not in self._methods:
+    def _idle(self) -> deque[Any]:
+        raise NotImplementedError
 
-            @functools.wraps(logic)
-            def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                try:
-                    return self.drive(logic(self_, *args, **kwargs))
-                except BaseException as error:
-                    _hide_frames(error)
-                    if sys.version_info < (3, 11):
-                        raise error  # where a bare `raise` would bring the hidden frames back; it adds one of its own
-                    raise
-
-            self._methods[logic] = method
-        return types.MethodType(self._methods[logic], surface)
-
-    def drive(self, op: Op[T]) -> T:
-        """Perform what the operation yields until it returns or raises."""
-        resume: Callable[[Any], Effect] = op.send
-        value: Any = None
-        while True:
-            try:
-                effect = resume(value)
-            except StopIteration as end:
-                return cast(T, end.value)
-            try:
-                value, resume = self.perform(effect), op.send
-            except BaseException as error:
-                value, resume = error, op.throw
-
-    def start(self, op: Op[T], name: str) -> concurrent.futures.Future[T]:
-        """Perform an operation beside the caller, in a thread of this name."""
-        return _threads.call(name, self.drive, op)
-
-    def perform(self, effect: Effect) -> Any:
-        """One effect, here and now."""
-        if isinstance(effect, Exchange):
-            return self._exchange(effect)
-        if isinstance(effect, Invoke):
-            return self._invoke(effect)
-        if isinstance(effect, Sleep):
-            return effect.event.wait(effect.seconds) if effect.event else time.sleep(effect.seconds or 0)
-        if isinstance(effect, Start):
-            return self.start(effect.op, effect.name)
-        if isinstance(effect, Join):
-            return concurrent.futures.wait([effect.task])
-        if isinstance(effect, OpenStream):
-            connection = _BlockingConnection(self._server, STREAM_SILENCE_S)
-            try:
-                connection.send(self._server.request(effect), STREAM_SILENCE_S)
-            except BaseException:
+    def take_idle(self) -> Any:
+        """An idle connection that is still open, as far as is known here; None where there is none."""
+        with contextlib.suppress(IndexError):  # not `while idle`: other threads take from it, too
+            while True:
+                connection = self._idle().pop()
+                if connection.is_open():
+                    return connection
                 connection.close()
-                raise
-            return connection
-        if isinstance(effect, ReadStream):
-            return effect.stream.read()
-        raise AssertionError(f"no such effect: {effect!r}")
+        return None
 
-    def _invoke(self, effect: Invoke) -> Any:
-        if effect.timeout_s is None:
-            result = effect.fn(*effect.args)
+    def keep(self, connection: Any) -> None:
+        """The connection is idle."""
+        idle = self._idle()
+        if connection.generation == self._closed and len(idle) < self.MOST_IDLE:
+            idle.append(connection)
         else:
-            future = _threads.call("tidebase-step", effect.fn, *effect.args)
-            if not concurrent.futures.wait([future], effect.timeout_s).done:
-                raise StepTimeout(f"no result within {effect.timeout_s:g} s")
-            result = future.result()
-        if inspect.iscoroutine(result):
-            result.close()
-            raise TypeError(f"{effect.fn!r} is async: an AsyncTidebase awaits it, a Tidebase cannot")
-        return result
-
-    def _exchange(self, effect: Exchange) -> Reply:
-        request = self._server.request(effect)
-        if self._process != os.getpid():  # forked: the parent goes on using its connections
-            self._idle, self._process = deque(), os.getpid()
-        closed = self._closed
-        while True:
-            connection = None
-            with contextlib.suppress(IndexError):  # not `if self._idle`: other threads take from it, too
-                connection = self._idle.pop()
-            used = connection is not None
-            connection = connection or _BlockingConnection(self._server, effect.timeout_s)
-            try:
-                if effect.cancel is not None:
-                    effect.cancel.attach(connection.cut)
-                connection.send(request, effect.timeout_s)
-                data = connection.read_all()
-                if effect.cancel is not None:
-                    effect.cancel.attach(None)
-            except BaseException as error:
-                connection.close()
-                if used and isinstance(error, ConnectionError) and not (effect.cancel and effect.cancel.is_cancelled):
-                    continue  # the server had closed this idle connection; the next may be the same, the last is new
-                raise
-            answer = connection.answer
-            if answer.keeps_alive() and closed == self._closed:
-                self._idle.append(connection)
-            else:
-                connection.close()
-            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
+            connection.close()
 
     def close(self) -> None:
         """Close the idle connections, and those in use as soon as they are not."""
         self._closed += 1
-        while self._idle:
-            self._idle.pop().close()
+        while (connection := self.take_idle()) is not None:
+            connection.close()
+
+
+class _BlockingDriver(_Driver):
+    """Performs operations in the calling thread: what its methods return is what was waited for."""
+
+    awaited = False
+    event = threading.Event
+    MOST_IDLE = sys.maxsize  # there are never more than threads that asked at once
+
+    def __init__(self, server: _Server) -> None:
+        super().__init__(server)
+        self._connections: deque[_BlockingConnection] = deque()
+
+    def _idle(self) -> deque[Any]:
+        return self._connections
+
+    def drive(self, op: Op[T]) -> T:
+        """Perform an operation."""
+        value: Any = None
+        try:
+            while True:
+                value = op.send(value)
+        except StopIteration as end:
+            return cast(T, end.value)
+
+    def start(self, op: Op[T], name: str) -> concurrent.futures.Future[T]:
+        """Perform an operation beside the caller, in a thread of this name."""
+        return _thread_cache.call(name, self.drive, op)
+
+    def join(self, task: concurrent.futures.Future[Any]) -> None:
+        """Wait until a started operation has ended, well or not."""
+        concurrent.futures.wait([task])
+
+    def sleep(self, seconds: float | None, event: threading.Event | None = None) -> None:
+        """Sleep, at most until the event is set; None: until then."""
+        if event is None:
+            time.sleep(seconds or 0.0)
+        else:
+            event.wait(seconds)
+
+    def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None = None) -> Any:
+        """Call the user's function.  Raises StepTimeout after timeout_s."""
+        if timeout_s is None:
+            result = fn(*args)
+        else:
+            future = _thread_cache.call("tidebase-step", fn, *args)
+            if not concurrent.futures.wait([future], timeout_s).done:
+                raise StepTimeout(f"no result within {timeout_s:g} s")
+            result = future.result()
+        if inspect.iscoroutine(result):
+            result.close()
+            raise TypeError(f"{fn!r} is async: an AsyncTidebase awaits it, a Tidebase cannot")
+        return result
+
+    def _exchange(self, request: Request) -> Reply:
+        return self.drive(_exchange(self, request))
+
+    def connect(self, ends: float) -> _BlockingConnection:
+        """A new connection."""
+        return _BlockingConnection(self.server, ends, self._closed)
+
 
 class _AsyncEvent:
     """An asyncio.Event that any thread may set, and that can be waited for for a while without a task of its own."""
@@ -3604,127 +3525,97 @@ class _AsyncEvent:
             future.set_result(None)
 
 
-class _AsyncConnection:
-    """A connection on an event loop, and the answer to the last request on it."""
+class _AsyncConnection(asyncio.Protocol):
+    """A connection on an event loop, as _BlockingConnection.  asyncio calls its methods without a docstring."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-        self.answer = _Answer()
+    _transport: Any
 
-    status = property(lambda self: self.answer.status)
+    def __init__(self, generation: int) -> None:
+        self.generation = generation  # of the driver: see _Driver.keep
+        self._data = b""
+        self._is_over = False  # there will be no more data
+        self._error: Exception | None = None
+        self._news = _AsyncEvent()
 
-    @contextlib.contextmanager
-    def deadline(self, seconds: float) -> Iterator[None]:
-        """Abort the connection when the block takes longer; much cheaper than wait_for around every read."""
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + seconds
-        timer = loop.call_at(ends, self._writer.transport.abort)
-        try:
-            yield
-        except OSError as error:
-            self.close()
-            if loop.time() >= ends:
-                raise TimeoutError(f"no answer within {seconds:.0f} s") from error
-            raise ConnectionResetError(f"the connection broke: {error}") from error
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            timer.cancel()
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
 
-    async def send(self, request: tuple[bytes, bytes]) -> None:
-        """Send a request and read the head of its answer, which may come instead of reading a large body."""
-        self.answer = _Answer()
-        head, body = request
-        if len(body) > EXPECT_BYTES:
-            self._writer.write(head)
-            ends = time.monotonic() + EXPECT_S
-            with contextlib.suppress(asyncio.TimeoutError):  # some never say that they want it
-                while not (self.answer.status or self.answer.continues):
-                    self.answer.feed(await asyncio.wait_for(
-                        self._reader.read(BLOCK_BYTES), max(ends - time.monotonic(), 0.0)))
-            if self.answer.status:
-                return
-            head = b""
-        self._writer.write(head + body)
-        await self._writer.drain()
-        while not self.answer.status:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if len(self._data) > BLOCK_BYTES:
+            self._transport.pause_reading()
+        self._news.set()
 
-    async def read(self) -> bytes:
-        """The next bytes of the body, b"" at its end."""
-        block = self.answer.take()
-        while not block and not self.answer.ended:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
-            block = self.answer.take()
-        return block
+    def eof_received(self) -> None:
+        self._is_over = True
+        self._news.set()
 
-    async def read_all(self) -> bytes:
-        """The body, to its end."""
-        while not self.answer.ended:
-            self.answer.feed(await self._reader.read(BLOCK_BYTES))
-        return self.answer.take()
+    def connection_lost(self, error: Exception | None) -> None:
+        self._is_over, self._error = True, self._error or error
+        self._news.set()
+
+    def write(self, data: bytes, ends: float) -> None:
+        """Send it; what the other side does not take yet is kept here."""
+        self._transport.write(data)
+
+    async def read(self, ends: float) -> bytes:
+        """The next bytes, b"" when the other side has closed it."""
+        while not (self._data or self._is_over):
+            left_s = ends - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError("timed out")
+            self._news.clear()
+            await self._news.wait(left_s)
+        if self._error is not None and not self._data:
+            raise ConnectionResetError(f"the connection broke: {self._error}") from self._error
+        data, self._data = self._data, b""
+        if not self._is_over:
+            self._transport.resume_reading()
+        return data
 
     def is_open(self) -> bool:
-        """Whether the other side has not closed it, as far as is known here."""
-        return not (self._writer.is_closing() or self._reader.at_eof())
+        """Whether a request may be sent on it, as far as is known here."""
+        return not (self._data or self._is_over or self._transport.is_closing())
 
     def cut(self) -> None:
-        """Have the task that waits for the answer wait no more."""
-        self._writer.transport.abort()
+        """Have the task that reads wait no more."""
+        self._transport.abort()
 
-    def close(self) -> None:
-        """Close it; nobody waits on it."""
-        self._writer.close()
+    close = cut
 
 
 class _LoopState:
     """What belongs to one event loop: idle connections, and a count of requests that may be sent."""
 
     def __init__(self) -> None:
-        self.idle: list[_AsyncConnection] = []
+        self.idle: deque[_AsyncConnection] = deque()
         self.free = asyncio.Semaphore(CONNECTIONS)
 
 
-class _AsyncDriver:
-    """Performs effects on the running event loop; sync functions of the user in threads."""
+class _AsyncDriver(_Driver):
+    """Performs operations on the running event loop: what its methods return is awaited.  As _BlockingDriver, but that
+    sync functions of the user are called in threads."""
 
     awaited = True
     event = _AsyncEvent
+    MOST_IDLE = CONNECTIONS
 
     def __init__(self, server: _Server) -> None:
-        self._server = server
+        super().__init__(server)
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
-        self._methods: dict[Any, Callable[..., Any]] = {}
-
-    def bind(self, logic: Callable[..., Op[T]], surface: object) -> Callable[..., Coroutine[Any, Any, T]]:
-        """An operation as a coroutine method of `surface`."""
-        if logic not in self._methods:
-
-            @functools.wraps(logic)
-            async def method(self_: object, *args: Any, **kwargs: Any) -> T:
-                try:
-                    return await self.drive(logic(self_, *args, **kwargs))
-                except BaseException as error:
-                    _hide_frames(error)
-                    if sys.version_info < (3, 11):
-                        raise error  # see _BlockingDriver
-                    raise
-
-            self._methods[logic] = method
-        return types.MethodType(self._methods[logic], surface)
+        self._tasks: set[asyncio.Future[Any]] = set()
 
     async def drive(self, op: Op[T]) -> T:
-        """Perform what the operation yields until it returns or raises; it may still await after a cancellation."""
-        resume: Callable[[Any], Effect] = op.send
+        """Perform an operation, which may still await after a cancellation."""
+        resume: Callable[[Any], Awaitable[Any]] = op.send
         value: Any = None
         while True:
             try:
-                effect = resume(value)
+                waited_for = resume(value)
             except StopIteration as end:
                 return cast(T, end.value)
             try:
-                value, resume = await self.perform(effect), op.send
+                value, resume = await waited_for, op.send
             except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
                 op.close()
                 raise
@@ -3733,100 +3624,71 @@ class _AsyncDriver:
 
     def start(self, op: Op[T], name: str) -> asyncio.Future[T]:
         """Perform an operation beside the caller, in a task."""
-        return asyncio.ensure_future(self.drive(op))
+        task = asyncio.ensure_future(self.drive(op))
+        self._tasks.add(task)  # an event loop keeps no reference
+        task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def perform(self, effect: Effect) -> Any:
-        """One effect, awaited."""
-        if isinstance(effect, Exchange):
-            return await self._exchange(effect)
-        if isinstance(effect, Invoke):
-            return await self._invoke(effect)
-        if isinstance(effect, Sleep):
-            return await (effect.event.wait(effect.seconds) if effect.event else asyncio.sleep(effect.seconds or 0))
-        if isinstance(effect, Start):
-            return self.start(effect.op, effect.name)
-        if isinstance(effect, Join):
-            return await asyncio.wait({asyncio.wrap_future(effect.task)})
-        if isinstance(effect, OpenStream):
-            connection = await self._connect(STREAM_SILENCE_S)
-            with connection.deadline(STREAM_SILENCE_S):
-                await connection.send(self._server.request(effect))
-            return connection
-        if isinstance(effect, ReadStream):
-            with effect.stream.deadline(STREAM_SILENCE_S):
-                return await effect.stream.read()
-        raise AssertionError(f"no such effect: {effect!r}")
+    async def join(self, task: asyncio.Future[Any]) -> None:
+        """As _BlockingDriver's."""
+        await asyncio.wait({task})
 
-    async def _invoke(self, effect: Invoke) -> Any:
-        async def call() -> Any:
-            if inspect.iscoroutinefunction(effect.fn):
-                return await effect.fn(*effect.args)
-            result = await asyncio.wrap_future(_threads.call("tidebase-step", effect.fn, *effect.args))
-            return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
+    def sleep(self, seconds: float | None, event: _AsyncEvent | None = None) -> Awaitable[None]:
+        """As _BlockingDriver's."""
+        return asyncio.sleep(seconds or 0.0) if event is None else event.wait(seconds)
 
-        if effect.timeout_s is None:
-            return await call()
-        task = asyncio.ensure_future(call())
+    async def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None = None) -> Any:
+        """As _BlockingDriver's; what fn returns is awaited, if it can be."""
+        if timeout_s is None:
+            return await self._call(fn, args)
+        task = asyncio.ensure_future(self._call(fn, args))
         try:
-            done, _ = await asyncio.wait({task}, timeout=effect.timeout_s)
+            done, _ = await asyncio.wait({task}, timeout=timeout_s)
         except asyncio.CancelledError:
             task.cancel()
             raise
         if not done:
             task.cancel()
             await asyncio.wait({task})
-            raise StepTimeout(f"no result within {effect.timeout_s:g} s")
+            raise StepTimeout(f"no result within {timeout_s:g} s")
         return task.result()
 
-    def _state(self) -> _LoopState:
-        return self._loops.setdefault(asyncio.get_running_loop(), _LoopState())
+    async def _call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if inspect.iscoroutinefunction(fn):
+            return await fn(*args)
+        result = await asyncio.wrap_future(_thread_cache.call("tidebase-step", fn, *args))
+        return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
 
-    async def _exchange(self, effect: Exchange) -> Reply:
-        if effect.is_long_poll:
-            return await self._exchange_now(effect)
+    async def _exchange(self, request: Request) -> Reply:
+        if request.is_long_poll:
+            return await self.drive(_exchange(self, request))
         async with self._state().free:
-            return await self._exchange_now(effect)
+            return await self.drive(_exchange(self, request))
 
-    async def _exchange_now(self, effect: Exchange) -> Reply:
-        idle, request = self._state().idle, self._server.request(effect)
-        while True:
-            used = bool(idle)
-            connection = idle.pop() if used else await self._connect(effect.timeout_s)
-            if used and not connection.is_open():
-                connection.close()
-                continue
-            try:
-                with connection.deadline(effect.timeout_s):
-                    if effect.cancel is not None:
-                        effect.cancel.attach(connection.cut)
-                    await connection.send(request)
-                    data = await connection.read_all()
-                    if effect.cancel is not None:
-                        effect.cancel.attach(None)
-            except ConnectionError:
-                if used and not (effect.cancel and effect.cancel.is_cancelled):
-                    continue  # the server had closed this idle connection; the next may be the same, the last is new
-                raise
-            answer = connection.answer
-            if answer.keeps_alive() and len(idle) < CONNECTIONS:
-                idle.append(connection)
-            else:
-                connection.close()
-            return Reply(answer.status, answer.headers.get("retry-after", ""), data)
-
-    async def _connect(self, timeout_s: float) -> _AsyncConnection:
-        server = self._server
-        try:  # asyncio sets TCP_NODELAY by itself
-            opening = asyncio.open_connection(server.host, server.port, ssl=server.tls)
-            return _AsyncConnection(*await asyncio.wait_for(opening, timeout_s))
+    async def connect(self, ends: float) -> _AsyncConnection:
+        """A new connection; asyncio sets TCP_NODELAY by itself."""
+        server, loop = self.server, asyncio.get_running_loop()
+        made = functools.partial(_AsyncConnection, self._closed)
+        opening = loop.create_connection(made, server.host, server.port, ssl=server.tls)
+        try:
+            return (await asyncio.wait_for(opening, _left(ends)))[1]
         except asyncio.TimeoutError:
-            raise TimeoutError(f"no connection within {timeout_s:.0f} s") from None
+            raise TimeoutError("timed out") from None
 
-    def close(self) -> None:
-        """Close the idle connections of the running event loop."""
-        idle = self._state().idle
-        while idle:
-            idle.pop().close()
+    def _idle(self) -> deque[Any]:
+        return self._state().idle
+
+    def _state(self) -> _LoopState:
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            self._loops[loop] = _LoopState()
+        return self._loops[loop]
+
+
+def _left(ends: float) -> float:
+    """Seconds until a moment of time.monotonic(), as a socket's timeout: 0 would mean not to wait at all."""
+    return max(ends - time.monotonic(), 0.001)
+
 
 # ------------------------------------------------------------------------------
 # Helpers without I/O: ids, signatures, JSON and its canonical form, request bodies, errors; each names its standard.
@@ -3899,31 +3761,25 @@ def input_hash(value: Any) -> str:
 
 def _canonical(value: Any) -> str:
     """canonical_json of what a JSON parser returned."""
-    return _json_sorted(value) if _sorts_and_prints_alike(value) else _canonical_by_hand(value)
+    kind = type(value)
+    if _prints_alike(value):
+        return _json_sorted(value)
+    if kind in (int, float):
+        return _ecmascript_number(value)
+    if kind is list:
+        return "[" + ",".join(map(_canonical, value)) + "]"
+    keys = sorted(value, key=lambda key: cast(str, key).encode("utf-16-be"))  # by UTF-16 code units
+    return "{" + ",".join(f"{_json(key)}:{_canonical(value[key])}" for key in keys) + "}"
 
 
-def _sorts_and_prints_alike(value: Any) -> bool:
-    """Whether json prints a value as RFC 8785 has it, which it does but for rare numbers and keys."""
+def _prints_alike(value: Any) -> bool:
+    """Whether json prints a value as RFC 8785 has it, which it does but for some numbers and keys."""
     kind = type(value)
     if kind is dict:
-        return all(key.isascii() and _sorts_and_prints_alike(member) for key, member in value.items())
+        return all(key.isascii() and _prints_alike(member) for key, member in value.items())
     if kind is list:
-        return all(map(_sorts_and_prints_alike, value))
+        return all(map(_prints_alike, value))
     return abs(value) < 2**53 if kind is int else kind is not float
-
-
-def _canonical_by_hand(value: Any) -> str:
-    """The same, number by number and key by key."""
-    if isinstance(value, str):
-        return _json(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _ecmascript_number(value)
-    if isinstance(value, list):
-        return "[" + ",".join(map(_canonical_by_hand, value)) + "]"
-    if isinstance(value, dict):
-        keys = sorted(value, key=lambda key: cast(str, key).encode("utf-16-be"))  # by UTF-16 code units
-        return "{" + ",".join(f"{_canonical_by_hand(key)}:{_canonical_by_hand(value[key])}" for key in keys) + "}"
-    return {None: "null", True: "true", False: "false"}[value]
 
 
 def _ecmascript_number(value: float) -> str:
@@ -3961,7 +3817,7 @@ def _json_encoder(sort_keys: bool) -> Callable[[Any], str]:
     return lambda value: "".join(encode(value, 0))
 
 
-_json, _json_sorted = _json_encoder(sort_keys=False), _json_encoder(sort_keys=True)
+_json, _json_sorted, _decoder = _json_encoder(sort_keys=False), _json_encoder(sort_keys=True), json.JSONDecoder()
 
 
 def _encode(value: Any, what: str) -> bytes:
@@ -3987,9 +3843,14 @@ def _members(fields: Json) -> bytes:
     return _encode_body(fields)[1:-1]
 
 
+def _decode(data: bytes) -> Any:
+    """The value of JSON text that was encoded here; cheaper than json.loads, which looks for encodings and blanks."""
+    return _decoder.raw_decode(data.decode())[0]
+
+
 def _plain(value: Any, what: str) -> Any:
     """The value as JSON gives it back."""
-    return json.loads(_encode(value, what))
+    return _decode(_encode(value, what))
 
 
 def _copied(value: Any) -> Any:
@@ -4109,7 +3970,7 @@ def _fit(fn: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
     return args[: next((count for count in range(len(args), 0, -1) if _accepts(fn, count)), 0)]
 
 
-def _called_with(fn: Callable[..., Any]) -> tuple[Any, ...] | None:
+def _bound_to(fn: Callable[..., Any]) -> tuple[Any, ...] | None:
     """A function's code and what is bound to it: equal for a lambda that the same line makes anew for the same item,
     and for a method of an object that has not changed meanwhile, as far as that shows.  None where nobody can tell."""
     bound: list[Any] = []
@@ -4189,6 +4050,21 @@ def _hide_frames(error: BaseException) -> None:
             part.__traceback__ = shown
         part = part.__cause__ or part.__context__
 
+
+class _OwnFramesHidden:
+    """Around what a user calls: an exception shows the user's frames alone."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            _hide_frames(error)
+            if sys.version_info < (3, 11):  # it raises the exception again with the frames that it had
+                raise error
+
+
+_own_frames_hidden = _OwnFramesHidden()
 
 _REFUSALS: dict[str, type[TidebaseError]] = {
     "lease_lost": LeaseLost,

@@ -742,6 +742,7 @@ def test_sigterm_does_not_wait_for_the_claim_that_the_server_holds(server: Any) 
 def test_a_worker_that_found_no_place_to_wait_in_rests_as_long_as_it_is_asked_to_and_a_little_more(tide: Any) -> None:
     async def rest(retry_after: str) -> float:
         worker = tidebase_sdk._Worker(tide.client, ["default"], 20.0, None, 1, None, None)
+        tide.client._driver._exchange = lambda request: request  # its answer is sent below
         claim = worker._claim_runs(1, 20.0, worker._claim_handle)
         assert next(claim).is_long_poll
         try:

@@ -636,3 +636,60 @@ def test_two_waits_in_one_task_group_leave_the_worker_without_noise(
     assert result(tide, run_id) == ["ada", "ada"]
     gc.collect()  # what nobody retrieved is told of when it is collected
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+async def wait_twice(run: Any) -> list[Any]:
+    """A gate and a signal, waited for side by side."""
+    async with asyncio.TaskGroup() as group:
+        gate = group.create_task(run.gate("gate", "Sure?", poll_s=0.5))
+        paid = group.create_task(run.wait_for_signal("paid"))
+    return [gate.result().actor, paid.result()]
+
+
+@awaited_only
+@pytest.mark.parametrize("way", ["run", "attach"])
+def test_two_waits_in_one_task_group_wait_in_place_in_a_run_that_no_worker_holds(
+    tide: Any, api: Api, way: str
+) -> None:
+    run_id = api.create("flow")
+
+    async def session(client: Any) -> Any:
+        async with await client.attach("flow", run_id=run_id) as run:
+            return (await run.complete(await wait_twice(run)))["run"]["result"]
+
+    outcome = in_background(lambda: tide(
+        session if way == "attach" else lambda client: client.run("flow", wait_twice, run_id=run_id)))
+    eventually(lambda: len(api.detail(run_id)["steps"]) == len(api.detail(run_id)["gates"]) == 1)
+    [gate] = api.detail(run_id)["gates"]
+    api.post(f"/runs/{run_id}/signals", {"name": "paid", "payload": 5})["signal"]
+    body = {"token": gate["resolveToken"], "decision": "approved", "actor": "ada"}
+    api.post(f"/runs/{run_id}/gates/{gate['id']}/resolve", body)["gate"]
+    assert outcome() == ["ada", 5]
+    assert (api.run(run_id)["status"], api.run(run_id)["attempt"]) == ("completed", 1)
+    assert "run.waiting" not in api.event_types(run_id)
+
+
+@awaited_only
+@pytest.mark.parametrize("way", ["run", "attach"])
+def test_a_run_that_is_cancelled_unwinds_both_waits_of_its_task_group(tide: Any, api: Api, way: str) -> None:
+    run_id = api.create("flow")
+
+    async def session(client: Any) -> None:
+        try:
+            async with await client.attach("flow", run_id=run_id) as run:
+                await wait_twice(run)
+        except* RunCancelled as group:
+            errors.extend(group.exceptions)
+
+    async def whole_run(client: Any) -> None:
+        try:
+            await client.run("flow", wait_twice, run_id=run_id)
+        except RunCancelled as error:
+            errors.append(error)
+
+    errors: list[Any] = []
+    outcome = in_background(lambda: tide(session if way == "attach" else whole_run))
+    eventually(lambda: len(api.detail(run_id)["steps"]) == len(api.detail(run_id)["gates"]) == 1)
+    api.post(f"/runs/{run_id}/cancel")["run"]
+    outcome()
+    assert {error.run_id for error in errors} == {run_id}

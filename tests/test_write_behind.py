@@ -506,6 +506,68 @@ def test_a_run_whose_task_is_cancelled_is_given_back_with_all_that_was_executed(
     assert api.run(run_id)["status"] == "pending"
 
 
+@pytest.mark.parametrize("write_behind", [False, True])
+def test_cancelling_the_tasks_that_send_loses_and_repeats_nothing(
+    relay: Relay, api: Api, write_behind: bool
+) -> None:
+    """As a supervisor does that cancels all tasks but those which it knows."""
+    relay.hold()
+    run_id, executed = new_run_id(), Counter[str]()
+
+    async def story() -> None:
+        async def flow(run: Any) -> str:
+            await asyncio.gather(*(run.step(name, lambda name=name: executed.update([name])) for name in PLAIN))
+            return "done"
+
+        async with tidebase_sdk.AsyncTidebase(relay.url) as tide:
+            mine = asyncio.ensure_future(tide.run("flow", flow, run_id=run_id, write_behind=write_behind))
+            await asyncio.to_thread(eventually, relay.held.is_set)
+            senders = asyncio.all_tasks() - {asyncio.current_task(), mine}
+            senders = {task for task in senders if "_AsyncDriver.drive" in repr(task)}
+            assert senders
+            for task in senders:
+                task.cancel()
+            await asyncio.wait(senders)
+            relay.free.set()
+            assert await asyncio.wait_for(mine, 20) == "done"
+
+    asyncio.run(story())
+    assert sorted(durable(api, run_id)) == PLAIN
+    assert executed == dict.fromkeys(PLAIN, 1)
+    assert completed_twice(api, run_id) == []
+
+
+@pytest.mark.parametrize("write_behind", [False, True])
+def test_a_task_group_that_is_cancelled_while_its_writes_are_under_way_loses_and_repeats_nothing(
+    relay: Relay, api: Api, write_behind: bool
+) -> None:
+    relay.hold()
+    run_id, executed = new_run_id(), Counter[str]()
+
+    async def story() -> str:
+        async def flow(run: Any) -> str:
+            async def one(name: str) -> None:
+                executed[name] += 1
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for name in PLAIN:
+                        group.create_task(run.step(name, lambda name=name: one(name)))
+                    await asyncio.to_thread(eventually, lambda: relay.held.is_set() and executed.total() == 3)
+                    raise KeyError("the group is cancelled")
+            except* KeyError:
+                relay.free.set()
+            return str(await run.step("last", lambda: "done"))
+
+        async with tidebase_sdk.AsyncTidebase(relay.url) as tide:
+            return await asyncio.wait_for(tide.run("flow", flow, run_id=run_id, write_behind=write_behind), 20)
+
+    assert asyncio.run(story()) == "done"
+    assert sorted(durable(api, run_id)) == ["last", *PLAIN]
+    assert executed == dict.fromkeys(PLAIN, 1)
+    assert completed_twice(api, run_id) == []
+
+
 def test_when_the_function_of_an_effect_runs_all_before_it_is_durable_with_the_values_it_was_given(
     tide: Any, api: Api, relay: Relay
 ) -> None:
@@ -766,6 +828,41 @@ def test_when_so_much_is_behind_the_next_step_waits_and_then_all_is_durable_in_o
     assert outcome() == steps
     assert max(behind) in most
     assert durable(api, run_id) == returned == [f"step {number}" for number in range(steps)]
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 64), (30_000, 34)], ids=["64 records", "1 MiB"])
+def test_steps_side_by_side_keep_the_bounds_together(
+    tide: Any, api: Api, relay: Relay, size: int, most: int
+) -> None:
+    """Threads or tasks of one run, each of which executes a step while all the others do."""
+    relay.hold()
+    run_id, together = new_run_id(), threading.Barrier(100)
+    returned: list[int] = []
+
+    def act() -> str:
+        together.wait(20)
+        return "x" * size
+
+    async def flow(run: Any, input: Any) -> None:
+        async def one(number: int) -> None:
+            await run.step(f"step {number}", act)
+            returned.append(number)
+
+        if isinstance(tide, AwaitedActor):
+            await asyncio.gather(*map(one, range(100)))
+        else:
+            over = [in_background(lambda number=number: one(number).send(None)) for number in range(100)]
+            for wait in over:
+                with suppress(StopIteration):
+                    wait()
+
+    outcome = in_background(lambda: run(tide, flow, run_id=run_id))
+    eventually(lambda: len(returned) >= most and relay.held.is_set())
+    time.sleep(0.05)  # one that does not wait returns meanwhile
+    assert len(returned) == most
+    relay.free.set()
+    outcome()
+    assert len(returned) == len(durable(api, run_id)) == 100
 
 
 def test_when_a_record_has_been_behind_for_so_long_the_next_step_waits_for_it(
