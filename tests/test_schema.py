@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "4cec91b58e80004b8ec3626a9436c774b9787faa4c81665b990e4d90a3b51395")
+PINNED = (5, "ec2fe95e7590c16fb94459d94ab40b1bbe17f94f5a0ce5a6bd2d5fe5b4e3ab3e")
 
 
 def apply(conninfo: str) -> None:
@@ -562,8 +562,9 @@ def test_with_many_runs_no_request_scans_a_table(bill):
 
 def test_a_tree_is_read_by_keys_however_small_the_tables_were_when_it_was_planned(database):
     add = ("with made as (insert into tidebase.runs (id, workflow_name, status, queue, run_at)"
-           " select 'run_' || n, 'w', 'queued', 'q', now() from generate_series({}, {}) n returning id) insert into tidebase.run_edges (id, parent_run_id, child_run_id,"
-           " name, edge_type) select 'edge_' || id, 'run_{}', id, id, 'child' from made")
+           " select 'run_' || n, 'w', 'queued', 'q', now() from generate_series({}, {}) n returning id)"
+           " insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type)"
+           " select 'edge_' || id, 'run_{}', id, id, 'child' from made")
     read = ("select sum(pg_stat_get_xact_tuples_returned(oid)) from pg_class"
             " where relnamespace = 'tidebase'::regnamespace")
     with psycopg.connect(database) as connection:
