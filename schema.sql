@@ -2252,65 +2252,62 @@ begin
   return json_build_object('snapshot', tidebase._version_json(v_version));
 end $$;
 
--- A run's versions by stream and version, after one of them: without payloads of more than 64 KiB, or, if p_light, with the
+-- A run's versions by stream and version, after p_after: without payloads of more than 64 KiB, or, if p_light, with the
 -- sizes of their payloads alone.
 -- Returns  {"stateVersions", "nextCursor"}: null, or what to go on after; null when there is no such run.
 create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean, p_after text,
                                                    p_limit integer, p_light boolean default false)
   returns json language plpgsql stable set enable_seqscan = off as $$
 declare
-  v_found json[];
-  v_ids   text[];
+  v_ids text[];
 begin
   if not exists (select from tidebase.runs where id = p_run_id) then
     return null;
-  elsif p_light then
-    select array_agg(tidebase._version_light(v, s.name) order by p.n), array_agg(v.id order by p.n) into v_found, v_ids
-      from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
-      join tidebase.state_versions v on v.id = p.id join tidebase.state_streams s on s.id = v.stream_id;
-  else
-    select array_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n),
-           array_agg(v.id order by page.n)
-      into v_found, v_ids
-      from (select v.id, p.n, tidebase._largest(v) as largest,
-                   sum(tidebase._version_bytes(v)) over by_number <= tidebase._budget() as room
-              from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
-              join tidebase.state_versions v on v.id = p.id window by_number as (order by p.n)) as page
-      join tidebase.state_versions v on v.id = page.id;
   end if;
-  return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
-                           'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
-end $$;
-
--- The ids of a run's versions by stream and version, after one of them, numbered from 1.
-create or replace function tidebase._versions_page (p_run_id text, p_stream text, p_labeled boolean, p_after text,
-                                                    p_limit integer)
-  returns table (id text, n bigint) language plpgsql stable set enable_seqscan = off as $$
-begin
-  return query
-    select v.id, row_number() over (order by s.name collate "C", v.version)
-      from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
+  v_ids := array(
+    select v.id from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
      where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
        and (not p_labeled or v.label is not null)
        and (p_after is null or (s.name collate "C", v.version) > (
              select a.name collate "C", p.version from tidebase.state_versions p
                join tidebase.state_streams a on a.id = p.stream_id where p.id = p_after and p.run_id = p_run_id))
-     order by s.name collate "C", v.version limit p_limit;
+     order by s.name collate "C", v.version limit p_limit);
+  return json_build_object(
+    'stateVersions', case when p_light then tidebase._light_versions(v_ids) else tidebase._listed_versions(v_ids) end,
+    'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
+end $$;
+
+-- These versions, in this order, with the sizes of their payloads; and as a list has them.
+create or replace function tidebase._light_versions (p_ids text[]) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+begin
+  return (select coalesce(json_agg(tidebase._version_light(v, s.name) order by given.n), '[]')
+            from unnest(p_ids) with ordinality as given (id, n)
+            join tidebase.state_versions v on v.id = given.id join tidebase.state_streams s on s.id = v.stream_id);
+end $$;
+
+create or replace function tidebase._listed_versions (p_ids text[]) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+begin
+  return (select coalesce(json_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n), '[]')
+            from (select v.id, given.n, tidebase._largest(v) as largest,
+                         sum(tidebase._version_bytes(v)) over (order by given.n) <= tidebase._budget() as room
+                    from unnest(p_ids) with ordinality as given (id, n)
+                    join tidebase.state_versions v on v.id = given.id) as page
+            join tidebase.state_versions v on v.id = page.id);
 end $$;
 
 -- A run's labelled versions, the newest 10,000 first, without payloads of more than 64 KiB.
 -- Returns  {"snapshots"}, null when there is no such run.
-create or replace function tidebase.list_snapshots (p_run_id text) returns json language sql stable as $$
-  select json_build_object('snapshots', (
-           select coalesce(json_agg(tidebase._version_listed(v, m.room, m.largest) order by m.n), '[]')
-             from (select id, n, largest, sum(bytes) over (order by n) <= tidebase._budget() as room
-                     from (select v.id, row_number() over (order by v.created_at desc, v.id desc) as n,
-                                  tidebase._version_bytes(v) as bytes, tidebase._largest(v) as largest
-                             from tidebase.state_versions v where v.run_id = p_run_id and v.label is not null
-                            order by v.created_at desc, v.id desc limit 10000) as newest) as m
-             join tidebase.state_versions v on v.id = m.id))
-    from tidebase.runs where id = p_run_id
-$$;
+create or replace function tidebase.list_snapshots (p_run_id text) returns json language plpgsql stable as $$
+begin
+  if exists (select from tidebase.runs where id = p_run_id) then
+    return json_build_object('snapshots', tidebase._listed_versions(array(
+      select id from tidebase.state_versions where run_id = p_run_id and label is not null
+       order by created_at desc, id desc limit 10000)));
+  end if;
+  return null;
+end $$;
 
 -- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
 -- Needs    p_id not another run's (TB409 usage_id_conflict).

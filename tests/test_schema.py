@@ -26,7 +26,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "ec2fe95e7590c16fb94459d94ab40b1bbe17f94f5a0ce5a6bd2d5fe5b4e3ab3e")
+PINNED = (5, "a68bd081bb59cf283fa3a2a124c96574ebe734202db98d85f1e67ff1943060d0")
 
 
 def apply(conninfo: str) -> None:
