@@ -273,7 +273,7 @@ create table if not exists tidebase.events (
 create table if not exists tidebase.channels (
   id         text        primary key,
   run_id     text        not null references tidebase.runs on delete cascade,
-  gate_id    text,                                          -- set: this gate's own, told of nothing else
+  gate_id    text,                                          -- set: of this gate's events alone
   type       text        not null,
   url        text        not null,
   secret     text,                                          -- signs; never leaves the database but to the sender
@@ -415,21 +415,21 @@ create table if not exists tidebase.schedules (
   updated_at       timestamptz not null default tidebase.now()
 );
 
--- The outbox: a webhook is a row written with what it tells of, and sent afterwards. A channel's rows go out one after
--- the other: only the first of those pending has a next_attempt_at.
+-- The outbox: a webhook is a row, inserted in the transaction of what it reports, and sent afterwards. The webhooks of a
+-- channel are sent one after the other: of those pending only the first has a next_attempt_at.
 create table if not exists tidebase.outbox (
   seq             bigint      generated always as identity primary key,
   id              text        not null unique,              -- rec_… or del_…, the same at every try
   kind            text        not null constraint outbox_kind_known check (kind in ('recovery', 'push', 'channel')),
   run_id          text        not null references tidebase.runs on delete cascade,
-  channel_id      text,                                     -- goes with its run, as the channel does: no foreign key
+  channel_id      text,                                     -- both are deleted with the run: no foreign key
   gate_id         text,
   event_type      text        not null,                     -- run.resume, run.invoke, or the event's
   reason          text,
   url             text        not null,
-  host            text        not null default '',          -- and port: whom a hanging receiver may not hold up
+  host            text        not null default '',          -- and port: each has its share of the sender's slots
   payload         json,
-  payload_seq     bigint,                                   -- the row that has it instead: an event's is stored once
+  payload_seq     bigint,                                   -- the row with the payload: an event's is stored once
   status          text        not null default 'pending'
                   constraint outbox_status_known check (status in ('pending', 'delivered', 'failed')),
   attempts        integer     not null default 0,
@@ -440,8 +440,8 @@ create table if not exists tidebase.outbox (
   created_at      timestamptz not null default tidebase.now(),
   completed_at    timestamptz
 );
--- Serve claim_webhooks: whether any is due (worded so that no search for a host's takes this index, and with it reads
--- those of all hosts); and which hosts there are, and what is due for each.
+-- Serve claim_webhooks. The first: whether any is due; its condition differs from the second's, so that the planner does
+-- not take it for the webhooks of one host. The second: which hosts there are, and what is due for each.
 create index if not exists outbox_any_due_idx on tidebase.outbox (next_attempt_at) where completed_at is null;
 create index if not exists outbox_host_idx on tidebase.outbox (host, next_attempt_at)
   where status = 'pending' and next_attempt_at is not null;
@@ -467,16 +467,17 @@ create table if not exists tidebase.queue_claims (
 -- Serves _queue_room.
 create index if not exists queue_claims_idx on tidebase.queue_claims (queue, claimed_at);
 
--- How many runs of a queue ended how: rows are only added (nobody waits), and summed up by fold_tallies.
+-- How many runs of a queue ended in which status. Rows are only added, so that no transaction waits for another;
+-- fold_tallies sums them up.
 create table if not exists tidebase.queue_tallies (
   queue  text   not null,
   status text   not null,
   runs   bigint not null
 );
 
--- Who asked for work, written once a minute by each server for those that asked it; older than a day, they are deleted.
+-- The workers that claim runs. Each server writes once a minute which asked it; rows older than a day are deleted.
 create table if not exists tidebase.workers (
-  owner         text        primary key,                    -- empty: those who gave none
+  owner         text        primary key,                    -- empty: of workers without a name
   queues        text[]      not null,
   workflows     text[],                                     -- null: any
   since         timestamptz not null,
@@ -485,7 +486,7 @@ create table if not exists tidebase.workers (
 -- Serves list_workers and _queue_facts.
 create index if not exists workers_asked_idx on tidebase.workers (last_asked_at);
 
--- Claims and failures of the last hour: rows are only added, and summed up by note_workers.
+-- Claims and failures of the last hour. Rows are only added; note_workers sums them up.
 create table if not exists tidebase.queue_minutes (
   queue    text        not null,
   minute   timestamptz not null,
@@ -529,7 +530,14 @@ create or replace function tidebase._text_bytes (p_value json) returns bigint la
                        else octet_length(p_value::text) end, 0)
 $$;
 
--- A payload as a list has it: null if p_room is false or it has more than 64 KiB.
+-- The bytes of a payload in a list, which leaves out one of more than 64 KiB.
+create or replace function tidebase._bytes_in_list (p_value json) returns integer language sql stable as
+$$ select case when tidebase._bytes(p_value) <= 65536 then tidebase._bytes(p_value) else 0 end $$;
+
+create or replace function tidebase._bytes_in_list (p_value jsonb) returns integer language sql stable as
+$$ select case when tidebase._bytes(p_value) <= 65536 then tidebase._bytes(p_value) else 0 end $$;
+
+-- A payload in a list: null if p_room is false or it is left out.
 create or replace function tidebase._in_list (p_value json, p_room boolean) returns json language sql stable as
 $$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
 
@@ -558,18 +566,16 @@ $$;
 create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as
 $$ select tidebase._run_shown(r, r.input, r.metadata, r.result, r.error, r.waiting_for) $$;
 
--- The bytes of a run's largest payload, and of those that a list would show.
+-- The bytes of a run's largest payload.
 create or replace function tidebase._largest (r tidebase.runs) returns integer language sql stable as $$
   select greatest(tidebase._bytes(r.input), tidebase._bytes(r.metadata), tidebase._bytes(r.result),
                   tidebase._bytes(r.error), tidebase._bytes(r.waiting_for))
 $$;
 
+-- The bytes of a run's payloads in a list.
 create or replace function tidebase._run_bytes (r tidebase.runs) returns integer language sql stable as $$
-  select case when tidebase._bytes(r.input) <= 65536 then tidebase._bytes(r.input) else 0 end
-       + case when tidebase._bytes(r.metadata) <= 65536 then tidebase._bytes(r.metadata) else 0 end
-       + case when tidebase._bytes(r.result) <= 65536 then tidebase._bytes(r.result) else 0 end
-       + case when tidebase._bytes(r.error) <= 65536 then tidebase._bytes(r.error) else 0 end
-       + case when tidebase._bytes(r.waiting_for) <= 65536 then tidebase._bytes(r.waiting_for) else 0 end
+  select tidebase._bytes_in_list(r.input) + tidebase._bytes_in_list(r.metadata) + tidebase._bytes_in_list(r.result)
+       + tidebase._bytes_in_list(r.error) + tidebase._bytes_in_list(r.waiting_for)
 $$;
 
 -- A run of a list: without its payloads of more than 64 KiB; without p_room, without any. p_largest as above.
@@ -598,7 +604,7 @@ create or replace function tidebase._step_json (s tidebase.steps) returns json l
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
 $$;
 
--- The answers to who asked for brief ones: without what was sent.
+-- Brief answers, for a client that needs no copy of what it sent.
 create or replace function tidebase._brief_step (p_id text, p_name text, p_status text, p_attempt integer)
   returns json language sql stable as
 $$ select json_build_object('id', p_id, 'name', p_name, 'status', p_status, 'attempt', p_attempt) $$;
@@ -699,14 +705,12 @@ $$;
 create or replace function tidebase._version_json (v tidebase.state_versions) returns json language sql stable as
 $$ select tidebase._version_shown(v, v.value, v.patch, v.metadata) $$;
 
--- Likewise of a version.
+-- The bytes of a version's largest payload, and of its payloads in a list.
 create or replace function tidebase._largest (v tidebase.state_versions) returns integer language sql stable as
 $$ select greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch), tidebase._bytes(v.metadata)) $$;
 
 create or replace function tidebase._version_bytes (v tidebase.state_versions) returns integer language sql stable as $$
-  select case when tidebase._bytes(v.value) <= 65536 then tidebase._bytes(v.value) else 0 end
-       + case when tidebase._bytes(v.patch) <= 65536 then tidebase._bytes(v.patch) else 0 end
-       + case when tidebase._bytes(v.metadata) <= 65536 then tidebase._bytes(v.metadata) else 0 end
+  select tidebase._bytes_in_list(v.value) + tidebase._bytes_in_list(v.patch) + tidebase._bytes_in_list(v.metadata)
 $$;
 
 create or replace function tidebase._version_listed (v tidebase.state_versions, p_room boolean, p_largest integer)
@@ -841,6 +845,19 @@ begin
   perform from tidebase.runs where id = (select parent_run_id from tidebase.runs where id = p_run_id)
      for no key update;
   return tidebase._lock_run(p_run_id);
+end $$;
+
+-- The run, locked likewise, without waiting: null where it or its parent is locked by another.
+create or replace function tidebase._try_lock_to_end (p_run_id text, p_parent_run_id text)
+  returns tidebase.runs language plpgsql as $$
+declare
+  v_run tidebase.runs;
+begin
+  perform from tidebase.runs where id = p_parent_run_id for no key update skip locked;
+  if found or p_parent_run_id is null then
+    select * into v_run from tidebase.runs where id = p_run_id for no key update skip locked;
+  end if;
+  return v_run;
 end $$;
 
 -- Wakes the parent that waits for this run, which just ended, and for no other that is live. Needs _lock_to_end.
@@ -1260,7 +1277,7 @@ create or replace function tidebase._is_settled (p_run tidebase.runs, p_lease_ow
                                         and coalesce(p_lease_owner = p_run.settled_by, p_lease_owner is null))
 $$;
 
--- Ends a run well.
+-- Completes a run.
 -- Needs    p_lease_owner, when given, holds it (TB409 lease_lost).
 -- Leaves   it completed, event and channels run.completed; a run that is settled unchanged.
 -- Returns  {"run"}; with p_brief its id and status alone.
@@ -1302,7 +1319,7 @@ begin
            'nextRunAt', tidebase._iso(p_run_at)), p_reason));
 end $$;
 
--- Ends a run, which must be locked, badly: event and channels run.failed, and the recovery webhook in the outbox. p_by and
+-- Fails a run, which must be locked: event and channels run.failed, and the recovery webhook in the outbox. p_by and
 -- p_reason as above.
 create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text,
                                            p_reason text default null) returns tidebase.runs language plpgsql as $$
@@ -1393,7 +1410,7 @@ begin
   return v_run;
 end $$;
 
--- Ends a run because somebody wants it ended: at once, whoever holds it.
+-- Cancels a run at once, whoever holds it.
 -- Needs    not completed (TB409 run_completed, with run).
 -- Leaves   it cancelled, event and channels run.cancelled, and its live children likewise; cancelled before, the first
 --          reason stands.    Returns  {"run"}.
@@ -1411,7 +1428,7 @@ begin
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
 
--- Gives a run back that its owner will not go on with (a worker that shuts down).
+-- Gives a run up, for another worker to take: its owner shuts down.
 -- Needs    p_lease_owner holds it (TB409 lease_lost, run_cancelled).
 -- Leaves   it queued, or pending without a queue, no attempt spent, event run.released.    Returns  {"run"}.
 create or replace function tidebase.release_run (p_run_id text, p_lease_owner text)
@@ -1450,7 +1467,7 @@ begin
   return tidebase._revive(p_run, case when p_run.queue is null then 'pending' else 'queued' end, 'run.retried', '{}');
 end $$;
 
--- Puts a failed or cancelled run back, likewise.
+-- Retries a failed or cancelled run, see _put_back.
 -- Needs    not completed (TB409 run_completed).    Leaves  a live run unchanged.    Returns  {"run"}.
 create or replace function tidebase.retry_run (p_run_id text) returns json language plpgsql as $$
 declare
@@ -1465,7 +1482,7 @@ begin
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
 
--- Posts the recovery webhook now.
+-- Puts the recovery webhook into the outbox, due now.
 -- Needs    the run has one (TB422 no_recovery_webhook).    Leaves  one pending attempt of that reason: a repeat before
 --          it is sent adds none.    Returns  {"recoveryAttempt"}.
 create or replace function tidebase.recover_run (p_run_id text, p_reason text) returns json language plpgsql as $$
@@ -1478,7 +1495,7 @@ begin
   return json_build_object('recoveryAttempt', tidebase._recovery_json(tidebase._recover(v_run, p_reason)));
 end $$;
 
--- The attempt that is posted, or was and has not been sent. Needs the run locked.
+-- The recovery webhook of this reason that has not been tried yet, else a new one. Needs the run locked.
 create or replace function tidebase._recover (p_run tidebase.runs, p_reason text)
   returns tidebase.outbox language plpgsql as $$
 declare
@@ -1626,7 +1643,7 @@ $$;
 create or replace function tidebase._step_completed (s tidebase.steps) returns json language sql stable as
 $$ select tidebase._step_completed(s.id, s.name, s.contract) $$;
 
--- Says what to do about a step, and takes it where the answer is "execute".
+-- Decides what a worker is to do with a step, and begins it where that is to execute it.
 -- Answers  the first of these that holds: cancelled, input_mismatch, return, locked, manual_review, execute.
 -- Needs    p_lease_owner did not lose the run (TB409 lease_lost); no review decided that the step failed (TB409
 --          step_failed).
@@ -1982,7 +1999,7 @@ end $$;
 -- Gates: a question to a person, one per run and name, decided once by whoever has its token.
 -- ------------------------------------------------------------------------------
 
--- Asks, or looks at what was asked before under this name.
+-- Creates a gate, or returns the one that the run has of this name.
 -- Needs    the run not cancelled (TB409 run_cancelled), and p_lease_owner, when given, to hold it (_check_owner).
 -- Leaves   the gate pending, with channels of its own; event and channels gate.created.
 -- Returns  {"action": "wait" while it is pending, else "return", "gate"}.
@@ -2235,65 +2252,62 @@ begin
   return json_build_object('snapshot', tidebase._version_json(v_version));
 end $$;
 
--- A run's versions by stream and version, after one of them: without payloads of more than 64 KiB, or, if p_light, with the
+-- A run's versions by stream and version, after p_after: without payloads of more than 64 KiB, or, if p_light, with the
 -- sizes of their payloads alone.
 -- Returns  {"stateVersions", "nextCursor"}: null, or what to go on after; null when there is no such run.
 create or replace function tidebase.list_versions (p_run_id text, p_stream text, p_labeled boolean, p_after text,
                                                    p_limit integer, p_light boolean default false)
   returns json language plpgsql stable set enable_seqscan = off as $$
 declare
-  v_found json[];
-  v_ids   text[];
+  v_ids text[];
 begin
   if not exists (select from tidebase.runs where id = p_run_id) then
     return null;
-  elsif p_light then
-    select array_agg(tidebase._version_light(v, s.name) order by p.n), array_agg(v.id order by p.n) into v_found, v_ids
-      from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
-      join tidebase.state_versions v on v.id = p.id join tidebase.state_streams s on s.id = v.stream_id;
-  else
-    select array_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n),
-           array_agg(v.id order by page.n)
-      into v_found, v_ids
-      from (select v.id, p.n, tidebase._largest(v) as largest,
-                   sum(tidebase._version_bytes(v)) over by_number <= tidebase._budget() as room
-              from tidebase._versions_page(p_run_id, p_stream, p_labeled, p_after, p_limit) as p (id, n)
-              join tidebase.state_versions v on v.id = p.id window by_number as (order by p.n)) as page
-      join tidebase.state_versions v on v.id = page.id;
   end if;
-  return json_build_object('stateVersions', coalesce(array_to_json(v_found), '[]'),
-                           'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
-end $$;
-
--- The ids of a run's versions by stream and version, after one of them, numbered from 1.
-create or replace function tidebase._versions_page (p_run_id text, p_stream text, p_labeled boolean, p_after text,
-                                                    p_limit integer)
-  returns table (id text, n bigint) language plpgsql stable set enable_seqscan = off as $$
-begin
-  return query
-    select v.id, row_number() over (order by s.name collate "C", v.version)
-      from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
+  v_ids := array(
+    select v.id from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
      where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
        and (not p_labeled or v.label is not null)
        and (p_after is null or (s.name collate "C", v.version) > (
              select a.name collate "C", p.version from tidebase.state_versions p
                join tidebase.state_streams a on a.id = p.stream_id where p.id = p_after and p.run_id = p_run_id))
-     order by s.name collate "C", v.version limit p_limit;
+     order by s.name collate "C", v.version limit p_limit);
+  return json_build_object(
+    'stateVersions', case when p_light then tidebase._light_versions(v_ids) else tidebase._listed_versions(v_ids) end,
+    'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
+end $$;
+
+-- These versions, in this order, with the sizes of their payloads; and as a list has them.
+create or replace function tidebase._light_versions (p_ids text[]) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+begin
+  return (select coalesce(json_agg(tidebase._version_light(v, s.name) order by given.n), '[]')
+            from unnest(p_ids) with ordinality as given (id, n)
+            join tidebase.state_versions v on v.id = given.id join tidebase.state_streams s on s.id = v.stream_id);
+end $$;
+
+create or replace function tidebase._listed_versions (p_ids text[]) returns json
+  language plpgsql stable set enable_seqscan = off as $$
+begin
+  return (select coalesce(json_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n), '[]')
+            from (select v.id, given.n, tidebase._largest(v) as largest,
+                         sum(tidebase._version_bytes(v)) over (order by given.n) <= tidebase._budget() as room
+                    from unnest(p_ids) with ordinality as given (id, n)
+                    join tidebase.state_versions v on v.id = given.id) as page
+            join tidebase.state_versions v on v.id = page.id);
 end $$;
 
 -- A run's labelled versions, the newest 10,000 first, without payloads of more than 64 KiB.
 -- Returns  {"snapshots"}, null when there is no such run.
-create or replace function tidebase.list_snapshots (p_run_id text) returns json language sql stable as $$
-  select json_build_object('snapshots', (
-           select coalesce(json_agg(tidebase._version_listed(v, m.room, m.largest) order by m.n), '[]')
-             from (select id, n, largest, sum(bytes) over (order by n) <= tidebase._budget() as room
-                     from (select v.id, row_number() over (order by v.created_at desc, v.id desc) as n,
-                                  tidebase._version_bytes(v) as bytes, tidebase._largest(v) as largest
-                             from tidebase.state_versions v where v.run_id = p_run_id and v.label is not null
-                            order by v.created_at desc, v.id desc limit 10000) as newest) as m
-             join tidebase.state_versions v on v.id = m.id))
-    from tidebase.runs where id = p_run_id
-$$;
+create or replace function tidebase.list_snapshots (p_run_id text) returns json language plpgsql stable as $$
+begin
+  if exists (select from tidebase.runs where id = p_run_id) then
+    return json_build_object('snapshots', tidebase._listed_versions(array(
+      select id from tidebase.state_versions where run_id = p_run_id and label is not null
+       order by created_at desc, id desc limit 10000)));
+  end if;
+  return null;
+end $$;
 
 -- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
 -- Needs    p_id not another run's (TB409 usage_id_conflict).
@@ -2406,7 +2420,7 @@ begin
   return (p_for->>'until')::timestamptz <= p_now;
 end $$;
 
--- Gives a run's lease up until something is there: {"gateId"}, {"event": a signal's name, "n": which of them},
+-- Gives a run's lease up until what it waits for is there: {"gateId"}, {"event": a signal's name, "n": which of them},
 -- {"until": a time}, or {"children": names, or true for all} that ended; and "stepId", the step that records the wait.
 -- A signal that is not there after p_timeout_ms is timed out for good.
 -- Needs    p_lease_owner holds it (TB409 lease_lost, run_cancelled); it has a queue (TB409 no_queue), and the step (TB404).
@@ -2441,7 +2455,7 @@ begin
   return json_build_object('run', tidebase._run_json(v_run), 'ready', false);
 end $$;
 
--- Writes down a signal of a run, which must be locked, or that it did not come in time.
+-- Inserts a signal of a run, which must be locked; or, timed out, that it did not come in time.
 -- Needs    p_id not another signal's (TB409 signal_id_conflict).
 -- Leaves   event signal.received or signal.timed_out, and a run that waits for this one queued.
 create or replace function tidebase._add_signal (p_run tidebase.runs, p_id text, p_name text, p_n integer,
@@ -3234,10 +3248,9 @@ create or replace function tidebase.list_schedules () returns json language sql 
            case when m.is_shown then tidebase._schedule_json(s)
                 else tidebase._mark_omitted(tidebase._schedule_shown(s, null)) end order by s.name), '[]'))
     from tidebase.schedules s
-    join (select name, bytes <= 65536 and sum(bytes) filter (where bytes <= 65536) over (order by name)
-                                          <= tidebase._budget() as is_shown
-            from (select name, tidebase._bytes(input) as bytes from tidebase.schedules) as sizes) as m
-         on m.name = s.name
+    join (select name, tidebase._bytes(input) <= 65536
+                       and sum(tidebase._bytes_in_list(input)) over (order by name) <= tidebase._budget() as is_shown
+            from tidebase.schedules) as m on m.name = s.name
 $$;
 
 -- Returns  {"deleted": name}; TB404 when there is none.
@@ -3291,31 +3304,28 @@ end $$;
 -- The run detail: `stable`, so that all that it reads is of one instant.
 -- ------------------------------------------------------------------------------
 
--- The lists of a run share _budget() bytes, the run and its state come whole. Steps go before versions and these before
--- events, which have the last MiB to themselves: where a list gets no further, "truncated" has its key, and in that
--- where to go on: after or before what. The first step comes in any case.
+-- A run with all that belongs to it. The run and its state come whole; the lists share _budget() bytes. Where a list has
+-- no more room, "truncated" has its key and in that where to go on: after which item, or, newest first, before which. The
+-- first step comes in any case, and the last MiB is for events alone.
 -- Returns  the detail with the keys of p_include (null: all); null when there is no such run. p_asked as for _why;
 --          without p_tokens what holds a gate's token comes without it.
--- Plans    each part by itself, so that its plan is kept: to plan them all at each call takes longer than to read. Row
+-- Plans    each list by itself, so that its plan is kept: to plan them all at each call takes longer than to read. Row
 --          by row, so that no more is read than there is room for.
 create or replace function tidebase.run_detail (p_run_id text, p_include text[], p_asked jsonb default '{}',
                                                 p_tokens boolean default true) returns json
   language plpgsql stable set enable_seqscan = off as $$  -- as claim_runs
 declare
-  v_keys  text[] := array(
+  v_keys   text[] := array(  -- in the order in which they get their room
     select key from unnest(array['run', 'state', 'gates', 'runEdges', 'recoveryAttempts', 'channels', 'usage', 'steps',
                                  'stateStreams', 'stateVersions', 'childRuns', 'channelDeliveries', 'events']) as key
      where p_include is null or key = any (p_include));
-  v_key   text;
-  v_part  json;
-  v_parts json[] := '{}';
-  v_rows  refcursor;
-  v_at    text;    -- where a reader goes on who has this item
-  v_item  json;
-  v_items json[];
-  v_last  text;
-  v_left  integer := tidebase._budget();
-  v_cut   jsonb := '{}';
+  v_key    text;
+  v_part   json;
+  v_parts  json[] := '{}';
+  v_rows   refcursor;  -- of a list: where a reader goes on who has the item, and the item
+  v_list   record;
+  v_left   integer := tidebase._budget();
+  v_cut    jsonb := '{}';
 begin
   if not exists (select from tidebase.runs where id = p_run_id) then
     return null;
@@ -3365,26 +3375,17 @@ begin
           from tidebase.events e where e.run_id = p_run_id order by e.seq;
     end case;
     if v_key not in ('run', 'state') then
-      v_items := '{}';
-      v_last := null;
-      loop
-        fetch v_rows into v_at, v_item;
-        exit when not found;
-        v_left := v_left - octet_length(v_item::text);
-        if v_left < (case v_key when 'events' then 0 else 1048576 end)
-           and not (v_key = 'steps' and v_last is null) then
-          v_left := v_left + octet_length(v_item::text);
-          v_cut := v_cut || jsonb_build_object(v_key, jsonb_build_object(
-            case when v_key in ('recoveryAttempts', 'channelDeliveries') then 'before' else 'after' end,
-            case when v_key in ('steps', 'events', 'recoveryAttempts', 'channelDeliveries') then to_jsonb(v_last::bigint)
-                 else to_jsonb(v_last) end));
-          exit;
-        end if;
-        v_items := v_items || v_item;
-        v_last := v_at;
-      end loop;
+      v_list := tidebase._fetch_within(v_rows, v_left - case v_key when 'events' then 0 else 1048576 end,
+                                       v_key = 'steps');
       close v_rows;
-      v_part := array_to_json(v_items);
+      v_part := array_to_json(v_list.items);
+      v_left := v_left - v_list.bytes;
+      if v_list.is_cut then
+        v_cut := v_cut || jsonb_build_object(v_key, jsonb_build_object(
+          case when v_key in ('recoveryAttempts', 'channelDeliveries') then 'before' else 'after' end,
+          case when v_key in ('steps', 'events', 'recoveryAttempts', 'channelDeliveries') then to_jsonb(v_list.at::bigint)
+               else to_jsonb(v_list.at) end));
+      end if;
     end if;
     v_parts := v_parts || v_part;
   end loop;
@@ -3395,7 +3396,28 @@ begin
   return (select coalesce(json_object_agg(key, part order by array_position(array[
                    'run', 'steps', 'state', 'stateStreams', 'stateVersions', 'runEdges', 'childRuns', 'recoveryAttempts',
                    'channels', 'channelDeliveries', 'gates', 'usage', 'events'], key)), '{}')
-            from unnest(v_keys, v_parts) as told (key, part));
+            from unnest(v_keys, v_parts) as parts (key, part));
+end $$;
+
+-- The items of a cursor's rows (a place, an item) up to p_room bytes; with p_first, the first in any case. at: the place of
+-- the last of them. is_cut: whether there are more.
+create or replace function tidebase._fetch_within (p_rows refcursor, p_room integer, p_first boolean, out items json[],
+                                                   out bytes integer, out at text, out is_cut boolean)
+  language plpgsql stable as $$
+declare
+  v_at   text;
+  v_item json;
+begin
+  items := '{}';
+  bytes := 0;
+  loop
+    fetch p_rows into v_at, v_item;
+    is_cut := found and bytes + octet_length(v_item::text) > p_room and not (p_first and at is null);
+    exit when is_cut or not found;
+    items := items || v_item;
+    bytes := bytes + octet_length(v_item::text);
+    at := v_at;
+  end loop;
 end $$;
 
 -- Returns  {"run"}, and the run's event number to wait from.    TB404 when there is none.
@@ -3410,12 +3432,14 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The reconciler's verbs: each does a bounded amount of work and returns how much; any number may run at once. None
--- waits long for a lock: the sweeps after it would wait, too.
+-- The reconciler's verbs: each does a bounded amount of work and returns how much. Any number of servers may call them at
+-- once. None waits long for a lock, since those after it would be late.
 -- ------------------------------------------------------------------------------
 
--- Runs whose owner fell silent: a queue run goes back at once while attempts last, else fails; a plain run stays for a
--- manual resume, event run.stalled, and its recovery webhook, if any, is posted once per lease.
+-- Takes expired leases away.
+-- Leaves   a run with a queue queued, due at once, while it has attempts left; else failed. A run without a queue keeps its
+--          status and is stalled, until somebody begins it: event run.stalled, and its recovery webhook, if any, once.
+--          A run that is locked is left to the next call.
 -- Returns  how many, and for the log [{"runId", "workflowName", "queue", "leaseOwner", "attempt", "maxAttempts"}].
 create or replace function tidebase.expire_leases (p_limit integer, out expired integer, out runs json)
   language plpgsql
@@ -3431,13 +3455,8 @@ begin
                 where status = 'running' and not stalled and lease_expires_at <= v_now
                 order by lease_expires_at limit p_limit
   loop
-    -- As _lock_to_end, but what is busy is left to the next tick.
-    perform from tidebase.runs where id = v_due.parent_run_id for no key update skip locked;
-    continue when not found and v_due.parent_run_id is not null;
-    select * into v_run from tidebase.runs
-     where id = v_due.id and status = 'running' and not stalled and lease_expires_at <= v_now
-       for no key update skip locked;
-    continue when not found;
+    v_run := tidebase._try_lock_to_end(v_due.id, v_due.parent_run_id);
+    continue when (v_run.status = 'running' and not v_run.stalled and v_run.lease_expires_at <= v_now) is not true;
     v_runs := v_runs || json_build_object('runId', v_run.id, 'workflowName', v_run.workflow_name, 'queue', v_run.queue,
                 'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts);
     v_run.former_owners := v_run.former_owners || v_run.lease_owner;
@@ -3460,7 +3479,8 @@ begin
   runs := array_to_json(v_runs);
 end $$;
 
--- Live runs whose deadline passed are cancelled; what is locked is left to the next tick.
+-- Cancels live runs whose deadline has passed, as cancel_run does. A run that is locked is left to the next call.
+-- Returns  how many.
 create or replace function tidebase.cancel_overdue (p_limit integer) returns integer language plpgsql
   set lock_timeout = '5s' as $$
 declare
@@ -3472,12 +3492,8 @@ begin
   for v_due in select id, parent_run_id from tidebase.runs where deadline_at is not null and deadline_at <= v_now
                   and status in ('pending', 'queued', 'running', 'waiting') order by deadline_at limit 100 + p_limit
   loop
-    -- As _lock_to_end, without waiting.
-    perform from tidebase.runs where id = v_due.parent_run_id for no key update skip locked;
-    continue when not found and v_due.parent_run_id is not null;
-    select * into v_run from tidebase.runs
-     where id = v_due.id and status in ('pending', 'queued', 'running', 'waiting') for no key update skip locked;
-    continue when not found;
+    v_run := tidebase._try_lock_to_end(v_due.id, v_due.parent_run_id);
+    continue when (v_run.status in ('pending', 'queued', 'running', 'waiting')) is not true;
     perform tidebase._cancel(v_run, 'deadline', 'reconciler');
     v_count := v_count + 1;
     exit when v_count >= p_limit;
@@ -3485,10 +3501,10 @@ begin
   return v_count;
 end $$;
 
--- Offers ready runs of push queues to the app, within the queue's caps. An offered run stays queued; its run_at moves
--- 60 s on, so that it is neither claimed meanwhile nor offered again before.
--- Leaves   each offer in the outbox with its event recovery.started, and an older one that still waited failed, event
---          recovery.failed.
+-- Offers ready runs of push queues (those with an invoke_url) to the app, by a webhook, within the queue's caps.
+-- Leaves   each run queued, but due in 60 s: until then it is neither claimed nor offered again. A webhook in the outbox,
+--          event recovery.started; an earlier offer of the run that is still pending failed, event recovery.failed.
+-- Returns  how many.
 create or replace function tidebase.offer_runs (p_limit integer) returns integer language plpgsql
   set lock_timeout = '5s' as $$
 declare
@@ -3530,7 +3546,8 @@ begin
   return v_count;
 end $$;
 
--- Pending gates whose time is up are cancelled. Their runs are locked first; one that is busy is left to the next tick.
+-- Cancels pending gates that have expired, event and channels gate.resolved. A gate whose run is locked is left to the next
+-- call.    Returns  how many.
 create or replace function tidebase.expire_gates (p_limit integer) returns integer language plpgsql
   set lock_timeout = '5s' as $$
 declare
@@ -3554,7 +3571,8 @@ begin
   return v_count;
 end $$;
 
--- Waiting runs whose time has come go back to their queues; a signal that was waited for is timed out.
+-- Ends the waits whose time has come: the runs go back to their queues (_wake); a signal that was waited for is timed out.
+-- Returns  how many.
 create or replace function tidebase.wake_due (p_limit integer) returns integer language plpgsql
   set lock_timeout = '5s' as $$
 declare
@@ -3576,8 +3594,8 @@ begin
   return v_count;
 end $$;
 
--- Deletes runs that ended more than p_days ago, with all that belongs to them; a child only once its parent is gone, so
--- that a parent that is replayed still finds the children that it had.
+-- Deletes runs that ended more than p_days ago, with all that belongs to them. A child is deleted only after its parent,
+-- since a parent that is replayed asks for its children again.    Returns  how many.
 create or replace function tidebase.purge_runs (p_days integer, p_limit integer) returns integer language plpgsql as $$
 declare
   v_until timestamptz := tidebase.now() - p_days * interval '1 day';
@@ -3595,8 +3613,8 @@ begin
   return v_count;
 end $$;
 
--- Sums up the tallies of ended runs when there are more than p_rows, so that counting stays a matter of a few rows.
--- Always 0: there is never more of it to do.
+-- Sums up the tallies of ended runs when there are more than p_rows, so that list_queues reads few.
+-- Returns  0, as one call does all of it.
 create or replace function tidebase.fold_tallies (p_rows integer) returns integer language sql as $$
   with folded as (
     delete from tidebase.queue_tallies where (select count(*) from tidebase.queue_tallies) > p_rows returning *
@@ -3606,8 +3624,8 @@ create or replace function tidebase.fold_tallies (p_rows integer) returns intege
   select 0
 $$;
 
--- What the watcher asks on behalf of all waiting requests. For each queue and the workflows claimed from it (a list, or
--- null for all): how many runs could start now, at most p_limit. For each run: the number of its last event.
+-- What all waiting requests of a server wait for, in one call. For each queue, and the workflows claimed from it (a list,
+-- or null for all): how many runs could start now, at most p_limit. For each run: the number of its last event.
 -- Returns  {"claims": [n, …], "runs": {ID: seq}}.
 create or replace function tidebase.watch (p_queues text[], p_workflows jsonb, p_limit integer, p_run_ids text[])
   returns json language plpgsql volatile
@@ -3648,14 +3666,16 @@ begin
 end $$;
 
 -- ------------------------------------------------------------------------------
--- The sender's verbs: claim what is due, renew the claim while it is in flight, settle it. A claim lasts p_hold_ms: what
--- a sender that died had claimed is then due again, under the same id.
+-- The sender's verbs: claim the webhooks that are due, renew a claim while its webhook is in flight, settle it. A claim
+-- lasts p_hold_ms. When a sender dies, its webhooks are due again after that time, under the same ids.
 -- ------------------------------------------------------------------------------
 
--- Claims due webhooks, for each host at most p_per_host beside those in flight already.
--- p_in_flight: the ids of what this sender sends now. Hosts with fewer of these come first, and take turns, beginning
--- after p_after: neither the backlog of one nor a hundred that hang hold up another. At most 1,000 hosts are looked at.
--- Payloads of more than _budget() bytes together are not claimed at once.
+-- Claims webhooks that are due, at most p_limit, and so many that each host has at most p_per_host in flight.
+-- p_in_flight: the ids of the webhooks that this sender sends now.
+-- Fairness  hosts with fewer webhooks in flight come first; among those the hosts take turns, in the order of their names,
+--          from p_after on. So a host with a backlog, or hosts that do not answer, do not delay the others. At most 1,000
+--          hosts are looked at.
+-- Bounds   the payloads come to at most _budget() bytes, but for a single one that is larger.
 -- Returns  {"webhooks": [{id, attempt, kind, url, secret, body}], "after": where the next call begins}; body is the
 --          exact text to sign and send.
 create or replace function tidebase.claim_webhooks (p_limit integer, p_hold_ms bigint, p_per_host integer,
@@ -3668,7 +3688,7 @@ declare
   v_after text;
 begin
   perform from tidebase.outbox where completed_at is null and next_attempt_at <= v_now limit 1;
-  if not found then  -- mostly: who writes a lot asks often
+  if not found then  -- the usual case
     return json_build_object('webhooks', '[]'::json, 'after', p_after);
   end if;
   with recursive hosts (host, due_at, lap, turn) as (  -- from p_after on, then from the first to p_after: a probe each
@@ -3696,7 +3716,7 @@ begin
       from free, lateral (
              select o.seq from tidebase.outbox o
               where o.host = free.host and o.status = 'pending' and o.next_attempt_at <= v_now
-                and o.id <> all (p_in_flight)  -- whose claim could not be renewed in time
+                and o.id <> all (p_in_flight)  -- one of these is due if its claim was not renewed in time
               order by o.next_attempt_at limit p_per_host - free.number for update skip locked) as claimable
   ), sized as (
     select due.*, row_number() over in_turn as place,
@@ -3727,8 +3747,8 @@ begin
      where o.seq = any (v_ids)));
 end $$;
 
--- Renews claims for another p_hold_ms; what was settled or claimed by another meanwhile is left out, and what is locked
--- is being changed. Waits for nobody.
+-- Renews claims for another p_hold_ms: of webhooks that were neither settled nor claimed by another sender meanwhile, and
+-- that are not locked, since whoever locks them does so.
 create or replace function tidebase.renew_webhooks (p_ids text[], p_attempts integer[], p_hold_ms bigint)
   returns void language plpgsql as $$
 begin
@@ -3738,7 +3758,7 @@ begin
                   where o.status = 'pending' for update of o skip locked);
 end $$;
 
--- Gives a claim back: due in p_delay_ms, and the try does not count.
+-- Gives a claim back: the webhook is due in p_delay_ms, and the attempt does not count.
 create or replace function tidebase.release_webhook (p_id text, p_attempt integer, p_delay_ms bigint)
   returns void language plpgsql as $$
 begin
@@ -3746,10 +3766,10 @@ begin
    where id = p_id and attempts = p_attempt and status = 'pending';
 end $$;
 
--- Records what became of a try; the next of the same channel becomes due once this one is through or given up.
--- Tries    at most 8: after 1, 4, 10, 30 s, then 2, 8 and 20 min.
--- Leaves   delivered, failed, or pending until the next try; events recovery.delivered and recovery.failed. A failed
---          try that was claimed by another sender meanwhile changes nothing.    Returns  {"status"}.
+-- Records the outcome of an attempt. There are at most 8 attempts: after 1, 4, 10, 30 s, then 2, 8 and 20 min.
+-- Leaves   the webhook delivered, failed, or pending until the next attempt; once it is not pending, the next one of the
+--          channel due, or, of another kind, event recovery.delivered or recovery.failed. A failure changes nothing when
+--          another sender claimed the webhook meanwhile.    Returns  {"status"}.
 create or replace function tidebase.settle_webhook (p_id text, p_attempt integer, p_delivered boolean,
                                                     p_retryable boolean, p_http_status integer, p_response text,
                                                     p_error text) returns json language plpgsql as $$

@@ -851,6 +851,7 @@ def test_offers_to_an_app_that_is_down_do_not_pile_up(api, clock, receiver, sql)
     for offer in range(1, 5):
         assert api.reconcile() == 1
         receiver.wait_for(offer)
+        eventually(lambda: sql("select http_status from tidebase.outbox order by seq desc limit 1") == [(503,)])
         clock.advance(ms=60_000)
     assert sql("select count(*) from tidebase.outbox where status = 'pending'") == [(1,)]
 

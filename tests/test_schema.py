@@ -28,7 +28,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "cbcec71697168ebb6b778caeccae9aef4cb55ef637f6251a06456245c846b1e3")
+PINNED = (5, "b9088a03d183c9681dc8e6a7bfaf25ee8c69e2cb489e884854a5fc26262eed2a")
 
 
 def apply(conninfo: str) -> None:
@@ -608,8 +608,9 @@ def test_with_many_runs_no_request_scans_a_table(bill):
 
 def test_a_tree_is_read_by_keys_however_small_the_tables_were_when_it_was_planned(database):
     add = ("with made as (insert into tidebase.runs (id, workflow_name, status, queue, run_at)"
-           " select 'run_' || n, 'w', 'queued', 'q', now() from generate_series({}, {}) n returning id) insert into tidebase.run_edges (id, parent_run_id, child_run_id,"
-           " name, edge_type) select 'edge_' || id, 'run_{}', id, id, 'child' from made")
+           " select 'run_' || n, 'w', 'queued', 'q', now() from generate_series({}, {}) n returning id)"
+           " insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type)"
+           " select 'edge_' || id, 'run_{}', id, id, 'child' from made")
     read = ("select sum(pg_stat_get_xact_tuples_returned(oid)) from pg_class"
             " where relnamespace = 'tidebase'::regnamespace")
     with psycopg.connect(database) as connection:

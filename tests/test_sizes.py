@@ -280,8 +280,8 @@ def test_webhooks_with_large_payloads_are_claimed_a_budget_at_a_time(api: Api, s
     api.server.let_send(False)
     run = api.create()
     sql("insert into tidebase.outbox (id, kind, run_id, event_type, url, host, payload, next_attempt_at)"
-        " select 'del_' || n, 'channel', %s, 'e', format('http://h%%s.example/', n), 'h' || n, to_json(repeat('x', 6000000)),"
-        " tidebase.now() - interval '1 s' from generate_series(1, 5) n", run)
+        " select 'del_' || n, 'channel', %s, 'e', format('http://h%%s.example/', n), 'h' || n,"
+        " to_json(repeat('x', 6000000)), tidebase.now() - interval '1 s' from generate_series(1, 5) n", run)
     claimed = [[webhook["id"] for webhook in sql(
         "select tidebase.claim_webhooks(8, 60000, 2, '{}', '')")[0][0]["webhooks"]] for _ in range(4)]
     assert claimed == [["del_1", "del_2"], ["del_3", "del_4"], ["del_5"], []]

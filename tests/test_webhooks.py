@@ -806,7 +806,8 @@ def test_hosts_take_turns_and_a_claim_looks_at_a_thousand_at_most(api, sql):
 
     def due(hosts: str, at: str = "now()") -> None:
         sql("insert into tidebase.outbox (id, kind, run_id, event_type, url, host, next_attempt_at)"  # noqa: S608
-            f" select 'rec_' || gen_random_uuid(), 'recovery', %s, 'run.resume', {hosts}, tidebase._host({hosts}), tidebase.{at}"
+            f" select 'rec_' || gen_random_uuid(), 'recovery', %s, 'run.resume', {hosts}, tidebase._host({hosts}),"
+            f" tidebase.{at}"
             " from generate_series(1, 1500) n", run)
 
     def claim(after: str, in_flight: tuple[str, ...] = (), limit: int = 3) -> tuple[list[str], str]:
