@@ -288,16 +288,24 @@ export async function open({ main, parts: [id], query, signal }) {
 		for (const child of runs.slice(1)) timeline.setChild(child);
 	});
 
+	/** The rows that are no steps. */
+	function readOthers() {
+		if (summary.counts.gates) readGates();
+		if (summary.counts.children) readTree();
+	}
+
 	function onState(state) {
 		setMark(mark, state);
-		if (state === "live" && mark.lost) readSummary().catch(laterAgain);
+		if (state === "live" && mark.lost) {
+			readSummary().catch(laterAgain);
+			readOthers();
+		}
 		mark.lost = state !== "live";
 	}
 
 	showHeader();
 	await readSteps();
-	if (summary.counts.gates) readGates();
-	if (summary.counts.children) readTree();
+	readOthers();
 	await breathe();
 	showTab(query.get("tab"));
 	const chosen = timeline.rows.get(query.get("step"));

@@ -60,6 +60,7 @@ export class Timeline {
 		if (copied) return;
 		const attempt = attemptOf(row, step.attempt, from);
 		if (step.status === "running" || step.status === "manual_review") return;
+		if (step.reviewed) return; // it ended when a person decided; events tell when its worker was cut off
 		const to = ms(step.completedAt) ?? attempt.to ?? ms(step.updatedAt);
 		Object.assign(attempt, { to, kind: kindOf(step.status) });
 	}

@@ -206,6 +206,21 @@ def test_a_reload_in_the_middle_and_a_hidden_tab_lose_nothing(tab: Tab, api: Api
     expect(page.get_by_role("tab", name="Events")).to_have_attribute("aria-selected", "true")
 
 
+def test_what_could_not_be_read_is_read_when_the_page_is_live_again(tab: Tab, api: Api) -> None:
+    run, _ = waiting_at_gate(api)
+    page = tab.page
+    page.route("**/runs/*?include=gates", lambda route: route.fulfill(status=503, json={"error": "away"}), times=1)
+    with page.expect_response(lambda response: response.status == 503):
+        tab.open(f"/studio/runs/{run}")
+    expect(page.locator(".mark")).to_have_text("live")
+    for away, mark in (("true", "paused"), ("false", "live")):
+        page.evaluate(f"""() => {{ Object.defineProperty(document, "hidden", {{configurable: true, value: {away}}});
+                          document.dispatchEvent(new Event("visibilitychange")); }}""")
+        expect(page.locator(".mark")).to_have_text(mark)
+    expect(page.get_by_role("button", name="approve: waiting")).to_be_visible()
+    tab.refusals(503)
+
+
 def test_a_step_that_is_open_and_the_focus_stay_while_events_come(tab: Tab, api: Api) -> None:
     run = holding(api, "first")
     page = tab.open(f"/studio/runs/{run}")
@@ -367,6 +382,10 @@ def test_an_ambiguous_step_is_decided_in_the_page(tab: Tab, api: Api, clock: Clo
     step = next(step for step in api.detail(run)["steps"] if step["name"] == "send")
     assert step["status"] == "completed"
     assert '{"messageId": 1.10}' in api.get(f"/runs/{run}").text
+    page.goto(f"{tab.url}/studio/runs/{run}")  # a person decided it: its worker was cut off all the same
+    send = page.locator("tr", has=page.get_by_role("button", name="send: completed"))
+    expect(send.locator(".bar-cut")).to_be_visible()
+    expect(send.locator(".bar-completed")).to_have_count(0)
 
 
 # ------------------------------------------------------------------------------

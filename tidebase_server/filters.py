@@ -1,6 +1,7 @@
-"""Filters: which runs a list, a count or a bulk action is about, and which index serves it.
+"""Filters: the runs that a list, a count or a bulk action selects, and the index that serves each filter.
 
-What a list may be filtered by stands in `Found`: which condition an index serves, and which are looked at afterwards.
+`Found` turns a query string into SQL. One index serves a query. The conditions that this index does not serve are
+checked run by run, for a bounded number of runs, so that a request stays quick however many runs there are.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from .answers import invalid
 from .bodies import MAX_FILTERS
 from .request import choice_of, core, time_of, whole_of
 
-SEARCHED = 20_000     # runs that one request looks at for conditions that no index serves
-COUNTED = 10_000      # runs of a status that are counted, until it is "at least so many"
+SEARCHED = 20_000     # most runs that one request checks for conditions that no index serves
+COUNTED = 10_000      # most runs that are counted; beyond it an answer says "at least so many"
 ENDED = ("completed", "failed", "cancelled")
 STATUSES = ("pending", "queued", "running", "waiting", "completed", "failed", "cancelled")
 NOT_ONLY_TEXT = re.compile(r"-?(0|[1-9][0-9]{,99})(\.[0-9]{1,99})?|true|false|null")
 FILTERS = ("status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent")
 CURSOR = re.compile(r"(-?\d{1,15})_([A-Za-z0-9_.:-]{1,128})", re.ASCII)
-SORTS: dict[str, tuple[LiteralString, LiteralString, LiteralString]] = {  # the order, what pages on, its column
+# The order, the comparison that leads to the next page, and its column.
+SORTS: dict[str, tuple[LiteralString, LiteralString, LiteralString]] = {
     "newest": ("created_at desc, id desc", "<", "created_at"),
     "oldest": ("created_at, id", ">", "created_at"),
     "ended": ("completed_at desc, id desc", "<", "completed_at"),
@@ -43,21 +45,24 @@ def condition(text: LiteralString, *values: Any) -> Condition:
 
 
 class Found:
-    """The runs that a query string names: in branches, each of which reads one index in order, and conditions that are
-    looked at run by run, for at most SEARCHED of them."""
+    """The runs that match a query string.
+
+    The query has one or more branches. A branch reads one index in order (`served`) and checks the remaining
+    conditions (`rest`) run by run, for at most SEARCHED runs.
+    """
 
     def __init__(self, asked: Mapping[str, str], sort: str = "newest", statuses: Sequence[str] | None = None) -> None:
         """
-        :param asked: the filters, by name; other names are left to the caller.
-        :param statuses: only these, whatever the filters say.
-        :raises Refusal: 400, for a filter's value.
+        :param asked: the filters, by name; other names are ignored.
+        :param statuses: the result is restricted to these statuses as well.
+        :raises Refusal: 400, when a filter's value is not valid.
         """
         self.sort = sort
         self.order, self.beyond, self.column = SORTS[sort]
         named = self._statuses(asked.get("status"))
-        self.served: list[Condition] = []   # what an index serves, in every branch
-        self.by_status = False              # that index has the runs of a status apart
-        self.rest: list[Condition] = []     # what is looked at afterwards
+        self.served: list[Condition] = []   # conditions that the index serves, in every branch
+        self.by_status = False              # whether that index begins with the status
+        self.rest: list[Condition] = []     # conditions that are checked run by run
         self._read(asked)
         if self.text:
             named = named or ["failed", "cancelled", "queued"]  # those that may have an error
@@ -80,7 +85,7 @@ class Found:
 
     def _read(self, asked: Mapping[str, str]) -> None:
         metadata = self._metadata(asked)
-        by_index: list[Condition] = []  # the first serves, unless metadata does
+        by_index: list[Condition] = []  # the index of the first serves the query, unless there is a metadata filter
         if parent := asked.get("parent"):
             by_index.append(condition(
                 "r.id = any (array(select child_run_id from tidebase.run_edges where parent_run_id = %s))", parent))
@@ -105,14 +110,14 @@ class Found:
             self.rest += [*by_index, *metadata, *times]
         else:
             self.served += [*metadata, *times]
-            if metadata:  # Postgres knows best whether it is rare
+            if metadata:  # the planner chooses: it has statistics on how rare a value is
                 self.served += by_index
             else:
                 self.served += by_index[:1]
                 self.rest += by_index[1:]
 
     def _search(self, text: str) -> None:
-        """Search for a run's id; for the beginning of one that Tidebase made, which holds its time; or in errors."""
+        """Search for a whole id; for the beginning of an id that Tidebase made, which contains a time; or in errors."""
         if start := re.fullmatch(r"run_([0-9a-f]{8,31})", text):
             first, last = int(start[1][:12].ljust(12, "0"), 16), int(start[1][:12].ljust(12, "f"), 16)
             slack = 600_000  # ms between the making of an id, by a client, and its run's
@@ -136,7 +141,7 @@ class Found:
         if len(named) > MAX_FILTERS:
             raise invalid("metadata", f"at most {MAX_FILTERS} filters")
         conditions = [condition("r.metadata <> '{}'")]  # so that runs_metadata_idx serves it
-        # A query string has no types: 5 finds both "5" and 5. What can only be text is one containment.
+        # A query string has no types: 5 matches both "5" and 5. All values that can only be text are one condition.
         plain = {}
         for key, text in named.items():
             if NOT_ONLY_TEXT.fullmatch(text):
@@ -149,8 +154,11 @@ class Found:
         return conditions
 
     def _branches(self, statuses: list[str] | None) -> list[tuple[list[Condition], list[Condition]]]:
-        """For each branch what its index serves, and the rest. Runs that completed are most of all, so that only the
-        indexes of a workflow and of a queue have them apart: else they are a branch of what else is asked for."""
+        """The conditions of each branch: those that its index serves, and the rest.
+
+        Most runs are completed. Only the indexes of a workflow and of a queue contain them by status: without such a
+        filter, the branch of completed runs reads the index of the other filters and checks the status.
+        """
         if self.by_status:
             statuses = list(STATUSES) if statuses is None else statuses
         elif statuses is None:
@@ -159,7 +167,7 @@ class Found:
             return [(self.served, [*self.rest, condition("r.status = any (%s)", statuses)])]
         branches = []
         for status in statuses:
-            # Written out, so that Postgres sees that the partial index has them all.
+            # A literal, not a parameter: the planner can prove that the partial index of this status is enough.
             of_it = Condition(SQL("r.status = {}").format(Literal(status)))
             if status == "completed" and not self.by_status:
                 branches.append((self.served, [*self.rest, of_it]))
@@ -168,7 +176,7 @@ class Found:
         return branches
 
     def _scan(self, served: list[Condition], limit: int, after: tuple[int, str] | None) -> tuple[Composable, list[Any]]:
-        """The next runs of a branch, in order, before the rest is looked at."""
+        """The query of a branch's next runs, in order, without its remaining conditions."""
         conditions = [*served] or [condition("true")]
         if after:
             conditions.append(Condition(SQL("(r.{}, r.id) {} (to_timestamp(%s::bigint / 1000.0), %s)").format(
@@ -179,11 +187,11 @@ class Found:
 
     def page(self, limit: int, after: tuple[int, str] | None, then: LiteralString = "ids",
              values: Sequence[Any] = ()) -> tuple[Any, list[str], str | None]:
-        """The next runs.
+        """The next page of runs.
 
-        :param then: an SQL expression of `ids`, the ids of these runs in order, in the same statement.
-        :returns: its value, the ids, and the cursor to go on with. Where the search ended before the page was full,
-                  that is the last run it looked at.
+        :param then: an SQL expression that may use `ids`, the page's ids in order; it runs in the same statement.
+        :returns: the expression's value, the ids, and the cursor of the next page, None when there is none. When the
+                  search stopped before the page was full, the cursor is the last run that was checked.
         """
         branches, parameters = list[Composable](), list[Any]()
         for served, rest in self.branches:
@@ -207,7 +215,8 @@ class Found:
         reached = [end for served, rest in self.branches if rest for end in self._end_of_search(served, after)]
         if not reached:
             return value, ids, None
-        # Beyond the first end others may stand between those that were found: they are the next page's.
+        # One branch stopped here. Runs of other branches beyond this point belong to the next page: runs that this
+        # branch has not reached yet may come before them.
         end = min(reached) if self.beyond == ">" else max(reached)
         kept = [n for n, at in enumerate(ats) if not ((at, ids[n]) > end if self.beyond == ">" else (at, ids[n]) < end)]
         if len(kept) < len(ids):
@@ -215,7 +224,7 @@ class Found:
         return value, ids, f"{end[0]}_{end[1]}"
 
     def _end_of_search(self, served: list[Condition], after: tuple[int, str] | None) -> list[tuple[int, str]]:
-        """The last run that a branch looked at, when there are more."""
+        """The last run that a branch checked, as a list of one; empty when the branch has no more runs."""
         scan, parameters = self._scan(served, SEARCHED, after)
         rows = core().database.select(SQL(
             "select (extract(epoch from {}) * 1000)::bigint, id from ({}) r offset {}").format(
@@ -223,7 +232,7 @@ class Found:
         return [(at, run_id) for at, run_id in rows]
 
     def count(self) -> tuple[int, bool]:
-        """How many there are, and whether there may be more."""
+        """The number of matching runs, and whether there may be more than that."""
         total, more = 0, False
         for served, rest in self.branches:
             scan, parameters = self._scan(served, (SEARCHED if rest else COUNTED) + 1, None)
@@ -254,7 +263,7 @@ def cursor_from(name: str, text: str | None) -> tuple[int, str] | None:
 def list_runs(asked: dict[str, str], known: dict[str, str] | None = None) -> tuple[str, list[str], str | None]:
     """The JSON of a page of runs, their ids, and the cursor of the next page.
 
-    :param known: versions by id; runs of which that is still the version are left out of the JSON.
+    :param known: versions by id; a run whose version is still the same is left out of the JSON.
     """
     sort = choice_of("sort", asked.get("sort"), tuple(SORTS), "newest")
     light = choice_of("view", asked.get("view"), ("light", "full"), "full") == "light"

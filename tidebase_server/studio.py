@@ -1,8 +1,7 @@
-"""What the web page Studio needs of the server: its files, and routes that the page alone asks.
+"""The server's part of Studio, the web page: its files, and the routes that only the page uses.
 
-A file of its own, since none of it decides anything about a run: it reads lists, counts and pieces of runs, without
-payloads unless one is asked for, and its few writes are verbs of schema.sql. What a list may be filtered by stands in
-`Found`: which condition an index serves, and which are looked at afterwards.
+Most routes read: lists, counts and parts of runs, without payloads unless one is requested. The few writes call
+functions of schema.sql, which decide. filters.py has the filters of lists.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ HEADERS = {
                                 "img-src 'self'; frame-ancestors 'none'"),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # it may be kept, but is asked for again by its ETag
+    "Cache-Control": "no-cache",  # a browser may keep a file, and asks each time whether its ETag is still the same
 }
 
 
 # ------------------------------------------------------------------------------
-# Files: the page itself, which needs no key; what it asks for does.
+# Files: the page itself. They need no key; the routes that the page calls do.
 # ------------------------------------------------------------------------------
 routes = flask.Blueprint("studio", __name__)
 
@@ -49,11 +48,11 @@ class File(NamedTuple):
     tag: str
 
 
-_files: dict[Path, File] = {}  # those that were asked for, read again when they change
+_files: dict[Path, File] = {}  # the files that were requested; a file is read again when it has changed
 
 
 def read_file(name: str) -> File | None:
-    """The file of this name in FOLDER.  A name with another form, such as a path, is of no file: None."""
+    """The file of this name in FOLDER; None when there is none, or when the name is not a plain file name."""
     if not re.fullmatch(r"[a-z]+\.[a-z]+", name) or Path(name).suffix not in MEDIA:
         return None
     path = FOLDER / name
@@ -94,7 +93,7 @@ def page(name: str = "") -> Any:
 
 
 def badge(number: int) -> str:
-    """The mark that tells how many wait, on an icon of 32 by 32."""
+    """SVG of a number in the corner of an icon of 32 by 32."""
     text = str(number) if number < 100 else "99+"
     return (f'<rect x="{30 - 7 * len(text)}" y="15" width="{2 + 7 * len(text)}" height="17" rx="5" fill="#d0342c"/>'
             f'<text x="{31 - 3.5 * len(text)}" y="28" font-family="sans-serif" font-size="12" font-weight="700"'
@@ -176,7 +175,7 @@ def _check_expected(body: dict[str, Any], number: int, more: bool) -> None:
 
 
 def _act(body: dict[str, Any], ids: list[str], cursor: str | None) -> Reply:
-    """Each run in a transaction of its own: one that is refused does not touch the others."""
+    """Act on each run in a transaction of its own: a refusal leaves the other runs' results as they are."""
     results = []
     for run_id in ids:
         arguments = {name: body[name] for name in ("reason", "actor")} if body["action"] == "cancel" else {}
@@ -360,13 +359,13 @@ def run_schedule(name: str) -> Reply:
 
 
 def as_csv(groups: list[dict[str, Any]]) -> Reply:
-    """Groups of the ledger as a file for a spreadsheet; numbers as they are stored."""
+    """The ledger's groups as CSV, with the numbers as they are stored."""
     out = io.StringIO()
     writer = csv.writer(out)
     if groups:
         writer.writerow(groups[0])
         for group in groups:
-            # A spreadsheet would take such a name for a formula.
+            # A spreadsheet would run a name that begins so as a formula.
             writer.writerow(["'" + value if isinstance(value, str) and re.match("[=+@\t\r-]", value) else value
                              for value in group.values()])
     return out.getvalue(), 200, {"Content-Type": "text/csv; charset=utf-8", "X-Content-Type-Options": "nosniff",
