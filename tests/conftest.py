@@ -339,6 +339,13 @@ class ForkServer:
             socket.send_fds(self.orders, [json.dumps(order).encode()], descriptors)
         return Forked(arguments, answers)
 
+    def run(self, *arguments: str, environment: Mapping[str, str]) -> tuple[int, str]:
+        """Run `python ARGUMENTS` to its end.  :returns: its exit status and all that it printed."""
+        with tempfile.TemporaryFile("w+") as printed:
+            status = self.start(*arguments, environment=environment, output=printed.fileno()).wait(60)
+            printed.seek(0)
+            return status, printed.read()
+
     def close(self) -> None:
         if self.orders:
             self.orders.close()
