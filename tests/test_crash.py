@@ -12,8 +12,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -23,7 +21,16 @@ from typing import Any
 
 import psycopg
 import pytest
-from conftest import ROOT, Api, ServerProcess, an_embedded_postgres, eventually, free_port
+from conftest import (
+    ROOT,
+    Api,
+    Forked,
+    ServerProcess,
+    an_embedded_postgres,
+    eventually,
+    fork_server,
+    free_port,
+)
 
 import tidebase
 
@@ -34,13 +41,13 @@ class Workers:
     def __init__(self, url: str, journal: Path) -> None:
         self.environment = {**os.environ, "TIDEBASE_URL": url}
         self.journal = journal
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Forked] = []
 
-    def start(self, concurrency: int = 1) -> subprocess.Popen[bytes]:
+    def start(self, concurrency: int = 1) -> Forked:
         with self.journal.with_suffix(".log").open("ab") as log:
-            self.processes.append(subprocess.Popen(
-                [sys.executable, str(ROOT / "tests/storm_worker.py"), str(self.journal), str(concurrency)],
-                env=self.environment, stdout=log, stderr=log))
+            self.processes.append(fork_server.start(
+                str(ROOT / "tests/storm_worker.py"), str(self.journal), str(concurrency),
+                environment=self.environment, output=log.fileno()))
         return self.processes[-1]
 
     def executions(self) -> list[dict[str, Any]]:

@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ from typing import Any
 import conftest
 import psycopg
 import pytest
-from conftest import ROOT, Api, LocalServer, config, together
+from conftest import ROOT, Api, LocalServer, config, fork_server, together
 from psycopg.types.json import Jsonb
 
 import tidebase
@@ -74,11 +72,10 @@ def names(conninfo: str) -> set[tuple[str, str]]:
           left join pg_namespace n on n.oid = o.space"""))
 
 
-def command(conninfo: str, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """`python tidebase.py …` on that database, to its end."""
-    return subprocess.run([sys.executable, str(ROOT / "tidebase.py"), *words], capture_output=True, text=True,
-                          env={"PATH": os.environ["PATH"], "DATABASE_URL": conninfo, "PORT": "0", **settings},
-                          timeout=60, check=False)
+def command(conninfo: str, *words: str, **settings: str) -> tuple[int, str]:
+    """`python tidebase.py …` on that database, to its end.  :returns: its exit status and what it printed."""
+    environment = {"PATH": os.environ["PATH"], "DATABASE_URL": conninfo, "PORT": "0", **settings}
+    return fork_server.run(str(ROOT / "tidebase.py"), *words, environment=environment)
 
 
 @contextmanager
@@ -170,13 +167,13 @@ def test_no_function_keeps_state_in_the_session(empty_database):
 
 
 def test_a_server_that_may_not_migrate_refuses_an_empty_or_older_database_and_says_what_to_do(empty_database):
-    refusal = command(empty_database, TIDEBASE_AUTO_MIGRATE="0")
-    assert refusal.returncode == 1
-    assert "python tidebase.py migrate" in refusal.stderr
-    assert "Traceback" not in refusal.stderr
+    status, printed = command(empty_database, TIDEBASE_AUTO_MIGRATE="0")
+    assert status == 1
+    assert "python tidebase.py migrate" in printed
+    assert "Traceback" not in printed
     assert query(empty_database, "select to_regclass('tidebase.meta')") == [(None,)]
-    done = command(empty_database, "migrate", TIDEBASE_AUTO_MIGRATE="0")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert command(empty_database, "migrate", TIDEBASE_AUTO_MIGRATE="0") == (
+        0, "The schema was brought up to date.\n")
     with serving(empty_database, TIDEBASE_AUTO_MIGRATE=0) as api:
         api.create()
     with psycopg.connect(empty_database, autocommit=True) as connection:
@@ -187,9 +184,9 @@ def test_a_server_that_may_not_migrate_refuses_an_empty_or_older_database_and_sa
 
 
 def test_several_processes_that_may_not_migrate_end_together(empty_database):
-    refusal = command(empty_database, TIDEBASE_AUTO_MIGRATE="0", WEB_CONCURRENCY="2")
-    assert refusal.returncode == 1
-    assert "python tidebase.py migrate" in refusal.stderr
+    status, printed = command(empty_database, TIDEBASE_AUTO_MIGRATE="0", WEB_CONCURRENCY="2")
+    assert status == 1
+    assert "python tidebase.py migrate" in printed
 
 
 def test_every_change_of_the_schema_raises_its_version() -> None:
@@ -261,7 +258,7 @@ def test_a_schema_of_the_same_version_from_another_build_is_left_alone_but_for_m
         [warning] = [record for record in caplog.records if getattr(record, "event", None) == "schema_differs"]
         assert "python tidebase.py migrate" in warning.getMessage()
         assert query(empty_database, "select digest from tidebase.meta") == [("of another build",)]
-    assert "brought up to date" in command(empty_database, "migrate").stdout
+    assert "brought up to date" in command(empty_database, "migrate")[1]
     caplog.clear()
     with serving(empty_database) as api:
         api.create()
@@ -269,19 +266,19 @@ def test_a_schema_of_the_same_version_from_another_build_is_left_alone_but_for_m
 
 
 def test_migrate_says_whether_there_was_something_to_do(empty_database):
-    assert "brought up to date" in command(empty_database, "migrate").stdout
-    assert "is up to date" in command(empty_database, "migrate").stdout
+    assert "brought up to date" in command(empty_database, "migrate")[1]
+    assert "is up to date" in command(empty_database, "migrate")[1]
     with psycopg.connect(empty_database, autocommit=True) as connection:
         connection.execute("update tidebase.meta set digest = 'of another build'")
-    assert "brought up to date" in command(empty_database, "migrate").stdout
+    assert "brought up to date" in command(empty_database, "migrate")[1]
 
 
 def test_migrate_on_a_database_that_is_away_says_so_and_fails():
-    failed = command("postgresql://nobody:hushhush@127.0.0.1:1/none", "migrate")
-    assert failed.returncode == 1
-    assert "Traceback" not in failed.stderr
-    assert "refused" in failed.stderr
-    assert "hushhush" not in failed.stderr
+    status, printed = command("postgresql://nobody:hushhush@127.0.0.1:1/none", "migrate")
+    assert status == 1
+    assert "Traceback" not in printed
+    assert "refused" in printed
+    assert "hushhush" not in printed
 
 
 @pytest.fixture
@@ -295,10 +292,10 @@ def poor(empty_database: str) -> Iterator[str]:
 
 
 def test_a_user_who_may_not_create_the_schema_is_told_so_in_one_line_and_once(poor, caplog):
-    failed = command(poor, "migrate")
-    assert failed.returncode == 1
-    assert "permission denied for database" in failed.stderr
-    assert len(failed.stderr.splitlines()) == 1
+    status, printed = command(poor, "migrate")
+    assert status == 1
+    assert "permission denied for database" in printed
+    assert len(printed.splitlines()) == 1
     server = LocalServer(config(TIDEBASE_RECONCILE_MS=10), poor)
     ticks: list[int] = []
     server._reconcile = lambda: ticks.append(1) or tidebase.Server._reconcile(server)
@@ -320,7 +317,7 @@ def test_the_right_that_the_documentation_names_is_all_that_a_user_needs(empty_d
     with psycopg.connect(empty_database, autocommit=True) as connection:
         connection.execute(grant.replace(" shop ", f" {database} ").replace(" tidebase;", f" {user};"))
     try:
-        assert "brought up to date" in command(poor, "migrate").stdout
+        assert "brought up to date" in command(poor, "migrate")[1]
         with serving(poor) as api:
             assert api.run(api.create())["status"] == "pending"
     finally:
@@ -337,10 +334,10 @@ def test_a_newer_schema_is_served_and_never_turned_back(empty_database):
         assert api.run(api.enqueue())["status"] == "queued"
         assert api.claim()[0]["attempt"] == 1
         before = shape(empty_database)
-    refusal = command(empty_database, "migrate")
-    assert refusal.returncode == 1
-    assert "999" in refusal.stderr
-    assert "Traceback" not in refusal.stderr
+    status, printed = command(empty_database, "migrate")
+    assert status == 1
+    assert "999" in printed
+    assert "Traceback" not in printed
     with pytest.raises(psycopg.errors.RaiseException, match="newer"):
         apply(empty_database)
     assert shape(empty_database) == before
