@@ -131,7 +131,7 @@ def is_installed_as_locked() -> bool:
 def test_every_python_block_has_a_name_and_is_run_here():
     assert len(PROGRAMS) == TEXT.count("```python")
     assert set(PROGRAMS) == {"greet.py", "resume.py", "order_worker.py", "order.py", "campaign_worker.py",
-                             "campaign.py", "pay.py"}
+                             "campaign.py", "pay.py", "outreach.py"}
 
 
 def test_every_sh_block_is_run_here_but_that_of_the_tests_which_is_how_they_are_run():
@@ -157,6 +157,13 @@ def test_pay_charges_under_one_key_however_often_it_is_started(folder: Folder):
     assert folder.run("pay.py") == [charged]
     detail = Api(folder.environment["TIDEBASE_URL"]).detail("run_pay")
     assert [step["name"] for step in detail["steps"]] == ["price", "price#2", "key", "charge"]
+
+
+def test_outreach_is_told_what_is_safe_and_goes_on_when_it_was_decided(folder: Folder):
+    assert folder.run("outreach.py") == [
+        "Not without you: 'send' may have had its effect. Decide below.", "draft replays", "send stops_for_review",
+        "Safe: 2 steps replay.", "sent: Dear Ada"]
+    assert folder.run("outreach.py") == []  # it has ended, and is not begun again
 
 
 def test_resume_runs_what_a_signed_webhook_asks_for(folder: Folder):

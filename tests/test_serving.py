@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -97,6 +98,51 @@ def test_a_client_that_is_slow_to_read_is_answered_in_full_and_goes_on(api: Api,
                 eventually(lambda: any(channel.total_outbufs_len for channel in channels.values()))
             assert [(status, len(answer["output"])) for status, answer in answers_on(connection, count)] == [
                 (200, 3_000_000)] * count
+
+
+def test_the_loop_sleeps_while_a_thread_sends_an_answer(
+        api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop found the connection writable, left it to the thread, and asked again at once, with all of a core and of
+    Python's lock: a request cost the server three times its CPU."""
+    looked, may_send, is_sending = itertools.count(), threading.Event(), threading.Event()
+    loop, send = server._http._loop, serving.Channel.send
+
+    def send_when_told(channel: serving.Channel, *args: Any, **options: Any) -> Any:
+        is_sending.set()
+        assert may_send.wait(30)
+        return send(channel, *args, **options)
+
+    monkeypatch.setattr(server._http, "_loop", lambda seconds: (next(looked), loop(seconds)))
+    with connected(api) as connection, connected(api) as other:
+        with monkeypatch.context() as held:
+            held.setattr(serving.Channel, "send", send_when_told)
+            connection.sendall(head("/health", method="GET"))
+            assert is_sending.wait(30)
+        before = next(looked)
+        for _ in range(10):
+            other.sendall(head("/health", method="GET"))
+            answers_on(other, 1)
+        assert next(looked) - before < 100
+        may_send.set()
+        assert answers_on(connection, 1)[0][0] == 200
+
+
+def test_an_answer_is_one_packet(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head came by itself, and woke the client once more."""
+    sent: list[bytes] = []
+    send = serving.Channel.send
+
+    def note(channel: serving.Channel, data: bytes, *args: Any, **options: Any) -> Any:
+        sent.append(data)
+        return send(channel, data, *args, **options)
+
+    monkeypatch.setattr(serving.Channel, "send", note)
+    with connected(api) as connection:
+        connection.sendall(head("/health", method="GET"))
+        answers_on(connection, 1)
+        connection.sendall(head("/health", method="HEAD"))
+        assert connection.recv(10_000).endswith(b"\r\n\r\n")
+    assert [answer.count(b"HTTP/1.1 200 OK\r\n") for answer in sent] == [1, 1]
 
 
 def test_a_client_that_hangs_up_in_the_middle_leaves_nothing_behind(api: Api, server: LocalServer) -> None:

@@ -4,9 +4,9 @@ waitress brings what HTTP asks of a server: the parser, chunked bodies, threads,
 not read yet. This file has its settings, which are documented, and the subclass. The subclass decides whether a request
 may have a body as soon as its head is complete, and limits what a client may send before that, and for how long.
 
-Four things are used of waitress beyond its documentation: the parser, the connection that uses it, the loop, which is
-driven from here so that a stop can let requests finish, and the method that changes the number of threads. So its
-version is pinned, and tests/test_serving.py holds what is needed of them.
+Five things are used of waitress beyond its documentation: the parser, the connection that uses it, the task that
+answers a request, the loop, which is driven from here so that a stop can let requests finish, and the method that
+changes the number of threads. So its version is pinned, and tests/test_serving.py holds what is needed of them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import waitress.channel
 import waitress.parser
 import waitress.server
+import waitress.task
 import waitress.wasyncore
 
 logger = logging.getLogger("tidebase.server")
@@ -135,6 +136,63 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
                 or control_bytes > MAX_CONTROL + len(body) // 4)
 
 
+class Task(waitress.task.WSGITask):  # type: ignore[misc]
+    """Answers a request, on a thread of its own."""
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the answer. waitress sends the head by itself; here it goes with the first part of the body,
+        so that a client is woken once."""
+        with nullcontext() if self.wrote_header else self.channel.one_packet():
+            super().write(data)
+
+
+class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+    """A connection."""
+
+    task_class = Task
+    is_sending = False  # a thread is sending, and has left nothing to the loop
+    packet: bytes | None = None
+
+    @contextmanager
+    def one_packet(self) -> Iterator[None]:
+        """Send what is written meanwhile together."""
+        self.packet = b""
+        try:
+            yield
+        finally:
+            packet, self.packet = self.packet, None
+        self.write_soon(packet)
+
+    def write_soon(self, data: bytes) -> int:
+        """Send data, from the thread that answers; the loop sends what the client does not read at once."""
+        if self.packet is not None:
+            self.packet += data
+            return len(data)
+        self.is_sending = not self.total_outbufs_len
+        try:
+            return int(super().write_soon(data))
+        finally:
+            self.is_sending = False
+            if self.total_outbufs_len:
+                self.server.pull_trigger()
+
+    def writable(self) -> bool:
+        """Whether the loop has something to send. While a thread sends, the loop would find the connection writable,
+        leave it to the thread, and ask again without a pause."""
+        return not self.is_sending and bool(super().writable())
+
+    @property
+    def last_activity(self) -> float:
+        """Since when the connection is idle: waitress closes it after channel_timeout. One that is in the middle of a
+        request counts as idle since the request's first byte, however often another byte comes."""
+        request = self.request
+        return float(self.active_at if request is None else request.began)
+
+    @last_activity.setter
+    def last_activity(self, at: float) -> None:
+        self.active_at = at
+
+
 class HttpServer:
     """A WSGI application on a listening socket."""
 
@@ -161,24 +219,10 @@ class HttpServer:
             max_request_body_size=1 << 62,  # it counts the control bytes of chunks as well; the Parser does not
             outbuf_high_watermark=STREAM_BYTES)
 
-        class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-            """A connection. waitress closes it when it was idle for channel_timeout; one that is in the middle of a
-            request counts as idle since the request's first byte, however often another byte comes."""
+        def parser(adj: Any) -> Parser:
+            return Parser(adj, gatekeeper, max_body)
 
-            @staticmethod
-            def parser_class(adj: Any) -> Parser:
-                return Parser(adj, gatekeeper, max_body)
-
-            @property
-            def last_activity(self) -> float:
-                request = self.request
-                return self.active_at if request is None else request.began
-
-            @last_activity.setter
-            def last_activity(self, at: float) -> None:
-                self.active_at = at
-
-        self.waitress.channel_class = Channel
+        self.waitress.channel_class = type("Channel", (Channel,), {"parser_class": staticmethod(parser)})
 
     def serve(self, stopping: threading.Event) -> None:
         """Answer requests until it is set, and `wake` called."""
