@@ -2379,7 +2379,7 @@ class _Worker:
         self._stopped = self._driver.event()
         self._stopping = False
         self._claim_handle = CancelHandle()  # of the claim that waits
-        self._busy: set[_Lease] = set()  # a set of leases, since a run's task goes on for a while
+        self._busy: set[_Lease] = set()  # of the runs that take a place: not of those whose outcome is on its way
         self._tasks: list[Any] = []
         self._claim: Json | None = None  # repeated as it is until it is answered, so that no claimed run is lost
         self._failures = 0

@@ -832,9 +832,10 @@ def test_when_so_much_is_behind_the_next_step_waits_and_then_all_is_durable_in_o
 
 @pytest.mark.parametrize(("size", "most"), [(1, 64), (30_000, 34)], ids=["64 records", "1 MiB"])
 def test_steps_side_by_side_keep_the_bounds_together(
-    tide: Any, api: Api, relay: Relay, size: int, most: int
+    tide: Any, api: Api, relay: Relay, monkeypatch: pytest.MonkeyPatch, size: int, most: int
 ) -> None:
     """Threads or tasks of one run, each of which executes a step while all the others do."""
+    monkeypatch.setattr(tidebase_sdk, "SLOW_STEP_S", 60.0)  # a step that is announced waits for the answer to that
     relay.hold()
     run_id, together = new_run_id(), threading.Barrier(100)
     returned: list[int] = []
