@@ -68,7 +68,7 @@ from tidebase_server.access import LOOPBACK, Access
 from tidebase_server.admission import Admission, check_key, check_sender, cors_headers, run_token_expiry
 from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database_refused, invalid, refused, reply
 from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, read_members, take, to_json
-from tidebase_server.cron import next_fire
+from tidebase_server.cron import BadSchedule, next_fire
 from tidebase_server.database import CONNECT_SECONDS, Database, JsonArray, SchemaAhead, SchemaBehind, cannot_write
 from tidebase_server.delivery import Outcome, deliver
 from tidebase_server.embedded import EmbeddedPostgres
@@ -78,24 +78,24 @@ from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
 from tidebase_server.logs import LogFormat, log_expired, log_failure
 from tidebase_server.processes import Processes, on_stop
 from tidebase_server.programs import EmbeddedError
+from tidebase_server.recent_claims import RecentClaims
 from tidebase_server.request import (
     Part,
     call,
     choice_of,
     flag_of,
     found,
-    is_quiet,
     parse,
     path_of,
     query,
     reads_only,
     received,
     time_of,
+    wakes_nobody,
     whole_of,
 )
 from tidebase_server.serving import HttpServer
 from tidebase_server.targets import WebhookTargets
-from tidebase_server.traces import Traces
 from tidebase_server.watcher import WATCH_GAP_SECONDS, LongPoll, TooManyWaiting, Watcher
 
 __version__ = "0.1.0"
@@ -526,7 +526,9 @@ def authorize() -> flask.Response | None:
     :raises psycopg.OperationalError: the database has not been prepared yet.
     """
     check_sender()
-    asked, flask.g.may_write, flask.g.expires_at = flask.request, True, math.inf
+    asked = flask.request
+    flask.g.may_write = True
+    flask.g.expires_at = math.inf  # seconds since 1970; of a run token, when it ends
     if asked.method == "OPTIONS" and core().config.cors_origin:
         return flask.Response(status=204)
     if asked.endpoint not in WITHOUT_KEY:
@@ -577,11 +579,12 @@ def new_owner() -> str:
 
 def long_poll(run_id: str, wait_ms: str, is_over: LiteralString, function: LiteralString,
               *arguments: str | int) -> Reply:
-    """What a function of schema.sql answers, as soon as it is over, or after `wait_ms` as it is then.
+    """Answer a GET that may wait: call `function` again after each new event of the run until `is_over` holds, for at
+    most `wait_ms`, and pass on the latest answer.
 
     :param wait_ms: as the query string has it.
-    :param is_over: the condition for that, in SQL, of its `body`.
-    :param function: answers `body` and `seq`, the run's event number; it is asked again when events follow.
+    :param is_over: a condition in SQL on `body`: there is nothing more to wait for.
+    :param function: of schema.sql; answers `body` and `seq`, the number of the run's last event.
     """
     poll, latest = LongPoll(run_id=run_id), ""
 
@@ -605,27 +608,35 @@ def long_poll(run_id: str, wait_ms: str, is_over: LiteralString, function: Liter
 MAX_ANSWERS = 16 * 1024 * 1024  # characters of the answers to a batch, as _budget() of schema.sql
 
 
+class Payloads(NamedTuple):
+    """What a write carries beside its fields, which are jsonb and so would not keep a payload's text."""
+
+    input: Any
+    output: Any  # of a step, or the result of a run
+    error: Any
+
+
 def write_all(writes: list[dict[str, Any]]) -> Reply:
     """Make many writes, in one transaction unless many are refused; each is answered as if it had come alone.
 
-    :param writes: checked fields, and `do`, the SQL function that makes the write. Payloads go beside the other fields,
-        since those are jsonb, which would not keep their text.
+    :param writes: checked fields, and `do`, the SQL function that makes the write.
     """
     for write in writes:
         if write["do"] == "begin_step":
             write |= lease_of(write)
-    payloads = [(write.pop("input", None), write.pop("output", None) or write.pop("result", None),
-                 write.pop("error", None)) for write in writes]
+    payloads = [Payloads(write.pop("input", None), write.pop("output", None) or write.pop("result", None),
+                         write.pop("error", None)) for write in writes]
     fields = [encode_fields(write) for write in writes]
     answers: dict[int, tuple[str, int]] = {}
-    while rest := [n for n in range(len(writes)) if n not in answers]:  # where many are refused, some are not reached
-        inputs, outputs, errors = map(JsonArray, zip(*(payloads[n] for n in rest), strict=True))
+    # write_each stops after many refusals: what it did not reach goes into the next call.
+    while unanswered := [n for n in range(len(writes)) if n not in answers]:
+        inputs, outputs, errors = map(JsonArray, zip(*(payloads[n] for n in unanswered), strict=True))
         rows = core().database.rows(
-            "write_each", writes=to_json([fields[n] for n in rest]), inputs=inputs, outputs=outputs, errors=errors,
-            room=MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
-        answers |= {n: (body, status) for n, (body, status) in zip(rest, rows, strict=True) if body is not None}
-    if not all(is_quiet(write["do"], error) for write, (_, _, error) in zip(writes, payloads, strict=True)):
-        core().wrote()  # who follows one of the runs learns of the others within WATCH_SECONDS
+            "write_each", writes=to_json([fields[n] for n in unanswered]), inputs=inputs, outputs=outputs,
+            errors=errors, room=MAX_ANSWERS - sum(len(body) for body, _ in answers.values()))
+        answers |= {n: (body, status) for n, (body, status) in zip(unanswered, rows, strict=True) if body is not None}
+    if not all(wakes_nobody(write["do"], given.error) for write, given in zip(writes, payloads, strict=True)):
+        core().notify()  # who follows one of the runs learns of the others within WATCH_SECONDS
     for n, write in enumerate(writes):
         if write["do"] == "fail_run" and answers[n][1] == 200:
             log_failure(write["run_id"], answers[n][0])
@@ -736,7 +747,7 @@ def get_run(run_id: str) -> Reply:
     include = asked["include"].split(",") if asked.get("include") else None
     for part in include or ():
         choice_of("include", part, DETAILS, "")
-    return found(core().database.read("run_detail", run_id=run_id, include=include, asked=core().traces.queues(),
+    return found(core().database.read("run_detail", run_id=run_id, include=include, asked=core().recent_claims.queues(),
                                       tokens=not reads_only())[0], run_id)
 
 
@@ -961,7 +972,7 @@ def list_versions(run_id: str) -> Reply:
     """By stream and version.  ?stream ?labeled:true|false=false (true: only those with a label)
     ?view:light|full=full (light: without their values; full: without payloads of more than 64 KiB: then payloadOmitted
     is true, and GET /runs/:id/payload has them)
-    ?limit:1..10000 (200 of the light, 10,000 of the full) ?after (a nextCursor)
+    ?limit:1..10000 (200, and at most 1000, of the light; 10,000 of the full) ?after (a nextCursor)
     200 {stateVersions:[listedStateVersion], nextCursor?:string} or {stateVersions:[lightStateVersion],
     nextCursor?:string}, 404."""
     asked = query("stream", "labeled", "view", "limit", "after")
@@ -1086,7 +1097,7 @@ def claim() -> Reply:
     wait.  200 {runs: [claimedRun], leaseOwner}."""
     body, server = parse(bodies.ClaimBody), core()
     queues, seconds = body["queues"], body.pop("wait_ms") / 1000
-    server.traces.note_claim(body["lease_owner"] or "", queues, body["workflows"])
+    server.recent_claims.remember(body["lease_owner"] or "", queues, body["workflows"])
     owner = body["lease_owner"] = body["lease_owner"] or new_owner()
     if body["workflows"] is not None:
         body["workflows"] = sorted(set(body["workflows"]))
@@ -1127,24 +1138,31 @@ def set_schedule(name: str) -> Reply:
     schedule = parse(bodies.ScheduleBody)
     if len((name + schedule["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
         raise invalid("name", f"together with queue, must be at most {4 * MAX_NAME} bytes")
-    now = datetime.fromisoformat(json.loads(core().database.call("due_schedules")[0] or "{}")["now"])
+    coming = fires(schedule["cron"], schedule["timezone"], 1)
+    return call("set_schedule", name=name, next_run_at=next(iter(coming), None), **schedule)
+
+
+def fires(cron: str, timezone: str, count: int) -> list[datetime]:
+    """When a cron expression fires next: so many times, fewer when it fires no more.
+
+    :raises Refusal: 400, when the expression or the time zone is none.
+    """
+    times = list[datetime]()
+    [(at,)] = core().database.select("select tidebase.now()", ())
     try:
-        coming = next_fire(schedule["cron"], schedule["timezone"], now)
-    except ValueError as error:
-        raise invalid("timezone" if "time zone" in str(error) else "cron", str(error)) from None
-    return call("set_schedule", name=name, next_run_at=coming, **schedule)
+        while len(times) < count and (at := next_fire(cron, timezone, at)) is not None:
+            times.append(at)
+    except BadSchedule as error:
+        raise invalid(error.field, str(error)) from None
+    return times
 
 
 @routes.post("/schedules/preview")
 def preview_schedule() -> Reply:
     """When a cron expression fires next: five times, fewer when it fires no more.  200 {next:[time]}."""
-    body, times = parse(bodies.PreviewBody), list[str]()
-    [(at,)] = core().database.select("select tidebase.now()", ())
-    try:
-        while len(times) < 5 and (at := next_fire(body["cron"], body["timezone"], at)) is not None:
-            times.append(at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"))
-    except ValueError as error:
-        raise invalid("timezone" if "time zone" in str(error) else "cron", str(error)) from None
+    body = parse(bodies.PreviewBody)
+    times = [at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+             for at in fires(body["cron"], body["timezone"], 5)]
     return reply(json.dumps({"next": times}))
 
 
@@ -1225,7 +1243,7 @@ class Server:
                              public_url=config.public_url, cors_origin=config.cors_origin, pages=PAGES)
         self.database = Database(conninfo, config.pool, config.read_timeout_ms)
         self.watcher = Watcher(self.database, config.max_waiting)
-        self.traces = Traces()
+        self.recent_claims = RecentClaims()
         self.sender = Sender(self.database, config.webhook_secret, config.webhook_targets())
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
@@ -1253,7 +1271,7 @@ class Server:
         environ["tidebase.server"] = self
         return app(environ, start_response)
 
-    def wrote(self, only_run: str | None = None) -> None:
+    def notify(self, only_run: str | None = None) -> None:
         """Something was written: wake the watcher and the sender; `only_run`: nothing but events of this run that no
         channel takes."""
         self.watcher.notify(only_run)
@@ -1346,9 +1364,9 @@ class Server:
     def _reconcile(self) -> int:
         self.prepare()
         done = self.reconciler.tick()
-        self.traces.note(self.database)
+        self.recent_claims.save(self.database)
         if done:
-            self.wrote()
+            self.notify()
         return done
 
     def _reconcile_failed(self, error: Exception) -> None:

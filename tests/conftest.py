@@ -302,7 +302,7 @@ def lasting_server(migrated: Psql) -> Iterator[LocalServer]:
 def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
     """A server whose reconciler ticks only at api.reconcile(). Test after test has the same, at rest."""
     lasting_server.reconciler.patient_until = 0.0
-    lasting_server.traces.traces.clear()  # who asked another test's queues
+    lasting_server.recent_claims.by_owner.clear()  # who asked another test's queues
     lasting_server.let_send(True)
     yield lasting_server
     lasting_server.let_send(False)
@@ -583,7 +583,7 @@ class Api:
         """One tick of the server's reconciler."""
         assert self.server
         done = self.server.reconciler.tick()
-        self.server.wrote()
+        self.server.notify()
         return done
 
 

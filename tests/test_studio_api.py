@@ -173,10 +173,10 @@ def test_workers_are_seen_by_what_they_ask_and_hold_and_noted_once_a_minute(api:
     assert sorted(run["id"] for run in seen["w-1"]["runs"]) == sorted(runs)
     assert seen["cli"]["queues"] is None
     assert sql("select count(*) from tidebase.workers") == [(0,)]
-    api.server.traces.due = 0.0
-    api.server.traces.note(api.server.database)
+    api.server.recent_claims.save_at = 0.0
+    api.server.recent_claims.save(api.server.database)
     assert sql("select owner, queues from tidebase.workers order by owner") == [("", ["q"]), ("w-1", ["q", "r"])]
-    assert api.server.traces.traces == {}
+    assert api.server.recent_claims.by_owner == {}
     since = next(worker["since"] for worker in api.get("/workers")["workers"] if worker["id"] == "w-1")
     api.claim("q", owner="w-1")
     assert next(w["since"] for w in api.get("/workers")["workers"] if w["id"] == "w-1") == since

@@ -182,7 +182,7 @@ def test_a_manual_recovery_is_posted_now_and_a_repeat_before_it_is_sent_adds_non
     assert first["status"] == "pending"
     assert api.post(f"/runs/{run}/recover")["recoveryAttempt"] == first
     api.server.let_send(True)
-    api.server.wrote()
+    api.server.notify()
     assert [body["reason"] for body in receiver.wait_for(1)] == ["manual"]
     settled(api, run, recoveries)
     second = api.post(f"/runs/{run}/recover", {"reason": "again"})["recoveryAttempt"]
@@ -367,7 +367,7 @@ def test_a_webhook_is_tried_eight_times_with_growing_pauses_and_then_given_up(ap
             clock.advance(ms=delay * 1000 - early_ms)
             assert claimed(api) == []
             clock.advance(ms=early_ms)
-            api.server.wrote()
+            api.server.notify()
         eventually(lambda: deliveries(api, run)[0]["attempts"] == 8)
         row, = settled(api, run, tries=8)
         assert (row["status"], row["attempts"], row["nextAttemptAt"]) == ("failed", 8, None)
@@ -427,7 +427,7 @@ def test_a_receiver_that_is_down_gets_it_when_it_is_back(api, clock):
     receiver = Receiver(port)
     try:
         clock.advance(ms=1000)
-        api.server.wrote()
+        api.server.notify()
         assert receiver.wait_for(1)[0]["deliveryId"] == row["id"]
         assert settled(api, run)[0]["attempts"] == 2
     finally:
@@ -482,7 +482,7 @@ def test_the_next_of_a_channel_waits_until_the_one_before_is_through(api, clock,
     eventually(lambda: len([row for row in deliveries(api, run) if row["httpStatus"] == 503]) == 2)
     assert {body["type"] for body in receiver.bodies()} == {"run.failed"}
     clock.advance(ms=1000)
-    api.server.wrote()
+    api.server.notify()
     receiver.wait_for(6)
     for path in ("/hook", "/hook/other"):
         kinds = [json.loads(body)["type"] for target, _, body in receiver.requests if target == path]
@@ -1154,10 +1154,10 @@ def test_a_webhook_taken_by_a_sender_that_was_killed_is_sent_again_under_the_sam
     api.complete(run)
     taken, = claimed(api)
     api.server.let_send(True)
-    api.server.wrote()
+    api.server.notify()
     assert claimed(api) == []
     clock.advance(ms=tidebase.SEND_HOLD_MS)
-    api.server.wrote()
+    api.server.notify()
     assert receiver.wait_for(1)[0]["deliveryId"] == taken["id"]
     row, = settled(api, run, tries=2)
     assert (row["status"], row["attempts"]) == ("delivered", 2)

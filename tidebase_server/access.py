@@ -73,11 +73,12 @@ class Access:
         return self._of_host(environ) or self._of_origin(environ) or of_body(environ)
 
     def _of_host(self, environ: Mapping[str, Any]) -> Denial | None:
-        """Any port will do, since ports are forwarded: what a page cannot choose is the name."""
+        """Without a key, a Host that is not this server's own: that of a rebound name, for example. Only the name is
+        compared, since ports may be forwarded. A target such as http://name/path counts before the header."""
         if self.api_key:
             return None
         is_own = self._is_own(authority_of(environ.get("HTTP_HOST", "")))  # of several, joined by commas, it is not
-        if not (target := environ.get("REQUEST_URI", "/")).startswith("/"):  # http://name/path takes precedence
+        if not (target := environ.get("REQUEST_URI", "/")).startswith("/"):
             is_own = is_own and self._is_own(authority_of(urllib.parse.urlsplit(target).netloc))
         if is_own:
             return None

@@ -7,27 +7,15 @@ from __future__ import annotations
 
 import http
 from collections.abc import Callable, Mapping
-from typing import Protocol, cast
 
 import flask
 
 from .access import Access
 from .answers import SAFE_HEADERS, Refusal, Reply, invalid, refused
-from .request import path_of
+from .request import core, path_of
 from .serving import Gatekeeper, Head, Refused
 
 KEYLESS_BYTES = 65_536  # of a body that comes without a key, for the routes that need none: a gate's decision
-
-
-class Guarded(Protocol):
-    """A server that has rules of access."""
-
-    access: Access
-
-
-def access() -> Access:
-    """The rules of the server that this request came to."""
-    return cast(Guarded, flask.request.environ["tidebase.server"]).access
 
 
 class Admission(Gatekeeper):
@@ -74,14 +62,14 @@ class Admission(Gatekeeper):
 
 def check_sender() -> None:
     """:raises Refusal: 403 for a web page's request that is not this server's own, 415 for a body that is not JSON."""
-    if denial := access().denial(flask.request.environ):
+    if denial := core().access.denial(flask.request.environ):
         raise Refusal(*denial)
 
 
 def check_key(given: str | None = None) -> bool:
     """Whether `given` or, without it, the Authorization header is the key that may write, and not the one that only
     reads.  :raises Refusal: 401, when it is neither."""
-    rules = access()
+    rules = core().access
     if not rules.api_key:
         return True
     key = rules.key_in(flask.request.environ.get("HTTP_AUTHORIZATION", "")) if given is None else given.encode()
@@ -101,7 +89,7 @@ def wrong_key(sent: bytes) -> Refusal:
 def run_token_expiry(given: str | None) -> int | None:
     """When the run token expires that a request for a run's events brings as `given` or, without it, as the
     Authorization header; None when it brings none.  :raises Refusal: 401, when the token has expired."""
-    rules, request = access(), flask.request
+    rules, request = core().access, flask.request
     sent = rules.key_in(request.headers.get("Authorization", "")) if given is None else given.encode()
     expires_at = rules.run_token_expiry(sent, (request.view_args or {})["run_id"])
     if expires_at is not None and expires_at <= rules.clock():

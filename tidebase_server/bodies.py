@@ -32,7 +32,7 @@ MAX_NUMBER = 1000  # characters; a longer number is no number that anybody means
 MAX_NAME = 512  # characters: names stand in indexes, whose rows Postgres limits to about 2,700 bytes
 MAX_TEXT = 8192  # characters, of a reason, an actor and the like: lists show them
 MAX_PROMPT = 65_536
-MAX_SPELLED = 32 * 1024 * 1024  # bytes of a value that Postgres looks into, as it writes it: 1e300 has 301 digits
+MAX_EXPANDED = 32 * 1024 * 1024  # bytes of a jsonb value as PostgreSQL writes it: it expands 1e300 to 301 digits
 MAX_MS = 36_525 * 86_400_000  # a hundred years: longer is a mistake of units
 MAX_WAIT_MS = 25_000  # proxies close what is silent for 30 s
 MAX_ATTEMPTS = 1_000_000
@@ -87,8 +87,11 @@ def read_members(body: bytes) -> dict[str, Raw]:
 
 
 def has_long_number(text: str) -> bool:
-    """Whether a number in a JSON text has more than MAX_NUMBER characters. Such a number covers a position that is a
-    multiple of MAX_NUMBER, so only the text around these positions is searched."""
+    """Whether a number in a JSON text has more than MAX_NUMBER characters.
+
+    Such a number covers a position that is a multiple of MAX_NUMBER. So only the text around these positions is looked
+    at first, which costs little; the text outside of strings is searched when something was found there.
+    """
     return any(
         text[at] in "-+.0123456789eE" and LONG_NUMBER.search(text, at - MAX_NUMBER, at + MAX_NUMBER + 1)
         for at in range(MAX_NUMBER, len(text), MAX_NUMBER)
@@ -411,7 +414,7 @@ class JsonValue(JsonText):
         super().__init__(empty="{}", **options)
 
     def inspect(self, text: Raw) -> None:
-        """:raises ValidationError: it holds NUL, a number beyond a double, or more than MAX_SPELLED bytes."""
+        """:raises ValidationError: it holds NUL, a number beyond a double, or more than MAX_EXPANDED bytes."""
         if bytes(text) != b"{}":
             self.inspect_value(bytes(text).decode(), decoded(text))
 
@@ -419,13 +422,13 @@ class JsonValue(JsonText):
         """Check a value that is not {}.  :raises ValidationError: likewise."""
         if re.search(r"(?<!\\)(\\\\)*\\u0000", text):
             raise ValidationError("must not contain NUL")
-        if (size := spelled_bytes(text)) > MAX_SPELLED:
+        if (size := expanded_bytes(text)) > MAX_EXPANDED:
             raise ValidationError(
-                f"too large: with its numbers written out it has {size:,} bytes; at most {MAX_SPELLED:,}")
+                f"too large: with its numbers written out it has {size:,} bytes; at most {MAX_EXPANDED:,}")
 
 
-def spelled_bytes(text: str) -> int:
-    """About how many bytes Postgres needs for a JSON text: it writes numbers out, 1e300 as 301 digits."""
+def expanded_bytes(text: str) -> int:
+    """About how many bytes a JSON text has as PostgreSQL writes it: it expands 1e300 to 301 digits."""
     if not EXPONENT.search(text):
         return len(text)
     numbers = STRING.sub('""', text)

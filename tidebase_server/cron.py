@@ -8,19 +8,27 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from cronsim import CronSim, CronSimError
 
 
+class BadSchedule(ValueError):
+    """A cron expression or a time zone that there is not; `field` says which."""
+
+    def __init__(self, field: str, words: str) -> None:
+        super().__init__(words)
+        self.field = field
+
+
 def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
     """When a cron expression fires next, in its time zone; None when it never does, as on 30 February.
 
-    :raises ValueError: the expression is not one of five fields, or the time zone is unknown; the message says which.
+    :raises BadSchedule: the expression is not one of five fields, or the time zone is unknown.
     """
     try:
         zone = ZoneInfo(timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise ValueError(f"{timezone[:100]!r} is not a time zone") from None
+        raise BadSchedule("timezone", f"{timezone[:100]!r} is not a time zone") from None
     try:
         if len(cron.split()) != 5:
             raise CronSimError
         # When clocks are set back, an hour comes twice. Within the second one, cronsim may answer a time of the first.
         return next((at for at in CronSim(cron, after.astimezone(zone)) if at > after), None)
-    except CronSimError:
-        raise ValueError(f"{cron[:100]!r} is not a cron expression of five fields") from None
+    except (CronSimError, ValueError):  # ValueError: of a number with more digits than Python reads
+        raise BadSchedule("cron", f"{cron[:100]!r} is not a cron expression of five fields") from None

@@ -270,7 +270,7 @@ def list_runs(asked: dict[str, str], known: dict[str, str] | None = None) -> tup
     limit = whole_of("limit", asked.get("limit", "100"), 1000, 1)
     runs, ids, cursor = Found(asked, sort).page(
         limit, cursor_from("before", asked.get("before")), "tidebase._list_runs(ids, %s, %s, %s)",
-        [light, core().traces.queues(), json.dumps(known or {})])
+        [light, core().recent_claims.queues(), json.dumps(known or {})])
     return runs, ids, cursor
 
 

@@ -16,20 +16,22 @@ from typing import Any, Protocol, cast
 import flask
 from werkzeug.routing import BaseConverter
 
+from .access import Access
 from .answers import Refusal, Reply, invalid, reply
 from .bodies import MAX_NAME, Body, check, read_members
 from .database import Database
-from .traces import Traces
+from .recent_claims import RecentClaims
 
 
 class Core(Protocol):
     """What a route uses of the server that its request came to."""
 
+    access: Access
     database: Database
-    traces: Traces
+    recent_claims: RecentClaims
 
-    def wrote(self, only_run: str | None = None) -> None:
-        """Something was written: wake those who may wait for it."""
+    def notify(self, only_run: str | None = None) -> None:
+        """Wake the long polls and the sender after a write; `only_run`: only this run's events changed."""
 
 
 def core() -> Core:
@@ -87,12 +89,12 @@ def parse(kind: type[Body]) -> dict[str, Any]:
 def call(function: str, **arguments: Any) -> Reply:
     """Call one function of schema.sql, pass its answer on, and wake those who may wait for what it wrote."""
     text, status = core().database.call(function, **arguments)
-    core().wrote(arguments["run_id"] if is_quiet(function, arguments.get("error")) else None)
+    core().notify(arguments["run_id"] if wakes_nobody(function, arguments.get("error")) else None)
     return reply(text or "null", status)
 
 
-def is_quiet(function: str, error: Any) -> bool:
-    """Whether a write makes no run ready and no webhook due: workers make many of these, and none waits for one."""
+def wakes_nobody(function: str, error: Any) -> bool:
+    """Whether a write makes no run claimable and no webhook due, so that only those who follow its run wait for it."""
     return function in ("record_step", "begin_step", "complete_step") and error is None
 
 

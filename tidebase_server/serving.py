@@ -30,7 +30,7 @@ logger = logging.getLogger("tidebase.server")
 
 MOST_FILES = 10_240      # open files of this process; more, macOS may refuse
 MAX_HEAD = 16 * 1024     # bytes of a request's head, and of the blank lines before it
-MAX_CONTROL = 16 * 1024  # bytes of one control line of a chunked body, of its trailers, and of both beyond its content
+MAX_CONTROL = 16 * 1024  # bytes of one chunk-size line, of all trailers, and of both beyond a quarter of the content
 RECEIVE_SECONDS = 30     # for a request to be there in full, from its first byte; a connection may be idle as long
 CLEANUP_SECONDS = 5      # between looks for connections that are to be ended
 STREAM_BYTES = 64 * 1024  # of a stream's output may wait for a reader, then the stream waits, too
@@ -129,7 +129,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         return None
 
     def _has_too_much_control(self) -> bool:
-        """Chunk sizes, their extensions and trailers cost more to read than content: they may not be most of a body."""
+        """Whether chunk sizes, their extensions and trailers are more than an honest body needs: they cost far more CPU
+        than content does."""
         body = self.body_rcv
         control_bytes = self.body_bytes_on_wire - len(body) - len(body.control_line)
         return (len(body.control_line) > MAX_CONTROL or len(body.trailer) > MAX_CONTROL

@@ -163,7 +163,7 @@ def act_on_many() -> Reply:
 
 
 def _dry_run(body: dict[str, Any], number: int, more: bool, ids: list[str], cursor: str | None) -> Reply:
-    sample, _ = core().database.read("_list_runs", ids=ids[:5], light=True, asked=core().traces.queues())
+    sample, _ = core().database.read("_list_runs", ids=ids[:5], light=True, asked=core().recent_claims.queues())
     return reply(f'{{"action": {json.dumps(body["action"])}, "count": {number}, "more": {json.dumps(more)}, '
                  f'"cursor": {json.dumps(cursor)}, "sample": {sample}}}')
 
@@ -190,7 +190,7 @@ def _act(body: dict[str, Any], ids: list[str], cursor: str | None) -> Reply:
             refused = json.loads(answer[0])
             results.append({"id": run_id, "ok": False, "status": None, "code": refused["code"],
                             "error": refused["error"]})
-    core().wrote()
+    core().notify()
     return reply(json.dumps({"action": body["action"], "results": results, "cursor": cursor}))
 
 
@@ -214,7 +214,7 @@ def rerun_plan(run_id: str) -> Reply:
 def summary(run_id: str) -> Reply:
     """Its head: without payloads, with what it cost, its children included.  200 runSummary, 404."""
     query()
-    return found(core().database.read("run_summary", run_id=run_id, asked=core().traces.queues())[0], run_id)
+    return found(core().database.read("run_summary", run_id=run_id, asked=core().recent_claims.queues())[0], run_id)
 
 
 @routes.get("/runs/<part:run_id>/steps")
@@ -265,7 +265,8 @@ def tree(run_id: str) -> Reply:
     """The run and all that descends from it, generation by generation.  ?limit:1..1000=200
     200 {root:string, runs:[treeRun], truncated:bool}, 404."""
     limit = whole_of("limit", query("limit").get("limit", "200"), 1000, 1)
-    return found(core().database.read("run_tree", run_id=run_id, limit=limit, asked=core().traces.queues())[0], run_id)
+    return found(core().database.read(
+        "run_tree", run_id=run_id, limit=limit, asked=core().recent_claims.queues())[0], run_id)
 
 
 @routes.get("/runs/<part:run_id>/deliveries")
@@ -349,7 +350,7 @@ def list_minutes(queue: str) -> Reply:
 def list_workers() -> Reply:
     """Who asks for work or holds runs, the last heard first.  200 {workers:[worker], now:time}."""
     query()
-    return reply(core().database.read("list_workers", workers=core().traces.workers())[0] or "")
+    return reply(core().database.read("list_workers", workers=core().recent_claims.workers())[0] or "")
 
 
 @routes.post("/schedules/<part:name>/run")
