@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 import pytest
-from conftest import Answer, Api, LocalServer, an_embedded_postgres, config, refused, together
+from conftest import Answer, Api, LocalServer, an_embedded_postgres, config, eventually, refused, together
 
 import tidebase
 
@@ -623,12 +623,12 @@ def test_a_read_that_takes_too_long_is_ended_and_others_are_served(
                 assert "took too long" in body["error"]
                 assert "away" not in body["error"]
                 assert answer.headers["retry-after"] == "1"
-        assert api.get("/schedules").status == 200
+        eventually(lambda: api.get("/schedules").status == 200)  # on a busy machine even this may pass the 50 ms
         assert api.get("/health").status == 200
     finally:
         sql("rollback")
     for path in paths[:-3]:
-        assert api.get(path.replace("waitMs=5000", "waitMs=1")).status == 200
+        eventually(lambda path=path: api.get(path.replace("waitMs=5000", "waitMs=1")).status == 200)
 
 
 def test_the_time_limit_of_a_read_is_no_limit_of_the_next_write(

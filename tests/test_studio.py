@@ -36,7 +36,7 @@ FLAGS = [
     "--in-process-gpu",
     "--process-per-site",  # a tab on a server that another tab is on needs no new process
 ]
-PATIENCE_MS = 6_000  # for what the page shows a moment later; the machine may be busy
+PATIENCE_MS = 20_000  # for what the page shows a moment later; the machine may be busy
 HOUR_MS = 3_600_000
 
 
