@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from conftest import LEASE_MS, Api, Clock, LocalServer, eventually
 
-import tidebase
+from tidebase_server import events as event_streams
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: see requirements-dev.txt")
 expect = playwright.expect
@@ -60,7 +60,7 @@ def browser() -> Iterator[Any]:
 def quick_beats() -> Iterator[None]:
     """The server notices that a stream's reader is gone when it writes to it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tidebase, "BEAT_SECONDS", 0.1)
+        patch.setattr(event_streams, "BEAT_SECONDS", 0.1)
         yield
 
 
