@@ -1248,6 +1248,7 @@ class Server:
         self.reconciler = Reconciler(self.database, config.lease_ms, config.retention_days, revive)
         self.prepared = threading.Event()
         self.stopping = threading.Event()
+        self.is_told_to_stop = False
         self.failure: Exception | None = None
         self.listener = listener or listen(config)
         self._http: HttpServer | None = None
@@ -1340,7 +1341,11 @@ class Server:
             raise self.failure
 
     def stop(self) -> None:
-        """Make `serve` return soon. Safe in a signal handler."""
+        """Make `serve` return soon. Safe in a signal handler, also of a second signal that comes while the first is
+        handled: Event.set holds a lock, for which the thread that holds it would wait for ever."""
+        if self.is_told_to_stop:
+            return
+        self.is_told_to_stop = True
         self.stopping.set()
         self.watcher.stopping = True
         if self._http:

@@ -303,3 +303,23 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_a_table_that_somebody_l
 def restart(embedded: tidebase.EmbeddedPostgres, mode: str) -> None:
     embedded.halt(mode)
     embedded.revive()
+
+
+def test_a_second_signal_while_the_first_is_handled_ends_the_server_all_the_same(
+        start_server: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches each of several server processes, and so does the SIGTERM of their parent, at the same time."""
+    server = start_server()
+    notify_all = server.stopping._cond.notify_all
+
+    def interrupted() -> None:
+        server.stop()  # as the handler of the second signal, on the same thread
+        notify_all()
+
+    monkeypatch.setattr(server.stopping._cond, "notify_all", interrupted)
+    stopping = threading.Thread(target=server.stop, daemon=True)
+    stopping.start()
+    stopping.join(10)
+    hangs = stopping.is_alive()
+    if hangs:
+        server.stopping._cond.release()  # so that this test can end
+    assert not hangs

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import waitress.buffers
 from conftest import Answer, Api, LocalServer, eventually, refused
 
 import tidebase_sdk
@@ -102,6 +103,24 @@ def test_a_client_that_is_slow_to_read_is_answered_in_full_and_goes_on(api: Api,
                 (200, 3_000_000)] * count
 
 
+def test_a_slow_answer_is_not_cut_off_because_the_next_request_has_begun(api: Api, server: LocalServer) -> None:
+    run, channels = held_run(api), server._http.waitress.active_channels
+    record(api, run, output="x" * 8_000_000)["step"]
+    again = request(f"/runs/{run}/steps/begin", {"inputHash": "h", "leaseOwner": "a", "name": "s"})
+    with connected(api) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        connection.sendall(again + again[:20])
+        eventually(lambda: any(channel.total_outbufs_len and not channel.requests for channel in channels.values()))
+        [channel] = [channel for channel in channels.values() if channel.total_outbufs_len]
+        channel.request.began -= serving.RECEIVE_SECONDS + 5  # as if the reader had taken that long until now
+        server._http.waitress.next_channel_cleanup = 0
+        server._http.wake()
+        eventually(lambda: server._http.waitress.next_channel_cleanup)
+        assert len(answers_on(connection, 1)[0][1]["output"]) == 8_000_000
+        connection.sendall(again[20:])
+        assert len(answers_on(connection, 1)[0][1]["output"]) == 8_000_000
+
+
 def test_the_loop_sleeps_while_a_thread_sends_an_answer(
         api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop found the connection writable, left it to the thread, and asked again at once, with all of a core and of
@@ -145,6 +164,42 @@ def test_an_answer_is_one_packet(api: Api, monkeypatch: pytest.MonkeyPatch) -> N
         connection.sendall(head("/health", method="HEAD"))
         assert connection.recv(10_000).endswith(b"\r\n\r\n")
     assert [answer.count(b"HTTP/1.1 200 OK\r\n") for answer in sent] == [1, 1]
+
+
+def test_nothing_is_sent_of_an_answer_that_could_not_be_buffered(
+        api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a full disk it was sent from its middle on, without a head, and the connection stayed open."""
+    run = held_run(api)
+    record(api, run, output="x" * 3_000_000)["step"]
+    new = waitress.buffers.TempfileBasedBuffer.newfile
+
+    def full(buffer: Any) -> Any:
+        file = new(buffer)
+
+        class Full:
+            written = 0
+
+            def write(self, data: bytes) -> int:
+                self.written += len(data)
+                if self.written > 500_000:
+                    file.close()
+                    raise OSError(28, "No space left on device")
+                return file.write(data)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+        return Full()
+
+    again = request(f"/runs/{run}/steps/begin", {"inputHash": "h", "leaseOwner": "a", "name": "s"})
+    with connected(api) as connection, monkeypatch.context() as broken:
+        broken.setattr(waitress.buffers.TempfileBasedBuffer, "newfile", full)
+        connection.sendall(again)
+        connection.settimeout(10)
+        assert connection.recv(10_000) == b""
+    with connected(api) as connection:
+        connection.sendall(again)
+        assert len(answers_on(connection, 1)[0][1]["output"]) == 3_000_000
 
 
 def test_a_client_that_hangs_up_in_the_middle_leaves_nothing_behind(api: Api, server: LocalServer) -> None:

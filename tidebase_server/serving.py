@@ -25,6 +25,7 @@ import waitress.parser
 import waitress.server
 import waitress.task
 import waitress.wasyncore
+from waitress.buffers import OverflowableBuffer
 
 logger = logging.getLogger("tidebase.server")
 
@@ -153,6 +154,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     task_class = Task
     is_sending = False  # a thread is sending, and has left nothing to the loop
     packet: bytes | None = None
+    sent_at = 0.0  # when something was sent last
 
     @contextmanager
     def one_packet(self) -> Iterator[None]:
@@ -172,9 +174,15 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.is_sending = not self.total_outbufs_len
         try:
             return int(super().write_soon(data))
+        except (OSError, MemoryError):  # of the buffer, as when the disk is full: it may have lost its beginning
+            with self.outbuf_lock:
+                self.outbufs = [OverflowableBuffer(self.adj.outbuf_overflow)]
+                self.total_outbufs_len = 0
+                self.will_close = True
+            raise
         finally:
             self.is_sending = False
-            if self.total_outbufs_len:
+            if self.total_outbufs_len and self.connected:  # a stop that did not wait has closed the trigger
                 self.server.pull_trigger()
 
     def writable(self) -> bool:
@@ -185,13 +193,20 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     @property
     def last_activity(self) -> float:
         """Since when the connection is idle: waitress closes it after channel_timeout. One that is in the middle of a
-        request counts as idle since the request's first byte, however often another byte comes."""
+        request counts as idle since the request's first byte, however often another byte comes; but not while the
+        answers before it are sent, since nothing is read then."""
         request = self.request
-        return float(self.active_at if request is None else request.began)
+        return float(self.active_at if request is None else max(request.began, self.sent_at))
 
     @last_activity.setter
     def last_activity(self, at: float) -> None:
         self.active_at = at
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        has_sent = bool(super()._flush_some(do_close))
+        if has_sent:
+            self.sent_at = time.time()
+        return has_sent
 
 
 class HttpServer:
@@ -278,4 +293,6 @@ def raise_file_limit(others: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
     files = MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, MOST_FILES)
-    return max(files - others, files // 2)
+    # Half of the room, since a connection may need two: an answer of a megabyte or more that the client is slow to read
+    # lies in a temporary file.
+    return max((files - others) // 2, files // 3)
