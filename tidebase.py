@@ -1502,6 +1502,10 @@ def explain(run_id: str) -> None:
     widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
     for name, does, reason in rows if plan["steps"] else ():
         click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+    for step in plan["steps"]:
+        if step["plan"] == "stops_for_review":
+            click.echo(f"\nDecide {printable(step['name'])}, in Studio or by tide.runs.review_step({run_id!r}, "
+                       f"{step['id']!r}, DECISION): 'retry', 'complete' (with its output=) or 'fail'")
     click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
 
 

@@ -94,6 +94,7 @@ logger = logging.getLogger("tidebase")  # sentences for a person; for programs t
 DEFAULT_URL = "http://localhost:7373"
 TIMEOUT_S = 30.0  # a server restart takes a few seconds; half a minute of silence is worth an exception
 BACKOFF_S = (0.05, 2.0)  # first and longest pause between repeats: most failures are dropped connections, few outages
+TRIES_BEFORE_WARNING = 5  # of one request: about a second
 RETRY_AFTER_CAP_S = 30.0  # however long a server asks to be left alone, ask again after this
 LONG_POLL_S = 25.0  # the longest wait that the server grants one request
 HEARTBEATS_PER_LEASE = 3  # two heartbeats may get lost before the lease does
@@ -125,6 +126,7 @@ HEAD_BYTES, BLOCK_BYTES = 65_536, 65_536  # the longest head of an answer, and w
 FANOUT = 16  # children that run at once in one process
 CHILDREN_NAMED = 10_000  # in one request to wait for them: the server takes no more
 CHILDREN_AT_ONCE = 100  # are created in one transaction, for whose end all other writes of their parent wait
+MAX_NAME = 512  # characters of a step's name, and the like: the server takes no more
 STACK_CHARS = 8_000  # of a traceback, its end: what a person reads
 MESSAGE_CHARS = 2_000  # of an exception's message
 EXCERPT_CHARS = 200  # of an input, where two are compared
@@ -622,8 +624,10 @@ class Run(Surface[M]):
         every later boundary, so that `except Exception` around a step holds up nothing.
         """
         self._lease.boundary()
-        if retries or timeout_s is not None or side_effects is not None:
-            _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects)
+        if not callable(fn):
+            raise TypeError(f"step {name!r} takes a function, not {fn!r}: pass `lambda: f()`, not `f()`")
+        if retries or timeout_s is not None or side_effects is not None or idempotency_key is not None:
+            _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects, idempotency_key=idempotency_key)
         step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
         with self._names.call(("step", name), same=step.called_with) as (step.name,):
             known = step.checkpoint()
@@ -1334,6 +1338,7 @@ class Client(Surface[M]):
         Raises what the workflow raises, recorded before; RunIdConflict; TidebaseError 409 run_leased while another
         owner holds the run; RunCancelled, LeaseLost, Unreachable.
         """
+        _check(workflow_name=workflow_name)
         fn = self._registered(workflow_name)[0] if workflow is None else workflow
         run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
                                      run_id=run_id, deadline_s=deadline_s, recovery_secret=recovery_secret)
@@ -1653,6 +1658,10 @@ class _Names:
         is_nested = within is not None and within[0] is self
         if within is not None and is_nested:
             asked = tuple([(kind, f"{within[1]}/{name}") for kind, name in asked])
+        for kind, name in asked:
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+                raise (ValueError if isinstance(name, str) else TypeError)(
+                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {str(name)[:60]!r}")
         with self._lock:
             for kind, name in asked:
                 if (kind, name) in self._under_way:
@@ -1860,7 +1869,11 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
         output, started_at = b"null", lease.now()
         try:
             returned = yield driver.invoke(step.fn, step.args, step.timeout_s)
-            output = _encode(returned, f"the output of step {step.name!r}")
+            try:
+                output = _encode(returned, f"the output of step {step.name!r}")
+            except TypeError as unsayable:
+                unsayable.retryable = False  # type: ignore[attr-defined]  # fn did its work, and would do it again
+                raise
         except Exception as raised:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
@@ -2259,8 +2272,12 @@ def _begin_and_execute(client: Client[Any], run: Json, workflow: Callable[..., A
     return (yield from _execute(begun, workflow))
 
 
-def _execute(run: Run[Any], workflow: Callable[..., Any]) -> Op[Any]:
-    """Execute a run that is held, under heartbeats, to one of its ends: completed, failed, given back or lost."""
+def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = False) -> Op[Any]:
+    """Execute a run that is held, under heartbeats, to one of its ends: completed, failed, given back or lost.
+
+    In a worker that goes on, a CancelledError or KeyboardInterrupt out of the workflow is its failure: a run that was
+    given back would be claimed again at once, and end so again, without end.
+    """
     lease, client = run._lease, run._client
     client._heartbeater.add(lease)
     try:
@@ -2283,8 +2300,14 @@ def _execute(run: Run[Any], workflow: Callable[..., Any]) -> Op[Any]:
     except GeneratorExit:
         raise
     except BaseException as error:
-        yield from _give_back(run)
         left = lease.waiting or lease.suspended or _is_suspension(error)
+        if in_worker and not left and lease.gone() is None and not _is_cancelled_by_others(error):
+            ending = RuntimeError(f"the workflow ended with {type(error).__name__}, which nobody asked of it")
+            ending.__cause__ = error
+            with _logged(run, "failure"):
+                yield from _fail(run, ending)
+            raise ending  # noqa: B904 - it has its cause, for the record
+        yield from _give_back(run)
         if left and not isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
             raise RunSuspended from error  # also out of the group that a TaskGroup makes of it
         raise
@@ -2297,6 +2320,16 @@ def _is_suspension(error: BaseException) -> bool:
     """Whether it is RunSuspended, or a group of nothing else: what a TaskGroup raises when several waits unwind."""
     parts = getattr(error, "exceptions", None)
     return all(map(_is_suspension, parts)) if parts else isinstance(error, RunSuspended)
+
+
+def _is_cancelled_by_others(error: BaseException) -> bool:
+    """Whether this task was cancelled, as when the event loop ends, and did not merely await one that was.  Only Python
+    3.11 and newer tell the two apart; before, it is taken for the latter."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop: a thread
+        task = None
+    return isinstance(error, asyncio.CancelledError) and task is not None and getattr(task, "cancelling", int)() > 0
 
 
 def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, Json]]:
@@ -2477,7 +2510,7 @@ class _Worker:
         """Execute a run; however it ends, the worker goes on."""
         extra = {"event": "run_failed", "run_id": run.run_id, "workflow": run.name}
         try:
-            yield from _execute(run, workflow)
+            yield from _execute(run, workflow, in_worker=True)
         except RunSuspended:
             waits = run._lease.waiting
             logger.info("run %s of workflow %s left its worker%s", run.run_id, run.name, " to wait" if waits else "",
@@ -2847,6 +2880,7 @@ class _WriteBatcher:
                 reply = yield from _attempt(driver, Request("POST", "/writes", data, {}, timeout_s))
                 break
             except _NoAnswer as failure:
+                _warn_of_silence(self._client, tries, failure)
                 self._trouble, pause_s = str(failure), failure.pause_s + _backoff(BACKOFF_S, tries)
             yield driver.sleep(pause_s)
         answer = _loads(reply.data)
@@ -3094,6 +3128,7 @@ def _request(client: Client[Any], method: str, path: str, body: Any = None, *, l
                 method, path, data, headers or {}, timeout_s, wait_s > 0, cancel))
             return _accepted(reply, path, len(data or b""), None if method == "GET" else sent, lease)
         except _NoAnswer as failure:
+            _warn_of_silence(client, tries, failure)
             pause_s = failure.pause_s + _backoff(BACKOFF_S, tries)
             if time.monotonic() + pause_s > (give_up_at if lease is None else lease.ends_at):
                 message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {failure}"
@@ -3120,6 +3155,13 @@ def _accepted(reply: Reply, path: str, size: int, written: float | None, lease: 
     if lease is not None and isinstance(error, (LeaseLost, RunCancelled)):
         lease.lose(error)
     raise error
+
+
+def _warn_of_silence(client: Client[Any], tries: int, failure: Exception) -> None:
+    """Log that a request is being repeated, once, and only when that is no short break."""
+    if tries == TRIES_BEFORE_WARNING:
+        logger.warning("no answer from %s so far (%s): trying again; TIDEBASE_URL says where the server is", client.url,
+                       failure, extra={"event": "no_answer"})
 
 
 def _attempt(driver: Any, request: Request) -> Op[Reply]:
@@ -3825,7 +3867,9 @@ def _encode(value: Any, what: str) -> bytes:
     try:  # a lone surrogate has no UTF-8
         return _json(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}") from None
+        raise TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}; make it of dicts, "
+                        "lists, texts and numbers, for instance by .model_dump(), .isoformat() or dataclasses.asdict()"
+                        ) from None
 
 
 def _encode_body(body: Any) -> bytes:
@@ -3893,7 +3937,7 @@ _TAKES: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("retries", "max_attempts", "priority", "limit", "concurrency", "rate_per_minute", "input_tokens",
                      "output_tokens", "total_tokens", "if_version"), _WHOLE),
     **dict.fromkeys(("name", "prompt", "workflow_name", "queue", "dedupe_key", "recovery_webhook", "recovery_secret",
-                     "label", "reason", "actor", "stream", "run_id", "from_step"), _TEXT),
+                     "label", "reason", "actor", "stream", "run_id", "from_step", "idempotency_key"), _TEXT),
     **dict.fromkeys(("metadata", "edge_metadata", "target"), _MAPPING),
     **dict.fromkeys(("on_lease_lost", "on_error", "stop"), _CALLABLE),
     "until": _MOMENT,
@@ -4170,3 +4214,6 @@ def _aio_module() -> types.ModuleType:
 
 
 aio = _aio_module()
+
+if __name__ == "__main__":
+    sys.exit("This file is Tidebase's client. The commands, such as explain, are those of the server's tidebase.py.")

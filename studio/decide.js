@@ -64,11 +64,11 @@ export const gateForm = (gate, onDone, options = {}) => decisionForm(
 
 /** Decide a step that may have had its effect: run it again, take it as done, or fail it. */
 export const reviewForm = (runId, step, onDone) => decisionForm(
-	[el("p", "Its worker was gone before an outcome was recorded. Look where its effect would show (the mail, the charge,"
-		+ " the row), then say what happened."),
+	[el("p", "It was begun and did not complete, so it may have had its effect. Look where that would show (the mail, the"
+		+ " charge, the row), then say what happened."),
 	el("div.fields", actorField(), field("Output, when it happened", jsonInput("output", { rows: 2, placeholder: "null" }),
 		"JSON: what the step would have returned"))],
 	[["retry", "It did not happen: run it again", ""], ["complete", "It happened: keep this output", ".primary"],
-		["fail", "Fail the run", ".danger"]],
+		["fail", "Fail the step", ".danger"]],
 	(decision, { actor: name, output }) => post(path`/runs/${runId}/steps/${step.id}/review`,
 		bodyOf({ decision, actor: name }, decision === "complete" ? { output: output.trim() || "null" } : {})), onDone);

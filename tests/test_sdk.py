@@ -504,6 +504,116 @@ def test_a_worker_never_holds_more_runs_than_it_has_places(tide: Any, api: Api, 
     assert most == [3]
 
 
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, asyncio.CancelledError])
+def test_a_workflow_that_ends_as_nobody_asked_of_it_failed_and_does_not_hold_up_its_queue(
+    tide: Any, api: Api, working: Callable[..., None], ending: type[BaseException]
+) -> None:
+    """Its run was given back, and claimed again at once: a thousand times in ten seconds, and nothing else ran."""
+    calls: list[str] = []
+
+    async def ends(run: Any, input: Any) -> None:
+        calls.append(run.run_id)
+        if ending is asyncio.CancelledError and isinstance(tide, AwaitedActor):
+            task = asyncio.ensure_future(asyncio.sleep(60))
+            task.cancel()
+            await task
+        raise ending
+
+    async def fine(run: Any, input: Any) -> str:
+        return "done"
+
+    bad = tide(lambda client: client.enqueue("ends", max_attempts=1, priority=5))["run"]["id"]
+    good = tide(lambda client: client.enqueue("fine"))["run"]["id"]
+    working(tide, {"ends": ends, "fine": fine})
+    eventually(lambda: api.run(good)["status"] == "completed")
+    assert api.run(bad)["status"] == "failed"
+    assert ending.__name__ in api.run(bad)["error"]["message"]
+    assert calls == [bad]
+
+
+def test_a_task_that_is_cancelled_with_its_event_loop_gives_its_run_back(api: Api, server: Any) -> None:
+    started = threading.Event()
+
+    async def flow(run: Any, input: Any) -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    async def app() -> None:
+        tide = AsyncTidebase(server.url)
+        tide.workflow("flow", flow)
+        worker = asyncio.ensure_future(tide.work("default", poll_s=0.2))
+        await asyncio.to_thread(started.wait, 30)
+        others = asyncio.all_tasks() - {asyncio.current_task(), worker}
+        for task in others:  # as asyncio.run does with all that is left, in no order
+            task.cancel()
+        worker.cancel()
+        await asyncio.gather(worker, *others, return_exceptions=True)
+        await tide.close()
+
+    run_id = api.enqueue("default", "flow")
+    asyncio.run(app())
+    run = api.run(run_id)
+    assert (run["status"], run["error"]) == ("queued", None) if sys.version_info >= (3, 11) else run["error"]
+
+
+def test_what_a_step_is_called_with_is_looked_at_before_its_function_is_called(tide: Any, api: Api) -> None:
+    calls: list[str] = []
+
+    async def flow(run: Any, input: Any) -> Any:
+        async def told(**options: Any) -> str:
+            given = {"name": "x", "fn": lambda: calls.append("called"), **options}
+            try:
+                await run.step(given.pop("name"), given.pop("fn"), **given)
+            except (TypeError, ValueError) as error:
+                return f"{type(error).__name__}: {error}"
+            return ""
+
+        return [await told(name="x" * 513), await told(name=""), await told(name=None), await told(name=3),
+                await told(fn=None), await told(idempotency_key=5)]
+
+    long, empty, none, number, nothing, key = tide(lambda client: client.run("flow", tide.workflow(flow)))
+    assert calls == []
+    assert long.startswith("ValueError: the name of a step is a text of 1 to 512 characters")
+    assert empty.startswith("ValueError: the name of a step")
+    assert none.startswith("TypeError: the name of a step")
+    assert number.startswith("TypeError: the name of a step")
+    assert nothing == "TypeError: step 'x' takes a function, not None: pass `lambda: f()`, not `f()`"
+    assert key == "TypeError: idempotency_key= takes a text, not 5"
+
+
+def test_an_output_that_json_cannot_say_is_not_paid_for_again(
+    tide: Any, api: Api, working: Callable[..., None]
+) -> None:
+    calls: list[int] = []
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("llm", lambda: calls.append(1) or object(), retries=3)
+
+    run_id = tide(lambda client: client.enqueue("flow", max_attempts=3))["run"]["id"]
+    working(tide, {"flow": flow})
+    eventually(lambda: api.run(run_id)["status"] == "failed")
+    assert calls == [1]
+    assert "'llm' is of type object, which JSON cannot say" in api.run(run_id)["error"]["message"]
+
+
+def test_a_server_that_does_not_answer_is_named_in_the_log_long_before_the_call_fails(
+    actor: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(Unreachable):
+        actor(url, timeout_s=3)(lambda client: client.runs.get("x"))
+    [record] = [each for each in caplog.records if getattr(each, "event", "") == "no_answer"]
+    assert url in record.getMessage()
+    assert "TIDEBASE_URL" in record.getMessage()
+
+
+def test_the_client_started_as_the_server_says_that_it_is_the_client() -> None:
+    done = subprocess.run([sys.executable, tidebase_sdk.__file__, "explain", "run_x"], capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "client" in done.stderr
+
+
 def test_a_claim_asks_for_the_workflows_that_are_registered_at_that_moment(
     tide: Any, api: Api, working: Callable[..., None]
 ) -> None:

@@ -305,6 +305,7 @@ def test_the_client_and_the_command_line_explain_a_run(api: Api):
     asked = CliRunner().invoke(tidebase.main, ["explain", run], env={"TIDEBASE_URL": api.server.url})
     assert asked.exit_code == 0, asked.output
     line(asked.output, "Not without you", "send", "stops for review", "idempotency key k-1", f"/studio/runs/{run}")
+    line(asked.output, "Decide send", "tide.runs.review_step", run, "DECISION")
     asked = CliRunner().invoke(tidebase.main, ["explain", "none"], env={"TIDEBASE_URL": api.server.url})
     assert asked.exit_code == 1
     line(asked.output, "run none does not exist")

@@ -152,6 +152,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     """A connection."""
 
     task_class = Task
+    total_outbufs_len: int  # waitress': bytes that wait to be sent
     is_sending = False  # a thread is sending, and has left nothing to the loop
     packet: bytes | None = None
     sent_at = 0.0  # when something was sent last
