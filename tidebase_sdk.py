@@ -1656,12 +1656,12 @@ class _Names:
         """
         within = self._within.get()
         is_nested = within is not None and within[0] is self
+        for kind, name in asked:
+            if not isinstance(name, str) or not name:
+                raise (ValueError if name == "" else TypeError)(
+                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
         if within is not None and is_nested:
             asked = tuple([(kind, f"{within[1]}/{name}") for kind, name in asked])
-        for kind, name in asked:
-            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-                raise (ValueError if isinstance(name, str) else TypeError)(
-                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {str(name)[:60]!r}")
         with self._lock:
             for kind, name in asked:
                 if (kind, name) in self._under_way:
@@ -1704,6 +1704,9 @@ class _Names:
         number = self._numbers.get((kind, name), 0) + 1
         while (kind, numbered := name if number == 1 else f"{name}#{number}") in self._taken:
             number += 1
+        if len(numbered) > MAX_NAME:
+            raise ValueError(f"the name of a {kind} has at most {MAX_NAME} characters in the record, not "
+                             f"{len(numbered)} as {numbered[:60]!r}...")
         self._numbers[kind, name] = number
         self._taken.add((kind, numbered))
         return numbered
@@ -1869,11 +1872,7 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
         output, started_at = b"null", lease.now()
         try:
             returned = yield driver.invoke(step.fn, step.args, step.timeout_s)
-            try:
-                output = _encode(returned, f"the output of step {step.name!r}")
-            except TypeError as unsayable:
-                unsayable.retryable = False  # type: ignore[attr-defined]  # fn did its work, and would do it again
-                raise
+            output = _encode(returned, f"the output of step {step.name!r}")
         except Exception as raised:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
@@ -3863,13 +3862,16 @@ _json, _json_sorted, _decoder = _json_encoder(sort_keys=False), _json_encoder(so
 
 
 def _encode(value: Any, what: str) -> bytes:
-    """JSON text.  TypeError names `what`, its type and the part of it that JSON cannot say."""
+    """JSON text.  TypeError names `what`, its type and the part of it that JSON cannot say; it is not retryable, since
+    whatever made the value would only be called, and paid for, once more."""
     try:  # a lone surrogate has no UTF-8
         return _json(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}; make it of dicts, "
-                        "lists, texts and numbers, for instance by .model_dump(), .isoformat() or dataclasses.asdict()"
-                        ) from None
+        refusal = TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}; make it of "
+                            "dicts, lists, texts and numbers, for instance by .model_dump(), .isoformat() or "
+                            "dataclasses.asdict()")
+        refusal.retryable = False  # type: ignore[attr-defined]
+        raise refusal from None
 
 
 def _encode_body(body: Any) -> bytes:

@@ -574,12 +574,39 @@ def test_what_a_step_is_called_with_is_looked_at_before_its_function_is_called(t
 
     long, empty, none, number, nothing, key = tide(lambda client: client.run("flow", tide.workflow(flow)))
     assert calls == []
-    assert long.startswith("ValueError: the name of a step is a text of 1 to 512 characters")
+    assert long.startswith("ValueError: the name of a step has at most 512 characters in the record, not 513")
     assert empty.startswith("ValueError: the name of a step")
     assert none.startswith("TypeError: the name of a step")
     assert number.startswith("TypeError: the name of a step")
     assert nothing == "TypeError: step 'x' takes a function, not None: pass `lambda: f()`, not `f()`"
     assert key == "TypeError: idempotency_key= takes a text, not 5"
+
+
+def test_a_name_is_looked_at_as_it_would_be_recorded(server: Any) -> None:
+    calls: list[str] = []
+
+    def flow(run: Any) -> None:
+        run.step("x" * 511, lambda: calls.append("first"))
+        with pytest.raises(ValueError, match="512 characters"):
+            run.step("x" * 511, lambda: calls.append("second, with #2"))
+        with pytest.raises(TypeError, match="the name of a step"):
+            run.step("outer", lambda: run.step(None, lambda: calls.append("inner")))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="512 characters"):
+            run.step("outer2", lambda: run.step("x" * 510, lambda: calls.append("inner, with outer2/")))
+
+    with Tidebase(server.url) as tide:
+        tide.run("flow", flow)
+    assert calls == ["first"]
+
+
+def test_a_result_that_json_cannot_say_ends_the_run_at_once(tide: Any, api: Api, working: Callable[..., None]) -> None:
+    async def flow(run: Any, input: Any) -> Any:
+        return object()
+
+    run_id = tide(lambda client: client.enqueue("flow", max_attempts=3))["run"]["id"]
+    working(tide, {"flow": flow})
+    eventually(lambda: api.run(run_id)["status"] == "failed")
+    assert api.run(run_id)["attempt"] == 1
 
 
 def test_an_output_that_json_cannot_say_is_not_paid_for_again(
