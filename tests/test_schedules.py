@@ -392,6 +392,8 @@ def test_a_bad_cron_or_time_zone_is_refused_and_named_and_changes_nothing(api):
     for cron in crons:
         issues = refused(schedule(api, cron=cron), 400, "invalid_request")["issues"]
         assert [issue["path"] for issue in issues] == ["cron"], cron
+    [issue] = refused(schedule(api, cron="0 0 30 2 *"), 400, "invalid_request")["issues"]
+    assert "that fires on some day" in issue["message"]  # five fields, and no February has a 30th
     zones = ["", "Mars/Olympus", "../../etc/passwd", "/etc/localtime", "UTC\0", "a" * 100_000, "Europe", "zone.tab", 5,
              None, "\ud83d\ude00"]
     for zone in zones:
