@@ -16,7 +16,7 @@
 --   anything but completed ──cancel──► cancelled;  failed, cancelled ──retry──► queued or pending
 --
 -- CONTENTS
---   Preamble                    one lock for all who apply this file
+--   Preamble                    the oldest PostgreSQL that will do; one lock for all who apply this file
 --   Clock                       the only source of time
 --   Tables                      states with a named check, invariants as constraints, each index with its query
 --   On the wire                 each row as protocol.md shows it, and how lists bound their bytes
@@ -61,8 +61,16 @@
 --   Every change raises the version at the end: a server applies this file only to a database whose version is lower.
 
 -- ------------------------------------------------------------------------------
--- Preamble: one lock for all who apply this file, else concurrent "if not exists" collide on the catalog.
+-- Preamble: the oldest PostgreSQL that will do; and one lock for all who apply this file, else concurrent "if not exists"
+-- collide on the catalog.
 -- ------------------------------------------------------------------------------
+do $$
+begin
+  if current_setting('server_version_num')::integer < 150000 then
+    raise exception 'Tidebase needs PostgreSQL 15 or newer; this server is %', current_setting('server_version')
+      using errcode = 'feature_not_supported';
+  end if;
+end $$;
 select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0));
 create schema if not exists tidebase;
 

@@ -22,11 +22,12 @@ from conftest import ROOT, Api, LocalServer, config, fork_server, together
 from psycopg.types.json import Jsonb
 
 import tidebase
+from tidebase_server import database as database_module
 from tidebase_server import filters
-from tidebase_server.database import SCHEMA_VERSION
+from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "b9088a03d183c9681dc8e6a7bfaf25ee8c69e2cb489e884854a5fc26262eed2a")
+PINNED = (5, "9190427b5a13a2f274a1adfbd4b95a4a6bc92fcc178918807e57b6abd7ac7ed2")
 
 
 def apply(conninfo: str) -> None:
@@ -271,6 +272,27 @@ def test_migrate_says_whether_there_was_something_to_do(empty_database):
     with psycopg.connect(empty_database, autocommit=True) as connection:
         connection.execute("update tidebase.meta set digest = 'of another build'")
     assert "brought up to date" in command(empty_database, "migrate")[1]
+
+
+def test_a_postgresql_that_is_too_old_is_refused_in_words_and_nothing_is_made(empty_database):
+    assert SCHEMA.count("< 150000") == 1
+    with psycopg.connect(empty_database) as connection, pytest.raises(
+            psycopg.errors.FeatureNotSupported, match="needs PostgreSQL 15 or newer; this server is 1"):
+        connection.execute(SCHEMA.replace("< 150000", "< 990000").encode())
+    assert query(empty_database, "select to_regnamespace('tidebase')") == [(None,)]
+
+
+def test_migrate_gives_up_with_a_reason_where_a_long_transaction_keeps_a_table(empty_database, monkeypatch):
+    apply(empty_database)
+    monkeypatch.setattr(database_module, "LOCK_SECONDS", 0.1)
+    with psycopg.connect(empty_database) as reader:
+        reader.execute("update tidebase.meta set version = 0")
+        reader.commit()
+        reader.execute("select from tidebase.runs")
+        with pytest.raises(psycopg.errors.LockNotAvailable, match="keeps a table of it locked for more than"):
+            Database(empty_database, 1).migrate()
+    assert query(empty_database, "select version from tidebase.meta") == [(0,)]
+    assert Database(empty_database, 1).migrate()
 
 
 def test_migrate_on_a_database_that_is_away_says_so_and_fails():

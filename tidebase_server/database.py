@@ -19,6 +19,7 @@ logger = logging.getLogger("tidebase.server")
 SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
 SCHEMA_VERSION = 5  # what schema.sql records at its end; both are raised with every change of that file
 CONNECT_SECONDS = 5
+LOCK_SECONDS = 10  # migrate waits so long for each table: whoever uses a table meanwhile waits behind it
 
 
 class JsonArray(list[Raw | None]):
@@ -174,6 +175,7 @@ class Database:
         :returns: whether anything was applied.
         :raises SchemaBehind: it is older, and `allowed` is false.
         :raises SchemaAhead: it is newer, and was asked for by hand; a server works on a newer one as it is.
+        :raises psycopg.errors.LockNotAvailable: another transaction kept a table for `LOCK_SECONDS`; nothing changed.
         """
         script = SCHEMA.read_text()
         digest = hashlib.sha256(script.encode()).hexdigest()
@@ -206,6 +208,13 @@ class Database:
                 connection.execute("select pg_advisory_xact_lock(hashtextextended('tidebase.schema', 0))")
                 if not is_to_be_applied(connection):  # another server was faster
                     return False
-                connection.execute(script.encode())
+                connection.execute("select set_config('lock_timeout', %s, true)", (f"{LOCK_SECONDS * 1000:.0f}",))
+                try:
+                    connection.execute(script.encode())
+                except psycopg.errors.LockNotAvailable as error:
+                    raise psycopg.errors.LockNotAvailable(
+                        f"the schema was not brought up to date: another transaction keeps a table of it locked for "
+                        f"more than {LOCK_SECONDS} s; see pg_stat_activity for the one that is open longest, end it, "
+                        "and try again") from error
                 connection.execute("update tidebase.meta set digest = %s", (digest,))
         return True
