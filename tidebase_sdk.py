@@ -511,8 +511,14 @@ class Usage(_RunPart[M]):
                input_tokens: int | None = None, output_tokens: int | None = None,
                total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
                step_id: str | None = None) -> Op[Json]:
-        """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
-        body = _body(locals(), id=self._write_id("use", "usage", kind, provider, model, label))
+        """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum.
+
+        ValueError when nothing is given.
+        """
+        given = _body(locals(), "step_id")
+        if not given:
+            raise ValueError("usage.record() needs what was used: model=, input_tokens=, cost_usd= or the like")
+        body = _body(step_id=step_id, id=self._write_id("use", "usage", kind, provider, model, label)) | given
         answer = yield from self._request("POST", "usage", body=body)
         figures = {key: value for key, value in body.items() if key not in ("metadata", "stepId")}
         _warn_of_differences(self._run, "usage", answer["usage"]["id"], answer["usage"], **figures)
@@ -3950,11 +3956,16 @@ _TAKES: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def _check(**arguments: Any) -> None:
-    """TypeError for an argument that is not of the kind its name takes; None is left out."""
+    """TypeError for an argument that is not of the kind its name takes, ValueError for a time or a number of retries
+    below zero; None is left out."""
     for name, value in arguments.items():
         takes = _TAKES.get(name) or (_NUMBER if name.endswith("_s") else None)
-        if takes and value is not None and (not isinstance(value, takes[0]) or isinstance(value, bool)):
+        if takes is None or value is None:
+            continue
+        if not isinstance(value, takes[0]) or isinstance(value, bool):
             raise TypeError(f"{name}= takes {takes[1]}, not {value!r}")
+        if (name in ("seconds", "retries") or name.endswith("_s")) and not value >= 0:  # NaN is not, either
+            raise ValueError(f"{name}= takes {takes[1]} of at least 0, not {value!r}")
 
 
 @functools.cache

@@ -582,6 +582,34 @@ def test_what_a_step_is_called_with_is_looked_at_before_its_function_is_called(t
     assert key == "TypeError: idempotency_key= takes a text, not 5"
 
 
+def test_a_time_or_a_number_of_retries_below_zero_is_refused(tide: Any, api: Api) -> None:
+    calls: list[str] = []
+
+    async def flow(run: Any, input: Any) -> None:
+        with pytest.raises(ValueError, match="retries= takes a whole number of at least 0, not -1"):
+            await run.step("x", lambda: calls.append("called"), retries=-1)
+        for seconds in (-1, -0.5, math.nan):
+            with pytest.raises(ValueError, match=f"seconds= takes a number of at least 0, not {seconds}"):
+                await run.sleep(seconds)
+
+    run_id = new_run_id()
+    tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert calls == api.detail(run_id)["steps"] == []
+    with pytest.raises(ValueError, match="delay_s= takes a number of at least 0"):
+        tide(lambda client: client.enqueue("flow", delay_s=-1))
+
+
+def test_a_usage_of_nothing_is_refused(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        with pytest.raises(ValueError, match=r"usage\.record\(\) needs"):
+            await run.usage.record()
+        await run.usage.record(quantity=0)
+
+    run_id = new_run_id()
+    tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert [entry["quantity"] for entry in api.detail(run_id)["usage"]] == [0]
+
+
 def test_a_name_is_looked_at_as_it_would_be_recorded(server: Any) -> None:
     calls: list[str] = []
 
