@@ -3873,11 +3873,29 @@ def _encode(value: Any, what: str) -> bytes:
     try:  # a lone surrogate has no UTF-8
         return _json(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        refusal = TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}; make it of "
+        place, part = ("", value) if isinstance(error, RecursionError) else _fault_in(value)
+        words = f"the value at {place} of {what}" if place else what
+        refusal = TypeError(f"{words} is of type {type(part).__name__}, which JSON cannot say: {error}; make it of "
                             "dicts, lists, texts and numbers, for instance by .model_dump(), .isoformat() or "
                             "dataclasses.asdict()")
         refusal.retryable = False  # type: ignore[attr-defined]
         raise refusal from None
+
+
+def _fault_in(value: Any) -> tuple[str, Any]:
+    """The innermost part of a value that JSON cannot say, and where it stands, such as `.scores[3]`."""
+    place = ""
+    while isinstance(value, (dict, list, tuple)):
+        for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+            try:
+                _json(member).encode()
+            except (TypeError, ValueError):
+                place += f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+                value = member
+                break
+        else:  # it is one of its keys
+            break
+    return place, value
 
 
 def _encode_body(body: Any) -> bytes:
@@ -4144,6 +4162,12 @@ def _refusal(status: int, body: Any, path: str, size: int = 0) -> TidebaseError:
     if status == 413:
         words = f"{size:,} bytes are more than the server takes, see its setting TIDEBASE_MAX_BODY"
         code = "body_too_large"
+    elif status == 401:
+        words += ": the client sends the key in api_key= or TIDEBASE_API_KEY, which must be the server's"
+    elif status in (200, 405) or (status == 404 and code is None):  # a page; the server's own 404 has a code
+        words = words if status != 200 else "the answer is no JSON"
+        words += ("; the client's URL is likely wrong: it is the server's address, such as http://localhost:7373, and "
+                  "not that of one of its pages; give it as url= or in TIDEBASE_URL")
     return _REFUSALS.get(str(code), TidebaseError)(f"{words} ({status}, {path})", status, body, code, path)
 
 

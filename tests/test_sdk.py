@@ -652,6 +652,32 @@ def test_an_output_that_json_cannot_say_is_not_paid_for_again(
     assert "'llm' is of type object, which JSON cannot say" in api.run(run_id)["error"]["message"]
 
 
+@pytest.mark.parametrize(("output", "words"), [
+    ({"scores": [1, 2, 3, math.nan]}, "the value at .scores[3] of the output of step 'x' is of type float"),
+    ([{"two words": object()}], "the value at [0]['two words'] of the output of step 'x' is of type object"),
+    ({"texts": ("ok", "\ud800")}, "the value at .texts[1] of the output of step 'x' is of type str"),
+    ({"keys": {(1, 2): 3}}, "the value at .keys of the output of step 'x' is of type dict"),
+])
+def test_the_error_names_the_part_of_an_output_that_json_cannot_say(server: Any, output: Any, words: str) -> None:
+    with Tidebase(server.url) as tide, pytest.raises(TypeError, match=re.escape(words)):
+        tide.run("flow", lambda run: run.step("x", lambda: output))
+
+
+def test_an_output_that_holds_itself_is_refused(server: Any) -> None:
+    output: dict[str, Any] = {}
+    output["self"] = output
+    with Tidebase(server.url) as tide, pytest.raises(TypeError, match="the output of step 'x' is of type dict"):
+        tide.run("flow", lambda run: run.step("x", lambda: output))
+
+
+@pytest.mark.parametrize("ask", [lambda client: client.enqueue("flow"), lambda client: client.queues.list()])
+def test_a_url_that_is_not_the_servers_is_named_as_the_likely_cause(
+    actor: Callable[..., Any], server: Any, ask: Callable[..., Any]
+) -> None:
+    with pytest.raises(TidebaseError, match=r"the client's URL is likely wrong.*TIDEBASE_URL"):
+        actor(server.url + "/studio")(ask)
+
+
 def test_a_server_that_does_not_answer_is_named_in_the_log_long_before_the_call_fails(
     actor: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1217,6 +1243,7 @@ def test_the_key_is_sent_and_shown_nowhere(
     with pytest.raises(TidebaseError) as refused:
         tide_id(wrong)
     assert refused.value.status == 401
+    assert "api_key= or TIDEBASE_API_KEY" in str(refused.value)
     shown = caplog.text + repr(wrong.client) + repr(refused.value) + str(vars(refused.value))
     assert "wr0ng" not in shown
     with pytest.raises(ValueError, match="characters") as bad:
