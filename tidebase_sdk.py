@@ -3693,6 +3693,7 @@ class _AsyncDriver(_Driver):
             done, _ = await asyncio.wait({task}, timeout=timeout_s)
         except asyncio.CancelledError:
             task.cancel()
+            await asyncio.wait({task})  # a task that is left pending when its event loop is closed is reported
             raise
         if not done:
             task.cancel()
