@@ -511,8 +511,14 @@ class Usage(_RunPart[M]):
                input_tokens: int | None = None, output_tokens: int | None = None,
                total_tokens: int | None = None, cost_usd: float | None = None, metadata: Json | None = None,
                step_id: str | None = None) -> Op[Json]:
-        """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum."""
-        body = _body(locals(), id=self._write_id("use", "usage", kind, provider, model, label))
+        """Record what was used, once; durable on return.  {"usage": ...}.  total_tokens defaults to the sum.
+
+        ValueError when nothing is given.
+        """
+        given = _body(locals(), "step_id")
+        if not given:
+            raise ValueError("usage.record() needs what was used: model=, input_tokens=, cost_usd= or the like")
+        body = _body(step_id=step_id, id=self._write_id("use", "usage", kind, provider, model, label)) | given
         answer = yield from self._request("POST", "usage", body=body)
         figures = {key: value for key, value in body.items() if key not in ("metadata", "stepId")}
         _warn_of_differences(self._run, "usage", answer["usage"]["id"], answer["usage"], **figures)
@@ -3687,6 +3693,7 @@ class _AsyncDriver(_Driver):
             done, _ = await asyncio.wait({task}, timeout=timeout_s)
         except asyncio.CancelledError:
             task.cancel()
+            await asyncio.wait({task})  # a task that is left pending when its event loop is closed is reported
             raise
         if not done:
             task.cancel()
@@ -3867,11 +3874,29 @@ def _encode(value: Any, what: str) -> bytes:
     try:  # a lone surrogate has no UTF-8
         return _json(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        refusal = TypeError(f"{what} is of type {type(value).__name__}, which JSON cannot say: {error}; make it of "
+        place, part = ("", value) if isinstance(error, RecursionError) else _fault_in(value)
+        words = f"the value at {place} of {what}" if place else what
+        refusal = TypeError(f"{words} is of type {type(part).__name__}, which JSON cannot say: {error}; make it of "
                             "dicts, lists, texts and numbers, for instance by .model_dump(), .isoformat() or "
                             "dataclasses.asdict()")
         refusal.retryable = False  # type: ignore[attr-defined]
         raise refusal from None
+
+
+def _fault_in(value: Any) -> tuple[str, Any]:
+    """The innermost part of a value that JSON cannot say, and where it stands, such as `.scores[3]`."""
+    place = ""
+    while isinstance(value, (dict, list, tuple)):
+        for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+            try:
+                _json(member).encode()
+            except (TypeError, ValueError):
+                place += f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+                value = member
+                break
+        else:  # it is one of its keys
+            break
+    return place, value
 
 
 def _encode_body(body: Any) -> bytes:
@@ -3950,11 +3975,16 @@ _TAKES: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def _check(**arguments: Any) -> None:
-    """TypeError for an argument that is not of the kind its name takes; None is left out."""
+    """TypeError for an argument that is not of the kind its name takes, ValueError for a time or a number of retries
+    below zero; None is left out."""
     for name, value in arguments.items():
         takes = _TAKES.get(name) or (_NUMBER if name.endswith("_s") else None)
-        if takes and value is not None and (not isinstance(value, takes[0]) or isinstance(value, bool)):
+        if takes is None or value is None:
+            continue
+        if not isinstance(value, takes[0]) or isinstance(value, bool):
             raise TypeError(f"{name}= takes {takes[1]}, not {value!r}")
+        if (name in ("seconds", "retries") or name.endswith("_s")) and not value >= 0:  # NaN is not, either
+            raise ValueError(f"{name}= takes {takes[1]} of at least 0, not {value!r}")
 
 
 @functools.cache
@@ -4133,6 +4163,12 @@ def _refusal(status: int, body: Any, path: str, size: int = 0) -> TidebaseError:
     if status == 413:
         words = f"{size:,} bytes are more than the server takes, see its setting TIDEBASE_MAX_BODY"
         code = "body_too_large"
+    elif status == 401:
+        words += ": the client sends the key in api_key= or TIDEBASE_API_KEY, which must be the server's"
+    elif status in (200, 405) or (status == 404 and code is None):  # a page; the server's own 404 has a code
+        words = words if status != 200 else "the answer is no JSON"
+        words += ("; the client's URL is likely wrong: it is the server's address, such as http://localhost:7373, and "
+                  "not that of one of its pages; give it as url= or in TIDEBASE_URL")
     return _REFUSALS.get(str(code), TidebaseError)(f"{words} ({status}, {path})", status, body, code, path)
 
 

@@ -582,6 +582,34 @@ def test_what_a_step_is_called_with_is_looked_at_before_its_function_is_called(t
     assert key == "TypeError: idempotency_key= takes a text, not 5"
 
 
+def test_a_time_or_a_number_of_retries_below_zero_is_refused(tide: Any, api: Api) -> None:
+    calls: list[str] = []
+
+    async def flow(run: Any, input: Any) -> None:
+        with pytest.raises(ValueError, match="retries= takes a whole number of at least 0, not -1"):
+            await run.step("x", lambda: calls.append("called"), retries=-1)
+        for seconds in (-1, -0.5, math.nan):
+            with pytest.raises(ValueError, match=f"seconds= takes a number of at least 0, not {seconds}"):
+                await run.sleep(seconds)
+
+    run_id = new_run_id()
+    tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert calls == api.detail(run_id)["steps"] == []
+    with pytest.raises(ValueError, match="delay_s= takes a number of at least 0"):
+        tide(lambda client: client.enqueue("flow", delay_s=-1))
+
+
+def test_a_usage_of_nothing_is_refused(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        with pytest.raises(ValueError, match=r"usage\.record\(\) needs"):
+            await run.usage.record()
+        await run.usage.record(quantity=0)
+
+    run_id = new_run_id()
+    tide(lambda client: client.run("flow", tide.workflow(flow), run_id=run_id))
+    assert [entry["quantity"] for entry in api.detail(run_id)["usage"]] == [0]
+
+
 def test_a_name_is_looked_at_as_it_would_be_recorded(server: Any) -> None:
     calls: list[str] = []
 
@@ -622,6 +650,32 @@ def test_an_output_that_json_cannot_say_is_not_paid_for_again(
     eventually(lambda: api.run(run_id)["status"] == "failed")
     assert calls == [1]
     assert "'llm' is of type object, which JSON cannot say" in api.run(run_id)["error"]["message"]
+
+
+@pytest.mark.parametrize(("output", "words"), [
+    ({"scores": [1, 2, 3, math.nan]}, "the value at .scores[3] of the output of step 'x' is of type float"),
+    ([{"two words": object()}], "the value at [0]['two words'] of the output of step 'x' is of type object"),
+    ({"texts": ("ok", "\ud800")}, "the value at .texts[1] of the output of step 'x' is of type str"),
+    ({"keys": {(1, 2): 3}}, "the value at .keys of the output of step 'x' is of type dict"),
+])
+def test_the_error_names_the_part_of_an_output_that_json_cannot_say(server: Any, output: Any, words: str) -> None:
+    with Tidebase(server.url) as tide, pytest.raises(TypeError, match=re.escape(words)):
+        tide.run("flow", lambda run: run.step("x", lambda: output))
+
+
+def test_an_output_that_holds_itself_is_refused(server: Any) -> None:
+    output: dict[str, Any] = {}
+    output["self"] = output
+    with Tidebase(server.url) as tide, pytest.raises(TypeError, match="the output of step 'x' is of type dict"):
+        tide.run("flow", lambda run: run.step("x", lambda: output))
+
+
+@pytest.mark.parametrize("ask", [lambda client: client.enqueue("flow"), lambda client: client.queues.list()])
+def test_a_url_that_is_not_the_servers_is_named_as_the_likely_cause(
+    actor: Callable[..., Any], server: Any, ask: Callable[..., Any]
+) -> None:
+    with pytest.raises(TidebaseError, match=r"the client's URL is likely wrong.*TIDEBASE_URL"):
+        actor(server.url + "/studio")(ask)
 
 
 def test_a_server_that_does_not_answer_is_named_in_the_log_long_before_the_call_fails(
@@ -1189,6 +1243,7 @@ def test_the_key_is_sent_and_shown_nowhere(
     with pytest.raises(TidebaseError) as refused:
         tide_id(wrong)
     assert refused.value.status == 401
+    assert "api_key= or TIDEBASE_API_KEY" in str(refused.value)
     shown = caplog.text + repr(wrong.client) + repr(refused.value) + str(vars(refused.value))
     assert "wr0ng" not in shown
     with pytest.raises(ValueError, match="characters") as bad:
