@@ -19,7 +19,8 @@ class BadSchedule(ValueError):
 def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
     """When a cron expression fires next, in its time zone; None when it does no more.
 
-    :raises BadSchedule: the expression is not one of five fields, names no day of any year, or the time zone is unknown.
+    :raises BadSchedule: the expression is not one of five fields, names no day of any year, or the time zone is
+        unknown.
     """
     try:
         zone = ZoneInfo(timezone)
@@ -31,4 +32,5 @@ def next_fire(cron: str, timezone: str, after: datetime) -> datetime | None:
         # When clocks are set back, an hour comes twice. Within the second one, cronsim may answer a time of the first.
         return next((at for at in CronSim(cron, after.astimezone(zone)) if at > after), None)
     except (CronSimError, ValueError):  # ValueError: of a number with more digits than Python reads
-        raise BadSchedule("cron", f"{cron[:100]!r} is not a cron expression of five fields that fires on some day") from None
+        words = f"{cron[:100]!r} is not a cron expression of five fields that fires on some day"
+        raise BadSchedule("cron", words) from None
