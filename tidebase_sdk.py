@@ -592,6 +592,7 @@ class Run(Surface[M]):
         self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
         self._names = _Names(self.run_id)
         self._step_failures: list[tuple[BaseException, str]] = []
+        self._cancelled_steps: list[_Write] = []  # recorded when the run ends; one that is given back runs them again
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.run_id} of {self.name}>"
@@ -1883,6 +1884,12 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
             error = raised
+        except asyncio.CancelledError as cancelled:  # of this call alone, as by asyncio.wait_for, or of all the run
+            heartbeater.forget(step)
+            if step_id is not None or (step.announcement and not run._client._batcher.withdraw(step.announcement)):
+                run._cancelled_steps.append(
+                    _Write(*_outcome_of(run, step, step_id, started_at, output, cancelled), lease))
+            raise
         finally:
             if step_id is None:
                 heartbeater.forget(step)
@@ -1941,19 +1948,30 @@ def _is_refused(run: Run[Any], announcement: _Write) -> Op[bool]:
 
 def _record_step(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
                  error: Exception | None, again: bool) -> Op[Json]:
-    """Write how a step ended: of one that was begun as step_id, or all of it at once.  Returns the answer."""
+    """Write how a step ended.  Returns the answer."""
+    verb, members = _outcome_of(run, step, step_id, started_at, output, error, again)
+    explain = functools.partial(step.explain, output_bytes=len(output))
+    return run._client._batcher.write(verb, members, run._lease, explain=explain)
+
+
+def _record_cancelled_steps(run: Run[Any]) -> None:
+    """Have the steps whose calls were cancelled recorded as failed, before the end of their run."""
+    if run._cancelled_steps:
+        run._client._batcher.post(run._cancelled_steps)
+        run._cancelled_steps = []
+
+
+def _outcome_of(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
+                error: BaseException | None, again: bool = False) -> tuple[str, bytes]:
+    """The verb and the members that record how a step ended: of one that was begun as step_id, or all of it at once."""
     outcome = b'"output":' + output
     if error is not None:
         run._step_failures.append((error, step.name))
         decision = "auto_retry" if again else step.decision
         outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
     if step_id is None:
-        verb, members = "record_step", _record(step, started_at, outcome)
-    else:
-        verb = "complete_step" if error is None else "fail_step"
-        members = b'"stepId":"%s",%s' % (step_id.encode(), outcome)
-    explain = functools.partial(step.explain, output_bytes=len(output))
-    return run._client._batcher.write(verb, members, run._lease, explain=explain)
+        return "record_step", _record(step, started_at, outcome)
+    return "complete_step" if error is None else "fail_step", b'"stepId":"%s",%s' % (step_id.encode(), outcome)
 
 
 def _record_behind(run: Run[Any], step: _Step, started_at: datetime, output: bytes) -> Op[None]:
@@ -2349,6 +2367,7 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
                    "server takes: see its setting TIDEBASE_MAX_BODY")
         return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
+    _record_cancelled_steps(run)
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
@@ -2368,6 +2387,7 @@ def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
     fields: Json = {"error": failure}
     if getattr(error, "retryable", True) is False:
         fields["retryable"] = False
+    _record_cancelled_steps(run)
     yield from _settle_writes(run)
     with run._lease.ending():
         return (yield from run._client._batcher.write("fail_run", _members(fields), run._lease))
