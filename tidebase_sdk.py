@@ -1845,6 +1845,13 @@ class _Step:
             return StepNeedsReview(message, outcome.status, outcome.body, outcome.code, outcome.path)
         return outcome
 
+    def log_refusal(self, outcome: Json | Exception) -> Json | Exception:
+        """Log a refusal that nobody is left to be raised to."""
+        if isinstance(outcome, Exception):
+            logger.warning("step %r of run %s was cancelled, which could not be recorded: %s", self.name,
+                           self.run.run_id, outcome, extra={"event": "end_refused", "run_id": self.run.run_id})
+        return outcome
+
     def mismatch(self, answer: Json) -> StepInputMismatch:
         """answer: the server's, with the step as it is recorded."""
         recorded, run_id = answer.get("step") or {}, self.run.run_id
@@ -1884,11 +1891,11 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
             error = raised
-        except asyncio.CancelledError as cancelled:  # of this call alone, as by asyncio.wait_for, or of all the run
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as cancelled:  # this call's, or all the run's
             heartbeater.forget(step)
             if step_id is not None or (step.announcement and not run._client._batcher.withdraw(step.announcement)):
-                run._cancelled_steps.append(
-                    _Write(*_outcome_of(run, step, step_id, started_at, output, cancelled), lease))
+                run._cancelled_steps.append(_Write(*_outcome_of(run, step, step_id, started_at, output, cancelled),
+                                                   lease, explain=step.log_refusal))
             raise
         finally:
             if step_id is None:

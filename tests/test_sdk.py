@@ -581,6 +581,23 @@ def test_a_step_whose_call_is_cancelled_is_recorded_as_failed_before_its_run_end
     assert steps["slow"]["error"]["name"] == "CancelledError"
 
 
+def test_a_step_that_ends_its_thread_is_recorded_as_failed_before_its_run(server: Any, api: Api) -> None:
+    run_id = new_run_id()
+
+    def flow(run: Any, input: Any) -> None:
+        def leave() -> None:
+            eventually(lambda: [each["status"] for each in api.detail(run_id)["steps"]])  # it is seen as running
+            raise SystemExit("enough")
+
+        run.step("slow", leave)
+
+    with Tidebase(server.url) as tide, pytest.raises(SystemExit):
+        tide.run("flow", flow, run_id=run_id)
+    detail = api.detail(run_id)
+    assert detail["run"]["status"] == "failed"
+    assert [(step["status"], step["error"]["name"]) for step in detail["steps"]] == [("failed", "SystemExit")]
+
+
 def test_what_a_step_is_called_with_is_looked_at_before_its_function_is_called(tide: Any, api: Api) -> None:
     calls: list[str] = []
 
