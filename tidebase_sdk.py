@@ -2731,8 +2731,8 @@ class _WriteBatcher:
 
     At most MAX_IN_FLIGHT requests are in flight.  A run's writes stand in one of them at a time, in order, so that none
     overtakes another.  Nothing waits for a timer: the first write when a request may be sent goes at once, in the
-    thread that made it; what becomes ready meanwhile is sent by a thread or task in the background, together, as soon
-    as an answer is there.  A request is repeated until it has an answer or no write in it is worth sending any more.
+    thread or task that made it; what becomes ready meanwhile is sent by one in the background, together, as soon as an
+    answer is there.  A request is repeated until it has an answer or no write in it is worth sending any more.
     """
 
     def __init__(self, client: Client[Any]) -> None:
@@ -2751,18 +2751,12 @@ class _WriteBatcher:
         write = _Write(verb, members, lease, timeout_s=self._client.timeout_s, **options)
         if lease is not None:
             lease.fence()
-        driver = self._client._driver
         with self._lock:
             self._add(write)
-            batch = [] if driver.awaited or not self._is_due() else self._take()
-            self._senders += 1 if batch else 0
-        try:
-            if batch:
-                yield from self._send_batch(batch, driver)
-        finally:
-            with self._lock:
-                self._senders -= 1 if batch else 0
-            self._start_sender()
+            sends = self._is_due()
+            self._senders += sends
+        if sends:
+            yield from self._send_ready(self._client._driver, once=True)
         return (yield from self.wait(write))
 
     def post(self, writes: Sequence[_Write]) -> None:
@@ -2873,25 +2867,29 @@ class _WriteBatcher:
                 asyncio.get_running_loop()
             except RuntimeError:  # a thread beside the event loop: the one that sends heartbeats
                 driver = self._client._threads
-        driver.start(self._send_all(driver), "tidebase-writes")
+        driver.start(self._send_ready(driver), "tidebase-writes")
 
-    def _send_all(self, driver: Any) -> Op[None]:
-        """Send what is ready, until there is nothing."""
+    def _send_ready(self, driver: Any, *, once: bool = False) -> Op[None]:
+        """As one of the senders: send what is ready, in one request or until there is nothing."""
+        next_driver: Any = driver
         try:
-            yield driver.sleep(0)  # first all threads and tasks that are as far: what they have goes along
+            if driver.awaited or not once:
+                yield driver.sleep(0)  # first all threads and tasks that are as far: what they have goes along
             while True:
                 with self._lock:
-                    if not self._is_due(self._senders - 1):
-                        self._senders -= 1
-                        return
-                    batch = self._take()
-                yield from self._send_batch(batch, driver)
-        except BaseException as error:
+                    batch = self._take() if self._is_due(self._senders - 1) else []
+                if batch:
+                    yield from self._send_batch(batch, driver)
+                if once or not batch:
+                    break
+        except BaseException as error:  # a thread goes on where a task was cancelled, as the event loop may be ending
+            next_driver = None if isinstance(error, GeneratorExit) else self._client._threads
+            raise
+        finally:
             with self._lock:
                 self._senders -= 1
-            if not isinstance(error, GeneratorExit):  # cancelled: a thread goes on, as the event loop may be ending
-                self._start_sender(self._client._threads)
-            raise
+            if next_driver is not None:
+                self._start_sender(next_driver)
 
     def _send_batch(self, batch: list[_Write], driver: Any) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""

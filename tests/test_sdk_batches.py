@@ -588,7 +588,7 @@ def test_cancelling_tasks_whose_steps_are_under_way_does_not_lose_those_of_other
             second = wire.hold("record_step")
             tasks[0].cancel()
             free.set()
-            await wait_until(lambda: wire.batches() == [1, 7] and wire.taken.locked())
+            await wait_until(lambda: wire.batches() == [1, 8] and wire.taken.locked())  # it had sent its own itself
             tasks[first].cancel()
             tasks[other].cancel()
             second.set()

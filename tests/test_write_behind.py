@@ -506,10 +506,7 @@ def test_a_run_whose_task_is_cancelled_is_given_back_with_all_that_was_executed(
     assert api.run(run_id)["status"] == "pending"
 
 
-@pytest.mark.parametrize("write_behind", [False, True])
-def test_cancelling_the_tasks_that_send_loses_and_repeats_nothing(
-    relay: Relay, api: Api, write_behind: bool
-) -> None:
+def test_cancelling_the_tasks_that_send_loses_and_repeats_nothing(relay: Relay, api: Api) -> None:
     """As a supervisor does that cancels all tasks but those which it knows."""
     relay.hold()
     run_id, executed = new_run_id(), Counter[str]()
@@ -520,7 +517,7 @@ def test_cancelling_the_tasks_that_send_loses_and_repeats_nothing(
             return "done"
 
         async with tidebase_sdk.AsyncTidebase(relay.url) as tide:
-            mine = asyncio.ensure_future(tide.run("flow", flow, run_id=run_id, write_behind=write_behind))
+            mine = asyncio.ensure_future(tide.run("flow", flow, run_id=run_id, write_behind=True))
             await asyncio.to_thread(eventually, relay.held.is_set)
             senders = asyncio.all_tasks() - {asyncio.current_task(), mine}
             senders = {task for task in senders if "_AsyncDriver.drive" in repr(task)}
