@@ -3,8 +3,6 @@
 // The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch,
 // since EventSource can send none. Reads of a page are given up when it is left.
 
-import { el, fault, fill, skeleton, toast } from "./dom.js";
-
 const KEY = "tidebase.key";
 
 /** A refusal of the server; `status` 0: it could not be reached. */
@@ -71,36 +69,9 @@ export const post = async (url, body = {}, options = {}) => JSON.parse(await pos
 export const put = (url, body) => send("PUT", url, { body });
 export const remove = (url) => send("DELETE", url);
 
-/** Do something that the server may refuse: the refusal is shown. Resolves to whether it was done. */
-export async function attempt(action) {
-	try {
-		await action();
-		return true;
-	} catch (error) {
-		laterAgain(error);
-		if (error.name !== "AbortError") toast(error.message, "error");
-		return false;
-	}
-}
-
 /** Leave a failure to the next try, which comes by itself. What is no refusal of the server is a fault of this page. */
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
-}
-
-/** A box that load(box) fills: grey rows first; a failure of the first reading is shown, with a way to try again. */
-export function loading(load, rows = 3) {
-	const box = el("div.stack", skeleton(rows));
-	const again = async () => {
-		try {
-			await load(box);
-		} catch (error) {
-			laterAgain(error);
-			if (error.name !== "AbortError" && box.querySelector(".skeleton, .fault")) fill(box, fault(error, again));
-		}
-	};
-	again();
-	return Object.assign(box, { again });
 }
 
 const RETRY_MS = [300, 1000, 2000, 5000];

@@ -3,10 +3,11 @@
 // openReview is that page: it is opened with the gate's token alone, which stands in the fragment of its address and so
 // in no request line, log or Referer; the token is sent in the body.
 
-import { canWrite, every, getText, loading, path, postText } from "./api.js";
+import { canWrite, every, getText, path, postText } from "./api.js";
 import { gateForm, reviewForm } from "./decide.js";
-import { between, button, card, compactCount, count, el, empty, errorText, facts, fill, heading, link, money, muted,
-	number, plainTable, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
+import { between, button, card, compactCount, count, el, empty, errorText, facts, fill, heading, link, loading, money,
+	muted, number, plainTable, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from
+	"./dom.js";
 import { items, member } from "./json.js";
 import { inlinePayload } from "./payload.js";
 import { runUrl, setQuery, setTitle } from "./router.js";

@@ -1,8 +1,8 @@
 // Costs: the ledger by day, workflow and model; a chart, the numbers beside it, and CSV.
 
-import { get, getText, loading } from "./api.js";
-import { button, card, code, compactCount, count, el, empty, facts, fill, heading, icon, meters, money, number,
-	plainTable, select, strong } from "./dom.js";
+import { get, getText } from "./api.js";
+import { button, card, code, compactCount, count, el, empty, facts, fill, heading, icon, loading, meters, money,
+	number, plainTable, select, strong } from "./dom.js";
 import { download } from "./payload.js";
 import { setQuery } from "./router.js";
 

@@ -3,6 +3,8 @@
 // el() is the only place where elements are made. It sets attributes and text, never markup, so that whatever a run is
 // called stays text. Live updates change texts, rows and cells in place: focus, selection and scroll position stay.
 
+import { laterAgain } from "./api.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "rect", "line", "text", "title"]);
 
@@ -289,6 +291,21 @@ export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", "aria
 export const fault = (error, again, ...words) => el("div.fault", { role: "alert" }, words, el("p", error.message),
 	again && button("Try again", again));
 
+/** A box that load(box) fills: grey rows first; a failure of the first reading is shown, with a way to try again. */
+export function loading(load, rows = 3) {
+	const box = el("div.stack", skeleton(rows));
+	const again = async () => {
+		try {
+			await load(box);
+		} catch (error) {
+			laterAgain(error);
+			if (error.name !== "AbortError" && box.querySelector(".skeleton, .fault")) fill(box, fault(error, again));
+		}
+	};
+	again();
+	return Object.assign(box, { again });
+}
+
 /** An input to search with; action(text) is called as one types. */
 export const searchInput = (placeholder, label, action, attributes = {}) => el("div.search", icon("search"),
 	input(null, { type: "search", placeholder, "aria-label": label, oninput: ({ target }) => action?.(target.value),
@@ -340,6 +357,18 @@ export function toast(text, kind = "ok") {
 	foreground().append(toasts);
 	toasts.append(note);
 	if (kind !== "error") setTimeout(() => note.remove(), 4000);
+}
+
+/** Do something that the server may refuse: the refusal is shown. Resolves to whether it was done. */
+export async function attempt(action) {
+	try {
+		await action();
+		return true;
+	} catch (error) {
+		laterAgain(error);
+		if (error.name !== "AbortError") toast(error.message, "error");
+		return false;
+	}
 }
 
 /** Open a modal dialog. `closed` resolves to the value of the button that submitted its form, or "". */

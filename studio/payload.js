@@ -1,8 +1,9 @@
 // Payloads, exactly as they are stored: the first 64 KB, the rest on demand; download and copy take the whole text.
 // Indenting adds white space between tokens and changes none of them.
 
-import { attempt, getResponse, getText, loading, path } from "./api.js";
-import { button, bytes, code, copyButton, dash, el, fill, iconButton, muted, plainTable } from "./dom.js";
+import { getResponse, getText, path } from "./api.js";
+import { attempt, button, bytes, code, copyButton, dash, el, fill, iconButton, loading, muted, plainTable } from
+	"./dom.js";
 import { differences, indented, parts } from "./json.js";
 
 const FIRST = 65_536; // characters

@@ -1,8 +1,8 @@
 // Queues: how much waits and runs, the last hour minute by minute, caps, pause and resume.
 
-import { attempt, canWrite, get, laterAgain, path, poll, put } from "./api.js";
-import { ask, button, code, count, dash, duration, el, empty, field, fill, grid, heading, input, link, plural, status,
-	strong, toast } from "./dom.js";
+import { canWrite, get, laterAgain, path, poll, put } from "./api.js";
+import { ask, attempt, button, code, count, dash, duration, el, empty, field, fill, grid, heading, input, link, plural,
+	status, strong, toast } from "./dom.js";
 import { runsUrl } from "./router.js";
 
 export async function open({ main, signal }) {

@@ -3,16 +3,17 @@
 // The page reads a summary and the steps once, follows the run's event stream by seq, and applies each event to the
 // timeline. Rows are read again only for what an event does not carry. What is open, selected and scrolled stays.
 
-import { attempt, canWrite, every, follow, get, laterAgain, path, post, session } from "./api.js";
+import { canWrite, every, follow, get, laterAgain, path, post, session } from "./api.js";
 import { askFork } from "./compare.js";
 import { actor, bodyOf, jsonInput, reviewForm } from "./decide.js";
-import { ask, button, code, compactCount, count, debounce, duration, el, facts, field, fill, icon, iconButton, idText,
-	input, link, money, muted, plainTable, plural, setMark, setText, show, status, strong, time, toast } from "./dom.js";
+import { ask, attempt, button, code, compactCount, count, debounce, duration, el, facts, field, fill, icon, iconButton,
+	idText, input, link, money, muted, plainTable, plural, setMark, setText, show, status, strong, time, toast } from
+	"./dom.js";
 import { payload, readPayload } from "./payload.js";
 import { compareUrl, navigate, runsUrl, runUrl, setQuery, setTitle } from "./router.js";
 import { stepPanel, TABS } from "./tabs.js";
 import { makeWaterfall, Timeline } from "./waterfall.js";
-import { outcome, shownStatus } from "./runs.js";
+import { errorLine, isCut, outcome, shownStatus } from "./runs.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the last so many are read at once
 const LIVE = new Set(["pending", "queued", "running", "waiting"]);
@@ -60,12 +61,16 @@ export async function open({ main, parts: [id], query, signal }) {
 			why.className = `why why-${shown}`;
 			show(why, line);
 			fill(why, el("span", line));
+			if (run.status === "failed" && isCut(run.error)) why.append(button("Show all of it", showError, "quiet"));
 		});
 		once(about, [run, cost], () => fill(about, facts(aboutRun(summary, isLive()))));
 		showActions();
 		showTabs();
 		if (!panelOf) showRunPanel();
 	}
+
+	const showError = async () =>
+		fill(why, el("span.error-text", errorLine(JSON.parse(await readPayload(id, "error")))));
 
 	const ACTIONS = { retry: ["Retry", retry], recover: ["Recover", recover], signal: ["Signal", signalRun],
 		fork: ["Fork", forkRun], cancel: ["Cancel", cancel, "danger"] };

@@ -7,34 +7,19 @@ import { canWrite, every, get, laterAgain, post, query as toQuery } from "./api.
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
 	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, searchInput, select, setMark, setText,
 	show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
+import { early, FILTERS, PAGE_SIZE, pageQuery, readAddress, readPage } from "./list.js";
 import { navigate, runsUrl, runUrl } from "./router.js";
 
-const PAGE_SIZE = 50;
+const SCREENFUL = 20; // rows that are drawn first, the rest a moment later
 const REFRESH_MS = 1500;
+const MOST_OF_ERROR = 300; // characters of a message that the server sends in a line
 const STATUSES = ["running", "waiting", "queued", "pending", "failed", "completed", "cancelled"];
-const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
 const WORDS = { failureClass: "class", since: "from", until: "before", parent: "children of" };
 const SORTS = [["newest", "Newest first"], ["oldest", "Oldest first"], ["ended", "Last ended first"]];
 const PERIODS = [["", "Any time"], ["1", "Last hour"], ["24", "Last 24 hours"], ["168", "Last 7 days"]];
 const ACTIONS = { cancel: ["Cancel", "cancelled", "danger"], retry: ["Retry", "put back"],
 	delete: ["Delete", "deleted", "danger"] };
 const SEARCH_LABEL = "Search runs: an id, text of an error, workflow:, queue:, status:, or a metadata key and value";
-
-function readAddress(parameters) {
-	const filters = Object.fromEntries([...parameters].filter(([name, value]) =>
-		value && (FILTERS.includes(name) || name.startsWith("metadata."))));
-	return [filters, { sort: parameters.get("sort"), before: parameters.get("before") }];
-}
-
-const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
-const readPage = (...asked) => get("/runs", pageQuery(...asked));
-
-let early = null;
-/** Read the first page while the session is still being read. */
-export function begin(parameters) {
-	early = readPage(...readAddress(parameters));
-	early.catch(() => {}); // the page that awaits it shows the failure
-}
 
 export async function open({ main, query, signal }) {
 	let filters = {};
@@ -222,14 +207,18 @@ export async function open({ main, query, signal }) {
 		if (rows.length === 0) fill(table.element, skeleton(12));
 		const asked = address();
 		try {
-			const answer = await (early ?? readPage(filters, paging));
+			const answer = await (early.runs ?? readPage(filters, paging));
+			if (rows.length === 0 && answer.runs.length > SCREENFUL) {
+				table.set(answer.runs.slice(0, SCREENFUL));
+				await new Promise((resolve) => setTimeout(resolve, 30)); // they are painted
+			}
 			if (asked === address()) take(answer.runs, answer.nextCursor);
 		} catch (error) {
 			if (error.status !== 400) throw error;
 			take([], null);
 			fill(table.element, fault(error));
 		} finally {
-			early = null;
+			early.runs = null;
 			readCounts();
 		}
 	}
@@ -296,10 +285,13 @@ async function runBulk(action, target) {
 /** The end of a long id: ids begin with the time they were made, so those of one hour begin alike. */
 export const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
 
+export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;
+
 /** "TimeoutError: too slow", of whatever was recorded as an error. */
 export function errorLine(error) {
 	if (typeof error !== "object" || !error) return error ? String(error) : "";
-	return [error.name, error.message].filter((part) => typeof part === "string" && part).join(": ");
+	const line = [error.name, error.message].filter((part) => typeof part === "string" && part).join(": ");
+	return isCut(error) ? line.replace(/\s+\S*$/, " …") : line;
 }
 
 /** How the parts of the server's line are shown: "waits for signal {b:signal}, until {at:until}". */

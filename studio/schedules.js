@@ -1,9 +1,9 @@
 // Schedules: when they fire next, on and off, run now; and a form that shows the next five fires as one types.
 
-import { attempt, canWrite, getText, path, poll, post, put, remove } from "./api.js";
+import { canWrite, getText, path, poll, post, put, remove } from "./api.js";
 import { bodyOf, jsonInput } from "./decide.js";
-import { ask, button, code, dash, debounce, el, empty, errorText, field, fill, grid, heading, input, link, muted,
-	options, status, strong, time, toast, wholeInstant, zoneNote } from "./dom.js";
+import { ask, attempt, button, code, dash, debounce, el, empty, errorText, field, fill, grid, heading, input, link,
+	muted, options, status, strong, time, toast, wholeInstant, zoneNote } from "./dom.js";
 import { items, member } from "./json.js";
 import { runsUrl } from "./router.js";
 

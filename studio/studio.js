@@ -6,8 +6,9 @@
 import { ApiError, get, keepKey, laterAgain, poll, session, setPageSignal, unreachable, watch } from "./api.js";
 import { button, dialog, el, errorText, fault, field, fill, heading, icon, input, link, plainTable, setServerTime,
 	setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName } from "./dom.js";
+import { early } from "./list.js";
 import { goBack, navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
-import { begin as beginList } from "./runs.js";
+import "./runs.js"; // most visits begin with it
 
 const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
 	workers: "Workers" };
@@ -173,17 +174,19 @@ function showSignIn(words = "") {
 }
 
 async function readSession() {
-	Object.assign(session, await get("/session", {}, { signal: null }));
+	const asked = early.session ?? get("/session", {}, { signal: null });
+	early.session = null;
+	zoneName(); // the browser's first look at time zones takes 30 ms, in which the answer comes
+	Object.assign(session, await asked);
 	setServerTime(session.now);
 }
 
 async function start() {
 	if (location.pathname === "/studio/review") return (await import("./approvals.js")).openReview(document.body);
-	const isList = /^\/studio(\/runs)?\/?$/.test(location.pathname);
-	if (isList) beginList(new URLSearchParams(location.search)); // two answers in the time of one
 	try {
 		await readSession();
 	} catch (error) {
+		early.runs = null; // was refused, too
 		if (error.status === 401) return showSignIn(session.key ? KEY_GONE : "");
 		fill(document.body, el("main.sign-in", fault(error, null, strong("Tidebase Studio"))));
 		return setTimeout(start, 2000);

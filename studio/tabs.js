@@ -3,11 +3,11 @@
 // A tab is a function of the run's model that gives {element, update(new events)}. It is built when it is first shown,
 // and keeps what it has read.
 
-import { attempt, canWrite, get, getText, loading, path, post } from "./api.js";
+import { canWrite, get, getText, path, post } from "./api.js";
 import { gateForm, reviewForm } from "./decide.js";
-import { between, button, bytes, card, code, copyButton, count, debounce, duration, el, empty, errorText, facts, fill,
-	grid, iconButton, input, link, meters, money, muted, number, options, plainTable, plural, searchInput, select, setText,
-	status, strong, tag, time, toast } from "./dom.js";
+import { attempt, between, button, bytes, card, code, copyButton, count, debounce, duration, el, empty, errorText,
+	facts, fill, grid, iconButton, input, link, loading, meters, money, muted, number, options, plainTable, plural,
+	searchInput, select, setText, status, strong, tag, time, toast } from "./dom.js";
 import { items, member } from "./json.js";
 import { diffTable, inlinePayload, payload, readPayload } from "./payload.js";
 import { runUrl } from "./router.js";
