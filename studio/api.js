@@ -1,7 +1,65 @@
-// The server: requests, refusals, and streams of events.
+// Addresses of the page's views, and the server: requests, refusals, and streams of events.
 //
-// The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch,
-// since EventSource can send none. Reads of a page are given up when it is left.
+// Every view has a URL of its own, made with pushState, so that it can be shared, reloaded and gone back to. The API key
+// lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch, since
+// EventSource can send none. Reads of a page are given up when it is left.
+
+/** A path with its parts escaped: path`/runs/${id}/cancel`. */
+export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
+
+/** A query string of what is set. */
+export function query(values) {
+	const set = Object.entries(values).filter(([, value]) => value !== null && value !== undefined && value !== "");
+	return set.length ? `?${set.map((pair) => pair.map(encodeURIComponent).join("=")).join("&")}` : "";
+}
+
+// --- views
+
+export const runUrl = (id, parameters = {}) => path`/studio/runs/${id}` + query(parameters);
+export const runsUrl = (filters) => `/studio/runs${query(filters)}`;
+export const compareUrl = (a, b) => `/studio/compare${query({ a, b })}`;
+export const rememberScroll = () => history.replaceState({ ...history.state, scroll: scrollY }, "");
+
+let open = () => {};
+export const setOpener = (opener) => { open = opener; };
+
+/** Go to another view. The scroll position of this one is kept for the way back. */
+export function navigate(url, { replace = false } = {}) {
+	if (!replace) rememberScroll();
+	const { depth = 0 } = history.state ?? {};
+	history[replace ? "replaceState" : "pushState"]({ depth: replace ? depth : depth + 1 }, "", url);
+	open(0);
+}
+
+/** One view back, or to the list when this one was opened by itself. */
+export const goBack = () => (history.state?.depth ? history.back() : navigate("/studio/runs"));
+
+/** Change parameters of this view's address in place: null takes one out. The view is not opened again. */
+export function setQuery(changes) {
+	const url = new URL(location.href);
+	for (const [name, value] of Object.entries(changes)) {
+		url.searchParams[value === null ? "delete" : "set"](name, value);
+	}
+	history.replaceState(history.state, "", url);
+}
+
+let title = "";
+let waiting = 0;
+
+/** The tab's title, with the number of decisions that wait for a person before it. */
+export function setTitle(text) {
+	title = text;
+	document.title = `${waiting ? `(${waiting}) ` : ""}${title} · Tidebase`;
+}
+
+export function setWaiting(count) {
+	if (count === waiting) return;
+	waiting = count;
+	setTitle(title);
+	document.querySelector("link[rel=icon]").href = `/studio/icon.svg${query({ n: count || null })}`;
+}
+
+// --- requests
 
 const KEY = "tidebase.key";
 
@@ -29,15 +87,6 @@ export function keepKey(key) {
 export const watch = { onUnauthorized() {}, onReachable() {} };
 let leaving = null; // ends the reads of the page that is open
 export const setPageSignal = (signal) => { leaving = signal; };
-
-/** A path with its parts escaped: path`/runs/${id}/cancel`. */
-export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
-
-/** A query string of what is set. */
-export function query(values) {
-	const set = Object.entries(values).filter(([, value]) => value !== null && value !== undefined && value !== "");
-	return set.length ? `?${set.map((pair) => pair.map(encodeURIComponent).join("=")).join("&")}` : "";
-}
 
 async function send(method, url, { body, signal, accept = "application/json", key = session.key } = {}) {
 	const headers = { accept };
@@ -73,6 +122,8 @@ export const remove = (url) => send("DELETE", url);
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
 }
+
+// --- what goes on by itself
 
 const RETRY_MS = [300, 1000, 2000, 5000];
 const STALE_MS = 20_000; // this long without a connection, the page says that it is stale
@@ -172,4 +223,28 @@ export async function poll(load, milliseconds, signal) {
 	} finally {
 		every(load, milliseconds, signal);
 	}
+}
+
+// --- the list of runs: what it asks for stands here, so that its first answers are under way while the browser still reads
+// the rest of the page (index.html has this module by itself, too)
+
+export const PAGE_SIZE = 50;
+export const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
+
+/** The filters of an address, and where in the list it is. */
+export function readAddress(parameters) {
+	const filters = Object.fromEntries([...parameters].filter(([name, value]) =>
+		value && (FILTERS.includes(name) || name.startsWith("metadata."))));
+	return [filters, { sort: parameters.get("sort"), before: parameters.get("before") }];
+}
+
+export const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
+export const readPage = (...asked) => get("/runs", pageQuery(...asked));
+
+/** Answers that are on their way, each for its first reader: the session, and the list when the page begins with it. */
+export const early = { session: null, runs: null };
+if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
+	early.session = get("/session");
+	early.runs = readPage(...readAddress(new URLSearchParams(location.search)));
+	for (const answer of Object.values(early)) answer.catch(() => {}); // who awaits it shows the failure
 }

@@ -1,11 +1,9 @@
 // Fork a run from a step, with a preview of what is reused; and two runs side by side.
 
-import { every, follow, get, laterAgain, path, post } from "./api.js";
-import { bodyOf, jsonInput } from "./decide.js";
+import { every, follow, get, laterAgain, path, post, runUrl } from "./api.js";
 import { ask, between, button, card, dash, debounce, el, empty, facts, field, fill, grid, heading, idText, money,
-	muted, options, plural, setText, show, skeleton, status, time } from "./dom.js";
-import { diffTable, readPayload } from "./payload.js";
-import { runUrl } from "./router.js";
+	muted, options, plural, row, setText, show, skeleton, status, time } from "./dom.js";
+import { bodyOf, diffTable, jsonInput, readPayload } from "./payload.js";
 import { outcome, runDuration, shownStatus } from "./runs.js";
 
 const LONGEST = 65_536; // bytes of an output that is compared by itself
@@ -44,13 +42,13 @@ export async function askFork({ run }, steps, inputText) {
 	return (await post(path`/runs/${run.id}/fork`, body)).run;
 }
 
-export async function open({ main, query, signal }) {
+export async function comparePage({ main, query, signal }) {
 	const sides = ["a", "b"].map((name) => ({ id: query.get(name), steps: new Map(), head: el("div", skeleton(2)) }));
 	const [first, second] = sides;
 	const outputs = new Map(); // step name -> how the outputs compare, once they were read
 	const tally = el("p.muted", { role: "status" });
 	const details = el("div");
-	const cell = (step) => (step ? el("span.row", status(step.status), muted(step.copied ? "reused"
+	const cell = (step) => (step ? row(status(step.status), muted(step.copied ? "reused"
 		: step.completedAt && step.startedAt && between(step.startedAt, step.completedAt))) : dash());
 	const table = grid(({ name }) => name, [
 		["Step", ({ name }) => name], ["First", ({ pair }) => cell(pair[0])], ["Second", ({ pair }) => cell(pair[1])],
@@ -62,9 +60,9 @@ export async function open({ main, query, signal }) {
 	async function readSide(side, index) {
 		const [{ run, cost }, { steps }] = await Promise.all([
 			get(path`/runs/${side.id}/summary`), get(path`/runs/${side.id}/steps`, { limit: 1000 })]);
-		const copied = (step) => step.copied || step.completedAt < run.createdAt;
 		side.run = run;
-		side.steps = new Map(steps.map((step) => [step.name, { ...step, copied: copied(step) }]));
+		side.steps = new Map(steps.map((step) =>
+			[step.name, { ...step, copied: step.copied || step.completedAt < run.createdAt }]));
 		const title = el("a", { href: runUrl(run.id) }, index === 0 ? "First: " : "Second: ", run.workflowName);
 		fill(side.head, card(title, status(shownStatus(run)), idText(run.id), facts([["Duration", runDuration(run)],
 			["Cost", money(cost.own.costUsd)], ["Created", time(run.createdAt)]]), muted(outcome(run))));

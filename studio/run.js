@@ -3,22 +3,22 @@
 // The page reads a summary and the steps once, follows the run's event stream by seq, and applies each event to the
 // timeline. Rows are read again only for what an event does not carry. What is open, selected and scrolled stays.
 
-import { canWrite, every, follow, get, laterAgain, path, post, session } from "./api.js";
+import { canWrite, compareUrl, every, follow, get, laterAgain, navigate, path, post, runsUrl, runUrl, session, setQuery,
+	setTitle } from "./api.js";
+import { actor, reviewForm } from "./approvals.js";
 import { askFork } from "./compare.js";
-import { actor, bodyOf, jsonInput, reviewForm } from "./decide.js";
 import { ask, attempt, button, code, compactCount, count, debounce, duration, el, facts, field, fill, icon, iconButton,
-	idText, input, link, money, muted, plainTable, plural, setMark, setText, show, status, strong, time, toast } from
-	"./dom.js";
-import { payload, readPayload } from "./payload.js";
-import { compareUrl, navigate, runsUrl, runUrl, setQuery, setTitle } from "./router.js";
-import { stepPanel, TABS } from "./tabs.js";
-import { makeWaterfall, Timeline } from "./waterfall.js";
+	idText, input, link, money, muted, plainTable, plural, row as inRow, setMark, setState, setText, show, status, strong,
+	time, toast } from "./dom.js";
+import { bodyOf, jsonInput, payload, readPayload } from "./payload.js";
 import { errorLine, isCut, outcome, shownStatus } from "./runs.js";
+import { stepPanel, TABS } from "./tabs.js";
+import { makeWaterfall, once, Timeline } from "./waterfall.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the last so many are read at once
 const LIVE = new Set(["pending", "queued", "running", "waiting"]);
 
-export async function open({ main, parts: [id], query, signal }) {
+export async function runPage({ main, parts: [id], query, signal }) {
 	let summary = await get(path`/runs/${id}/summary`);
 	let panelOf = null; // the key of what the side panel shows, if that is not the run itself
 	let tab = null;
@@ -60,8 +60,8 @@ export async function open({ main, parts: [id], query, signal }) {
 			const line = outcome(run);
 			why.className = `why why-${shown}`;
 			show(why, line);
-			fill(why, el("span", line));
-			if (run.status === "failed" && isCut(run.error)) why.append(button("Show all of it", showError, "quiet"));
+			fill(why, el("span", line), run.status === "failed" && isCut(run.error)
+				&& button("Show all of it", showError, "quiet"));
 		});
 		once(about, [run, cost], () => fill(about, facts(aboutRun(summary, isLive()))));
 		showActions();
@@ -89,8 +89,8 @@ export async function open({ main, parts: [id], query, signal }) {
 	}
 
 	async function readVerdict() {
-		const { run } = summary;
-		const wanted = /failed|cancelled|stalled/.test(shownStatus(run)) || run.whyDetail?.kind === "lease_expired";
+		const wanted = /failed|cancelled|stalled/.test(shownStatus(summary.run))
+			|| summary.run.whyDetail?.kind === "lease_expired";
 		const plan = wanted ? await get(path`/runs/${id}/rerun`).catch(laterAgain) : null;
 		const shown = plan && plan.safe !== null;
 		inVerdict = shown ? plan.actions.filter((name) => ["retry", "recover", "fork"].includes(name)) : [];
@@ -106,7 +106,7 @@ export async function open({ main, parts: [id], query, signal }) {
 		verdict.classList.toggle("safe", plan.safe);
 		fill(verdict,
 			el("div.spread", el("h2", icon(plan.safe ? "completed" : "stalled"), el("span", plan.verdict)),
-				canWrite() && el("div.row", buttons)),
+				canWrite() && inRow(buttons)),
 			blocking.map((step) => el("details", { open: blocking.length === 1 },
 				el("summary", "Decide ", strong(step.name)), reviewForm(id, step, decided))),
 			plan.steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"),
@@ -154,9 +154,9 @@ export async function open({ main, parts: [id], query, signal }) {
 
 	// --- the side panel: one step, event or delivery, else the run's own payloads
 
-	function openPanel(title, nodes, key) {
+	function openPanel(heading, nodes, key) {
 		panelOf = key;
-		fill(panel, el("header", el("h2", { title }, title), iconButton("close", "Close details", closePanel)),
+		fill(panel, el("header", el("h2", { title: heading }, heading), iconButton("close", "Close details", closePanel)),
 			el("div.body.stack", nodes));
 		panel.classList.add("opened");
 		panel.scrollTop = 0;
@@ -204,30 +204,26 @@ export async function open({ main, parts: [id], query, signal }) {
 	} });
 	const opened = new Map([["timeline", { element: waterfall.element, update: waterfall.schedule }]]);
 
+	function makeTab(name) {
+		return el("a", { role: "tab", id: `tab-${name}`, href: runUrl(id, { tab: name }), onclick(event) {
+			event.preventDefault();
+			showTab(name);
+		} }, name[0].toUpperCase() + name.slice(1), el("span"));
+	}
+
 	function showTabs() {
 		const { counts, state } = summary;
 		const numbers = { ...counts, timeline: counts.steps, state: state?.version, webhooks: counts.deliveries };
-		if (!tabs.firstChild) {
-			tabs.append(...Object.keys(TABS).map((name) => el("a", { role: "tab", id: `tab-${name}`,
-				href: runUrl(id, { tab: name }), onclick(event) {
-					event.preventDefault();
-					showTab(name);
-				} }, name[0].toUpperCase() + name.slice(1), el("span"))));
-			tabs.addEventListener("keydown", ({ key, target }) => {
-				if (key === "ArrowRight") target.nextSibling?.focus();
-				if (key === "ArrowLeft") target.previousSibling?.focus();
-			});
-		}
 		for (const anchor of tabs.children) {
 			const name = anchor.id.slice(4);
-			anchor.setAttribute("aria-selected", String(name === tab));
+			setState(anchor, "selected", name === tab);
 			anchor.tabIndex = name === tab ? 0 : -1;
 			setText(anchor.lastChild, numbers[name] ? compactCount(numbers[name]) : "");
 		}
 	}
 
 	function showTab(name) {
-		if (!TABS[name ?? ""]) name = "timeline";
+		if (!(name in TABS)) name = "timeline";
 		if (name === tab) return;
 		tab = name;
 		setQuery({ tab: name === "timeline" ? null : name });
@@ -308,6 +304,11 @@ export async function open({ main, parts: [id], query, signal }) {
 		mark.lost = state !== "live";
 	}
 
+	tabs.append(...Object.keys(TABS).map(makeTab));
+	tabs.addEventListener("keydown", ({ key, target }) => {
+		if (key === "ArrowRight") target.nextSibling?.focus();
+		if (key === "ArrowLeft") target.previousSibling?.focus();
+	});
 	showHeader();
 	await readSteps();
 	readOthers();
@@ -360,11 +361,3 @@ function aboutRun({ run, parent, cost: { own, subtree }, durationMs }, live) {
 
 /** Let the browser draw and take input before going on: what is long is done in slices. */
 const breathe = () => new Promise((resolve) => setTimeout(resolve));
-
-/** Do something with a node only when what it is made from is not what it was made from. */
-function once(node, source, action) {
-	const text = JSON.stringify(source);
-	if (node.source === text) return;
-	node.source = text;
-	action();
-}

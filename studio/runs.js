@@ -3,12 +3,11 @@
 // The page holds one page of light runs, without payloads. POST /changes says, under any filter, which ids stand there
 // now, and sends only the rows whose version differs.
 
-import { canWrite, every, get, laterAgain, post, query as toQuery } from "./api.js";
+import { canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post, query as toQuery,
+	readAddress, readPage, runsUrl, runUrl } from "./api.js";
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
-	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, searchInput, select, setMark, setText,
-	show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
-import { early, FILTERS, PAGE_SIZE, pageQuery, readAddress, readPage } from "./list.js";
-import { navigate, runsUrl, runUrl } from "./router.js";
+	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, row as inRow, searchInput, select,
+	setMark, setState, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
 
 const SCREENFUL = 20; // rows that are drawn first, the rest a moment later
 const REFRESH_MS = 1500;
@@ -21,7 +20,7 @@ const ACTIONS = { cancel: ["Cancel", "cancelled", "danger"], retry: ["Retry", "p
 	delete: ["Delete", "deleted", "danger"] };
 const SEARCH_LABEL = "Search runs: an id, text of an error, workflow:, queue:, status:, or a metadata key and value";
 
-export async function open({ main, query, signal }) {
+export async function runsPage({ main, query, signal }) {
 	let filters = {};
 	let paging = {};
 	let rows = []; // light runs, in the order of the screen
@@ -56,7 +55,7 @@ export async function open({ main, query, signal }) {
 		["Created", ({ createdAt }) => time(createdAt), "c-time"],
 	], null, { kind: "runs", onRow(row, run) {
 		const chosen = allMatching || selected.has(run.id);
-		row.setAttribute("aria-selected", String(chosen));
+		setState(row, "selected", chosen);
 		if (canWrite()) row.firstChild.firstChild.checked = chosen;
 	} });
 	table.element.addEventListener("click", ({ target }) => {
@@ -77,7 +76,7 @@ export async function open({ main, query, signal }) {
 	fill(main, heading("Runs", mark),
 		el("search.stack", el("div.filters", el("form.grow", { onsubmit: searched }, search), period, sort),
 			el("div.spread", counts, chips)),
-		table.element, bulk, el("div.row", newest, older, zoneNote()));
+		table.element, bulk, inRow(newest, older, zoneNote()));
 
 	// --- filters
 
@@ -87,7 +86,7 @@ export async function open({ main, query, signal }) {
 	function showFilters() {
 		period.value = ""; // the time itself stands in a chip
 		sort.value = paging.sort ?? "newest";
-		errorsOnly.setAttribute("aria-pressed", String(Boolean(filters.errors)));
+		setState(errorsOnly, "pressed", filters.errors);
 		const named = Object.entries(filters).filter(([name]) => name !== "status" && name !== "errors");
 		fill(chips, named.map(([name, value]) => {
 			const word = WORDS[name] ?? name.replace("metadata.", "");
@@ -166,7 +165,7 @@ export async function open({ main, query, signal }) {
 			.filter(([name, { count: many }]) => name === "All" || many > 0 || chosen.has(name));
 		syncRows(counts, entries, ([name]) => name, ([name]) => button("", () => toggleStatus(name)),
 			(node, [name, { count: many, more }]) => {
-				node.setAttribute("aria-pressed", String(name === "All" ? chosen.size === 0 : chosen.has(name)));
+				setState(node, "pressed", name === "All" ? chosen.size === 0 : chosen.has(name));
 				fill(node, name !== "All" && el(`span.status.status-${name}`, icon(name)), `${name} `,
 					el("b", compactCount(many), more && "+"));
 			});
@@ -248,7 +247,7 @@ async function runBulk(action, target) {
 	const [title, past, kind] = ACTIONS[action];
 	const { count: many, more, sample, cursor: start } = await post("/bulk", { action, ...target, dryRun: true });
 	if (many === 0) return toast(`None of them can be ${past}.`);
-	const words = `${title} ${count(many)}${more ? "+" : ""} ${many === 1 ? "run" : "runs"}`;
+	const words = `${title} ${count(many, more)} ${many === 1 ? "run" : "runs"}`;
 	const asked = await ask(`${words}?`, [
 		el("div.card", plainTable(sample.map((run) => [status(shownStatus(run)), run.workflowName, shortCode(run.id)]))),
 		many > sample.length && muted(`and ${count(many - sample.length)} more`),

@@ -1,18 +1,18 @@
 // Tidebase Studio: the frame around the pages: session, navigation, keyboard, and what all pages share.
 //
-// A page is a module with open({main, parts, query, signal}) -> {escape?, onQuery?} | nothing: the element where it
+// A page is a function namePage({main, parts, query, signal}) -> {escape?, onQuery?} | nothing: the element where it
 // builds itself, the rest of the path, the query, and a signal that ends its reads, streams, timers and listeners.
 
-import { ApiError, get, keepKey, laterAgain, poll, session, setPageSignal, unreachable, watch } from "./api.js";
-import { button, dialog, el, errorText, fault, field, fill, heading, icon, input, link, plainTable, setServerTime,
-	setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName } from "./dom.js";
-import { early } from "./list.js";
-import { goBack, navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
+import { ApiError, early, get, goBack, keepKey, laterAgain, navigate, poll, rememberScroll, session, setOpener,
+	setPageSignal, setTitle, setWaiting, unreachable, watch } from "./api.js";
+import { button, count, dialog, el, errorText, fault, field, fill, heading, icon, input, link, logo, plainTable, row,
+	setServerTime, setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName } from "./dom.js";
 import "./runs.js"; // most visits begin with it
 
 const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
 	workers: "Workers" };
 const TITLES = { ...PAGES, compare: "Side by side" };
+const MODULES = { queues: "operations", schedules: "operations", costs: "operations", workers: "operations" };
 
 // --- the frame
 
@@ -22,7 +22,6 @@ const badge = el("span.badge", { hidden: true });
 const links = Object.entries(PAGES).map(([name, title]) => el("a", { href: `/studio/${name}`, title: `g ${name[0]}` },
 	icon(name), el("span", title), name === "approvals" && badge));
 const foot = el("div.nav-foot");
-const logo = (size) => el("img", { src: "/studio/icon.svg", alt: "", width: size });
 const frame = el("div.frame", el("nav.nav", { "aria-label": "Studio" },
 	el("a.brand", { href: "/studio/runs" }, logo(21), "Tidebase"), el("div.nav-links", links), foot),
 el("div", banner, main));
@@ -30,8 +29,8 @@ el("div", banner, main));
 watch.onReachable = (reachable) => {
 	if (reachable === banner.hidden) return;
 	show(banner, !reachable);
-	fill(banner, strong("The server cannot be reached."), "What you see is as of ",
-		time(new Date().toISOString(), "short"), ". Trying again.");
+	fill(banner, strong("The server cannot be reached."), "What you see is as of ", time(Date.now(), "short"),
+		". Trying again.");
 };
 
 // --- opening pages
@@ -60,10 +59,10 @@ async function open(scroll) {
 	if (!title) return fill(main, heading("There is no such page"), link("/studio/runs", "All runs"));
 	fill(main, skeleton());
 	try {
-		const file = name === "runs" && parts.length ? "run" : name;
-		const module = await import(`./${file}.js`).catch(() => { throw unreachable(); });
+		const kind = name === "runs" && parts.length ? "run" : name;
+		const module = await import(`./${MODULES[kind] ?? kind}.js`).catch(() => { throw unreachable(); });
 		if (signal.aborted) return; // left before it was there
-		const opened = await module.open({ main, parts, query: url.searchParams, signal });
+		const opened = await module[`${kind}Page`]({ main, parts, query: url.searchParams, signal });
 		if (signal.aborted) return;
 		page = opened;
 	} catch (error) {
@@ -136,7 +135,7 @@ const KEYS = [["/", "search"], ["j k", "next, previous row"], ["Enter", "open th
 	["Esc", "close, or go back"], ...Object.entries(PAGES).map(([name, title]) => [`g ${name[0]}`, title]),
 	["?", "this help"]];
 const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) =>
-	[el("span.row", keys.split(" ").map((key) => el("kbd", key))), what])));
+	[row(keys.split(" ").map((key) => el("kbd", key))), what])));
 
 // --- session
 
@@ -166,8 +165,7 @@ function showSignIn(words = "") {
 		keepKey(typed.value);
 		start();
 	}
-	fill(document.body, el("main.sign-in", el("form.card", { onsubmit: signIn },
-		el("div.row", logo(32), el("h1", "Tidebase Studio")),
+	fill(document.body, el("main.sign-in", el("form.card", { onsubmit: signIn }, row(logo(32), el("h1", "Tidebase Studio")),
 		field("API key", typed, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you"
 			+ " close it."), refused, el("button.primary", "Sign in"))));
 	typed.focus();
@@ -182,7 +180,7 @@ async function readSession() {
 }
 
 async function start() {
-	if (location.pathname === "/studio/review") return (await import("./approvals.js")).openReview(document.body);
+	if (location.pathname === "/studio/review") return (await import("./approvals.js")).reviewPage(document.body);
 	try {
 		await readSession();
 	} catch (error) {
@@ -200,10 +198,10 @@ async function start() {
 	const { signal } = counting = new AbortController();
 	await open(history.state?.scroll ?? 0);
 	poll(async () => {
-		const { count, more } = await get("/approvals", { limit: 1 }, { signal });
-		setWaiting(count);
-		show(badge, count > 0);
-		setText(badge, more ? `${count}+` : count);
+		const answer = await get("/approvals", { limit: 1 }, { signal });
+		setWaiting(answer.count);
+		show(badge, answer.count > 0);
+		setText(badge, count(answer.count, answer.more));
 	}, 5000, signal).catch(laterAgain);
 }
 

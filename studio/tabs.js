@@ -3,17 +3,14 @@
 // A tab is a function of the run's model that gives {element, update(new events)}. It is built when it is first shown,
 // and keeps what it has read.
 
-import { canWrite, get, getText, path, post } from "./api.js";
-import { gateForm, reviewForm } from "./decide.js";
-import { attempt, between, button, bytes, card, code, copyButton, count, debounce, duration, el, empty, errorText,
-	facts, fill, grid, iconButton, input, link, loading, meters, money, muted, number, options, plainTable, plural,
-	searchInput, select, setText, status, strong, tag, time, toast } from "./dom.js";
-import { items, member } from "./json.js";
-import { diffTable, inlinePayload, payload, readPayload } from "./payload.js";
-import { runUrl } from "./router.js";
-import { virtualRows } from "./virtual.js";
-import { attemptsOf } from "./waterfall.js";
+import { canWrite, get, getText, path, post, runUrl } from "./api.js";
+import { gateCard, reviewForm } from "./approvals.js";
+import { attempt, between, button, bytes, card, code, count, debounce, duration, el, empty, errorText, facts, fill,
+	grid, iconButton, idText, input, link, loading, meters, money, muted, number, options, plainTable, plural, row as inRow,
+	searchInput, select, setText, status, strong, tag, time, toast, virtualRows } from "./dom.js";
+import { diffTable, inlinePayload, items, member, payload, readPayload } from "./payload.js";
 import { errorLine, outcome, shownStatus } from "./runs.js";
+import { attemptsOf } from "./waterfall.js";
 
 /** A tab that load(box) fills, again after events of a kind, and with the summary when `watched`. */
 function loadedTab(model, kind, load, watched = false) {
@@ -40,7 +37,7 @@ export function stepPanel(model, row) {
 		const { sideEffects, replay, idempotencyKey } = step.resumeContract ?? {};
 		const shown = (title, of) => step[`${of}Bytes`] > 2 && payload(title, runId, `step.${of}`, step.id);
 		const attempts = attemptsOf(row);
-		const trace = step.errorBytes > 2 && stackOf(await readPayload(runId, "step.error", step.id));
+		const stack = step.errorBytes > 2 && stackOf(await readPayload(runId, "step.error", step.id));
 		fill(box,
 			facts([["Status", status(step.status)], ["Attempt", step.attempt],
 				step.startedAt && ["Began", time(step.startedAt, "precise")],
@@ -52,17 +49,16 @@ export function stepPanel(model, row) {
 				model.readSummary();
 			})),
 			step.error && errorText(errorLine(step.error)),
-			trace && el("section.payload", el("header", el("h3", "Stack"), copyButton(trace, "Copy the stack")),
-				el("pre", { tabindex: 0, role: "region", "aria-label": "Stack" }, trace)),
+			stack && inlinePayload("Stack", stack, `${step.id}-stack`),
 			shown("Error", "error"), shown("Output", "output"), shown("Input", "input"),
 			attempts.length > 1 && plainTable(attempts.map(({ n, from, to, kind }) => [n, status(...ATTEMPT[kind] ?? [kind]),
-				time(new Date(from).toISOString(), "precise"), number(to === null ? "…" : duration(to - from))]),
+				time(from, "precise"), number(to === null ? "…" : duration(to - from))]),
 			["Attempt", "Outcome", "Began", "Took"]),
 			el("h3", "Contract"),
 			facts([["Side effects", sideEffects?.length ? sideEffects.map((effect) => tag(String(effect))) : "none declared"],
 				["On a crash", REPLAY[replay] ?? replay],
-				idempotencyKey && ["Idempotency key", code(idempotencyKey), copyButton(idempotencyKey, "Copy the key")],
-				["Input hash", code(step.inputHash.slice(0, 12)), copyButton(step.inputHash, "Copy the input hash")]]),
+				idempotencyKey && ["Idempotency key", idText(idempotencyKey)],
+				["Input hash", idText(step.inputHash, step.inputHash.slice(0, 12))]]),
 			shown("Options", "options"));
 	}, 4);
 	return panel;
@@ -156,14 +152,13 @@ function stateTab(model) {
 
 	function choose(index) {
 		at = Math.max(0, Math.min(versions.length - 1, index));
-		const version = versions[at];
+		const { streamName, version, label, reason, createdBy, createdAt } = versions[at];
 		slider.value = at;
-		slider.setAttribute("aria-valuetext", `version ${wordOf(version)}`);
+		slider.setAttribute("aria-valuetext", `version ${wordOf(versions[at])}`);
 		against.value = Math.max(0, at - 1);
-		fill(about, facts([["Version", `${version.version} of ${versions.length}`],
-			severalStreams() && ["Stream", version.streamName], version.label && ["Label", strong(version.label)],
-			version.reason && ["Reason", version.reason], version.createdBy && ["By", version.createdBy],
-			["Time", time(version.createdAt, "precise")]]));
+		fill(about, facts([["Version", `${version} of ${versions.length}`], severalStreams() && ["Stream", streamName],
+			label && ["Label", strong(label)], reason && ["Reason", reason], createdBy && ["By", createdBy],
+			["Time", time(createdAt, "precise")]]));
 		drawSoon();
 	}
 
@@ -205,37 +200,14 @@ function stateTab(model) {
 function gatesTab(model) {
 	const tab = loadedTab(model, /^gate\./, async (box) => {
 		const gates = items(member(await getText(path`/runs/${model.id}`, { include: "gates" }), "gates"));
-		if (gates.length === 0) {
-			return fill(box, empty("No gates", "A decision of a person: ", code('run.gate("approve", "Send this?")'), "."));
-		}
-		fill(box, gates.map((raw) => {
-			const gate = { ...JSON.parse(raw), raw };
-			const { actor, resolvedAt, createdAt, resolveToken } = gate;
-			const pending = gate.status === "pending";
-			return card(gate.name, el("div.row", status(pending ? "waiting" : gate.status), actor && `by ${actor}`,
-				time(resolvedAt ?? createdAt, "short")),
-			gateBody(gate), pending && canWrite() && resolveToken && gateForm(gate, () => {
-				tab.again();
-				model.readSummary();
-			}));
-		}));
+		const decided = () => {
+			tab.again();
+			model.readSummary();
+		};
+		fill(box, gates.map((raw) => gateCard({ ...JSON.parse(raw), raw }, decided)), gates.length === 0
+			&& empty("No gates", "A decision of a person: ", code('run.gate("approve", "Send this?")'), "."));
 	});
 	return tab;
-}
-
-/** Prompt, data and, once decided, the answer. `gate.raw` is its text. */
-export function gateBody({ raw, id, runId, prompt, capability, expiresAt, dataOmitted, reviewUrl }) {
-	const shown = (title, name) => {
-		const text = member(raw, name);
-		return text && text !== "null" && text !== "{}" && inlinePayload(title, text, `${id}-${name}`, true);
-	};
-	return [el("p.prompt", prompt),
-		(capability || expiresAt) && facts([
-			capability && ["Capability", code(member(raw, "capability").replace(/^"|"$/g, ""))],
-			expiresAt && ["Expires", time(expiresAt)]]),
-		dataOmitted ? payload("Data", runId, "gate.data", id) : shown("Data", "data"), shown("Answer", "decisionPayload"),
-		reviewUrl && canWrite() && el("p.row", copyButton(reviewUrl, "Copy the review link", "Copy review link"),
-			muted("Whoever has it may decide this gate, without a key."))];
 }
 
 // --- usage
@@ -311,7 +283,7 @@ function webhooksTab(model) {
 		model.openPanel(nameOf(delivery), [
 			facts([["Status", shownAs(delivery)], ["Kind", kind], ["Tries", attempts],
 				delivery.status === "pending" && ["Next try", time(nextAttemptAt)], httpStatus && ["HTTP", httpStatus],
-				["Id", code(id), copyButton(id, "Copy the delivery's id")]]),
+				["Id", idText(id)]]),
 			el("p", code(url)), errorText(delivery.errorText),
 			payloadBytes > 0 && payload("Body", model.id, "delivery", id),
 			responseBytes > 0 && payload("Answer", model.id, "delivery.response", id)], `delivery:${id}`);

@@ -4,9 +4,8 @@
 // event costs the same in a run of a thousand steps. makeScale says where an instant is on the screen, idle stretches
 // folded. makeWaterfall draws the rows that are on the screen.
 
-import { button, duration, el, fill, icon, iconButton, muted, now, plural, searchInput, setText, show, wholeInstant }
-	from "./dom.js";
-import { virtualRows } from "./virtual.js";
+import { button, duration, el, fill, icon, iconButton, muted, now, plural, row as inRow, searchInput, setState, setText,
+	show, virtualRows, wholeInstant } from "./dom.js";
 
 const ms = (iso) => (iso ? Date.parse(iso) : null);
 
@@ -28,7 +27,17 @@ export const attemptsOf = (row) => row.spans.filter((span) => span.n);
 const wait = (row, kind, from, to = null) => row.spans.push({ kind, from, to });
 const closeWaits = (row, at) => row.spans.forEach((span) => { if (!span.n) span.to ??= at; });
 
-/** The events and rows of a run as rows of spans. */
+/** An attempt of a row, made when there is none. A step may be recorded at its end: the earliest instant counts. */
+function attemptOf(row, n, from) {
+	let attempt = row.spans.find((span) => span.n === n);
+	if (!attempt) {
+		row.spans.push(attempt = { n, kind: "running", from, to: null });
+		row.spans.sort((one, other) => one.n - other.n);
+	}
+	attempt.from = Math.min(attempt.from, from);
+	return attempt;
+}
+
 export class Timeline {
 	constructor(leaseMs, runId) {
 		// heardAt: when the run was last seen at work
@@ -59,16 +68,16 @@ export class Timeline {
 		Object.assign(row, { step, status: step.status, copied });
 		if (copied) return;
 		const attempt = attemptOf(row, step.attempt, from);
-		if (step.status === "running" || step.status === "manual_review") return;
-		if (step.reviewed) return; // it ended when a person decided; events tell when its worker was cut off
+		// One that was reviewed ended when a person decided; events tell when its worker was cut off.
+		if (step.status === "running" || step.status === "manual_review" || step.reviewed) return;
 		const to = ms(step.completedAt) ?? attempt.to ?? ms(step.updatedAt);
 		Object.assign(attempt, { to, kind: kindOf(step.status) });
 	}
 
-	setGate(gate) {
-		const row = this.row(gate.id, "gate", gate.name);
-		Object.assign(row, { status: gate.status === "pending" ? "waiting" : gate.status, spans: [] });
-		wait(row, "waiting", ms(gate.createdAt), ms(gate.resolvedAt));
+	setGate({ id, name, status, createdAt, resolvedAt }) {
+		const row = this.row(id, "gate", name);
+		Object.assign(row, { status: status === "pending" ? "waiting" : status, spans: [] });
+		wait(row, "waiting", ms(createdAt), ms(resolvedAt));
 	}
 
 	/** A run of the subtree. */
@@ -85,12 +94,12 @@ export class Timeline {
 		this.seq = event.seq;
 		const at = ms(event.createdAt);
 		const [subject, verb] = event.type.split(".");
-		if (subject === "run") this.applyToRun(verb, event, event.payload ?? {}, at);
+		if (subject === "run") this.applyToRun(verb, event.attempt, event.payload ?? {}, at);
 		else if (subject === "step" && event.stepId) this.applyToStep(verb, event, at);
 		if (/^(run|step|state|usage)$/.test(subject)) this.heardAt = at;
 	}
 
-	applyToRun(verb, event, payload, at) {
+	applyToRun(verb, attempt, payload, at) {
 		const run = this.row("run");
 		const last = attemptsOf(run).at(-1);
 		const held = last?.to === null ? last : null;
@@ -98,12 +107,13 @@ export class Timeline {
 			if (held?.owner === payload.leaseOwner && held) return; // begun by who claimed it
 			if (held) this.release(held, at, "cut");
 			closeWaits(run, at);
-			const n = event.attempt ?? attemptsOf(run).length + 1;
+			const n = attempt ?? attemptsOf(run).length + 1;
 			run.spans.push({ n, kind: "running", from: at, to: null, owner: payload.leaseOwner });
 		} else if (IDLE_AFTER[verb] || ENDS.has(verb)) {
 			const lost = verb === "stalled" || payload.reason === "lease_expired" || payload.error?.name === "LeaseExpired";
-			const kind = lost ? "cut" : ENDS.has(verb) ? verb : verb === "requeued" ? "failed" : "held";
-			if (held) this.release(held, at, kind);
+			if (held) {
+				this.release(held, at, lost ? "cut" : ENDS.has(verb) ? verb : verb === "requeued" ? "failed" : "held");
+			}
 			for (const row of this.rows.values()) {
 				if (row === run || (row.kind === "wait" && verb !== "waiting")) closeWaits(row, at);
 			}
@@ -180,17 +190,6 @@ export class Timeline {
 	}
 }
 
-/** An attempt of a row, made when there is none. A step may be recorded at its end: the earliest instant counts. */
-function attemptOf(row, n, from) {
-	let attempt = row.spans.find((span) => span.n === n);
-	if (!attempt) {
-		row.spans.push(attempt = { n, kind: "running", from, to: null });
-		row.spans.sort((one, other) => one.n - other.n);
-	}
-	attempt.from = Math.min(attempt.from, from);
-	return attempt;
-}
-
 // --- time on the screen
 
 const FOLD_SHARE = 0.05; // of the width, for a folded stretch
@@ -252,13 +251,27 @@ function placed(node, from, to) {
 	return node;
 }
 
+/** Do something with a node only when what it is made from is not what it was made from. */
+export function once(node, source, action) {
+	const text = JSON.stringify(source);
+	if (node.source === text) return;
+	node.source = text;
+	action();
+}
+
 const isError = (row) => /^failed|manual_review/.test(row.status)
 	|| attemptsOf(row).some(({ kind }) => kind === "failed" || kind === "cut");
 
+/** A step that its worker began and nobody ended is not at work when that worker, or the run, is gone. */
+function statusOf(row) {
+	const gone = row.kind === "step" && row.status === "running" && attemptsOf(row).at(-1)?.kind !== "running";
+	return gone ? "stalled" : row.status ?? "pending";
+}
+
 /** The table of a timeline. onSelect(row): a row was clicked; onOpen(id) brings a child's Timeline. */
 export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
-	let errorsOnly = false;
 	const opened = new Map(); // children whose own rows are shown -> their Timeline
+	let errorsOnly = false;
 	let filter = "";
 	let chosen = null;
 	let drawing = null;
@@ -266,7 +279,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 	let end;
 	const onlyErrors = button("Errors only", () => {
 		errorsOnly = !errorsOnly;
-		onlyErrors.setAttribute("aria-pressed", String(errorsOnly));
+		setState(onlyErrors, "pressed", errorsOnly);
 		draw();
 	}, "", { "aria-pressed": "false", title: "Only steps that failed or were cut off" });
 	const axis = el("div.track.axis");
@@ -280,7 +293,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		filter = text.toLowerCase();
 		draw();
 	});
-	const element = el("section.card", el("header", search, el("div.row", onlyErrors, tally)), table, nothing,
+	const element = el("section.card", el("header", search, inRow(onlyErrors, tally)), table, nothing,
 		el("div.body", legend));
 	const observer = new ResizeObserver(schedule);
 	observer.observe(table);
@@ -327,22 +340,19 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 			: timeline.ended ? "It ended without a step." : "No step has begun yet.");
 		setText(tally, plural(list.filter((row) => row.kind === "step").length, "step"));
 		const kinds = new Set(list.flatMap(barsOf).map(({ kind }) => kind));
-		const words = Object.keys(WORDS).filter((kind) => kinds.has(kind));
-		if (words.join() === legend.words) return;
-		legend.words = words.join();
-		fill(legend, words.map((kind) => el("span", el("i", el(`span.bar.bar-${kind}`)), WORDS[kind])));
+		const shown = Object.keys(WORDS).filter((kind) => kinds.has(kind));
+		once(legend, shown, () =>
+			fill(legend, shown.map((kind) => el("span", el("i", el(`span.bar.bar-${kind}`)), WORDS[kind]))));
 	}
 
 	function drawAxis() {
 		const width = axis.clientWidth || 600;
 		const { folds, place } = scale;
 		const ticks = ticksOf(scale, Math.max(2, Math.floor(width / 70)), 46 / width);
-		const drawn = JSON.stringify([width, folds, ticks]);
-		if (drawn === axis.drawn) return;
-		axis.drawn = drawn;
-		fill(axis, ticks.map(({ left, text }) => placed(el("span.tick", text), left, left)),
+		once(axis, [width, folds, ticks], () => fill(axis,
+			ticks.map(({ left, text }) => placed(el("span.tick", text), left, left)),
 			folds.map(({ from, to }) => placed(
-				el("span.fold", { title: `nothing happened for ${duration(to - from)}` }, "⋯"), place(from), place(to))));
+				el("span.fold", { title: `nothing happened for ${duration(to - from)}` }, "⋯"), place(from), place(to)))));
 	}
 
 	function makeRow(row) {
@@ -351,7 +361,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		const unfold = row.kind === "child" && iconButton("chevron", `Steps of ${row.name}`, async () => {
 			const id = node.row.key;
 			if (!opened.delete(id)) opened.set(id, await onOpen(id));
-			unfold.setAttribute("aria-expanded", String(opened.has(id)));
+			setState(unfold, "expanded", opened.has(id));
 			draw();
 		}, { "aria-expanded": "false" });
 		const node = el("tr", { onclick: (event) => !event.target.closest("button") && onSelect(node.row) },
@@ -360,39 +370,28 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 	}
 
 	function updateRow(node, row) {
-		node.row = row;
-		setText(node.name, row.name);
+		const { name, symbol, took, track, open } = Object.assign(node, { row });
+		setText(name, row.name);
 		if (row.depth > 1) node.firstChild.style.paddingLeft = `${1.2 * row.depth - 0.6}rem`;
 		node.classList.toggle("chosen", chosen === row.key);
-		const status = shownStatus(row);
-		if (node.status !== status) {
-			node.status = status;
-			node.open.title = row.name;
-			node.open.setAttribute("aria-label", `${row.name}: ${status.replace("_", " ")}`);
-			node.symbol.className = `status status-${status}`;
-			fill(node.symbol, icon(ICON_OF[row.kind] ?? status));
-		}
+		const status = statusOf(row);
+		once(symbol, status, () => {
+			open.title = row.name;
+			open.setAttribute("aria-label", `${row.name}: ${status.replace("_", " ")}`);
+			symbol.className = `status status-${status}`;
+			fill(symbol, icon(ICON_OF[row.kind] ?? status));
+		});
 		const bars = barsOf(row);
-		setText(node.took, timeOf(row, bars));
 		const { folds, place } = scale;
 		const places = bars.map((bar) => [bar.kind, place(bar.from), place(bar.to ?? end)]);
-		const drawn = JSON.stringify([folds.length, places]);
-		if (node.drawn === drawn) return;
-		node.drawn = drawn;
-		fill(node.track,
+		setText(took, timeOf(row, bars));
+		once(track, [folds.length, places], () => fill(track,
 			folds.map(({ from, to }) => placed(el("span.fold"), place(from), place(to))),
-			bars.map((bar, index) => {
-				const [kind, left, right] = places[index];
-				const alive = kind === "running" && bar.to === null ? ".bar-live" : "";
-				const node = placed(el(`span.bar.bar-${kind}${alive}`), left, right);
-				return Object.assign(node, { describe: () => wordsOf(bar) });
-			}));
-	}
-
-	/** A step that its worker began and nobody ended is not at work when that worker, or the run, is gone. */
-	function shownStatus(row) {
-		const gone = row.kind === "step" && row.status === "running" && attemptsOf(row).at(-1)?.kind !== "running";
-		return gone ? "stalled" : row.status ?? "pending";
+			places.map(([kind, left, right], index) => {
+				const alive = kind === "running" && bars[index].to === null ? ".bar-live" : "";
+				return Object.assign(placed(el(`span.bar.bar-${kind}${alive}`), left, right),
+					{ describe: () => wordsOf(bars[index]) });
+			})));
 	}
 
 	const wordsOf = ({ kind, n, owner, from, to }) => `${WORDS[kind] ?? kind}${n ? `, attempt ${n}` : ""}`
