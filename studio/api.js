@@ -1,8 +1,8 @@
 // Addresses of the page's views, and the server: requests, refusals, and streams of events.
 //
-// Every view has a URL of its own, made with pushState, so that it can be shared, reloaded and gone back to. The API key
-// lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch, since
-// EventSource can send none. Reads of a page are given up when it is left.
+// Every view has a URL of its own, so that it can be shared, reloaded and gone back to. The API key lives in this tab's
+// session storage and is sent as a header, by streams too: they are read with fetch, since EventSource can send none.
+// Reads of a page are given up when it is left.
 
 /** A path with its parts escaped: path`/runs/${id}/cancel`. */
 export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
@@ -123,97 +123,20 @@ export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
 }
 
-// --- what goes on by itself
+// --- what goes on by itself, while the tab is visible
 
-const RETRY_MS = [300, 1000, 2000, 5000];
-const STALE_MS = 20_000; // this long without a connection, the page says that it is stale
-const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
+/** Resolves after so long, and at once when the tab is hidden or shown, or somebody decided something. */
+const pause = (milliseconds) => new Promise((resolve) => {
+	setTimeout(resolve, milliseconds);
+	for (const name of ["visibilitychange", "decided"]) document.addEventListener(name, resolve, { once: true });
+});
 
-/**
- * Follow a run's events while the tab is visible: closed when it is hidden, resumed by number. onEvents gets all that
- * came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or not live.
- */
-export function follow(runId, after, onEvents, onState, signal) {
-	let connection = null;
-	let failures = 0;
-	let lostAt = null;
-	let timer;
-
-	async function connect() {
-		clearTimeout(timer);
-		if (signal.aborted || document.hidden || connection) return;
-		const mine = connection = new AbortController();
-		let silence;
-		const heard = () => {
-			clearTimeout(silence);
-			silence = setTimeout(() => mine.abort(), SILENT_MS);
-		};
-		try {
-			heard();
-			const response = await getResponse(path`/runs/${runId}/events`, { after, view: "light" },
-				{ signal: AbortSignal.any([mine.signal, signal]), accept: "text/event-stream" });
-			failures = 0;
-			lostAt = null;
-			onState("live");
-			await read(response.body, heard);
-		} catch (error) {
-			laterAgain(error);
-			if (error.status === 404 || error.status === 401) return onState("not live");
-		} finally {
-			clearTimeout(silence);
-			if (connection === mine) connection = null;
-		}
-		if (signal.aborted || document.hidden || connection) return;
-		lostAt ??= Date.now();
-		onState(Date.now() - lostAt > STALE_MS ? "stale" : "reconnecting");
-		timer = setTimeout(connect, RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]);
-		failures += 1;
+/** Call load() every so often, and at once when the tab is shown again. */
+export async function every(load, milliseconds, signal) {
+	while (!signal.aborted) {
+		await pause(milliseconds);
+		if (!signal.aborted && !document.hidden) await load().catch(laterAgain);
 	}
-
-	async function read(body, heard) {
-		const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-		for (let rest = ""; ;) {
-			const { value, done } = await reader.read().catch(() => ({ done: true })); // the connection broke
-			if (done) return;
-			heard();
-			const blocks = (rest + value).split("\n\n");
-			rest = blocks.pop();
-			const events = blocks.map((block) => /^id: (\d+)\ndata: (.*)$/m.exec(block)).filter(Boolean)
-				.map(([, seq, text]) => ({ seq: Number(seq), text })).filter((event) => event.seq > after);
-			if (events.length === 0) continue;
-			after = events.at(-1).seq;
-			onEvents(events);
-		}
-	}
-
-	document.addEventListener("visibilitychange", () => {
-		if (!document.hidden) return connect();
-		clearTimeout(timer);
-		connection?.abort();
-		connection = null;
-		onState("paused");
-	}, { signal });
-	signal.addEventListener("abort", () => clearTimeout(timer));
-	connect();
-}
-
-/** Call `load` every so often while the tab is visible, and at once when it is shown again or somebody decided. */
-export function every(load, milliseconds, signal) {
-	let timer;
-	let running = null;
-	async function tick() {
-		clearTimeout(timer);
-		if (signal.aborted || document.hidden) return;
-		await (running ??= Promise.resolve(load()).catch(laterAgain).finally(() => { running = null; }));
-		later();
-	}
-	function later() {
-		clearTimeout(timer);
-		if (!signal.aborted) timer = setTimeout(tick, milliseconds);
-	}
-	for (const name of ["visibilitychange", "decided"]) document.addEventListener(name, tick, { signal });
-	signal.addEventListener("abort", () => clearTimeout(timer));
-	later();
 }
 
 /** The same, but first of all now. Resolves when that is done; its failure is the caller's. */
@@ -225,8 +148,70 @@ export async function poll(load, milliseconds, signal) {
 	}
 }
 
-// --- the list of runs: what it asks for stands here, so that its first answers are under way while the browser still reads
-// the rest of the page (index.html has this module by itself, too)
+const RETRY_MS = [300, 1000, 2000, 5000];
+const STALE_MS = 20_000; // this long without a connection, the page says that it is stale
+const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
+
+/**
+ * Follow a run's events: the connection is closed when the tab is hidden, and resumed by number. onEvents gets all that
+ * came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or not live.
+ */
+export async function follow(runId, after, onEvents, onState, signal) {
+	let failures = 0;
+	let lostAt = null;
+	while (!signal.aborted) {
+		if (document.hidden) {
+			onState("paused");
+			await pause(SILENT_MS);
+			continue;
+		}
+		const connection = new AbortController();
+		const close = () => connection.abort();
+		let silence = setTimeout(close, SILENT_MS);
+		document.addEventListener("visibilitychange", close, { signal: connection.signal });
+		try {
+			const { body } = await getResponse(path`/runs/${runId}/events`, { after, view: "light" },
+				{ signal: AbortSignal.any([connection.signal, signal]), accept: "text/event-stream" });
+			failures = 0;
+			lostAt = null;
+			onState("live");
+			for await (const events of eventsIn(body)) {
+				clearTimeout(silence);
+				silence = setTimeout(close, SILENT_MS);
+				const news = events.filter(({ seq }) => seq > after);
+				if (news.length === 0) continue;
+				after = news.at(-1).seq;
+				onEvents(news);
+			}
+		} catch (error) {
+			laterAgain(error);
+			if (error.status === 404 || error.status === 401) return onState("not live");
+		} finally {
+			clearTimeout(silence);
+			close();
+		}
+		if (signal.aborted || document.hidden) continue;
+		lostAt ??= Date.now();
+		onState(Date.now() - lostAt > STALE_MS ? "stale" : "reconnecting");
+		await pause(RETRY_MS[failures] ?? RETRY_MS.at(-1));
+		failures += 1;
+	}
+}
+
+/** The events of a stream, as they come; none for what the server says to show that it is there. */
+async function* eventsIn(body) {
+	const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+	for (let rest = ""; ;) {
+		const { value, done } = await reader.read().catch(() => ({ done: true })); // the connection broke
+		if (done) return;
+		const blocks = (rest + value).split("\n\n");
+		rest = blocks.pop();
+		yield blocks.map((block) => /^id: (\d+)\ndata: (.*)$/m.exec(block)).filter(Boolean)
+			.map(([, seq, text]) => ({ seq: Number(seq), text }));
+	}
+}
+
+// --- what the list of runs asks for: here, so that it is asked before the other modules are there
 
 export const PAGE_SIZE = 50;
 export const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
@@ -241,7 +226,7 @@ export function readAddress(parameters) {
 export const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
 export const readPage = (...asked) => get("/runs", pageQuery(...asked));
 
-/** Answers that are on their way, each for its first reader: the session, and the list when the page begins with it. */
+/** Answers that are on their way, each for its first reader, when the page begins with the list. */
 export const early = { session: null, runs: null };
 if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
 	early.session = get("/session");

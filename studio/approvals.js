@@ -1,5 +1,5 @@
-// Approvals: the forms for what a person decides (a gate, or a step of which nobody knows whether it had its effect); the
-// page of all that waits for a person, across runs, oldest first, and of what was decided; and the page of one gate.
+// What a person decides: a gate, or a step of which nobody knows whether it had its effect. The forms for it; the page
+// of all that waits, across runs, oldest first, and of what was decided; and the page of one gate.
 
 import { canWrite, every, getText, path, post, postText, runUrl, setQuery, setTitle } from "./api.js";
 import { between, button, card, code, compactCount, copyButton, count, el, empty, errorText, facts, field, fields, fill,
@@ -135,7 +135,7 @@ export async function approvalsPage({ main, query, signal }) {
 		if (item) showItem(item);
 		else if (!shown && list[0] && wide()) choose(list[0]);
 		else if (shown && !detail.querySelector(".fault")) {
-			detail.prepend(el("p.fault", { role: "status" }, "This has been decided meanwhile, or its run has ended."));
+			detail.prepend(el("p.fault.is-failed", { role: "status" }, "Decided meanwhile, or its run has ended."));
 		}
 	}
 
@@ -209,8 +209,8 @@ function runCard({ run, context, stateText }) {
 		context.stateOmitted && muted("Its state is long: ", link(runUrl(run.id, { tab: "state" }), "open it"), "."));
 }
 
-// --- the page of one gate: opened with the gate's token alone, which stands in the fragment of its address and so in no
-// request line, log or Referer; the token is sent in the body
+// --- the page of one gate: opened with its token alone, which stands in the fragment of the address, and so in no log
+// and no Referer, and is sent in the body
 
 const DECIDED = { approved: "Approved", rejected: "Rejected", canceled: "Withdrawn" };
 

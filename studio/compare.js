@@ -55,7 +55,7 @@ export async function comparePage({ main, query, signal }) {
 		["Output", ({ name, word }) => (word === "differs"
 			? button("differs: show", () => showDifference(name), "quiet") : muted(word))],
 	], empty("No steps"));
-	fill(main, heading("Side by side"), el("div.sides", first.head, second.head), tally, table.element, details);
+	fill(main, heading("Side by side"), el("div.sides", first.head, second.head), tally, table, details);
 
 	async function readSide(side, index) {
 		const [{ run, cost }, { steps }] = await Promise.all([

@@ -20,13 +20,14 @@ export function el(selector, attributes, ...children) {
 	for (const [name, value] of Object.entries(attributes)) {
 		if (isNothing(value)) continue;
 		if (typeof value === "function") node.addEventListener(name.slice(2), value);
+		else if (name === "style") Object.assign(node.style, value);
 		else if (name === "value" && "value" in node) node.value = value;
 		else node.setAttribute(name, value === true ? "" : value);
 	}
 	return add(node, children);
 }
 
-const isNothing = (value) => value === null || value === undefined || value === false;
+const isNothing = (value) => (value ?? false) === false;
 
 function add(node, children) {
 	node.append(...children.flat(Infinity).filter((child) => !isNothing(child)));
@@ -41,7 +42,8 @@ export function fill(node, ...children) {
 
 /** Set a node's text when it differs: an unchanged node keeps the reader's selection and costs no layout. */
 export function setText(node, text) {
-	if (node.textContent !== String(text ?? "")) node.textContent = text ?? "";
+	const shown = String(text ?? "");
+	if (node.textContent !== shown) node.textContent = shown;
 }
 
 export const show = (node, visible) => { node.hidden = !visible; };
@@ -76,13 +78,13 @@ export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table
 
 /**
  * A live table of columns [head, cell(item), class?]. set(items) replaces only the cells that look different, and shows
- * `nothing` when there are none. On a narrow screen a row is a list, and the heads stand beside the values.
+ * `nothing` when there are no items. On a narrow screen a row is a list, with the heads beside the values.
  */
 export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow } = {}) {
 	columns = columns.filter(Boolean);
 	const body = el("tbody");
 	const heads = columns.map(([word, , name]) => el("th", { class: name }, word));
-	const whole = el(`table.${kind}`, el("thead", el("tr", heads)), body);
+	const table = el(`table.${kind}`, el("thead", el("tr", heads)), body);
 	const element = el("div.card.table-wrap", skeleton());
 	const update = (row, item) => {
 		const source = JSON.stringify(item);
@@ -98,22 +100,22 @@ export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow }
 		}
 		onRow?.(row, item);
 	};
-	return { element, set(items) {
+	return Object.assign(element, { set(items) {
 		const { activeElement } = document;
 		if (!items.length) fill(element, nothing);
-		else if (!whole.isConnected) fill(element, whole);
+		else if (!table.isConnected) fill(element, table);
 		syncRows(body, items, keyOf, () => el("tr"), update);
 		if (activeElement.isConnected && activeElement !== document.activeElement) { // its row was moved
 			activeElement.focus({ preventScroll: true });
 		}
-	} };
+	} });
 }
 
-const MARGIN = 12; // rows drawn above and below the screen, so that scrolling by a little draws nothing
+const MARGIN = 12; // rows drawn above and below the screen
 
 /**
- * Keep a table's rows, all of one height, in line with a list of any length; with keyOf, make, update as syncRows. Only
- * those near the screen are elements, two empty bodies stand for the rest.
+ * A table's rows, all of one height, of a list of any length; with keyOf, make, update as syncRows. Only those near the
+ * screen are elements, two empty bodies stand for the rest.
  */
 export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 	const pad = () => el("tbody.pad", { "aria-hidden": "true" }, el("tr", el("td", { colspan: columns })));
@@ -179,7 +181,7 @@ const STATUS_WORDS = { failed_retryable: "to be retried", manual_review: "in rev
 
 /** A status with its shape and colour. */
 export const status = (name, word = STATUS_WORDS[name] ?? name) =>
-	el(`span.status.status-${name}`, icon(name), el("span", word));
+	el(`span.status.is-${name}`, icon(name), el("span", word));
 
 // --- times: one zone for the whole page, the whole instant on hover
 
@@ -316,11 +318,8 @@ export const facts = (rows) => el("dl.facts", rows.filter(Boolean).map(([name, .
 /** Costs [name, usd] as numbers and bars. */
 export function meters(title, rows) {
 	const most = Math.max(...rows.map(([, cost]) => cost), 1e-12);
-	return card(title, null, plainTable(rows.map(([name, cost]) => {
-		const bar = el("div.meter");
-		bar.style.width = `${(100 * cost) / most}%`;
-		return [name, number(money(cost)), el("td.half", bar)];
-	})));
+	return card(title, null, plainTable(rows.map(([name, cost]) => [name, number(money(cost)),
+		el("td.half", el("div.meter", { style: { width: `${(100 * cost) / most}%` } }))])));
 }
 
 /** Grey rows while the first answer is on its way; they appear after a moment: quick answers do not flicker. */
@@ -328,10 +327,10 @@ export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", "aria
 	Array.from({ length: rows }, () => el("i")));
 
 /** What could not be done, and a way to try again. */
-export const fault = (error, again, ...words) => el("div.fault", { role: "alert" }, words, el("p", error.message),
-	again && button("Try again", again));
+export const fault = (error, again, ...words) => el("div.fault.is-failed", { role: "alert" }, words,
+	el("p", error.message), again && button("Try again", again));
 
-/** A box that load(box) fills: grey rows first; a failure of the first reading is shown, with a way to try again. */
+/** A box that load(box) fills: grey rows first; a failure of the first reading is shown, to try again. */
 export function loading(load, rows = 3) {
 	const box = el("div.stack", skeleton(rows));
 	const again = async () => {
@@ -357,7 +356,7 @@ export const select = (label, choices, onchange) => el("select", { "aria-label":
 
 /** Say in a mark how fresh a page is: live, reconnecting, stale, paused. */
 export function setMark(mark, state) {
-	mark.className = `mark mark-${state}`;
+	mark.className = `mark is-${state}`;
 	setText(mark, state);
 }
 
@@ -379,10 +378,9 @@ async function copyText(text) {
 }
 
 /** A button that copies a text, or what a function brings. */
-export const copyButton = (text, label, word = null) => button([icon("copy"), word], async (event) => {
-	event.stopPropagation();
+export const copyButton = (text, label, word = null) => button([icon("copy"), word], async () => {
 	const copied = await copyText(typeof text === "function" ? await text() : text);
-	toast(copied ? "Copied." : "Copying failed.", copied ? "ok" : "error");
+	toast(copied ? "Copied." : "Copying failed.", copied ? "completed" : "failed");
 }, word ? "quiet" : "bare", { title: label, "aria-label": word ? null : label });
 
 /** An id, a key or a hash, of which `shown` is shown, with a button that copies all of it. */
@@ -392,12 +390,12 @@ const toasts = el("div.toasts", { role: "alert" });
 const foreground = () => document.querySelector("dialog[open]") ?? document.body; // a modal dialog makes the rest inert
 
 /** Show a short message at the edge of the page; errors stay until they are closed. */
-export function toast(text, kind = "ok") {
-	const note = el(`div.toast.toast-${kind}`, el("span", text),
+export function toast(text, kind = "completed") {
+	const note = el(`div.toast.is-${kind}`, el("span", text),
 		iconButton("close", "Close message", () => note.remove()));
 	foreground().append(toasts);
 	toasts.append(note);
-	if (kind !== "error") setTimeout(() => note.remove(), 4000);
+	if (kind !== "failed") setTimeout(() => note.remove(), 4000);
 }
 
 /** Do something that the server may refuse: the refusal is shown. Resolves to whether it was done. */
@@ -407,7 +405,7 @@ export async function attempt(action) {
 		return true;
 	} catch (error) {
 		laterAgain(error);
-		if (error.name !== "AbortError") toast(error.message, "error");
+		if (error.name !== "AbortError") toast(error.message, "failed");
 		return false;
 	}
 }

@@ -28,7 +28,7 @@ export async function queuesPage({ main, signal }) {
 			button("Edit caps", () => edit(queue), "quiet")), "buttons"],
 	], empty("No queues yet", "A queue is there as soon as something is put on it: ",
 		code('tide.enqueue("report", queue="default")'), "."));
-	fill(main, heading("Queues"), table.element);
+	fill(main, heading("Queues"), table);
 
 	async function change({ name }, changes) {
 		const done = await attempt(() => put(path`/queues/${name}/config`, changes));
@@ -80,7 +80,7 @@ function spark(minutes) {
 	});
 	return el("svg.spark", { viewBox: "0 0 120 24", role: "img", "aria-label": text, preserveAspectRatio: "none" },
 		el("title", text), el("line", { x1: 0, x2: 120, y1: 16.5, y2: 16.5 }),
-		bars("ok", claims, 15, (height) => 16 - height), bars("bad", failures, 7, () => 17));
+		bars("is-running", claims, 15, (height) => 16 - height), bars("is-failed", failures, 7, () => 17));
 }
 
 // --- workers: who asks for work, from which queues, what they hold, and when they were last heard
@@ -92,7 +92,7 @@ export async function workersPage({ main, signal }) {
 	const tally = muted();
 	const table = grid((worker) => worker.id ?? worker.queues.join(), [
 		["Worker", ({ id, quiet }) => row(
-			el(`span.mark.mark-${quiet ? "reconnecting" : "live"}`, { title: quiet ? "not heard of for a minute" : "there" }),
+			el(`span.mark.is-${quiet ? "reconnecting" : "live"}`, { title: quiet ? "not heard of for a minute" : "there" }),
 			id ? idText(id) : muted("a client without a name"))],
 		["Queues", ({ queues }) => row((queues ?? []).map(tag))],
 		["Workflows", ({ workflows }) => workflows?.join(", ") ?? muted("all")],
@@ -104,7 +104,7 @@ export async function workersPage({ main, signal }) {
 		["Last heard", ({ heard }) => time(heard)],
 	], empty("No worker has asked for work", "A worker is your own process: ", code('tide.work(queues=["default"])'),
 		". Queued runs wait until one asks."));
-	fill(main, heading("Workers", tally), table.element);
+	fill(main, heading("Workers", tally), table);
 
 	await poll(async () => {
 		const { workers } = await get("/workers");
@@ -133,7 +133,7 @@ export async function schedulesPage({ main, signal }) {
 	], empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once,"
 		+ " however many servers there are."));
 	fill(main, heading("Schedules", row(zoneNote(),
-		canWrite() && button("New schedule", () => edit(null), "primary"))), table.element);
+		canWrite() && button("New schedule", () => edit(null), "primary"))), table);
 
 	async function act(action) {
 		await attempt(action);

@@ -16,7 +16,6 @@ import { stepPanel, TABS } from "./tabs.js";
 import { makeWaterfall, once, Timeline } from "./waterfall.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the last so many are read at once
-const LIVE = new Set(["pending", "queued", "running", "waiting"]);
 
 export async function runPage({ main, parts: [id], query, signal }) {
 	let summary = await get(path`/runs/${id}/summary`);
@@ -28,13 +27,13 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	/** What the tabs share. */
 	const model = { id, signal, timeline, events: [], steps: new Map(), listeners: new Set(), keepStep, openPanel,
 		readSummary, get summary() { return summary; } };
-	const isLive = () => LIVE.has(summary.run.status);
+	const isLive = () => !summary.run.completedAt;
 
 	const mark = el("span.mark", { role: "status" }, "loading");
 	const badge = el("span");
 	const why = el("p.why");
 	const about = el("div");
-	const verdict = el("section.card.body.verdict", { "aria-label": "Safe to rerun?", hidden: true });
+	const verdict = el("section", { "aria-label": "Safe to rerun?", hidden: true });
 	const actions = el("div.row");
 	const tabs = el("nav.tabs", { role: "tablist", "aria-label": "What is known of this run" });
 	const panel = el("aside.card.side", { "aria-label": "Details" });
@@ -58,7 +57,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		});
 		once(why, [shown, run.whyDetail, run.error, run.cancelReason], () => {
 			const line = outcome(run);
-			why.className = `why why-${shown}`;
+			why.className = `why is-${shown}`;
 			show(why, line);
 			fill(why, el("span", line), run.status === "failed" && isCut(run.error)
 				&& button("Show all of it", showError, "quiet"));
@@ -103,15 +102,16 @@ export async function runPage({ main, parts: [id], query, signal }) {
 			readVerdict();
 			readSummary();
 		};
-		verdict.classList.toggle("safe", plan.safe);
+		const shownAs = plan.safe ? "completed" : "stalled";
+		verdict.className = `card body verdict is-${shownAs}`;
 		fill(verdict,
-			el("div.spread", el("h2", icon(plan.safe ? "completed" : "stalled"), el("span", plan.verdict)),
+			el("div.spread", el("h2", icon(shownAs), el("span", plan.verdict)),
 				canWrite() && inRow(buttons)),
 			blocking.map((step) => el("details", { open: blocking.length === 1 },
 				el("summary", "Decide ", strong(step.name)), reviewForm(id, step, decided))),
 			plan.steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"),
 				plainTable(plan.steps.map(({ name, plan: kind, reason }) =>
-					[name, el(`span.act.act-${kind}`, kind.replaceAll("_", " ")), muted(reason)]))));
+					[name, el(`span.act.is-${kind}`, kind.replaceAll("_", " ")), muted(reason)]))));
 	}
 
 	// --- actions

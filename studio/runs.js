@@ -58,7 +58,7 @@ export async function runsPage({ main, query, signal }) {
 		setState(row, "selected", chosen);
 		if (canWrite()) row.firstChild.firstChild.checked = chosen;
 	} });
-	table.element.addEventListener("click", ({ target }) => {
+	table.addEventListener("click", ({ target }) => {
 		const row = target.closest("tbody tr");
 		if (!row || target.closest("a, button, input, .c-select") || getSelection().toString()) return;
 		navigate(runUrl(row.dataset.key));
@@ -76,7 +76,7 @@ export async function runsPage({ main, query, signal }) {
 	fill(main, heading("Runs", mark),
 		el("search.stack", el("div.filters", el("form.grow", { onsubmit: searched }, search), period, sort),
 			el("div.spread", counts, chips)),
-		table.element, bulk, inRow(newest, older, zoneNote()));
+		table, bulk, inRow(newest, older, zoneNote()));
 
 	// --- filters
 
@@ -113,7 +113,7 @@ export async function runsPage({ main, query, signal }) {
 
 	function render() {
 		table.set(rows);
-		if (rows.length === 0) fill(table.element, nothingHere());
+		if (rows.length === 0) fill(table, nothingHere());
 		show(older, nextCursor);
 		setText(older, rows.length < PAGE_SIZE ? "Search further" : "Next page");
 		show(newest, paging.before);
@@ -166,7 +166,7 @@ export async function runsPage({ main, query, signal }) {
 		syncRows(counts, entries, ([name]) => name, ([name]) => button("", () => toggleStatus(name)),
 			(node, [name, { count: many, more }]) => {
 				setState(node, "pressed", name === "All" ? chosen.size === 0 : chosen.has(name));
-				fill(node, name !== "All" && el(`span.status.status-${name}`, icon(name)), `${name} `,
+				fill(node, name !== "All" && el(`span.status.is-${name}`, icon(name)), `${name} `,
 					el("b", compactCount(many), more && "+"));
 			});
 		counts.append(errorsOnly);
@@ -203,7 +203,7 @@ export async function runsPage({ main, query, signal }) {
 		selected.clear();
 		allMatching = false;
 		showFilters();
-		if (rows.length === 0) fill(table.element, skeleton(12));
+		if (rows.length === 0) fill(table, skeleton(12));
 		const asked = address();
 		try {
 			const answer = await (early.runs ?? readPage(filters, paging));
@@ -215,7 +215,7 @@ export async function runsPage({ main, query, signal }) {
 		} catch (error) {
 			if (error.status !== 400) throw error;
 			take([], null);
-			fill(table.element, fault(error));
+			fill(table, fault(error));
 		} finally {
 			early.runs = null;
 			readCounts();
@@ -282,7 +282,7 @@ async function runBulk(action, target) {
 // --- a run in a line: why it does not go on, in the page's own time zone and with times that keep running
 
 /** The end of a long id: ids begin with the time they were made, so those of one hour begin alike. */
-export const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
+const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
 
 export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;
 

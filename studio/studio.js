@@ -165,7 +165,8 @@ function showSignIn(words = "") {
 		keepKey(typed.value);
 		start();
 	}
-	fill(document.body, el("main.sign-in", el("form.card", { onsubmit: signIn }, row(logo(32), el("h1", "Tidebase Studio")),
+	fill(document.body, el("main.sign-in", el("form.card", { onsubmit: signIn },
+		row(logo(32), el("h1", "Tidebase Studio")),
 		field("API key", typed, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you"
 			+ " close it."), refused, el("button.primary", "Sign in"))));
 	typed.focus();
@@ -209,7 +210,7 @@ watch.onUnauthorized = () => main.isConnected && showSignIn(KEY_GONE);
 addEventListener("unhandledrejection", (event) => {
 	const { reason } = event;
 	if (reason?.name === "AbortError" || reason instanceof ApiError) event.preventDefault();
-	if (reason instanceof ApiError && reason.status !== 401 && reason.status !== 0) toast(reason.message, "error");
+	if (reason instanceof ApiError && reason.status !== 401 && reason.status !== 0) toast(reason.message, "failed");
 });
 document.addEventListener("visibilitychange", () => { // this computer may have slept: its clock is compared again
 	if (!document.hidden && main.isConnected) readSession().catch(laterAgain);

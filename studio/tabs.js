@@ -6,8 +6,8 @@
 import { canWrite, get, getText, path, post, runUrl } from "./api.js";
 import { gateCard, reviewForm } from "./approvals.js";
 import { attempt, between, button, bytes, card, code, count, debounce, duration, el, empty, errorText, facts, fill,
-	grid, iconButton, idText, input, link, loading, meters, money, muted, number, options, plainTable, plural, row as inRow,
-	searchInput, select, setText, status, strong, tag, time, toast, virtualRows } from "./dom.js";
+	grid, iconButton, idText, input, link, loading, meters, money, muted, number, options, plainTable, plural, searchInput,
+	select, setText, status, strong, tag, time, toast, virtualRows } from "./dom.js";
 import { diffTable, inlinePayload, items, member, payload, readPayload } from "./payload.js";
 import { errorLine, outcome, shownStatus } from "./runs.js";
 import { attemptsOf } from "./waterfall.js";
@@ -23,7 +23,8 @@ function loadedTab(model, kind, load, watched = false) {
 // --- one step
 
 const REPLAY = { auto: "runs again", manual: "waits for a review", never: "never runs again" };
-const ATTEMPT = { cut: ["stalled", "cut off"], held: ["cancelled", "ended"], review: ["manual_review", "no outcome"] };
+const ATTEMPT = { cut: ["stalled", "cut off"], held: ["cancelled", "ended"],
+	manual_review: ["manual_review", "no outcome"] };
 
 /** Attempts, contract and payloads of a step; its row is read again, since events carry no sizes. */
 export function stepPanel(model, row) {
@@ -239,7 +240,7 @@ function usageTab(model) {
 			model.summary.counts.children > 0 && el("label.row", withChildren, "With its children")),
 			usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd)])),
 				!withChildren.checked && meters("By step", dearest)],
-			table.element);
+			table);
 	});
 	return tab;
 }
@@ -254,9 +255,7 @@ function childrenTab(model) {
 				if (!folded.delete(id)) folded.add(id);
 				tab.again();
 			}, { "aria-expanded": String(open) });
-			const cell = el("div.unfolds", fold, link(runUrl(id), name ?? id));
-			cell.style.paddingLeft = `${depth * 1.3 - 0.8}rem`;
-			return cell;
+			return el("div.unfolds", { style: { paddingLeft: `${depth * 1.3 - 0.8}rem` } }, fold, link(runUrl(id), name ?? id));
 		}], ["Status", (run) => status(shownStatus(run))], ["Workflow", ({ workflowName }) => workflowName],
 		["Why, or how it ended", outcome], ["Created", ({ createdAt }) => time(createdAt)],
 	], empty("No children", "Runs for parts of its work: ", code('run.child("name", "workflow")'), "."));
@@ -268,7 +267,7 @@ function childrenTab(model) {
 			return [{ ...run, open, parent: below.has(run.id) }, ...open ? branch(run.id) : []];
 		});
 		table.set(branch(model.id));
-		fill(box, table.element, truncated && muted("The first 1,000 runs of the tree."));
+		fill(box, table, truncated && muted("The first 1,000 runs of the tree."));
 	}, true);
 	return tab;
 }
@@ -303,7 +302,7 @@ function webhooksTab(model) {
 	const tab = loadedTab(model, /^(recovery|run)\./, async (box) => {
 		const { deliveries, nextCursor } = await get(path`/runs/${model.id}/deliveries`, { limit: 200 });
 		table.set(deliveries);
-		fill(box, table.element, nextCursor && muted("The newest 200."));
+		fill(box, table, nextCursor && muted("The newest 200."));
 	}, true);
 	return tab;
 }

@@ -11,13 +11,12 @@ const ms = (iso) => (iso ? Date.parse(iso) : null);
 
 /** What bars show, and the words of the legend. */
 const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", held: "held",
-	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", review: "no outcome",
+	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", manual_review: "no outcome",
 	cancelled: "ended with the run" };
-const BUSY = new Set(["completed", "running", "failed", "cut", "review", "held", "cancelled"]);
+const BUSY = new Set(["completed", "running", "failed", "cut", "manual_review", "held", "cancelled"]);
 const STATUS_AFTER = { started: "running", completed: "completed", failed: "failed", manual_review: "manual_review" };
 const STATUS_AFTER_REVIEW = { retry: "failed_retryable", fail: "failed" };
-const KIND_OF_STATUS = { failed_retryable: "failed", manual_review: "review" }; // else they are called alike
-const kindOf = (status) => KIND_OF_STATUS[status] ?? status;
+const kindOf = (status) => status.replace("_retryable", "");
 const IDLE_AFTER = { created: "queued", enqueued: "queued", retried: "queued", released: "queued", requeued: "queued",
 	resumed: "queued", waiting: "waiting", stalled: "gap" };
 const ENDS = new Set(["completed", "failed", "cancelled"]);
@@ -246,10 +245,7 @@ function ticksOf({ folds, start, end, open, place }, wanted, room) {
 const ICON_OF = { gate: "approvals", wait: "clock", child: "runs" };
 const percent = (part) => `${(100 * part).toFixed(3)}%`;
 
-function placed(node, from, to) {
-	Object.assign(node.style, { left: percent(from), width: percent(to - from) });
-	return node;
-}
+const placed = (from, to) => ({ style: { left: percent(from), width: percent(to - from) } });
 
 /** Do something with a node only when what it is made from is not what it was made from. */
 export function once(node, source, action) {
@@ -342,7 +338,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		const kinds = new Set(list.flatMap(barsOf).map(({ kind }) => kind));
 		const shown = Object.keys(WORDS).filter((kind) => kinds.has(kind));
 		once(legend, shown, () =>
-			fill(legend, shown.map((kind) => el("span", el("i", el(`span.bar.bar-${kind}`)), WORDS[kind]))));
+			fill(legend, shown.map((kind) => el("span", el("i", el(`span.bar.is-${kind}`)), WORDS[kind]))));
 	}
 
 	function drawAxis() {
@@ -350,14 +346,14 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		const { folds, place } = scale;
 		const ticks = ticksOf(scale, Math.max(2, Math.floor(width / 70)), 46 / width);
 		once(axis, [width, folds, ticks], () => fill(axis,
-			ticks.map(({ left, text }) => placed(el("span.tick", text), left, left)),
-			folds.map(({ from, to }) => placed(
-				el("span.fold", { title: `nothing happened for ${duration(to - from)}` }, "⋯"), place(from), place(to)))));
+			ticks.map(({ left, text }) => el("span.tick", placed(left, left), text)),
+			folds.map(({ from, to }) => el("span.fold",
+				{ title: `nothing happened for ${duration(to - from)}`, ...placed(place(from), place(to)) }, "⋯"))));
 	}
 
 	function makeRow(row) {
 		const [name, symbol, took, track] = [el("span"), el("span"), el("td.w-time"), el("div.track")];
-		const open = button([symbol, name], () => onSelect(node.row), "step-name", { "data-row": "" });
+		const press = button([symbol, name], () => onSelect(node.row), "step-name", { "data-row": "" });
 		const unfold = row.kind === "child" && iconButton("chevron", `Steps of ${row.name}`, async () => {
 			const id = node.row.key;
 			if (!opened.delete(id)) opened.set(id, await onOpen(id));
@@ -365,20 +361,20 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 			draw();
 		}, { "aria-expanded": "false" });
 		const node = el("tr", { onclick: (event) => !event.target.closest("button") && onSelect(node.row) },
-			el("td.w-name", unfold ? el("div.unfolds", unfold, open) : open), took, el("td.w-track", track));
-		return Object.assign(node, { name, symbol, took, track, open });
+			el("td.w-name", unfold ? el("div.unfolds", unfold, press) : press), took, el("td.w-track", track));
+		return Object.assign(node, { name, symbol, took, track, press });
 	}
 
 	function updateRow(node, row) {
-		const { name, symbol, took, track, open } = Object.assign(node, { row });
+		const { name, symbol, took, track, press } = Object.assign(node, { row });
 		setText(name, row.name);
 		if (row.depth > 1) node.firstChild.style.paddingLeft = `${1.2 * row.depth - 0.6}rem`;
 		node.classList.toggle("chosen", chosen === row.key);
 		const status = statusOf(row);
 		once(symbol, status, () => {
-			open.title = row.name;
-			open.setAttribute("aria-label", `${row.name}: ${status.replace("_", " ")}`);
-			symbol.className = `status status-${status}`;
+			press.title = row.name;
+			press.setAttribute("aria-label", `${row.name}: ${status.replace("_", " ")}`);
+			symbol.className = `status is-${status}`;
 			fill(symbol, icon(ICON_OF[row.kind] ?? status));
 		});
 		const bars = barsOf(row);
@@ -386,10 +382,10 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		const places = bars.map((bar) => [bar.kind, place(bar.from), place(bar.to ?? end)]);
 		setText(took, timeOf(row, bars));
 		once(track, [folds.length, places], () => fill(track,
-			folds.map(({ from, to }) => placed(el("span.fold"), place(from), place(to))),
+			folds.map(({ from, to }) => el("span.fold", placed(place(from), place(to)))),
 			places.map(([kind, left, right], index) => {
-				const alive = kind === "running" && bars[index].to === null ? ".bar-live" : "";
-				return Object.assign(placed(el(`span.bar.bar-${kind}${alive}`), left, right),
+				const open = kind === "running" && bars[index].to === null ? ".is-open" : "";
+				return Object.assign(el(`span.bar.is-${kind}${open}`, placed(left, right)),
 					{ describe: () => wordsOf(bars[index]) });
 			})));
 	}
