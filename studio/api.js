@@ -7,7 +7,6 @@
 /** A path with its parts escaped: path`/runs/${id}/cancel`. */
 export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
 
-/** A query string of what is set. */
 export function query(values) {
 	const set = Object.entries(values).filter(([, value]) => value !== null && value !== undefined && value !== "");
 	return set.length ? `?${set.map((pair) => pair.map(encodeURIComponent).join("=")).join("&")}` : "";
@@ -23,7 +22,7 @@ export const rememberScroll = () => history.replaceState({ ...history.state, scr
 let open = () => {};
 export const setOpener = (opener) => { open = opener; };
 
-/** Go to another view. The scroll position of this one is kept for the way back. */
+/** Go to another view; where this one was scrolled to is kept for the way back. */
 export function navigate(url, { replace = false } = {}) {
 	if (!replace) rememberScroll();
 	const { depth = 0 } = history.state ?? {};
@@ -31,10 +30,9 @@ export function navigate(url, { replace = false } = {}) {
 	open(0);
 }
 
-/** One view back, or to the list when this one was opened by itself. */
 export const goBack = () => (history.state?.depth ? history.back() : navigate("/studio/runs"));
 
-/** Change parameters of this view's address in place: null takes one out. The view is not opened again. */
+/** Change parameters of this address: null takes one out. The view is not opened again. */
 export function setQuery(changes) {
 	const url = new URL(location.href);
 	for (const [name, value] of Object.entries(changes)) {
@@ -46,7 +44,7 @@ export function setQuery(changes) {
 let title = "";
 let waiting = 0;
 
-/** The tab's title, with the number of decisions that wait for a person before it. */
+/** The tab's title, after the number of decisions that wait for a person. */
 export function setTitle(text) {
 	title = text;
 	document.title = `${waiting ? `(${waiting}) ` : ""}${title} · Tidebase`;
@@ -83,7 +81,7 @@ export function keepKey(key) {
 	else sessionStorage.removeItem(KEY);
 }
 
-/** What the frame wants to know: onUnauthorized(), onReachable(reachable). */
+// what the frame wants to know
 export const watch = { onUnauthorized() {}, onReachable() {} };
 let leaving = null; // ends the reads of the page that is open
 export const setPageSignal = (signal) => { leaving = signal; };
@@ -92,7 +90,7 @@ async function send(method, url, { body, signal, accept = "application/json", ke
 	const headers = { accept };
 	if (key) headers.authorization = `Bearer ${key}`;
 	if (body !== undefined) headers["content-type"] = "application/json";
-	// A body that is a string is JSON already: a payload that somebody typed goes out as it was typed.
+	// A string is JSON already: a payload that somebody typed goes out as it was typed.
 	if (typeof body === "object") body = JSON.stringify(body);
 	let response;
 	try {
@@ -110,7 +108,6 @@ async function send(method, url, { body, signal, accept = "application/json", ke
 
 export const getResponse = (url, parameters = {}, options = {}) =>
 	send("GET", url + query(parameters), { signal: leaving, ...options });
-/** The answer's text, exactly as it came. */
 export const getText = async (...asked) => (await getResponse(...asked)).text();
 export const get = async (...asked) => (await getResponse(...asked)).json();
 export const postText = async (url, body, options = {}) => (await send("POST", url, { body, ...options })).text();
@@ -118,7 +115,7 @@ export const post = async (url, body = {}, options = {}) => JSON.parse(await pos
 export const put = (url, body) => send("PUT", url, { body });
 export const remove = (url) => send("DELETE", url);
 
-/** Leave a failure to the next try, which comes by itself. What is no refusal of the server is a fault of this page. */
+/** A refusal is left to the next try, which comes by itself. All else is a fault of this page. */
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
 }

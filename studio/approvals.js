@@ -10,7 +10,7 @@ import { errorLine } from "./runs.js";
 
 const ACTOR = "tidebase.actor";
 
-/** The name under which decisions are recorded; kept in this browser, so that it is typed once. */
+/** The name under which decisions are recorded, typed once in a browser. */
 export const actor = () => localStorage.getItem(ACTOR) ?? "";
 const actorField = () => field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() }));
 
@@ -37,7 +37,6 @@ function decisionForm(content, buttons, send, onDone) {
 	return form;
 }
 
-/** Approve or reject a gate, whose resolveToken is the credential. */
 const gateForm = (gate, onDone, options = {}) => decisionForm(
 	fields(actorField(),
 		field("Note", input("note", { maxlength: 2000 }), "goes with the decision as payload.note"),
@@ -48,7 +47,6 @@ const gateForm = (gate, onDone, options = {}) => decisionForm(
 		bodyOf({ token: gate.resolveToken, decision, actor: name },
 			{ payload: typed || (note && JSON.stringify({ note })) }), options), onDone);
 
-/** Decide a step that may have had its effect: run it again, take it as done, or fail it. */
 export const reviewForm = (runId, step, onDone) => decisionForm(
 	[el("p", "It was begun and did not complete, so it may have had its effect. Look where that would show (the mail, the"
 		+ " charge, the row), then say what happened."),
@@ -88,7 +86,7 @@ const idOf = (item) => (item.gate ?? item.step).id;
 const headline = ({ gate, step }) => gate?.prompt || gate?.name || `Step ${step.name} may have had its effect`;
 const wide = () => matchMedia("(min-width: 72.01rem)").matches; // the list and what is chosen stand side by side
 
-/** An item with the texts of its payloads, which are shown as they are stored. */
+/** An item, and the texts of its payloads. */
 function readItem(raw) {
 	const item = JSON.parse(raw);
 	if (item.gate) item.gate.raw = member(raw, "gate");
@@ -103,10 +101,10 @@ export async function approvalsPage({ main, query, signal }) {
 	let shown = null; // the item whose form is built: what somebody types there stays
 
 	const tally = el("span");
-	const tabs = el("nav.tabs", { "aria-label": "Approvals" },
+	const tabs = el("nav.tabs", { label: "Approvals" },
 		el("a", { href: "/studio/approvals" }, "Waiting", tally),
 		el("a", { href: "/studio/approvals?tab=decided" }, "Decided"));
-	const left = el("div.stack", { role: "list", "aria-label": "What waits" });
+	const left = el("div.stack", { role: "list", label: "What waits" });
 	const more = button("More", () => load(true));
 	const [detail, nothing] = [el("div.stack"), el("div")];
 	const inbox = el("div.inbox", el("div.stack", left, more), detail);
@@ -196,7 +194,6 @@ function stepCard(item, done) {
 		canWrite() && reviewForm(run.id, step, done));
 }
 
-/** What has happened so far in the run that waits. */
 function runCard({ run, context, stateText }) {
 	return card("The run so far", link(runUrl(run.id), run.workflowName),
 		facts([["Status", status(run.status)], ["Steps completed", count(context.stepsCompleted)],

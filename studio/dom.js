@@ -1,15 +1,15 @@
 // Elements, times and numbers: what every page of Studio is made of.
 //
-// el() is the only place where elements are made. It sets attributes and text, never markup, so that whatever a run is
-// called stays text. Live updates change texts, rows and cells in place: focus, selection and scroll position stay.
+// Elements are made by el() alone, which sets attributes and text, never markup: whatever a run is called stays text.
+// Live updates change texts, rows and cells in place: focus, selection and scroll position stay.
 
 import { laterAgain } from "./api.js";
 
 const SVG_TAGS = new Set(["svg", "path", "rect", "line", "text", "title"]);
 
 /**
- * Make an element: el("button.primary", {onclick: save}, "Save") or, without attributes, el("td.num", 3). Attributes
- * that are null or false are left out, functions are listeners. Children: nodes, texts, numbers, null, lists of those.
+ * Make an element: el("button.primary", {onclick: save}, "Save") or, without attributes, el("td.num", 3). What is null
+ * or false is left out, functions are listeners, label is aria-label, and lists of children are children.
  */
 export function el(selector, attributes, ...children) {
 	const [tag, ...classes] = selector.split(".");
@@ -22,7 +22,7 @@ export function el(selector, attributes, ...children) {
 		if (typeof value === "function") node.addEventListener(name.slice(2), value);
 		else if (name === "style") Object.assign(node.style, value);
 		else if (name === "value" && "value" in node) node.value = value;
-		else node.setAttribute(name, value === true ? "" : value);
+		else node.setAttribute(name === "label" ? "aria-label" : name, value === true ? "" : value);
 	}
 	return add(node, children);
 }
@@ -34,13 +34,12 @@ function add(node, children) {
 	return node;
 }
 
-/** Replace what is in a node. */
 export function fill(node, ...children) {
 	node.replaceChildren();
 	return add(node, children);
 }
 
-/** Set a node's text when it differs: an unchanged node keeps the reader's selection and costs no layout. */
+/** Set a text when it differs: an unchanged node keeps the reader's selection and costs no layout. */
 export function setText(node, text) {
 	const shown = String(text ?? "");
 	if (node.textContent !== shown) node.textContent = shown;
@@ -48,12 +47,11 @@ export function setText(node, text) {
 
 export const show = (node, visible) => { node.hidden = !visible; };
 
-/** Set aria-pressed, aria-selected, aria-current or aria-expanded. */
 export const setState = (node, name, on) => node.setAttribute(`aria-${name}`, String(Boolean(on)));
 
 // --- tables
 
-/** Bring the children of `parent` in line with `items`: make(item) makes a key's node, update(node, item) keeps it. */
+/** Keep the children of `parent` in line with `items`, by key: make(item) makes a node, update(node, item) keeps it. */
 export function syncRows(parent, items, keyOf, make, update) {
 	const nodes = new Map([...parent.children].map((node) => [node.dataset.key, node]));
 	let next = parent.firstElementChild;
@@ -71,7 +69,7 @@ export function syncRows(parent, items, keyOf, make, update) {
 	for (const node of nodes.values()) node.remove();
 }
 
-/** A table of rows of cells, which may be td elements; heads: their words, or null. */
+/** A table of rows of cells, which may be td elements. */
 export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table",
 	heads && el("thead", el("tr", heads.map((word) => el("th", word)))),
 	el("tbody", rows.map((cells) => el("tr", cells.map((cell) => (cell?.tagName === "TD" ? cell : el("td", cell))))))));
@@ -90,7 +88,7 @@ export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow }
 		const source = JSON.stringify(item);
 		if (row.source !== source) {
 			row.source = source;
-			row.item = Object.assign(row.item ?? {}, item); // the same object: the buttons of cells that stay act on it
+			row.item = Object.assign(row.item ?? {}, item); // the buttons of cells that stay act on it
 			columns.forEach(([word, cell, name], index) => {
 				const made = el("td", { class: name, "data-label": word }, cell(row.item));
 				const old = row.children[index];
@@ -179,7 +177,6 @@ export const icon = (name) => el("svg.icon", { viewBox: "0 0 16 16", "aria-hidde
 
 const STATUS_WORDS = { failed_retryable: "to be retried", manual_review: "in review", canceled: "expired" };
 
-/** A status with its shape and colour. */
 export const status = (name, word = STATUS_WORDS[name] ?? name) =>
 	el(`span.status.is-${name}`, icon(name), el("span", word));
 
@@ -203,7 +200,7 @@ export const setServerTime = (iso) => { clockOffset = new Date(iso) - Date.now()
 /** Now, by the server's clock: ages stay right when this computer's clock is wrong. */
 export const now = () => Date.now() + clockOffset;
 
-/** "Wed, 25 Nov 2026 14:02:10.123" in the page's zone, made without Intl: its first use takes 30 ms. */
+/** "Wed, 25 Nov 2026 14:02:10.123" in the page's zone; without Intl, whose first use takes 30 ms. */
 function written(at) {
 	const local = new Date(inUtc ? at : at - at.getTimezoneOffset() * 6e4);
 	return `${local.toUTCString().slice(0, 25)}.${local.toISOString().slice(20, 23)}`;
@@ -232,7 +229,6 @@ export function duration(milliseconds) {
 	return `${Math.floor(seconds / size)} ${unit}${rest ? ` ${rest} ${smallerUnit}` : ""}`;
 }
 
-/** How long something took, of two instants. */
 export const between = (from, to) => duration(new Date(to) - new Date(from));
 
 function ago(at) {
@@ -245,7 +241,7 @@ const TIME_KINDS = {
 	ago, short: shortTime, precise: (at) => written(at).slice(17), since: (at) => duration(now() - at),
 };
 
-/** A time (ISO, or in ms) that keeps itself up to date: ago, short, precise, or since (a duration that goes on). */
+/** A time (ISO, or in ms) that keeps itself up to date: ago, short, precise, or since, which goes on. */
 export const time = (at, kind = "ago") =>
 	(at ? writeTime(el("time", { datetime: new Date(at).toISOString(), "data-kind": kind })) : dash());
 
@@ -254,7 +250,7 @@ function writeTime(node) {
 	return node;
 }
 
-// The whole instant, worked out when somebody points at a time: a list has many.
+// The whole instant is worked out when somebody points at a time: a list has many.
 document.addEventListener("mouseover", ({ target }) => {
 	if (target.dateTime) target.title = wholeInstant(target.dateTime);
 	else if (target.describe) target.title = target.describe();
@@ -298,7 +294,7 @@ export const errorText = (text = "") => el("p.error-text", { role: "alert" }, te
 export const button = (word, onclick, kind = "", attributes = {}) =>
 	el(`button${kind && `.${kind}`}`, { type: "button", onclick, ...attributes }, word);
 export const iconButton = (name, label, onclick, attributes = {}) =>
-	button(icon(name), onclick, "bare", { title: label, "aria-label": label, ...attributes });
+	button(icon(name), onclick, "bare", { title: label, label, ...attributes });
 
 export const field = (label, entry, hint = null) =>
 	el("label.field", el("span", label), entry, hint && el("small", hint));
@@ -311,7 +307,7 @@ export const card = (title, aside, ...body) =>
 
 export const logo = (size) => el("img", { src: "/studio/icon.svg", alt: "", width: size });
 
-/** Names and values, of rows [name, value, ...]. */
+/** Rows [name, value, ...]. */
 export const facts = (rows) => el("dl.facts", rows.filter(Boolean).map(([name, ...value]) =>
 	el("div", el("dt", name), el("dd", value))));
 
@@ -322,11 +318,10 @@ export function meters(title, rows) {
 		el("td.half", el("div.meter", { style: { width: `${(100 * cost) / most}%` } }))])));
 }
 
-/** Grey rows while the first answer is on its way; they appear after a moment: quick answers do not flicker. */
-export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", "aria-label": "Loading" },
+/** Grey rows that appear after a moment: quick answers do not flicker. */
+export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", label: "Loading" },
 	Array.from({ length: rows }, () => el("i")));
 
-/** What could not be done, and a way to try again. */
 export const fault = (error, again, ...words) => el("div.fault.is-failed", { role: "alert" }, words,
 	el("p", error.message), again && button("Try again", again));
 
@@ -345,16 +340,15 @@ export function loading(load, rows = 3) {
 	return Object.assign(box, { again });
 }
 
-/** An input to search with; action(text) is called as one types. */
 export const searchInput = (placeholder, label, action, attributes = {}) => el("div.search", icon("search"),
-	input(null, { type: "search", placeholder, "aria-label": label, oninput: ({ target }) => action?.(target.value),
+	input(null, { type: "search", placeholder, label, oninput: ({ target }) => action?.(target.value),
 		...attributes }));
 
-export const checkbox = (label, onchange) => el("input", { type: "checkbox", "aria-label": label, onchange });
+export const checkbox = (label, onchange) => el("input", { type: "checkbox", label, onchange });
 export const options = (choices) => choices.map(([value, word]) => el("option", { value }, word));
-export const select = (label, choices, onchange) => el("select", { "aria-label": label, onchange }, options(choices));
+export const select = (label, choices, onchange) => el("select", { label, onchange }, options(choices));
 
-/** Say in a mark how fresh a page is: live, reconnecting, stale, paused. */
+/** How fresh a page is: live, reconnecting, stale, paused. */
 export function setMark(mark, state) {
 	mark.className = `mark is-${state}`;
 	setText(mark, state);
@@ -381,7 +375,7 @@ async function copyText(text) {
 export const copyButton = (text, label, word = null) => button([icon("copy"), word], async () => {
 	const copied = await copyText(typeof text === "function" ? await text() : text);
 	toast(copied ? "Copied." : "Copying failed.", copied ? "completed" : "failed");
-}, word ? "quiet" : "bare", { title: label, "aria-label": word ? null : label });
+}, word ? "quiet" : "bare", { title: label, label: word ? null : label });
 
 /** An id, a key or a hash, of which `shown` is shown, with a button that copies all of it. */
 export const idText = (id, shown = id) => el("span.id", code(shown), copyButton(id, `Copy ${id}`));
@@ -389,7 +383,7 @@ export const idText = (id, shown = id) => el("span.id", code(shown), copyButton(
 const toasts = el("div.toasts", { role: "alert" });
 const foreground = () => document.querySelector("dialog[open]") ?? document.body; // a modal dialog makes the rest inert
 
-/** Show a short message at the edge of the page; errors stay until they are closed. */
+/** A short message at the edge of the page; what failed stays until it is closed. */
 export function toast(text, kind = "completed") {
 	const note = el(`div.toast.is-${kind}`, el("span", text),
 		iconButton("close", "Close message", () => note.remove()));
@@ -398,7 +392,7 @@ export function toast(text, kind = "completed") {
 	if (kind !== "failed") setTimeout(() => note.remove(), 4000);
 }
 
-/** Do something that the server may refuse: the refusal is shown. Resolves to whether it was done. */
+/** Do what the server may refuse: the refusal is shown. Resolves to whether it was done. */
 export async function attempt(action) {
 	try {
 		await action();
@@ -415,7 +409,7 @@ export function dialog(title, content, ...buttons) {
 	const form = el("form", { method: "dialog" },
 		el("header", el("h2", title), iconButton("close", "Close", () => box.close(""))),
 		el("div.dialog-body", content), buttons.length > 0 && el("footer", buttons));
-	const box = el("dialog", { "aria-label": title, onclick: (event) => event.target === box && box.close("") }, form);
+	const box = el("dialog", { label: title, onclick: (event) => event.target === box && box.close("") }, form);
 	document.body.append(box);
 	box.showModal();
 	const closed = new Promise((resolve) => box.addEventListener("close", () => {
@@ -426,11 +420,11 @@ export function dialog(title, content, ...buttons) {
 	return { form, closed };
 }
 
-/** Ask in a dialog; resolves to the form's values when it was submitted, else to null. */
-export async function ask(title, content, word, { kind = "primary", otherwise = null } = {}) {
+/** Ask in a dialog, what is dangerous with a way out. Resolves to the values of its form, or to null. */
+export async function ask(title, content, word, wayOut = null) {
 	const { form, closed } = dialog(title, content,
-		otherwise && el("button", { value: "", formnovalidate: true }, otherwise),
-		el(`button.${kind}`, { value: "go" }, word));
+		wayOut && el("button", { value: "", formnovalidate: true }, wayOut),
+		el(wayOut ? "button.danger" : "button.primary", { value: "go" }, word));
 	return (await closed) === "go" ? Object.fromEntries(new FormData(form)) : null;
 }
 

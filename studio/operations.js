@@ -66,7 +66,7 @@ export async function queuesPage({ main, signal }) {
 	await poll(load, 3000, signal);
 }
 
-/** Claims as bars upwards and failures as bars downwards, a minute each. */
+/** Claims as bars upwards, failures downwards, a minute each. */
 function spark(minutes) {
 	const [claims, failures] = ["claims", "failures"].map((name) => minutes.map((minute) => minute[name]));
 	const most = Math.max(1, ...claims, ...failures);
@@ -78,7 +78,7 @@ function spark(minutes) {
 		const height = Math.max(1, (room * value) / most);
 		return value > 0 && el(`rect.${kind}`, { x: index * 2, width: 1.5, y: top(height), height });
 	});
-	return el("svg.spark", { viewBox: "0 0 120 24", role: "img", "aria-label": text, preserveAspectRatio: "none" },
+	return el("svg.spark", { viewBox: "0 0 120 24", role: "img", label: text, preserveAspectRatio: "none" },
 		el("title", text), el("line", { x1: 0, x2: 120, y1: 16.5, y2: 16.5 }),
 		bars("is-running", claims, 15, (height) => 16 - height), bars("is-failed", failures, 7, () => 17));
 }
@@ -152,7 +152,7 @@ export async function schedulesPage({ main, signal }) {
 
 	async function forget({ name }) {
 		const sure = await ask(`Delete ${name}?`, el("p", "It fires no more. Runs that it enqueued stay."), "Delete",
-			{ kind: "danger", otherwise: "Keep it" });
+			"Keep it");
 		if (sure) await act(() => remove(path`/schedules/${name}`));
 	}
 
@@ -208,7 +208,7 @@ function askSchedule(schedule) {
 const FIRE = { weekday: "short", day: "numeric", month: "short", hour: "2-digit", minute: "2-digit",
 	timeZoneName: "short" };
 
-/** A fire in the schedule's own zone, and how long it is until then. */
+/** A fire in the schedule's own zone. */
 const fire = (at, timeZone) => el("li", { title: wholeInstant(at) },
 	new Date(at).toLocaleString("en-GB", { timeZone, ...FIRE }), muted(" ", time(at)));
 
@@ -277,7 +277,7 @@ function dayChart(rows, today, days, width) {
 		const x = left + index * room;
 		const tall = row ? Math.max(1.5, base - top(row.cost)) : 0;
 		return [
-			row?.cost > 0 && el("rect.bar-chart", { x: x + room * 0.14, width: room * 0.72, y: base - tall, height: tall },
+			row?.cost > 0 && el("rect", { x: x + room * 0.14, width: room * 0.72, y: base - tall, height: tall },
 				el("title", `${row.name}: ${money(row.cost)}, ${count(row.runs)} runs`)),
 			(days - 1 - index) % labelled === 0 && el("text",
 				{ x: x + room / 2, y: height - 5, "text-anchor": index > days - 2 ? "end" : "middle" },
@@ -286,7 +286,7 @@ function dayChart(rows, today, days, width) {
 	}
 
 	return el("svg.chart", { viewBox: `0 0 ${width} ${height}`, role: "img",
-		"aria-label": "Cost; the numbers stand in the table" },
+		label: "Cost; the numbers stand in the table" },
 	lines.map((value) => [el("line", { x1: left, x2: width, y1: top(value), y2: top(value) }),
 		el("text", { x: left - 8, y: top(value) + 4, "text-anchor": "end" }, money(value))]),
 	Array.from({ length: days }, (_, index) => bar(index)));

@@ -12,7 +12,7 @@ const TOKEN = /"(?:[^"\\]+|\\.)*"?|[{}[\],:]|[^{}[\],:\s"]+/gs; // also of a tex
 const opens = (token) => token === "{" || token === "[";
 const closes = (token) => token === "}" || token === "]";
 
-/** What a JSON object or array consists of: [key or index, value's text], in its order. */
+/** What an object or array consists of: [key or index, value's text]. */
 function* parts(text) {
 	let depth = 0;
 	let key = 0;
@@ -32,14 +32,12 @@ function* parts(text) {
 	}
 }
 
-/** The items of a JSON array, each as its text. */
 export const items = (text) => [...parts(text)].map(([, value]) => value);
 
-/** The text of one member, or of a member of a member: member(text, "gate", "data"); null when there is none. */
+/** The text of a member, or of its member: member(text, "gate", "data"); null when there is none. */
 export const member = (text, ...names) =>
 	names.reduce((whole, name) => new Map(parts(whole ?? "")).get(name) ?? null, text);
 
-/** A text with white space between its tokens, and keys in a colour. */
 function indented(text) {
 	const tokens = text.match(TOKEN) ?? [];
 	const shown = [];
@@ -65,9 +63,8 @@ function* leaves(text, place = "") {
 	if (!some) yield [place || "(value)", text.trim()];
 }
 
-const MOST_ROWS = 500; // of a table of differences
+const MOST_ROWS = 500;
 
-/** A table of what differs between two JSON texts. */
 export function diffTable(before, after) {
 	const [old, fresh] = [new Map(leaves(before)), new Map(leaves(after))];
 	const places = [...new Map([...fresh, ...old]).keys()].filter((place) => old.get(place) !== fresh.get(place));
@@ -92,7 +89,7 @@ const readable = (text) => el("dl.readable", [...parts(text)].map(([name, value]
 	el("dd", value.startsWith('"') ? JSON.parse(value) : /^[[{]/.test(value) ? code(indented(value)) : value))));
 
 function frame(title, text, { complete = true, size, whole, name, toRead = false }) {
-	const pre = el("pre", { tabindex: 0, role: "region", "aria-label": title });
+	const pre = el("pre", { tabindex: 0, role: "region", label: title });
 	const layouts = [
 		toRead && /^\s*\{/.test(text) && ["Read", readable],
 		(toRead || text.length > SHORT) && /^\s*[[{]/.test(text) && ["Indented", indented],
@@ -112,7 +109,7 @@ function frame(title, text, { complete = true, size, whole, name, toRead = false
 	pre, !complete && el("p.more", `The first 64 KB of ${bytes(size)}. Download or copy it for the whole.`));
 }
 
-/** A payload that is here already, as text; toRead: laid out for people first. */
+/** A text that is here already; toRead: laid out for people first. */
 export const inlinePayload = (title, text, name, toRead = false) =>
 	frame(title, text, { size: new Blob([text]).size, whole: () => text, name, toRead });
 
@@ -124,7 +121,6 @@ export const payload = (title, runId, of, id = null) => loading(async (box) => {
 		whole: () => readPayload(runId, of, id), name: [runId, of, id].filter(Boolean).join("-") }));
 }, 2);
 
-/** Save a text as a file. */
 export const download = (whole, name, type = "application/json") => attempt(async () => {
 	const address = URL.createObjectURL(new Blob([await whole()], { type }));
 	el("a", { href: address, download: name.replace(/[^\w.-]+/g, "_") }).click();
@@ -144,7 +140,7 @@ export const jsonInput = (name, attributes = {}) => el("textarea", {
 		}
 	} });
 
-/** The body of a request whose payloads go out as they were typed: bodyOf({decision: "complete"}, {output: "1.10"}). */
+/** A body whose payloads go out as they were typed: bodyOf({decision: "complete"}, {output: "1.10"}). */
 export function bodyOf(values, payloads = {}) {
 	const texts = { ...payloads };
 	for (const [name, value] of Object.entries(values)) texts[name] = (value ?? "") === "" ? null : JSON.stringify(value);

@@ -1,7 +1,6 @@
 // The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once.
 //
-// The page holds one page of light runs, without payloads. POST /changes says, under any filter, which ids stand there
-// now, and sends only the rows whose version differs.
+// POST /changes says which ids stand on the page now, and sends only the rows whose version differs.
 
 import { canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post, query as toQuery,
 	readAddress, readPage, runsUrl, runUrl } from "./api.js";
@@ -18,7 +17,7 @@ const SORTS = [["newest", "Newest first"], ["oldest", "Oldest first"], ["ended",
 const PERIODS = [["", "Any time"], ["1", "Last hour"], ["24", "Last 24 hours"], ["168", "Last 7 days"]];
 const ACTIONS = { cancel: ["Cancel", "cancelled", "danger"], retry: ["Retry", "put back"],
 	delete: ["Delete", "deleted", "danger"] };
-const SEARCH_LABEL = "Search runs: an id, text of an error, workflow:, queue:, status:, or a metadata key and value";
+const SEARCH_LABEL = "Search runs: an id, text of an error, workflow:, queue:, status:, or key:value of the metadata";
 
 export async function runsPage({ main, query, signal }) {
 	let filters = {};
@@ -32,7 +31,7 @@ export async function runsPage({ main, query, signal }) {
 	const search = searchInput("id, error text, queue:mail, key:value", SEARCH_LABEL, null, { "data-search": "" });
 	const typed = search.lastChild;
 	const chips = el("div.row");
-	const counts = el("div.counts", { role: "group", "aria-label": "Filter by status" });
+	const counts = el("div.counts", { role: "group", label: "Filter by status" });
 	const errorsOnly = button("Errors only", () => change({ errors: filters.errors ? null : "true" }));
 	const sort = select("Order", SORTS, () => change({ sort: sort.value }));
 	const period = select("Created", PERIODS, () =>
@@ -70,7 +69,7 @@ export async function runsPage({ main, query, signal }) {
 		allMatching = true;
 		render();
 	}, "quiet");
-	const bulk = el("div.bulk", { role: "region", "aria-label": "Selected runs", hidden: true }, bulkText, bulkAll,
+	const bulk = el("div.bulk", { role: "region", label: "Selected runs", hidden: true }, bulkText, bulkAll,
 		Object.entries(ACTIONS).map(([action, [word, , kind]]) => button(word, () => act(action), kind)),
 		button("Clear", clearSelection, "quiet"));
 	fill(main, heading("Runs", mark),
@@ -242,7 +241,7 @@ function readSearch(words) {
 	return { ...found, text };
 }
 
-/** Say how many an action is for, ask, do it in batches, show a result for each. Resolves to whether it was begun. */
+/** Say how many it is for, ask, do it in batches, show a result for each. Resolves to whether it was begun. */
 async function runBulk(action, target) {
 	const [title, past, kind] = ACTIONS[action];
 	const { count: many, more, sample, cursor: start } = await post("/bulk", { action, ...target, dryRun: true });
@@ -253,7 +252,7 @@ async function runBulk(action, target) {
 		many > sample.length && muted(`and ${count(many - sample.length)} more`),
 		action === "cancel" && field("Reason", input("reason")),
 		action === "delete" && el("p", "Their steps, events and state go with them. This cannot be undone."),
-	], words, { kind, otherwise: "Keep them" });
+	], words, kind && "Keep them");
 	if (!asked) return false;
 
 	const results = el("div.stack");
@@ -279,9 +278,9 @@ async function runBulk(action, target) {
 	return true;
 }
 
-// --- a run in a line: why it does not go on, in the page's own time zone and with times that keep running
+// --- a run in a line
 
-/** The end of a long id: ids begin with the time they were made, so those of one hour begin alike. */
+/** The end of a long id: ids that were made in one hour begin alike. */
 const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
 
 export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;
@@ -293,14 +292,14 @@ export function errorLine(error) {
 	return isCut(error) ? line.replace(/\s+\S*$/, " …") : line;
 }
 
-/** How the parts of the server's line are shown: "waits for signal {b:signal}, until {at:until}". */
+/** The parts of the server's line: "waits for signal {b:signal}, until {at:until}". */
 const PARTS = {
 	b: strong, n: (value) => value, ago: (value) => time(value), at: (value) => time(value, "short"),
 	for: (value) => time(value, "since"),
 	ids: (list) => list.map((id, index) => [index > 0 && ", ", el("a", { href: runUrl(id) }, shortCode(id))]),
 };
 
-/** What to say of a run in one line: why it waits, or how it ended; null when it completed. */
+/** Why a run waits, or how it ended; null when it completed. */
 export function outcome({ whyDetail, why, status, error, failureClass, cancelActor, cancelReason }) {
 	if (whyDetail) {
 		return whyDetail.line.split(/(\{\w+:\w+\})/).map((text) => {

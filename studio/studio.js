@@ -5,14 +5,15 @@
 
 import { ApiError, early, get, goBack, keepKey, laterAgain, navigate, poll, rememberScroll, session, setOpener,
 	setPageSignal, setTitle, setWaiting, unreachable, watch } from "./api.js";
-import { button, count, dialog, el, errorText, fault, field, fill, heading, icon, input, link, logo, plainTable, row,
-	setServerTime, setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName } from "./dom.js";
+import { button, count, debounce, dialog, el, errorText, fault, field, fill, heading, icon, input, link, logo,
+	plainTable, row, setServerTime, setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName } from "./dom.js";
 import "./runs.js"; // most visits begin with it
 
 const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
 	workers: "Workers" };
 const TITLES = { ...PAGES, compare: "Side by side" };
-const MODULES = { queues: "operations", schedules: "operations", costs: "operations", workers: "operations" };
+const MODULES = { compare: "run", queues: "operations", schedules: "operations", costs: "operations",
+	workers: "operations" };
 
 // --- the frame
 
@@ -22,7 +23,7 @@ const badge = el("span.badge", { hidden: true });
 const links = Object.entries(PAGES).map(([name, title]) => el("a", { href: `/studio/${name}`, title: `g ${name[0]}` },
 	icon(name), el("span", title), name === "approvals" && badge));
 const foot = el("div.nav-foot");
-const frame = el("div.frame", el("nav.nav", { "aria-label": "Studio" },
+const frame = el("div.frame", el("nav.nav", { label: "Studio" },
 	el("a.brand", { href: "/studio/runs" }, logo(21), "Tidebase"), el("div.nav-links", links), foot),
 el("div", banner, main));
 
@@ -88,11 +89,7 @@ document.addEventListener("click", (event) => {
 	navigate(anchor.getAttribute("href"));
 });
 addEventListener("popstate", (event) => open(event.state?.scroll ?? 0));
-let scrolled;
-addEventListener("scroll", () => {
-	clearTimeout(scrolled);
-	scrolled = setTimeout(rememberScroll, 200);
-}, { passive: true });
+addEventListener("scroll", debounce(rememberScroll, 200), { passive: true });
 history.scrollRestoration = "manual";
 setOpener(open);
 
@@ -124,7 +121,7 @@ document.addEventListener("keydown", (event) => {
 	else if (key === "Escape" && !page?.escape?.() && location.pathname !== "/studio/runs") goBack();
 });
 
-/** To the next or previous row: what bears data-row in it is focused, and Enter opens it. */
+/** To the next or previous row: what bears data-row in it is focused. */
 function moveFocus(from, by) {
 	const rows = [...main.querySelectorAll("[data-row]")];
 	const index = rows.indexOf(from.closest("tr, [role=listitem]")?.querySelector("[data-row]"));
@@ -140,7 +137,7 @@ const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) =>
 // --- session
 
 const KEY_GONE = "Your key is no longer the server's.";
-let counting = new AbortController(); // ends the reading of how many decisions wait
+let counting = new AbortController(); // how many decisions wait
 
 function signOut() {
 	keepKey(null);

@@ -1,15 +1,14 @@
 // The waterfall: a run's steps, gates, waits and children over time.
 //
 // Timeline turns events and rows into spans, one event at a time, and keeps what it worked out for each row: one more
-// event costs the same in a run of a thousand steps. makeScale says where an instant is on the screen, idle stretches
-// folded. makeWaterfall draws the rows that are on the screen.
+// event costs the same in a run of a thousand steps.
 
 import { button, duration, el, fill, icon, iconButton, muted, now, plural, row as inRow, searchInput, setState, setText,
 	show, virtualRows, wholeInstant } from "./dom.js";
 
 const ms = (iso) => (iso ? Date.parse(iso) : null);
 
-/** What bars show, and the words of the legend. */
+// what bars show, in the words of the legend
 const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", held: "held",
 	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", manual_review: "no outcome",
 	cancelled: "ended with the run" };
@@ -41,7 +40,7 @@ export class Timeline {
 	constructor(leaseMs, runId) {
 		// heardAt: when the run was last seen at work
 		Object.assign(this, { leaseMs, runId, rows: new Map(), order: null, seq: 0, heardAt: 0 });
-		this.run = this.row("run", "run", "run"); // its attempts are the claims, its waits the time between them
+		this.run = this.row("run", "run", "run"); // its attempts are the claims
 	}
 
 	/** The row with this key; its bars are worked out again. */
@@ -58,7 +57,7 @@ export class Timeline {
 		Object.assign(this.row("run"), { name: run.workflowName, status: run.stalled ? "stalled" : run.status });
 	}
 
-	/** A step's row: the last attempt's exact times, and what events do not carry. */
+	/** The last attempt's exact times, and what events do not carry. */
 	setStep(step) {
 		const row = this.row(step.id, "step", step.name);
 		const from = ms(step.startedAt ?? step.createdAt);
@@ -79,7 +78,6 @@ export class Timeline {
 		wait(row, "waiting", ms(createdAt), ms(resolvedAt));
 	}
 
-	/** A run of the subtree. */
 	setChild({ id, name, workflowName, parentRunId, depth, status, createdAt, startedAt, completedAt }) {
 		const [from, to] = [ms(startedAt), ms(completedAt)];
 		const row = this.row(id, "child", name ?? workflowName);
@@ -124,7 +122,7 @@ export class Timeline {
 		for (const row of this.rows.values()) row.bars = null; // attempts of the run show in all rows
 	}
 
-	/** A worker's time with the run is over. One that was cut off ended some time after it was last heard of. */
+	/** A worker's time with the run is over; one that was cut off ended some time after it was last heard of. */
 	release(held, at, kind) {
 		const cut = kind === "cut";
 		const to = cut ? this.heardAt = Math.max(this.heardAt, at - this.leaseMs) : at;
@@ -153,7 +151,7 @@ export class Timeline {
 		if (shown && !(at < ms(row.step?.updatedAt))) row.status = shown; // a row that was read after this event knows better
 	}
 
-	/** What is drawn of a row: its spans, what follows from them, and where its output was used again. */
+	/** Its spans, what follows from them, and where its output was used again. */
 	bars(row) {
 		return row.bars ??= this.makeBars(row);
 	}
@@ -176,7 +174,7 @@ export class Timeline {
 		return bars;
 	}
 
-	/** All rows but the run's, in the order of their begin; of children those that the run itself made. */
+	/** All rows but the run's, in the order of their begin; of children its own. */
 	ordered() {
 		const begin = (row) => row.spans[0]?.from ?? (row.copied ? 0 : Infinity);
 		const compare = (one, other) => (one.step && other.step ? one.step.position - other.step.position
@@ -193,7 +191,7 @@ export class Timeline {
 
 const FOLD_SHARE = 0.05; // of the width, for a folded stretch
 
-/** Where instants are between 0 and 1; stretches without activity are folded when they are long beside the rest. */
+/** Where instants are between 0 and 1; idle stretches are folded when they are long beside the rest. */
 function makeScale(intervals, start, end) {
 	const gaps = [];
 	let busy = 0;
@@ -222,7 +220,7 @@ function makeScale(intervals, start, end) {
 const NICE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 15e3, 3e4, 6e4, 12e4, 3e5, 6e5, 9e5, 18e5, 36e5,
 	72e5, 216e5, 432e5, 864e5, 1728e5, 6048e5];
 
-/** Ticks where there is room for their words, which are `room` wide. */
+/** Ticks where there is room for their words. */
 function ticksOf({ folds, start, end, open, place }, wanted, room) {
 	const step = NICE.find((size) => open / size <= wanted) ?? NICE.at(-1);
 	const ticks = [];
@@ -247,7 +245,7 @@ const percent = (part) => `${(100 * part).toFixed(3)}%`;
 
 const placed = (from, to) => ({ style: { left: percent(from), width: percent(to - from) } });
 
-/** Do something with a node only when what it is made from is not what it was made from. */
+/** Do something with a node when what it is made from has changed. */
 export function once(node, source, action) {
 	const text = JSON.stringify(source);
 	if (node.source === text) return;
@@ -258,7 +256,7 @@ export function once(node, source, action) {
 const isError = (row) => /^failed|manual_review/.test(row.status)
 	|| attemptsOf(row).some(({ kind }) => kind === "failed" || kind === "cut");
 
-/** A step that its worker began and nobody ended is not at work when that worker, or the run, is gone. */
+/** A step that its worker began is not at work when that worker, or the run, is gone. */
 function statusOf(row) {
 	const gone = row.kind === "step" && row.status === "running" && attemptsOf(row).at(-1)?.kind !== "running";
 	return gone ? "stalled" : row.status ?? "pending";
@@ -279,7 +277,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		draw();
 	}, "", { "aria-pressed": "false", title: "Only steps that failed or were cut off" });
 	const axis = el("div.track.axis");
-	const table = el("table.waterfall", { "aria-label": "Steps over time" }, el("thead", el("tr", el("th.w-name", "Step"),
+	const table = el("table.waterfall", { label: "Steps over time" }, el("thead", el("tr", el("th.w-name", "Step"),
 		el("th.w-time", "Duration"), el("th.w-track", el("span.offscreen", "Time"), axis))));
 	const rows = virtualRows(table, 3, { keyOf: (row) => row.key, make: makeRow, update: updateRow }, signal);
 	const nothing = el("p.empty");
@@ -295,7 +293,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 	observer.observe(table);
 	signal.addEventListener("abort", () => observer.disconnect());
 
-	/** Draw soon: what comes in a tenth of a second is drawn once. */
+	/** What comes in a tenth of a second is drawn once. */
 	function schedule() {
 		drawing ??= setTimeout(() => {
 			drawing = null;
@@ -303,7 +301,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		}, 100);
 	}
 
-	/** The rows to show: filtered, and below a child that was unfolded its own steps and children. */
+	/** Below a child that was unfolded stand its own steps and children. */
 	function shownRows() {
 		const fits = (row) => row.name.toLowerCase().includes(filter) && (!errorsOnly || isError(row));
 		const list = [timeline.run];
