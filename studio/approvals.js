@@ -48,8 +48,8 @@ const gateForm = (gate, onDone, options = {}) => decisionForm(
 			{ payload: typed || (note && JSON.stringify({ note })) }), options), onDone);
 
 export const reviewForm = (runId, step, onDone) => decisionForm(
-	[el("p", "It was begun and did not complete, so it may have had its effect. Look where that would show (the mail, the"
-		+ " charge, the row), then say what happened."),
+	[el("p", "It was begun and did not complete. Look where its effect would show (the mail, the charge, the row), then"
+		+ " say what happened."),
 	fields(actorField(), field("Output, when it happened", jsonInput("output", { rows: 2, placeholder: "null" }),
 		"JSON: what the step would have returned"))],
 	[["retry", "It did not happen: run it again", ""], ["complete", "It happened: keep this output", ".primary"],
@@ -126,8 +126,8 @@ export async function approvalsPage({ main, query, signal }) {
 		show(more, nextCursor);
 		show(inbox, list.length > 0);
 		fill(nothing, list.length === 0 && el("div.card", tab === "decided" ? empty("Nothing has been decided yet")
-			: empty("Nothing waits for a person", "Gates of all runs stand here while they are pending, and steps of which"
-				+ " nobody knows whether they had their effect.")));
+			: empty("Nothing waits for a person", "Here stand gates that are pending, and steps of which nobody knows whether"
+				+ " they had their effect.")));
 		syncRows(left, list, idOf, makeAsk, (node, item) => setState(node.firstChild, "current", idOf(item) === chosen));
 		const item = list.find((one) => idOf(one) === chosen);
 		if (item) showItem(item);

@@ -49,6 +49,14 @@ export const show = (node, visible) => { node.hidden = !visible; };
 
 export const setState = (node, name, on) => node.setAttribute(`aria-${name}`, String(Boolean(on)));
 
+/** Do something with a node when what it is made from has changed. */
+export function once(node, source, action) {
+	const text = JSON.stringify(source);
+	if (node.source === text) return;
+	node.source = text;
+	action();
+}
+
 // --- tables
 
 /** Keep the children of `parent` in line with `items`, by key: make(item) makes a node, update(node, item) keeps it. */
@@ -85,9 +93,7 @@ export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow }
 	const table = el(`table.${kind}`, el("thead", el("tr", heads)), body);
 	const element = el("div.card.table-wrap", skeleton());
 	const update = (row, item) => {
-		const source = JSON.stringify(item);
-		if (row.source !== source) {
-			row.source = source;
+		once(row, item, () => {
 			row.item = Object.assign(row.item ?? {}, item); // the buttons of cells that stay act on it
 			columns.forEach(([word, cell, name], index) => {
 				const made = el("td", { class: name, "data-label": word }, cell(row.item));
@@ -95,7 +101,7 @@ export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow }
 				if (!old) row.append(made);
 				else if (!made.isEqualNode(old)) old.replaceWith(made);
 			});
-		}
+		});
 		onRow?.(row, item);
 	};
 	return Object.assign(element, { set(items) {
@@ -253,7 +259,6 @@ function writeTime(node) {
 // The whole instant is worked out when somebody points at a time: a list has many.
 document.addEventListener("mouseover", ({ target }) => {
 	if (target.dateTime) target.title = wholeInstant(target.dateTime);
-	else if (target.describe) target.title = target.describe();
 });
 
 setInterval(() => {

@@ -125,13 +125,13 @@ export async function schedulesPage({ main, signal }) {
 		["Cron", ({ cron, timezone }) => el("span", code(cron), muted(` ${timezone}`))],
 		["Workflow", ({ name, workflowName }) => link(runsUrl({ "metadata.schedule": name }), workflowName)],
 		["Queue", ({ queue }) => queue],
-		["Next", ({ enabled, nextRunAt: at }) => (enabled && at ? [time(at, "short"), muted(" ", time(at))] : dash())],
+		["Next", ({ enabled, nextRunAt: at }) => (enabled && at ? el("span", time(at, "short"), " ", muted(time(at)))
+			: dash())],
 		["Last", ({ lastEnqueuedAt }) => time(lastEnqueuedAt)],
 		canWrite() && ["", (schedule) => row(button("Run now", () => act(() => runNow(schedule))),
 			button(schedule.enabled ? "Disable" : "Enable", () => act(() => toggle(schedule))),
 			button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger")), "buttons"],
-	], empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once,"
-		+ " however many servers there are."));
+	], empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once."));
 	fill(main, heading("Schedules", row(zoneNote(),
 		canWrite() && button("New schedule", () => edit(null), "primary"))), table);
 
@@ -241,7 +241,7 @@ export async function costsPage({ main, query }) {
 		if (kind !== by.value) return;
 		if (groups.length === 0) {
 			return fill(box, el("div.card", empty("Nothing was recorded in this time",
-				"Usage is what workflows record: ", code("run.usage.record(model=…, cost_usd=…)"), ".")));
+				"Workflows record it: ", code("run.usage.record(model=…, cost_usd=…)"), ".")));
 		}
 		const rows = groups.map((group) => ({ ...group, name: (group[kind] ?? "not named").slice(0, 200),
 			cost: Number(group.costUsd) }));

@@ -3,8 +3,8 @@
 // 64 KB are shown; download and copy take the whole text.
 
 import { getResponse, getText, path } from "./api.js";
-import { attempt, button, bytes, code, copyButton, dash, el, fill, iconButton, loading, muted, plainTable } from
-	"./dom.js";
+import { attempt, button, bytes, code, copyButton, dash, el, fill, iconButton, loading, muted, plainTable
+	} from "./dom.js";
 
 // --- JSON as text
 

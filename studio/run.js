@@ -8,11 +8,11 @@ import { canWrite, compareUrl, every, follow, get, getText, laterAgain, navigate
 import { actor, gateCard, reviewForm } from "./approvals.js";
 import { ask, attempt, between, button, bytes, card, code, compactCount, count, dash, debounce, duration, el, empty,
 	errorText, facts, field, fill, grid, heading, icon, iconButton, idText, input, link, loading, meters, money, muted,
-	number, options, plainTable, plural, row as inRow, searchInput, select, setMark, setState, setText, show, skeleton,
-	status, strong, tag, time, toast, virtualRows } from "./dom.js";
+	number, once, options, plainTable, plural, row as inRow, searchInput, select, setMark, setState, setText, show,
+	skeleton, status, strong, tag, time, toast, virtualRows } from "./dom.js";
 import { bodyOf, diffTable, inlinePayload, items, jsonInput, member, payload, readPayload } from "./payload.js";
 import { errorLine, isCut, outcome, runDuration, shownStatus } from "./runs.js";
-import { attemptsOf, makeWaterfall, once, Timeline } from "./waterfall.js";
+import { attemptsOf, makeWaterfall, Timeline } from "./waterfall.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the last so many are read at once
 
@@ -648,7 +648,7 @@ function webhooksTab(model) {
 		["Created", ({ createdAt }) => time(createdAt)],
 		canWrite() && ["", (delivery) => delivery.status !== "pending"
 			&& button("Resend", () => resend(delivery)), "buttons"],
-	], empty("No webhooks", "This run has no recovery webhook and no channel, or nothing has been sent yet."));
+	], empty("No webhooks", "It has no recovery webhook and no channel, or nothing was sent yet."));
 	const tab = loadedTab(model, /^(recovery|run)\./, async (box) => {
 		const { deliveries, nextCursor } = await get(path`/runs/${model.id}/deliveries`, { limit: 200 });
 		table.set(deliveries);

@@ -126,8 +126,8 @@ export async function runsPage({ main, query, signal }) {
 	function nothingHere() {
 		if (nextCursor) return empty("Nothing among those that were looked through", "There are more: search further below.");
 		if (Object.keys(filters).length) return empty("No run matches", link("/studio/runs", "Show all runs"));
-		return empty("No runs yet", "A run appears here as soon as a program creates one: ",
-			code('tide.enqueue("report")'), ", or ", code("python tidebase.py demo"), " on the command line.");
+		return empty("No runs yet", "A run is here as soon as a program creates one: ", code('tide.enqueue("report")'),
+			", or ", code("python tidebase.py demo"), ".");
 	}
 
 	// --- reading
@@ -258,7 +258,7 @@ async function runBulk(action, target) {
 	const results = el("div.stack");
 	const summary = el("strong", { role: "status" });
 	let open = true;
-	let [done, refused] = [0, 0];
+	const tally = { true: 0, false: 0 };
 	dialog(words, [summary, results]).closed.then(() => { open = false; });
 	for (let cursor = start; cursor !== null && open;) { // closing the report stops after the batch that is under way
 		let batch;
@@ -268,9 +268,8 @@ async function runBulk(action, target) {
 			setText(summary, `${summary.textContent} Stopped: ${error.message}.`);
 			return true;
 		}
-		done += batch.results.filter(({ ok }) => ok).length;
-		refused += batch.results.filter(({ ok }) => !ok).length;
-		setText(summary, `${count(done)} ${past}${refused ? `, ${count(refused)} refused` : ""}.`);
+		for (const { ok } of batch.results) tally[ok] += 1;
+		setText(summary, `${count(tally.true)} ${past}${tally.false ? `, ${count(tally.false)} refused` : ""}.`);
 		results.append(plainTable(batch.results.map(({ id, ok, code: why, error }) =>
 			[ok ? status("completed", past) : status("failed", why ?? "refused"), link(runUrl(id), code(id)), muted(error)])));
 		({ cursor } = batch);

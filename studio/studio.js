@@ -6,7 +6,8 @@
 import { ApiError, early, get, goBack, keepKey, laterAgain, navigate, poll, rememberScroll, session, setOpener,
 	setPageSignal, setTitle, setWaiting, unreachable, watch } from "./api.js";
 import { button, count, debounce, dialog, el, errorText, fault, field, fill, heading, icon, input, link, logo,
-	plainTable, row, setServerTime, setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName } from "./dom.js";
+	plainTable, row, setServerTime, setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName
+	} from "./dom.js";
 import "./runs.js"; // most visits begin with it
 
 const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
@@ -164,8 +165,8 @@ function showSignIn(words = "") {
 	}
 	fill(document.body, el("main.sign-in", el("form.card", { onsubmit: signIn },
 		row(logo(32), el("h1", "Tidebase Studio")),
-		field("API key", typed, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you"
-			+ " close it."), refused, el("button.primary", "Sign in"))));
+		field("API key", typed, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. This tab keeps it until it is closed."),
+		refused, el("button.primary", "Sign in"))));
 	typed.focus();
 }
 

@@ -3,8 +3,8 @@
 // Timeline turns events and rows into spans, one event at a time, and keeps what it worked out for each row: one more
 // event costs the same in a run of a thousand steps.
 
-import { button, duration, el, fill, icon, iconButton, muted, now, plural, row as inRow, searchInput, setState, setText,
-	show, virtualRows, wholeInstant } from "./dom.js";
+import { button, duration, el, fill, icon, iconButton, muted, now, once, plural, row as inRow, searchInput, setState,
+	setText, show, virtualRows, wholeInstant } from "./dom.js";
 
 const ms = (iso) => (iso ? Date.parse(iso) : null);
 
@@ -245,14 +245,6 @@ const percent = (part) => `${(100 * part).toFixed(3)}%`;
 
 const placed = (from, to) => ({ style: { left: percent(from), width: percent(to - from) } });
 
-/** Do something with a node when what it is made from has changed. */
-export function once(node, source, action) {
-	const text = JSON.stringify(source);
-	if (node.source === text) return;
-	node.source = text;
-	action();
-}
-
 const isError = (row) => /^failed|manual_review/.test(row.status)
 	|| attemptsOf(row).some(({ kind }) => kind === "failed" || kind === "cut");
 
@@ -383,8 +375,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 			folds.map(({ from, to }) => el("span.fold", placed(place(from), place(to)))),
 			places.map(([kind, left, right], index) => {
 				const open = kind === "running" && bars[index].to === null ? ".is-open" : "";
-				return Object.assign(el(`span.bar.is-${kind}${open}`, placed(left, right)),
-					{ describe: () => wordsOf(bars[index]) });
+				return el(`span.bar.is-${kind}${open}`, { title: wordsOf(bars[index]), ...placed(left, right) });
 			})));
 	}
 
