@@ -1,8 +1,7 @@
 // Addresses of the page's views, and the server: requests, refusals, and streams of events.
 //
-// Every view has a URL of its own, so that it can be shared, reloaded and gone back to. The API key lives in this tab's
-// session storage and is sent as a header, by streams too: they are read with fetch, since EventSource can send none.
-// Reads of a page are given up when it is left.
+// The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch,
+// since EventSource can send none. Reads of a page are given up when it is left.
 
 /** A path with its parts escaped: path`/runs/${id}/cancel`. */
 export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
@@ -22,7 +21,6 @@ export const rememberScroll = () => history.replaceState({ ...history.state, scr
 let open = () => {};
 export const setOpener = (opener) => { open = opener; };
 
-/** Go to another view; where this one was scrolled to is kept for the way back. */
 export function navigate(url, { replace = false } = {}) {
 	if (!replace) rememberScroll();
 	const { depth = 0 } = history.state ?? {};
@@ -32,7 +30,7 @@ export function navigate(url, { replace = false } = {}) {
 
 export const goBack = () => (history.state?.depth ? history.back() : navigate("/studio/runs"));
 
-/** Change parameters of this address: null takes one out. The view is not opened again. */
+/** Change parameters of this address, null takes one out; the view is not opened again. */
 export function setQuery(changes) {
 	const url = new URL(location.href);
 	for (const [name, value] of Object.entries(changes)) {
@@ -44,7 +42,6 @@ export function setQuery(changes) {
 let title = "";
 let waiting = 0;
 
-/** The tab's title, after the number of decisions that wait for a person. */
 export function setTitle(text) {
 	title = text;
 	document.title = `${waiting ? `(${waiting}) ` : ""}${title} · Tidebase`;
@@ -81,7 +78,6 @@ export function keepKey(key) {
 	else sessionStorage.removeItem(KEY);
 }
 
-// what the frame wants to know
 export const watch = { onUnauthorized() {}, onReachable() {} };
 let leaving = null; // ends the reads of the page that is open
 export const setPageSignal = (signal) => { leaving = signal; };
@@ -115,6 +111,17 @@ export const post = async (url, body = {}, options = {}) => JSON.parse(await pos
 export const put = (url, body) => send("PUT", url, { body });
 export const remove = (url) => send("DELETE", url);
 
+/** All of a list that comes in pages. */
+export async function getAll(url, name, parameters) {
+	const all = [];
+	for (let after = parameters.after, more = true; more; more = after) {
+		const answer = await get(url, { ...parameters, after });
+		all.push(...answer[name]);
+		after = answer.nextCursor;
+	}
+	return all;
+}
+
 /** A refusal is left to the next try, which comes by itself. All else is a fault of this page. */
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
@@ -128,7 +135,6 @@ const pause = (milliseconds) => new Promise((resolve) => {
 	for (const name of ["visibilitychange", "decided"]) document.addEventListener(name, resolve, { once: true });
 });
 
-/** Call load() every so often, and at once when the tab is shown again. */
 export async function every(load, milliseconds, signal) {
 	while (!signal.aborted) {
 		await pause(milliseconds);
@@ -136,7 +142,7 @@ export async function every(load, milliseconds, signal) {
 	}
 }
 
-/** The same, but first of all now. Resolves when that is done; its failure is the caller's. */
+/** The same, and first of all now; a failure of that is the caller's. */
 export async function poll(load, milliseconds, signal) {
 	try {
 		await load();
@@ -150,8 +156,8 @@ const STALE_MS = 20_000; // this long without a connection, the page says that i
 const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
 
 /**
- * Follow a run's events: the connection is closed when the tab is hidden, and resumed by number. onEvents gets all that
- * came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or not live.
+ * Follow a run's events, from number to number. onEvents gets all that came at once, in order, as [{seq, text}];
+ * onState live, reconnecting, stale, paused or not live.
  */
 export async function follow(runId, after, onEvents, onState, signal) {
 	let failures = 0;
@@ -195,7 +201,6 @@ export async function follow(runId, after, onEvents, onState, signal) {
 	}
 }
 
-/** The events of a stream, as they come; none for what the server says to show that it is there. */
 async function* eventsIn(body) {
 	const reader = body.pipeThrough(new TextDecoderStream()).getReader();
 	for (let rest = ""; ;) {
@@ -213,7 +218,6 @@ async function* eventsIn(body) {
 export const PAGE_SIZE = 50;
 export const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
 
-/** The filters of an address, and where in the list it is. */
 export function readAddress(parameters) {
 	const filters = Object.fromEntries([...parameters].filter(([name, value]) =>
 		value && (FILTERS.includes(name) || name.startsWith("metadata."))));
@@ -223,7 +227,7 @@ export function readAddress(parameters) {
 export const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
 export const readPage = (...asked) => get("/runs", pageQuery(...asked));
 
-/** Answers that are on their way, each for its first reader, when the page begins with the list. */
+/** Answers on their way, each for its first reader, when the page begins with the list. */
 export const early = { session: null, runs: null };
 if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
 	early.session = get("/session");

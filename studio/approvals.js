@@ -10,7 +10,7 @@ import { errorLine } from "./runs.js";
 
 const ACTOR = "tidebase.actor";
 
-/** The name under which decisions are recorded, typed once in a browser. */
+/** The name under which decisions are recorded. */
 export const actor = () => localStorage.getItem(ACTOR) ?? "";
 const actorField = () => field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() }));
 
@@ -74,7 +74,6 @@ function gateBody({ raw, id, runId, prompt, capability, expiresAt, dataOmitted, 
 			muted("Whoever has it may decide this gate, without a key."))];
 }
 
-/** A gate, and while it is pending the form to decide it. */
 export const gateCard = (gate, onDone) => card(gate.name,
 	row(gateStatus(gate), gate.actor && `by ${gate.actor}`, time(gate.resolvedAt ?? gate.createdAt, "short")),
 	gateBody(gate), gate.status === "pending" && canWrite() && gate.resolveToken && gateForm(gate, onDone));
@@ -86,7 +85,6 @@ const idOf = (item) => (item.gate ?? item.step).id;
 const headline = ({ gate, step }) => gate?.prompt || gate?.name || `Step ${step.name} may have had its effect`;
 const wide = () => matchMedia("(min-width: 72.01rem)").matches; // the list and what is chosen stand side by side
 
-/** An item, and the texts of its payloads. */
 function readItem(raw) {
 	const item = JSON.parse(raw);
 	if (item.gate) item.gate.raw = member(raw, "gate");

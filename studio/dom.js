@@ -1,6 +1,5 @@
-// Elements, times and numbers: what every page of Studio is made of.
-//
-// Elements are made by el() alone, which sets attributes and text, never markup: whatever a run is called stays text.
+// Elements, times and numbers: what every page is made of. Elements are made by el() alone, which sets attributes and
+// text, never markup: whatever a run is called stays text.
 // Live updates change texts, rows and cells in place: focus, selection and scroll position stay.
 
 import { laterAgain } from "./api.js";
@@ -39,7 +38,7 @@ export function fill(node, ...children) {
 	return add(node, children);
 }
 
-/** Set a text when it differs: an unchanged node keeps the reader's selection and costs no layout. */
+/** An unchanged node keeps the reader's selection and costs no layout. */
 export function setText(node, text) {
 	const shown = String(text ?? "");
 	if (node.textContent !== shown) node.textContent = shown;
@@ -49,7 +48,7 @@ export const show = (node, visible) => { node.hidden = !visible; };
 
 export const setState = (node, name, on) => node.setAttribute(`aria-${name}`, String(Boolean(on)));
 
-/** Do something with a node when what it is made from has changed. */
+/** Act when what a node is made from has changed. */
 export function once(node, source, action) {
 	const text = JSON.stringify(source);
 	if (node.source === text) return;
@@ -59,7 +58,7 @@ export function once(node, source, action) {
 
 // --- tables
 
-/** Keep the children of `parent` in line with `items`, by key: make(item) makes a node, update(node, item) keeps it. */
+/** Keep the children of `parent` in line with `items`: make(item) makes a key's node, update(node, item) keeps it. */
 export function syncRows(parent, items, keyOf, make, update) {
 	const nodes = new Map([...parent.children].map((node) => [node.dataset.key, node]));
 	let next = parent.firstElementChild;
@@ -77,7 +76,6 @@ export function syncRows(parent, items, keyOf, make, update) {
 	for (const node of nodes.values()) node.remove();
 }
 
-/** A table of rows of cells, which may be td elements. */
 export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table",
 	heads && el("thead", el("tr", heads.map((word) => el("th", word)))),
 	el("tbody", rows.map((cells) => el("tr", cells.map((cell) => (cell?.tagName === "TD" ? cell : el("td", cell))))))));
@@ -117,10 +115,7 @@ export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow }
 
 const MARGIN = 12; // rows drawn above and below the screen
 
-/**
- * A table's rows, all of one height, of a list of any length; with keyOf, make, update as syncRows. Only those near the
- * screen are elements, two empty bodies stand for the rest.
- */
+/** The rows of a table, all of one height; those near the screen are elements, two empty bodies stand for the rest. */
 export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 	const pad = () => el("tbody.pad", { "aria-hidden": "true" }, el("tr", el("td", { colspan: columns })));
 	const [above, body, below] = [pad(), el("tbody"), pad()];
@@ -157,7 +152,7 @@ export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 	} };
 }
 
-// --- icons: drawn here, so that a status differs by its shape and not only by its colour
+// --- icons: a status differs by its shape and not only by its colour
 
 const RING = "M8 2.5a5.5 5.5 0 1 1 0 11 5.5 5.5 0 0 1 0-11";
 const CHECK = "M3 8.5 6.3 12 13 4.5";
@@ -203,7 +198,7 @@ export function switchZone() {
 
 export const setServerTime = (iso) => { clockOffset = new Date(iso) - Date.now(); };
 
-/** Now, by the server's clock: ages stay right when this computer's clock is wrong. */
+/** By the server's clock: ages stay right when this computer's is wrong. */
 export const now = () => Date.now() + clockOffset;
 
 /** "Wed, 25 Nov 2026 14:02:10.123" in the page's zone; without Intl, whose first use takes 30 ms. */
@@ -256,7 +251,7 @@ function writeTime(node) {
 	return node;
 }
 
-// The whole instant is worked out when somebody points at a time: a list has many.
+// worked out when somebody points at a time: a list has many
 document.addEventListener("mouseover", ({ target }) => {
 	if (target.dateTime) target.title = wholeInstant(target.dateTime);
 });
@@ -278,7 +273,6 @@ export const compactCount = (number) => (number < 1e4 ? count(number)
 export const bytes = (size) => (size < 1000 ? `${size} B`
 	: size < 1e6 ? `${(size / 1000).toFixed(1)} kB` : `${(size / 1e6).toFixed(1)} MB`);
 
-/** Ten cents and up with two digits, less than that with as many as show it. */
 export function money(usd) {
 	const amount = Number(usd ?? 0);
 	return `$${amount < 0.0995 ? Number(amount.toPrecision(2)) : count(amount.toFixed(2))}`;
@@ -312,11 +306,9 @@ export const card = (title, aside, ...body) =>
 
 export const logo = (size) => el("img", { src: "/studio/icon.svg", alt: "", width: size });
 
-/** Rows [name, value, ...]. */
 export const facts = (rows) => el("dl.facts", rows.filter(Boolean).map(([name, ...value]) =>
 	el("div", el("dt", name), el("dd", value))));
 
-/** Costs [name, usd] as numbers and bars. */
 export function meters(title, rows) {
 	const most = Math.max(...rows.map(([, cost]) => cost), 1e-12);
 	return card(title, null, plainTable(rows.map(([name, cost]) => [name, number(money(cost)),
@@ -330,7 +322,7 @@ export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", label
 export const fault = (error, again, ...words) => el("div.fault.is-failed", { role: "alert" }, words,
 	el("p", error.message), again && button("Try again", again));
 
-/** A box that load(box) fills: grey rows first; a failure of the first reading is shown, to try again. */
+/** A box that load(box) fills; a failure of its first reading is shown. */
 export function loading(load, rows = 3) {
 	const box = el("div.stack", skeleton(rows));
 	const again = async () => {
@@ -359,7 +351,7 @@ export function setMark(mark, state) {
 	setText(mark, state);
 }
 
-/** Copy without the clipboard API too, which browsers withhold on plain HTTP. */
+/** Browsers withhold the clipboard API on plain HTTP. */
 async function copyText(text) {
 	try {
 		await navigator.clipboard.writeText(text);
@@ -376,19 +368,17 @@ async function copyText(text) {
 	}
 }
 
-/** A button that copies a text, or what a function brings. */
+/** Copies a text, or what a function brings. */
 export const copyButton = (text, label, word = null) => button([icon("copy"), word], async () => {
 	const copied = await copyText(typeof text === "function" ? await text() : text);
 	toast(copied ? "Copied." : "Copying failed.", copied ? "completed" : "failed");
 }, word ? "quiet" : "bare", { title: label, label: word ? null : label });
 
-/** An id, a key or a hash, of which `shown` is shown, with a button that copies all of it. */
 export const idText = (id, shown = id) => el("span.id", code(shown), copyButton(id, `Copy ${id}`));
 
 const toasts = el("div.toasts", { role: "alert" });
 const foreground = () => document.querySelector("dialog[open]") ?? document.body; // a modal dialog makes the rest inert
 
-/** A short message at the edge of the page; what failed stays until it is closed. */
 export function toast(text, kind = "completed") {
 	const note = el(`div.toast.is-${kind}`, el("span", text),
 		iconButton("close", "Close message", () => note.remove()));
@@ -397,7 +387,7 @@ export function toast(text, kind = "completed") {
 	if (kind !== "failed") setTimeout(() => note.remove(), 4000);
 }
 
-/** Do what the server may refuse: the refusal is shown. Resolves to whether it was done. */
+/** A refusal of the server is shown. Resolves to whether it was done. */
 export async function attempt(action) {
 	try {
 		await action();
@@ -409,7 +399,7 @@ export async function attempt(action) {
 	}
 }
 
-/** Open a modal dialog. `closed` resolves to the value of the button that submitted its form, or "". */
+/** A modal dialog; `closed` resolves to the value of the button that submitted its form, or "". */
 export function dialog(title, content, ...buttons) {
 	const form = el("form", { method: "dialog" },
 		el("header", el("h2", title), iconButton("close", "Close", () => box.close(""))),
@@ -425,7 +415,7 @@ export function dialog(title, content, ...buttons) {
 	return { form, closed };
 }
 
-/** Ask in a dialog, what is dangerous with a way out. Resolves to the values of its form, or to null. */
+/** Ask, what is dangerous with a way out. Resolves to the values of the form, or to null. */
 export async function ask(title, content, word, wayOut = null) {
 	const { form, closed } = dialog(title, content,
 		wayOut && el("button", { value: "", formnovalidate: true }, wayOut),

@@ -208,7 +208,6 @@ function askSchedule(schedule) {
 const FIRE = { weekday: "short", day: "numeric", month: "short", hour: "2-digit", minute: "2-digit",
 	timeZoneName: "short" };
 
-/** A fire in the schedule's own zone. */
 const fire = (at, timeZone) => el("li", { title: wholeInstant(at) },
 	new Date(at).toLocaleString("en-GB", { timeZone, ...FIRE }), muted(" ", time(at)));
 

@@ -79,9 +79,8 @@ export function diffTable(before, after) {
 // --- a payload on the page
 
 const FIRST = 65_536; // characters
-const SHORT = 90; // characters that fit into a line, which needs no indenting
+const SHORT = 90; // characters, which need no indenting
 
-/** The whole text of a payload: readPayload(runId, "step.output", stepId). */
 export const readPayload = (runId, of, id = null) => getText(path`/runs/${runId}/payload`, { of, id });
 
 /** For people who decide: an object's members as names and values, line breaks as such. */
@@ -113,7 +112,7 @@ function frame(title, text, { complete = true, size, whole, name, toRead = false
 export const inlinePayload = (title, text, name, toRead = false) =>
 	frame(title, text, { size: new Blob([text]).size, whole: () => text, name, toRead });
 
-/** A payload of a run, read when it is shown: payload("Output", runId, "step.output", stepId). */
+/** Read when it is shown: payload("Output", runId, "step.output", stepId). */
 export const payload = (title, runId, of, id = null) => loading(async (box) => {
 	const response = await getResponse(path`/runs/${runId}/payload`, { of, id, offset: 0, limit: FIRST });
 	const size = (unit) => Number(response.headers.get(`x-tidebase-${unit}`));
@@ -129,7 +128,6 @@ export const download = (whole, name, type = "application/json") => attempt(asyn
 
 // --- JSON that somebody types
 
-/** An input for JSON; what is not JSON is refused by its form. */
 export const jsonInput = (name, attributes = {}) => el("textarea", {
 	name, spellcheck: "false", autocapitalize: "off", rows: 4, ...attributes, oninput({ target }) {
 		try {

@@ -3,8 +3,8 @@
 // The page reads a summary and the steps once, follows the run's event stream by seq, and applies each event to the
 // timeline. Rows are read again only for what an event does not carry. What is open, selected and scrolled stays.
 
-import { canWrite, compareUrl, every, follow, get, getText, laterAgain, navigate, path, post, runsUrl, runUrl, session,
-	setQuery, setTitle } from "./api.js";
+import { canWrite, compareUrl, every, follow, get, getAll, getText, laterAgain, navigate, path, post, runsUrl, runUrl,
+	session, setQuery, setTitle } from "./api.js";
 import { actor, gateCard, reviewForm } from "./approvals.js";
 import { ask, attempt, between, button, bytes, card, code, compactCount, count, dash, debounce, duration, el, empty,
 	errorText, facts, field, fill, grid, heading, icon, iconButton, idText, input, link, loading, meters, money, muted,
@@ -17,14 +17,15 @@ import { attemptsOf, makeWaterfall, Timeline } from "./waterfall.js";
 const MOST_EVENTS = 20_000; // of a longer run, the last so many are read at once
 
 export async function runPage({ main, parts: [id], query, signal }) {
-	let summary = await get(path`/runs/${id}/summary`);
+	const url = path`/runs/${id}`;
+	let summary = await get(`${url}/summary`);
 	let panelOf = null; // the key of what the side panel shows, if that is not the run itself
 	let tab = null;
 	let lastPosition = 0;
 	let inVerdict = []; // actions that stand beside the verdict
 	const timeline = new Timeline(session.leaseMs, id);
 	// What the tabs share.
-	const model = { id, signal, timeline, events: [], steps: new Map(), listeners: new Set(), keepStep, openPanel,
+	const model = { id, url, signal, timeline, events: [], steps: new Map(), listeners: new Set(), keepStep, openPanel,
 		readSummary, get summary() { return summary; } };
 	const isLive = () => !summary.run.completedAt;
 
@@ -43,7 +44,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		el("header.stack", el("div.spread", el("h1", title, badge), actions), el("div.spread", idText(id), mark), why, about),
 		verdict, tabs, el("div.split", content, panel));
 
-	// --- header: each part is built again only when it says something else; times keep themselves up to date
+	// --- header: a part is built again when it says something else
 
 	function showHeader() {
 		const { run, cost } = summary;
@@ -89,7 +90,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	async function readVerdict() {
 		const wanted = /failed|cancelled|stalled/.test(shownStatus(summary.run))
 			|| summary.run.whyDetail?.kind === "lease_expired";
-		const plan = wanted ? await get(path`/runs/${id}/rerun`).catch(laterAgain) : null;
+		const plan = wanted ? await get(`${url}/rerun`).catch(laterAgain) : null;
 		const shown = plan && plan.safe !== null;
 		inVerdict = shown ? plan.actions.filter((name) => ["retry", "recover", "fork"].includes(name)) : [];
 		show(verdict, shown);
@@ -116,16 +117,15 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	// --- actions
 
 	async function retry() {
-		const plan = await get(path`/runs/${id}/rerun`);
-		const sure = plan.safe !== false || await ask("Retry all the same?", el("p", plan.verdict), "Retry",
-			"Do not");
+		const plan = await get(`${url}/rerun`);
+		const sure = plan.safe !== false || await ask("Retry all the same?", el("p", plan.verdict), "Retry", "Do not");
 		if (!sure) return;
-		await post(path`/runs/${id}/retry`);
+		await post(`${url}/retry`);
 		toast("It is put back.");
 	}
 
 	async function recover() {
-		await post(path`/runs/${id}/recover`);
+		await post(`${url}/recover`);
 		toast("Its recovery webhook is on the way.");
 	}
 
@@ -133,7 +133,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		const asked = await ask("Cancel this run?",
 			[el("p", "It ends at once; its worker is told at its next write. Completed steps stay on record."),
 				field("Reason", input("reason"))], "Cancel the run", "Keep it");
-		if (asked) await post(path`/runs/${id}/cancel`, bodyOf({ reason: asked.reason, actor: actor() || "studio" }));
+		if (asked) await post(`${url}/cancel`, bodyOf({ reason: asked.reason, actor: actor() || "studio" }));
 	}
 
 	async function signalRun() {
@@ -141,7 +141,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 			field("Name", input("name", { required: true, value: summary.run.whyDetail?.signal ?? "" })),
 			field("Payload", jsonInput("payload"), "JSON; empty is null")], "Send");
 		if (!asked) return;
-		await post(path`/runs/${id}/signals`, bodyOf({ name: asked.name }, { payload: asked.payload }));
+		await post(`${url}/signals`, bodyOf({ name: asked.name }, { payload: asked.payload }));
 		toast("The signal is sent.");
 	}
 
@@ -255,7 +255,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	}
 
 	async function readSummary() {
-		summary = await get(path`/runs/${id}/summary`);
+		summary = await get(`${url}/summary`);
 		showHeader();
 		waterfall.schedule();
 		for (const listener of model.listeners) listener();
@@ -268,12 +268,9 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	}
 
 	async function readSteps() {
-		for (let more = true; more;) {
-			const { steps, nextCursor } = await get(path`/runs/${id}/steps`, { after: lastPosition || null, limit: 500 });
-			await breathe();
-			steps.forEach(keepStep);
-			more = nextCursor;
-		}
+		const steps = await getAll(`${url}/steps`, "steps", { after: lastPosition || null, limit: 500 });
+		await breathe();
+		steps.forEach(keepStep);
 		waterfall.schedule();
 	}
 
@@ -281,14 +278,13 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	const readSummarySoon = soon(readSummary);
 	const readNewSteps = soon(readSteps);
 	const readGates = soon(async () => {
-		for (const gate of (await get(path`/runs/${id}`, { include: "gates" })).gates) timeline.setGate(gate);
+		for (const gate of (await get(url, { include: "gates" })).gates) timeline.setGate(gate);
 	});
 	const readTree = soon(async () => {
-		const { runs } = await get(path`/runs/${id}/tree`, { limit: 500 });
+		const { runs } = await get(`${url}/tree`, { limit: 500 });
 		for (const child of runs.slice(1)) timeline.setChild(child);
 	});
 
-	/** The rows that are no steps. */
 	function readOthers() {
 		if (summary.counts.gates) readGates();
 		if (summary.counts.children) readTree();
@@ -362,7 +358,7 @@ const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
 // --- tabs: functions of the run's model that give {element, update(new events)}, called when one is first shown
 
-/** A tab that load(box) fills, again after events of a kind, and with the summary when `watched`. */
+/** A tab that load(box) fills, again after events of a kind, with the summary when `watched`. */
 function loadedTab(model, kind, load, watched = false) {
 	const element = loading(load);
 	const again = debounce(element.again, 150);
@@ -376,7 +372,7 @@ const REPLAY = { auto: "runs again", manual: "waits for a review", never: "never
 const ATTEMPT = { cut: ["stalled", "cut off"], held: ["cancelled", "ended"],
 	manual_review: ["manual_review", "no outcome"] };
 
-/** The panel of a step; its row is read again, since events carry no sizes. */
+/** Its row is read again, since events carry no sizes. */
 function stepPanel(model, row) {
 	const runId = row.owner?.runId ?? model.id;
 	const panel = loading(async (box) => {
@@ -527,13 +523,8 @@ function stateTab(model) {
 
 	return loadedTab(model, /^(state|snapshot)\./, async (box) => {
 		const following = at === versions.length - 1; // at the newest version: it moves on with it
-		const found = [];
-		for (let after = null, more = true; more; more = after) {
-			const answer = await get(path`/runs/${model.id}/state/versions`, { view: "light", after, limit: 1000 });
-			found.push(...answer.stateVersions);
-			after = answer.nextCursor;
-		}
-		versions = found.sort((one, other) => (one.liveVersion ?? 0) - (other.liveVersion ?? 0)
+		versions = await getAll(`${model.url}/state/versions`, "stateVersions", { view: "light", limit: 1000 });
+		versions.sort((one, other) => (one.liveVersion ?? 0) - (other.liveVersion ?? 0)
 			|| one.createdAt.localeCompare(other.createdAt));
 		if (versions.length === 0) {
 			return fill(box, empty("No state", "A workflow that calls ", code("run.state.set({...})"),
@@ -550,7 +541,7 @@ function stateTab(model) {
 
 function gatesTab(model) {
 	const tab = loadedTab(model, /^gate\./, async (box) => {
-		const gates = items(member(await getText(path`/runs/${model.id}`, { include: "gates" }), "gates"));
+		const gates = items(member(await getText(model.url, { include: "gates" }), "gates"));
 		const decided = () => {
 			tab.again();
 			model.readSummary();
@@ -576,7 +567,7 @@ function usageTab(model) {
 	], empty("No usage", "Recorded by ", code("run.usage.record(model=…, cost_usd=…)"), "."));
 	const tab = loadedTab(model, /^usage\./, async (box) => {
 		const asked = { limit: 1000, subtree: withChildren.checked ? "true" : null };
-		const { usage, byModel, truncated } = await get(path`/runs/${model.id}/usage`, asked);
+		const { usage, byModel, truncated } = await get(`${model.url}/usage`, asked);
 		const total = byModel.reduce((sum, { costUsd }) => sum + Number(costUsd), 0);
 		const bySteps = new Map();
 		for (const entry of usage) {
@@ -610,7 +601,7 @@ function childrenTab(model) {
 		["Why, or how it ended", outcome], ["Created", ({ createdAt }) => time(createdAt)],
 	], empty("No children", "Runs for parts of its work: ", code('run.child("name", "workflow")'), "."));
 	const tab = loadedTab(model, /^run\.child/, async (box) => {
-		const { runs, truncated } = await get(path`/runs/${model.id}/tree`, { limit: 1000 });
+		const { runs, truncated } = await get(`${model.url}/tree`, { limit: 1000 });
 		const below = Map.groupBy(runs, (run) => run.parentRunId);
 		const branch = (id) => (below.get(id) ?? []).flatMap((run) => {
 			const open = !folded.has(run.id);
@@ -638,7 +629,7 @@ function webhooksTab(model) {
 			responseBytes > 0 && payload("Answer", model.id, "delivery.response", id)], `delivery:${id}`);
 	}
 	async function resend({ id }) {
-		if (await attempt(() => post(path`/runs/${model.id}/deliveries/${id}/resend`))) toast("It is sent again.");
+		if (await attempt(() => post(`${model.url}/deliveries/${id}/resend`))) toast("It is sent again.");
 		tab.again();
 	}
 	const table = grid((delivery) => delivery.id, [
@@ -650,7 +641,7 @@ function webhooksTab(model) {
 			&& button("Resend", () => resend(delivery)), "buttons"],
 	], empty("No webhooks", "It has no recovery webhook and no channel, or nothing was sent yet."));
 	const tab = loadedTab(model, /^(recovery|run)\./, async (box) => {
-		const { deliveries, nextCursor } = await get(path`/runs/${model.id}/deliveries`, { limit: 200 });
+		const { deliveries, nextCursor } = await get(`${model.url}/deliveries`, { limit: 200 });
 		table.set(deliveries);
 		fill(box, table, nextCursor && muted("The newest 200."));
 	}, true);
@@ -666,7 +657,6 @@ const LONGEST = 65_536; // bytes of an output that is compared by itself, of so 
 const MOST = 200;
 const MOST_NAMES = 12; // in a line
 
-/** "a, b and 3 more" */
 const listed = (names) => names.slice(0, MOST_NAMES).join(", ")
 	+ (names.length > MOST_NAMES ? ` and ${names.length - MOST_NAMES} more` : "");
 

@@ -284,7 +284,7 @@ const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.sl
 
 export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;
 
-/** "TimeoutError: too slow", of whatever was recorded as an error. */
+/** "TimeoutError: too slow" */
 export function errorLine(error) {
 	if (typeof error !== "object" || !error) return error ? String(error) : "";
 	const line = [error.name, error.message].filter((part) => typeof part === "string" && part).join(": ");
@@ -298,7 +298,7 @@ const PARTS = {
 	ids: (list) => list.map((id, index) => [index > 0 && ", ", el("a", { href: runUrl(id) }, shortCode(id))]),
 };
 
-/** Why a run waits, or how it ended; null when it completed. */
+/** Null when it completed. */
 export function outcome({ whyDetail, why, status, error, failureClass, cancelActor, cancelReason }) {
 	if (whyDetail) {
 		return whyDetail.line.split(/(\{\w+:\w+\})/).map((text) => {
@@ -315,6 +315,5 @@ export function outcome({ whyDetail, why, status, error, failureClass, cancelAct
 
 export const shownStatus = (run) => (run.stalled ? "stalled" : run.status);
 
-/** How long a run took, or takes so far, from its creation. */
 export const runDuration = (run) => (run.completedAt ? duration(run.durationMs ?? 0)
 	: run.status === "running" ? time(run.createdAt, "since") : dash());

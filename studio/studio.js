@@ -13,8 +13,6 @@ import "./runs.js"; // most visits begin with it
 const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
 	workers: "Workers" };
 const TITLES = { ...PAGES, compare: "Side by side" };
-const MODULES = { compare: "run", queues: "operations", schedules: "operations", costs: "operations",
-	workers: "operations" };
 
 // --- the frame
 
@@ -62,7 +60,8 @@ async function open(scroll) {
 	fill(main, skeleton());
 	try {
 		const kind = name === "runs" && parts.length ? "run" : name;
-		const module = await import(`./${MODULES[kind] ?? kind}.js`).catch(() => { throw unreachable(); });
+		const file = { runs: "runs", run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations";
+		const module = await import(`./${file}.js`).catch(() => { throw unreachable(); });
 		if (signal.aborted) return; // left before it was there
 		const opened = await module[`${kind}Page`]({ main, parts, query: url.searchParams, signal });
 		if (signal.aborted) return;
@@ -122,7 +121,6 @@ document.addEventListener("keydown", (event) => {
 	else if (key === "Escape" && !page?.escape?.() && location.pathname !== "/studio/runs") goBack();
 });
 
-/** To the next or previous row: what bears data-row in it is focused. */
 function moveFocus(from, by) {
 	const rows = [...main.querySelectorAll("[data-row]")];
 	const index = rows.indexOf(from.closest("tr, [role=listitem]")?.querySelector("[data-row]"));

@@ -39,7 +39,7 @@ function attemptOf(row, n, from) {
 export class Timeline {
 	constructor(leaseMs, runId) {
 		// heardAt: when the run was last seen at work
-		Object.assign(this, { leaseMs, runId, rows: new Map(), order: null, seq: 0, heardAt: 0 });
+		Object.assign(this, { leaseMs, runId, rows: new Map(), order: null, heardAt: 0 });
 		this.run = this.row("run", "run", "run"); // its attempts are the claims
 	}
 
@@ -87,8 +87,6 @@ export class Timeline {
 	}
 
 	apply(event) {
-		if (event.seq <= this.seq) return;
-		this.seq = event.seq;
 		const at = ms(event.createdAt);
 		const [subject, verb] = event.type.split(".");
 		if (subject === "run") this.applyToRun(verb, event.attempt, event.payload ?? {}, at);
@@ -151,12 +149,9 @@ export class Timeline {
 		if (shown && !(at < ms(row.step?.updatedAt))) row.status = shown; // a row that was read after this event knows better
 	}
 
-	/** Its spans, what follows from them, and where its output was used again. */
+	/** What is drawn of a row: its spans, what follows from them, and where its output was used again. */
 	bars(row) {
-		return row.bars ??= this.makeBars(row);
-	}
-
-	makeBars(row) {
+		if (row.bars) return row.bars;
 		const bars = row.copied ? [{ kind: "replayed", from: this.created, to: this.created }] : [];
 		const add = (kind, from, to, more) => bars.push({ ...more, kind, from, to: to ?? this.ended });
 		const attempts = attemptsOf(row);
@@ -171,7 +166,7 @@ export class Timeline {
 		if (row.kind === "run" && bars.length === 0) add(this.ended ? row.status : "queued", this.created, null);
 		const done = row.kind === "step" && row.status === "completed" ? attempts.at(-1)?.to : null;
 		if (done) for (const { from, n } of attemptsOf(this.run)) if (from >= done) add("replayed", from, from, { n });
-		return bars;
+		return row.bars = bars;
 	}
 
 	/** All rows but the run's, in the order of their begin; of children its own. */
@@ -220,7 +215,6 @@ function makeScale(intervals, start, end) {
 const NICE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 15e3, 3e4, 6e4, 12e4, 3e5, 6e5, 9e5, 18e5, 36e5,
 	72e5, 216e5, 432e5, 864e5, 1728e5, 6048e5];
 
-/** Ticks where there is room for their words. */
 function ticksOf({ folds, start, end, open, place }, wanted, room) {
 	const step = NICE.find((size) => open / size <= wanted) ?? NICE.at(-1);
 	const ticks = [];
@@ -254,7 +248,7 @@ function statusOf(row) {
 	return gone ? "stalled" : row.status ?? "pending";
 }
 
-/** The table of a timeline. onSelect(row): a row was clicked; onOpen(id) brings a child's Timeline. */
+/** The table of a timeline; onOpen(id) brings a child's. */
 export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 	const opened = new Map(); // children whose own rows are shown -> their Timeline
 	let errorsOnly = false;
@@ -285,7 +279,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 	observer.observe(table);
 	signal.addEventListener("abort", () => observer.disconnect());
 
-	/** What comes in a tenth of a second is drawn once. */
+	// What comes in a tenth of a second is drawn once.
 	function schedule() {
 		drawing ??= setTimeout(() => {
 			drawing = null;
