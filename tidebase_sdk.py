@@ -1670,7 +1670,8 @@ class _Names:
             names = None
             if same is not None and asked in self._failed:
                 called_with, failed = same(), self._failed[asked]
-                names = next((failed.pop(place)[0] for place, each in enumerate(failed) if each[1] == called_with), None)
+                names = next(
+                    (failed.pop(place)[0] for place, each in enumerate(failed) if each[1] == called_with), None)
             names = names or [self._next(each) for each in asked]
             self._under_way.update(asked)
             if not is_nested:
