@@ -33,7 +33,9 @@ import tidebase
 ROOT = Path(__file__).resolve().parent.parent
 LEASE_MS = 60_000
 FOREVER_MS = 3_600_000  # a reconciler that ticks only when a test says so
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the processes that tests start would all compile the same modules
+# Else all processes, those of pytest among them, would compile the same modules, in every run.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def eventually(question: Callable[[], Any], seconds: float = 15) -> Any:
