@@ -111,15 +111,17 @@ export const post = async (url, body = {}, options = {}) => JSON.parse(await pos
 export const put = (url, body) => send("PUT", url, { body });
 export const remove = (url) => send("DELETE", url);
 
-/** All of a list that comes in pages. */
-export async function getAll(url, name, parameters) {
-	const all = [];
-	for (let after = parameters.after, more = true; more; more = after) {
+/** Let the browser draw and take input: what is long is done in slices. */
+export const breathe = () => new Promise((resolve) => setTimeout(resolve));
+
+/** Read a list that comes in pages; take() gets one after the other. */
+export async function readPages(url, name, parameters, take) {
+	for (let { after } = parameters, more = true; more; more = after) {
 		const answer = await get(url, { ...parameters, after });
-		all.push(...answer[name]);
+		await breathe();
+		take(answer[name]);
 		after = answer.nextCursor;
 	}
-	return all;
 }
 
 /** A refusal is left to the next try, which comes by itself. All else is a fault of this page. */
@@ -131,8 +133,16 @@ export function laterAgain(error) {
 
 /** Resolves after so long, and at once when the tab is hidden or shown, or somebody decided something. */
 const pause = (milliseconds) => new Promise((resolve) => {
-	setTimeout(resolve, milliseconds);
-	for (const name of ["visibilitychange", "decided"]) document.addEventListener(name, resolve, { once: true });
+	const listening = new AbortController();
+	const end = () => {
+		listening.abort();
+		clearTimeout(timer);
+		resolve();
+	};
+	const timer = setTimeout(end, milliseconds);
+	for (const name of ["visibilitychange", "decided"]) {
+		document.addEventListener(name, end, { signal: listening.signal });
+	}
 });
 
 export async function every(load, milliseconds, signal) {

@@ -254,6 +254,7 @@ function writeTime(node) {
 // worked out when somebody points at a time: a list has many
 document.addEventListener("mouseover", ({ target }) => {
 	if (target.dateTime) target.title = wholeInstant(target.dateTime);
+	else if (target.describe) target.title = target.describe();
 });
 
 setInterval(() => {

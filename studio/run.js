@@ -3,8 +3,8 @@
 // The page reads a summary and the steps once, follows the run's event stream by seq, and applies each event to the
 // timeline. Rows are read again only for what an event does not carry. What is open, selected and scrolled stays.
 
-import { canWrite, compareUrl, every, follow, get, getAll, getText, laterAgain, navigate, path, post, runsUrl, runUrl,
-	session, setQuery, setTitle } from "./api.js";
+import { breathe, canWrite, compareUrl, every, follow, get, getText, laterAgain, navigate, path, post, readPages,
+	runsUrl, runUrl, session, setQuery, setTitle } from "./api.js";
 import { actor, gateCard, reviewForm } from "./approvals.js";
 import { ask, attempt, between, button, bytes, card, code, compactCount, count, dash, debounce, duration, el, empty,
 	errorText, facts, field, fill, grid, heading, icon, iconButton, idText, input, link, loading, meters, money, muted,
@@ -268,9 +268,8 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	}
 
 	async function readSteps() {
-		const steps = await getAll(`${url}/steps`, "steps", { after: lastPosition || null, limit: 500 });
-		await breathe();
-		steps.forEach(keepStep);
+		await readPages(`${url}/steps`, "steps", { after: lastPosition || null, limit: 500 },
+			(steps) => steps.forEach(keepStep));
 		waterfall.schedule();
 	}
 
@@ -352,9 +351,6 @@ function aboutRun({ run, parent, cost: { own, subtree }, durationMs }, live) {
 		run.priority !== 0 && ["Priority", run.priority],
 	];
 }
-
-/** Let the browser draw and take input: what is long is done in slices. */
-const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
 // --- tabs: functions of the run's model that give {element, update(new events)}, called when one is first shown
 
@@ -523,8 +519,10 @@ function stateTab(model) {
 
 	return loadedTab(model, /^(state|snapshot)\./, async (box) => {
 		const following = at === versions.length - 1; // at the newest version: it moves on with it
-		versions = await getAll(`${model.url}/state/versions`, "stateVersions", { view: "light", limit: 1000 });
-		versions.sort((one, other) => (one.liveVersion ?? 0) - (other.liveVersion ?? 0)
+		const found = [];
+		await readPages(`${model.url}/state/versions`, "stateVersions", { view: "light", limit: 1000 },
+			(some) => found.push(...some));
+		versions = found.sort((one, other) => (one.liveVersion ?? 0) - (other.liveVersion ?? 0)
 			|| one.createdAt.localeCompare(other.createdAt));
 		if (versions.length === 0) {
 			return fill(box, empty("No state", "A workflow that calls ", code("run.state.set({...})"),

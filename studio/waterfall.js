@@ -369,7 +369,8 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 			folds.map(({ from, to }) => el("span.fold", placed(place(from), place(to)))),
 			places.map(([kind, left, right], index) => {
 				const open = kind === "running" && bars[index].to === null ? ".is-open" : "";
-				return el(`span.bar.is-${kind}${open}`, { title: wordsOf(bars[index]), ...placed(left, right) });
+				return Object.assign(el(`span.bar.is-${kind}${open}`, placed(left, right)),
+					{ describe: () => wordsOf(bars[index]) });
 			})));
 	}
 
