@@ -1628,7 +1628,8 @@ class _Lease:
     def boundary(self) -> None:
         """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
         self.fence()
-        self.check_not_refused()
+        if self.refused is not None:
+            self.check_not_refused()
         for lease in self.line:
             if lease.suspended or lease.leaving.locked():
                 raise RunSuspended
@@ -1645,51 +1646,21 @@ class _Names:
 
     # The step whose function is called, and the call that began last, in this task or thread; each with the names that
     # it belongs to, since a step's function may run other runs.
-    _within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
+    within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
     _place: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_place", default=None)
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._numbers: dict[_Asked, int] = {}  # the last one given, by kind and name as called
         self._taken: set[_Asked] = set()  # kind and name as recorded
-        self._under_way: set[_Asked] = set()  # kind and name as called
-        self._failed: dict[tuple[_Asked, ...], list[tuple[list[str], tuple[Any, ...]]]] = {}  # names, called with what
+        self.under_way: set[_Asked] = set()  # kind and name as called
+        self.failed: dict[tuple[_Asked, ...], list[tuple[list[str], tuple[Any, ...]]]] = {}  # names, called with what
         self._executing = 0
         self._last = ""  # the call that began last, in whatever task, and whether it failed
         self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
 
-    def _begin(self, asked: tuple[_Asked, ...], same: _Same, is_nested: bool) -> list[str]:
-        """The names in the record of a call that begins."""
-        with self._lock:
-            for kind, name in asked:
-                if (kind, name) in self._under_way:
-                    raise ValueError(
-                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
-                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
-            names = None
-            if same is not None and asked in self._failed:
-                called_with, failed = same(), self._failed[asked]
-                names = next(
-                    (failed.pop(place)[0] for place, each in enumerate(failed) if each[1] == called_with), None)
-            names = names or [self._next(each) for each in asked]
-            self._under_way.update(asked)
-            if not is_nested:
-                self._move_to(f"{asked[0][0]} {names[0]}")
-            return names
-
-    def _end(self, asked: tuple[_Asked, ...], names: list[str], same: _Same, has_failed: bool) -> None:
-        """A call has ended: it is under way no more, and one that failed keeps its names for the same call."""
-        called_with = same() if has_failed and same is not None else None
-        with self._lock:
-            self._under_way.difference_update(asked)
-            if called_with is not None:
-                self._failed.setdefault(asked, []).append((names, called_with))
-            place = f"{asked[0][0]} {names[0]}"
-            if has_failed and same is not None and self.last_here() == place:
-                self._move_to(f"{place} failed")
-
-    def _next(self, asked: _Asked) -> str:
+    def next(self, asked: _Asked) -> str:
         """The next free name in the record."""
         kind, name = asked
         number = self._numbers.get(asked, 0) + 1
@@ -1702,7 +1673,8 @@ class _Names:
         self._taken.add(recorded)
         return recorded[1]
 
-    def _move_to(self, place: str) -> None:
+    def move_to(self, place: str) -> None:
+        """Under the lock: note the call that began, or failed, last."""
         self._last = place
         self._place.set((self, place))
 
@@ -1714,18 +1686,18 @@ class _Names:
     @contextlib.contextmanager
     def executing(self, step: str | None = None) -> Iterator[None]:
         """Around what is executed here and cannot be left behind: a step of this name, or a child."""
-        before = self._within.get()
-        with self._lock:
+        before = self.within.get()
+        with self.lock:
             self._executing += 1
         if step is not None:
-            self._within.set((self, step))
+            self.within.set((self, step))
         try:
             yield
         finally:
-            with self._lock:
+            with self.lock:
                 self._executing -= 1
             if step is not None:
-                self._within.set(before)
+                self.within.set(before)
 
     def is_executing(self) -> bool:
         """Whether a step or a child of the run is executed here."""
@@ -1733,7 +1705,7 @@ class _Names:
 
     def count(self, kind: str, name: str) -> int:
         """How often this has been asked for, this time included."""
-        with self._lock:
+        with self.lock:
             self._numbers[kind, name] = self._numbers.get((kind, name), 0) + 1
             return self._numbers[kind, name]
 
@@ -1744,8 +1716,8 @@ class _Names:
         writes since.  While a call is under way it is a fresh one: within a step because what is executed again was
         spent again, beside one because the order of the two is not known.
         """
-        with self._lock:
-            if self._under_way:
+        with self.lock:
+            if self.under_way:
                 return _new_id(prefix)
             kind = (self.last_here(), verb, *(part or "" for part in about))
             self._writes[kind] += 1
@@ -1772,15 +1744,40 @@ class _Call:
             if not isinstance(name, str) or not name:
                 raise (ValueError if name == "" else TypeError)(
                     f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
-        within = _Names._within.get()
-        is_nested = within is not None and within[0] is self._names
-        if within is not None and is_nested:
+        names, within = self._names, _Names.within.get()
+        if within is not None and within[0] is names:
             self._asked = tuple([(kind, f"{within[1]}/{name}") for kind, name in self._asked])
-        self._recorded = self._names._begin(self._asked, self._same, is_nested)
+        with names.lock:
+            for kind, name in self._asked:
+                if (kind, name) in names.under_way:
+                    raise ValueError(
+                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
+                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
+            self._recorded = (self._as_failed() if names.failed else None) or [*map(names.next, self._asked)]
+            names.under_way.update(self._asked)
+            if within is None or within[0] is not names:
+                names.move_to(f"{self._asked[0][0]} {self._recorded[0]}")
         return self._recorded
 
+    def _as_failed(self) -> list[str] | None:
+        """The names of the same call, if it failed."""
+        failed = self._names.failed.get(self._asked, [])
+        called_with = self._same() if failed and self._same is not None else None
+        for place, (recorded, failed_with) in enumerate(failed):
+            if failed_with == called_with:
+                del failed[place]
+                return recorded
+        return None
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._names._end(self._asked, self._recorded, self._same, isinstance(error, Exception))
+        names, same = self._names, self._same if isinstance(error, Exception) else None
+        called_with = None if same is None else same()
+        with names.lock:
+            names.under_way.difference_update(self._asked)
+            if called_with is not None:
+                names.failed.setdefault(self._asked, []).append((self._recorded, called_with))
+            if same is not None and names.last_here() == (place := f"{self._asked[0][0]} {self._recorded[0]}"):
+                names.move_to(f"{place} failed")
 
 
 # --- steps
@@ -1789,17 +1786,18 @@ class _Call:
 class _Step:
     """A step as it is called: what it is recorded with, and how it is executed."""
 
+    args: tuple[Any, ...] = ()
+    options: Json = {}  # noqa: RUF012 - replaced, never changed
+    decision = "safe_replay"  # what the last failure is recorded with
+    is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
+    announcement: _Write | None = None  # begin_step of a plain step that takes long
+    input = b""
+
     def __init__(self, run: Run[Any], name: str, fn: Callable[..., Any], input: Any, input_hash: str | None,
                  retries: int = 0, timeout_s: float | None = None) -> None:
         self.run, self.name, self.fn, self.retries, self.timeout_s = run, name, fn, retries, timeout_s
-        self.args: tuple[Any, ...] = ()
-        self.options: Json = {}
-        self.decision = "safe_replay"  # what the last failure is recorded with
-        self.is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
-        self.announcement: _Write | None = None  # begin_step of a plain step that takes long
-        if input is None:
-            self.input, self.input_hash = b"", input_hash or NULL_HASH
-        else:
+        self.input_hash = input_hash or NULL_HASH
+        if input is not None:
             self.input = _encode(input, "input=")
             plain = _decode(self.input)
             self.input_hash = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
