@@ -564,7 +564,14 @@ def test_a_step_whose_call_is_cancelled_is_recorded_as_failed_before_its_run_end
     run_id = new_run_id()
 
     async def flow(run: Any, input: Any) -> str:
-        step = asyncio.ensure_future(run.step("slow", lambda: asyncio.sleep(60), **options))
+        begun = asyncio.Event()
+
+        async def slow() -> None:
+            begun.set()
+            await asyncio.sleep(60)
+
+        step = asyncio.ensure_future(run.step("slow", slow, **options))
+        await begun.wait()
         await asyncio.to_thread(eventually, lambda: [each["status"] for each in api.detail(run_id)["steps"]])
         step.cancel()
         with pytest.raises(asyncio.CancelledError):
