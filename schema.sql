@@ -2949,8 +2949,9 @@ end $$;
 --          60 refusals the rest is not reached: its answers are null, and it is for another call, in the same order. A
 --          chained write is answered by the call that refused an earlier write of its run. Past p_room bytes, answers
 --          come without payloads, see _brief_answer.
--- First, unless there is only one, the plain writes are made, by a statement for each kind: see _write_plain and
--- _enqueue_plain. The others follow one by one, see _write_part.
+-- The only write of a call is made by itself, see _write_part: the usual case of a client that has one run at a time. Of
+-- several, first the plain ones are made, by a statement for each kind: see _write_plain and _enqueue_plain. The others
+-- follow one by one.
 create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
                                                 p_room bigint default 16777216)
   returns table (body json, status integer) language plpgsql
@@ -2969,26 +2970,31 @@ declare
   v_room     bigint := p_room;  -- left
   v_part     record;
 begin
-  if v_count > 1 then
-    select array_agg(w->>'do'), array_agg(w->>'run_id'),
-           array_agg(w->>'run_id') filter (where w->>'do' in ('complete_run', 'fail_run'))
-      into v_verbs, v_run_ids, v_ending from jsonb_array_elements(p_writes) as w;
-    if 'enqueue_run' = any (v_verbs) then
-      perform tidebase._lock_keys(p_writes);
-    end if;
-    perform from tidebase.runs
-      where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
-                                          where id = any (v_ending) and parent_run_id is not null))
-      order by id for no key update;
-    if v_verbs && array['record_step', 'complete_run'] then
-      v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors);
-    end if;
-    if 'enqueue_run' = any (v_verbs) then
-      v_plain := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_plain);
-    end if;
-    select count(plain), p_room - coalesce(sum(octet_length(plain::text)), 0) into v_made, v_room
-      from unnest(v_plain) as plain;
+  if v_count = 1 then
+    v_part := tidebase._write_part(p_writes, p_inputs, p_outputs, p_errors, '{}', 1, 1, '{}', p_room);
+    body := v_part.bodies[1];
+    status := v_part.statuses[1];
+    return next;
+    return;
   end if;
+  select array_agg(w->>'do'), array_agg(w->>'run_id'),
+         array_agg(w->>'run_id') filter (where w->>'do' in ('complete_run', 'fail_run'))
+    into v_verbs, v_run_ids, v_ending from jsonb_array_elements(p_writes) as w;
+  if 'enqueue_run' = any (v_verbs) then
+    perform tidebase._lock_keys(p_writes);
+  end if;
+  perform from tidebase.runs
+    where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
+                                        where id = any (v_ending) and parent_run_id is not null))
+    order by id for no key update;
+  if v_verbs && array['record_step', 'complete_run'] then
+    v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors);
+  end if;
+  if 'enqueue_run' = any (v_verbs) then
+    v_plain := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_plain);
+  end if;
+  select count(plain), p_room - coalesce(sum(octet_length(plain::text)), 0) into v_made, v_room
+    from unnest(v_plain) as plain;
   if v_made = v_count then
     v_bodies := v_plain;
     v_statuses := array_fill(200, array[v_count]);

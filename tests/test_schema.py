@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "9190427b5a13a2f274a1adfbd4b95a4a6bc92fcc178918807e57b6abd7ac7ed2")
+PINNED = (5, "093280bbd63d3b9b0a6de5758c18e461030c65081e0840766b9be7bdca9df728")
 
 
 def apply(conninfo: str) -> None:
