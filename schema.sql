@@ -904,6 +904,11 @@ create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) retu
                           json_build_object('run', p_run.id))
 $$;
 
+create or replace function tidebase._refuse_completed (p_run tidebase.runs) returns void language sql as $$
+  select tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run.id),
+                          json_build_object('run', p_run.id))
+$$;
+
 -- Refuses  an owner that lost or gave up the lease of the run (TB409 lease_lost): a worker whose lease went to another may
 --          still be at work.
 create or replace function tidebase._check_not_fenced_off (p_run tidebase.runs, p_lease_owner text)
@@ -1428,8 +1433,7 @@ declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
 begin
   if v_run.status = 'completed' then
-    perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
-                             json_build_object('run', p_run_id));
+    perform tidebase._refuse_completed(v_run);
   elsif v_run.status <> 'cancelled' then
     v_run := tidebase._cancel(v_run, p_reason, p_actor);
   end if;
@@ -1482,8 +1486,7 @@ declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
 begin
   if v_run.status = 'completed' then
-    perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
-                             json_build_object('run', p_run_id));
+    perform tidebase._refuse_completed(v_run);
   elsif v_run.status in ('failed', 'cancelled') then
     v_run := tidebase._put_back(v_run);
   end if;
@@ -2489,7 +2492,8 @@ begin
 end $$;
 
 -- Sends a signal to a run, kept until asked for: the next of its name.
--- Needs    p_lease_owner, when given, to hold the run (_check_owner); p_id not another signal's (TB409 signal_id_conflict).
+-- Needs    p_lease_owner, when given, to hold the run (_check_owner); p_id not another signal's (TB409 signal_id_conflict);
+--          the run not completed (TB409 run_completed). A failed or cancelled run may be retried and ask for it then.
 -- Leaves   as _add_signal; where the same p_id was sent before, everything as it was.    Returns  {"signal"}.
 create or replace function tidebase.send_signal (p_run_id text, p_id text, p_name text, p_payload json,
                                                  p_lease_owner text default null)
@@ -2502,6 +2506,9 @@ begin
   perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_signal from tidebase.signals where id = p_id;
   if not found then
+    if v_run.status = 'completed' then
+      perform tidebase._refuse_completed(v_run);
+    end if;
     select max(n) into v_last from tidebase.signals where run_id = p_run_id and name = p_name;
     v_signal := tidebase._add_signal(v_run, p_id, p_name, coalesce(v_last, 0) + 1, p_payload, false, p_lease_owner);
   elsif v_signal.run_id <> p_run_id or v_signal.name <> p_name then

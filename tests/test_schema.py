@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "093280bbd63d3b9b0a6de5758c18e461030c65081e0840766b9be7bdca9df728")
+PINNED = (5, "efcc2e65784c2db9101bf5c256c43802c8301348ec6d9513bab4475e7fca5a70")
 
 
 def apply(conninfo: str) -> None:
