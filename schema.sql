@@ -4027,7 +4027,8 @@ begin
   elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.has_error then
     select coalesce(brief->>'name', brief->>'message') as error into v_found
       from (select tidebase._error_brief(error) as brief from tidebase.runs where id = p_run_id) as failed;
-    v_line := 'again at {at:until}, attempt {n:attempt} of {n:maxAttempts}'
+    v_line := 'again at {at:until}, attempt {n:attempt}'
+              || case when v_run.attempt < v_run.max_attempts then ' of {n:maxAttempts}' else '' end
               || case when v_found.error is not null then ', after {b:error}' else '' end;
     v_detail := json_build_object('kind', 'retry', 'until', tidebase._iso(v_run.run_at), 'attempt', v_run.attempt + 1,
                                   'maxAttempts', v_run.max_attempts, 'error', left(v_found.error, 100));

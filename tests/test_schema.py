@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "efcc2e65784c2db9101bf5c256c43802c8301348ec6d9513bab4475e7fca5a70")
+PINNED = (5, "bed14035f55b5c28bd57aa481f0af728e998838573f2c13af793e8874c3d3316")
 
 
 def apply(conninfo: str) -> None:
