@@ -904,6 +904,11 @@ create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) retu
                           json_build_object('run', p_run.id))
 $$;
 
+create or replace function tidebase._refuse_completed (p_run tidebase.runs) returns void language sql as $$
+  select tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run.id),
+                          json_build_object('run', p_run.id))
+$$;
+
 -- Refuses  an owner that lost or gave up the lease of the run (TB409 lease_lost): a worker whose lease went to another may
 --          still be at work.
 create or replace function tidebase._check_not_fenced_off (p_run tidebase.runs, p_lease_owner text)
@@ -1428,8 +1433,7 @@ declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
 begin
   if v_run.status = 'completed' then
-    perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
-                             json_build_object('run', p_run_id));
+    perform tidebase._refuse_completed(v_run);
   elsif v_run.status <> 'cancelled' then
     v_run := tidebase._cancel(v_run, p_reason, p_actor);
   end if;
@@ -1482,8 +1486,7 @@ declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
 begin
   if v_run.status = 'completed' then
-    perform tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run_id),
-                             json_build_object('run', p_run_id));
+    perform tidebase._refuse_completed(v_run);
   elsif v_run.status in ('failed', 'cancelled') then
     v_run := tidebase._put_back(v_run);
   end if;
@@ -2489,7 +2492,8 @@ begin
 end $$;
 
 -- Sends a signal to a run, kept until asked for: the next of its name.
--- Needs    p_lease_owner, when given, to hold the run (_check_owner); p_id not another signal's (TB409 signal_id_conflict).
+-- Needs    p_lease_owner, when given, to hold the run (_check_owner); p_id not another signal's (TB409 signal_id_conflict);
+--          the run not completed (TB409 run_completed). A failed or cancelled run may be retried and ask for it then.
 -- Leaves   as _add_signal; where the same p_id was sent before, everything as it was.    Returns  {"signal"}.
 create or replace function tidebase.send_signal (p_run_id text, p_id text, p_name text, p_payload json,
                                                  p_lease_owner text default null)
@@ -2502,6 +2506,9 @@ begin
   perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_signal from tidebase.signals where id = p_id;
   if not found then
+    if v_run.status = 'completed' then
+      perform tidebase._refuse_completed(v_run);
+    end if;
     select max(n) into v_last from tidebase.signals where run_id = p_run_id and name = p_name;
     v_signal := tidebase._add_signal(v_run, p_id, p_name, coalesce(v_last, 0) + 1, p_payload, false, p_lease_owner);
   elsif v_signal.run_id <> p_run_id or v_signal.name <> p_name then
@@ -2949,8 +2956,9 @@ end $$;
 --          60 refusals the rest is not reached: its answers are null, and it is for another call, in the same order. A
 --          chained write is answered by the call that refused an earlier write of its run. Past p_room bytes, answers
 --          come without payloads, see _brief_answer.
--- First, unless there is only one, the plain writes are made, by a statement for each kind: see _write_plain and
--- _enqueue_plain. The others follow one by one, see _write_part.
+-- The only write of a call is made by itself, see _write_part: the usual case of a client that has one run at a time. Of
+-- several, first the plain ones are made, by a statement for each kind: see _write_plain and _enqueue_plain. The others
+-- follow one by one.
 create or replace function tidebase.write_each (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
                                                 p_room bigint default 16777216)
   returns table (body json, status integer) language plpgsql
@@ -2969,26 +2977,31 @@ declare
   v_room     bigint := p_room;  -- left
   v_part     record;
 begin
-  if v_count > 1 then
-    select array_agg(w->>'do'), array_agg(w->>'run_id'),
-           array_agg(w->>'run_id') filter (where w->>'do' in ('complete_run', 'fail_run'))
-      into v_verbs, v_run_ids, v_ending from jsonb_array_elements(p_writes) as w;
-    if 'enqueue_run' = any (v_verbs) then
-      perform tidebase._lock_keys(p_writes);
-    end if;
-    perform from tidebase.runs
-      where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
-                                          where id = any (v_ending) and parent_run_id is not null))
-      order by id for no key update;
-    if v_verbs && array['record_step', 'complete_run'] then
-      v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors);
-    end if;
-    if 'enqueue_run' = any (v_verbs) then
-      v_plain := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_plain);
-    end if;
-    select count(plain), p_room - coalesce(sum(octet_length(plain::text)), 0) into v_made, v_room
-      from unnest(v_plain) as plain;
+  if v_count = 1 then
+    v_part := tidebase._write_part(p_writes, p_inputs, p_outputs, p_errors, '{}', 1, 1, '{}', p_room);
+    body := v_part.bodies[1];
+    status := v_part.statuses[1];
+    return next;
+    return;
   end if;
+  select array_agg(w->>'do'), array_agg(w->>'run_id'),
+         array_agg(w->>'run_id') filter (where w->>'do' in ('complete_run', 'fail_run'))
+    into v_verbs, v_run_ids, v_ending from jsonb_array_elements(p_writes) as w;
+  if 'enqueue_run' = any (v_verbs) then
+    perform tidebase._lock_keys(p_writes);
+  end if;
+  perform from tidebase.runs
+    where id = any (v_run_ids || array(select parent_run_id from tidebase.runs
+                                        where id = any (v_ending) and parent_run_id is not null))
+    order by id for no key update;
+  if v_verbs && array['record_step', 'complete_run'] then
+    v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors);
+  end if;
+  if 'enqueue_run' = any (v_verbs) then
+    v_plain := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_plain);
+  end if;
+  select count(plain), p_room - coalesce(sum(octet_length(plain::text)), 0) into v_made, v_room
+    from unnest(v_plain) as plain;
   if v_made = v_count then
     v_bodies := v_plain;
     v_statuses := array_fill(200, array[v_count]);
@@ -4014,7 +4027,8 @@ begin
   elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.has_error then
     select coalesce(brief->>'name', brief->>'message') as error into v_found
       from (select tidebase._error_brief(error) as brief from tidebase.runs where id = p_run_id) as failed;
-    v_line := 'again at {at:until}, attempt {n:attempt} of {n:maxAttempts}'
+    v_line := 'again at {at:until}, attempt {n:attempt}'
+              || case when v_run.attempt < v_run.max_attempts then ' of {n:maxAttempts}' else '' end
               || case when v_found.error is not null then ', after {b:error}' else '' end;
     v_detail := json_build_object('kind', 'retry', 'until', tidebase._iso(v_run.run_at), 'attempt', v_run.attempt + 1,
                                   'maxAttempts', v_run.max_attempts, 'error', left(v_found.error, 100));

@@ -920,7 +920,8 @@ def wait_run(run_id: str) -> Reply:
 
 @routes.post("/runs/<part:run_id>/signals")
 def send_signal(run_id: str) -> Reply:
-    """Send it a signal, the next of its name.  200 {signal}, 404, 409 lease_lost, run_cancelled, signal_id_conflict."""
+    """Send it a signal, the next of its name.  200 {signal}, 404, 409 lease_lost, run_cancelled, run_completed,
+    signal_id_conflict."""
     return call("send_signal", run_id=run_id, **parse(bodies.SignalBody))
 
 

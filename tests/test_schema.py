@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "9190427b5a13a2f274a1adfbd4b95a4a6bc92fcc178918807e57b6abd7ac7ed2")
+PINNED = (5, "bed14035f55b5c28bd57aa481f0af728e998838573f2c13af793e8874c3d3316")
 
 
 def apply(conninfo: str) -> None:

@@ -83,7 +83,7 @@ def test_a_rate_says_when_the_next_place_is_free(api: Api, clock):
     assert why(api, runs[2])[1]["kind"] == "ready"
 
 
-def test_a_run_that_is_tried_again_says_when_and_after_what(api: Api):
+def test_a_run_that_is_tried_again_says_when_and_after_what(api: Api, sql):
     run = api.enqueue("q", maxAttempts=3)
     api.claim("q", owner="w")
     nul = json.dumps({"error": {"name": "TimeoutError", "message": "a\x00b"}, "leaseOwner": "w"})
@@ -92,6 +92,8 @@ def test_a_run_that_is_tried_again_says_when_and_after_what(api: Api):
     line(text, "again at ", " UTC, attempt 2 of 3, after TimeoutError")
     assert (detail["kind"], detail["attempt"], detail["error"]) == ("retry", 2, "TimeoutError")
     assert detail["until"] == api.run(run)["runAt"]
+    sql("update tidebase.runs set max_attempts = 1 where id = %s", run)  # by hand
+    line(why(api, run)[0], "again at ", " UTC, attempt 2, after TimeoutError")
 
 
 def test_a_run_that_waits_says_for_what(api: Api, clock):

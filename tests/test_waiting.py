@@ -99,6 +99,21 @@ def test_a_signal_whose_id_was_sent_before_is_that_signal(api):
     refused(signal(api, other, id="s"), 409, "signal_id_conflict")
 
 
+def test_a_completed_run_takes_no_signal_but_answers_the_repeat_of_one(api):
+    completed, failed, cancelled = (api.create() for _ in range(3))
+    first = signal(api, completed, id="s", payload=1)
+    api.complete(completed)
+    body = refused(signal(api, completed, payload=2), 409, "run_completed")
+    assert body["error"] == f"run {completed} is completed"
+    assert body["run"]["status"] == "completed"
+    assert signal(api, completed, id="s", payload=1).json == first.json
+    assert api.event_types(completed)[-2:] == ["signal.received", "run.completed"]
+    api.fail(failed)
+    api.post(f"/runs/{cancelled}/cancel")["run"]
+    for run in (failed, cancelled):  # a retry may ask for it
+        assert signal(api, run)["signal"]["n"] == 1
+
+
 def test_a_signal_that_is_given_up_uses_its_number_and_one_that_is_there_counts(api):
     run = api.create()
     api.begin(run, "w")["run"]
