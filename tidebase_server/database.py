@@ -70,6 +70,15 @@ def cannot_write(error: psycopg.Error) -> bool:
     return is_away(error) or error.sqlstate == "25006"
 
 
+def prepare_nothing_behind_a_pooler(connection: psycopg.Connection[Any]) -> None:
+    """psycopg prepares a statement that a connection has executed several times, in the session. A transaction pooler
+    gives each transaction any session, where the statement is missing, or another one has its name. A pooler shows
+    itself: PostgreSQL says at the login which process serves the session, and a pooler cannot say that truly."""
+    [(pid,)] = connection.execute("select pg_backend_pid()").fetchall()
+    if pid != connection.info.backend_pid:
+        connection.prepare_threshold = None
+
+
 @functools.cache
 def statement(function: str, names: tuple[str, ...]) -> LiteralString:
     """The SQL of a call: each argument goes to the parameter of its name, which begins with p_."""
@@ -97,10 +106,9 @@ class Database:
         self.pool = psycopg_pool.ConnectionPool(
             conninfo, min_size=1, max_size=size, open=False, name="tidebase",
             timeout=CONNECT_SECONDS, reconnect_timeout=CONNECT_SECONDS,  # then the next request tries anew
-            max_idle=60, max_lifetime=3600,
+            max_idle=60, max_lifetime=3600, configure=prepare_nothing_behind_a_pooler,
             kwargs={
                 "autocommit": True,          # a call is one statement, so one transaction in one round trip
-                "prepare_threshold": None,   # named statements would not survive a transaction pooler
                 "context": adapters,
                 "connect_timeout": CONNECT_SECONDS,
                 "tcp_user_timeout": 10_000,  # a peer that vanished is noticed
