@@ -96,6 +96,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		show(verdict, shown);
 		showActions();
 		if (!shown) return;
+		await ready;
 		const blocking = canWrite() ? plan.steps.filter((step) => step.plan === "stops_for_review") : [];
 		const buttons = inVerdict.map((name, index) => actionButton(name, index === 0 && plan.safe ? "primary" : ""));
 		const decided = () => {
@@ -108,7 +109,8 @@ export async function runPage({ main, parts: [id], query, signal }) {
 			el("div.spread", el("h2", icon(shownAs), el("span", plan.verdict)),
 				canWrite() && inRow(buttons)),
 			blocking.map((step) => el("details", { open: blocking.length === 1 },
-				el("summary", "Decide ", strong(step.name)), reviewForm(id, step, decided))),
+				el("summary", "Decide ", strong(step.name)), errorText(errorLine(model.steps.get(step.id)?.error)),
+				reviewForm(id, step, decided))),
 			plan.steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"),
 				plainTable(plan.steps.map(({ name, plan: kind, reason }) =>
 					[name, el(`span.act.is-${kind}`, kind.replaceAll("_", " ")), muted(reason)]))));
@@ -303,8 +305,9 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		if (key === "ArrowRight") target.nextSibling?.focus();
 		if (key === "ArrowLeft") target.previousSibling?.focus();
 	});
+	const ready = readSteps();
 	showHeader();
-	await readSteps();
+	await ready;
 	readOthers();
 	await breathe();
 	showTab(query.get("tab"));

@@ -351,6 +351,17 @@ def test_the_page_answers_whether_a_rerun_is_safe(tab: Tab, api: Api, clock: Clo
     expect(verdict.get_by_text("Decide send")).to_have_count(0)
 
 
+def test_a_step_to_be_decided_shows_the_exception_that_it_ended_with(tab: Tab, api: Api) -> None:
+    run = holding(api, "load")
+    step = api.begin_step(run, "send", "w1", options={"sideEffects": ["mail"]})["step"]["id"]
+    api.fail_step(run, step, "w1", {"name": "ConnectionError", "message": "reset after the last byte"})
+    api.fail(run, {"name": "StepNeedsReview", "message": "step 'send' waits"}, leaseOwner="w1", retryable=False)
+    page = tab.open(f"/studio/runs/{run}")
+    verdict = page.get_by_role("region", name="Safe to rerun?")
+    expect(verdict.get_by_text("Decide send")).to_be_visible()
+    expect(verdict.get_by_text("ConnectionError: reset after the last byte")).to_be_visible()
+
+
 def test_a_failed_run_shows_no_step_at_work_and_offers_its_recovery_webhook(
     tab: Tab, api: Api, receiver: Any
 ) -> None:
