@@ -73,7 +73,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from opcode import opname
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, Optional, Protocol, TypeVar, cast, overload
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -252,6 +252,7 @@ class RunSuspended(BaseException):
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
 JsonList = list[Json]
 _Asked = tuple[str, str]  # kind and name of a call, such as ("step", "fetch")
+_Same = Optional[Callable[[], Optional[tuple[Any, ...]]]]  # what a call is called with: see _Call
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 Op = Generator[Any, Any, T]  # an operation: `value = yield driver.sleep(...)` waits for what a driver's method returned
@@ -311,13 +312,23 @@ class op(Generic[P, T]):
     def __init__(self, logic: Callable[Concatenate[Any, P], Op[T]]) -> None:
         @functools.wraps(logic)
         def blocking(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
-            with _own_frames_hidden:
+            try:
                 return cast(T, surface._client._driver.drive(logic(surface, *args, **kwargs)))
+            except BaseException as error:
+                _hide_frames(error)
+                if sys.version_info < (3, 11):  # `raise` alone takes the frames that it had
+                    raise error
+                raise
 
         @functools.wraps(logic)
         async def awaited(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
-            with _own_frames_hidden:
+            try:
                 return cast(T, await surface._client._driver.drive(logic(surface, *args, **kwargs)))
+            except BaseException as error:
+                _hide_frames(error)
+                if sys.version_info < (3, 11):  # `raise` alone takes the frames that it had
+                    raise error
+                raise
 
         self._logic, self._blocking, self._awaited = logic, blocking, awaited
         self.__doc__ = logic.__doc__
@@ -592,6 +603,7 @@ class Run(Surface[M]):
         self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
         self._names = _Names(self.run_id)
         self._step_failures: list[tuple[BaseException, str]] = []
+        self._cancelled_steps: list[_Write] = []  # recorded when the run ends; one that is given back runs them again
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.run_id} of {self.name}>"
@@ -635,10 +647,10 @@ class Run(Surface[M]):
         if retries or timeout_s is not None or side_effects is not None or idempotency_key is not None:
             _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects, idempotency_key=idempotency_key)
         step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
-        with self._names.call(("step", name), same=step.called_with) as (step.name,):
+        with _Call(self._names, ("step", name), same=step.called_with) as (step.name,):
             known = step.checkpoint()
             if known is not None:
-                return _copied(known["output"])  # the caller may change what it gets, the checkpoint stays
+                return known["output"]  # as it came: a name is used once, so nobody else gets it
             if (side_effects or idempotency_key or replay or retries or timeout_s or checkpoint_invariant
                     or verified_by or credentials):
                 step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
@@ -656,7 +668,7 @@ class Run(Surface[M]):
         timeout_s: then the gate is canceled, actor `timeout`.  poll_s: how long one request of a run that waits in
         place is held (at most 25).  Raises RunCancelled, LeaseLost.
         """
-        with self._names.call(("gate", name)) as (name,):
+        with _Call(self._names, ("gate", name)) as (name,):
             with self._names.executing():  # the run does not leave before it has asked all that it asks at once
                 gate = yield from RunGates.begin(
                     self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
@@ -686,7 +698,7 @@ class Run(Surface[M]):
         if (seconds is None) == (until is None):
             raise ValueError("sleep() needs either seconds or until")
         _check(seconds=seconds, until=until)
-        with self._names.call(("step", f"sleep:{name or self._names.count('sleep', '')}")) as (label,):
+        with _Call(self._names, ("step", f"sleep:{name or self._names.count('sleep', '')}")) as (label,):
             step = yield from _begin_wait(self, label, {"seconds": seconds, "until": _iso(until)})
             if step["status"] == "completed":
                 return
@@ -708,7 +720,7 @@ class Run(Surface[M]):
         LeaseLost.
         """
         _check(timeout_s=timeout_s)
-        with self._names.call(("step", f"signal:{name}")) as (label,):
+        with _Call(self._names, ("step", f"signal:{name}")) as (label,):
             number = self._names.count("signal", name)
 
             def read(wait_s: float) -> Op[Json | None]:
@@ -751,7 +763,7 @@ class Run(Surface[M]):
         given = locals()
         fn, body = _describe_child(self, {**given, "name": name or workflow_name})
         same = None if queue is not None else functools.partial(_child_key, body)
-        with self._names.call(("child", body["name"]), same=same) as (label,):
+        with _Call(self._names, ("child", body["name"]), same=same) as (label,):
             return (yield from _run_child(self, fn, {**body, "name": label}))
 
     @op
@@ -775,20 +787,20 @@ class Run(Surface[M]):
         bodies = [body for _, body in described]
         same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
         asked = [("child", body["name"]) for body in bodies]
-        with self._names.call(("fanout", name), *asked, same=same) as (label, *names):
+        with _Call(self._names, ("fanout", name), *asked, same=same) as (label, *names):
             for body, child in zip(bodies, names):
                 body.update(name=child, edgeType=body.get("edgeType", "fanout"),
                             edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
             if checkpoint is False:
                 return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
             wanted = {"fanout": label, "join": "all", "children": names}
-            with self._names.call(("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
+            with _Call(self._names, ("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
                                   same=same) as (join,):
                 joined: Any = None
                 step = _Step(self, join, lambda: joined, wanted, None)
                 known = step.checkpoint()
                 if known is not None:
-                    return _unpack_results(_copied(known["output"]), names)
+                    return _unpack_results(known["output"], names)
                 joined = yield from _join_fanout(self, name, described, queue, return_errors)
                 with self._names.executing():
                     recorded = yield from _execute_step(self, step)
@@ -1515,7 +1527,8 @@ class _Lease:
     def __init__(self, run: Json, owner: str, event: Any, parent: _Lease | None = None,
                  write_behind: bool = False) -> None:
         """event: set when the run has to look up: its lease is lost, or its worker stops."""
-        self.run_id, self.owner, self.event, self.parent = cast(str, run["id"]), owner, event, parent
+        self.run_id, self.owner, self.event = cast(str, run["id"]), owner, event
+        self.line: tuple[_Lease, ...] = (self, *parent.line) if parent else (self,)  # of a child, and those above it
         self.write_behind = write_behind
         self.workflow_name = str(run.get("workflowName"))  # for messages
         self.fields = _members({"runId": self.run_id, "leaseOwner": owner})  # what each of its writes begins with
@@ -1592,38 +1605,34 @@ class _Lease:
             raise
 
     def gone(self) -> TidebaseError | None:
-        """What ended this lease or, for a child, its parent's."""
-        if self.lost is None and self.ended:
-            return LeaseLost(f"run {self.run_id} has ended here", code="lease_lost")
-        return self.lost or (self.parent.gone() if self.parent else None)
-
-    def check_clock(self) -> None:
-        """Lose a lease that was not renewed in time by this process's clock: another worker may hold the run by now,
-        after a freeze of this process, say."""
-        if not self.ended and time.monotonic() >= self.ends_at:
-            message = f"the lease of run {self.run_id} ran out: it was not renewed within {self.duration_s:g} s"
-            self.lose(LeaseLost(message, code="lease_lost"))
-        if self.parent is not None:
-            self.parent.check_clock()
+        """What ended this lease or, for a child, one above it.  One that this process did not renew in time is
+        lost: another worker may hold the run by now, after a freeze of this process, say."""
+        now = time.monotonic()
+        for lease in self.line:
+            if lease.lost is None and now >= lease.ends_at and not lease.ended:
+                message = f"the lease of run {lease.run_id} ran out: it was not renewed within {lease.duration_s:g} s"
+                lease.lose(LeaseLost(message, code="lease_lost"))
+            if lease.lost is not None:
+                return lease.lost
+            if lease.ended:
+                return LeaseLost(f"run {lease.run_id} has ended here", code="lease_lost")
+        return None
 
     def fence(self) -> None:
         """Before a request: raise what ended the lease.  A copy, since several threads may raise it."""
         if self.waiting:
             raise RunSuspended
-        self.check_clock()
-        gone = self.gone()
-        if gone is not None:
+        if (gone := self.gone()) is not None:
             raise copy.copy(gone)
 
     def boundary(self) -> None:
         """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
         self.fence()
-        self.check_not_refused()
-        lease: _Lease | None = self
-        while lease is not None:
+        if self.refused is not None:
+            self.check_not_refused()
+        for lease in self.line:
             if lease.suspended or lease.leaving.locked():
                 raise RunSuspended
-            lease = lease.parent
 
     def check_not_refused(self) -> None:
         """Raise what a record was refused with that no call waited for.  A copy, as in `fence`."""
@@ -1637,87 +1646,35 @@ class _Names:
 
     # The step whose function is called, and the call that began last, in this task or thread; each with the names that
     # it belongs to, since a step's function may run other runs.
-    _within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
+    within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
     _place: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_place", default=None)
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._numbers: dict[_Asked, int] = {}  # the last one given, by kind and name as called
         self._taken: set[_Asked] = set()  # kind and name as recorded
-        self._under_way: set[_Asked] = set()  # kind and name as called
-        self._failed: dict[tuple[_Asked, ...], list[tuple[list[str], tuple[Any, ...]]]] = {}  # names, called with what
+        self.under_way: set[_Asked] = set()  # kind and name as called
+        self.failed: dict[tuple[_Asked, ...], list[tuple[list[str], tuple[Any, ...]]]] = {}  # names, called with what
         self._executing = 0
         self._last = ""  # the call that began last, in whatever task, and whether it failed
         self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
 
-    @contextlib.contextmanager
-    def call(self, *asked: _Asked, same: Callable[[], tuple[Any, ...] | None] | None = None) -> Iterator[list[str]]:
-        """Around a call: yields its names in the record.
-
-        asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
-        good, what it is called with, None where nobody can tell.  A replay executes such a call again, and so does the
-        program that catches the failure and makes the same call once more: it keeps the name, so that the replay finds
-        its output.
-        """
-        within = self._within.get()
-        is_nested = within is not None and within[0] is self
-        for kind, name in asked:
-            if not isinstance(name, str) or not name:
-                raise (ValueError if name == "" else TypeError)(
-                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
-        if within is not None and is_nested:
-            asked = tuple([(kind, f"{within[1]}/{name}") for kind, name in asked])
-        with self._lock:
-            for kind, name in asked:
-                if (kind, name) in self._under_way:
-                    raise ValueError(
-                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
-                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
-            names = self._names_of_failed(asked, same) or [self._next(kind, name) for kind, name in asked]
-            self._under_way.update(asked)
-            place = f"{asked[0][0]} {names[0]}"
-            if not is_nested:
-                self._move_to(place)
-        called_with = None
-        try:
-            yield names
-        except Exception:
-            if same is not None:
-                called_with = same()
-                with self._lock:
-                    if self.last_here() == place:
-                        self._move_to(f"{place} failed")
-            raise
-        finally:
-            with self._lock:
-                self._under_way.difference_update(asked)
-                if called_with is not None:
-                    self._failed.setdefault(asked, []).append((names, called_with))
-
-    def _names_of_failed(self, asked: tuple[_Asked, ...], same: Callable[[], object] | None) -> list[str] | None:
-        """The names of the same call, if it failed."""
-        if same is not None and asked in self._failed:
-            called_with = same()
-            for failed in self._failed[asked]:
-                if failed[1] == called_with:
-                    self._failed[asked].remove(failed)
-                    return failed[0]
-        return None
-
-    def _next(self, kind: str, name: str) -> str:
+    def next(self, asked: _Asked) -> str:
         """The next free name in the record."""
-        number = self._numbers.get((kind, name), 0) + 1
-        while (kind, numbered := name if number == 1 else f"{name}#{number}") in self._taken:
+        kind, name = asked
+        number = self._numbers.get(asked, 0) + 1
+        while (recorded := asked if number == 1 else (kind, f"{name}#{number}")) in self._taken:
             number += 1
-        if len(numbered) > MAX_NAME:
+        if len(recorded[1]) > MAX_NAME:
             raise ValueError(f"the name of a {kind} has at most {MAX_NAME} characters in the record, not "
-                             f"{len(numbered)} as {numbered[:60]!r}...")
-        self._numbers[kind, name] = number
-        self._taken.add((kind, numbered))
-        return numbered
+                             f"{len(recorded[1])} as {recorded[1][:60]!r}...")
+        self._numbers[asked] = number
+        self._taken.add(recorded)
+        return recorded[1]
 
-    def _move_to(self, place: str) -> None:
+    def move_to(self, place: str) -> None:
+        """Under the lock: note the call that began, or failed, last."""
         self._last = place
         self._place.set((self, place))
 
@@ -1729,18 +1686,18 @@ class _Names:
     @contextlib.contextmanager
     def executing(self, step: str | None = None) -> Iterator[None]:
         """Around what is executed here and cannot be left behind: a step of this name, or a child."""
-        before = self._within.get()
-        with self._lock:
+        before = self.within.get()
+        with self.lock:
             self._executing += 1
         if step is not None:
-            self._within.set((self, step))
+            self.within.set((self, step))
         try:
             yield
         finally:
-            with self._lock:
+            with self.lock:
                 self._executing -= 1
             if step is not None:
-                self._within.set(before)
+                self.within.set(before)
 
     def is_executing(self) -> bool:
         """Whether a step or a child of the run is executed here."""
@@ -1748,7 +1705,7 @@ class _Names:
 
     def count(self, kind: str, name: str) -> int:
         """How often this has been asked for, this time included."""
-        with self._lock:
+        with self.lock:
             self._numbers[kind, name] = self._numbers.get((kind, name), 0) + 1
             return self._numbers[kind, name]
 
@@ -1759,13 +1716,68 @@ class _Names:
         writes since.  While a call is under way it is a fresh one: within a step because what is executed again was
         spent again, beside one because the order of the two is not known.
         """
-        with self._lock:
-            if self._under_way:
+        with self.lock:
+            if self.under_way:
                 return _new_id(prefix)
             kind = (self.last_here(), verb, *(part or "" for part in about))
             self._writes[kind] += 1
             place = (self._run_id, *kind, str(self._writes[kind]))
         return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
+
+
+class _Call:
+    """`with _Call(names, (kind, name), ...) as recorded`: around a call, with its names in the record.
+
+    asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
+    good, what it is called with, None where nobody can tell.  A replay executes such a call again, and so does the
+    program that catches the failure and makes the same call once more: it keeps the name, so that the replay finds its
+    output.
+    """
+
+    __slots__ = ("_asked", "_names", "_recorded", "_same")
+
+    def __init__(self, names: _Names, *asked: _Asked, same: _Same = None) -> None:
+        self._names, self._asked, self._same = names, asked, same
+
+    def __enter__(self) -> list[str]:
+        for kind, name in self._asked:
+            if not isinstance(name, str) or not name:
+                raise (ValueError if name == "" else TypeError)(
+                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
+        names, within = self._names, _Names.within.get()
+        if within is not None and within[0] is names:
+            self._asked = tuple([(kind, f"{within[1]}/{name}") for kind, name in self._asked])
+        with names.lock:
+            for kind, name in self._asked:
+                if (kind, name) in names.under_way:
+                    raise ValueError(
+                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
+                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
+            self._recorded = (self._as_failed() if names.failed else None) or [*map(names.next, self._asked)]
+            names.under_way.update(self._asked)
+            if within is None or within[0] is not names:
+                names.move_to(f"{self._asked[0][0]} {self._recorded[0]}")
+        return self._recorded
+
+    def _as_failed(self) -> list[str] | None:
+        """The names of the same call, if it failed."""
+        failed = self._names.failed.get(self._asked, [])
+        called_with = self._same() if failed and self._same is not None else None
+        for place, (recorded, failed_with) in enumerate(failed):
+            if failed_with == called_with:
+                del failed[place]
+                return recorded
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        names, same = self._names, self._same if isinstance(error, Exception) else None
+        called_with = None if same is None else same()
+        with names.lock:
+            names.under_way.difference_update(self._asked)
+            if called_with is not None:
+                names.failed.setdefault(self._asked, []).append((self._recorded, called_with))
+            if same is not None and names.last_here() == (place := f"{self._asked[0][0]} {self._recorded[0]}"):
+                names.move_to(f"{place} failed")
 
 
 # --- steps
@@ -1774,17 +1786,18 @@ class _Names:
 class _Step:
     """A step as it is called: what it is recorded with, and how it is executed."""
 
+    args: tuple[Any, ...] = ()
+    options: Json = {}  # noqa: RUF012 - replaced, never changed
+    decision = "safe_replay"  # what the last failure is recorded with
+    is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
+    announcement: _Write | None = None  # begin_step of a plain step that takes long
+    input = b""
+
     def __init__(self, run: Run[Any], name: str, fn: Callable[..., Any], input: Any, input_hash: str | None,
                  retries: int = 0, timeout_s: float | None = None) -> None:
         self.run, self.name, self.fn, self.retries, self.timeout_s = run, name, fn, retries, timeout_s
-        self.args: tuple[Any, ...] = ()
-        self.options: Json = {}
-        self.decision = "safe_replay"  # what the last failure is recorded with
-        self.is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
-        self.announcement: _Write | None = None  # begin_step of a plain step that takes long
-        if input is None:
-            self.input, self.input_hash = b"", input_hash or NULL_HASH
-        else:
+        self.input_hash = input_hash or NULL_HASH
+        if input is not None:
             self.input = _encode(input, "input=")
             plain = _decode(self.input)
             self.input_hash = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
@@ -1844,6 +1857,13 @@ class _Step:
             return StepNeedsReview(message, outcome.status, outcome.body, outcome.code, outcome.path)
         return outcome
 
+    def log_refusal(self, outcome: Json | Exception) -> Json | Exception:
+        """Log a refusal that nobody is left to be raised to."""
+        if isinstance(outcome, Exception):
+            logger.warning("step %r of run %s was cancelled, which could not be recorded: %s", self.name,
+                           self.run.run_id, outcome, extra={"event": "end_refused", "run_id": self.run.run_id})
+        return outcome
+
     def mismatch(self, answer: Json) -> StepInputMismatch:
         """answer: the server's, with the step as it is recorded."""
         recorded, run_id = answer.get("step") or {}, self.run.run_id
@@ -1883,6 +1903,12 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
             error = raised
+        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as cancelled:  # this call's, or all the run's
+            heartbeater.forget(step)
+            if step_id is not None or (step.announcement and not run._client._batcher.withdraw(step.announcement)):
+                run._cancelled_steps.append(_Write(*_outcome_of(run, step, step_id, started_at, output, cancelled),
+                                                   lease, explain=step.log_refusal))
+            raise
         finally:
             if step_id is None:
                 heartbeater.forget(step)
@@ -1941,19 +1967,30 @@ def _is_refused(run: Run[Any], announcement: _Write) -> Op[bool]:
 
 def _record_step(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
                  error: Exception | None, again: bool) -> Op[Json]:
-    """Write how a step ended: of one that was begun as step_id, or all of it at once.  Returns the answer."""
+    """Write how a step ended.  Returns the answer."""
+    verb, members = _outcome_of(run, step, step_id, started_at, output, error, again)
+    explain = functools.partial(step.explain, output_bytes=len(output))
+    return run._client._batcher.write(verb, members, run._lease, explain=explain)
+
+
+def _record_cancelled_steps(run: Run[Any]) -> None:
+    """Have the steps whose calls were cancelled recorded as failed, before the end of their run."""
+    if run._cancelled_steps:
+        run._client._batcher.post(run._cancelled_steps)
+        run._cancelled_steps = []
+
+
+def _outcome_of(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
+                error: BaseException | None, again: bool = False) -> tuple[str, bytes]:
+    """The verb and the members that record how a step ended: of one that was begun as step_id, or all of it at once."""
     outcome = b'"output":' + output
     if error is not None:
         run._step_failures.append((error, step.name))
         decision = "auto_retry" if again else step.decision
         outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
     if step_id is None:
-        verb, members = "record_step", _record(step, started_at, outcome)
-    else:
-        verb = "complete_step" if error is None else "fail_step"
-        members = b'"stepId":"%s",%s' % (step_id.encode(), outcome)
-    explain = functools.partial(step.explain, output_bytes=len(output))
-    return run._client._batcher.write(verb, members, run._lease, explain=explain)
+        return "record_step", _record(step, started_at, outcome)
+    return "complete_step" if error is None else "fail_step", b'"stepId":"%s",%s' % (step_id.encode(), outcome)
 
 
 def _record_behind(run: Run[Any], step: _Step, started_at: datetime, output: bytes) -> Op[None]:
@@ -2349,6 +2386,7 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
                    "server takes: see its setting TIDEBASE_MAX_BODY")
         return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
+    _record_cancelled_steps(run)
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
@@ -2368,6 +2406,7 @@ def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
     fields: Json = {"error": failure}
     if getattr(error, "retryable", True) is False:
         fields["retryable"] = False
+    _record_cancelled_steps(run)
     yield from _settle_writes(run)
     with run._lease.ending():
         return (yield from run._client._batcher.write("fail_run", _members(fields), run._lease))
@@ -2926,7 +2965,6 @@ class _WriteBatcher:
         """Whether a write has no outcome yet.  It gets one here where the lease or the time is over."""
         lease = write.lease
         if write.outcome is None and lease is not None:
-            lease.check_clock()
             over = lease.gone() or (None if write.verb == "fail_run" else lease.refused)
             if over is not None:
                 write.settle(copy.copy(over))
@@ -3924,13 +3962,6 @@ def _plain(value: Any, what: str) -> Any:
     return _decode(_encode(value, what))
 
 
-def _copied(value: Any) -> Any:
-    """A copy of what json.loads gave; several times faster than copy.deepcopy, which expects anything."""
-    if isinstance(value, dict):
-        return {key: _copied(member) for key, member in value.items()}
-    return [_copied(member) for member in value] if isinstance(value, list) else value
-
-
 _quoted = functools.lru_cache(1024)(functools.partial(quote, safe=""))  # a run's id comes again and again
 
 
@@ -4126,21 +4157,6 @@ def _hide_frames(error: BaseException) -> None:
             part.__traceback__ = shown
         part = part.__cause__ or part.__context__
 
-
-class _OwnFramesHidden:
-    """Around what a user calls: an exception shows the user's frames alone."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            _hide_frames(error)
-            if sys.version_info < (3, 11):  # it raises the exception again with the frames that it had
-                raise error
-
-
-_own_frames_hidden = _OwnFramesHidden()
 
 _REFUSALS: dict[str, type[TidebaseError]] = {
     "lease_lost": LeaseLost,

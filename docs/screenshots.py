@@ -55,7 +55,7 @@ def take(conninfo: str) -> None:
         gate = story.send("GET", "/approvals?limit=1")["items"][0]["gate"]
         pages = [
             ("runs", "/studio/runs", WIDE, ".runs tbody tr"),
-            ("crash", f"/studio/runs/{ids['crash']}", WIDE, ".bar-cut"),
+            ("crash", f"/studio/runs/{ids['crash']}", WIDE, ".bar.is-cut"),
             ("rerun", f"/studio/runs/{ids['review']}", WIDE, ".verdict form"),
             ("approvals", "/studio/approvals", WIDE, ".prompt"),
             ("costs", "/studio/costs", WIDE, ".chart rect"),

@@ -1,9 +1,60 @@
-// The server: requests, refusals, and streams of events.
+// Addresses of the page's views, and the server: requests, refusals, and streams of events.
 //
 // The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch,
 // since EventSource can send none. Reads of a page are given up when it is left.
 
-import { el, fault, fill, skeleton, toast } from "./dom.js";
+/** A path with its parts escaped: path`/runs/${id}/cancel`. */
+export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
+
+export function query(values) {
+	const set = Object.entries(values).filter(([, value]) => value !== null && value !== undefined && value !== "");
+	return set.length ? `?${set.map((pair) => pair.map(encodeURIComponent).join("=")).join("&")}` : "";
+}
+
+// --- views
+
+export const runUrl = (id, parameters = {}) => path`/studio/runs/${id}` + query(parameters);
+export const runsUrl = (filters) => `/studio/runs${query(filters)}`;
+export const compareUrl = (a, b) => `/studio/compare${query({ a, b })}`;
+export const rememberScroll = () => history.replaceState({ ...history.state, scroll: scrollY }, "");
+
+let open = () => {};
+export const setOpener = (opener) => { open = opener; };
+
+export function navigate(url, { replace = false } = {}) {
+	if (!replace) rememberScroll();
+	const { depth = 0 } = history.state ?? {};
+	history[replace ? "replaceState" : "pushState"]({ depth: replace ? depth : depth + 1 }, "", url);
+	open(0);
+}
+
+export const goBack = () => (history.state?.depth ? history.back() : navigate("/studio/runs"));
+
+/** Change parameters of this address, null takes one out; the view is not opened again. */
+export function setQuery(changes) {
+	const url = new URL(location.href);
+	for (const [name, value] of Object.entries(changes)) {
+		url.searchParams[value === null ? "delete" : "set"](name, value);
+	}
+	history.replaceState(history.state, "", url);
+}
+
+let title = "";
+let waiting = 0;
+
+export function setTitle(text) {
+	title = text;
+	document.title = `${waiting ? `(${waiting}) ` : ""}${title} · Tidebase`;
+}
+
+export function setWaiting(count) {
+	if (count === waiting) return;
+	waiting = count;
+	setTitle(title);
+	document.querySelector("link[rel=icon]").href = `/studio/icon.svg${query({ n: count || null })}`;
+}
+
+// --- requests
 
 const KEY = "tidebase.key";
 
@@ -27,25 +78,15 @@ export function keepKey(key) {
 	else sessionStorage.removeItem(KEY);
 }
 
-/** What the frame wants to know: onUnauthorized(), onReachable(reachable). */
 export const watch = { onUnauthorized() {}, onReachable() {} };
 let leaving = null; // ends the reads of the page that is open
 export const setPageSignal = (signal) => { leaving = signal; };
-
-/** A path with its parts escaped: path`/runs/${id}/cancel`. */
-export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
-
-/** A query string of what is set. */
-export function query(values) {
-	const set = Object.entries(values).filter(([, value]) => value !== null && value !== undefined && value !== "");
-	return set.length ? `?${set.map((pair) => pair.map(encodeURIComponent).join("=")).join("&")}` : "";
-}
 
 async function send(method, url, { body, signal, accept = "application/json", key = session.key } = {}) {
 	const headers = { accept };
 	if (key) headers.authorization = `Bearer ${key}`;
 	if (body !== undefined) headers["content-type"] = "application/json";
-	// A body that is a string is JSON already: a payload that somebody typed goes out as it was typed.
+	// A string is JSON already: a payload that somebody typed goes out as it was typed.
 	if (typeof body === "object") body = JSON.stringify(body);
 	let response;
 	try {
@@ -63,7 +104,6 @@ async function send(method, url, { body, signal, accept = "application/json", ke
 
 export const getResponse = (url, parameters = {}, options = {}) =>
 	send("GET", url + query(parameters), { signal: leaving, ...options });
-/** The answer's text, exactly as it came. */
 export const getText = async (...asked) => (await getResponse(...asked)).text();
 export const get = async (...asked) => (await getResponse(...asked)).json();
 export const postText = async (url, body, options = {}) => (await send("POST", url, { body, ...options })).text();
@@ -71,36 +111,54 @@ export const post = async (url, body = {}, options = {}) => JSON.parse(await pos
 export const put = (url, body) => send("PUT", url, { body });
 export const remove = (url) => send("DELETE", url);
 
-/** Do something that the server may refuse: the refusal is shown. Resolves to whether it was done. */
-export async function attempt(action) {
-	try {
-		await action();
-		return true;
-	} catch (error) {
-		laterAgain(error);
-		if (error.name !== "AbortError") toast(error.message, "error");
-		return false;
+/** Let the browser draw and take input: what is long is done in slices. */
+export const breathe = () => new Promise((resolve) => setTimeout(resolve));
+
+/** Read a list that comes in pages; take() gets one after the other. */
+export async function readPages(url, name, parameters, take) {
+	for (let { after } = parameters, more = true; more; more = after) {
+		const answer = await get(url, { ...parameters, after });
+		await breathe();
+		take(answer[name]);
+		after = answer.nextCursor;
 	}
 }
 
-/** Leave a failure to the next try, which comes by itself. What is no refusal of the server is a fault of this page. */
+/** A refusal is left to the next try, which comes by itself. All else is a fault of this page. */
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
 }
 
-/** A box that load(box) fills: grey rows first; a failure of the first reading is shown, with a way to try again. */
-export function loading(load, rows = 3) {
-	const box = el("div.stack", skeleton(rows));
-	const again = async () => {
-		try {
-			await load(box);
-		} catch (error) {
-			laterAgain(error);
-			if (error.name !== "AbortError" && box.querySelector(".skeleton, .fault")) fill(box, fault(error, again));
-		}
+// --- what goes on by itself, while the tab is visible
+
+/** Resolves after so long, and at once when the tab is hidden or shown, or somebody decided something. */
+const pause = (milliseconds) => new Promise((resolve) => {
+	const listening = new AbortController();
+	const end = () => {
+		listening.abort();
+		clearTimeout(timer);
+		resolve();
 	};
-	again();
-	return Object.assign(box, { again });
+	const timer = setTimeout(end, milliseconds);
+	for (const name of ["visibilitychange", "decided"]) {
+		document.addEventListener(name, end, { signal: listening.signal });
+	}
+});
+
+export async function every(load, milliseconds, signal) {
+	while (!signal.aborted) {
+		await pause(milliseconds);
+		if (!signal.aborted && !document.hidden) await load().catch(laterAgain);
+	}
+}
+
+/** The same, and first of all now; a failure of that is the caller's. */
+export async function poll(load, milliseconds, signal) {
+	try {
+		await load();
+	} finally {
+		every(load, milliseconds, signal);
+	}
 }
 
 const RETRY_MS = [300, 1000, 2000, 5000];
@@ -108,97 +166,81 @@ const STALE_MS = 20_000; // this long without a connection, the page says that i
 const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
 
 /**
- * Follow a run's events while the tab is visible: closed when it is hidden, resumed by number. onEvents gets all that
- * came at once, in order, as [{seq, text}]; onState live, reconnecting, stale, paused or not live.
+ * Follow a run's events, from number to number. onEvents gets all that came at once, in order, as [{seq, text}];
+ * onState live, reconnecting, stale, paused or not live.
  */
-export function follow(runId, after, onEvents, onState, signal) {
-	let connection = null;
+export async function follow(runId, after, onEvents, onState, signal) {
 	let failures = 0;
 	let lostAt = null;
-	let timer;
-
-	async function connect() {
-		clearTimeout(timer);
-		if (signal.aborted || document.hidden || connection) return;
-		const mine = connection = new AbortController();
-		let silence;
-		const heard = () => {
-			clearTimeout(silence);
-			silence = setTimeout(() => mine.abort(), SILENT_MS);
-		};
+	while (!signal.aborted) {
+		if (document.hidden) {
+			onState("paused");
+			await pause(SILENT_MS);
+			continue;
+		}
+		const connection = new AbortController();
+		const close = () => connection.abort();
+		let silence = setTimeout(close, SILENT_MS);
+		document.addEventListener("visibilitychange", close, { signal: connection.signal });
 		try {
-			heard();
-			const response = await getResponse(path`/runs/${runId}/events`, { after, view: "light" },
-				{ signal: AbortSignal.any([mine.signal, signal]), accept: "text/event-stream" });
+			const { body } = await getResponse(path`/runs/${runId}/events`, { after, view: "light" },
+				{ signal: AbortSignal.any([connection.signal, signal]), accept: "text/event-stream" });
 			failures = 0;
 			lostAt = null;
 			onState("live");
-			await read(response.body, heard);
+			for await (const events of eventsIn(body)) {
+				clearTimeout(silence);
+				silence = setTimeout(close, SILENT_MS);
+				const news = events.filter(({ seq }) => seq > after);
+				if (news.length === 0) continue;
+				after = news.at(-1).seq;
+				onEvents(news);
+			}
 		} catch (error) {
 			laterAgain(error);
 			if (error.status === 404 || error.status === 401) return onState("not live");
 		} finally {
 			clearTimeout(silence);
-			if (connection === mine) connection = null;
+			close();
 		}
-		if (signal.aborted || document.hidden || connection) return;
+		if (signal.aborted || document.hidden) continue;
 		lostAt ??= Date.now();
 		onState(Date.now() - lostAt > STALE_MS ? "stale" : "reconnecting");
-		timer = setTimeout(connect, RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]);
+		await pause(RETRY_MS[failures] ?? RETRY_MS.at(-1));
 		failures += 1;
 	}
-
-	async function read(body, heard) {
-		const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-		for (let rest = ""; ;) {
-			const { value, done } = await reader.read().catch(() => ({ done: true })); // the connection broke
-			if (done) return;
-			heard();
-			const blocks = (rest + value).split("\n\n");
-			rest = blocks.pop();
-			const events = blocks.map((block) => /^id: (\d+)\ndata: (.*)$/m.exec(block)).filter(Boolean)
-				.map(([, seq, text]) => ({ seq: Number(seq), text })).filter((event) => event.seq > after);
-			if (events.length === 0) continue;
-			after = events.at(-1).seq;
-			onEvents(events);
-		}
-	}
-
-	document.addEventListener("visibilitychange", () => {
-		if (!document.hidden) return connect();
-		clearTimeout(timer);
-		connection?.abort();
-		connection = null;
-		onState("paused");
-	}, { signal });
-	signal.addEventListener("abort", () => clearTimeout(timer));
-	connect();
 }
 
-/** Call `load` every so often while the tab is visible, and at once when it is shown again or somebody decided. */
-export function every(load, milliseconds, signal) {
-	let timer;
-	let running = null;
-	async function tick() {
-		clearTimeout(timer);
-		if (signal.aborted || document.hidden) return;
-		await (running ??= Promise.resolve(load()).catch(laterAgain).finally(() => { running = null; }));
-		later();
+async function* eventsIn(body) {
+	const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+	for (let rest = ""; ;) {
+		const { value, done } = await reader.read().catch(() => ({ done: true })); // the connection broke
+		if (done) return;
+		const blocks = (rest + value).split("\n\n");
+		rest = blocks.pop();
+		yield blocks.map((block) => /^id: (\d+)\ndata: (.*)$/m.exec(block)).filter(Boolean)
+			.map(([, seq, text]) => ({ seq: Number(seq), text }));
 	}
-	function later() {
-		clearTimeout(timer);
-		if (!signal.aborted) timer = setTimeout(tick, milliseconds);
-	}
-	for (const name of ["visibilitychange", "decided"]) document.addEventListener(name, tick, { signal });
-	signal.addEventListener("abort", () => clearTimeout(timer));
-	later();
 }
 
-/** The same, but first of all now. Resolves when that is done; its failure is the caller's. */
-export async function poll(load, milliseconds, signal) {
-	try {
-		await load();
-	} finally {
-		every(load, milliseconds, signal);
-	}
+// --- what the list of runs asks for: here, so that it is asked before the other modules are there
+
+export const PAGE_SIZE = 50;
+export const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
+
+export function readAddress(parameters) {
+	const filters = Object.fromEntries([...parameters].filter(([name, value]) =>
+		value && (FILTERS.includes(name) || name.startsWith("metadata."))));
+	return [filters, { sort: parameters.get("sort"), before: parameters.get("before") }];
+}
+
+export const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
+export const readPage = (...asked) => get("/runs", pageQuery(...asked));
+
+/** Answers on their way, each for its first reader, when the page begins with the list. */
+export const early = { session: null, runs: null };
+if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
+	early.session = get("/session");
+	early.runs = readPage(...readAddress(new URLSearchParams(location.search)));
+	for (const answer of Object.values(early)) answer.catch(() => {}); // who awaits it shows the failure
 }

@@ -1,32 +1,97 @@
-// Approvals: all that waits for a person, across runs, oldest first; what was decided; and the page of one gate.
-//
-// openReview is that page: it is opened with the gate's token alone, which stands in the fragment of its address and so
-// in no request line, log or Referer; the token is sent in the body.
+// What a person decides: a gate, or a step of which nobody knows whether it had its effect. The forms for it; the page
+// of all that waits, across runs, oldest first, and of what was decided; and the page of one gate.
 
-import { canWrite, every, getText, loading, path, postText } from "./api.js";
-import { gateForm, reviewForm } from "./decide.js";
-import { between, button, card, compactCount, count, el, empty, errorText, facts, fill, heading, link, money, muted,
-	number, plainTable, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
-import { items, member } from "./json.js";
-import { inlinePayload } from "./payload.js";
-import { runUrl, setQuery, setTitle } from "./router.js";
-import { gateBody } from "./tabs.js";
+import { canWrite, every, getText, path, post, postText, runUrl, setQuery, setTitle } from "./api.js";
+import { between, button, card, code, compactCount, copyButton, count, el, empty, errorText, facts, field, fields, fill,
+	heading, input, link, loading, logo, money, muted, number, plainTable, row, setState, setText, show, skeleton, status,
+	strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
+import { bodyOf, inlinePayload, items, jsonInput, member, payload } from "./payload.js";
 import { errorLine } from "./runs.js";
+
+const ACTOR = "tidebase.actor";
+
+/** The name under which decisions are recorded. */
+export const actor = () => localStorage.getItem(ACTOR) ?? "";
+const actorField = () => field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() }));
+
+/** A form whose buttons [value, word, class] send a decision with its values. Enter in a field decides nothing. */
+function decisionForm(content, buttons, send, onDone) {
+	const fault = errorText();
+	const form = el("form.stack", {
+		onkeydown: (event) => event.key === "Enter" && event.target.matches("input") && event.preventDefault(),
+		async onsubmit(event) {
+			event.preventDefault();
+			const values = Object.fromEntries(new FormData(form));
+			localStorage.setItem(ACTOR, values.actor);
+			form.inert = true;
+			try {
+				await send(event.submitter.value, values);
+				document.dispatchEvent(new CustomEvent("decided"));
+				onDone();
+			} catch (error) {
+				setText(fault, error.message);
+				form.inert = false;
+			}
+		},
+	}, content, fault, el("div.decide", buttons.map(([value, word, kind]) => el(`button${kind}`, { value }, word))));
+	return form;
+}
+
+const gateForm = (gate, onDone, options = {}) => decisionForm(
+	fields(actorField(),
+		field("Note", input("note", { maxlength: 2000 }), "goes with the decision as payload.note"),
+		el("details.all", el("summary", "Answer with JSON"),
+			field("Payload", jsonInput("payload"), "what the run gets as the decision's payload, instead of the note"))),
+	[["approved", "Approve", ".primary"], ["rejected", "Reject", ".danger"]],
+	(decision, { actor: name, note, payload: typed }) => post(path`/runs/${gate.runId}/gates/${gate.id}/resolve`,
+		bodyOf({ token: gate.resolveToken, decision, actor: name },
+			{ payload: typed || (note && JSON.stringify({ note })) }), options), onDone);
+
+export const reviewForm = (runId, step, onDone) => decisionForm(
+	[el("p", "It was begun and did not complete. Look where its effect would show (the mail, the charge, the row), then"
+		+ " say what happened."),
+	fields(actorField(), field("Output, when it happened", jsonInput("output", { rows: 2, placeholder: "null" }),
+		"JSON: what the step would have returned"))],
+	[["retry", "It did not happen: run it again", ""], ["complete", "It happened: keep this output", ".primary"],
+		["fail", "Fail the step", ".danger"]],
+	(decision, { actor: name, output }) => post(path`/runs/${runId}/steps/${step.id}/review`,
+		bodyOf({ decision, actor: name }, decision === "complete" ? { output: output.trim() || "null" } : {})), onDone);
+
+const gateStatus = (gate) => status(gate.status === "pending" ? "waiting" : gate.status);
+
+/** Prompt, data and, once decided, the answer. `gate.raw` is its text. */
+function gateBody({ raw, id, runId, prompt, capability, expiresAt, dataOmitted, reviewUrl }) {
+	const shown = (title, name) => {
+		const text = member(raw, name);
+		return text && text !== "null" && text !== "{}" && inlinePayload(title, text, `${id}-${name}`, true);
+	};
+	return [el("p.prompt", prompt),
+		(capability || expiresAt) && facts([
+			capability && ["Capability", code(member(raw, "capability").replace(/^"|"$/g, ""))],
+			expiresAt && ["Expires", time(expiresAt)]]),
+		dataOmitted ? payload("Data", runId, "gate.data", id) : shown("Data", "data"), shown("Answer", "decisionPayload"),
+		reviewUrl && canWrite() && el("p.row", copyButton(reviewUrl, "Copy the review link", "Copy review link"),
+			muted("Whoever has it may decide this gate, without a key."))];
+}
+
+export const gateCard = (gate, onDone) => card(gate.name,
+	row(gateStatus(gate), gate.actor && `by ${gate.actor}`, time(gate.resolvedAt ?? gate.createdAt, "short")),
+	gateBody(gate), gate.status === "pending" && canWrite() && gate.resolveToken && gateForm(gate, onDone));
+
+// --- the inbox
 
 const PAGE_SIZE = 50;
 const idOf = (item) => (item.gate ?? item.step).id;
 const headline = ({ gate, step }) => gate?.prompt || gate?.name || `Step ${step.name} may have had its effect`;
-const gateStatus = (gate) => status(gate.status === "pending" ? "waiting" : gate.status);
 const wide = () => matchMedia("(min-width: 72.01rem)").matches; // the list and what is chosen stand side by side
 
-/** An item with the texts of its payloads, which are shown as they are stored. */
 function readItem(raw) {
 	const item = JSON.parse(raw);
 	if (item.gate) item.gate.raw = member(raw, "gate");
 	return { ...item, stateText: member(raw, "context", "state") };
 }
 
-export async function open({ main, query, signal }) {
+export async function approvalsPage({ main, query, signal }) {
 	let tab = null;
 	let list = [];
 	let nextCursor = null;
@@ -34,10 +99,10 @@ export async function open({ main, query, signal }) {
 	let shown = null; // the item whose form is built: what somebody types there stays
 
 	const tally = el("span");
-	const tabs = el("nav.tabs", { "aria-label": "Approvals" },
+	const tabs = el("nav.tabs", { label: "Approvals" },
 		el("a", { href: "/studio/approvals" }, "Waiting", tally),
 		el("a", { href: "/studio/approvals?tab=decided" }, "Decided"));
-	const left = el("div.stack", { role: "list", "aria-label": "What waits" });
+	const left = el("div.stack", { role: "list", label: "What waits" });
 	const more = button("More", () => load(true));
 	const [detail, nothing] = [el("div.stack"), el("div")];
 	const inbox = el("div.inbox", el("div.stack", left, more), detail);
@@ -51,7 +116,7 @@ export async function open({ main, query, signal }) {
 		const found = items(member(text, "items")).map(readItem);
 		if (further || list.length <= PAGE_SIZE) ({ nextCursor } = answer);
 		list = further ? [...list, ...found] : [...found, ...list.slice(PAGE_SIZE)]; // a refresh reads the first page
-		setText(tally, answer.count ? `${count(answer.count)}${answer.more ? "+" : ""}` : "");
+		setText(tally, answer.count ? count(answer.count, answer.more) : "");
 		draw();
 	}
 
@@ -59,15 +124,14 @@ export async function open({ main, query, signal }) {
 		show(more, nextCursor);
 		show(inbox, list.length > 0);
 		fill(nothing, list.length === 0 && el("div.card", tab === "decided" ? empty("Nothing has been decided yet")
-			: empty("Nothing waits for a person", "Gates of all runs stand here while they are pending, and steps of which"
-				+ " nobody knows whether they had their effect.")));
-		syncRows(left, list, idOf, makeAsk,
-			(node, item) => node.firstChild.setAttribute("aria-current", String(idOf(item) === chosen)));
+			: empty("Nothing waits for a person", "Here stand gates that are pending, and steps of which nobody knows whether"
+				+ " they had their effect.")));
+		syncRows(left, list, idOf, makeAsk, (node, item) => setState(node.firstChild, "current", idOf(item) === chosen));
 		const item = list.find((one) => idOf(one) === chosen);
 		if (item) showItem(item);
 		else if (!shown && list[0] && wide()) choose(list[0]);
 		else if (shown && !detail.querySelector(".fault")) {
-			detail.prepend(el("p.fault", { role: "status" }, "This has been decided meanwhile, or its run has ended."));
+			detail.prepend(el("p.fault.is-failed", { role: "status" }, "Decided meanwhile, or its run has ended."));
 		}
 	}
 
@@ -93,37 +157,18 @@ export async function open({ main, query, signal }) {
 	function showItem(item) {
 		if (shown === idOf(item)) return;
 		shown = idOf(item);
-		const { run, gate, step, context, stateText } = item;
 		const done = () => {
 			toast("Decided.");
 			list = list.filter((one) => one !== item);
 			choose(null);
 			load();
 		};
-		const effects = step?.resumeContract?.sideEffects?.join(", ") || "none declared";
-		const deciding = tab === "pending" && canWrite();
-		fill(detail,
-			card((gate ?? step).name,
-				el("div.row", gate ? gateStatus(gate) : status("manual_review"), time(item.since, "short")),
-				gate ? gateBody(gate) : [el("p.prompt", headline(item)), errorText(errorLine(step.error)),
-					facts([["Side effects", effects], ["Attempt", step.attempt]])],
-				deciding && (!gate ? reviewForm(run.id, step, done) : gate.resolveToken && gateForm(gate, done))),
-			card("The run so far", link(runUrl(run.id), run.workflowName),
-				facts([["Status", status(run.status)], ["Steps completed", count(context.stepsCompleted)],
-					["Cost", money(context.costUsd)], context.totalTokens && ["Tokens", compactCount(context.totalTokens)],
-					["Created", time(run.createdAt)]]),
-				context.steps.length > 0 && plainTable(context.steps.map(({ status: is, name, startedAt, completedAt }) =>
-					[status(is), name, number(completedAt && between(startedAt ?? completedAt, completedAt))])),
-				(stateText ?? "null") !== "null" &&
-					inlinePayload(`State, version ${context.stateVersion}`, stateText, `${run.id}-state`),
-				context.stateOmitted &&
-					muted("Its state is long: ", link(runUrl(run.id, { tab: "state" }), "open it"), ".")));
+		fill(detail, item.gate ? gateCard(item.gate, done) : stepCard(item, done), runCard(item));
 	}
 
 	async function onQuery(parameters) {
 		tab = parameters.get("tab") === "decided" ? "decided" : "pending";
-		[...tabs.children].forEach((anchor, index) =>
-			anchor.setAttribute("aria-current", String((tab === "decided") === (index === 1))));
+		[...tabs.children].forEach((anchor, index) => setState(anchor, "current", (tab === "decided") === (index === 1)));
 		list = [];
 		chosen = parameters.get("item");
 		shown = null;
@@ -138,31 +183,50 @@ export async function open({ main, query, signal }) {
 	return { onQuery };
 }
 
-// --- the page of one gate, by its token
+function stepCard(item, done) {
+	const { run, step, since } = item;
+	return card(step.name, row(status("manual_review"), time(since, "short")),
+		el("p.prompt", headline(item)), errorText(errorLine(step.error)),
+		facts([["Side effects", step.resumeContract?.sideEffects?.join(", ") || "none declared"],
+			["Attempt", step.attempt]]),
+		canWrite() && reviewForm(run.id, step, done));
+}
+
+function runCard({ run, context, stateText }) {
+	return card("The run so far", link(runUrl(run.id), run.workflowName),
+		facts([["Status", status(run.status)], ["Steps completed", count(context.stepsCompleted)],
+			["Cost", money(context.costUsd)], context.totalTokens && ["Tokens", compactCount(context.totalTokens)],
+			["Created", time(run.createdAt)]]),
+		context.steps.length > 0 && plainTable(context.steps.map(({ status: is, name, startedAt, completedAt }) =>
+			[status(is), name, number(completedAt && between(startedAt ?? completedAt, completedAt))])),
+		(stateText ?? "null") !== "null" &&
+			inlinePayload(`State, version ${context.stateVersion}`, stateText, `${run.id}-state`),
+		context.stateOmitted && muted("Its state is long: ", link(runUrl(run.id, { tab: "state" }), "open it"), "."));
+}
+
+// --- the page of one gate: opened with its token alone, which stands in the fragment of the address, and so in no log
+// and no Referer, and is sent in the body
 
 const DECIDED = { approved: "Approved", rejected: "Rejected", canceled: "Withdrawn" };
-const ENDED = ["completed", "failed", "cancelled"];
 
-export function openReview(body) {
+export function reviewPage(body) {
 	const [runId, gateId, token] = location.hash.slice(1).split("/").map(decodeURIComponent);
-	const look = async (box) => {
+	const shown = loading(async (box) => {
 		const text = await postText(path`/runs/${runId}/gates/${gateId}/look`, { token }, { key: null }).catch((error) => {
 			if (error.status >= 500 || error.status === 0) throw error;
 			return null;
 		});
 		if (text) return showGate(box, member(text, "gate"));
 		fill(box, empty("This link opens nothing", "It is not whole, or what it was for is gone. Open it as it was sent."));
-	};
-	const shown = loading(look, 4);
+	}, 4);
 	setTitle("Review");
-	fill(body, el("main.review-page",
-		el("div.row", el("img", { src: "/studio/icon.svg", alt: "", width: 28 }), el("h1", "Tidebase")), shown, zoneNote()));
+	fill(body, el("main.review-page", row(logo(28), el("h1", "Tidebase")), shown, zoneNote()));
 
 	function showGate(box, raw) {
 		const gate = { ...JSON.parse(raw), raw, runId, resolveToken: token, reviewUrl: null };
 		const { actor, resolvedAt, runStatus, workflowName, name, createdAt } = gate;
 		const pending = gate.status === "pending";
-		const open = pending && !ENDED.includes(runStatus);
+		const open = pending && !/completed|failed|cancelled/.test(runStatus);
 		const word = actor === "timeout" ? "Expired" : DECIDED[gate.status] ?? "Its run has ended";
 		setTitle(name);
 		fill(box,

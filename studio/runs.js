@@ -1,42 +1,25 @@
 // The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once.
 //
-// The page holds one page of light runs, without payloads. POST /changes says, under any filter, which ids stand there
-// now, and sends only the rows whose version differs.
+// POST /changes says which ids stand on the page now, and sends only the rows whose version differs.
 
-import { canWrite, every, get, laterAgain, post, query as toQuery } from "./api.js";
+import { canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post, query as toQuery,
+	readAddress, readPage, runsUrl, runUrl } from "./api.js";
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
-	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, searchInput, select, setMark, setText,
-	show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
-import { navigate, runsUrl, runUrl } from "./router.js";
+	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, row as inRow, searchInput, select,
+	setMark, setState, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
 
-const PAGE_SIZE = 50;
+const SCREENFUL = 20; // rows that are drawn first, the rest a moment later
 const REFRESH_MS = 1500;
+const MOST_OF_ERROR = 300; // characters of a message that the server sends in a line
 const STATUSES = ["running", "waiting", "queued", "pending", "failed", "completed", "cancelled"];
-const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
 const WORDS = { failureClass: "class", since: "from", until: "before", parent: "children of" };
 const SORTS = [["newest", "Newest first"], ["oldest", "Oldest first"], ["ended", "Last ended first"]];
 const PERIODS = [["", "Any time"], ["1", "Last hour"], ["24", "Last 24 hours"], ["168", "Last 7 days"]];
 const ACTIONS = { cancel: ["Cancel", "cancelled", "danger"], retry: ["Retry", "put back"],
 	delete: ["Delete", "deleted", "danger"] };
-const SEARCH_LABEL = "Search runs: an id, text of an error, workflow:, queue:, status:, or a metadata key and value";
+const SEARCH_LABEL = "Search runs: an id, text of an error, workflow:, queue:, status:, or key:value of the metadata";
 
-function readAddress(parameters) {
-	const filters = Object.fromEntries([...parameters].filter(([name, value]) =>
-		value && (FILTERS.includes(name) || name.startsWith("metadata."))));
-	return [filters, { sort: parameters.get("sort"), before: parameters.get("before") }];
-}
-
-const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
-const readPage = (...asked) => get("/runs", pageQuery(...asked));
-
-let early = null;
-/** Read the first page while the session is still being read. */
-export function begin(parameters) {
-	early = readPage(...readAddress(parameters));
-	early.catch(() => {}); // the page that awaits it shows the failure
-}
-
-export async function open({ main, query, signal }) {
+export async function runsPage({ main, query, signal }) {
 	let filters = {};
 	let paging = {};
 	let rows = []; // light runs, in the order of the screen
@@ -48,7 +31,7 @@ export async function open({ main, query, signal }) {
 	const search = searchInput("id, error text, queue:mail, key:value", SEARCH_LABEL, null, { "data-search": "" });
 	const typed = search.lastChild;
 	const chips = el("div.row");
-	const counts = el("div.counts", { role: "group", "aria-label": "Filter by status" });
+	const counts = el("div.counts", { role: "group", label: "Filter by status" });
 	const errorsOnly = button("Errors only", () => change({ errors: filters.errors ? null : "true" }));
 	const sort = select("Order", SORTS, () => change({ sort: sort.value }));
 	const period = select("Created", PERIODS, () =>
@@ -71,10 +54,10 @@ export async function open({ main, query, signal }) {
 		["Created", ({ createdAt }) => time(createdAt), "c-time"],
 	], null, { kind: "runs", onRow(row, run) {
 		const chosen = allMatching || selected.has(run.id);
-		row.setAttribute("aria-selected", String(chosen));
+		setState(row, "selected", chosen);
 		if (canWrite()) row.firstChild.firstChild.checked = chosen;
 	} });
-	table.element.addEventListener("click", ({ target }) => {
+	table.addEventListener("click", ({ target }) => {
 		const row = target.closest("tbody tr");
 		if (!row || target.closest("a, button, input, .c-select") || getSelection().toString()) return;
 		navigate(runUrl(row.dataset.key));
@@ -86,13 +69,13 @@ export async function open({ main, query, signal }) {
 		allMatching = true;
 		render();
 	}, "quiet");
-	const bulk = el("div.bulk", { role: "region", "aria-label": "Selected runs", hidden: true }, bulkText, bulkAll,
+	const bulk = el("div.bulk", { role: "region", label: "Selected runs", hidden: true }, bulkText, bulkAll,
 		Object.entries(ACTIONS).map(([action, [word, , kind]]) => button(word, () => act(action), kind)),
 		button("Clear", clearSelection, "quiet"));
 	fill(main, heading("Runs", mark),
 		el("search.stack", el("div.filters", el("form.grow", { onsubmit: searched }, search), period, sort),
 			el("div.spread", counts, chips)),
-		table.element, bulk, el("div.row", newest, older, zoneNote()));
+		table, bulk, inRow(newest, older, zoneNote()));
 
 	// --- filters
 
@@ -102,7 +85,7 @@ export async function open({ main, query, signal }) {
 	function showFilters() {
 		period.value = ""; // the time itself stands in a chip
 		sort.value = paging.sort ?? "newest";
-		errorsOnly.setAttribute("aria-pressed", String(Boolean(filters.errors)));
+		setState(errorsOnly, "pressed", filters.errors);
 		const named = Object.entries(filters).filter(([name]) => name !== "status" && name !== "errors");
 		fill(chips, named.map(([name, value]) => {
 			const word = WORDS[name] ?? name.replace("metadata.", "");
@@ -129,7 +112,7 @@ export async function open({ main, query, signal }) {
 
 	function render() {
 		table.set(rows);
-		if (rows.length === 0) fill(table.element, nothingHere());
+		if (rows.length === 0) fill(table, nothingHere());
 		show(older, nextCursor);
 		setText(older, rows.length < PAGE_SIZE ? "Search further" : "Next page");
 		show(newest, paging.before);
@@ -143,8 +126,8 @@ export async function open({ main, query, signal }) {
 	function nothingHere() {
 		if (nextCursor) return empty("Nothing among those that were looked through", "There are more: search further below.");
 		if (Object.keys(filters).length) return empty("No run matches", link("/studio/runs", "Show all runs"));
-		return empty("No runs yet", "A run appears here as soon as a program creates one: ",
-			code('tide.enqueue("report")'), ", or ", code("python tidebase.py demo"), " on the command line.");
+		return empty("No runs yet", "A run is here as soon as a program creates one: ", code('tide.enqueue("report")'),
+			", or ", code("python tidebase.py demo"), ".");
 	}
 
 	// --- reading
@@ -181,8 +164,8 @@ export async function open({ main, query, signal }) {
 			.filter(([name, { count: many }]) => name === "All" || many > 0 || chosen.has(name));
 		syncRows(counts, entries, ([name]) => name, ([name]) => button("", () => toggleStatus(name)),
 			(node, [name, { count: many, more }]) => {
-				node.setAttribute("aria-pressed", String(name === "All" ? chosen.size === 0 : chosen.has(name)));
-				fill(node, name !== "All" && el(`span.status.status-${name}`, icon(name)), `${name} `,
+				setState(node, "pressed", name === "All" ? chosen.size === 0 : chosen.has(name));
+				fill(node, name !== "All" && el(`span.status.is-${name}`, icon(name)), `${name} `,
 					el("b", compactCount(many), more && "+"));
 			});
 		counts.append(errorsOnly);
@@ -219,17 +202,21 @@ export async function open({ main, query, signal }) {
 		selected.clear();
 		allMatching = false;
 		showFilters();
-		if (rows.length === 0) fill(table.element, skeleton(12));
+		if (rows.length === 0) fill(table, skeleton(12));
 		const asked = address();
 		try {
-			const answer = await (early ?? readPage(filters, paging));
+			const answer = await (early.runs ?? readPage(filters, paging));
+			if (rows.length === 0 && answer.runs.length > SCREENFUL) {
+				table.set(answer.runs.slice(0, SCREENFUL));
+				await new Promise((resolve) => setTimeout(resolve, 30)); // they are painted
+			}
 			if (asked === address()) take(answer.runs, answer.nextCursor);
 		} catch (error) {
 			if (error.status !== 400) throw error;
 			take([], null);
-			fill(table.element, fault(error));
+			fill(table, fault(error));
 		} finally {
-			early = null;
+			early.runs = null;
 			readCounts();
 		}
 	}
@@ -254,24 +241,24 @@ function readSearch(words) {
 	return { ...found, text };
 }
 
-/** Say how many an action is for, ask, do it in batches, show a result for each. Resolves to whether it was begun. */
+/** Say how many it is for, ask, do it in batches, show a result for each. Resolves to whether it was begun. */
 async function runBulk(action, target) {
 	const [title, past, kind] = ACTIONS[action];
 	const { count: many, more, sample, cursor: start } = await post("/bulk", { action, ...target, dryRun: true });
 	if (many === 0) return toast(`None of them can be ${past}.`);
-	const words = `${title} ${count(many)}${more ? "+" : ""} ${many === 1 ? "run" : "runs"}`;
+	const words = `${title} ${count(many, more)} ${many === 1 ? "run" : "runs"}`;
 	const asked = await ask(`${words}?`, [
 		el("div.card", plainTable(sample.map((run) => [status(shownStatus(run)), run.workflowName, shortCode(run.id)]))),
 		many > sample.length && muted(`and ${count(many - sample.length)} more`),
 		action === "cancel" && field("Reason", input("reason")),
 		action === "delete" && el("p", "Their steps, events and state go with them. This cannot be undone."),
-	], words, { kind, otherwise: "Keep them" });
+	], words, kind && "Keep them");
 	if (!asked) return false;
 
 	const results = el("div.stack");
 	const summary = el("strong", { role: "status" });
 	let open = true;
-	let [done, refused] = [0, 0];
+	const tally = { true: 0, false: 0 };
 	dialog(words, [summary, results]).closed.then(() => { open = false; });
 	for (let cursor = start; cursor !== null && open;) { // closing the report stops after the batch that is under way
 		let batch;
@@ -281,9 +268,8 @@ async function runBulk(action, target) {
 			setText(summary, `${summary.textContent} Stopped: ${error.message}.`);
 			return true;
 		}
-		done += batch.results.filter(({ ok }) => ok).length;
-		refused += batch.results.filter(({ ok }) => !ok).length;
-		setText(summary, `${count(done)} ${past}${refused ? `, ${count(refused)} refused` : ""}.`);
+		for (const { ok } of batch.results) tally[ok] += 1;
+		setText(summary, `${count(tally.true)} ${past}${tally.false ? `, ${count(tally.false)} refused` : ""}.`);
 		results.append(plainTable(batch.results.map(({ id, ok, code: why, error }) =>
 			[ok ? status("completed", past) : status("failed", why ?? "refused"), link(runUrl(id), code(id)), muted(error)])));
 		({ cursor } = batch);
@@ -291,25 +277,28 @@ async function runBulk(action, target) {
 	return true;
 }
 
-// --- a run in a line: why it does not go on, in the page's own time zone and with times that keep running
+// --- a run in a line
 
-/** The end of a long id: ids begin with the time they were made, so those of one hour begin alike. */
-export const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
+/** The end of a long id: ids that were made in one hour begin alike. */
+const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
 
-/** "TimeoutError: too slow", of whatever was recorded as an error. */
+export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;
+
+/** "TimeoutError: too slow" */
 export function errorLine(error) {
 	if (typeof error !== "object" || !error) return error ? String(error) : "";
-	return [error.name, error.message].filter((part) => typeof part === "string" && part).join(": ");
+	const line = [error.name, error.message].filter((part) => typeof part === "string" && part).join(": ");
+	return isCut(error) ? line.replace(/\s+\S*$/, " …") : line;
 }
 
-/** How the parts of the server's line are shown: "waits for signal {b:signal}, until {at:until}". */
+/** The parts of the server's line: "waits for signal {b:signal}, until {at:until}". */
 const PARTS = {
 	b: strong, n: (value) => value, ago: (value) => time(value), at: (value) => time(value, "short"),
 	for: (value) => time(value, "since"),
 	ids: (list) => list.map((id, index) => [index > 0 && ", ", el("a", { href: runUrl(id) }, shortCode(id))]),
 };
 
-/** What to say of a run in one line: why it waits, or how it ended; null when it completed. */
+/** Null when it completed. */
 export function outcome({ whyDetail, why, status, error, failureClass, cancelActor, cancelReason }) {
 	if (whyDetail) {
 		return whyDetail.line.split(/(\{\w+:\w+\})/).map((text) => {
@@ -326,6 +315,5 @@ export function outcome({ whyDetail, why, status, error, failureClass, cancelAct
 
 export const shownStatus = (run) => (run.stalled ? "stalled" : run.status);
 
-/** How long a run took, or takes so far, from its creation. */
 export const runDuration = (run) => (run.completedAt ? duration(run.durationMs ?? 0)
 	: run.status === "running" ? time(run.createdAt, "since") : dash());

@@ -1,13 +1,14 @@
 // Tidebase Studio: the frame around the pages: session, navigation, keyboard, and what all pages share.
 //
-// A page is a module with open({main, parts, query, signal}) -> {escape?, onQuery?} | nothing: the element where it
+// A page is a function namePage({main, parts, query, signal}) -> {escape?, onQuery?} | nothing: the element where it
 // builds itself, the rest of the path, the query, and a signal that ends its reads, streams, timers and listeners.
 
-import { ApiError, get, keepKey, laterAgain, poll, session, setPageSignal, unreachable, watch } from "./api.js";
-import { button, dialog, el, errorText, fault, field, fill, heading, icon, input, link, plainTable, setServerTime,
-	setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName } from "./dom.js";
-import { goBack, navigate, rememberScroll, setOpener, setTitle, setWaiting } from "./router.js";
-import { begin as beginList } from "./runs.js";
+import { ApiError, early, get, goBack, keepKey, laterAgain, navigate, poll, rememberScroll, session, setOpener,
+	setPageSignal, setTitle, setWaiting, unreachable, watch } from "./api.js";
+import { button, count, debounce, dialog, el, errorText, fault, field, fill, heading, icon, input, link, logo,
+	plainTable, row, setServerTime, setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName
+	} from "./dom.js";
+import "./runs.js"; // most visits begin with it
 
 const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
 	workers: "Workers" };
@@ -21,16 +22,15 @@ const badge = el("span.badge", { hidden: true });
 const links = Object.entries(PAGES).map(([name, title]) => el("a", { href: `/studio/${name}`, title: `g ${name[0]}` },
 	icon(name), el("span", title), name === "approvals" && badge));
 const foot = el("div.nav-foot");
-const logo = (size) => el("img", { src: "/studio/icon.svg", alt: "", width: size });
-const frame = el("div.frame", el("nav.nav", { "aria-label": "Studio" },
+const frame = el("div.frame", el("nav.nav", { label: "Studio" },
 	el("a.brand", { href: "/studio/runs" }, logo(21), "Tidebase"), el("div.nav-links", links), foot),
 el("div", banner, main));
 
 watch.onReachable = (reachable) => {
 	if (reachable === banner.hidden) return;
 	show(banner, !reachable);
-	fill(banner, strong("The server cannot be reached."), "What you see is as of ",
-		time(new Date().toISOString(), "short"), ". Trying again.");
+	fill(banner, strong("The server cannot be reached."), "What you see is as of ", time(Date.now(), "short"),
+		". Trying again.");
 };
 
 // --- opening pages
@@ -59,10 +59,11 @@ async function open(scroll) {
 	if (!title) return fill(main, heading("There is no such page"), link("/studio/runs", "All runs"));
 	fill(main, skeleton());
 	try {
-		const file = name === "runs" && parts.length ? "run" : name;
+		const kind = name === "runs" && parts.length ? "run" : name;
+		const file = { runs: "runs", run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations";
 		const module = await import(`./${file}.js`).catch(() => { throw unreachable(); });
 		if (signal.aborted) return; // left before it was there
-		const opened = await module.open({ main, parts, query: url.searchParams, signal });
+		const opened = await module[`${kind}Page`]({ main, parts, query: url.searchParams, signal });
 		if (signal.aborted) return;
 		page = opened;
 	} catch (error) {
@@ -88,11 +89,7 @@ document.addEventListener("click", (event) => {
 	navigate(anchor.getAttribute("href"));
 });
 addEventListener("popstate", (event) => open(event.state?.scroll ?? 0));
-let scrolled;
-addEventListener("scroll", () => {
-	clearTimeout(scrolled);
-	scrolled = setTimeout(rememberScroll, 200);
-}, { passive: true });
+addEventListener("scroll", debounce(rememberScroll, 200), { passive: true });
 history.scrollRestoration = "manual";
 setOpener(open);
 
@@ -124,7 +121,6 @@ document.addEventListener("keydown", (event) => {
 	else if (key === "Escape" && !page?.escape?.() && location.pathname !== "/studio/runs") goBack();
 });
 
-/** To the next or previous row: what bears data-row in it is focused, and Enter opens it. */
 function moveFocus(from, by) {
 	const rows = [...main.querySelectorAll("[data-row]")];
 	const index = rows.indexOf(from.closest("tr, [role=listitem]")?.querySelector("[data-row]"));
@@ -135,12 +131,12 @@ const KEYS = [["/", "search"], ["j k", "next, previous row"], ["Enter", "open th
 	["Esc", "close, or go back"], ...Object.entries(PAGES).map(([name, title]) => [`g ${name[0]}`, title]),
 	["?", "this help"]];
 const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) =>
-	[el("span.row", keys.split(" ").map((key) => el("kbd", key))), what])));
+	[row(keys.split(" ").map((key) => el("kbd", key))), what])));
 
 // --- session
 
 const KEY_GONE = "Your key is no longer the server's.";
-let counting = new AbortController(); // ends the reading of how many decisions wait
+let counting = new AbortController(); // how many decisions wait
 
 function signOut() {
 	keepKey(null);
@@ -166,24 +162,26 @@ function showSignIn(words = "") {
 		start();
 	}
 	fill(document.body, el("main.sign-in", el("form.card", { onsubmit: signIn },
-		el("div.row", logo(32), el("h1", "Tidebase Studio")),
-		field("API key", typed, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. It is kept in this tab until you"
-			+ " close it."), refused, el("button.primary", "Sign in"))));
+		row(logo(32), el("h1", "Tidebase Studio")),
+		field("API key", typed, "TIDEBASE_API_KEY, or TIDEBASE_READ_KEY to look only. This tab keeps it until it is closed."),
+		refused, el("button.primary", "Sign in"))));
 	typed.focus();
 }
 
 async function readSession() {
-	Object.assign(session, await get("/session", {}, { signal: null }));
+	const asked = early.session ?? get("/session", {}, { signal: null });
+	early.session = null;
+	zoneName(); // the browser's first look at time zones takes 30 ms, in which the answer comes
+	Object.assign(session, await asked);
 	setServerTime(session.now);
 }
 
 async function start() {
-	if (location.pathname === "/studio/review") return (await import("./approvals.js")).openReview(document.body);
-	const isList = /^\/studio(\/runs)?\/?$/.test(location.pathname);
-	if (isList) beginList(new URLSearchParams(location.search)); // two answers in the time of one
+	if (location.pathname === "/studio/review") return (await import("./approvals.js")).reviewPage(document.body);
 	try {
 		await readSession();
 	} catch (error) {
+		early.runs = null; // was refused, too
 		if (error.status === 401) return showSignIn(session.key ? KEY_GONE : "");
 		fill(document.body, el("main.sign-in", fault(error, null, strong("Tidebase Studio"))));
 		return setTimeout(start, 2000);
@@ -197,10 +195,10 @@ async function start() {
 	const { signal } = counting = new AbortController();
 	await open(history.state?.scroll ?? 0);
 	poll(async () => {
-		const { count, more } = await get("/approvals", { limit: 1 }, { signal });
-		setWaiting(count);
-		show(badge, count > 0);
-		setText(badge, more ? `${count}+` : count);
+		const answer = await get("/approvals", { limit: 1 }, { signal });
+		setWaiting(answer.count);
+		show(badge, answer.count > 0);
+		setText(badge, count(answer.count, answer.more));
 	}, 5000, signal).catch(laterAgain);
 }
 
@@ -208,7 +206,7 @@ watch.onUnauthorized = () => main.isConnected && showSignIn(KEY_GONE);
 addEventListener("unhandledrejection", (event) => {
 	const { reason } = event;
 	if (reason?.name === "AbortError" || reason instanceof ApiError) event.preventDefault();
-	if (reason instanceof ApiError && reason.status !== 401 && reason.status !== 0) toast(reason.message, "error");
+	if (reason instanceof ApiError && reason.status !== 401 && reason.status !== 0) toast(reason.message, "failed");
 });
 document.addEventListener("visibilitychange", () => { // this computer may have slept: its clock is compared again
 	if (!document.hidden && main.isConnected) readSession().catch(laterAgain);

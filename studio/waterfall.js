@@ -1,24 +1,21 @@
 // The waterfall: a run's steps, gates, waits and children over time.
 //
 // Timeline turns events and rows into spans, one event at a time, and keeps what it worked out for each row: one more
-// event costs the same in a run of a thousand steps. makeScale says where an instant is on the screen, idle stretches
-// folded. makeWaterfall draws the rows that are on the screen.
+// event costs the same in a run of a thousand steps.
 
-import { button, duration, el, fill, icon, iconButton, muted, now, plural, searchInput, setText, show, wholeInstant }
-	from "./dom.js";
-import { virtualRows } from "./virtual.js";
+import { button, duration, el, fill, icon, iconButton, muted, now, once, plural, row as inRow, searchInput, setState,
+	setText, show, virtualRows, wholeInstant } from "./dom.js";
 
 const ms = (iso) => (iso ? Date.parse(iso) : null);
 
-/** What bars show, and the words of the legend. */
+// what bars show, in the words of the legend
 const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", held: "held",
-	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", review: "no outcome",
+	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", manual_review: "no outcome",
 	cancelled: "ended with the run" };
-const BUSY = new Set(["completed", "running", "failed", "cut", "review", "held", "cancelled"]);
+const BUSY = new Set(["completed", "running", "failed", "cut", "manual_review", "held", "cancelled"]);
 const STATUS_AFTER = { started: "running", completed: "completed", failed: "failed", manual_review: "manual_review" };
 const STATUS_AFTER_REVIEW = { retry: "failed_retryable", fail: "failed" };
-const KIND_OF_STATUS = { failed_retryable: "failed", manual_review: "review" }; // else they are called alike
-const kindOf = (status) => KIND_OF_STATUS[status] ?? status;
+const kindOf = (status) => status.replace("_retryable", "");
 const IDLE_AFTER = { created: "queued", enqueued: "queued", retried: "queued", released: "queued", requeued: "queued",
 	resumed: "queued", waiting: "waiting", stalled: "gap" };
 const ENDS = new Set(["completed", "failed", "cancelled"]);
@@ -28,12 +25,22 @@ export const attemptsOf = (row) => row.spans.filter((span) => span.n);
 const wait = (row, kind, from, to = null) => row.spans.push({ kind, from, to });
 const closeWaits = (row, at) => row.spans.forEach((span) => { if (!span.n) span.to ??= at; });
 
-/** The events and rows of a run as rows of spans. */
+/** An attempt of a row, made when there is none. A step may be recorded at its end: the earliest instant counts. */
+function attemptOf(row, n, from) {
+	let attempt = row.spans.find((span) => span.n === n);
+	if (!attempt) {
+		row.spans.push(attempt = { n, kind: "running", from, to: null });
+		row.spans.sort((one, other) => one.n - other.n);
+	}
+	attempt.from = Math.min(attempt.from, from);
+	return attempt;
+}
+
 export class Timeline {
 	constructor(leaseMs, runId) {
 		// heardAt: when the run was last seen at work
-		Object.assign(this, { leaseMs, runId, rows: new Map(), order: null, seq: 0, heardAt: 0 });
-		this.run = this.row("run", "run", "run"); // its attempts are the claims, its waits the time between them
+		Object.assign(this, { leaseMs, runId, rows: new Map(), order: null, heardAt: 0 });
+		this.run = this.row("run", "run", "run"); // its attempts are the claims
 	}
 
 	/** The row with this key; its bars are worked out again. */
@@ -50,7 +57,7 @@ export class Timeline {
 		Object.assign(this.row("run"), { name: run.workflowName, status: run.stalled ? "stalled" : run.status });
 	}
 
-	/** A step's row: the last attempt's exact times, and what events do not carry. */
+	/** The last attempt's exact times, and what events do not carry. */
 	setStep(step) {
 		const row = this.row(step.id, "step", step.name);
 		const from = ms(step.startedAt ?? step.createdAt);
@@ -59,19 +66,18 @@ export class Timeline {
 		Object.assign(row, { step, status: step.status, copied });
 		if (copied) return;
 		const attempt = attemptOf(row, step.attempt, from);
-		if (step.status === "running" || step.status === "manual_review") return;
-		if (step.reviewed) return; // it ended when a person decided; events tell when its worker was cut off
+		// One that was reviewed ended when a person decided; events tell when its worker was cut off.
+		if (step.status === "running" || step.status === "manual_review" || step.reviewed) return;
 		const to = ms(step.completedAt) ?? attempt.to ?? ms(step.updatedAt);
 		Object.assign(attempt, { to, kind: kindOf(step.status) });
 	}
 
-	setGate(gate) {
-		const row = this.row(gate.id, "gate", gate.name);
-		Object.assign(row, { status: gate.status === "pending" ? "waiting" : gate.status, spans: [] });
-		wait(row, "waiting", ms(gate.createdAt), ms(gate.resolvedAt));
+	setGate({ id, name, status, createdAt, resolvedAt }) {
+		const row = this.row(id, "gate", name);
+		Object.assign(row, { status: status === "pending" ? "waiting" : status, spans: [] });
+		wait(row, "waiting", ms(createdAt), ms(resolvedAt));
 	}
 
-	/** A run of the subtree. */
 	setChild({ id, name, workflowName, parentRunId, depth, status, createdAt, startedAt, completedAt }) {
 		const [from, to] = [ms(startedAt), ms(completedAt)];
 		const row = this.row(id, "child", name ?? workflowName);
@@ -81,16 +87,14 @@ export class Timeline {
 	}
 
 	apply(event) {
-		if (event.seq <= this.seq) return;
-		this.seq = event.seq;
 		const at = ms(event.createdAt);
 		const [subject, verb] = event.type.split(".");
-		if (subject === "run") this.applyToRun(verb, event, event.payload ?? {}, at);
+		if (subject === "run") this.applyToRun(verb, event.attempt, event.payload ?? {}, at);
 		else if (subject === "step" && event.stepId) this.applyToStep(verb, event, at);
 		if (/^(run|step|state|usage)$/.test(subject)) this.heardAt = at;
 	}
 
-	applyToRun(verb, event, payload, at) {
+	applyToRun(verb, attempt, payload, at) {
 		const run = this.row("run");
 		const last = attemptsOf(run).at(-1);
 		const held = last?.to === null ? last : null;
@@ -98,12 +102,13 @@ export class Timeline {
 			if (held?.owner === payload.leaseOwner && held) return; // begun by who claimed it
 			if (held) this.release(held, at, "cut");
 			closeWaits(run, at);
-			const n = event.attempt ?? attemptsOf(run).length + 1;
+			const n = attempt ?? attemptsOf(run).length + 1;
 			run.spans.push({ n, kind: "running", from: at, to: null, owner: payload.leaseOwner });
 		} else if (IDLE_AFTER[verb] || ENDS.has(verb)) {
 			const lost = verb === "stalled" || payload.reason === "lease_expired" || payload.error?.name === "LeaseExpired";
-			const kind = lost ? "cut" : ENDS.has(verb) ? verb : verb === "requeued" ? "failed" : "held";
-			if (held) this.release(held, at, kind);
+			if (held) {
+				this.release(held, at, lost ? "cut" : ENDS.has(verb) ? verb : verb === "requeued" ? "failed" : "held");
+			}
 			for (const row of this.rows.values()) {
 				if (row === run || (row.kind === "wait" && verb !== "waiting")) closeWaits(row, at);
 			}
@@ -115,7 +120,7 @@ export class Timeline {
 		for (const row of this.rows.values()) row.bars = null; // attempts of the run show in all rows
 	}
 
-	/** A worker's time with the run is over. One that was cut off ended some time after it was last heard of. */
+	/** A worker's time with the run is over; one that was cut off ended some time after it was last heard of. */
 	release(held, at, kind) {
 		const cut = kind === "cut";
 		const to = cut ? this.heardAt = Math.max(this.heardAt, at - this.leaseMs) : at;
@@ -146,10 +151,7 @@ export class Timeline {
 
 	/** What is drawn of a row: its spans, what follows from them, and where its output was used again. */
 	bars(row) {
-		return row.bars ??= this.makeBars(row);
-	}
-
-	makeBars(row) {
+		if (row.bars) return row.bars;
 		const bars = row.copied ? [{ kind: "replayed", from: this.created, to: this.created }] : [];
 		const add = (kind, from, to, more) => bars.push({ ...more, kind, from, to: to ?? this.ended });
 		const attempts = attemptsOf(row);
@@ -164,10 +166,10 @@ export class Timeline {
 		if (row.kind === "run" && bars.length === 0) add(this.ended ? row.status : "queued", this.created, null);
 		const done = row.kind === "step" && row.status === "completed" ? attempts.at(-1)?.to : null;
 		if (done) for (const { from, n } of attemptsOf(this.run)) if (from >= done) add("replayed", from, from, { n });
-		return bars;
+		return row.bars = bars;
 	}
 
-	/** All rows but the run's, in the order of their begin; of children those that the run itself made. */
+	/** All rows but the run's, in the order of their begin; of children its own. */
 	ordered() {
 		const begin = (row) => row.spans[0]?.from ?? (row.copied ? 0 : Infinity);
 		const compare = (one, other) => (one.step && other.step ? one.step.position - other.step.position
@@ -180,22 +182,11 @@ export class Timeline {
 	}
 }
 
-/** An attempt of a row, made when there is none. A step may be recorded at its end: the earliest instant counts. */
-function attemptOf(row, n, from) {
-	let attempt = row.spans.find((span) => span.n === n);
-	if (!attempt) {
-		row.spans.push(attempt = { n, kind: "running", from, to: null });
-		row.spans.sort((one, other) => one.n - other.n);
-	}
-	attempt.from = Math.min(attempt.from, from);
-	return attempt;
-}
-
 // --- time on the screen
 
 const FOLD_SHARE = 0.05; // of the width, for a folded stretch
 
-/** Where instants are between 0 and 1; stretches without activity are folded when they are long beside the rest. */
+/** Where instants are between 0 and 1; idle stretches are folded when they are long beside the rest. */
 function makeScale(intervals, start, end) {
 	const gaps = [];
 	let busy = 0;
@@ -224,7 +215,6 @@ function makeScale(intervals, start, end) {
 const NICE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 15e3, 3e4, 6e4, 12e4, 3e5, 6e5, 9e5, 18e5, 36e5,
 	72e5, 216e5, 432e5, 864e5, 1728e5, 6048e5];
 
-/** Ticks where there is room for their words, which are `room` wide. */
 function ticksOf({ folds, start, end, open, place }, wanted, room) {
 	const step = NICE.find((size) => open / size <= wanted) ?? NICE.at(-1);
 	const ticks = [];
@@ -247,18 +237,21 @@ function ticksOf({ folds, start, end, open, place }, wanted, room) {
 const ICON_OF = { gate: "approvals", wait: "clock", child: "runs" };
 const percent = (part) => `${(100 * part).toFixed(3)}%`;
 
-function placed(node, from, to) {
-	Object.assign(node.style, { left: percent(from), width: percent(to - from) });
-	return node;
-}
+const placed = (from, to) => ({ style: { left: percent(from), width: percent(to - from) } });
 
 const isError = (row) => /^failed|manual_review/.test(row.status)
 	|| attemptsOf(row).some(({ kind }) => kind === "failed" || kind === "cut");
 
-/** The table of a timeline. onSelect(row): a row was clicked; onOpen(id) brings a child's Timeline. */
+/** A step that its worker began is not at work when that worker, or the run, is gone. */
+function statusOf(row) {
+	const gone = row.kind === "step" && row.status === "running" && attemptsOf(row).at(-1)?.kind !== "running";
+	return gone ? "stalled" : row.status ?? "pending";
+}
+
+/** The table of a timeline; onOpen(id) brings a child's. */
 export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
-	let errorsOnly = false;
 	const opened = new Map(); // children whose own rows are shown -> their Timeline
+	let errorsOnly = false;
 	let filter = "";
 	let chosen = null;
 	let drawing = null;
@@ -266,11 +259,11 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 	let end;
 	const onlyErrors = button("Errors only", () => {
 		errorsOnly = !errorsOnly;
-		onlyErrors.setAttribute("aria-pressed", String(errorsOnly));
+		setState(onlyErrors, "pressed", errorsOnly);
 		draw();
 	}, "", { "aria-pressed": "false", title: "Only steps that failed or were cut off" });
 	const axis = el("div.track.axis");
-	const table = el("table.waterfall", { "aria-label": "Steps over time" }, el("thead", el("tr", el("th.w-name", "Step"),
+	const table = el("table.waterfall", { label: "Steps over time" }, el("thead", el("tr", el("th.w-name", "Step"),
 		el("th.w-time", "Duration"), el("th.w-track", el("span.offscreen", "Time"), axis))));
 	const rows = virtualRows(table, 3, { keyOf: (row) => row.key, make: makeRow, update: updateRow }, signal);
 	const nothing = el("p.empty");
@@ -280,13 +273,13 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		filter = text.toLowerCase();
 		draw();
 	});
-	const element = el("section.card", el("header", search, el("div.row", onlyErrors, tally)), table, nothing,
+	const element = el("section.card", el("header", search, inRow(onlyErrors, tally)), table, nothing,
 		el("div.body", legend));
 	const observer = new ResizeObserver(schedule);
 	observer.observe(table);
 	signal.addEventListener("abort", () => observer.disconnect());
 
-	/** Draw soon: what comes in a tenth of a second is drawn once. */
+	// What comes in a tenth of a second is drawn once.
 	function schedule() {
 		drawing ??= setTimeout(() => {
 			drawing = null;
@@ -294,7 +287,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		}, 100);
 	}
 
-	/** The rows to show: filtered, and below a child that was unfolded its own steps and children. */
+	/** Below a child that was unfolded stand its own steps and children. */
 	function shownRows() {
 		const fits = (row) => row.name.toLowerCase().includes(filter) && (!errorsOnly || isError(row));
 		const list = [timeline.run];
@@ -327,72 +320,58 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 			: timeline.ended ? "It ended without a step." : "No step has begun yet.");
 		setText(tally, plural(list.filter((row) => row.kind === "step").length, "step"));
 		const kinds = new Set(list.flatMap(barsOf).map(({ kind }) => kind));
-		const words = Object.keys(WORDS).filter((kind) => kinds.has(kind));
-		if (words.join() === legend.words) return;
-		legend.words = words.join();
-		fill(legend, words.map((kind) => el("span", el("i", el(`span.bar.bar-${kind}`)), WORDS[kind])));
+		const shown = Object.keys(WORDS).filter((kind) => kinds.has(kind));
+		once(legend, shown, () =>
+			fill(legend, shown.map((kind) => el("span", el("i", el(`span.bar.is-${kind}`)), WORDS[kind]))));
 	}
 
 	function drawAxis() {
 		const width = axis.clientWidth || 600;
 		const { folds, place } = scale;
 		const ticks = ticksOf(scale, Math.max(2, Math.floor(width / 70)), 46 / width);
-		const drawn = JSON.stringify([width, folds, ticks]);
-		if (drawn === axis.drawn) return;
-		axis.drawn = drawn;
-		fill(axis, ticks.map(({ left, text }) => placed(el("span.tick", text), left, left)),
-			folds.map(({ from, to }) => placed(
-				el("span.fold", { title: `nothing happened for ${duration(to - from)}` }, "⋯"), place(from), place(to))));
+		once(axis, [width, folds, ticks], () => fill(axis,
+			ticks.map(({ left, text }) => el("span.tick", placed(left, left), text)),
+			folds.map(({ from, to }) => el("span.fold",
+				{ title: `nothing happened for ${duration(to - from)}`, ...placed(place(from), place(to)) }, "⋯"))));
 	}
 
 	function makeRow(row) {
 		const [name, symbol, took, track] = [el("span"), el("span"), el("td.w-time"), el("div.track")];
-		const open = button([symbol, name], () => onSelect(node.row), "step-name", { "data-row": "" });
+		const press = button([symbol, name], () => onSelect(node.row), "step-name", { "data-row": "" });
 		const unfold = row.kind === "child" && iconButton("chevron", `Steps of ${row.name}`, async () => {
 			const id = node.row.key;
 			if (!opened.delete(id)) opened.set(id, await onOpen(id));
-			unfold.setAttribute("aria-expanded", String(opened.has(id)));
+			setState(unfold, "expanded", opened.has(id));
 			draw();
 		}, { "aria-expanded": "false" });
 		const node = el("tr", { onclick: (event) => !event.target.closest("button") && onSelect(node.row) },
-			el("td.w-name", unfold ? el("div.unfolds", unfold, open) : open), took, el("td.w-track", track));
-		return Object.assign(node, { name, symbol, took, track, open });
+			el("td.w-name", unfold ? el("div.unfolds", unfold, press) : press), took, el("td.w-track", track));
+		return Object.assign(node, { name, symbol, took, track, press });
 	}
 
 	function updateRow(node, row) {
-		node.row = row;
-		setText(node.name, row.name);
+		const { name, symbol, took, track, press } = Object.assign(node, { row });
+		setText(name, row.name);
 		if (row.depth > 1) node.firstChild.style.paddingLeft = `${1.2 * row.depth - 0.6}rem`;
 		node.classList.toggle("chosen", chosen === row.key);
-		const status = shownStatus(row);
-		if (node.status !== status) {
-			node.status = status;
-			node.open.title = row.name;
-			node.open.setAttribute("aria-label", `${row.name}: ${status.replace("_", " ")}`);
-			node.symbol.className = `status status-${status}`;
-			fill(node.symbol, icon(ICON_OF[row.kind] ?? status));
-		}
+		const status = statusOf(row);
+		once(symbol, status, () => {
+			press.title = row.name;
+			press.setAttribute("aria-label", `${row.name}: ${status.replace("_", " ")}`);
+			symbol.className = `status is-${status}`;
+			fill(symbol, icon(ICON_OF[row.kind] ?? status));
+		});
 		const bars = barsOf(row);
-		setText(node.took, timeOf(row, bars));
 		const { folds, place } = scale;
 		const places = bars.map((bar) => [bar.kind, place(bar.from), place(bar.to ?? end)]);
-		const drawn = JSON.stringify([folds.length, places]);
-		if (node.drawn === drawn) return;
-		node.drawn = drawn;
-		fill(node.track,
-			folds.map(({ from, to }) => placed(el("span.fold"), place(from), place(to))),
-			bars.map((bar, index) => {
-				const [kind, left, right] = places[index];
-				const alive = kind === "running" && bar.to === null ? ".bar-live" : "";
-				const node = placed(el(`span.bar.bar-${kind}${alive}`), left, right);
-				return Object.assign(node, { describe: () => wordsOf(bar) });
-			}));
-	}
-
-	/** A step that its worker began and nobody ended is not at work when that worker, or the run, is gone. */
-	function shownStatus(row) {
-		const gone = row.kind === "step" && row.status === "running" && attemptsOf(row).at(-1)?.kind !== "running";
-		return gone ? "stalled" : row.status ?? "pending";
+		setText(took, timeOf(row, bars));
+		once(track, [folds.length, places], () => fill(track,
+			folds.map(({ from, to }) => el("span.fold", placed(place(from), place(to)))),
+			places.map(([kind, left, right], index) => {
+				const open = kind === "running" && bars[index].to === null ? ".is-open" : "";
+				return Object.assign(el(`span.bar.is-${kind}${open}`, placed(left, right)),
+					{ describe: () => wordsOf(bars[index]) });
+			})));
 	}
 
 	const wordsOf = ({ kind, n, owner, from, to }) => `${WORDS[kind] ?? kind}${n ? `, attempt ${n}` : ""}`

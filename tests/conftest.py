@@ -33,7 +33,9 @@ import tidebase
 ROOT = Path(__file__).resolve().parent.parent
 LEASE_MS = 60_000
 FOREVER_MS = 3_600_000  # a reconciler that ticks only when a test says so
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the processes that tests start would all compile the same modules
+# Else all processes, those of pytest among them, would compile the same modules, in every run.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def eventually(question: Callable[[], Any], seconds: float = 15) -> Any:
@@ -289,24 +291,39 @@ def start_server(lasting_server: LocalServer, database: str) -> Iterator[Callabl
     eventually(lambda: server_threads() <= before)
 
 
+@contextmanager
+def lasting(conninfo: str, **settings: Any) -> Iterator[LocalServer]:
+    """A server for many tests, which does nothing by itself but within in_use: others share its database."""
+    server = LocalServer(config(**settings), conninfo)
+    server.let_send(False)
+    try:
+        yield server.start()
+    finally:
+        server.close()
+
+
+@contextmanager
+def in_use(server: LocalServer) -> Iterator[LocalServer]:
+    """A lasting server as if it had just started; afterwards it is at rest."""
+    server.reconciler.patient_until = 0.0
+    server.recent_claims.by_owner.clear()  # who asked another test's queues
+    server.let_send(True)
+    yield server
+    server.let_send(False)
+    eventually(lambda: not server.watcher.long_polls and not server.sender.in_flight)
+
+
 @pytest.fixture(scope="session")
 def lasting_server(migrated: Psql) -> Iterator[LocalServer]:
-    """It does nothing by itself: tests that do without it share its database."""
-    server = LocalServer(config(), migrated.conninfo)
-    server.let_send(False)
-    yield server.start()
-    server.close()
+    with lasting(migrated.conninfo) as server:
+        yield server
 
 
 @pytest.fixture
 def server(lasting_server: LocalServer, database: str) -> Iterator[LocalServer]:
-    """A server whose reconciler ticks only at api.reconcile(). Test after test has the same, at rest."""
-    lasting_server.reconciler.patient_until = 0.0
-    lasting_server.recent_claims.by_owner.clear()  # who asked another test's queues
-    lasting_server.let_send(True)
-    yield lasting_server
-    lasting_server.let_send(False)
-    eventually(lambda: not lasting_server.watcher.long_polls and not lasting_server.sender.in_flight)
+    """A server whose reconciler ticks only at api.reconcile(). Test after test has the same."""
+    with in_use(lasting_server) as server:
+        yield server
 
 
 def free_port() -> int:

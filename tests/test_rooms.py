@@ -94,7 +94,7 @@ def test_each_room_uses_only_rooms_above_it(path: Path) -> None:
     below = {
         f"{starts[room_of(node.lineno)][1]}, line {used.lineno}: {used.id} of {starts[homes[used.id]][1]}"
         for node in statements for used in ast.walk(node)
-        if isinstance(used, ast.Name) and used.id not in local(node) and homes.get(used.id, -1) > room_of(node.lineno)}
+        if isinstance(used, ast.Name) and homes.get(used.id, -1) > room_of(node.lineno) and used.id not in local(node)}
     assert below == set()
 
 

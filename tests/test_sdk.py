@@ -557,6 +557,54 @@ def test_a_run_whose_task_is_cancelled_with_its_event_loop_did_not_fail(api: Api
     assert run["error"] is None
 
 
+@pytest.mark.parametrize(("options", "status"), [({}, "failed"), ({"side_effects": "email"}, "manual_review")])
+def test_a_step_whose_call_is_cancelled_is_recorded_as_failed_before_its_run_ends(
+    server: Any, api: Api, options: dict[str, Any], status: str
+) -> None:
+    run_id = new_run_id()
+
+    async def flow(run: Any, input: Any) -> str:
+        begun = asyncio.Event()
+
+        async def slow() -> None:
+            begun.set()
+            await asyncio.sleep(60)
+
+        step = asyncio.ensure_future(run.step("slow", slow, **options))
+        await begun.wait()
+        await asyncio.to_thread(eventually, lambda: [each["status"] for each in api.detail(run_id)["steps"]])
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        return await run.step("after", lambda: "went on")
+
+    async def main() -> None:
+        async with AsyncTidebase(server.url) as tide:
+            assert await tide.run("flow", flow, run_id=run_id) == "went on"
+
+    asyncio.run(main())
+    steps = {step["name"]: step for step in api.detail(run_id)["steps"]}
+    assert {name: step["status"] for name, step in steps.items()} == {"slow": status, "after": "completed"}
+    assert steps["slow"]["error"]["name"] == "CancelledError"
+
+
+def test_a_step_that_ends_its_thread_is_recorded_as_failed_before_its_run(server: Any, api: Api) -> None:
+    run_id = new_run_id()
+
+    def flow(run: Any, input: Any) -> None:
+        def leave() -> None:
+            eventually(lambda: [each["status"] for each in api.detail(run_id)["steps"]])  # it is seen as running
+            raise SystemExit("enough")
+
+        run.step("slow", leave)
+
+    with Tidebase(server.url) as tide, pytest.raises(SystemExit):
+        tide.run("flow", flow, run_id=run_id)
+    detail = api.detail(run_id)
+    assert detail["run"]["status"] == "failed"
+    assert [(step["status"], step["error"]["name"]) for step in detail["steps"]] == [("failed", "SystemExit")]
+
+
 def test_what_a_step_is_called_with_is_looked_at_before_its_function_is_called(tide: Any, api: Api) -> None:
     calls: list[str] = []
 

@@ -24,7 +24,20 @@ import pytest
 import requests
 import responses
 import werkzeug.datastructures
-from conftest import LEASE_MS, ROOT, Api, Receiver, config, eventually, free_port, refused
+from conftest import (
+    LEASE_MS,
+    ROOT,
+    Api,
+    LocalServer,
+    Psql,
+    Receiver,
+    config,
+    eventually,
+    free_port,
+    in_use,
+    lasting,
+    refused,
+)
 
 import tidebase
 from tidebase_server import delivery
@@ -35,10 +48,16 @@ HOOK = "http://receiver.test/hook"
 CERTIFICATE = ROOT / "tests/receiver.test.pem"  # of receiver.test, and its key; signed by itself, good for tests only
 
 
+@pytest.fixture(scope="module")
+def signing_server(migrated: Psql) -> Iterator[LocalServer]:
+    with lasting(migrated.conninfo, TIDEBASE_WEBHOOK_SECRET=APP_SECRET) as server:
+        yield server
+
+
 @pytest.fixture
-def api(start_server: Callable[..., Any]) -> Api:
-    server = start_server(TIDEBASE_WEBHOOK_SECRET=APP_SECRET)
-    return Api(server.url, server)
+def api(signing_server: LocalServer, database: str) -> Iterator[Api]:
+    with in_use(signing_server) as server:
+        yield Api(server.url, server)
 
 
 def channel(url: str, *events: str, secret: str | None = SECRET) -> dict[str, Any]:
@@ -694,12 +713,13 @@ def test_a_tls_handshake_that_drips_ends_at_the_deadline(api, raw, monkeypatch):
     eventually(lambda: receiver.ended == 1)
 
 
-def test_a_request_that_nobody_takes_ends_at_the_deadline(api, monkeypatch):
+def test_a_request_that_nobody_takes_ends_at_the_deadline(api, sql, monkeypatch):
     monkeypatch.setattr(tidebase, "SEND_SECONDS", 0.4)
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # its buffers take some of the 8 MB
         run = api.create(channels=[channel(f"http://127.0.0.1:{deaf.getsockname()[1]}/")])
         api.complete(run, result="x" * 8_000_000)
-        assert settled(api, run)[0]["errorText"] == "no complete answer within 0.4 s"
+        error = eventually(lambda: sql("select error_text from tidebase.outbox where error_text is not null"))
+        assert error == [("no complete answer within 0.4 s",)]
 
 
 def test_a_name_that_is_resolved_for_ever_ends_at_the_deadline(api, receiver, resolved, monkeypatch):
@@ -784,10 +804,11 @@ def test_with_all_threads_hanging_the_others_wait_for_one_deadline_at_most(api, 
 
 
 def test_what_is_in_flight_is_claimed_by_nobody_else_while_its_sender_lives(
-        api, start_server, receiver, sql, monkeypatch):
+        start_server, receiver, sql, monkeypatch):
     monkeypatch.setattr(tidebase, "SEND_HOLD_MS", 500)
     monkeypatch.setattr(tidebase, "SEND_RENEW_SECONDS", 0.1)
-    start_server()  # which looks every second for what is due
+    server, _ = start_server(), start_server()  # each looks every second for what is due
+    api = Api(server.url, server)
     receiver.answering.clear()
     run = api.create(channels=[channel(receiver.url)])
     api.complete(run)

@@ -1,0 +1,292 @@
+// The pages of whoever operates the system: queues, workers, schedules and costs.
+
+import { canWrite, get, getText, laterAgain, path, poll, post, put, remove, runsUrl, runUrl, setQuery } from "./api.js";
+import { ask, attempt, button, card, code, compactCount, count, dash, debounce, duration, el, empty, errorText, facts,
+	field, fields, fill, grid, heading, icon, idText, input, link, loading, meters, money, muted, now, number, options,
+	plainTable, plural, row, select, setText, status, strong, tag, time, toast, wholeInstant, zoneNote } from "./dom.js";
+import { bodyOf, download, items, jsonInput, member } from "./payload.js";
+
+// --- queues: how much waits and runs, the last hour minute by minute, caps, pause and resume
+
+export async function queuesPage({ main, signal }) {
+	const hours = new Map(); // queue -> its chart, which is read less often than the counts
+	const runsOf = (queue, name) =>
+		(queue[name] ? link(runsUrl({ queue: queue.name, status: name }), count(queue[name])) : dash("0"));
+	const table = grid((queue) => queue.name, [
+		["Queue", ({ name, config }) =>
+			row(el("a", { href: runsUrl({ queue: name }) }, strong(name)), config?.paused && status("paused"))],
+		["Queued", (queue) => runsOf(queue, "queued"), "num"],
+		["Running", (queue) => el("span", runsOf(queue, "running"),
+			queue.config?.concurrency && ` of ${count(queue.config.concurrency)}`), "num"],
+		["Waiting", (queue) => runsOf(queue, "waiting"), "num"],
+		["Oldest ready", ({ oldestReadyMs }) => (oldestReadyMs ? duration(oldestReadyMs) : dash()), "num"],
+		["Last hour", ({ name }) => hours.get(name)],
+		["Caps", ({ config }) => [config?.concurrency && `${count(config.concurrency)} at once`,
+			config?.ratePerMinute && `${count(config.ratePerMinute)} a minute`, config?.invokeUrl && "push"]
+			.filter(Boolean).join(", ") || dash("none")],
+		canWrite() && ["", (queue) => row(button(queue.config?.paused ? "Resume" : "Pause", () => pause(queue)),
+			button("Edit caps", () => edit(queue), "quiet")), "buttons"],
+	], empty("No queues yet", "A queue is there as soon as something is put on it: ",
+		code('tide.enqueue("report", queue="default")'), "."));
+	fill(main, heading("Queues"), table);
+
+	async function change({ name }, changes) {
+		const done = await attempt(() => put(path`/queues/${name}/config`, changes));
+		await load();
+		return done;
+	}
+
+	async function pause(queue) {
+		const paused = !queue.config?.paused;
+		if (!await change(queue, { paused })) return;
+		toast(paused ? `${queue.name} is paused: it gives out no runs; those that run go on.`
+			: `${queue.name} gives out runs again.`);
+	}
+
+	async function edit(queue) {
+		const of = (name) => input(name, { type: "number", min: 1, value: queue.config?.[name] ?? "" });
+		const values = await ask(`Caps of ${queue.name}`, fields(field("Runs at once", of("concurrency"), "empty: no cap"),
+			field("Claims a minute", of("ratePerMinute"), "empty: no cap")), "Save");
+		if (!values) return;
+		const cap = (name) => Number(values[name]) || null;
+		await change(queue, { concurrency: cap("concurrency"), ratePerMinute: cap("ratePerMinute") });
+	}
+
+	async function load() {
+		const { queues } = await get("/queues");
+		for (const { name } of queues) {
+			if (hours.has(name)) continue;
+			const chart = el("div");
+			hours.set(name, chart);
+			poll(async () => fill(chart, spark((await get(path`/queues/${name}/minutes`)).minutes)), 30_000, signal)
+				.catch(laterAgain);
+		}
+		table.set(queues);
+	}
+	await poll(load, 3000, signal);
+}
+
+/** Claims as bars upwards, failures downwards, a minute each. */
+function spark(minutes) {
+	const [claims, failures] = ["claims", "failures"].map((name) => minutes.map((minute) => minute[name]));
+	const most = Math.max(1, ...claims, ...failures);
+	const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
+	if (sum(claims) + sum(failures) === 0) return dash("quiet");
+	const text = `${plural(sum(claims), "claim")} and ${plural(sum(failures), "failure")} in the last hour,`
+		+ ` at most ${count(most)} in a minute`;
+	const bars = (kind, numbers, room, top) => numbers.map((value, index) => {
+		const height = Math.max(1, (room * value) / most);
+		return value > 0 && el(`rect.${kind}`, { x: index * 2, width: 1.5, y: top(height), height });
+	});
+	return el("svg.spark", { viewBox: "0 0 120 24", role: "img", label: text, preserveAspectRatio: "none" },
+		el("title", text), el("line", { x1: 0, x2: 120, y1: 16.5, y2: 16.5 }),
+		bars("is-running", claims, 15, (height) => 16 - height), bars("is-failed", failures, 7, () => 17));
+}
+
+// --- workers: who asks for work, from which queues, what they hold, and when they were last heard
+
+const QUIET_MS = 60_000;
+const MOST_RUNS = 5; // that are named
+
+export async function workersPage({ main, signal }) {
+	const tally = muted();
+	const table = grid((worker) => worker.id ?? worker.queues.join(), [
+		["Worker", ({ id, quiet }) => row(
+			el(`span.mark.is-${quiet ? "reconnecting" : "live"}`, { title: quiet ? "not heard of for a minute" : "there" }),
+			id ? idText(id) : muted("a client without a name"))],
+		["Queues", ({ queues }) => row((queues ?? []).map(tag))],
+		["Workflows", ({ workflows }) => workflows?.join(", ") ?? muted("all")],
+		["Runs", ({ running, runs }) => el("div", running === 0 && dash("none"),
+			runs.slice(0, MOST_RUNS).map((run) =>
+				el("div", link(runUrl(run.id), run.workflowName), muted(" heard ", time(run.heartbeatAt)))),
+			running > MOST_RUNS && `and ${count(running - MOST_RUNS)} more`)],
+		["Since", ({ since }) => time(since)],
+		["Last heard", ({ heard }) => time(heard)],
+	], empty("No worker has asked for work", "A worker is your own process: ", code('tide.work(queues=["default"])'),
+		". Queued runs wait until one asks."));
+	fill(main, heading("Workers", tally), table);
+
+	await poll(async () => {
+		const { workers } = await get("/workers");
+		setText(tally, workers.length ? plural(workers.length, "worker") : "");
+		table.set(workers.map((worker) => {
+			const heard = worker.lastHeardAt ?? worker.lastAskedAt;
+			return { ...worker, heard, quiet: now() - new Date(heard) > QUIET_MS };
+		}));
+	}, 2500, signal);
+}
+
+// --- schedules: when they fire next, on and off, run now; and a form that shows the next five fires as one types
+
+export async function schedulesPage({ main, signal }) {
+	const table = grid((schedule) => schedule.name, [
+		["Schedule", ({ name }) => strong(name)],
+		["On", ({ enabled }) => (enabled ? status("completed", "on") : status("paused", "off"))],
+		["Cron", ({ cron, timezone }) => el("span", code(cron), muted(` ${timezone}`))],
+		["Workflow", ({ name, workflowName }) => link(runsUrl({ "metadata.schedule": name }), workflowName)],
+		["Queue", ({ queue }) => queue],
+		["Next", ({ enabled, nextRunAt: at }) => (enabled && at ? el("span", time(at, "short"), " ", muted(time(at)))
+			: dash())],
+		["Last", ({ lastEnqueuedAt }) => time(lastEnqueuedAt)],
+		canWrite() && ["", (schedule) => row(button("Run now", () => act(() => runNow(schedule))),
+			button(schedule.enabled ? "Disable" : "Enable", () => act(() => toggle(schedule))),
+			button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger")), "buttons"],
+	], empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once."));
+	fill(main, heading("Schedules", row(zoneNote(),
+		canWrite() && button("New schedule", () => edit(null), "primary"))), table);
+
+	async function act(action) {
+		await attempt(action);
+		await load();
+	}
+
+	async function runNow({ name }) {
+		const { run } = await post(path`/schedules/${name}/run`);
+		toast(`Enqueued as ${run.id}.`);
+	}
+
+	/** Its input goes back as the text that came. */
+	const toggle = ({ name, cron, timezone, workflowName, queue, maxAttempts, enabled, inputText }) =>
+		put(path`/schedules/${name}`,
+			bodyOf({ cron, timezone, workflowName, queue, maxAttempts, enabled: !enabled }, { input: inputText }));
+
+	async function forget({ name }) {
+		const sure = await ask(`Delete ${name}?`, el("p", "It fires no more. Runs that it enqueued stay."), "Delete",
+			"Keep it");
+		if (sure) await act(() => remove(path`/schedules/${name}`));
+	}
+
+	async function edit(schedule) {
+		const values = await askSchedule(schedule);
+		if (!values) return;
+		const { name, input: payload, maxAttempts, ...others } = values;
+		await act(() => put(path`/schedules/${name}`, bodyOf({ ...others, maxAttempts: Number(maxAttempts),
+			enabled: schedule?.enabled ?? true }, { input: payload })));
+	}
+
+	async function load() {
+		const list = items(member(await getText("/schedules"), "schedules"));
+		table.set(list.map((text) => ({ ...JSON.parse(text), inputText: member(text, "input") })));
+	}
+	await poll(load, 5000, signal);
+}
+
+function askSchedule(schedule) {
+	const of = (name, otherwise, attributes = {}) =>
+		input(name, { required: true, value: schedule?.[name] ?? otherwise, ...attributes });
+	const fires = el("div", { role: "status" });
+	const zones = Intl.supportedValuesOf?.("timeZone") ?? ["UTC"];
+	const here = Intl.DateTimeFormat().resolvedOptions().timeZone;
+	const cron = of("cron", "0 9 * * 1-5", { oninput: () => preview(), autocomplete: "off" });
+	const zone = of("timezone", here, { oninput: () => preview(), list: "zones" });
+	const preview = debounce(async () => {
+		const asked = { cron: cron.value, timezone: zone.value };
+		let fault = "";
+		let shown;
+		try {
+			const { next } = await post("/schedules/preview", asked);
+			shown = next.length ? el("ol.fires", next.map((at) => fire(at, asked.timezone))) : muted("It never fires.");
+		} catch (error) {
+			fault = error.message;
+			shown = errorText(fault);
+		}
+		if (asked.cron !== cron.value || asked.timezone !== zone.value) return; // typed on meanwhile
+		cron.setCustomValidity(fault);
+		fill(fires, shown);
+	}, 120);
+	preview();
+	return ask(schedule ? `Schedule ${schedule.name}` : "New schedule", fields(
+		field("Name", of("name", "", { maxlength: 512, readonly: Boolean(schedule) })),
+		field("Workflow", of("workflowName", "")), field("Cron", cron, "minute hour day month weekday"),
+		field("Time zone", zone),
+		el("section.all.payload", el("header", el("h3", "Next fires")), el("div.dialog-body", fires)),
+		field("Queue", of("queue", "default")), field("Attempts", of("maxAttempts", 3, { type: "number", min: 1 })),
+		el("div.all", field("Input", jsonInput("input", { value: schedule?.inputText ?? "{}" }))),
+		el("datalist", { id: "zones" }, options(zones.map((name) => [name])))), "Save");
+}
+
+const FIRE = { weekday: "short", day: "numeric", month: "short", hour: "2-digit", minute: "2-digit",
+	timeZoneName: "short" };
+
+const fire = (at, timeZone) => el("li", { title: wholeInstant(at) },
+	new Date(at).toLocaleString("en-GB", { timeZone, ...FIRE }), muted(" ", time(at)));
+
+// --- costs: the ledger by day, workflow and model; a chart, the numbers beside it, and CSV
+
+const DAY_MS = 864e5;
+const HEADS = { day: "Day", workflow: "Workflow", model: "Model" };
+const PERIODS = [["7", "Last 7 days"], ["30", "Last 30 days"], ["90", "Last 90 days"], ["365", "Last year"]];
+
+export async function costsPage({ main, query }) {
+	const by = select("By", Object.keys(HEADS).map((name) => [name, `By ${name}`]), read);
+	const days = select("Period", PERIODS, read);
+	by.value = query.get("by") ?? "day";
+	days.value = query.get("days") ?? "30";
+	const today = () => Math.floor(Date.now() / DAY_MS);
+	const asked = () => ({ by: by.value, since: new Date((today() - days.value + 1) * DAY_MS).toISOString() });
+	const csv = () => download(() => getText("/usage", { ...asked(), format: "csv" }, { accept: "text/csv" }),
+		`tidebase-costs-by-${by.value}.csv`, "text/csv");
+	const box = loading(load, 8);
+	fill(main, heading("Costs", el("div.filters", by, days, button([icon("download"), "CSV"], csv))), box);
+
+	function read() {
+		setQuery({ by: by.value, days: days.value });
+		box.again();
+	}
+
+	async function load() {
+		const kind = by.value;
+		const { groups } = await get("/usage", asked());
+		if (kind !== by.value) return;
+		if (groups.length === 0) {
+			return fill(box, el("div.card", empty("Nothing was recorded in this time",
+				"Workflows record it: ", code("run.usage.record(model=…, cost_usd=…)"), ".")));
+		}
+		const rows = groups.map((group) => ({ ...group, name: (group[kind] ?? "not named").slice(0, 200),
+			cost: Number(group.costUsd) }));
+		rows.sort((one, other) => (kind === "day" ? other.name.localeCompare(one.name) : other.cost - one.cost));
+		const sum = (name) => rows.reduce((all, row) => all + Number(row[name]), 0);
+		fill(box,
+			facts([["Cost", strong(money(sum("cost")))], ["Tokens in", compactCount(sum("inputTokens"))],
+				["Tokens out", compactCount(sum("outputTokens"))], ["Entries", count(sum("entries"))]]),
+			el("div.split", kind === "day" ? card("Cost by day", el("small", "days in UTC"),
+				dayChart(rows, today(), Number(days.value), Math.min(720, box.clientWidth - 24)))
+				: meters(`Cost by ${kind}`, rows.slice(0, 40).map((row) => [row.name, row.cost])),
+			el("div.card", plainTable(rows.map((row) => [row.name, number(count(row.runs)),
+				number(compactCount(row.totalTokens)), el("td.num", { title: row.costUsd }, money(row.cost))]),
+			[HEADS[kind], ...["Runs", "Tokens", "Cost"].map((word) => el("div.num", word))]))));
+	}
+}
+
+function dayChart(rows, today, days, width) {
+	const [height, left, bottom] = [260, 52, 22];
+	const byDay = new Map(rows.map((row) => [row.name, row]));
+	const most = Math.max(...rows.map((row) => row.cost)) || 1;
+	const size = 10 ** Math.floor(Math.log10(most / 3));
+	const step = [1, 2, 5, 10].map((factor) => factor * size).find((one) => one >= most / 3);
+	const lines = Array.from({ length: Math.ceil(most / step - 1e-9) + 1 }, (_, index) => index * step);
+	const room = (width - left) / days;
+	const base = height - bottom;
+	const top = (value) => 8 + (base - 8) * (1 - value / lines.at(-1));
+	const labelled = Math.ceil(days / Math.floor(width / 85)); // every so many days
+
+	function bar(index) {
+		const day = new Date((today - days + 1 + index) * DAY_MS);
+		const row = byDay.get(day.toISOString().slice(0, 10));
+		const x = left + index * room;
+		const tall = row ? Math.max(1.5, base - top(row.cost)) : 0;
+		return [
+			row?.cost > 0 && el("rect", { x: x + room * 0.14, width: room * 0.72, y: base - tall, height: tall },
+				el("title", `${row.name}: ${money(row.cost)}, ${count(row.runs)} runs`)),
+			(days - 1 - index) % labelled === 0 && el("text",
+				{ x: x + room / 2, y: height - 5, "text-anchor": index > days - 2 ? "end" : "middle" },
+				day.toUTCString().slice(5, 11)),
+		];
+	}
+
+	return el("svg.chart", { viewBox: `0 0 ${width} ${height}`, role: "img",
+		label: "Cost; the numbers stand in the table" },
+	lines.map((value) => [el("line", { x1: left, x2: width, y1: top(value), y2: top(value) }),
+		el("text", { x: left - 8, y: top(value) + 4, "text-anchor": "end" }, money(value))]),
+	Array.from({ length: days }, (_, index) => bar(index)));
+}
