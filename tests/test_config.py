@@ -227,12 +227,13 @@ def test_a_held_claim_is_answered_before_the_end(own, data_dir):
     server = own()
     api = Api(server.url)
     with ThreadPoolExecutor(1) as threads:
-        held = threads.submit(api.claim, waitMs=25_000)
+        held = threads.submit(api.post, "/queues/claim", {"queues": ["default"], "waitMs": 25_000})
         watching = "select from pg_stat_activity where query like '%tidebase.watch(%' and pid <> pg_backend_pid()"
         with psycopg.connect(address_in(data_dir), autocommit=True) as connection:
             eventually(lambda: connection.execute(watching.encode()).fetchall())
         assert server.end(signal.SIGTERM) == 0
-        assert held.result(10) == []
+        assert held.result(10)["runs"] == []
+        assert held.result().headers["connection"] == "close"  # else a busy client would keep the server from its end
 
 
 def test_killed_it_loses_nothing_and_the_next_start_just_works(own, data_dir):

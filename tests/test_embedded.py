@@ -469,6 +469,15 @@ def test_a_data_directory_that_is_gone_does_not_keep_a_server_from_ending(data_d
     eventually(lambda: not is_running(pid), 30)
 
 
+def test_a_python_that_cannot_be_executed_is_named_and_not_the_data_directory(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "python").write_text("")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(programs.EmbeddedError, match=r"python .* cannot be executed") as refused:
+        database.EmbeddedPostgres(tmp_path / "data").start()
+    assert "TIDEBASE_DATA_DIR" not in str(refused.value)
+
+
 def test_the_server_says_in_one_line_that_its_data_directory_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     environment = {"PATH": os.environ["PATH"], "PORT": "0", "TIDEBASE_DATA_DIR": str(tmp_path / "file" / "data")}

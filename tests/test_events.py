@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -397,3 +398,13 @@ def test_what_only_asks_for_the_head_of_a_stream_takes_no_place(start_server):
     for _ in range(4):
         assert api.send("HEAD", f"/runs/{run}/events").status == 200
     assert not server.watcher.long_polls
+
+
+def test_the_answer_to_head_of_a_stream_ends_with_its_head(api):
+    host, port = api.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"HEAD /runs/{api.create()}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.endswith(b"\r\n\r\n")
+    assert answer.count(b"\r\n\r\n") == 1

@@ -255,6 +255,9 @@ class EmbeddedPostgres:
                      *command],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=environment(), check=False,
                     start_new_session=True, pass_fds=[users, keeper_alive, *descriptors])
+            except OSError as error:
+                raise EmbeddedError(f"the python that starts the embedded PostgreSQL cannot be executed: {error}"
+                                    ) from error
             finally:
                 os.close(keeper_alive)
             ended = select.poll()

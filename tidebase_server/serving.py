@@ -76,10 +76,11 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
 
     completed: bool
 
-    def __init__(self, adj: Any, gatekeeper: Gatekeeper, max_body: int) -> None:
+    def __init__(self, adj: Any, gatekeeper: Gatekeeper, max_body: int, is_draining: Callable[[], bool]) -> None:
         super().__init__(adj)
         self.gatekeeper = gatekeeper
         self.max_body = max_body
+        self.is_draining = is_draining
         self.began = time.time()  # as waitress counts
         self.blank_bytes = 0
         self.body_bytes_on_wire = 0
@@ -112,6 +113,12 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         # A body with two lengths: a proxy may believe the other one, and take the rest of the body for another request.
         if (self.chunked and "CONTENT_LENGTH" in self.headers) or "TRANSFER_ENCODING" in self.headers:
             raise waitress.parser.ParsingError("Transfer-Encoding with Content-Length, or in HTTP/1.0")
+        if self.is_draining():
+            self.end_connection()
+
+    def end_connection(self) -> None:
+        """Have the answer say that it ends the connection, and do so, as if the client had asked for that."""
+        self.headers["CONNECTION"] = "close"
 
     def _problem(self, was_in_head: bool) -> Refused | None:
         if isinstance(self.error, Refused):
@@ -146,6 +153,15 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
         so that a client is woken once."""
         with nullcontext() if self.wrote_header else self.channel.one_packet():
             super().write(data)
+        if self.request.command == "HEAD":
+            self.chunked_response = False  # else waitress sends the end of a body that is not there
+
+    def set_close_on_finish(self) -> None:
+        """End the connection after the answer. waitress asks for that, too, when an answer has no Content-Length; one
+        that never has a body (204, 304) needs none."""
+        asked = self.request.headers.get("CONNECTION", "").lower()
+        if self.has_body or self.version == "1.0" or asked == "close":
+            super().set_close_on_finish()
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -223,6 +239,7 @@ class HttpServer:
         self.threads = threads
         self.listener = listener
         self.lock = threading.RLock()  # reentrant: a signal may call wake while close holds it
+        self.is_draining = False
         self.closed = False
         self.channels: dict[int, Any] = {}  # all that the loop looks after, by file number
         self.waitress = waitress.server.create_server(
@@ -237,7 +254,7 @@ class HttpServer:
             outbuf_high_watermark=STREAM_BYTES)
 
         def parser(adj: Any) -> Parser:
-            return Parser(adj, gatekeeper, max_body)
+            return Parser(adj, gatekeeper, max_body, lambda: self.is_draining)
 
         self.waitress.channel_class = type("Channel", (Channel,), {"parser_class": staticmethod(parser)})
 
@@ -247,7 +264,12 @@ class HttpServer:
             self._loop(1)
 
     def drain(self) -> None:
-        """Take no more connections."""
+        """Take no more connections, and end each with its next answer: a client that sends request after request on it
+        would keep the server from its end. To be called by the thread that calls `serve`, after it."""
+        self.is_draining = True
+        for channel in self.waitress.active_channels.values():
+            for request in [*channel.requests, *([channel.request] if channel.request else [])]:
+                request.end_connection()
         self.waitress.del_channel()  # out of the loop first: it takes a closed listener for the end of everything
         self.listener.close()
 
