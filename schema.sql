@@ -3123,6 +3123,14 @@ end $$;
 -- A write is plain when it comes with brief and its run is held by the owner that it names, and it either records a step
 -- that completed and is new, or completes a run that has no parent and no channels; and when all writes of its run before
 -- it are plain. It leaves what record_step and complete_run would.
+-- Parts    given      the writes as rows, numbered n, each with the run that it is of
+--          judged     is_plain: the write is plain by itself
+--          placed     is_first: so are all before it of its run, and none of them completed the run; place: which of its
+--                     run's writes it is
+--          done       the writes in the order given; verb is null for those that are not made here. seq: the number of
+--                     the write's first event
+--          changed    each run: its events counted, its lease extended; or completed
+--          with_steps, with_events, tallied: the new rows
 -- Needs    the runs locked.
 -- Returns  each plain write's answer in its place; null for all others.
 create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])

@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "bed14035f55b5c28bd57aa481f0af728e998838573f2c13af793e8874c3d3316")
+PINNED = (5, "6ef8283281a9812679ae149d22053bcb260c0724bff0ae1dc68ce4d3244f5dce")
 
 
 def apply(conninfo: str) -> None:
