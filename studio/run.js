@@ -521,10 +521,10 @@ function stateTab(model) {
 	}
 
 	return loadedTab(model, /^(state|snapshot)\./, async (box) => {
-		const following = at === versions.length - 1; // at the newest version: it moves on with it
 		const found = [];
 		await readPages(`${model.url}/state/versions`, "stateVersions", { view: "light", limit: 1000 },
 			(some) => found.push(...some));
+		const following = at === versions.length - 1; // at the newest version: it moves on with it
 		versions = found.sort((one, other) => (one.liveVersion ?? 0) - (other.liveVersion ?? 0)
 			|| one.createdAt.localeCompare(other.createdAt));
 		if (versions.length === 0) {

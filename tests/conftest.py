@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +37,11 @@ FOREVER_MS = 3_600_000  # a reconciler that ticks only when a test says so
 # Else all processes, those of pytest among them, would compile the same modules, in every run.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# Files live in memory where there is plenty: PostgreSQL makes and deletes thousands, which is dear on a disk.
+MEMORY = "/dev/shm"
+if ("TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 8 << 30
+        and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC):  # some tests start programs that they have copied
+    os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
 
 
 def eventually(question: Callable[[], Any], seconds: float = 15) -> Any:
@@ -93,6 +99,7 @@ def _tune(embedded: tidebase.EmbeddedPostgres, conninfo: str) -> None:
     with psycopg.connect(conninfo, autocommit=True) as connection:
         # Flushing to disk matters when a machine loses power, which no test does; processes may still be killed.
         connection.execute("alter system set fsync = off")
+        connection.execute("alter system set max_wal_size = '256MB'")  # its files may live in memory
         connection.execute("alter system set max_connections = 400")
         connection.execute("alter system set shared_buffers = '16MB'")  # each connection maps and unmaps them
         connection.execute("alter system set autovacuum_naptime = '5s'")
