@@ -86,8 +86,12 @@ def settled(api: Api, run: str, kind: Callable[[Api, str], list[Any]] = deliveri
         return bool(rows) and all(row["status"] != "pending" or (
             row["attempts"] >= tries and (row["httpStatus"] or row["errorText"])) for row in rows)
 
+    def at_rest() -> bool:
+        with api.server.ticking:  # between the claim of a webhook and its note that it is in flight there is a moment
+            return not api.server.sender.in_flight
+
     eventually(done)
-    eventually(lambda: not api.server.sender.in_flight)
+    eventually(at_rest)
     return kind(api, run)[::-1]
 
 
