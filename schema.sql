@@ -3777,11 +3777,12 @@ begin
 end $$;
 
 -- Renews claims for another p_hold_ms: of webhooks that were neither settled nor claimed by another sender meanwhile, and
--- that are not locked, since whoever locks them does so.
+-- that are not locked, since whoever locks them does so. One that is to be tried again has the same attempt until then: its
+-- next try is put off at most, to the end of p_hold_ms, and never brought forward.
 create or replace function tidebase.renew_webhooks (p_ids text[], p_attempts integer[], p_hold_ms bigint)
   returns void language plpgsql as $$
 begin
-  update tidebase.outbox set next_attempt_at = tidebase.now() + tidebase._ms(p_hold_ms)
+  update tidebase.outbox set next_attempt_at = greatest(next_attempt_at, tidebase.now() + tidebase._ms(p_hold_ms))
    where seq in (select o.seq from unnest(p_ids, p_attempts) as claim (id, attempt)
                    join tidebase.outbox o on o.id = claim.id and o.attempts = claim.attempt
                   where o.status = 'pending' for update of o skip locked);

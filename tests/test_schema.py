@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "6ef8283281a9812679ae149d22053bcb260c0724bff0ae1dc68ce4d3244f5dce")
+PINNED = (5, "d3067b280308a1523ee09b00764a90f07963717f61a69719a704637f8eb9c481")
 
 
 def apply(conninfo: str) -> None:
