@@ -94,7 +94,7 @@ def output_of(command: list[str]) -> str:
 def is_running(pid: int | None) -> bool:
     try:
         return pid is not None and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end between the opening and the reading
         return False
 
 
