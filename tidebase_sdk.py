@@ -312,23 +312,13 @@ class op(Generic[P, T]):
     def __init__(self, logic: Callable[Concatenate[Any, P], Op[T]]) -> None:
         @functools.wraps(logic)
         def blocking(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
-            try:
+            with _own_frames_hidden:
                 return cast(T, surface._client._driver.drive(logic(surface, *args, **kwargs)))
-            except BaseException as error:
-                _hide_frames(error)
-                if sys.version_info < (3, 11):  # `raise` alone takes the frames that it had
-                    raise error
-                raise
 
         @functools.wraps(logic)
         async def awaited(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
-            try:
+            with _own_frames_hidden:
                 return cast(T, await surface._client._driver.drive(logic(surface, *args, **kwargs)))
-            except BaseException as error:
-                _hide_frames(error)
-                if sys.version_info < (3, 11):  # `raise` alone takes the frames that it had
-                    raise error
-                raise
 
         self._logic, self._blocking, self._awaited = logic, blocking, awaited
         self.__doc__ = logic.__doc__
@@ -4155,6 +4145,21 @@ def _hide_frames(error: BaseException) -> None:
             part.__traceback__ = shown
         part = part.__cause__ or part.__context__
 
+
+class _OwnFramesHidden:
+    """Around what a user calls: an exception shows the user's frames alone."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            _hide_frames(error)
+            if sys.version_info < (3, 11):  # it raises the exception again with the frames that it had
+                raise error
+
+
+_own_frames_hidden = _OwnFramesHidden()
 
 _REFUSALS: dict[str, type[TidebaseError]] = {
     "lease_lost": LeaseLost,
