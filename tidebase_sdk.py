@@ -1618,8 +1618,7 @@ class _Lease:
     def boundary(self) -> None:
         """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
         self.fence()
-        if self.refused is not None:
-            self.check_not_refused()
+        self.check_not_refused()
         for lease in self.line:
             if lease.suspended or lease.leaving.locked():
                 raise RunSuspended
