@@ -1,9 +1,7 @@
-// Addresses of the page's views, and the server: requests, refusals, and streams of events.
-//
-// The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch,
-// since EventSource can send none. Reads of a page are given up when it is left.
+// Addresses of the page's views, and the server: requests, refusals, and streams of events, which are read with fetch,
+// since EventSource cannot send the API key's header. Reads of a page are given up when it is left.
 
-/** A path with its parts escaped: path`/runs/${id}/cancel`. */
+/** path`/runs/${id}/cancel`: its parts are escaped. */
 export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
 
 export function query(values) {
@@ -30,7 +28,7 @@ export function navigate(url, { replace = false } = {}) {
 
 export const goBack = () => (history.state?.depth ? history.back() : navigate("/studio/runs"));
 
-/** Change parameters of this address, null takes one out; the view is not opened again. */
+/** Null takes a parameter out. The view is not opened again. */
 export function setQuery(changes) {
 	const url = new URL(location.href);
 	for (const [name, value] of Object.entries(changes)) {
@@ -111,10 +109,9 @@ export const post = async (url, body = {}, options = {}) => JSON.parse(await pos
 export const put = (url, body) => send("PUT", url, { body });
 export const remove = (url) => send("DELETE", url);
 
-/** Let the browser draw and take input: what is long is done in slices. */
+/** Let the browser draw and take input. */
 export const breathe = () => new Promise((resolve) => setTimeout(resolve));
 
-/** Read a list that comes in pages; take() gets one after the other. */
 export async function readPages(url, name, parameters, take) {
 	for (let { after } = parameters, more = true; more; more = after) {
 		const answer = await get(url, { ...parameters, after });
@@ -124,7 +121,7 @@ export async function readPages(url, name, parameters, take) {
 	}
 }
 
-/** A refusal is left to the next try, which comes by itself. All else is a fault of this page. */
+/** A refusal is left to the next try. All else is a fault of this page. */
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
 }
@@ -152,7 +149,7 @@ export async function every(load, milliseconds, signal) {
 	}
 }
 
-/** The same, and first of all now; a failure of that is the caller's. */
+/** Now, too; a failure of that is the caller's. */
 export async function poll(load, milliseconds, signal) {
 	try {
 		await load();
@@ -165,10 +162,7 @@ const RETRY_MS = [300, 1000, 2000, 5000];
 const STALE_MS = 20_000; // this long without a connection, the page says that it is stale
 const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
 
-/**
- * Follow a run's events, from number to number. onEvents gets all that came at once, in order, as [{seq, text}];
- * onState live, reconnecting, stale, paused or not live.
- */
+/** Follow a run's events. onEvents gets what came at once, [{seq, text}]; onState how fresh they are, in a word. */
 export async function follow(runId, after, onEvents, onState, signal) {
 	let failures = 0;
 	let lostAt = null;
@@ -223,7 +217,7 @@ async function* eventsIn(body) {
 	}
 }
 
-// --- what the list of runs asks for: here, so that it is asked before the other modules are there
+// --- the list of runs: asked for here, before the other modules have come
 
 export const PAGE_SIZE = 50;
 export const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
@@ -237,7 +231,7 @@ export function readAddress(parameters) {
 export const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
 export const readPage = (...asked) => get("/runs", pageQuery(...asked));
 
-/** Answers on their way, each for its first reader, when the page begins with the list. */
+/** Answers on their way, each for its first reader. */
 export const early = { session: null, runs: null };
 if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
 	early.session = get("/session");

@@ -1,6 +1,5 @@
-// The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once.
-//
-// POST /changes says which ids stand on the page now, and sends only the rows whose version differs.
+// The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once. POST /changes
+// says which ids stand on the page now, and sends only the rows whose version differs.
 
 import { canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post, query as toQuery,
 	readAddress, readPage, runsUrl, runUrl } from "./api.js";
@@ -37,10 +36,10 @@ export async function runsPage({ main, query, signal }) {
 	const period = select("Created", PERIODS, () =>
 		change({ since: period.value && hoursAgo(period.value), until: null }));
 	const all = checkbox("Select all runs on this page", () => choose(rows.map((run) => run.id), all.checked));
-	const table = grid((run) => run.id, [
+	const table = grid("id", [
 		canWrite() && [all, (run) => checkbox(`Select ${run.workflowName} ${run.id}`,
 			({ target }) => choose([run.id], target.checked)), "c-select"],
-		["Status", (run) => status(shownStatus(run)), "c-status"],
+		["Status", runStatus, "c-status"],
 		["Run", ({ id, workflowName }) => el("div.run-name",
 			el("a", { href: runUrl(id), title: workflowName, "data-row": "" }, workflowName), shortCode(id)), "c-name"],
 		["Why, or how it ended", (run) => {
@@ -49,9 +48,9 @@ export async function runsPage({ main, query, signal }) {
 			return line;
 		}, "c-why"],
 		["Queue", ({ queue }) => queue ?? dash(), "c-queue"],
-		["Attempt", ({ attempt, maxAttempts }) => (maxAttempts > 1 ? `${attempt} of ${maxAttempts}` : attempt), "c-attempt"],
+		["Attempt", attemptWords, "c-attempt"],
 		["Duration", runDuration, "c-duration"],
-		["Created", ({ createdAt }) => time(createdAt), "c-time"],
+		["Created", "createdAt", "c-time"],
 	], null, { kind: "runs", onRow(row, run) {
 		const chosen = allMatching || selected.has(run.id);
 		setState(row, "selected", chosen);
@@ -241,14 +240,14 @@ function readSearch(words) {
 	return { ...found, text };
 }
 
-/** Say how many it is for, ask, do it in batches, show a result for each. Resolves to whether it was begun. */
+/** Resolves to whether it was begun. */
 async function runBulk(action, target) {
 	const [title, past, kind] = ACTIONS[action];
 	const { count: many, more, sample, cursor: start } = await post("/bulk", { action, ...target, dryRun: true });
 	if (many === 0) return toast(`None of them can be ${past}.`);
 	const words = `${title} ${count(many, more)} ${many === 1 ? "run" : "runs"}`;
 	const asked = await ask(`${words}?`, [
-		el("div.card", plainTable(sample.map((run) => [status(shownStatus(run)), run.workflowName, shortCode(run.id)]))),
+		el("div.card", plainTable(sample.map((run) => [runStatus(run), run.workflowName, shortCode(run.id)]))),
 		many > sample.length && muted(`and ${count(many - sample.length)} more`),
 		action === "cancel" && field("Reason", input("reason")),
 		action === "delete" && el("p", "Their steps, events and state go with them. This cannot be undone."),
@@ -314,6 +313,9 @@ export function outcome({ whyDetail, why, status, error, failureClass, cancelAct
 }
 
 export const shownStatus = (run) => (run.stalled ? "stalled" : run.status);
+export const runStatus = (run) => status(shownStatus(run));
+
+export const attemptWords = ({ attempt, maxAttempts }) => (maxAttempts > 1 ? `${attempt} of ${maxAttempts}` : attempt);
 
 export const runDuration = (run) => (run.completedAt ? duration(run.durationMs ?? 0)
 	: run.status === "running" ? time(run.createdAt, "since") : dash());

@@ -1,14 +1,11 @@
-// The waterfall: a run's steps, gates, waits and children over time.
-//
-// Timeline turns events and rows into spans, one event at a time, and keeps what it worked out for each row: one more
-// event costs the same in a run of a thousand steps.
+// The waterfall: a run's steps, gates, waits and children over time. Timeline turns events and rows into spans, and
+// keeps what it worked out for each row: one more event costs the same in a run of a thousand steps.
 
 import { button, duration, el, fill, icon, iconButton, muted, now, once, plural, row as inRow, searchInput, setState,
 	setText, show, virtualRows, wholeInstant } from "./dom.js";
 
 const ms = (iso) => (iso ? Date.parse(iso) : null);
 
-// what bars show, in the words of the legend
 const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", held: "held",
 	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", manual_review: "no outcome",
 	cancelled: "ended with the run" };
@@ -43,8 +40,7 @@ export class Timeline {
 		this.run = this.row("run", "run", "run"); // its attempts are the claims
 	}
 
-	/** The row with this key; its bars are worked out again. */
-	row(key, kind, name) {
+		row(key, kind, name) {
 		if (!this.rows.has(key)) {
 			this.rows.set(key, { key, kind, name, spans: [], status: null, depth: 0 });
 			this.order = null;
@@ -149,7 +145,7 @@ export class Timeline {
 		if (shown && !(at < ms(row.step?.updatedAt))) row.status = shown; // a row that was read after this event knows better
 	}
 
-	/** What is drawn of a row: its spans, what follows from them, and where its output was used again. */
+	/** Its spans, what follows from them, and where its output was used again. */
 	bars(row) {
 		if (row.bars) return row.bars;
 		const bars = row.copied ? [{ kind: "replayed", from: this.created, to: this.created }] : [];
@@ -169,8 +165,7 @@ export class Timeline {
 		return row.bars = bars;
 	}
 
-	/** All rows but the run's, in the order of their begin; of children its own. */
-	ordered() {
+		ordered() {
 		const begin = (row) => row.spans[0]?.from ?? (row.copied ? 0 : Infinity);
 		const compare = (one, other) => (one.step && other.step ? one.step.position - other.step.position
 			: begin(one) - begin(other));
@@ -242,13 +237,13 @@ const placed = (from, to) => ({ style: { left: percent(from), width: percent(to 
 const isError = (row) => /^failed|manual_review/.test(row.status)
 	|| attemptsOf(row).some(({ kind }) => kind === "failed" || kind === "cut");
 
-/** A step that its worker began is not at work when that worker, or the run, is gone. */
+/** A step is not at work when its worker, or the run, is gone. */
 function statusOf(row) {
 	const gone = row.kind === "step" && row.status === "running" && attemptsOf(row).at(-1)?.kind !== "running";
 	return gone ? "stalled" : row.status ?? "pending";
 }
 
-/** The table of a timeline; onOpen(id) brings a child's. */
+/** onOpen(id) brings a child's timeline. */
 export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 	const opened = new Map(); // children whose own rows are shown -> their Timeline
 	let errorsOnly = false;
