@@ -56,7 +56,7 @@ export function setWaiting(count) {
 
 const KEY = "tidebase.key";
 
-/** A refusal of the server; `status` 0: it could not be reached. */
+/** `status` 0: the server could not be reached. */
 export class ApiError extends Error {
 	constructor(status, body) {
 		super(body.issues?.map((issue) => `${issue.path}: ${issue.message}`).join("; ")
@@ -77,14 +77,13 @@ export function keepKey(key) {
 }
 
 export const watch = { onUnauthorized() {}, onReachable() {} };
-let leaving = null; // ends the reads of the page that is open
+let leaving = null;
 export const setPageSignal = (signal) => { leaving = signal; };
 
 async function send(method, url, { body, signal, accept = "application/json", key = session.key } = {}) {
 	const headers = { accept };
 	if (key) headers.authorization = `Bearer ${key}`;
 	if (body !== undefined) headers["content-type"] = "application/json";
-	// A string is JSON already: a payload that somebody typed goes out as it was typed.
 	if (typeof body === "object") body = JSON.stringify(body);
 	let response;
 	try {
@@ -110,7 +109,7 @@ export const put = (url, body) => send("PUT", url, { body });
 export const remove = (url) => send("DELETE", url);
 
 /** Let the browser draw and take input. */
-export const breathe = () => new Promise((resolve) => setTimeout(resolve));
+export const breathe = (milliseconds = 0) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 export async function readPages(url, name, parameters, take) {
 	for (let { after } = parameters, more = true; more; more = after) {
@@ -128,7 +127,7 @@ export function laterAgain(error) {
 
 // --- what goes on by itself, while the tab is visible
 
-/** Resolves after so long, and at once when the tab is hidden or shown, or somebody decided something. */
+/** Ends early when the tab is hidden or shown, or somebody decided something. */
 const pause = (milliseconds) => new Promise((resolve) => {
 	const listening = new AbortController();
 	const end = () => {
@@ -137,9 +136,7 @@ const pause = (milliseconds) => new Promise((resolve) => {
 		resolve();
 	};
 	const timer = setTimeout(end, milliseconds);
-	for (const name of ["visibilitychange", "decided"]) {
-		document.addEventListener(name, end, { signal: listening.signal });
-	}
+	for (const name of ["visibilitychange", "decided"]) document.addEventListener(name, end, { signal: listening.signal });
 });
 
 export async function every(load, milliseconds, signal) {
@@ -159,8 +156,8 @@ export async function poll(load, milliseconds, signal) {
 }
 
 const RETRY_MS = [300, 1000, 2000, 5000];
-const STALE_MS = 20_000; // this long without a connection, the page says that it is stale
-const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
+const STALE_MS = 20_000; // without a connection
+const SILENT_MS = 40_000; // the server says something every 15 s: after so long the connection is dead
 
 /** Follow a run's events. onEvents gets what came at once, [{seq, text}]; onState how fresh they are, in a word. */
 export async function follow(runId, after, onEvents, onState, signal) {

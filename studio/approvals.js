@@ -10,11 +10,10 @@ import { errorLine } from "./runs.js";
 
 const ACTOR = "tidebase.actor";
 
-/** The name under which decisions are recorded. */
 export const actor = () => localStorage.getItem(ACTOR) ?? "";
 const actorField = () => field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() }));
 
-/** A form whose buttons [value, word, class] send a decision with its values. Enter in a field decides nothing. */
+/** Its buttons [value, word, class] send a decision with the form's values. Enter in a field decides nothing. */
 function decisionForm(content, buttons, send, onDone) {
 	const fault = errorText();
 	const form = el("form.stack", {

@@ -2,7 +2,7 @@
 
 import { every, follow, get, laterAgain, path, post, runUrl } from "./api.js";
 import { ask, between, button, card, dash, debounce, el, empty, facts, field, fill, grid, heading, idText, money, muted,
-	options, plural, row, setText, show, skeleton, status, strong, time } from "./dom.js";
+	options, plural, row, select, setText, show, skeleton, status, strong, time } from "./dom.js";
 import { bodyOf, diffTable, jsonInput, readPayload } from "./payload.js";
 import { outcome, runDuration, runStatus } from "./runs.js";
 
@@ -20,6 +20,10 @@ export async function askFork(run) {
 	const from = el("select", { name: "fromStep", onchange: draw },
 		options([...steps.map(({ name }) => [name, name]), ["", "the end: reuse all completed steps"]]));
 	from.value = (steps.find(({ status: is }) => is !== "completed") ?? steps.at(-1))?.name ?? "";
+	const queue = select("Queue", [[run.light.queue ?? "", run.light.queue ?? "none"]]);
+	queue.name = "queue";
+	get("/queues").then(({ queues }) => queue.append(...options(queues.map(({ name }) => [name, name])
+		.filter(([name]) => name !== run.light.queue))), laterAgain);
 	const payload = jsonInput("input", { value: given });
 	payload.addEventListener("input", draw);
 	function draw() {
@@ -33,16 +37,16 @@ export async function askFork(run) {
 	draw();
 	const values = await ask("Fork this run", [
 		el("p", "A new run of the same workflow. It begins with copies of the checkpoints before the step that you choose."),
-		field("Run again from", from), preview, field("Input", payload), note,
+		field("Run again from", from), preview, field("Queue", queue), field("Input", payload), note,
 	], "Fork");
 	if (!values) return null;
-	const body = bodyOf({ fromStep: values.fromStep }, { input: values.input === given ? null : values.input });
+	const { fromStep, queue: chosen, input } = values;
+	const body = bodyOf({ fromStep, queue: chosen }, { input: input === given ? null : input });
 	return (await post(`${run.url}/fork`, body)).run;
 }
 
 const LONGEST = 65_536; // bytes of an output that is compared by itself
 const MOST = 200; // outputs that are
-const REFRESH_MS = 3000;
 
 export async function comparePage({ main, query, signal }) {
 	const sides = ["a", "b"].map((name) => ({ id: query.get(name), steps: new Map(), head: el("div", skeleton(2)) }));
@@ -113,5 +117,5 @@ export async function comparePage({ main, query, signal }) {
 	await load();
 	const again = debounce(() => load().catch(laterAgain), 300);
 	follow(second.id, second.run.eventSeq, again, () => {}, signal); // one stream a tab: the second is the one under way
-	every(async () => sides.every((side) => side.run.completedAt) || again(), REFRESH_MS, signal);
+	every(async () => sides.every((side) => side.run.completedAt) || again(), 3000, signal);
 }

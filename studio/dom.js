@@ -110,9 +110,9 @@ export function grid(key, columns, nothing = null, { kind = "stacked", onRow } =
 	} });
 }
 
-const MARGIN = 12; // rows drawn above and below the screen
+const MARGIN = 12; // rows above and below the screen
 
-/** Rows of one height; those near the screen are elements, an empty body above and one below stand for the rest. */
+/** Rows of one height: those near the screen are elements, an empty body above and one below stand for the rest. */
 export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 	const pad = () => el("tbody.pad", { "aria-hidden": "true" }, el("tr", el("td", { colspan: columns })));
 	const [above, body, below] = [pad(), el("tbody"), pad()];
@@ -143,10 +143,20 @@ export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 	for (const name of ["scroll", "resize"]) {
 		addEventListener(name, () => { frame ??= requestAnimationFrame(draw); }, { passive: true, signal });
 	}
-	return { draw, set(list) {
+	function set(list) {
 		items = list;
 		draw();
-	} };
+	}
+
+	/** Scroll to an item and give it the focus. */
+	function reveal(item) {
+		scrollBy(0, body.getBoundingClientRect().top + (items.indexOf(item) - first) * height - innerHeight / 2);
+		draw();
+		[...body.children].find((node) => node.dataset.key === keyOf(item))?.querySelector("[data-row]")
+			.focus({ preventScroll: true });
+	}
+
+	return { draw, set, reveal };
 }
 
 // --- icons: a status differs by its shape and not only by its colour
@@ -203,7 +213,6 @@ function written(at) {
 	return `${local.toUTCString().slice(0, 25)}.${local.toISOString().slice(20, 23)}`;
 }
 
-/** "14:02:10" today, "24 Nov 14:02" this year, else with the year. */
 function shortTime(at) {
 	const [text, today] = [written(at), written(new Date(now()))];
 	if (text.slice(0, 16) === today.slice(0, 16)) return text.slice(17, 25);
@@ -214,7 +223,7 @@ export const wholeInstant = (at) => `${written(new Date(at))} (${zoneName()})\n$
 
 const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 
-/** "12 ms", "2.4 s", "12 s", "3 min 20 s", "2 h 5 min", "4 d 3 h". */
+/** "12 ms", "2.4 s", "3 min 20 s", "4 d 3 h". */
 export function duration(milliseconds) {
 	const ms = Math.max(0, milliseconds);
 	if (ms < 1000) return `${Math.round(ms)} ms`;
@@ -372,7 +381,7 @@ export const copyButton = (text, label, word = null) => button([icon("copy"), wo
 export const idText = (id, shown = id) => el("span.id", code(shown), copyButton(id, `Copy ${id}`));
 
 const toasts = el("div.toasts", { role: "alert" });
-const foreground = () => document.querySelector("dialog[open]") ?? document.body; // a modal dialog makes the rest inert
+const foreground = () => document.querySelector("dialog[open]") ?? document.body; // all else is inert
 
 export function toast(text, kind = "completed") {
 	const note = el(`div.toast.is-${kind}`, el("span", text),
@@ -382,7 +391,7 @@ export function toast(text, kind = "completed") {
 	if (kind !== "failed") setTimeout(() => note.remove(), 4000);
 }
 
-/** A modal dialog; `closed` resolves to the value of the button that submitted its form, or "". */
+/** `closed` resolves to the value of the button that submitted the form, or "". */
 export function dialog(title, content, ...buttons) {
 	const form = el("form", { method: "dialog" },
 		el("header", el("h2", title), iconButton("close", "Close", () => box.close(""))),

@@ -25,7 +25,7 @@ export async function queuesPage({ main, signal }) {
 			config?.ratePerMinute && `${count(config.ratePerMinute)} a minute`, config?.invokeUrl && "push"]
 			.filter(Boolean).join(", ") || dash("none")],
 		canWrite() && ["", (queue) => row(button(queue.config?.paused ? "Resume" : "Pause", () => pause(queue)),
-			button("Edit caps", () => edit(queue), "quiet")), "buttons"],
+			button("Edit", () => edit(queue), "quiet")), "buttons"],
 	], empty("No queues yet", "A queue is there as soon as something is put on it: ",
 		code('tide.enqueue("report", queue="default")'), "."));
 	fill(main, heading("Queues"), table);
@@ -43,12 +43,18 @@ export async function queuesPage({ main, signal }) {
 	}
 
 	async function edit(queue) {
-		const of = (name) => input(name, { type: "number", min: 1, value: queue.config?.[name] ?? "" });
-		const values = await ask(`Caps of ${queue.name}`, fields(field("Runs at once", of("concurrency"), "empty: no cap"),
-			field("Claims a minute", of("ratePerMinute"), "empty: no cap")), "Save");
+		const before = queue.config ?? {};
+		const of = (name, type) => input(name, { type, min: 1, value: before[name] ?? "" });
+		const values = await ask(`Queue ${queue.name}`, fields(
+			field("Runs at once", of("concurrency", "number"), "empty: no cap"),
+			field("Claims a minute", of("ratePerMinute", "number"), "empty: no cap"),
+			el("div.all", field("Push to", of("invokeUrl", "url"), "The app's address, to which ready runs are offered."
+				+ " Empty: workers ask for them."))), "Save");
 		if (!values) return;
 		const cap = (name) => Number(values[name]) || null;
-		await change(queue, { concurrency: cap("concurrency"), ratePerMinute: cap("ratePerMinute") });
+		const push = { invokeUrl: values.invokeUrl || null };
+		await change(queue, { concurrency: cap("concurrency"), ratePerMinute: cap("ratePerMinute"),
+			...(values.invokeUrl === (before.invokeUrl ?? "") ? {} : push) }); // it is shown without its password
 	}
 
 	async function load() {
@@ -65,7 +71,7 @@ export async function queuesPage({ main, signal }) {
 	await poll(load, 3000, signal);
 }
 
-/** Claims as bars upwards, failures downwards, a minute each. */
+/** Claims upwards, failures downwards, a minute each. */
 function spark(minutes) {
 	const [claims, failures] = ["claims", "failures"].map((name) => minutes.map((minute) => minute[name]));
 	const most = Math.max(1, ...claims, ...failures);

@@ -107,7 +107,7 @@ function frame(title, text, { complete = true, size, whole, name, toRead = false
 	pre, !complete && el("p.more", `The first 64 KB of ${bytes(size)}. Download or copy it for the whole.`));
 }
 
-/** A text that is here already; toRead: laid out for people first. */
+/** A text that is here already. */
 export const inlinePayload = (title, text, name, toRead = false) =>
 	frame(title, text, { size: new Blob([text]).size, whole: () => text, name, toRead });
 

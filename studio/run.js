@@ -1,7 +1,5 @@
-// The page of a run: what it is, why it waits, whether a rerun is safe, and what happened, live.
-//
-// LiveRun is what is known of the run: read once, then kept up to date by the run's stream of events, seq by seq. The
-// parts of the page draw from it: header with verdict, tabs, side panel. What is open, selected and scrolled stays.
+// The page of a run. LiveRun is what is known of it: read once, then kept up to date by its stream of events, by seq.
+// The parts of the page draw from it: header with verdict, tabs, side panel. What is open, selected and scrolled stays.
 
 import { breathe, canWrite, compareUrl, every, follow, get, laterAgain, navigate, path, post, readPages, runsUrl,
 	runUrl, session, setQuery, setTitle } from "./api.js";
@@ -20,7 +18,12 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	await run.readSummary();
 	const stepsRead = run.readSteps();
 	const waterfall = makeWaterfall(run.timeline, { signal, onSelect: open, onOpen: readTimeline });
-	const header = makeHeader(run, stepsRead);
+	const header = makeHeader(run, stepsRead, ({ id: stepId }) => {
+		const row = run.timeline.rows.get(stepId);
+		tabs.open("timeline");
+		open(row);
+		waterfall.reveal(row);
+	});
 	const panel = makePanel(run, () => {
 		waterfall.choose(null);
 		setQuery({ step: null });
@@ -39,7 +42,10 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		}
 	}
 
-	run.onRows = waterfall.schedule;
+	run.onRows = () => {
+		header.draw();
+		waterfall.schedule();
+	};
 	run.onSummary = () => {
 		header.draw();
 		panel.drawRun();
@@ -53,8 +59,8 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	run.onSummary();
 	await stepsRead;
 	run.readOthers();
-	await breathe();
 	tabs.open(query.get("tab"));
+	await breathe(30); // the browser lays it out: drawing the waterfall would do so in the same task
 	const chosen = run.timeline.rows.get(query.get("step"));
 	if (chosen) open(chosen);
 	waterfall.draw();
@@ -69,7 +75,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	};
 }
 
-/** The rows of a child that is unfolded in the waterfall, as they are now. */
+/** Of a child that is unfolded. */
 async function readTimeline(id) {
 	const [{ run }, { steps }] = await Promise.all([
 		get(path`/runs/${id}/summary`), get(path`/runs/${id}/steps`, { limit: 500 })]);
@@ -97,13 +103,20 @@ class LiveRun {
 		Object.assign(this, { id, signal, url: path`/runs/${id}`, timeline: new Timeline(session.leaseMs, id) });
 	}
 
-	// The page hears of a new summary, of events, and of rows of the waterfall.
 	onSummary() {}
 	onEvents() {}
 	onRows() {}
 
 	get isLive() {
 		return !this.light.completedAt;
+	}
+
+	/** The step in which the run's error happened. */
+	get failedStep() {
+		const { name, message } = this.light.error ?? {};
+		const steps = [...this.steps.values()].reverse();
+		return steps.find(({ error }) => name && error?.name === name && error.message === message)
+			?? (/LeaseExpired|Review/.test(name) && steps.find(({ status: is }) => /running|manual_review/.test(is)));
 	}
 
 	/** `light`: the run as lists have it. Beside it counts, cost, state, parent and durationMs. */
@@ -120,7 +133,6 @@ class LiveRun {
 		this.lastPosition = Math.max(this.lastPosition, step.position);
 	}
 
-	/** Read the steps behind those that were read. */
 	async readSteps() {
 		await readPages(`${this.url}/steps`, "steps", { after: this.lastPosition || null, limit: 500 },
 			(steps) => steps.forEach((step) => this.keepStep(step)));
@@ -181,9 +193,9 @@ class LiveRun {
 	}
 }
 
-// --- the header: name, status, why, facts and actions; below it the verdict on a rerun, with what follows from it
+// --- the header, and below it the verdict on a rerun
 
-function makeHeader(run, stepsRead) {
+function makeHeader(run, stepsRead, showStep) {
 	const { id, light: { workflowName } } = run;
 	const mark = el("span.mark", { role: "status" }, "loading");
 	const [badge, why, about, actions] = [el("span"), el("p.why"), el("div"), el("div.row")];
@@ -193,18 +205,19 @@ function makeHeader(run, stepsRead) {
 		el("div.spread", el("h1", el("a", { href: runsUrl({ workflow: workflowName }) }, workflowName), badge), actions),
 		el("div.spread", idText(id), mark), why, about);
 
-	/** A part is built again when it says something else. */
 	function draw() {
 		const { light, cost } = run;
 		const shown = shownStatus(light);
 		setTitle(`${workflowName} ${shown}`);
 		once(badge, shown, () => fill(badge, status(shown)));
-		once(why, [shown, light.whyDetail, light.error, light.cancelReason], () => {
+		const step = /failed|queued/.test(shown) && run.failedStep;
+		once(why, [shown, light.whyDetail, light.error, light.cancelReason, step?.id], () => {
 			const line = outcome(light);
 			why.className = `why is-${shown}`;
 			show(why, line);
 			fill(why, el("span", line), light.status === "failed" && isCut(light.error)
-				&& button("Show all of it", showError, "quiet"));
+				&& button("Show all of it", showError, "quiet"),
+			step && button(`In step ${step.name}`, () => showStep(step), "quiet"));
 		});
 		once(about, [light, cost], () => fill(about, aboutRun(run)));
 		drawActions();
@@ -216,7 +229,7 @@ function makeHeader(run, stepsRead) {
 	}
 
 	const showError = async () =>
-		fill(why, el("span.error-text", errorLine(JSON.parse(await readPayload(id, "error")))));
+		fill(why.firstChild, el("span.error-text", errorLine(JSON.parse(await readPayload(id, "error")))));
 
 	function actionButton(name, primary) {
 		const [word, action, kind] = ACTIONS[name];
@@ -367,14 +380,14 @@ function makeTabs(run, panel, timeline) {
 	} };
 }
 
-// --- the side panel: a step, an event or a delivery that was opened, else the run's own payloads
+// --- the side panel: what was opened, else the run's own payloads
 
 function makePanel(run, onClose) {
 	const element = el("aside.card.side", { label: "Details" });
 	const isOpen = () => element.classList.contains("opened");
 	let content = null;
 
-	/** Show what `body` is, which may have an update(events). */
+	/** `body` may have an update(events). */
 	function open(title, body) {
 		content = body;
 		fill(element, el("header", el("h2", { title }, title), iconButton("close", "Close details", close)),

@@ -1,8 +1,8 @@
 // The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once. POST /changes
 // says which ids stand on the page now, and sends only the rows whose version differs.
 
-import { canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post, query as toQuery,
-	readAddress, readPage, runsUrl, runUrl } from "./api.js";
+import { breathe, canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post,
+	query as toQuery, readAddress, readPage, runsUrl, runUrl } from "./api.js";
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
 	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, row as inRow, searchInput, select,
 	setMark, setState, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
@@ -207,7 +207,7 @@ export async function runsPage({ main, query, signal }) {
 			const answer = await (early.runs ?? readPage(filters, paging));
 			if (rows.length === 0 && answer.runs.length > SCREENFUL) {
 				table.set(answer.runs.slice(0, SCREENFUL));
-				await new Promise((resolve) => setTimeout(resolve, 30)); // they are painted
+				await breathe(30); // they are painted
 			}
 			if (asked === address()) take(answer.runs, answer.nextCursor);
 		} catch (error) {
@@ -259,7 +259,7 @@ async function runBulk(action, target) {
 	let open = true;
 	const tally = { true: 0, false: 0 };
 	dialog(words, [summary, results]).closed.then(() => { open = false; });
-	for (let cursor = start; cursor !== null && open;) { // closing the report stops after the batch that is under way
+	for (let cursor = start; cursor !== null && open;) { // closing the report stops it
 		let batch;
 		try {
 			batch = await post("/bulk", { action, ...target, cursor, reason: asked.reason || undefined, actor: "studio" });
@@ -278,7 +278,7 @@ async function runBulk(action, target) {
 
 // --- a run in a line
 
-/** The end of a long id: ids that were made in one hour begin alike. */
+/** Ids of one hour begin alike. */
 const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
 
 export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;

@@ -70,7 +70,7 @@ function eventsTab(run, panel) {
 	return { element, update: (events) => events && update() };
 }
 
-/** The plain values of an event's small payload, and of what it is about. */
+/** The plain values of its payload, and of what it is about. */
 function describeEvent({ payload: whole, payloadBytes, payloadOmitted }) {
 	if (typeof whole !== "object" || !whole) return payloadOmitted ? bytes(payloadBytes) : "";
 	const about = whole.usage ?? whole.gate ?? whole.stateVersion ?? whole.signal ?? whole.error ?? {};

@@ -8,7 +8,7 @@ const ms = (iso) => (iso ? Date.parse(iso) : null);
 
 const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", held: "held",
 	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", manual_review: "no outcome",
-	cancelled: "ended with the run" };
+	cancelled: "ended with the run", now: "now" };
 const BUSY = new Set(["completed", "running", "failed", "cut", "manual_review", "held", "cancelled"]);
 const STATUS_AFTER = { started: "running", completed: "completed", failed: "failed", manual_review: "manual_review" };
 const STATUS_AFTER_REVIEW = { retry: "failed_retryable", fail: "failed" };
@@ -48,9 +48,15 @@ export class Timeline {
 		return Object.assign(this.rows.get(key), { bars: null });
 	}
 
-	setRun(run) {
-		Object.assign(this, { created: ms(run.createdAt), ended: ms(run.completedAt) });
-		Object.assign(this.row("run"), { name: run.workflowName, status: run.stalled ? "stalled" : run.status });
+	setRun({ workflowName, status, stalled, createdAt, updatedAt, completedAt, whyDetail }) {
+		const { kind, until, attempt = 1 } = whyDetail ?? {};
+		const due = kind === "retry" || kind === "scheduled" ? ms(until) : null; // when the next attempt may begin
+		Object.assign(this, { created: ms(createdAt), ended: ms(completedAt), due });
+		Object.assign(this.row("run"), { name: workflowName, status: stalled ? "stalled" : status });
+		if (due) {
+			Object.assign(this.row("next", "wait", `attempt ${attempt}`), { status: "queued", due, spans: [] });
+			wait(this.row("next"), "queued", ms(updatedAt), due);
+		} else if (this.rows.delete("next")) this.order = null;
 	}
 
 	/** The last attempt's exact times, and what events do not carry. */
@@ -116,7 +122,7 @@ export class Timeline {
 		for (const row of this.rows.values()) row.bars = null; // attempts of the run show in all rows
 	}
 
-	/** A worker's time with the run is over; one that was cut off ended some time after it was last heard of. */
+	/** A worker that was cut off ended some time after it was last heard of. */
 	release(held, at, kind) {
 		const cut = kind === "cut";
 		const to = cut ? this.heardAt = Math.max(this.heardAt, at - this.leaseMs) : at;
@@ -268,13 +274,12 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		filter = text.toLowerCase();
 		draw();
 	});
-	const element = el("section.card", el("header", search, inRow(onlyErrors, tally)), table, nothing,
+	const element = el("section.card", el("header", search, inRow(onlyErrors, tally)), el("div.clipped", table), nothing,
 		el("div.body", legend));
 	const observer = new ResizeObserver(schedule);
 	observer.observe(table);
 	signal.addEventListener("abort", () => observer.disconnect());
 
-	// What comes in a tenth of a second is drawn once.
 	function schedule() {
 		drawing ??= setTimeout(() => {
 			drawing = null;
@@ -306,7 +311,8 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 			.map(({ from, to }) => [from, Math.max(to ?? end, from + 1)]);
 		const ofSteps = busyOf(list.slice(1));
 		const busy = ofSteps.length ? ofSteps : busyOf([timeline.run]);
-		const last = busy.reduce((most, [, to]) => Math.max(most, to), Math.max(end, timeline.created + 1));
+		if (timeline.due) busy.push([end, end]); // what is to come is folded apart from what was
+		const last = busy.reduce((most, [, to]) => Math.max(most, to), Math.max(end, timeline.created + 1, timeline.due));
 		scale = makeScale(busy, timeline.created, last);
 		drawAxis();
 		rows.set(list);
@@ -314,7 +320,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		setText(nothing, timeline.rows.size > 1 ? "No step matches."
 			: timeline.ended ? "It ended without a step." : "No step has begun yet.");
 		setText(tally, plural(list.filter((row) => row.kind === "step").length, "step"));
-		const kinds = new Set(list.flatMap(barsOf).map(({ kind }) => kind));
+		const kinds = new Set([timeline.ended ? "" : "now", ...list.flatMap(barsOf).map(({ kind }) => kind)]);
 		const shown = Object.keys(WORDS).filter((kind) => kinds.has(kind));
 		once(legend, shown, () =>
 			fill(legend, shown.map((kind) => el("span", el("i", el(`span.bar.is-${kind}`)), WORDS[kind]))));
@@ -324,10 +330,12 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		const width = axis.clientWidth || 600;
 		const { folds, place } = scale;
 		const ticks = ticksOf(scale, Math.max(2, Math.floor(width / 70)), 46 / width);
-		once(axis, [width, folds, ticks], () => fill(axis,
+		const present = place(end);
+		once(axis, [width, folds, ticks, present], () => fill(axis,
 			ticks.map(({ left, text }) => el("span.tick", placed(left, left), text)),
 			folds.map(({ from, to }) => el("span.fold",
-				{ title: `nothing happened for ${duration(to - from)}`, ...placed(place(from), place(to)) }, "⋯"))));
+				{ title: `nothing for ${duration(to - from)}`, ...placed(place(from), place(to)) }, "⋯")),
+			!timeline.ended && el("span.bar.is-now", placed(present, present))));
 	}
 
 	function makeRow(row) {
@@ -374,14 +382,17 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 
 	function timeOf(row, bars) {
 		if (row.kind === "run") return duration(end - timeline.created);
+		if (row.due) return `in ${duration(row.due - end)}`;
 		const busy = bars.filter(({ kind }) => BUSY.has(kind));
 		const list = busy.length ? busy : bars.filter(({ kind }) => kind === "waiting");
 		if (list.length === 0) return row.copied ? "copied" : "–";
 		return duration(list.reduce((sum, { from, to }) => sum + (to ?? end) - from, 0));
 	}
 
-	return { element, draw, schedule, choose(key) {
+	function choose(key) {
 		chosen = key;
 		draw();
-	} };
+	}
+
+	return { element, draw, schedule, choose, reveal: rows.reveal };
 }
