@@ -2,14 +2,9 @@
 
 import { every, follow, get, laterAgain, path, post, runUrl } from "./api.js";
 import { ask, between, button, card, dash, debounce, el, empty, facts, field, fill, grid, heading, idText, money, muted,
-	options, plural, row, select, setText, show, skeleton, status, strong, time } from "./dom.js";
+	plural, row, select, setText, show, skeleton, status, strong, time } from "./dom.js";
 import { bodyOf, diffTable, jsonInput, readPayload } from "./payload.js";
 import { outcome, runDuration, runStatus } from "./runs.js";
-
-const MOST_NAMES = 12; // in a line
-
-const listed = (names) => names.slice(0, MOST_NAMES).join(", ")
-	+ (names.length > MOST_NAMES ? ` and ${names.length - MOST_NAMES} more` : "");
 
 /** Ask from where to fork, and with what input. Resolves to the new run, or null. */
 export async function askFork(run) {
@@ -17,13 +12,13 @@ export async function askFork(run) {
 	const given = run.light.inputBytes > 0 ? await readPayload(run.id, "input") : "{}";
 	const preview = el("div", { role: "status" });
 	const note = muted("The input is another one: reused steps keep what they returned for the old one.");
-	const from = el("select", { name: "fromStep", onchange: draw },
-		options([...steps.map(({ name }) => [name, name]), ["", "the end: reuse all completed steps"]]));
+	const from = select("Run again from", [...steps.map(({ name }) => [name, name]),
+		["", "the end: reuse all completed steps"]], draw, { name: "fromStep" });
 	from.value = (steps.find(({ status: is }) => is !== "completed") ?? steps.at(-1))?.name ?? "";
-	const queue = select("Queue", [[run.light.queue ?? "", run.light.queue ?? "none"]]);
-	queue.name = "queue";
-	get("/queues").then(({ queues }) => queue.append(...options(queues.map(({ name }) => [name, name])
-		.filter(([name]) => name !== run.light.queue))), laterAgain);
+	const { queues } = await get("/queues");
+	const own = run.light.queue ?? "";
+	const others = queues.map(({ name }) => [name, name]).filter(([name]) => name !== own);
+	const queue = select("Queue", [[own, own || "none"], ...others], null, { name: "queue" });
 	const payload = jsonInput("input", { value: given });
 	payload.addEventListener("input", draw);
 	function draw() {
@@ -31,7 +26,7 @@ export async function askFork(run) {
 		const kept = steps.filter((step, index) => index < cut && step.status === "completed");
 		const again = steps.filter((step) => !kept.includes(step));
 		fill(preview, [["Reused", kept], ["Runs again", again]].map(([word, some]) =>
-			el("p", strong(`${word}: ${plural(some.length, "step")} `), muted(listed(some.map(({ name }) => name))))));
+			el("p.clip", strong(`${word}: ${plural(some.length, "step")} `), muted(some.map(({ name }) => name).join(", ")))));
 		show(note, kept.length > 0 && payload.value !== given);
 	}
 	draw();
@@ -52,7 +47,7 @@ export async function comparePage({ main, query, signal }) {
 	const sides = ["a", "b"].map((name) => ({ id: query.get(name), steps: new Map(), head: el("div", skeleton(2)) }));
 	const [first, second] = sides;
 	const outputs = new Map(); // step name -> how the outputs compare, once they were read
-	const tally = el("p.muted", { role: "status" });
+	const tally = el("p.muted.clip", { role: "status" });
 	const details = el("div");
 	const cell = (step) => (step ? row(status(step.status), muted(step.copied ? "reused"
 		: step.completedAt && step.startedAt && between(step.startedAt, step.completedAt))) : dash());
@@ -105,7 +100,7 @@ export async function comparePage({ main, query, signal }) {
 		const differing = list.filter(({ word }) => word === "differs" || word === "only in one").map(({ name }) => name);
 		const all = plural(list.length, "step");
 		table.set(list);
-		setText(tally, differing.length ? `${differing.length} of ${all} differ: ${listed(differing)}`
+		setText(tally, differing.length ? `${differing.length} of ${all} differ: ${differing.join(", ")}`
 			: `No difference found in ${all}.`);
 	}
 

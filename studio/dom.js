@@ -349,7 +349,8 @@ export const searchInput = (placeholder, label, action, attributes = {}) => el("
 
 export const checkbox = (label, onchange) => el("input", { type: "checkbox", label, onchange });
 export const options = (choices) => choices.map(([value, word]) => el("option", { value }, word));
-export const select = (label, choices, onchange) => el("select", { label, onchange }, options(choices));
+export const select = (label, choices, onchange, attributes) =>
+	el("select", { label, onchange, ...attributes }, options(choices));
 
 export function setMark(mark, state) {
 	mark.className = `mark is-${state}`;

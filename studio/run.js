@@ -103,10 +103,6 @@ class LiveRun {
 		Object.assign(this, { id, signal, url: path`/runs/${id}`, timeline: new Timeline(session.leaseMs, id) });
 	}
 
-	onSummary() {}
-	onEvents() {}
-	onRows() {}
-
 	get isLive() {
 		return !this.light.completedAt;
 	}
@@ -124,7 +120,7 @@ class LiveRun {
 		const { run: light, ...others } = await get(`${this.url}/summary`);
 		Object.assign(this, others, { light });
 		this.timeline.setRun(light);
-		this.onSummary();
+		this.onSummary?.();
 	}
 
 	keepStep(step) {
@@ -136,18 +132,18 @@ class LiveRun {
 	async readSteps() {
 		await readPages(`${this.url}/steps`, "steps", { after: this.lastPosition || null, limit: 500 },
 			(steps) => steps.forEach((step) => this.keepStep(step)));
-		this.onRows();
+		this.onRows?.();
 	}
 
 	async readGates() {
 		for (const gate of (await get(this.url, { include: "gates" })).gates) this.timeline.setGate(gate);
-		this.onRows();
+		this.onRows?.();
 	}
 
 	async readTree() {
 		const { runs } = await get(`${this.url}/tree`, { limit: 500 });
 		for (const child of runs.slice(1)) this.timeline.setChild(child);
-		this.onRows();
+		this.onRows?.();
 	}
 
 	readOthers() {
@@ -189,7 +185,7 @@ class LiveRun {
 			if (some("run.child")) this.readTreeSoon();
 			this.readSummarySoon();
 		}
-		this.onEvents(events);
+		this.onEvents?.(events);
 	}
 }
 
