@@ -150,6 +150,7 @@ export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 
 	/** Scroll to an item and give it the focus. */
 	function reveal(item) {
+		if (!items.includes(item)) return;
 		scrollBy(0, body.getBoundingClientRect().top + (items.indexOf(item) - first) * height - innerHeight / 2);
 		draw();
 		[...body.children].find((node) => node.dataset.key === keyOf(item))?.querySelector("[data-row]")

@@ -56,6 +56,10 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		tabs.update(events);
 		panel.update(events);
 	};
+	document.addEventListener("decided", () => {
+		run.readSummarySoon();
+		tabs.update([]);
+	}, { signal });
 	run.onSummary();
 	await stepsRead;
 	run.readOthers();
@@ -206,7 +210,7 @@ function makeHeader(run, stepsRead, showStep) {
 		const shown = shownStatus(light);
 		setTitle(`${workflowName} ${shown}`);
 		once(badge, shown, () => fill(badge, status(shown)));
-		const step = /failed|queued/.test(shown) && run.failedStep;
+		const step = (light.status === "failed" || light.whyDetail?.kind === "retry") && run.failedStep;
 		once(why, [shown, light.whyDetail, light.error, light.cancelReason, step?.id], () => {
 			const line = outcome(light);
 			why.className = `why is-${shown}`;

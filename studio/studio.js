@@ -27,7 +27,7 @@ el("div", banner, main));
 watch.onReachable = (reachable) => {
 	if (reachable === banner.hidden) return;
 	show(banner, !reachable);
-	fill(banner, strong("The server cannot be reached."), "What you see is as of ", time(Date.now(), "short"),
+	fill(banner, strong("The server cannot be reached."), " What you see is as of ", time(Date.now(), "short"),
 		". Trying again.");
 };
 

@@ -40,7 +40,7 @@ export class Timeline {
 		this.run = this.row("run", "run", "run"); // its attempts are the claims
 	}
 
-		row(key, kind, name) {
+	row(key, kind, name) {
 		if (!this.rows.has(key)) {
 			this.rows.set(key, { key, kind, name, spans: [], status: null, depth: 0 });
 			this.order = null;
@@ -171,7 +171,7 @@ export class Timeline {
 		return row.bars = bars;
 	}
 
-		ordered() {
+	ordered() {
 		const begin = (row) => row.spans[0]?.from ?? (row.copied ? 0 : Infinity);
 		const compare = (one, other) => (one.step && other.step ? one.step.position - other.step.position
 			: begin(one) - begin(other));
