@@ -233,5 +233,5 @@ export const early = { session: null, runs: null };
 if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
 	early.session = get("/session");
 	early.runs = readPage(...readAddress(new URLSearchParams(location.search)));
-	for (const answer of Object.values(early)) answer.catch(() => {}); // who awaits it shows the failure
+	for (const answer of Object.values(early)) answer.catch(() => {}); // who reads it shows the failure
 }

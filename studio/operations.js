@@ -24,7 +24,9 @@ export async function queuesPage({ main, signal }) {
 		["Caps", ({ config }) => [config?.concurrency && `${count(config.concurrency)} at once`,
 			config?.ratePerMinute && `${count(config.ratePerMinute)} a minute`, config?.invokeUrl && "push"]
 			.filter(Boolean).join(", ") || dash("none")],
-		canWrite() && ["", (queue) => row(button(queue.config?.paused ? "Resume" : "Pause", () => pause(queue)),
+		canWrite() && ["", (queue) => row(
+			button(queue.config?.paused ? "Resume" : "Pause", () => change(queue, { paused: !queue.config?.paused }), "",
+				{ title: "A paused queue gives out no runs; those that run go on" }),
 			button("Edit", () => edit(queue), "quiet")), "buttons"],
 	], empty("No queues yet", "A queue is there as soon as something is put on it: ",
 		code('tide.enqueue("report", queue="default")'), "."));
@@ -33,13 +35,6 @@ export async function queuesPage({ main, signal }) {
 	async function change({ name }, changes) {
 		await put(path`/queues/${name}/config`, changes);
 		await load();
-	}
-
-	async function pause(queue) {
-		const paused = !queue.config?.paused;
-		await change(queue, { paused });
-		toast(paused ? `${queue.name} is paused: it gives out no runs; those that run go on.`
-			: `${queue.name} gives out runs again.`);
 	}
 
 	async function edit(queue) {
@@ -91,7 +86,6 @@ function spark(minutes) {
 // --- workers
 
 const QUIET_MS = 60_000;
-const MOST_RUNS = 5; // that are named
 
 export async function workersPage({ main, signal }) {
 	const tally = muted();
@@ -102,9 +96,8 @@ export async function workersPage({ main, signal }) {
 		["Queues", ({ queues }) => row((queues ?? []).map(tag))],
 		["Workflows", ({ workflows }) => workflows?.join(", ") ?? muted("all")],
 		["Runs", ({ running, runs }) => el("div", running === 0 && dash("none"),
-			runs.slice(0, MOST_RUNS).map((run) =>
-				el("div", link(runUrl(run.id), run.workflowName), muted(" heard ", time(run.heartbeatAt)))),
-			running > MOST_RUNS && `and ${count(running - MOST_RUNS)} more`)],
+			runs.map((run) => el("div", link(runUrl(run.id), run.workflowName), muted(" heard ", time(run.heartbeatAt)))),
+			running > runs.length && `and ${count(running - runs.length)} more`)],
 		["Since", ({ since }) => time(since)],
 		["Last heard", "heardAt"],
 	], empty("No worker has asked for work", "A worker is your own process: ", code('tide.work(queues=["default"])'),

@@ -163,15 +163,12 @@ function usageTab(run) {
 	const tab = loadedTab(/^usage\./, async (box) => {
 		const asked = { limit: 1000, subtree: withChildren.checked ? "true" : null };
 		const { usage, byModel, truncated } = await get(`${run.url}/usage`, asked);
-		const total = byModel.reduce((sum, { costUsd }) => sum + Number(costUsd), 0);
-		const bySteps = new Map();
-		for (const entry of usage) {
-			bySteps.set(stepOf(entry), (bySteps.get(stepOf(entry)) ?? 0) + Number(entry.costUsd ?? 0));
-		}
-		const dearest = [...bySteps].sort((one, other) => other[1] - one[1]).slice(0, 30);
+		const sum = (entries) => entries.reduce((all, { costUsd }) => all + Number(costUsd), 0);
+		const dearest = [...Map.groupBy(usage, stepOf)].map(([step, entries]) => [step, sum(entries)])
+			.sort((one, other) => other[1] - one[1]).slice(0, 30);
 		table.set(usage);
 		fill(box,
-			el("div.spread", el("span", strong(money(total)), ` in ${plural(usage.length, "entry", "entries")}`,
+			el("div.spread", el("span", strong(money(sum(byModel))), ` in ${plural(usage.length, "entry", "entries")}`,
 				truncated && " (the first of more)"),
 			run.counts.children > 0 && el("label.row", withChildren, "With its children")),
 			usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd)])),
