@@ -348,7 +348,8 @@ export const searchInput = (placeholder, label, action, attributes = {}) => el("
 	input(null, { type: "search", placeholder, label, oninput: ({ target }) => action?.(target.value),
 		...attributes }));
 
-export const checkbox = (label, onchange) => el("input", { type: "checkbox", label, onchange });
+export const checkbox = (label, onchange, attributes) =>
+	input(null, { type: "checkbox", label, onchange, ...attributes });
 export const options = (choices) => choices.map(([value, word]) => el("option", { value }, word));
 export const select = (label, choices, onchange, attributes) =>
 	el("select", { label, onchange, ...attributes }, options(choices));

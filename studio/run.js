@@ -79,7 +79,6 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	};
 }
 
-/** Of a child that is unfolded. */
 async function readTimeline(id) {
 	const [{ run }, { steps }] = await Promise.all([
 		get(path`/runs/${id}/summary`), get(path`/runs/${id}/steps`, { limit: 500 })]);
@@ -335,7 +334,6 @@ async function fork(run) {
 
 // --- the tabs
 
-/** Those of TABS are made when they are first opened. */
 function makeTabs(run, panel, timeline) {
 	const opened = new Map([["timeline", timeline]]);
 	let chosen = null;

@@ -283,7 +283,6 @@ const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.sl
 
 export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;
 
-/** "TimeoutError: too slow" */
 export function errorLine(error) {
 	if (typeof error !== "object" || !error) return error ? String(error) : "";
 	const line = [error.name, error.message].filter((part) => typeof part === "string" && part).join(": ");

@@ -4,8 +4,8 @@
 
 import { canWrite, get, getText, path, post, readPages, runUrl } from "./api.js";
 import { gateCard, reviewForm } from "./approvals.js";
-import { between, button, bytes, card, code, count, debounce, duration, el, empty, errorText, facts, fill, grid,
-	iconButton, idText, input, link, loading, meters, money, muted, number, options, plainTable, plural, searchInput,
+import { between, button, bytes, card, checkbox, code, count, debounce, duration, el, empty, errorText, facts, fill,
+	grid, iconButton, idText, input, link, loading, meters, money, muted, number, options, plainTable, plural, searchInput,
 	select, setText, status, strong, tag, time, toast, virtualRows } from "./dom.js";
 import { diffTable, inlinePayload, items, member, payload, readPayload } from "./payload.js";
 import { errorLine, outcome, runStatus } from "./runs.js";
@@ -150,7 +150,7 @@ function gatesTab(run) {
 // --- usage
 
 function usageTab(run) {
-	const withChildren = input(null, { type: "checkbox", onchange: () => tab.again() });
+	const withChildren = checkbox(null, () => tab.again(), { checked: run.counts.usage === 0 });
 	const stepOf = (entry) => run.steps.get(entry.stepId)?.name ?? "outside of steps";
 	const table = grid("id", [
 		["Time", ({ createdAt }) => time(createdAt, "short")], ["Step", stepOf],
