@@ -251,7 +251,7 @@ class RunSuspended(BaseException):
 
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
 JsonList = list[Json]
-_Asked = tuple[str, str]  # kind and name of a call, such as ("step", "fetch")
+_Named = tuple[str, str]  # the kind of a call and its name, such as ("step", "fetch")
 _Same = Optional[Callable[[], Optional[tuple[Any, ...]]]]  # what a call is called with: see _Call
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -313,12 +313,14 @@ class op(Generic[P, T]):
         @functools.wraps(logic)
         def blocking(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
             with _own_frames_hidden:
-                return cast(T, surface._client._driver.drive(logic(surface, *args, **kwargs)))
+                result: T = surface._client._driver.drive(logic(surface, *args, **kwargs))
+                return result
 
         @functools.wraps(logic)
         async def awaited(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
             with _own_frames_hidden:
-                return cast(T, await surface._client._driver.drive(logic(surface, *args, **kwargs)))
+                result: T = await surface._client._driver.drive(logic(surface, *args, **kwargs))
+                return result
 
         self._logic, self._blocking, self._awaited = logic, blocking, awaited
         self.__doc__ = logic.__doc__
@@ -393,8 +395,8 @@ class _RunPart(Surface[M]):
         self._run: Run[M] = run
 
     def _write_id(self, prefix: str, verb: str, *about: str | None) -> str:
-        """The id by which the server knows a repeat of a write: see _Names.write_id."""
-        return self._run._names.write_id(prefix, verb, *about)
+        """The id by which the server knows a repeat of a write: see _Calls.write_id."""
+        return self._run._calls.write_id(prefix, verb, *about)
 
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
         """Send a request below the run's path."""
@@ -448,7 +450,7 @@ class State(_RunPart[M]):
         """
         body = {**_body(locals(), id=self._write_id("ver", "set", stream)), "value": value}
         answer = yield from self._request("PUT", "state", body=body)
-        after = self._run._names.last_here()
+        after = self._run._calls.last_call()
         _warn_of_differences(self._run, "the state that is written after", after, answer["state"], value=value)
         return answer
 
@@ -591,7 +593,7 @@ class Run(Surface[M]):
         self.gates: RunGates[M] = RunGates(self)
         self._checkpoints: dict[str, Json] = {step["name"]: step for step in begun.get("checkpoints", ())}
         self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
-        self._names = _Names(self.run_id)
+        self._calls = _Calls(self.run_id)
         self._step_failures: list[tuple[BaseException, str]] = []
         self._cancelled_steps: list[_Write] = []  # recorded when the run ends; one that is given back runs them again
 
@@ -637,7 +639,7 @@ class Run(Surface[M]):
         if retries or timeout_s is not None or side_effects is not None or idempotency_key is not None:
             _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects, idempotency_key=idempotency_key)
         step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
-        with _Call(self._names, ("step", name), same=step.called_with) as (step.name,):
+        with _Call(self._calls, ("step", name), same=step.called_with) as (step.name,):
             known = step.checkpoint()
             if known is not None:
                 return known["output"]  # as it came: a name is used once, so nobody else gets it
@@ -645,7 +647,7 @@ class Run(Surface[M]):
                     or verified_by or credentials):
                 step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
                              checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
-            with self._names.executing(step.name):
+            with self._calls.executing(step.name):
                 return (yield from _execute_step(self, step))
 
     @op
@@ -658,8 +660,8 @@ class Run(Surface[M]):
         timeout_s: then the gate is canceled, actor `timeout`.  poll_s: how long one request of a run that waits in
         place is held (at most 25).  Raises RunCancelled, LeaseLost.
         """
-        with _Call(self._names, ("gate", name)) as (name,):
-            with self._names.executing():  # the run does not leave before it has asked all that it asks at once
+        with _Call(self._calls, ("gate", name)) as (name,):
+            with self._calls.executing():  # the run does not leave before it has asked all that it asks at once
                 gate = yield from RunGates.begin(
                     self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
                 )
@@ -688,7 +690,7 @@ class Run(Surface[M]):
         if (seconds is None) == (until is None):
             raise ValueError("sleep() needs either seconds or until")
         _check(seconds=seconds, until=until)
-        with _Call(self._names, ("step", f"sleep:{name or self._names.count('sleep', '')}")) as (label,):
+        with _Call(self._calls, ("step", f"sleep:{name or self._calls.count('sleep', '')}")) as (label,):
             step = yield from _begin_wait(self, label, {"seconds": seconds, "until": _iso(until)})
             if step["status"] == "completed":
                 return
@@ -710,8 +712,8 @@ class Run(Surface[M]):
         LeaseLost.
         """
         _check(timeout_s=timeout_s)
-        with _Call(self._names, ("step", f"signal:{name}")) as (label,):
-            number = self._names.count("signal", name)
+        with _Call(self._calls, ("step", f"signal:{name}")) as (label,):
+            number = self._calls.count("signal", name)
 
             def read(wait_s: float) -> Op[Json | None]:
                 return _member(_long_poll(self, wait_s, "signals", name, n=number), "signal")
@@ -753,7 +755,7 @@ class Run(Surface[M]):
         given = locals()
         fn, body = _describe_child(self, {**given, "name": name or workflow_name})
         same = None if queue is not None else functools.partial(_child_key, body)
-        with _Call(self._names, ("child", body["name"]), same=same) as (label,):
+        with _Call(self._calls, ("child", body["name"]), same=same) as (label,):
             return (yield from _run_child(self, fn, {**body, "name": label}))
 
     @op
@@ -777,14 +779,14 @@ class Run(Surface[M]):
         bodies = [body for _, body in described]
         same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
         asked = [("child", body["name"]) for body in bodies]
-        with _Call(self._names, ("fanout", name), *asked, same=same) as (label, *names):
+        with _Call(self._calls, ("fanout", name), *asked, same=same) as (label, *names):
             for body, child in zip(bodies, names):
                 body.update(name=child, edgeType=body.get("edgeType", "fanout"),
                             edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
             if checkpoint is False:
                 return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
             wanted = {"fanout": label, "join": "all", "children": names}
-            with _Call(self._names, ("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
+            with _Call(self._calls, ("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
                                   same=same) as (join,):
                 joined: Any = None
                 step = _Step(self, join, lambda: joined, wanted, None)
@@ -792,7 +794,7 @@ class Run(Surface[M]):
                 if known is not None:
                     return _unpack_results(known["output"], names)
                 joined = yield from _join_fanout(self, name, described, queue, return_errors)
-                with self._names.executing():
+                with self._calls.executing():
                     recorded = yield from _execute_step(self, step)
                 return _unpack_results(recorded, names)
 
@@ -868,7 +870,7 @@ class Session(Run[M]):
     def _let_go(self, run: Json | None = None) -> None:
         self._record = run or self._record
         self._client._heartbeater.remove(self._lease)
-        self._lease.ended = True
+        self._lease.end()
 
     def _leave(self, error: BaseException | None) -> Op[None]:
         if isinstance(error, Exception) and self._lease.gone() is None:
@@ -1512,7 +1514,15 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Lease:
-    """A lease that this process holds, as far as its own clock and the server's last answer tell."""
+    """A lease that this process holds, as far as its own clock and the server's last answer tell.
+
+    Its state: held     at first
+               leaving  the run asks to wait without us, and nothing may begin meanwhile; then waiting, or held again
+               ending   its outcome is under way: a heartbeat refused now means that it arrived; held again if it failed
+               waiting  for good: it is queued again when what it waits for is there
+               ended    for good: completed, failed or given back; threads left over stop at their next boundary
+               lost     for good: cancelled, another's or run out, as `lost` tells
+    """
 
     def __init__(self, run: Json, owner: str, event: Any, parent: _Lease | None = None,
                  write_behind: bool = False) -> None:
@@ -1525,13 +1535,11 @@ class _Lease:
         self.unsettled = _Unsettled()
         self.on_lost: Callable[..., Any] | None = None
         self.on_returned: Callable[[], None] = lambda: None  # the workflow's function has returned
+        self.state = "held"
+        self._lock = threading.Lock()  # around its changes
         self.lost: TidebaseError | None = None
         self.refused: Exception | None = None  # what a record was refused with that no call waited for
-        self.suspended = False  # its worker stops
-        self.leaving = threading.Lock()  # held while the run asks to wait without us: nothing may begin meanwhile
-        self.waiting = False  # the run waits without us: it is queued again when what it waits for is there
-        self.is_ending = False  # its outcome is under way: a heartbeat refused now means that it arrived
-        self.ended = False  # completed, failed or given back: threads left over stop at their next boundary
+        self.is_suspended = False  # its worker stops: the next boundary unwinds the run
         self.duration_s = _lease_seconds(run)
         self.heartbeat_s = self.duration_s / HEARTBEATS_PER_LEASE
         now = time.monotonic()
@@ -1557,15 +1565,51 @@ class _Lease:
         """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
         self.ends_at = max(self.ends_at, since + self.duration_s)
 
+    def _become(self, state: str, *before: str) -> bool:
+        """Change the state, if it is one of those before."""
+        with self._lock:
+            if self.state not in before:
+                return False
+            self.state = state
+            return True
+
+    def begin_to_leave(self) -> bool:
+        """The run is about to ask whether it may wait without us.  False: it is at something else."""
+        return self._become("leaving", "held")
+
+    def stay(self) -> None:
+        """It must not, unless it waits already."""
+        self._become("held", "leaving")
+
+    def wait(self) -> None:
+        """It may."""
+        self._become("waiting", "leaving")
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around the request that ends the run, or its stay here."""
+        self._become("ending", "held", "leaving")
+        try:
+            yield
+        except BaseException:
+            self._become("held", "ending")
+            raise
+
+    def end(self) -> None:
+        """The run is over here."""
+        self._become("ended", *_LIVE)
+
     def lose(self, error: TidebaseError) -> None:
         """The lease is gone, for good: every later boundary raises `error`."""
-        if self.lost is None:
-            self.lost = error
-            logger.warning("run %s of workflow %s is no longer held here: %s", self.run_id, self.workflow_name, error,
-                           extra={"event": error.code or "lease_lost", "run_id": self.run_id})
-            self.event.set()
-            if self.on_lost is not None:
-                self.on_lost(*_fit(self.on_lost, error))
+        with self._lock:
+            if self.state not in _LIVE:
+                return
+            self.lost, self.state = error, "lost"
+        logger.warning("run %s of workflow %s is no longer held here: %s", self.run_id, self.workflow_name, error,
+                       extra={"event": error.code or "lease_lost", "run_id": self.run_id})
+        self.event.set()
+        if self.on_lost is not None:
+            self.on_lost(*_fit(self.on_lost, error))
 
     def cancelled(self, answer: Json) -> None:
         """An answer says that the run is cancelled: lose the lease, and raise RunCancelled."""
@@ -1581,36 +1625,28 @@ class _Lease:
 
     def suspend(self) -> None:
         """The worker stops: the next boundary unwinds the run."""
-        self.suspended = True
+        self.is_suspended = True
         self.event.set()
-
-    @contextlib.contextmanager
-    def ending(self) -> Iterator[None]:
-        """Around the request that ends the run, or its stay here: see is_ending.  Where it fails, all is as before."""
-        self.is_ending = True
-        try:
-            yield
-        except BaseException:
-            self.is_ending = False
-            raise
 
     def gone(self) -> TidebaseError | None:
         """What ended this lease or, for a child, one above it.  One that this process did not renew in time is
         lost: another worker may hold the run by now, after a freeze of this process, say."""
         now = time.monotonic()
         for lease in self.line:
-            if lease.lost is None and now >= lease.ends_at and not lease.ended:
+            if lease.state in _LIVE:
+                if now < lease.ends_at:
+                    continue
                 message = f"the lease of run {lease.run_id} ran out: it was not renewed within {lease.duration_s:g} s"
                 lease.lose(LeaseLost(message, code="lease_lost"))
-            if lease.lost is not None:
+            if lease.state == "lost":
                 return lease.lost
-            if lease.ended:
+            if lease.state == "ended":
                 return LeaseLost(f"run {lease.run_id} has ended here", code="lease_lost")
         return None
 
     def fence(self) -> None:
         """Before a request: raise what ended the lease.  A copy, since several threads may raise it."""
-        if self.waiting:
+        if self.state == "waiting":
             raise RunSuspended
         if (gone := self.gone()) is not None:
             raise copy.copy(gone)
@@ -1618,75 +1654,118 @@ class _Lease:
     def boundary(self) -> None:
         """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
         self.fence()
-        self.check_not_refused()
-        for lease in self.line:
-            if lease.suspended or lease.leaving.locked():
-                raise RunSuspended
-
-    def check_not_refused(self) -> None:
-        """Raise what a record was refused with that no call waited for.  A copy, as in `fence`."""
         if self.refused is not None:
             raise copy.copy(self.refused)
+        for lease in self.line:
+            if lease.is_suspended or lease.state == "leaving":
+                raise RunSuspended
 
 
-class _Names:
-    """What the calls of an execution are named in the record, which of them are under way, and the ids of what is
-    written between them.  The rule about names that Run tells stands here and nowhere else."""
+_LIVE = ("held", "leaving", "ending")  # states of a lease that is ours
 
-    # The step whose function is called, and the call that began last, in this task or thread; each with the names that
-    # it belongs to, since a step's function may run other runs.
-    within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
-    _place: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_place", default=None)
+
+class _Calls:
+    """The calls of one execution: their names in the record, which of them are under way, which failed and may be made
+    once more, and the ids of what is written between them.  The rule about names that Run tells stands here alone.
+
+    A name in the record is given once, to the call that began with it, and again only to the same call when that
+    failed.  From its begin to its end a call is under way, and no other may be called by its name.
+    """
+
+    # Of this task or thread, each with the calls that it belongs to, since a step's function may run other runs: the
+    # step whose function is called, and the call that began last.
+    _step_here: contextvars.ContextVar[tuple[_Calls | None, str]] = contextvars.ContextVar(
+        "tidebase_step", default=(None, ""))
+    _last_here: contextvars.ContextVar[tuple[_Calls | None, _Named]] = contextvars.ContextVar(
+        "tidebase_last", default=(None, ("", "")))
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
-        self.lock = threading.Lock()
-        self._numbers: dict[_Asked, int] = {}  # the last one given, by kind and name as called
-        self._taken: set[_Asked] = set()  # kind and name as recorded
-        self.under_way: set[_Asked] = set()  # kind and name as called
-        self.failed: dict[tuple[_Asked, ...], list[tuple[list[str], tuple[Any, ...]]]] = {}  # names, called with what
+        self._lock = threading.Lock()
+        self._numbers: dict[_Named, int] = {}  # of each name, as called or as recorded: the last number given
+        self._under_way: set[_Named] = set()  # as called
+        self._failed: dict[tuple[_Named, ...], list[_Call]] = {}  # those that may be made once more, the oldest first
+        self._last: _Named = ("", "")  # the call that began last, in whatever task or thread
         self._executing = 0
-        self._last = ""  # the call that began last, in whatever task, and whether it failed
         self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
 
-    def next(self, asked: _Asked) -> str:
-        """The next free name in the record."""
-        kind, name = asked
-        number = self._numbers.get(asked, 0) + 1
-        while (recorded := asked if number == 1 else (kind, f"{name}#{number}")) in self._taken:
-            number += 1
-        if len(recorded[1]) > MAX_NAME:
-            raise ValueError(f"the name of a {kind} has at most {MAX_NAME} characters in the record, not "
-                             f"{len(recorded[1])} as {recorded[1][:60]!r}...")
-        self._numbers[asked] = number
-        self._taken.add(recorded)
-        return recorded[1]
+    def step_here(self) -> str | None:
+        """The step of this run whose function this task or thread executes."""
+        calls, step = self._step_here.get()
+        return step if calls is self else None
 
-    def move_to(self, place: str) -> None:
-        """Under the lock: note the call that began, or failed, last."""
-        self._last = place
-        self._place.set((self, place))
-
-    def last_here(self) -> str:
+    def last_call(self) -> str:
         """The call that began last in this task or thread or, where it made none, in any."""
-        here = self._place.get()
-        return here[1] if here is not None and here[0] is self else self._last
+        calls, last = self._last_here.get()
+        return " ".join(last if calls is self else self._last)
+
+    def begin(self, call: _Call) -> list[str]:
+        """The names of a call in the record, which is under way now."""
+        with self._lock:
+            for kind, name in call.asked:
+                if (kind, name) in self._under_way:
+                    raise ValueError(
+                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
+                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
+            call.names = self._names_of_failed(call) if self._failed else []
+            if not call.names:
+                for asked in call.asked:
+                    call.names.append(self._next_name(asked))
+            self._under_way.update(call.asked)
+            if not call.is_within_step:  # such a call does not count: a replay does not make it
+                self._last = (call.asked[0][0], call.names[0])
+                self._last_here.set((self, self._last))
+        return call.names
+
+    def end(self, call: _Call, error: BaseException | None) -> None:
+        """A call is over.  Where it failed and may be made once more, it is kept."""
+        same = call.same if isinstance(error, Exception) else None
+        call.failed_with = None if same is None else same()
+        with self._lock:
+            self._under_way.difference_update(call.asked)
+            if call.failed_with is not None:
+                self._failed.setdefault(call.asked, []).append(call)
+            if same is not None and self.last_call() == f"{call.asked[0][0]} {call.names[0]}":
+                self._last = (call.asked[0][0], f"{call.names[0]} failed")  # what is written now is for its failure
+                self._last_here.set((self, self._last))
+
+    def _names_of_failed(self, call: _Call) -> list[str]:
+        """The names of the same call, if it failed."""
+        failed = self._failed.get(call.asked, [])
+        called_with = call.same() if failed and call.same is not None else None
+        for place, other in enumerate(failed):
+            if other.failed_with == called_with:
+                return failed.pop(place).names
+        return []
+
+    def _next_name(self, asked: _Named) -> str:
+        """The next free name in the record: NAME, NAME#2, NAME#3 ..."""
+        kind, name = asked
+        number, recorded = self._numbers.get(asked, 0) + 1, name
+        while number > 1 and (kind, recorded := f"{name}#{number}") in self._numbers:
+            number += 1
+        if len(recorded) > MAX_NAME:
+            raise ValueError(f"the name of a {kind} has at most {MAX_NAME} characters in the record, not "
+                             f"{len(recorded)} as {recorded[:60]!r}...")
+        self._numbers[asked] = number
+        if number > 1:
+            self._numbers[kind, recorded] = 1
+        return recorded
 
     @contextlib.contextmanager
     def executing(self, step: str | None = None) -> Iterator[None]:
         """Around what is executed here and cannot be left behind: a step of this name, or a child."""
-        before = self.within.get()
-        with self.lock:
+        before = self._step_here.get()
+        with self._lock:
             self._executing += 1
         if step is not None:
-            self.within.set((self, step))
+            self._step_here.set((self, step))
         try:
             yield
         finally:
-            with self.lock:
+            with self._lock:
                 self._executing -= 1
-            if step is not None:
-                self.within.set(before)
+            self._step_here.set(before)
 
     def is_executing(self) -> bool:
         """Whether a step or a child of the run is executed here."""
@@ -1694,7 +1773,7 @@ class _Names:
 
     def count(self, kind: str, name: str) -> int:
         """How often this has been asked for, this time included."""
-        with self.lock:
+        with self._lock:
             self._numbers[kind, name] = self._numbers.get((kind, name), 0) + 1
             return self._numbers[kind, name]
 
@@ -1705,68 +1784,44 @@ class _Names:
         writes since.  While a call is under way it is a fresh one: within a step because what is executed again was
         spent again, beside one because the order of the two is not known.
         """
-        with self.lock:
-            if self.under_way:
+        with self._lock:
+            if self._under_way:
                 return _new_id(prefix)
-            kind = (self.last_here(), verb, *(part or "" for part in about))
+            kind = (self.last_call(), verb, *(part or "" for part in about))
             self._writes[kind] += 1
             place = (self._run_id, *kind, str(self._writes[kind]))
         return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
 class _Call:
-    """`with _Call(names, (kind, name), ...) as recorded`: around a call, with its names in the record.
+    """`with _Call(calls, (kind, name), ...) as names`: a call, under way within, and its names in the record.
 
-    asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
-    good, what it is called with, None where nobody can tell.  A replay executes such a call again, and so does the
-    program that catches the failure and makes the same call once more: it keeps the name, so that the replay finds its
-    output.
+    The first is the name of the call, others are of what it takes along.  Those of a call that the function of a step
+    makes are STEP/name.  same: what it is called with, None where nobody can tell; only of a call whose failure is not
+    recorded for good.  A replay executes such a call again, and so does the program that catches the failure and makes
+    the same call once more: it keeps its names, so that the replay finds its output.
     """
 
-    __slots__ = ("_asked", "_names", "_recorded", "_same")
+    __slots__ = ("_calls", "asked", "failed_with", "is_within_step", "names", "same")
 
-    def __init__(self, names: _Names, *asked: _Asked, same: _Same = None) -> None:
-        self._names, self._asked, self._same = names, asked, same
+    names: list[str]
+    failed_with: tuple[Any, ...] | None
 
-    def __enter__(self) -> list[str]:
-        for kind, name in self._asked:
+    def __init__(self, calls: _Calls, *asked: _Named, same: _Same = None) -> None:
+        for kind, name in asked:
             if not isinstance(name, str) or not name:
                 raise (ValueError if name == "" else TypeError)(
                     f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
-        names, within = self._names, _Names.within.get()
-        if within is not None and within[0] is names:
-            self._asked = tuple([(kind, f"{within[1]}/{name}") for kind, name in self._asked])
-        with names.lock:
-            for kind, name in self._asked:
-                if (kind, name) in names.under_way:
-                    raise ValueError(
-                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
-                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
-            self._recorded = (self._as_failed() if names.failed else None) or [*map(names.next, self._asked)]
-            names.under_way.update(self._asked)
-            if within is None or within[0] is not names:
-                names.move_to(f"{self._asked[0][0]} {self._recorded[0]}")
-        return self._recorded
+        step = calls.step_here()
+        self.is_within_step = step is not None
+        self.asked = asked if step is None else tuple([(kind, f"{step}/{name}") for kind, name in asked])
+        self._calls, self.same = calls, same
 
-    def _as_failed(self) -> list[str] | None:
-        """The names of the same call, if it failed."""
-        failed = self._names.failed.get(self._asked, [])
-        called_with = self._same() if failed and self._same is not None else None
-        for place, (recorded, failed_with) in enumerate(failed):
-            if failed_with == called_with:
-                del failed[place]
-                return recorded
-        return None
+    def __enter__(self) -> list[str]:
+        return self._calls.begin(self)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        names, same = self._names, self._same if isinstance(error, Exception) else None
-        called_with = None if same is None else same()
-        with names.lock:
-            names.under_way.difference_update(self._asked)
-            if called_with is not None:
-                names.failed.setdefault(self._asked, []).append((self._recorded, called_with))
-            if same is not None and names.last_here() == (place := f"{self._asked[0][0]} {self._recorded[0]}"):
-                names.move_to(f"{place} failed")
+        self._calls.end(self, error)
 
 
 # --- steps
@@ -1795,7 +1850,7 @@ class _Step:
 
     def called_with(self) -> tuple[Any, ...] | None:
         """By what the same call is known again: the input or, without one, the function and what is bound to it."""
-        return (self.input_hash,) if self.input else _bound_to(self.fn)
+        return (self.input_hash,) if self.input else _identity_of(self.fn)
 
     def declare(self, side_effects: str | Sequence[str] | None, credentials: Any, **declared: Any) -> None:
         """Note what the step declares about itself.  ValueError for what does not go together."""
@@ -2065,23 +2120,22 @@ def _long_poll(run: Run[Any], wait_s: float, *path: str, **query: Any) -> Op[Jso
 def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op[bool]:
     """Give the run up until something is there, and unwind.  True: it is there; False: it must wait in place."""
     lease = run._lease
-    if not run._may_leave or run._names.is_executing() or not lease.leaving.acquire(blocking=False):
+    if not run._may_leave or run._calls.is_executing() or not lease.begin_to_leave():
         return False
     try:
-        if run._names.is_executing():  # again, now that `leaving` is set: one of us sees the other
+        if run._calls.is_executing():  # again, now that nothing may begin: one of us sees the other
             return False
         yield from _settle_writes(run)
-        lease.check_not_refused()
+        if lease.refused is not None:
+            raise copy.copy(lease.refused)
         body = {**_body(lease_owner=lease.owner, timeout_s=timeout_s), "for": condition}
-        with lease.ending():
-            answer = yield from _request(run._client, "POST", _path("runs", run.run_id, "wait"), body, lease=lease)
+        answer = yield from _request(run._client, "POST", _path("runs", run.run_id, "wait"), body, lease=lease)
         if answer["ready"]:
-            lease.is_ending = False
             return True
-        lease.waiting = True
-        run._client._heartbeater.remove(lease)
+        lease.wait()
     finally:
-        lease.leaving.release()
+        lease.stay()
+    run._client._heartbeater.remove(lease)
     raise RunSuspended
 
 
@@ -2136,7 +2190,7 @@ def _run_child(run: Run[Any], fn: Any, body: Json) -> Op[Any]:
     """The result of a child, executed here or, where it has a queue, waited for."""
     (child,) = yield from _create_children(run, [body])
     if "queue" not in body:
-        with run._names.executing():
+        with run._calls.executing():
             return (yield from _begin_and_execute(run._client, child, fn, parent=run._lease))
     (outcome,) = yield from _join_children(run, {body["name"]: child})
     if isinstance(outcome, Exception):
@@ -2316,14 +2370,14 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
         lease.fence()  # user code may have swallowed it
         return (yield from _complete(run, result))[0]
     except (Exception, SystemExit) as error:
-        if lease.waiting:
+        if lease.state == "waiting":
             raise RunSuspended from error
         gone = lease.gone()
         if gone is None:
             with _logged(run, "failure"):
                 yield from _fail(run, error)
             raise
-        if lease.lost is None:  # the parent's lease ended, this one is still ours
+        if lease.state in _LIVE:  # the parent's lease ended, this one is still ours
             yield from _give_back(run)
         if isinstance(error, type(gone)):
             raise
@@ -2331,7 +2385,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
     except GeneratorExit:
         raise
     except BaseException as error:
-        left = lease.waiting or lease.suspended or _is_suspension(error)
+        left = lease.state == "waiting" or lease.is_suspended or _is_suspension(error)
         if in_worker and not left and lease.gone() is None and not _is_cancelled_by_others(error):
             ending = RuntimeError(f"the workflow ended with {type(error).__name__}, which nobody asked of it")
             ending.__cause__ = error
@@ -2344,7 +2398,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
         raise
     finally:
         client._heartbeater.remove(lease)
-        lease.ended = True
+        lease.end()
 
 
 def _is_suspension(error: BaseException) -> bool:
@@ -2406,7 +2460,7 @@ def _give_back(run: Run[Any]) -> Op[None]:
 
     What it wrote before is made durable first.  Where the server does not answer, the end of the lease does the same.
     """
-    if not run._lease.waiting:
+    if run._lease.state != "waiting":
         with _logged(run, "release"):
             yield from _settle_writes(run)
             body = {"leaseOwner": run._lease.owner}
@@ -2545,7 +2599,7 @@ class _Worker:
         try:
             yield from _execute(run, workflow, in_worker=True)
         except RunSuspended:
-            waits = run._lease.waiting
+            waits = run._lease.state == "waiting"
             logger.info("run %s of workflow %s left its worker%s", run.run_id, run.name, " to wait" if waits else "",
                         extra={**extra, "event": "run_waiting" if waits else "run_released"})
         except (Exception, SystemExit) as error:
@@ -3032,7 +3086,7 @@ class _Heartbeater:
         while True:
             self._wake.clear()
             with self._lock:
-                self._leases = {run_id: lease for run_id, lease in self._leases.items() if lease.lost is None}
+                self._leases = {run_id: lease for run_id, lease in self._leases.items() if lease.state != "lost"}
                 if not self._leases:
                     self._thread = None
                     if self._closed:  # what this thread opened since
@@ -3077,7 +3131,8 @@ class _Heartbeater:
         for lease, result in zip(leases, answer["results"]):
             if "error" not in result:
                 lease.renew(sent)
-            elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and not lease.is_ending:
+            elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and (
+                    lease.state not in ("leaving", "ending")):
                 refusal = _refusal(409, result, path)
                 lease.lose(refusal if isinstance(refusal, RunCancelled)
                            else LeaseLost(str(refusal), 409, result, "lease_lost"))
@@ -3511,7 +3566,8 @@ class _BlockingDriver(_Driver):
             while True:
                 value = op.send(value)
         except StopIteration as end:
-            return cast(T, end.value)
+            result: T = end.value
+            return result
 
     def start(self, op: Op[T], name: str) -> concurrent.futures.Future[T]:
         """Perform an operation beside the caller, in a thread of this name."""
@@ -3685,7 +3741,8 @@ class _AsyncDriver(_Driver):
             try:
                 waited_for = resume(value)
             except StopIteration as end:
-                return cast(T, end.value)
+                result: T = end.value
+                return result
             try:
                 value, resume = await waited_for, op.send
             except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
@@ -4064,36 +4121,39 @@ def _fit(fn: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
     return args[: next((count for count in range(len(args), 0, -1) if _accepts(fn, count)), 0)]
 
 
-def _bound_to(fn: Callable[..., Any]) -> tuple[Any, ...] | None:
+def _identity_of(fn: Callable[..., Any]) -> tuple[Any, ...] | None:
     """A function's code and what is bound to it: equal for a lambda that the same line makes anew for the same item,
     and for a method of an object that has not changed meanwhile, as far as that shows.  None where nobody can tell."""
-    bound: list[Any] = []
-    while isinstance(fn, functools.partial):
-        bound += [*fn.args, *fn.keywords.values()]
-        fn = fn.func
-    if isinstance(fn, types.MethodType):
-        bound.append(fn.__self__)
-        fn = fn.__func__
-    if not isinstance(fn, types.FunctionType):
+    code, bound = _unbound(fn)
+    if code is None or any(isinstance(value, Iterator) for value in bound):  # an iterator gives another item each time
         return None
-    bound += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    return (code, *map(_state_of, bound))
+
+
+def _unbound(fn: Callable[..., Any]) -> tuple[types.CodeType | None, list[Any]]:
+    """The code of a function, None of one that is not written in Python, and the values that are bound to it."""
+    if isinstance(fn, functools.partial):
+        code, bound = _unbound(fn.func)
+        return code, [*fn.args, *fn.keywords.values(), *bound]
+    if isinstance(fn, types.MethodType):
+        code, bound = _unbound(fn.__func__)
+        return code, [fn.__self__, *bound]
+    if not isinstance(fn, types.FunctionType):
+        return None, []
+    bound = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
     for cell in fn.__closure__ or ():
         with contextlib.suppress(ValueError):  # a name that has no value yet
             bound.append(cell.cell_contents)
-    if any(isinstance(value, Iterator) for value in bound):  # it gives another item at each call
-        return None
-    return (fn.__code__, *map(_state_of, bound))
+    return fn.__code__, bound
 
 
 def _state_of(value: Any) -> Any:
     """A text or number itself; of an object, which one it is and the texts and numbers that it holds."""
-    if type(value) in _FIXED:
+    plain = (str, bytes, bool, int, float)
+    if type(value) in plain:
         return value
     held = {} if isinstance(value, (types.FunctionType, types.ModuleType, type)) else getattr(value, "__dict__", {})
-    return id(value), tuple((key, each) for key, each in held.items() if type(each) in _FIXED)
-
-
-_FIXED = (str, bytes, bool, int, float)
+    return id(value), tuple((key, each) for key, each in held.items() if type(each) in plain)
 
 
 def _words_of(error: BaseException) -> str:
