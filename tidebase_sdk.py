@@ -1947,11 +1947,10 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
             error = raised
-        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as cancelled:  # this call's, or all the run's
+        except _CANCELLATIONS as cancelled:
             heartbeater.forget(step)
-            if step_id is not None or (step.announcement and not run._client._batcher.withdraw(step.announcement)):
-                run._cancelled_steps.append(_Write(*_outcome_of(run, step, step_id, started_at, output, cancelled),
-                                                   lease, explain=step.log_refusal))
+            if step_id is not None or step.announcement is not None:
+                _note_cancelled(run, step, step_id, step.announcement, started_at, cancelled)
             raise
         finally:
             if step_id is None:
@@ -1985,7 +1984,13 @@ def _begin_step(run: Run[Any], step: _Step) -> Op[Json]:
     lease, client = run._lease, run._client
     for tries in itertools.count(1):
         lease.boundary()
-        answer = yield from client._batcher.write("begin_step", step.fields, lease, explain=step.explain)
+        begin, started_at = _Write("begin_step", step.fields, lease, explain=step.explain), lease.now()
+        try:
+            answer = yield from client._batcher.send(begin)
+        except _CANCELLATIONS as cancelled:
+            step.decision = "safe_replay"  # its function was not called
+            _note_cancelled(run, step, None, begin, started_at, cancelled)
+            raise
         action = answer["action"]
         if action in ("execute", "return"):
             return answer
@@ -2015,6 +2020,20 @@ def _record_step(run: Run[Any], step: _Step, step_id: str | None, started_at: da
     verb, members = _outcome_of(run, step, step_id, started_at, output, error, again)
     explain = functools.partial(step.explain, output_bytes=len(output))
     return run._client._batcher.write(verb, members, run._lease, explain=explain)
+
+
+_CANCELLATIONS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # what ends a call, or all of its run
+
+
+def _note_cancelled(run: Run[Any], step: _Step, step_id: str | None, begin: _Write | None, started_at: datetime,
+                    error: BaseException) -> None:
+    """Have a step whose call was cancelled recorded as failed when its run ends, unless the server cannot know of it.
+
+    begin: the write that began it, with step_id as its answer, None while there is none.
+    """
+    if step_id is not None or not (begin and run._client._batcher.withdraw(begin)):
+        run._cancelled_steps.append(_Write(*_outcome_of(run, step, step_id, started_at, b"", error), run._lease,
+                                           explain=step.log_refusal))
 
 
 def _record_cancelled_steps(run: Run[Any]) -> None:
@@ -2685,7 +2704,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 class _Write:
     """Something to be made durable: a step, a run's result, a new run."""
 
-    __slots__ = ("_give_up_at", "_path", "data", "done", "explain", "is_behind", "lease", "outcome", "since", "verb")
+    __slots__ = ("_give_up_at", "_path", "data", "done", "explain", "is_behind", "is_sent", "lease", "outcome",
+                 "since", "verb")
 
     def __init__(self, verb: str, members: bytes, lease: _Lease | None, *, path: str = "/writes",
                  timeout_s: float = 0.0, is_behind: bool = False,
@@ -2698,6 +2718,7 @@ class _Write:
         self.verb, self.lease, self._path = verb, lease, path
         self.data = b'{"do":"%s",%s}' % (verb.encode(), members)
         self.is_behind, self.explain = is_behind, explain
+        self.is_sent = False  # it may have arrived, though there is no answer
         self.since = time.monotonic()
         self._give_up_at = self.since + timeout_s
         self.outcome: Json | Exception | None = None  # the answer, or what is raised for it
@@ -2787,13 +2808,16 @@ class _WriteBatcher:
         self._trouble = "it has not answered"  # to the last request that failed
 
     def write(self, verb: str, members: bytes, lease: _Lease | None = None, **options: Any) -> Op[Json]:
-        """Make something durable and return the server's answer; see _Write for the arguments.
+        """Make something durable and return the server's answer: see _Write for the arguments, and `send`."""
+        return self.send(_Write(verb, members, lease, timeout_s=self._client.timeout_s, **options))
+
+    def send(self, write: _Write) -> Op[Json]:
+        """Make a write durable and return the server's answer.
 
         Raises what the write was refused with; LeaseLost or, without a lease, Unreachable when no answer came in time.
         """
-        write = _Write(verb, members, lease, timeout_s=self._client.timeout_s, **options)
-        if lease is not None:
-            lease.fence()
+        if write.lease is not None:
+            write.lease.fence()
         with self._lock:
             self._add(write)
             sends = self._is_due()
@@ -2853,7 +2877,7 @@ class _WriteBatcher:
     def withdraw(self, write: _Write) -> bool:
         """Take a write back, unless it has been sent."""
         with self._lock:
-            if write not in self._ready:
+            if write.is_sent or write not in self._ready:
                 return False
             self._ready.remove(write)
             if write.lease is not None:
@@ -2893,6 +2917,7 @@ class _WriteBatcher:
             batch.append(self._ready.popleft())
         self._ready.extendleft(reversed(stay))
         for write in batch:
+            write.is_sent = True
             if write.lease is not None:
                 write.lease.unsettled.in_flight = True
         self._in_flight.append(batch)

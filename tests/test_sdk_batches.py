@@ -605,6 +605,69 @@ def test_cancelling_tasks_whose_steps_are_under_way_does_not_lose_those_of_other
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("arrived", [False, True], ids=["on its way", "arrived"])
+@pytest.mark.parametrize("options", [{"side_effects": "email"}, {"side_effects": "email", "idempotency_key": "k"}])
+def test_a_step_whose_call_is_cancelled_while_it_is_begun_does_not_stay_running_in_a_completed_run(
+    server: Any, api: Api, arrived: bool, options: dict[str, Any]
+) -> None:
+    run_id = new_run_id()
+    held, free = threading.Event(), threading.Event()
+
+    def hold(effect: Any, reply: Any = None) -> None:
+        if effect.path == "/writes" and "begin_step" in verbs(json.loads(effect.body)) and not held.is_set():
+            held.set()
+            assert free.wait(30)
+
+    async def flow(run: Any) -> str:
+        step = asyncio.ensure_future(run.step("mail", lambda: pytest.fail("executed after its call"), **options))
+        await asyncio.to_thread(eventually, held.is_set)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        free.set()
+        return str(await run.step("after", lambda: "went on"))
+
+    async def main() -> None:
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+            if arrived:
+                wire.after = hold
+            else:
+                wire.before = hold
+            assert await tide.run("flow", flow, run_id=run_id) == "went on"
+
+    asyncio.run(main())
+    detail = api.detail(run_id)
+    steps = {step["name"]: (step["status"], (step["error"] or {}).get("name")) for step in detail["steps"]}
+    assert detail["run"]["status"] == "completed"
+    assert steps == {"mail": ("failed", "CancelledError"), "after": ("completed", None)}
+
+
+def test_a_step_whose_call_is_cancelled_before_it_is_sent_to_be_begun_leaves_no_trace(server: Any, api: Api) -> None:
+    run_id = new_run_id()
+
+    async def flow(run: Any, tide: Any, wire: Wire) -> str:
+        free = wire.hold("record_step")
+        first = asyncio.ensure_future(run.step("first", lambda: 1))
+        await asyncio.to_thread(eventually, wire.batches)
+        mail = asyncio.ensure_future(run.step("mail", lambda: pytest.fail("executed"), side_effects="email"))
+        await asyncio.to_thread(eventually, lambda: len(tide._batcher._ready) == 1)
+        mail.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await mail
+        free.set()
+        await first
+        return "went on"
+
+    async def main() -> None:
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+            assert await tide.run("flow", lambda run: flow(run, tide, wire), run_id=run_id) == "went on"
+
+    asyncio.run(main())
+    assert [step["name"] for step in api.detail(run_id)["steps"]] == ["first"]
+
+
 def test_a_lease_that_is_lost_while_its_writes_go_with_those_of_others_costs_them_nothing(
     server: Any, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
