@@ -606,6 +606,60 @@ def test_cancelling_tasks_whose_steps_are_under_way_does_not_lose_those_of_other
 
 
 @pytest.mark.parametrize("arrived", [False, True], ids=["on its way", "arrived"])
+def test_cancelling_the_call_that_sends_neither_loses_nor_holds_up_nor_repeats_what_goes_along(
+    server: Any, api: Api, monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "SLOW_STEP_S", 60.0)  # on a busy machine a step may be slow
+    ids, calls = [new_run_id() for _ in range(3)], Counter[str]()
+    sending: list[str] = []  # the run whose call sends the steps of all three
+    free = threading.Event()
+
+    def hold(effect: Any, reply: Any = None) -> None:
+        writes = json.loads(effect.body)["writes"] if effect.path == "/writes" else []
+        if not sending and [write["do"] for write in writes] == ["record_step"] * 3:
+            sending.append(writes[0]["runId"])
+            assert free.wait(30)
+
+    async def main() -> None:
+        go = asyncio.Event()
+
+        async def flow(run: Any) -> str:
+            return str(await run.step("step", lambda: act(run.run_id)))
+
+        async def act(run_id: str) -> str:
+            calls[run_id] += 1
+            await go.wait()
+            return run_id
+
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+            if arrived:
+                wire.after = hold
+            else:
+                wire.before = hold
+            tasks = {run_id: asyncio.ensure_future(tide.run("flow", flow, run_id=run_id)) for run_id in ids}
+            await asyncio.to_thread(eventually, lambda: calls.total() == 3)
+            go.set()
+            await asyncio.to_thread(eventually, lambda: sending)
+            cancelled = tasks.pop(sending[0])
+            cancelled.cancel()
+            assert await asyncio.wait_for(asyncio.gather(*tasks.values()), 20) == [*tasks]  # while that one is held
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            free.set()
+
+    try:
+        asyncio.run(main())
+    finally:
+        free.set()
+    assert calls == dict.fromkeys(ids, 1)
+    for run_id in ids:
+        assert api.run(run_id)["status"] == ("pending" if run_id in sending else "completed")
+        assert [event for event in api.event_types(run_id) if event.startswith("step.")] == [
+            "step.started", "step.completed"]
+
+
+@pytest.mark.parametrize("arrived", [False, True], ids=["on its way", "arrived"])
 @pytest.mark.parametrize("options", [{"side_effects": "email"}, {"side_effects": "email", "idempotency_key": "k"}])
 def test_a_step_whose_call_is_cancelled_while_it_is_begun_does_not_stay_running_in_a_completed_run(
     server: Any, api: Api, arrived: bool, options: dict[str, Any]
