@@ -393,10 +393,7 @@ class _RunPart(Surface[M]):
     def __init__(self, run: Run[M]) -> None:
         self._client = run._client
         self._run: Run[M] = run
-
-    def _write_id(self, prefix: str, verb: str, *about: str | None) -> str:
-        """The id by which the server knows a repeat of a write: see _Calls.write_id."""
-        return self._run._calls.write_id(prefix, verb, *about)
+        self._write_id = run._calls.write_id
 
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
         """Send a request below the run's path."""
@@ -587,13 +584,13 @@ class Run(Surface[M]):
         self.attempt: int = run.get("attempt", 0)
         self.input: Any = run.get("input")
         self.metadata: Any = run.get("metadata")
+        self._checkpoints: dict[str, Json] = {step["name"]: step for step in begun.get("checkpoints", ())}
+        self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
+        self._calls = _Calls(self.run_id)
         self.state: State[M] = State(self)
         self.snapshots: Snapshots[M] = Snapshots(self)
         self.usage: Usage[M] = Usage(self)
         self.gates: RunGates[M] = RunGates(self)
-        self._checkpoints: dict[str, Json] = {step["name"]: step for step in begun.get("checkpoints", ())}
-        self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
-        self._calls = _Calls(self.run_id)
         self._step_failures: list[tuple[BaseException, str]] = []
         self._cancelled_steps: list[_Write] = []  # recorded when the run ends; one that is given back runs them again
 
@@ -870,7 +867,7 @@ class Session(Run[M]):
     def _let_go(self, run: Json | None = None) -> None:
         self._record = run or self._record
         self._client._heartbeater.remove(self._lease)
-        self._lease.end()
+        self._lease.become("ended", *_LIVE)
 
     def _leave(self, error: BaseException | None) -> Op[None]:
         if isinstance(error, Exception) and self._lease.gone() is None:
@@ -1513,6 +1510,9 @@ if hasattr(os, "register_at_fork"):
 # ------------------------------------------------------------------------------
 
 
+_LIVE = ("held", "leaving", "ending")  # states of a lease that is ours
+
+
 class _Lease:
     """A lease that this process holds, as far as its own clock and the server's last answer tell.
 
@@ -1565,39 +1565,23 @@ class _Lease:
         """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
         self.ends_at = max(self.ends_at, since + self.duration_s)
 
-    def _become(self, state: str, *before: str) -> bool:
-        """Change the state, if it is one of those before."""
+    def become(self, state: str, *before: str) -> bool:
+        """Change the state, if it is one of those before; whether it was."""
         with self._lock:
             if self.state not in before:
                 return False
             self.state = state
             return True
 
-    def begin_to_leave(self) -> bool:
-        """The run is about to ask whether it may wait without us.  False: it is at something else."""
-        return self._become("leaving", "held")
-
-    def stay(self) -> None:
-        """It must not, unless it waits already."""
-        self._become("held", "leaving")
-
-    def wait(self) -> None:
-        """It may."""
-        self._become("waiting", "leaving")
-
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
         """Around the request that ends the run, or its stay here."""
-        self._become("ending", "held", "leaving")
+        self.become("ending", "held", "leaving")
         try:
             yield
         except BaseException:
-            self._become("held", "ending")
+            self.become("held", "ending")
             raise
-
-    def end(self) -> None:
-        """The run is over here."""
-        self._become("ended", *_LIVE)
 
     def lose(self, error: TidebaseError) -> None:
         """The lease is gone, for good: every later boundary raises `error`."""
@@ -1661,9 +1645,6 @@ class _Lease:
                 raise RunSuspended
 
 
-_LIVE = ("held", "leaving", "ending")  # states of a lease that is ours
-
-
 class _Calls:
     """The calls of one execution: their names in the record, which of them are under way, which failed and may be made
     once more, and the ids of what is written between them.  The rule about names that Run tells stands here alone.
@@ -1700,7 +1681,7 @@ class _Calls:
         return " ".join(last if calls is self else self._last)
 
     def begin(self, call: _Call) -> list[str]:
-        """The names of a call in the record, which is under way now."""
+        """Begin a call: give it its names in the record, and return them."""
         with self._lock:
             for kind, name in call.asked:
                 if (kind, name) in self._under_way:
@@ -1718,7 +1699,7 @@ class _Calls:
         return call.names
 
     def end(self, call: _Call, error: BaseException | None) -> None:
-        """A call is over.  Where it failed and may be made once more, it is kept."""
+        """End a call, and keep it where it failed and may be made once more."""
         same = call.same if isinstance(error, Exception) else None
         call.failed_with = None if same is None else same()
         with self._lock:
@@ -2139,7 +2120,7 @@ def _long_poll(run: Run[Any], wait_s: float, *path: str, **query: Any) -> Op[Jso
 def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op[bool]:
     """Give the run up until something is there, and unwind.  True: it is there; False: it must wait in place."""
     lease = run._lease
-    if not run._may_leave or run._calls.is_executing() or not lease.begin_to_leave():
+    if not run._may_leave or run._calls.is_executing() or not lease.become("leaving", "held"):
         return False
     try:
         if run._calls.is_executing():  # again, now that nothing may begin: one of us sees the other
@@ -2151,9 +2132,9 @@ def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op
         answer = yield from _request(run._client, "POST", _path("runs", run.run_id, "wait"), body, lease=lease)
         if answer["ready"]:
             return True
-        lease.wait()
+        lease.become("waiting", "leaving")
     finally:
-        lease.stay()
+        lease.become("held", "leaving")  # it must stay, unless it waits by now
     run._client._heartbeater.remove(lease)
     raise RunSuspended
 
@@ -2417,7 +2398,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
         raise
     finally:
         client._heartbeater.remove(lease)
-        lease.end()
+        lease.become("ended", *_LIVE)
 
 
 def _is_suspension(error: BaseException) -> bool:
