@@ -645,7 +645,7 @@ class Run(Surface[M]):
                 step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
                              checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
             with self._calls.executing(step.name):
-                return (yield from _execute_step(self, step))
+                return (yield from _execute_step(step))
 
     @op
     def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
@@ -792,7 +792,7 @@ class Run(Surface[M]):
                     return _unpack_results(known["output"], names)
                 joined = yield from _join_fanout(self, name, described, queue, return_errors)
                 with self._calls.executing():
-                    recorded = yield from _execute_step(self, step)
+                    recorded = yield from _execute_step(step)
                 return _unpack_results(recorded, names)
 
     @op
@@ -1815,8 +1815,10 @@ class _Step:
     options: Json = {}  # noqa: RUF012 - replaced, never changed
     decision = "safe_replay"  # what the last failure is recorded with
     is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
-    announcement: _Write | None = None  # begin_step of a plain step that takes long
     input = b""
+    started_at: datetime  # the try that is under way
+    id: str | None = None  # of the step that was begun for it
+    announcement: _Write | None = None  # begin_step of a plain step that takes long
 
     def __init__(self, run: Run[Any], name: str, fn: Callable[..., Any], input: Any, input_hash: str | None,
                  retries: int = 0, timeout_s: float | None = None) -> None:
@@ -1902,25 +1904,25 @@ class _Step:
         return StepInputMismatch(message, body=answer, code="input_mismatch")
 
 
-def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
+def _execute_step(step: _Step) -> Op[Any]:
     """Execute a step that no checkpoint here answers, and record it; again while tries are left.
 
     It is begun first where a try must leave a trace, or where the server may have its output.
     """
-    lease, driver, heartbeater = run._lease, run._client._driver, run._client._heartbeater
+    run, lease = step.run, step.run._lease
+    driver, heartbeater = run._client._driver, run._client._heartbeater
     step.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
     for tries in itertools.count(1):
         lease.boundary()
-        step_id: str | None = None
+        step.id, step.started_at = None, lease.now()
         if not step.is_plain or not run._has_all_checkpoints or step.name in run._checkpoints:
-            answer = yield from _begin_step(run, step)
+            answer = yield from _begin_step(step)
             if answer["action"] == "return":
                 return answer["output"]
-            step_id = answer["step"]["id"]
+            step.id = answer["step"]["id"]
         else:
             heartbeater.watch(step)
-        error: Exception | None = None
-        output, started_at = b"null", lease.now()
+        output, error = b"null", None
         try:
             returned = yield driver.invoke(step.fn, step.args, step.timeout_s)
             output = _encode(returned, f"the output of step {step.name!r}")
@@ -1930,27 +1932,25 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
             error = raised
         except _CANCELLATIONS as cancelled:
             heartbeater.forget(step)
-            if step_id is not None or step.announcement is not None:
-                _note_cancelled(run, step, step_id, step.announcement, started_at, cancelled)
+            _note_cancelled(step, step.announcement, cancelled)
             raise
         finally:
-            if step_id is None:
-                heartbeater.forget(step)
-        if step.announcement is not None and (yield from _is_refused(run, step.announcement)):
-            answer = yield from _begin_step(run, step)
+            heartbeater.forget(step)
+        if step.announcement is not None and (yield from _is_refused(step)):
+            answer = yield from _begin_step(step)
             if answer["action"] == "return":
                 return answer["output"]
-        if error is None and step_id is None and lease.write_behind:
-            yield from _record_behind(run, step, started_at, output)
+        if error is None and step.id is None and lease.write_behind:
+            yield from _record_behind(step, output)
             return _decode(output)
         again = error is not None and tries <= step.retries and getattr(error, "retryable", True) is not False
         try:
-            answer = yield from _record_step(run, step, step_id, started_at, output, error, again)
+            answer = yield from _record_step(step, output, error, again)
         except BodyTooLarge as refused:
             if error is not None:
                 raise refused from None  # its input is
             error = refused  # the output will not be shorter the next time
-            answer = yield from _record_step(run, step, step_id, started_at, output, error, again=False)
+            answer = yield from _record_step(step, output, error, again=False)
         if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
             recorded: Json = answer["step"]
             return recorded["output"] if "output" in recorded else _decode(output)
@@ -1960,17 +1960,20 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
     raise AssertionError("unreachable")
 
 
-def _begin_step(run: Run[Any], step: _Step) -> Op[Json]:
+_CANCELLATIONS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # what ends a call, or all of its run
+
+
+def _begin_step(step: _Step) -> Op[Json]:
     """Ask for the step until the answer is `execute` or `return`; while another owner executes it, wait."""
-    lease, client = run._lease, run._client
+    lease, client = step.run._lease, step.run._client
     for tries in itertools.count(1):
         lease.boundary()
-        begin, started_at = _Write("begin_step", step.fields, lease, explain=step.explain), lease.now()
+        begin = _Write("begin_step", step.fields, lease, explain=step.explain)
         try:
             answer = yield from client._batcher.send(begin)
         except _CANCELLATIONS as cancelled:
             step.decision = "safe_replay"  # its function was not called
-            _note_cancelled(run, step, None, begin, started_at, cancelled)
+            _note_cancelled(step, begin, cancelled)
             raise
         action = answer["action"]
         if action in ("execute", "return"):
@@ -1985,36 +1988,44 @@ def _begin_step(run: Run[Any], step: _Step) -> Op[Json]:
     raise AssertionError("unreachable")
 
 
-def _is_refused(run: Run[Any], announcement: _Write) -> Op[bool]:
+def _is_refused(step: _Step) -> Op[bool]:
     """Whether the announcement of a slow step was answered with anything but `execute`.  One under way is waited for,
     so that the answer counts before the step's record is sent."""
-    if run._client._batcher.withdraw(announcement):
+    batcher, announcement = step.run._client._batcher, cast(_Write, step.announcement)
+    if batcher.withdraw(announcement):
         return False
-    yield from run._client._batcher.settled(announcement)
+    yield from batcher.settled(announcement)
     answer = announcement.outcome
     return isinstance(answer, dict) and answer["action"] != "execute"
 
 
-def _record_step(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
-                 error: Exception | None, again: bool) -> Op[Json]:
+def _record_step(step: _Step, output: bytes, error: Exception | None, again: bool) -> Op[Json]:
     """Write how a step ended.  Returns the answer."""
-    verb, members = _outcome_of(run, step, step_id, started_at, output, error, again)
     explain = functools.partial(step.explain, output_bytes=len(output))
-    return run._client._batcher.write(verb, members, run._lease, explain=explain)
+    return step.run._client._batcher.send(_Write(*_outcome_of(step, output, error, again), step.run._lease,
+                                                 explain=explain))
 
 
-_CANCELLATIONS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # what ends a call, or all of its run
+def _record_behind(step: _Step, output: bytes) -> Op[None]:
+    """Have a plain step recorded in the background, after all that the run has written."""
+
+    def explain(outcome: Json | Exception) -> Json | Exception:
+        if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
+            words = (f"step {step.name!r} of run {step.run.run_id} is recorded with another outcome than it had here: "
+                     "the next attempt goes on with the recorded one")
+            return TidebaseError(words, 409, outcome, "other_outcome")
+        return step.explain(outcome, len(output))
+
+    return step.run._client._batcher.post_behind(
+        _Write(*_outcome_of(step, output), step.run._lease, is_behind=True, explain=explain))
 
 
-def _note_cancelled(run: Run[Any], step: _Step, step_id: str | None, begin: _Write | None, started_at: datetime,
-                    error: BaseException) -> None:
-    """Have a step whose call was cancelled recorded as failed when its run ends, unless the server cannot know of it.
-
-    begin: the write that began it, with step_id as its answer, None while there is none.
-    """
-    if step_id is not None or not (begin and run._client._batcher.withdraw(begin)):
-        run._cancelled_steps.append(_Write(*_outcome_of(run, step, step_id, started_at, b"", error), run._lease,
-                                           explain=step.log_refusal))
+def _note_cancelled(step: _Step, begin: _Write | None, error: BaseException) -> None:
+    """Have a step whose call was cancelled recorded as failed before its run ends.  Not one that the server cannot know
+    of: it has no id, and `begin`, which tells the server of it, was not sent."""
+    if step.id is not None or (begin is not None and not step.run._client._batcher.withdraw(begin)):
+        step.run._cancelled_steps.append(
+            _Write(*_outcome_of(step, b"", error), step.run._lease, explain=step.log_refusal))
 
 
 def _record_cancelled_steps(run: Run[Any]) -> None:
@@ -2024,36 +2035,18 @@ def _record_cancelled_steps(run: Run[Any]) -> None:
         run._cancelled_steps = []
 
 
-def _outcome_of(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
-                error: BaseException | None, again: bool = False) -> tuple[str, bytes]:
-    """The verb and the members that record how a step ended: of one that was begun as step_id, or all of it at once."""
+def _outcome_of(step: _Step, output: bytes, error: BaseException | None = None,
+                again: bool = False) -> tuple[str, bytes]:
+    """The verb and the members that record how a step ended: one that was begun, or all of it at once."""
     outcome = b'"output":' + output
     if error is not None:
-        run._step_failures.append((error, step.name))
+        step.run._step_failures.append((error, step.name))
         decision = "auto_retry" if again else step.decision
         outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
-    if step_id is None:
-        return "record_step", _record(step, started_at, outcome)
-    return "complete_step" if error is None else "fail_step", b'"stepId":"%s",%s' % (step_id.encode(), outcome)
-
-
-def _record_behind(run: Run[Any], step: _Step, started_at: datetime, output: bytes) -> Op[None]:
-    """Have a plain step recorded in the background, after all that the run has written."""
-
-    def explain(outcome: Json | Exception) -> Json | Exception:
-        if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
-            return TidebaseError(f"step {step.name!r} of run {run.run_id} is recorded with another outcome than it had "
-                                 "here: the next attempt goes on with the recorded one", 409, outcome, "other_outcome")
-        return step.explain(outcome, len(output))
-
-    members = _record(step, started_at, b'"output":' + output)
-    return run._client._batcher.post_behind(
-        _Write("record_step", members, run._lease, is_behind=True, explain=explain))
-
-
-def _record(step: _Step, started_at: datetime, outcome: bytes) -> bytes:
-    """The members of record_step: a step, from its begin to its end."""
-    return b'"startedAt":"%s","brief":true,%s,%s' % (started_at.isoformat().encode(), step.fields, outcome)
+    if step.id is not None:
+        return "complete_step" if error is None else "fail_step", b'"stepId":"%s",%s' % (step.id.encode(), outcome)
+    started_at = step.started_at.isoformat().encode()
+    return "record_step", b'"startedAt":"%s","brief":true,%s,%s' % (started_at, step.fields, outcome)
 
 
 def _settle_writes(run: Run[Any]) -> Op[None]:
@@ -2146,8 +2139,8 @@ def _begin_wait(run: Run[Any], name: str, asked: Json) -> Op[Json]:
     known = step.checkpoint()
     if known is not None:
         return {**known, "status": "completed"}
-    step.options = {"wait": True}
-    return cast(Json, (yield from _begin_step(run, step))["step"])
+    step.options, step.started_at = {"wait": True}, run._lease.now()
+    return cast(Json, (yield from _begin_step(step))["step"])
 
 
 def _end_wait(run: Run[Any], step: Json, output: Any) -> Op[None]:

@@ -660,9 +660,12 @@ def test_cancelling_the_call_that_sends_neither_loses_nor_holds_up_nor_repeats_w
 
 
 @pytest.mark.parametrize("arrived", [False, True], ids=["on its way", "arrived"])
-@pytest.mark.parametrize("options", [{"side_effects": "email"}, {"side_effects": "email", "idempotency_key": "k"}])
+@pytest.mark.parametrize(("name", "begin"), [
+    ("mail", lambda run: run.step("mail", lambda: pytest.fail("executed"), side_effects="email")),
+    ("mail", lambda run: run.step("mail", lambda: pytest.fail("executed"), side_effects="email", idempotency_key="k")),
+    ("signal:paid", lambda run: run.wait_for_signal("paid"))], ids=["effect", "effect with a key", "wait"])
 def test_a_step_whose_call_is_cancelled_while_it_is_begun_does_not_stay_running_in_a_completed_run(
-    server: Any, api: Api, arrived: bool, options: dict[str, Any]
+    server: Any, api: Api, arrived: bool, name: str, begin: Callable[[Any], Any]
 ) -> None:
     run_id = new_run_id()
     held, free = threading.Event(), threading.Event()
@@ -673,7 +676,7 @@ def test_a_step_whose_call_is_cancelled_while_it_is_begun_does_not_stay_running_
             assert free.wait(30)
 
     async def flow(run: Any) -> str:
-        step = asyncio.ensure_future(run.step("mail", lambda: pytest.fail("executed after its call"), **options))
+        step = asyncio.ensure_future(begin(run))
         await asyncio.to_thread(eventually, held.is_set)
         step.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -694,7 +697,7 @@ def test_a_step_whose_call_is_cancelled_while_it_is_begun_does_not_stay_running_
     detail = api.detail(run_id)
     steps = {step["name"]: (step["status"], (step["error"] or {}).get("name")) for step in detail["steps"]}
     assert detail["run"]["status"] == "completed"
-    assert steps == {"mail": ("failed", "CancelledError"), "after": ("completed", None)}
+    assert steps == {name: ("failed", "CancelledError"), "after": ("completed", None)}
 
 
 def test_a_step_whose_call_is_cancelled_before_it_is_sent_to_be_begun_leaves_no_trace(server: Any, api: Api) -> None:
