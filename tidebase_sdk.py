@@ -1698,15 +1698,19 @@ class _Calls:
                 self._last_here.set((self, self._last))
         return call.names
 
-    def end(self, call: _Call, error: BaseException | None) -> None:
-        """End a call, and keep it where it failed and may be made once more."""
-        same = call.same if isinstance(error, Exception) else None
-        call.failed_with = None if same is None else same()
+    def end(self, call: _Call) -> None:
+        """End a call: others may be called by its name."""
         with self._lock:
             self._under_way.difference_update(call.asked)
-            if call.failed_with is not None:
+
+    def fail(self, call: _Call, called_with: tuple[Any, ...] | None) -> None:
+        """Note that a call failed, though not for good: it leaves its names to the same call, which is known by what it
+        is called with.  None: it cannot be known."""
+        with self._lock:
+            if called_with is not None:
+                call.failed_with = called_with
                 self._failed.setdefault(call.asked, []).append(call)
-            if same is not None and self.last_call() == f"{call.asked[0][0]} {call.names[0]}":
+            if self.last_call() == f"{call.asked[0][0]} {call.names[0]}":
                 self._last = (call.asked[0][0], f"{call.names[0]} failed")  # what is written now is for its failure
                 self._last_here.set((self, self._last))
 
@@ -1786,7 +1790,7 @@ class _Call:
     __slots__ = ("_calls", "asked", "failed_with", "is_within_step", "names", "same")
 
     names: list[str]
-    failed_with: tuple[Any, ...] | None
+    failed_with: tuple[Any, ...]
 
     def __init__(self, calls: _Calls, *asked: _Named, same: _Same = None) -> None:
         for kind, name in asked:
@@ -1802,7 +1806,9 @@ class _Call:
         return self._calls.begin(self)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._calls.end(self, error)
+        if isinstance(error, Exception) and self.same is not None:
+            self._calls.fail(self, self.same())
+        self._calls.end(self)
 
 
 # --- steps
