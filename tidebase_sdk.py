@@ -117,6 +117,7 @@ STOP_CHECK_S = 0.1  # how soon a worker notices that it is to stop
 RELEASE_S = 5.0  # for giving a run back; else the end of its lease does
 SLOW_STEP_S = 0.25  # a step that takes longer is worth a request that lets it be seen as running
 MAX_IN_FLIGHT = 2  # requests to /writes at once: while Postgres commits one, the server reads the other
+GATHER_S = 0.001  # how long a request waits for the runs that the last one answered
 BATCH_WRITES, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
 BEHIND_WRITES, BEHIND_BYTES, BEHIND_S = 64, 1 << 20, 1.0  # write-behind: what may be unrecorded; then a step waits
 RECHECK_S = 1.0  # a waiting write looks this often whether anybody sends it: an event loop may have ended meanwhile
@@ -2714,6 +2715,10 @@ class _Write:
         """The moment until which it is worth sending: the lease's end or, without one, that of the timeout."""
         return self._give_up_at if self.lease is None else self.lease.ends_at
 
+    def may_be_sent(self) -> bool:
+        """Whether no earlier write of its run is in flight."""
+        return self.lease is None or not self.lease.unsettled.in_flight
+
     def settle(self, outcome: Json | Exception) -> None:
         """Note the outcome; `wake` is to follow."""
         if self.outcome is not None:
@@ -2770,21 +2775,27 @@ class _Unsettled:
         return None
 
 
+_AWAKE = threading.Event()  # for what wakes a leader that does not sleep
+
+
 class _WriteBatcher:
     """Sends writes to POST /writes: one request carries what all runs of this process have ready, for one commit.
 
-    At most MAX_IN_FLIGHT requests are in flight.  A run's writes stand in one of them at a time, in order, so that none
-    overtakes another.  Nothing waits for a timer: the first write when a request may be sent goes at once, in the
-    thread or task that made it; what becomes ready meanwhile is sent by one in the background, together, as soon as an
-    answer is there.  A request is repeated until it has an answer or no write in it is worth sending any more.
+    A run's writes stand in one request at a time, in order, so that none overtakes another.  At most MAX_IN_FLIGHT
+    requests are in flight, and who sends the next one, the leader, is one thread or task: that of the first write that
+    is ready, or one in the background.  Runs that got an answer mostly have their next write at once, each in a thread
+    or task of its own: the leader waits for as many writes as the last request had, but no longer than GATHER_S after
+    its answer, since many small requests cost all sides more.  A run alone never waits, nor one whose steps take long.
+    A request is repeated until it has an answer or no write in it is worth sending any more.
     """
 
     def __init__(self, client: Client[Any]) -> None:
         self._client = client
         self._lock = threading.RLock()  # the garbage collector may close a sender's generator at any time
         self._ready: deque[_Write] = deque()
-        self._senders = 0  # threads and tasks that send, or are about to
+        self._leader: Any = None  # what wakes the leader, an event; None: there is none
         self._in_flight: list[list[_Write]] = []
+        self._expected, self._expected_until = 0, 0.0  # how many writes the next request waits for, and until when
         self._trouble = "it has not answered"  # to the last request that failed
 
     def write(self, verb: str, members: bytes, lease: _Lease | None = None, **options: Any) -> Op[Json]:
@@ -2800,10 +2811,11 @@ class _WriteBatcher:
             write.lease.fence()
         with self._lock:
             self._add(write)
-            sends = self._is_due()
-            self._senders += sends
-        if sends:
-            yield from self._send_ready(self._client._driver, once=True)
+            leads = self._leader is None
+            if leads:
+                self._leader = _AWAKE
+        if leads:
+            yield from self._lead(self._client._driver, write.until)
         return (yield from self.wait(write))
 
     def post(self, writes: Sequence[_Write]) -> None:
@@ -2812,7 +2824,7 @@ class _WriteBatcher:
         with self._lock:
             for write in writes:
                 self._add(write)
-        self._start_sender()
+        self._start_leader()
 
     def post_behind(self, write: _Write) -> Op[None]:
         """Likewise, as soon as the bounds of write-behind let another write of its run be behind."""
@@ -2825,7 +2837,7 @@ class _WriteBatcher:
                     break
             yield from self.settled(other)
             lease.boundary()
-        self._start_sender()
+        self._start_leader()
 
     def wait(self, write: _Write) -> Op[Json]:
         """The answer to a write; raises what it was refused with."""
@@ -2852,7 +2864,7 @@ class _WriteBatcher:
             elif write.outcome is None:  # again: it may have come before there was the event
                 yield self._client._driver.sleep(min(left_s, RECHECK_S), write.done)
                 if write.outcome is None:
-                    self._start_sender()
+                    self._start_leader()
 
     def withdraw(self, write: _Write) -> bool:
         """Take a write back, unless it has been sent."""
@@ -2869,17 +2881,21 @@ class _WriteBatcher:
         self._ready.append(write)
         if write.lease is not None:
             write.lease.unsettled.add(write)
+        if self._leader is not None and not self._pause_s():
+            self._leader.set()
 
-    def _is_due(self, others: int | None = None) -> bool:
-        """Under the lock: whether a request may be sent now.  A second one is sent when it would carry as many writes
-        as the first: many small ones cost all sides more.  others: how many send already."""
-        needed = max([1, *map(len, self._in_flight)])
-        if (self._senders if others is None else others) < MAX_IN_FLIGHT:
-            for write in self._ready:
-                needed -= write.lease is None or not write.lease.unsettled.in_flight
-                if not needed:
-                    return True
-        return False
+    def _pause_s(self) -> float:
+        """Under the lock: how long the leader is to wait before it looks again; 0: the next request is to be sent.  A
+        second one is in flight only with as many writes as the first."""
+        expected, until = self._expected, self._expected_until
+        if self._in_flight:
+            expected, until = max(map(len, self._in_flight)), math.inf
+        left_s = until - time.monotonic()
+        wanted = expected if left_s > 0 else 1
+        found = sum(1 for _ in itertools.islice(filter(_Write.may_be_sent, self._ready), max(wanted, 1)))
+        if not self._ready or (found >= wanted and len(self._in_flight) < MAX_IN_FLIGHT):
+            return 0.0
+        return min(left_s, RECHECK_S) if left_s > 0 else RECHECK_S
 
     def _take(self) -> list[_Write]:
         """Under the lock: what the next request carries.  Writes of runs that have others in flight stay."""
@@ -2888,7 +2904,7 @@ class _WriteBatcher:
         size = 0
         while self._ready and len(batch) < BATCH_WRITES:
             write = self._ready[0]
-            if write.lease is not None and write.lease.unsettled.in_flight:
+            if not write.may_be_sent():
                 stay.append(self._ready.popleft())
                 continue
             size += len(write.data)
@@ -2903,41 +2919,49 @@ class _WriteBatcher:
         self._in_flight.append(batch)
         return batch
 
-    def _start_sender(self, driver: Any = None) -> None:
-        """Have what is ready sent in the background, if a request may be sent now.  driver: default the client's."""
+    def _start_leader(self, driver: Any = None) -> None:
+        """Have what is ready sent in the background, unless there is a leader.  driver: default the client's."""
         with self._lock:
-            if not self._is_due():
+            if self._leader is not None or not self._ready:
                 return
-            self._senders += 1
+            self._leader = _AWAKE
         driver = driver or self._client._driver
         if driver.awaited:
             try:
                 asyncio.get_running_loop()
             except RuntimeError:  # a thread beside the event loop: the one that sends heartbeats
                 driver = self._client._threads
-        driver.start(self._send_ready(driver), "tidebase-writes")
+        driver.start(self._lead(driver), "tidebase-writes")
 
-    def _send_ready(self, driver: Any, *, once: bool = False) -> Op[None]:
-        """As one of the senders: send what is ready, in one request or until there is nothing."""
+    def _lead(self, driver: Any, until: float = math.inf) -> Op[None]:
+        """As the leader: send the next request when it is time; the one after it is the next leader's.  until: when who
+        leads has to stop waiting."""
+        batch: list[_Write] | None = None
         next_driver: Any = driver
         try:
-            if driver.awaited or not once:
-                yield driver.sleep(0)  # first all threads and tasks that are as far: what they have goes along
-            while True:
+            if driver.awaited:
+                yield driver.sleep(0)  # first all tasks that are as far: what they have goes along
+            while batch is None:
                 with self._lock:
-                    batch = self._take() if self._is_due(self._senders - 1) else []
-                if batch:
-                    yield from self._send_batch(batch, driver)
-                if once or not batch:
-                    break
+                    pause_s, left_s = self._pause_s(), until - time.monotonic()
+                    if not pause_s:
+                        batch, self._leader = self._take(), None
+                    elif left_s <= 0:
+                        batch, self._leader = [], None
+                    else:
+                        event = self._leader = driver.event()
+                if batch is None:
+                    yield driver.sleep(min(pause_s, left_s), event)
+            if batch:
+                yield from self._send_batch(batch, driver)
         except BaseException as error:  # a thread goes on where a task was cancelled, as the event loop may be ending
             next_driver = None if isinstance(error, GeneratorExit) else self._client._threads
+            if batch is None:
+                self._leader = None
             raise
         finally:
-            with self._lock:
-                self._senders -= 1
             if next_driver is not None:
-                self._start_sender(next_driver)
+                self._start_leader(next_driver)
 
     def _send_batch(self, batch: list[_Write], driver: Any) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
@@ -2949,11 +2973,15 @@ class _WriteBatcher:
         finally:
             with self._lock:
                 self._in_flight = [each for each in self._in_flight if each is not batch]
+                self._expected = sum([not write.is_behind for write in batch])
+                self._expected_until = time.monotonic() + GATHER_S
                 for write in reversed(batch):
                     if write.lease is not None:
                         write.lease.unsettled.in_flight = False
                     if write.outcome is None:
                         self._ready.appendleft(write)
+                if self._leader is not None:
+                    self._leader.set()
             for write in batch:
                 write.wake()
 

@@ -547,7 +547,7 @@ def test_of_steps_that_threads_of_one_run_end_at_once_each_gets_its_own_output(s
         outputs.clear()
         tide.run("flow", flow)
         assert outputs == {number: {"n": number} for number in range(40)}
-    eventually(lambda: (tide._batcher._senders, len(tide._batcher._ready)) == (0, 0))
+    eventually(lambda: (tide._batcher._leader, len(tide._batcher._ready)) == (None, 0))
     tide.close()
 
 
@@ -597,7 +597,7 @@ def test_cancelling_tasks_whose_steps_are_under_way_does_not_lose_those_of_other
             cancelled = {n for n, result in enumerate(results) if isinstance(result, asyncio.CancelledError)}
             assert cancelled == {0, first, other}
             assert [results[n] for n in range(8) if n not in cancelled] == [n for n in range(8) if n not in cancelled]
-            await wait_until(lambda: (tide._batcher._senders, len(tide._batcher._ready)) == (0, 0))
+            await wait_until(lambda: (tide._batcher._leader, len(tide._batcher._ready)) == (None, 0))
 
     async def wait_until(question: Callable[[], Any]) -> None:
         await asyncio.to_thread(eventually, question)
