@@ -420,6 +420,57 @@ def test_steps_with_effects_go_together_too_and_each_is_begun_before_it_runs(
         assert api.event_types(run)[2:-1] == ["step.started", "step.completed"]
 
 
+def run_two_that_are_answered_together(
+    server: Any, monkeypatch: pytest.MonkeyPatch, second: Callable[[tidebase_sdk.Tidebase, threading.Thread], None]
+) -> list[int]:
+    """Execute two runs of two steps, whose first steps go in one request.  second: called in the second step of the
+    later run, with the client and the thread of the other run.  Returns how many steps each request carried."""
+    tide = tidebase_sdk.Tidebase(server.url)
+    wire = Wire(tide)
+    with monkeypatch.context() as patch:
+        patch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
+        free = wire.hold("enqueue_run")
+        threads = [threading.Thread(target=tide.enqueue, args=["other"], kwargs={"queue": "elsewhere"})]
+        threads[0].start()
+        eventually(wire.taken.locked)
+
+        def flow(run: Any, is_later: bool) -> None:
+            run.step("first", lambda: 1)
+            run.step("second", (lambda: second(tide, threads[1])) if is_later else (lambda: None))
+
+        for is_later in (False, True):
+            threads.append(threading.Thread(target=tide.run, args=["flow", flow], kwargs={"input": is_later}))
+            threads[-1].start()
+        eventually(lambda: len(tide._batcher._ready) == 2)
+        free.set()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+    tide.close()
+    return wire.batches()
+
+
+def test_runs_that_were_answered_together_send_their_next_steps_together(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "GATHER_S", 30.0)
+
+    def second(tide: tidebase_sdk.Tidebase, _: threading.Thread) -> None:
+        eventually(lambda: len(tide._batcher._ready) == 1)  # the other run's step waits for this one
+
+    assert run_two_that_are_answered_together(server, monkeypatch, second) == [2, 2]
+
+
+def test_a_step_does_not_wait_for_a_run_whose_next_one_takes_longer(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(_: tidebase_sdk.Tidebase, other: threading.Thread) -> None:
+        other.join(30)
+        assert not other.is_alive()
+
+    assert run_two_that_are_answered_together(server, monkeypatch, second) == [2, 1, 1]
+
+
 def test_who_only_enqueues_does_not_wait_longer_than_the_timeout_for_the_request_that_would_carry_it(
     actor: Callable[..., Any], server: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
