@@ -117,6 +117,7 @@ STOP_CHECK_S = 0.1  # how soon a worker notices that it is to stop
 RELEASE_S = 5.0  # for giving a run back; else the end of its lease does
 SLOW_STEP_S = 0.25  # a step that takes longer is worth a request that lets it be seen as running
 MAX_IN_FLIGHT = 2  # requests to /writes at once: while Postgres commits one, the server reads the other
+GATHER_S = 0.001  # how long a request waits for the runs that the last one answered
 BATCH_WRITES, BATCH_BYTES = 1_000, 4 << 20  # in one of them: the server takes no more, and 16 MiB
 BEHIND_WRITES, BEHIND_BYTES, BEHIND_S = 64, 1 << 20, 1.0  # write-behind: what may be unrecorded; then a step waits
 RECHECK_S = 1.0  # a waiting write looks this often whether anybody sends it: an event loop may have ended meanwhile
@@ -251,7 +252,7 @@ class RunSuspended(BaseException):
 
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
 JsonList = list[Json]
-_Asked = tuple[str, str]  # kind and name of a call, such as ("step", "fetch")
+_Named = tuple[str, str]  # the kind of a call and its name, such as ("step", "fetch")
 _Same = Optional[Callable[[], Optional[tuple[Any, ...]]]]  # what a call is called with: see _Call
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -313,12 +314,14 @@ class op(Generic[P, T]):
         @functools.wraps(logic)
         def blocking(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
             with _own_frames_hidden:
-                return cast(T, surface._client._driver.drive(logic(surface, *args, **kwargs)))
+                result: T = surface._client._driver.drive(logic(surface, *args, **kwargs))
+                return result
 
         @functools.wraps(logic)
         async def awaited(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
             with _own_frames_hidden:
-                return cast(T, await surface._client._driver.drive(logic(surface, *args, **kwargs)))
+                result: T = await surface._client._driver.drive(logic(surface, *args, **kwargs))
+                return result
 
         self._logic, self._blocking, self._awaited = logic, blocking, awaited
         self.__doc__ = logic.__doc__
@@ -391,10 +394,7 @@ class _RunPart(Surface[M]):
     def __init__(self, run: Run[M]) -> None:
         self._client = run._client
         self._run: Run[M] = run
-
-    def _write_id(self, prefix: str, verb: str, *about: str | None) -> str:
-        """The id by which the server knows a repeat of a write: see _Names.write_id."""
-        return self._run._names.write_id(prefix, verb, *about)
+        self._write_id = run._calls.write_id
 
     def _request(self, method: str, *parts: str, body: Json | None = None, **query: Any) -> Op[Json]:
         """Send a request below the run's path."""
@@ -448,7 +448,7 @@ class State(_RunPart[M]):
         """
         body = {**_body(locals(), id=self._write_id("ver", "set", stream)), "value": value}
         answer = yield from self._request("PUT", "state", body=body)
-        after = self._run._names.last_here()
+        after = self._run._calls.last_call()
         _warn_of_differences(self._run, "the state that is written after", after, answer["state"], value=value)
         return answer
 
@@ -585,13 +585,13 @@ class Run(Surface[M]):
         self.attempt: int = run.get("attempt", 0)
         self.input: Any = run.get("input")
         self.metadata: Any = run.get("metadata")
+        self._checkpoints: dict[str, Json] = {step["name"]: step for step in begun.get("checkpoints", ())}
+        self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
+        self._calls = _Calls(self.run_id)
         self.state: State[M] = State(self)
         self.snapshots: Snapshots[M] = Snapshots(self)
         self.usage: Usage[M] = Usage(self)
         self.gates: RunGates[M] = RunGates(self)
-        self._checkpoints: dict[str, Json] = {step["name"]: step for step in begun.get("checkpoints", ())}
-        self._has_all_checkpoints = begun.get("checkpointsTruncated") is False
-        self._names = _Names(self.run_id)
         self._step_failures: list[tuple[BaseException, str]] = []
         self._cancelled_steps: list[_Write] = []  # recorded when the run ends; one that is given back runs them again
 
@@ -637,7 +637,7 @@ class Run(Surface[M]):
         if retries or timeout_s is not None or side_effects is not None or idempotency_key is not None:
             _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects, idempotency_key=idempotency_key)
         step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
-        with _Call(self._names, ("step", name), same=step.called_with) as (step.name,):
+        with _Call(self._calls, ("step", name), same=step.called_with) as (step.name,):
             known = step.checkpoint()
             if known is not None:
                 return known["output"]  # as it came: a name is used once, so nobody else gets it
@@ -645,8 +645,8 @@ class Run(Surface[M]):
                     or verified_by or credentials):
                 step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
                              checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
-            with self._names.executing(step.name):
-                return (yield from _execute_step(self, step))
+            with self._calls.executing(step.name):
+                return (yield from _execute_step(step))
 
     @op
     def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
@@ -658,8 +658,8 @@ class Run(Surface[M]):
         timeout_s: then the gate is canceled, actor `timeout`.  poll_s: how long one request of a run that waits in
         place is held (at most 25).  Raises RunCancelled, LeaseLost.
         """
-        with _Call(self._names, ("gate", name)) as (name,):
-            with self._names.executing():  # the run does not leave before it has asked all that it asks at once
+        with _Call(self._calls, ("gate", name)) as (name,):
+            with self._calls.executing():  # the run does not leave before it has asked all that it asks at once
                 gate = yield from RunGates.begin(
                     self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
                 )
@@ -688,7 +688,7 @@ class Run(Surface[M]):
         if (seconds is None) == (until is None):
             raise ValueError("sleep() needs either seconds or until")
         _check(seconds=seconds, until=until)
-        with _Call(self._names, ("step", f"sleep:{name or self._names.count('sleep', '')}")) as (label,):
+        with _Call(self._calls, ("step", f"sleep:{name or self._calls.count('sleep', '')}")) as (label,):
             step = yield from _begin_wait(self, label, {"seconds": seconds, "until": _iso(until)})
             if step["status"] == "completed":
                 return
@@ -710,8 +710,8 @@ class Run(Surface[M]):
         LeaseLost.
         """
         _check(timeout_s=timeout_s)
-        with _Call(self._names, ("step", f"signal:{name}")) as (label,):
-            number = self._names.count("signal", name)
+        with _Call(self._calls, ("step", f"signal:{name}")) as (label,):
+            number = self._calls.count("signal", name)
 
             def read(wait_s: float) -> Op[Json | None]:
                 return _member(_long_poll(self, wait_s, "signals", name, n=number), "signal")
@@ -753,7 +753,7 @@ class Run(Surface[M]):
         given = locals()
         fn, body = _describe_child(self, {**given, "name": name or workflow_name})
         same = None if queue is not None else functools.partial(_child_key, body)
-        with _Call(self._names, ("child", body["name"]), same=same) as (label,):
+        with _Call(self._calls, ("child", body["name"]), same=same) as (label,):
             return (yield from _run_child(self, fn, {**body, "name": label}))
 
     @op
@@ -777,14 +777,14 @@ class Run(Surface[M]):
         bodies = [body for _, body in described]
         same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
         asked = [("child", body["name"]) for body in bodies]
-        with _Call(self._names, ("fanout", name), *asked, same=same) as (label, *names):
+        with _Call(self._calls, ("fanout", name), *asked, same=same) as (label, *names):
             for body, child in zip(bodies, names):
                 body.update(name=child, edgeType=body.get("edgeType", "fanout"),
                             edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
             if checkpoint is False:
                 return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
             wanted = {"fanout": label, "join": "all", "children": names}
-            with _Call(self._names, ("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
+            with _Call(self._calls, ("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
                                   same=same) as (join,):
                 joined: Any = None
                 step = _Step(self, join, lambda: joined, wanted, None)
@@ -792,8 +792,8 @@ class Run(Surface[M]):
                 if known is not None:
                     return _unpack_results(known["output"], names)
                 joined = yield from _join_fanout(self, name, described, queue, return_errors)
-                with self._names.executing():
-                    recorded = yield from _execute_step(self, step)
+                with self._calls.executing():
+                    recorded = yield from _execute_step(step)
                 return _unpack_results(recorded, names)
 
     @op
@@ -868,7 +868,7 @@ class Session(Run[M]):
     def _let_go(self, run: Json | None = None) -> None:
         self._record = run or self._record
         self._client._heartbeater.remove(self._lease)
-        self._lease.ended = True
+        self._lease.become("ended", *_LIVE)
 
     def _leave(self, error: BaseException | None) -> Op[None]:
         if isinstance(error, Exception) and self._lease.gone() is None:
@@ -1511,8 +1511,19 @@ if hasattr(os, "register_at_fork"):
 # ------------------------------------------------------------------------------
 
 
+_LIVE = ("held", "leaving", "ending")  # states of a lease that is ours
+
+
 class _Lease:
-    """A lease that this process holds, as far as its own clock and the server's last answer tell."""
+    """A lease that this process holds, as far as its own clock and the server's last answer tell.
+
+    Its state: held     at first
+               leaving  the run asks to wait without us, and nothing may begin meanwhile; then waiting, or held again
+               ending   its outcome is under way: a heartbeat refused now means that it arrived; held again if it failed
+               waiting  for good: it is queued again when what it waits for is there
+               ended    for good: completed, failed or given back; threads left over stop at their next boundary
+               lost     for good: cancelled, another's or run out, as `lost` tells
+    """
 
     def __init__(self, run: Json, owner: str, event: Any, parent: _Lease | None = None,
                  write_behind: bool = False) -> None:
@@ -1525,13 +1536,11 @@ class _Lease:
         self.unsettled = _Unsettled()
         self.on_lost: Callable[..., Any] | None = None
         self.on_returned: Callable[[], None] = lambda: None  # the workflow's function has returned
+        self.state = "held"
+        self._lock = threading.Lock()  # around its changes
         self.lost: TidebaseError | None = None
         self.refused: Exception | None = None  # what a record was refused with that no call waited for
-        self.suspended = False  # its worker stops
-        self.leaving = threading.Lock()  # held while the run asks to wait without us: nothing may begin meanwhile
-        self.waiting = False  # the run waits without us: it is queued again when what it waits for is there
-        self.is_ending = False  # its outcome is under way: a heartbeat refused now means that it arrived
-        self.ended = False  # completed, failed or given back: threads left over stop at their next boundary
+        self.is_suspended = False  # its worker stops: the next boundary unwinds the run
         self.duration_s = _lease_seconds(run)
         self.heartbeat_s = self.duration_s / HEARTBEATS_PER_LEASE
         now = time.monotonic()
@@ -1557,15 +1566,35 @@ class _Lease:
         """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
         self.ends_at = max(self.ends_at, since + self.duration_s)
 
+    def become(self, state: str, *before: str) -> bool:
+        """Change the state, if it is one of those before; whether it was."""
+        with self._lock:
+            if self.state not in before:
+                return False
+            self.state = state
+            return True
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Around the request that ends the run, or its stay here."""
+        self.become("ending", "held", "leaving")
+        try:
+            yield
+        except BaseException:
+            self.become("held", "ending")
+            raise
+
     def lose(self, error: TidebaseError) -> None:
         """The lease is gone, for good: every later boundary raises `error`."""
-        if self.lost is None:
-            self.lost = error
-            logger.warning("run %s of workflow %s is no longer held here: %s", self.run_id, self.workflow_name, error,
-                           extra={"event": error.code or "lease_lost", "run_id": self.run_id})
-            self.event.set()
-            if self.on_lost is not None:
-                self.on_lost(*_fit(self.on_lost, error))
+        with self._lock:
+            if self.state not in _LIVE:
+                return
+            self.lost, self.state = error, "lost"
+        logger.warning("run %s of workflow %s is no longer held here: %s", self.run_id, self.workflow_name, error,
+                       extra={"event": error.code or "lease_lost", "run_id": self.run_id})
+        self.event.set()
+        if self.on_lost is not None:
+            self.on_lost(*_fit(self.on_lost, error))
 
     def cancelled(self, answer: Json) -> None:
         """An answer says that the run is cancelled: lose the lease, and raise RunCancelled."""
@@ -1581,36 +1610,28 @@ class _Lease:
 
     def suspend(self) -> None:
         """The worker stops: the next boundary unwinds the run."""
-        self.suspended = True
+        self.is_suspended = True
         self.event.set()
-
-    @contextlib.contextmanager
-    def ending(self) -> Iterator[None]:
-        """Around the request that ends the run, or its stay here: see is_ending.  Where it fails, all is as before."""
-        self.is_ending = True
-        try:
-            yield
-        except BaseException:
-            self.is_ending = False
-            raise
 
     def gone(self) -> TidebaseError | None:
         """What ended this lease or, for a child, one above it.  One that this process did not renew in time is
         lost: another worker may hold the run by now, after a freeze of this process, say."""
         now = time.monotonic()
         for lease in self.line:
-            if lease.lost is None and now >= lease.ends_at and not lease.ended:
+            if lease.state in _LIVE:
+                if now < lease.ends_at:
+                    continue
                 message = f"the lease of run {lease.run_id} ran out: it was not renewed within {lease.duration_s:g} s"
                 lease.lose(LeaseLost(message, code="lease_lost"))
-            if lease.lost is not None:
+            if lease.state == "lost":
                 return lease.lost
-            if lease.ended:
+            if lease.state == "ended":
                 return LeaseLost(f"run {lease.run_id} has ended here", code="lease_lost")
         return None
 
     def fence(self) -> None:
         """Before a request: raise what ended the lease.  A copy, since several threads may raise it."""
-        if self.waiting:
+        if self.state == "waiting":
             raise RunSuspended
         if (gone := self.gone()) is not None:
             raise copy.copy(gone)
@@ -1618,75 +1639,119 @@ class _Lease:
     def boundary(self) -> None:
         """Before user code goes on: raise LeaseLost, RunCancelled, RunSuspended, or what a record was refused with."""
         self.fence()
-        self.check_not_refused()
-        for lease in self.line:
-            if lease.suspended or lease.leaving.locked():
-                raise RunSuspended
-
-    def check_not_refused(self) -> None:
-        """Raise what a record was refused with that no call waited for.  A copy, as in `fence`."""
         if self.refused is not None:
             raise copy.copy(self.refused)
+        for lease in self.line:
+            if lease.is_suspended or lease.state == "leaving":
+                raise RunSuspended
 
 
-class _Names:
-    """What the calls of an execution are named in the record, which of them are under way, and the ids of what is
-    written between them.  The rule about names that Run tells stands here and nowhere else."""
+class _Calls:
+    """The calls of one execution: their names in the record, which of them are under way, which failed and may be made
+    once more, and the ids of what is written between them.  The rule about names that Run tells stands here alone.
 
-    # The step whose function is called, and the call that began last, in this task or thread; each with the names that
-    # it belongs to, since a step's function may run other runs.
-    within: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_step", default=None)
-    _place: contextvars.ContextVar[tuple[_Names, str] | None] = contextvars.ContextVar("tidebase_place", default=None)
+    A name in the record is given once, to the call that began with it, and again only to the same call when that
+    failed.  From its begin to its end a call is under way, and no other may be called by its name.
+    """
+
+    # Of this task or thread, each with the calls that it belongs to, since a step's function may run other runs: the
+    # step whose function is called, and the call that began last.
+    _step_here: contextvars.ContextVar[tuple[_Calls | None, str]] = contextvars.ContextVar(
+        "tidebase_step", default=(None, ""))
+    _last_here: contextvars.ContextVar[tuple[_Calls | None, _Named]] = contextvars.ContextVar(
+        "tidebase_last", default=(None, ("", "")))
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
-        self.lock = threading.Lock()
-        self._numbers: dict[_Asked, int] = {}  # the last one given, by kind and name as called
-        self._taken: set[_Asked] = set()  # kind and name as recorded
-        self.under_way: set[_Asked] = set()  # kind and name as called
-        self.failed: dict[tuple[_Asked, ...], list[tuple[list[str], tuple[Any, ...]]]] = {}  # names, called with what
+        self._lock = threading.Lock()
+        self._numbers: dict[_Named, int] = {}  # of each name, as called or as recorded: the last number given
+        self._under_way: set[_Named] = set()  # as called
+        self._failed: dict[tuple[_Named, ...], list[_Call]] = {}  # those that may be made once more, the oldest first
+        self._last: _Named = ("", "")  # the call that began last, in whatever task or thread
         self._executing = 0
-        self._last = ""  # the call that began last, in whatever task, and whether it failed
         self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
 
-    def next(self, asked: _Asked) -> str:
-        """The next free name in the record."""
-        kind, name = asked
-        number = self._numbers.get(asked, 0) + 1
-        while (recorded := asked if number == 1 else (kind, f"{name}#{number}")) in self._taken:
-            number += 1
-        if len(recorded[1]) > MAX_NAME:
-            raise ValueError(f"the name of a {kind} has at most {MAX_NAME} characters in the record, not "
-                             f"{len(recorded[1])} as {recorded[1][:60]!r}...")
-        self._numbers[asked] = number
-        self._taken.add(recorded)
-        return recorded[1]
+    def step_here(self) -> str | None:
+        """The step of this run whose function this task or thread executes."""
+        calls, step = self._step_here.get()
+        return step if calls is self else None
 
-    def move_to(self, place: str) -> None:
-        """Under the lock: note the call that began, or failed, last."""
-        self._last = place
-        self._place.set((self, place))
-
-    def last_here(self) -> str:
+    def last_call(self) -> str:
         """The call that began last in this task or thread or, where it made none, in any."""
-        here = self._place.get()
-        return here[1] if here is not None and here[0] is self else self._last
+        calls, last = self._last_here.get()
+        return " ".join(last if calls is self else self._last)
+
+    def begin(self, call: _Call) -> list[str]:
+        """Begin a call: give it its names in the record, and return them."""
+        with self._lock:
+            for kind, name in call.asked:
+                if (kind, name) in self._under_way:
+                    raise ValueError(
+                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
+                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
+            call.names = self._names_of_failed(call) if self._failed else []
+            if not call.names:
+                for asked in call.asked:
+                    call.names.append(self._next_name(asked))
+            self._under_way.update(call.asked)
+            if not call.is_within_step:  # such a call does not count: a replay does not make it
+                self._last = (call.asked[0][0], call.names[0])
+                self._last_here.set((self, self._last))
+        return call.names
+
+    def end(self, call: _Call) -> None:
+        """End a call: others may be called by its name."""
+        with self._lock:
+            self._under_way.difference_update(call.asked)
+
+    def fail(self, call: _Call, called_with: tuple[Any, ...] | None) -> None:
+        """Note that a call failed, though not for good: it leaves its names to the same call, which is known by what it
+        is called with.  None: it cannot be known."""
+        with self._lock:
+            if called_with is not None:
+                call.failed_with = called_with
+                self._failed.setdefault(call.asked, []).append(call)
+            if self.last_call() == f"{call.asked[0][0]} {call.names[0]}":
+                self._last = (call.asked[0][0], f"{call.names[0]} failed")  # what is written now is for its failure
+                self._last_here.set((self, self._last))
+
+    def _names_of_failed(self, call: _Call) -> list[str]:
+        """The names of the same call, if it failed."""
+        failed = self._failed.get(call.asked, [])
+        called_with = call.same() if failed and call.same is not None else None
+        for place, other in enumerate(failed):
+            if other.failed_with == called_with:
+                return failed.pop(place).names
+        return []
+
+    def _next_name(self, asked: _Named) -> str:
+        """The next free name in the record: NAME, NAME#2, NAME#3 ..."""
+        kind, name = asked
+        number, recorded = self._numbers.get(asked, 0) + 1, name
+        while number > 1 and (kind, recorded := f"{name}#{number}") in self._numbers:
+            number += 1
+        if len(recorded) > MAX_NAME:
+            raise ValueError(f"the name of a {kind} has at most {MAX_NAME} characters in the record, not "
+                             f"{len(recorded)} as {recorded[:60]!r}...")
+        self._numbers[asked] = number
+        if number > 1:
+            self._numbers[kind, recorded] = 1
+        return recorded
 
     @contextlib.contextmanager
     def executing(self, step: str | None = None) -> Iterator[None]:
         """Around what is executed here and cannot be left behind: a step of this name, or a child."""
-        before = self.within.get()
-        with self.lock:
+        before = self._step_here.get()
+        with self._lock:
             self._executing += 1
         if step is not None:
-            self.within.set((self, step))
+            self._step_here.set((self, step))
         try:
             yield
         finally:
-            with self.lock:
+            with self._lock:
                 self._executing -= 1
-            if step is not None:
-                self.within.set(before)
+            self._step_here.set(before)
 
     def is_executing(self) -> bool:
         """Whether a step or a child of the run is executed here."""
@@ -1694,7 +1759,7 @@ class _Names:
 
     def count(self, kind: str, name: str) -> int:
         """How often this has been asked for, this time included."""
-        with self.lock:
+        with self._lock:
             self._numbers[kind, name] = self._numbers.get((kind, name), 0) + 1
             return self._numbers[kind, name]
 
@@ -1705,68 +1770,46 @@ class _Names:
         writes since.  While a call is under way it is a fresh one: within a step because what is executed again was
         spent again, beside one because the order of the two is not known.
         """
-        with self.lock:
-            if self.under_way:
+        with self._lock:
+            if self._under_way:
                 return _new_id(prefix)
-            kind = (self.last_here(), verb, *(part or "" for part in about))
+            kind = (self.last_call(), verb, *(part or "" for part in about))
             self._writes[kind] += 1
             place = (self._run_id, *kind, str(self._writes[kind]))
         return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
 class _Call:
-    """`with _Call(names, (kind, name), ...) as recorded`: around a call, with its names in the record.
+    """`with _Call(calls, (kind, name), ...) as names`: a call, under way within, and its names in the record.
 
-    asked: kind and name of the call and of what it takes along.  same: of a call whose failure is not recorded for
-    good, what it is called with, None where nobody can tell.  A replay executes such a call again, and so does the
-    program that catches the failure and makes the same call once more: it keeps the name, so that the replay finds its
-    output.
+    The first is the name of the call, others are of what it takes along.  Those of a call that the function of a step
+    makes are STEP/name.  same: what it is called with, None where nobody can tell; only of a call whose failure is not
+    recorded for good.  A replay executes such a call again, and so does the program that catches the failure and makes
+    the same call once more: it keeps its names, so that the replay finds its output.
     """
 
-    __slots__ = ("_asked", "_names", "_recorded", "_same")
+    __slots__ = ("_calls", "asked", "failed_with", "is_within_step", "names", "same")
 
-    def __init__(self, names: _Names, *asked: _Asked, same: _Same = None) -> None:
-        self._names, self._asked, self._same = names, asked, same
+    names: list[str]
+    failed_with: tuple[Any, ...]
 
-    def __enter__(self) -> list[str]:
-        for kind, name in self._asked:
+    def __init__(self, calls: _Calls, *asked: _Named, same: _Same = None) -> None:
+        for kind, name in asked:
             if not isinstance(name, str) or not name:
                 raise (ValueError if name == "" else TypeError)(
                     f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
-        names, within = self._names, _Names.within.get()
-        if within is not None and within[0] is names:
-            self._asked = tuple([(kind, f"{within[1]}/{name}") for kind, name in self._asked])
-        with names.lock:
-            for kind, name in self._asked:
-                if (kind, name) in names.under_way:
-                    raise ValueError(
-                        f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
-                        f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
-            self._recorded = (self._as_failed() if names.failed else None) or [*map(names.next, self._asked)]
-            names.under_way.update(self._asked)
-            if within is None or within[0] is not names:
-                names.move_to(f"{self._asked[0][0]} {self._recorded[0]}")
-        return self._recorded
+        step = calls.step_here()
+        self.is_within_step = step is not None
+        self.asked = asked if step is None else tuple([(kind, f"{step}/{name}") for kind, name in asked])
+        self._calls, self.same = calls, same
 
-    def _as_failed(self) -> list[str] | None:
-        """The names of the same call, if it failed."""
-        failed = self._names.failed.get(self._asked, [])
-        called_with = self._same() if failed and self._same is not None else None
-        for place, (recorded, failed_with) in enumerate(failed):
-            if failed_with == called_with:
-                del failed[place]
-                return recorded
-        return None
+    def __enter__(self) -> list[str]:
+        return self._calls.begin(self)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        names, same = self._names, self._same if isinstance(error, Exception) else None
-        called_with = None if same is None else same()
-        with names.lock:
-            names.under_way.difference_update(self._asked)
-            if called_with is not None:
-                names.failed.setdefault(self._asked, []).append((self._recorded, called_with))
-            if same is not None and names.last_here() == (place := f"{self._asked[0][0]} {self._recorded[0]}"):
-                names.move_to(f"{place} failed")
+        if isinstance(error, Exception) and self.same is not None:
+            self._calls.fail(self, self.same())
+        self._calls.end(self)
 
 
 # --- steps
@@ -1779,8 +1822,10 @@ class _Step:
     options: Json = {}  # noqa: RUF012 - replaced, never changed
     decision = "safe_replay"  # what the last failure is recorded with
     is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
-    announcement: _Write | None = None  # begin_step of a plain step that takes long
     input = b""
+    started_at: datetime  # the try that is under way
+    id: str | None = None  # of the step that was begun for it
+    announcement: _Write | None = None  # begin_step of a plain step that takes long
 
     def __init__(self, run: Run[Any], name: str, fn: Callable[..., Any], input: Any, input_hash: str | None,
                  retries: int = 0, timeout_s: float | None = None) -> None:
@@ -1795,7 +1840,7 @@ class _Step:
 
     def called_with(self) -> tuple[Any, ...] | None:
         """By what the same call is known again: the input or, without one, the function and what is bound to it."""
-        return (self.input_hash,) if self.input else _bound_to(self.fn)
+        return (self.input_hash,) if self.input else _identity_of(self.fn)
 
     def declare(self, side_effects: str | Sequence[str] | None, credentials: Any, **declared: Any) -> None:
         """Note what the step declares about itself.  ValueError for what does not go together."""
@@ -1866,25 +1911,25 @@ class _Step:
         return StepInputMismatch(message, body=answer, code="input_mismatch")
 
 
-def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
+def _execute_step(step: _Step) -> Op[Any]:
     """Execute a step that no checkpoint here answers, and record it; again while tries are left.
 
     It is begun first where a try must leave a trace, or where the server may have its output.
     """
-    lease, driver, heartbeater = run._lease, run._client._driver, run._client._heartbeater
+    run, lease = step.run, step.run._lease
+    driver, heartbeater = run._client._driver, run._client._heartbeater
     step.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
     for tries in itertools.count(1):
         lease.boundary()
-        step_id: str | None = None
+        step.id, step.started_at = None, lease.now()
         if not step.is_plain or not run._has_all_checkpoints or step.name in run._checkpoints:
-            answer = yield from _begin_step(run, step)
+            answer = yield from _begin_step(step)
             if answer["action"] == "return":
                 return answer["output"]
-            step_id = answer["step"]["id"]
+            step.id = answer["step"]["id"]
         else:
             heartbeater.watch(step)
-        error: Exception | None = None
-        output, started_at = b"null", lease.now()
+        output, error = b"null", None
         try:
             returned = yield driver.invoke(step.fn, step.args, step.timeout_s)
             output = _encode(returned, f"the output of step {step.name!r}")
@@ -1892,30 +1937,27 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
             if lease.gone() is not None:
                 raise  # from a boundary inside the function: it cannot be recorded
             error = raised
-        except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as cancelled:  # this call's, or all the run's
+        except _CANCELLATIONS as cancelled:
             heartbeater.forget(step)
-            if step_id is not None or (step.announcement and not run._client._batcher.withdraw(step.announcement)):
-                run._cancelled_steps.append(_Write(*_outcome_of(run, step, step_id, started_at, output, cancelled),
-                                                   lease, explain=step.log_refusal))
+            _note_cancelled(step, step.announcement, cancelled)
             raise
         finally:
-            if step_id is None:
-                heartbeater.forget(step)
-        if step.announcement is not None and (yield from _is_refused(run, step.announcement)):
-            answer = yield from _begin_step(run, step)
+            heartbeater.forget(step)
+        if step.announcement is not None and (yield from _is_refused(step)):
+            answer = yield from _begin_step(step)
             if answer["action"] == "return":
                 return answer["output"]
-        if error is None and step_id is None and lease.write_behind:
-            yield from _record_behind(run, step, started_at, output)
+        if error is None and step.id is None and lease.write_behind:
+            yield from _record_behind(step, output)
             return _decode(output)
         again = error is not None and tries <= step.retries and getattr(error, "retryable", True) is not False
         try:
-            answer = yield from _record_step(run, step, step_id, started_at, output, error, again)
+            answer = yield from _record_step(step, output, error, again)
         except BodyTooLarge as refused:
             if error is not None:
                 raise refused from None  # its input is
             error = refused  # the output will not be shorter the next time
-            answer = yield from _record_step(run, step, step_id, started_at, output, error, again=False)
+            answer = yield from _record_step(step, output, error, again=False)
         if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
             recorded: Json = answer["step"]
             return recorded["output"] if "output" in recorded else _decode(output)
@@ -1925,12 +1967,21 @@ def _execute_step(run: Run[Any], step: _Step) -> Op[Any]:
     raise AssertionError("unreachable")
 
 
-def _begin_step(run: Run[Any], step: _Step) -> Op[Json]:
+_CANCELLATIONS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # what ends a call, or all of its run
+
+
+def _begin_step(step: _Step) -> Op[Json]:
     """Ask for the step until the answer is `execute` or `return`; while another owner executes it, wait."""
-    lease, client = run._lease, run._client
+    lease, client = step.run._lease, step.run._client
     for tries in itertools.count(1):
         lease.boundary()
-        answer = yield from client._batcher.write("begin_step", step.fields, lease, explain=step.explain)
+        begin = _Write("begin_step", step.fields, lease, explain=step.explain)
+        try:
+            answer = yield from client._batcher.send(begin)
+        except _CANCELLATIONS as cancelled:
+            step.decision = "safe_replay"  # its function was not called
+            _note_cancelled(step, begin, cancelled)
+            raise
         action = answer["action"]
         if action in ("execute", "return"):
             return answer
@@ -1944,22 +1995,44 @@ def _begin_step(run: Run[Any], step: _Step) -> Op[Json]:
     raise AssertionError("unreachable")
 
 
-def _is_refused(run: Run[Any], announcement: _Write) -> Op[bool]:
+def _is_refused(step: _Step) -> Op[bool]:
     """Whether the announcement of a slow step was answered with anything but `execute`.  One under way is waited for,
     so that the answer counts before the step's record is sent."""
-    if run._client._batcher.withdraw(announcement):
+    batcher, announcement = step.run._client._batcher, cast(_Write, step.announcement)
+    if batcher.withdraw(announcement):
         return False
-    yield from run._client._batcher.settled(announcement)
+    yield from batcher.settled(announcement)
     answer = announcement.outcome
     return isinstance(answer, dict) and answer["action"] != "execute"
 
 
-def _record_step(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
-                 error: Exception | None, again: bool) -> Op[Json]:
+def _record_step(step: _Step, output: bytes, error: Exception | None, again: bool) -> Op[Json]:
     """Write how a step ended.  Returns the answer."""
-    verb, members = _outcome_of(run, step, step_id, started_at, output, error, again)
     explain = functools.partial(step.explain, output_bytes=len(output))
-    return run._client._batcher.write(verb, members, run._lease, explain=explain)
+    return step.run._client._batcher.send(_Write(*_outcome_of(step, output, error, again), step.run._lease,
+                                                 explain=explain))
+
+
+def _record_behind(step: _Step, output: bytes) -> Op[None]:
+    """Have a plain step recorded in the background, after all that the run has written."""
+
+    def explain(outcome: Json | Exception) -> Json | Exception:
+        if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
+            words = (f"step {step.name!r} of run {step.run.run_id} is recorded with another outcome than it had here: "
+                     "the next attempt goes on with the recorded one")
+            return TidebaseError(words, 409, outcome, "other_outcome")
+        return step.explain(outcome, len(output))
+
+    return step.run._client._batcher.post_behind(
+        _Write(*_outcome_of(step, output), step.run._lease, is_behind=True, explain=explain))
+
+
+def _note_cancelled(step: _Step, begin: _Write | None, error: BaseException) -> None:
+    """Have a step whose call was cancelled recorded as failed before its run ends.  Not one that the server cannot know
+    of: it has no id, and `begin`, which tells the server of it, was not sent."""
+    if step.id is not None or (begin is not None and not step.run._client._batcher.withdraw(begin)):
+        step.run._cancelled_steps.append(
+            _Write(*_outcome_of(step, b"", error), step.run._lease, explain=step.log_refusal))
 
 
 def _record_cancelled_steps(run: Run[Any]) -> None:
@@ -1969,36 +2042,18 @@ def _record_cancelled_steps(run: Run[Any]) -> None:
         run._cancelled_steps = []
 
 
-def _outcome_of(run: Run[Any], step: _Step, step_id: str | None, started_at: datetime, output: bytes,
-                error: BaseException | None, again: bool = False) -> tuple[str, bytes]:
-    """The verb and the members that record how a step ended: of one that was begun as step_id, or all of it at once."""
+def _outcome_of(step: _Step, output: bytes, error: BaseException | None = None,
+                again: bool = False) -> tuple[str, bytes]:
+    """The verb and the members that record how a step ended: one that was begun, or all of it at once."""
     outcome = b'"output":' + output
     if error is not None:
-        run._step_failures.append((error, step.name))
+        step.run._step_failures.append((error, step.name))
         decision = "auto_retry" if again else step.decision
         outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
-    if step_id is None:
-        return "record_step", _record(step, started_at, outcome)
-    return "complete_step" if error is None else "fail_step", b'"stepId":"%s",%s' % (step_id.encode(), outcome)
-
-
-def _record_behind(run: Run[Any], step: _Step, started_at: datetime, output: bytes) -> Op[None]:
-    """Have a plain step recorded in the background, after all that the run has written."""
-
-    def explain(outcome: Json | Exception) -> Json | Exception:
-        if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
-            return TidebaseError(f"step {step.name!r} of run {run.run_id} is recorded with another outcome than it had "
-                                 "here: the next attempt goes on with the recorded one", 409, outcome, "other_outcome")
-        return step.explain(outcome, len(output))
-
-    members = _record(step, started_at, b'"output":' + output)
-    return run._client._batcher.post_behind(
-        _Write("record_step", members, run._lease, is_behind=True, explain=explain))
-
-
-def _record(step: _Step, started_at: datetime, outcome: bytes) -> bytes:
-    """The members of record_step: a step, from its begin to its end."""
-    return b'"startedAt":"%s","brief":true,%s,%s' % (started_at.isoformat().encode(), step.fields, outcome)
+    if step.id is not None:
+        return "complete_step" if error is None else "fail_step", b'"stepId":"%s",%s' % (step.id.encode(), outcome)
+    started_at = step.started_at.isoformat().encode()
+    return "record_step", b'"startedAt":"%s","brief":true,%s,%s' % (started_at, step.fields, outcome)
 
 
 def _settle_writes(run: Run[Any]) -> Op[None]:
@@ -2065,23 +2120,22 @@ def _long_poll(run: Run[Any], wait_s: float, *path: str, **query: Any) -> Op[Jso
 def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op[bool]:
     """Give the run up until something is there, and unwind.  True: it is there; False: it must wait in place."""
     lease = run._lease
-    if not run._may_leave or run._names.is_executing() or not lease.leaving.acquire(blocking=False):
+    if not run._may_leave or run._calls.is_executing() or not lease.become("leaving", "held"):
         return False
     try:
-        if run._names.is_executing():  # again, now that `leaving` is set: one of us sees the other
+        if run._calls.is_executing():  # again, now that nothing may begin: one of us sees the other
             return False
         yield from _settle_writes(run)
-        lease.check_not_refused()
+        if lease.refused is not None:
+            raise copy.copy(lease.refused)
         body = {**_body(lease_owner=lease.owner, timeout_s=timeout_s), "for": condition}
-        with lease.ending():
-            answer = yield from _request(run._client, "POST", _path("runs", run.run_id, "wait"), body, lease=lease)
+        answer = yield from _request(run._client, "POST", _path("runs", run.run_id, "wait"), body, lease=lease)
         if answer["ready"]:
-            lease.is_ending = False
             return True
-        lease.waiting = True
-        run._client._heartbeater.remove(lease)
+        lease.become("waiting", "leaving")
     finally:
-        lease.leaving.release()
+        lease.become("held", "leaving")  # it must stay, unless it waits by now
+    run._client._heartbeater.remove(lease)
     raise RunSuspended
 
 
@@ -2092,8 +2146,8 @@ def _begin_wait(run: Run[Any], name: str, asked: Json) -> Op[Json]:
     known = step.checkpoint()
     if known is not None:
         return {**known, "status": "completed"}
-    step.options = {"wait": True}
-    return cast(Json, (yield from _begin_step(run, step))["step"])
+    step.options, step.started_at = {"wait": True}, run._lease.now()
+    return cast(Json, (yield from _begin_step(step))["step"])
 
 
 def _end_wait(run: Run[Any], step: Json, output: Any) -> Op[None]:
@@ -2136,7 +2190,7 @@ def _run_child(run: Run[Any], fn: Any, body: Json) -> Op[Any]:
     """The result of a child, executed here or, where it has a queue, waited for."""
     (child,) = yield from _create_children(run, [body])
     if "queue" not in body:
-        with run._names.executing():
+        with run._calls.executing():
             return (yield from _begin_and_execute(run._client, child, fn, parent=run._lease))
     (outcome,) = yield from _join_children(run, {body["name"]: child})
     if isinstance(outcome, Exception):
@@ -2316,14 +2370,14 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
         lease.fence()  # user code may have swallowed it
         return (yield from _complete(run, result))[0]
     except (Exception, SystemExit) as error:
-        if lease.waiting:
+        if lease.state == "waiting":
             raise RunSuspended from error
         gone = lease.gone()
         if gone is None:
             with _logged(run, "failure"):
                 yield from _fail(run, error)
             raise
-        if lease.lost is None:  # the parent's lease ended, this one is still ours
+        if lease.state in _LIVE:  # the parent's lease ended, this one is still ours
             yield from _give_back(run)
         if isinstance(error, type(gone)):
             raise
@@ -2331,7 +2385,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
     except GeneratorExit:
         raise
     except BaseException as error:
-        left = lease.waiting or lease.suspended or _is_suspension(error)
+        left = lease.state == "waiting" or lease.is_suspended or _is_suspension(error)
         if in_worker and not left and lease.gone() is None and not _is_cancelled_by_others(error):
             ending = RuntimeError(f"the workflow ended with {type(error).__name__}, which nobody asked of it")
             ending.__cause__ = error
@@ -2344,7 +2398,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
         raise
     finally:
         client._heartbeater.remove(lease)
-        lease.ended = True
+        lease.become("ended", *_LIVE)
 
 
 def _is_suspension(error: BaseException) -> bool:
@@ -2406,7 +2460,7 @@ def _give_back(run: Run[Any]) -> Op[None]:
 
     What it wrote before is made durable first.  Where the server does not answer, the end of the lease does the same.
     """
-    if not run._lease.waiting:
+    if run._lease.state != "waiting":
         with _logged(run, "release"):
             yield from _settle_writes(run)
             body = {"leaseOwner": run._lease.owner}
@@ -2545,7 +2599,7 @@ class _Worker:
         try:
             yield from _execute(run, workflow, in_worker=True)
         except RunSuspended:
-            waits = run._lease.waiting
+            waits = run._lease.state == "waiting"
             logger.info("run %s of workflow %s left its worker%s", run.run_id, run.name, " to wait" if waits else "",
                         extra={**extra, "event": "run_waiting" if waits else "run_released"})
         except (Exception, SystemExit) as error:
@@ -2631,7 +2685,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 class _Write:
     """Something to be made durable: a step, a run's result, a new run."""
 
-    __slots__ = ("_give_up_at", "_path", "data", "done", "explain", "is_behind", "lease", "outcome", "since", "verb")
+    __slots__ = ("_give_up_at", "_path", "data", "done", "explain", "is_behind", "is_sent", "lease", "outcome",
+                 "since", "verb")
 
     def __init__(self, verb: str, members: bytes, lease: _Lease | None, *, path: str = "/writes",
                  timeout_s: float = 0.0, is_behind: bool = False,
@@ -2644,6 +2699,7 @@ class _Write:
         self.verb, self.lease, self._path = verb, lease, path
         self.data = b'{"do":"%s",%s}' % (verb.encode(), members)
         self.is_behind, self.explain = is_behind, explain
+        self.is_sent = False  # it may have arrived, though there is no answer
         self.since = time.monotonic()
         self._give_up_at = self.since + timeout_s
         self.outcome: Json | Exception | None = None  # the answer, or what is raised for it
@@ -2658,6 +2714,10 @@ class _Write:
     def until(self) -> float:
         """The moment until which it is worth sending: the lease's end or, without one, that of the timeout."""
         return self._give_up_at if self.lease is None else self.lease.ends_at
+
+    def may_be_sent(self) -> bool:
+        """Whether no earlier write of its run is in flight."""
+        return self.lease is None or not self.lease.unsettled.in_flight
 
     def settle(self, outcome: Json | Exception) -> None:
         """Note the outcome; `wake` is to follow."""
@@ -2715,37 +2775,47 @@ class _Unsettled:
         return None
 
 
+_AWAKE = threading.Event()  # for what wakes a leader that does not sleep
+
+
 class _WriteBatcher:
     """Sends writes to POST /writes: one request carries what all runs of this process have ready, for one commit.
 
-    At most MAX_IN_FLIGHT requests are in flight.  A run's writes stand in one of them at a time, in order, so that none
-    overtakes another.  Nothing waits for a timer: the first write when a request may be sent goes at once, in the
-    thread or task that made it; what becomes ready meanwhile is sent by one in the background, together, as soon as an
-    answer is there.  A request is repeated until it has an answer or no write in it is worth sending any more.
+    A run's writes stand in one request at a time, in order, so that none overtakes another.  At most MAX_IN_FLIGHT
+    requests are in flight, and who sends the next one, the leader, is one thread or task: that of the first write that
+    is ready, or one in the background.  Runs that got an answer mostly have their next write at once, each in a thread
+    or task of its own: the leader waits for as many writes as the last request had, but no longer than GATHER_S after
+    its answer, since many small requests cost all sides more.  A run alone never waits, nor one whose steps take long.
+    A request is repeated until it has an answer or no write in it is worth sending any more.
     """
 
     def __init__(self, client: Client[Any]) -> None:
         self._client = client
         self._lock = threading.RLock()  # the garbage collector may close a sender's generator at any time
         self._ready: deque[_Write] = deque()
-        self._senders = 0  # threads and tasks that send, or are about to
+        self._leader: Any = None  # what wakes the leader, an event; None: there is none
         self._in_flight: list[list[_Write]] = []
+        self._expected, self._expected_until = 0, 0.0  # how many writes the next request waits for, and until when
         self._trouble = "it has not answered"  # to the last request that failed
 
     def write(self, verb: str, members: bytes, lease: _Lease | None = None, **options: Any) -> Op[Json]:
-        """Make something durable and return the server's answer; see _Write for the arguments.
+        """Make something durable and return the server's answer: see _Write for the arguments, and `send`."""
+        return self.send(_Write(verb, members, lease, timeout_s=self._client.timeout_s, **options))
+
+    def send(self, write: _Write) -> Op[Json]:
+        """Make a write durable and return the server's answer.
 
         Raises what the write was refused with; LeaseLost or, without a lease, Unreachable when no answer came in time.
         """
-        write = _Write(verb, members, lease, timeout_s=self._client.timeout_s, **options)
-        if lease is not None:
-            lease.fence()
+        if write.lease is not None:
+            write.lease.fence()
         with self._lock:
             self._add(write)
-            sends = self._is_due()
-            self._senders += sends
-        if sends:
-            yield from self._send_ready(self._client._driver, once=True)
+            leads = self._leader is None
+            if leads:
+                self._leader = _AWAKE
+        if leads:
+            yield from self._lead(self._client._driver, write.until)
         return (yield from self.wait(write))
 
     def post(self, writes: Sequence[_Write]) -> None:
@@ -2754,7 +2824,7 @@ class _WriteBatcher:
         with self._lock:
             for write in writes:
                 self._add(write)
-        self._start_sender()
+        self._start_leader()
 
     def post_behind(self, write: _Write) -> Op[None]:
         """Likewise, as soon as the bounds of write-behind let another write of its run be behind."""
@@ -2767,7 +2837,7 @@ class _WriteBatcher:
                     break
             yield from self.settled(other)
             lease.boundary()
-        self._start_sender()
+        self._start_leader()
 
     def wait(self, write: _Write) -> Op[Json]:
         """The answer to a write; raises what it was refused with."""
@@ -2794,12 +2864,12 @@ class _WriteBatcher:
             elif write.outcome is None:  # again: it may have come before there was the event
                 yield self._client._driver.sleep(min(left_s, RECHECK_S), write.done)
                 if write.outcome is None:
-                    self._start_sender()
+                    self._start_leader()
 
     def withdraw(self, write: _Write) -> bool:
         """Take a write back, unless it has been sent."""
         with self._lock:
-            if write not in self._ready:
+            if write.is_sent or write not in self._ready:
                 return False
             self._ready.remove(write)
             if write.lease is not None:
@@ -2811,17 +2881,21 @@ class _WriteBatcher:
         self._ready.append(write)
         if write.lease is not None:
             write.lease.unsettled.add(write)
+        if self._leader is not None and not self._pause_s():
+            self._leader.set()
 
-    def _is_due(self, others: int | None = None) -> bool:
-        """Under the lock: whether a request may be sent now.  A second one is sent when it would carry as many writes
-        as the first: many small ones cost all sides more.  others: how many send already."""
-        needed = max([1, *map(len, self._in_flight)])
-        if (self._senders if others is None else others) < MAX_IN_FLIGHT:
-            for write in self._ready:
-                needed -= write.lease is None or not write.lease.unsettled.in_flight
-                if not needed:
-                    return True
-        return False
+    def _pause_s(self) -> float:
+        """Under the lock: how long the leader is to wait before it looks again; 0: the next request is to be sent.  A
+        second one is in flight only with as many writes as the first."""
+        expected, until = self._expected, self._expected_until
+        if self._in_flight:
+            expected, until = max(map(len, self._in_flight)), math.inf
+        left_s = until - time.monotonic()
+        wanted = expected if left_s > 0 else 1
+        found = sum(1 for _ in itertools.islice(filter(_Write.may_be_sent, self._ready), max(wanted, 1)))
+        if not self._ready or (found >= wanted and len(self._in_flight) < MAX_IN_FLIGHT):
+            return 0.0
+        return min(left_s, RECHECK_S) if left_s > 0 else RECHECK_S
 
     def _take(self) -> list[_Write]:
         """Under the lock: what the next request carries.  Writes of runs that have others in flight stay."""
@@ -2830,7 +2904,7 @@ class _WriteBatcher:
         size = 0
         while self._ready and len(batch) < BATCH_WRITES:
             write = self._ready[0]
-            if write.lease is not None and write.lease.unsettled.in_flight:
+            if not write.may_be_sent():
                 stay.append(self._ready.popleft())
                 continue
             size += len(write.data)
@@ -2839,46 +2913,55 @@ class _WriteBatcher:
             batch.append(self._ready.popleft())
         self._ready.extendleft(reversed(stay))
         for write in batch:
+            write.is_sent = True
             if write.lease is not None:
                 write.lease.unsettled.in_flight = True
         self._in_flight.append(batch)
         return batch
 
-    def _start_sender(self, driver: Any = None) -> None:
-        """Have what is ready sent in the background, if a request may be sent now.  driver: default the client's."""
+    def _start_leader(self, driver: Any = None) -> None:
+        """Have what is ready sent in the background, unless there is a leader.  driver: default the client's."""
         with self._lock:
-            if not self._is_due():
+            if self._leader is not None or not self._ready:
                 return
-            self._senders += 1
+            self._leader = _AWAKE
         driver = driver or self._client._driver
         if driver.awaited:
             try:
                 asyncio.get_running_loop()
             except RuntimeError:  # a thread beside the event loop: the one that sends heartbeats
                 driver = self._client._threads
-        driver.start(self._send_ready(driver), "tidebase-writes")
+        driver.start(self._lead(driver), "tidebase-writes")
 
-    def _send_ready(self, driver: Any, *, once: bool = False) -> Op[None]:
-        """As one of the senders: send what is ready, in one request or until there is nothing."""
+    def _lead(self, driver: Any, until: float = math.inf) -> Op[None]:
+        """As the leader: send the next request when it is time; the one after it is the next leader's.  until: when who
+        leads has to stop waiting."""
+        batch: list[_Write] | None = None
         next_driver: Any = driver
         try:
-            if driver.awaited or not once:
-                yield driver.sleep(0)  # first all threads and tasks that are as far: what they have goes along
-            while True:
+            if driver.awaited:
+                yield driver.sleep(0)  # first all tasks that are as far: what they have goes along
+            while batch is None:
                 with self._lock:
-                    batch = self._take() if self._is_due(self._senders - 1) else []
-                if batch:
-                    yield from self._send_batch(batch, driver)
-                if once or not batch:
-                    break
+                    pause_s, left_s = self._pause_s(), until - time.monotonic()
+                    if not pause_s:
+                        batch, self._leader = self._take(), None
+                    elif left_s <= 0:
+                        batch, self._leader = [], None
+                    else:
+                        event = self._leader = driver.event()
+                if batch is None:
+                    yield driver.sleep(min(pause_s, left_s), event)
+            if batch:
+                yield from self._send_batch(batch, driver)
         except BaseException as error:  # a thread goes on where a task was cancelled, as the event loop may be ending
             next_driver = None if isinstance(error, GeneratorExit) else self._client._threads
+            if batch is None:
+                self._leader = None
             raise
         finally:
-            with self._lock:
-                self._senders -= 1
             if next_driver is not None:
-                self._start_sender(next_driver)
+                self._start_leader(next_driver)
 
     def _send_batch(self, batch: list[_Write], driver: Any) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
@@ -2890,11 +2973,15 @@ class _WriteBatcher:
         finally:
             with self._lock:
                 self._in_flight = [each for each in self._in_flight if each is not batch]
+                self._expected = sum([not write.is_behind for write in batch])
+                self._expected_until = time.monotonic() + GATHER_S
                 for write in reversed(batch):
                     if write.lease is not None:
                         write.lease.unsettled.in_flight = False
                     if write.outcome is None:
                         self._ready.appendleft(write)
+                if self._leader is not None:
+                    self._leader.set()
             for write in batch:
                 write.wake()
 
@@ -3032,7 +3119,7 @@ class _Heartbeater:
         while True:
             self._wake.clear()
             with self._lock:
-                self._leases = {run_id: lease for run_id, lease in self._leases.items() if lease.lost is None}
+                self._leases = {run_id: lease for run_id, lease in self._leases.items() if lease.state != "lost"}
                 if not self._leases:
                     self._thread = None
                     if self._closed:  # what this thread opened since
@@ -3077,7 +3164,8 @@ class _Heartbeater:
         for lease, result in zip(leases, answer["results"]):
             if "error" not in result:
                 lease.renew(sent)
-            elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and not lease.is_ending:
+            elif result.get("code") in ("lease_lost", "run_cancelled", "not_found") and (
+                    lease.state not in ("leaving", "ending")):
                 refusal = _refusal(409, result, path)
                 lease.lose(refusal if isinstance(refusal, RunCancelled)
                            else LeaseLost(str(refusal), 409, result, "lease_lost"))
@@ -3511,7 +3599,8 @@ class _BlockingDriver(_Driver):
             while True:
                 value = op.send(value)
         except StopIteration as end:
-            return cast(T, end.value)
+            result: T = end.value
+            return result
 
     def start(self, op: Op[T], name: str) -> concurrent.futures.Future[T]:
         """Perform an operation beside the caller, in a thread of this name."""
@@ -3685,7 +3774,8 @@ class _AsyncDriver(_Driver):
             try:
                 waited_for = resume(value)
             except StopIteration as end:
-                return cast(T, end.value)
+                result: T = end.value
+                return result
             try:
                 value, resume = await waited_for, op.send
             except GeneratorExit:  # the event loop is gone: nothing can be awaited any more
@@ -4064,36 +4154,39 @@ def _fit(fn: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
     return args[: next((count for count in range(len(args), 0, -1) if _accepts(fn, count)), 0)]
 
 
-def _bound_to(fn: Callable[..., Any]) -> tuple[Any, ...] | None:
+def _identity_of(fn: Callable[..., Any]) -> tuple[Any, ...] | None:
     """A function's code and what is bound to it: equal for a lambda that the same line makes anew for the same item,
     and for a method of an object that has not changed meanwhile, as far as that shows.  None where nobody can tell."""
-    bound: list[Any] = []
-    while isinstance(fn, functools.partial):
-        bound += [*fn.args, *fn.keywords.values()]
-        fn = fn.func
-    if isinstance(fn, types.MethodType):
-        bound.append(fn.__self__)
-        fn = fn.__func__
-    if not isinstance(fn, types.FunctionType):
+    code, bound = _unbound(fn)
+    if code is None or any(isinstance(value, Iterator) for value in bound):  # an iterator gives another item each time
         return None
-    bound += [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    return (code, *map(_state_of, bound))
+
+
+def _unbound(fn: Callable[..., Any]) -> tuple[types.CodeType | None, list[Any]]:
+    """The code of a function, None of one that is not written in Python, and the values that are bound to it."""
+    if isinstance(fn, functools.partial):
+        code, bound = _unbound(fn.func)
+        return code, [*fn.args, *fn.keywords.values(), *bound]
+    if isinstance(fn, types.MethodType):
+        code, bound = _unbound(fn.__func__)
+        return code, [fn.__self__, *bound]
+    if not isinstance(fn, types.FunctionType):
+        return None, []
+    bound = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
     for cell in fn.__closure__ or ():
         with contextlib.suppress(ValueError):  # a name that has no value yet
             bound.append(cell.cell_contents)
-    if any(isinstance(value, Iterator) for value in bound):  # it gives another item at each call
-        return None
-    return (fn.__code__, *map(_state_of, bound))
+    return fn.__code__, bound
 
 
 def _state_of(value: Any) -> Any:
     """A text or number itself; of an object, which one it is and the texts and numbers that it holds."""
-    if type(value) in _FIXED:
+    plain = (str, bytes, bool, int, float)
+    if type(value) in plain:
         return value
     held = {} if isinstance(value, (types.FunctionType, types.ModuleType, type)) else getattr(value, "__dict__", {})
-    return id(value), tuple((key, each) for key, each in held.items() if type(each) in _FIXED)
-
-
-_FIXED = (str, bytes, bool, int, float)
+    return id(value), tuple((key, each) for key, each in held.items() if type(each) in plain)
 
 
 def _words_of(error: BaseException) -> str:

@@ -586,6 +586,17 @@ def test_the_log_tells_of_a_failed_run_in_one_line_without_its_payloads(
                               "it is not queued again")]
 
 
+def test_the_log_does_not_tell_of_attempt_2_of_1(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    run = api.create()
+    with caplog.at_level(logging.INFO, "tidebase.server"):
+        for _ in range(2):
+            api.begin(run, "a")["run"]
+            body = api.fail(run, "boom", leaseOwner="a")["run"]
+    assert (body["attempt"], body["maxAttempts"]) == (2, 1)
+    assert [text.partition("no queue) ")[2] for text in caplog.messages] == [
+        "failed in attempt 1 of 1: boom; it is not queued again", "failed in attempt 2: boom; it is not queued again"]
+
+
 def test_whatever_is_taken_can_fail_and_be_waited_for_however_deep_it_is_nested(
         api: Api, caplog: pytest.LogCaptureFixture) -> None:
     depths = range(900, 1000)

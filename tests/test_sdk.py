@@ -605,6 +605,50 @@ def test_a_step_that_ends_its_thread_is_recorded_as_failed_before_its_run(server
     assert [(step["status"], step["error"]["name"]) for step in detail["steps"]] == [("failed", "SystemExit")]
 
 
+def test_a_step_that_is_interrupted_is_recorded_as_failed_before_its_run_is_given_back_or_ends(
+    server: Any, api: Api
+) -> None:
+    """As Ctrl-C does: the workflow catches it here, so that its run completes."""
+    run_id = new_run_id()
+
+    def flow(run: Any, input: Any) -> str:
+        def leave() -> None:
+            eventually(lambda: [each["status"] for each in api.detail(run_id)["steps"]])  # it is seen as running
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run.step("slow", leave)
+        return "went on"
+
+    with Tidebase(server.url) as tide:
+        assert tide.run("flow", flow, run_id=run_id) == "went on"
+    detail = api.detail(run_id)
+    assert detail["run"]["status"] == "completed"
+    assert [(step["status"], step["error"]["name"]) for step in detail["steps"]] == [("failed", "KeyboardInterrupt")]
+
+
+def test_a_cancelled_step_that_cannot_be_recorded_any_more_is_told_in_the_log(
+    server: Any, api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = new_run_id()
+
+    def flow(run: Any, input: Any) -> str:
+        def leave() -> None:
+            step = eventually(lambda: api.detail(run_id)["steps"])[0]
+            assert api.fail_step(run_id, step["id"], api.run(run_id)["leaseOwner"], resumeDecision="manual_review")
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run.step("slow", leave)
+        return "went on"
+
+    with Tidebase(server.url) as tide:
+        assert tide.run("flow", flow, run_id=run_id) == "went on"
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records if record.event == "end_refused"] == [
+        f"step 'slow' of run {run_id} was cancelled, which could not be recorded"]
+    assert api.detail(run_id)["steps"][0]["status"] == "manual_review"
+
+
 def test_what_a_step_is_called_with_is_looked_at_before_its_function_is_called(tide: Any, api: Api) -> None:
     calls: list[str] = []
 
@@ -1002,7 +1046,7 @@ def test_a_run_whose_wait_or_end_was_refused_is_held_as_before(tide: Any) -> Non
         held = getattr(run, "_run", run)._lease
         with pytest.raises(TidebaseError), held.ending():
             raise TidebaseError("refused")
-        return "held" if not held.is_ending else "settling"
+        return "settling" if held.state == "ending" else "held"
 
     assert tide(lambda client: client.run("flow", tide.workflow(flow))) == "held"
 

@@ -420,6 +420,57 @@ def test_steps_with_effects_go_together_too_and_each_is_begun_before_it_runs(
         assert api.event_types(run)[2:-1] == ["step.started", "step.completed"]
 
 
+def run_two_that_are_answered_together(
+    server: Any, monkeypatch: pytest.MonkeyPatch, second: Callable[[tidebase_sdk.Tidebase, threading.Thread], None]
+) -> list[int]:
+    """Execute two runs of two steps, whose first steps go in one request.  second: called in the second step of the
+    later run, with the client and the thread of the other run.  Returns how many steps each request carried."""
+    tide = tidebase_sdk.Tidebase(server.url)
+    wire = Wire(tide)
+    with monkeypatch.context() as patch:
+        patch.setattr(tidebase_sdk, "MAX_IN_FLIGHT", 1)
+        free = wire.hold("enqueue_run")
+        threads = [threading.Thread(target=tide.enqueue, args=["other"], kwargs={"queue": "elsewhere"})]
+        threads[0].start()
+        eventually(wire.taken.locked)
+
+        def flow(run: Any, is_later: bool) -> None:
+            run.step("first", lambda: 1)
+            run.step("second", (lambda: second(tide, threads[1])) if is_later else (lambda: None))
+
+        for is_later in (False, True):
+            threads.append(threading.Thread(target=tide.run, args=["flow", flow], kwargs={"input": is_later}))
+            threads[-1].start()
+        eventually(lambda: len(tide._batcher._ready) == 2)
+        free.set()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+    tide.close()
+    return wire.batches()
+
+
+def test_runs_that_were_answered_together_send_their_next_steps_together(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "GATHER_S", 30.0)
+
+    def second(tide: tidebase_sdk.Tidebase, _: threading.Thread) -> None:
+        eventually(lambda: len(tide._batcher._ready) == 1)  # the other run's step waits for this one
+
+    assert run_two_that_are_answered_together(server, monkeypatch, second) == [2, 2]
+
+
+def test_a_step_does_not_wait_for_a_run_whose_next_one_takes_longer(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second(_: tidebase_sdk.Tidebase, other: threading.Thread) -> None:
+        other.join(30)
+        assert not other.is_alive()
+
+    assert run_two_that_are_answered_together(server, monkeypatch, second) == [2, 1, 1]
+
+
 def test_who_only_enqueues_does_not_wait_longer_than_the_timeout_for_the_request_that_would_carry_it(
     actor: Callable[..., Any], server: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -547,7 +598,7 @@ def test_of_steps_that_threads_of_one_run_end_at_once_each_gets_its_own_output(s
         outputs.clear()
         tide.run("flow", flow)
         assert outputs == {number: {"n": number} for number in range(40)}
-    eventually(lambda: (tide._batcher._senders, len(tide._batcher._ready)) == (0, 0))
+    eventually(lambda: (tide._batcher._leader, len(tide._batcher._ready)) == (None, 0))
     tide.close()
 
 
@@ -597,12 +648,132 @@ def test_cancelling_tasks_whose_steps_are_under_way_does_not_lose_those_of_other
             cancelled = {n for n, result in enumerate(results) if isinstance(result, asyncio.CancelledError)}
             assert cancelled == {0, first, other}
             assert [results[n] for n in range(8) if n not in cancelled] == [n for n in range(8) if n not in cancelled]
-            await wait_until(lambda: (tide._batcher._senders, len(tide._batcher._ready)) == (0, 0))
+            await wait_until(lambda: (tide._batcher._leader, len(tide._batcher._ready)) == (None, 0))
 
     async def wait_until(question: Callable[[], Any]) -> None:
         await asyncio.to_thread(eventually, question)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("arrived", [False, True], ids=["on its way", "arrived"])
+def test_cancelling_the_call_that_sends_neither_loses_nor_holds_up_nor_repeats_what_goes_along(
+    server: Any, api: Api, monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    monkeypatch.setattr(tidebase_sdk, "SLOW_STEP_S", 60.0)  # on a busy machine a step may be slow
+    ids, calls = [new_run_id() for _ in range(3)], Counter[str]()
+    sending: list[str] = []  # the run whose call sends the steps of all three
+    free = threading.Event()
+
+    def hold(effect: Any, reply: Any = None) -> None:
+        writes = json.loads(effect.body)["writes"] if effect.path == "/writes" else []
+        if not sending and [write["do"] for write in writes] == ["record_step"] * 3:
+            sending.append(writes[0]["runId"])
+            assert free.wait(30)
+
+    async def main() -> None:
+        go = asyncio.Event()
+
+        async def flow(run: Any) -> str:
+            return str(await run.step("step", lambda: act(run.run_id)))
+
+        async def act(run_id: str) -> str:
+            calls[run_id] += 1
+            await go.wait()
+            return run_id
+
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+            if arrived:
+                wire.after = hold
+            else:
+                wire.before = hold
+            tasks = {run_id: asyncio.ensure_future(tide.run("flow", flow, run_id=run_id)) for run_id in ids}
+            await asyncio.to_thread(eventually, lambda: calls.total() == 3)
+            go.set()
+            await asyncio.to_thread(eventually, lambda: sending)
+            cancelled = tasks.pop(sending[0])
+            cancelled.cancel()
+            assert await asyncio.wait_for(asyncio.gather(*tasks.values()), 20) == [*tasks]  # while that one is held
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            free.set()
+
+    try:
+        asyncio.run(main())
+    finally:
+        free.set()
+    assert calls == dict.fromkeys(ids, 1)
+    for run_id in ids:
+        assert api.run(run_id)["status"] == ("pending" if run_id in sending else "completed")
+        assert [event for event in api.event_types(run_id) if event.startswith("step.")] == [
+            "step.started", "step.completed"]
+
+
+@pytest.mark.parametrize("arrived", [False, True], ids=["on its way", "arrived"])
+@pytest.mark.parametrize(("name", "begin"), [
+    ("mail", lambda run: run.step("mail", lambda: pytest.fail("executed"), side_effects="email")),
+    ("mail", lambda run: run.step("mail", lambda: pytest.fail("executed"), side_effects="email", idempotency_key="k")),
+    ("signal:paid", lambda run: run.wait_for_signal("paid"))], ids=["effect", "effect with a key", "wait"])
+def test_a_step_whose_call_is_cancelled_while_it_is_begun_does_not_stay_running_in_a_completed_run(
+    server: Any, api: Api, arrived: bool, name: str, begin: Callable[[Any], Any]
+) -> None:
+    run_id = new_run_id()
+    held, free = threading.Event(), threading.Event()
+
+    def hold(effect: Any, reply: Any = None) -> None:
+        if effect.path == "/writes" and "begin_step" in verbs(json.loads(effect.body)) and not held.is_set():
+            held.set()
+            assert free.wait(30)
+
+    async def flow(run: Any) -> str:
+        step = asyncio.ensure_future(begin(run))
+        await asyncio.to_thread(eventually, held.is_set)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        free.set()
+        return str(await run.step("after", lambda: "went on"))
+
+    async def main() -> None:
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+            if arrived:
+                wire.after = hold
+            else:
+                wire.before = hold
+            assert await tide.run("flow", flow, run_id=run_id) == "went on"
+
+    asyncio.run(main())
+    detail = api.detail(run_id)
+    steps = {step["name"]: (step["status"], (step["error"] or {}).get("name")) for step in detail["steps"]}
+    assert detail["run"]["status"] == "completed"
+    assert steps == {name: ("failed", "CancelledError"), "after": ("completed", None)}
+
+
+def test_a_step_whose_call_is_cancelled_before_it_is_sent_to_be_begun_leaves_no_trace(server: Any, api: Api) -> None:
+    run_id = new_run_id()
+
+    async def flow(run: Any, tide: Any, wire: Wire) -> str:
+        free = wire.hold("record_step")
+        first = asyncio.ensure_future(run.step("first", lambda: 1))
+        await asyncio.to_thread(eventually, wire.batches)
+        mail = asyncio.ensure_future(run.step("mail", lambda: pytest.fail("executed"), side_effects="email"))
+        await asyncio.to_thread(eventually, lambda: len(tide._batcher._ready) == 1)
+        mail.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await mail
+        free.set()
+        await first
+        return "went on"
+
+    async def main() -> None:
+        async with AsyncTidebase(server.url) as tide:
+            wire = Wire(tide)
+            assert await tide.run("flow", lambda run: flow(run, tide, wire), run_id=run_id) == "went on"
+
+    asyncio.run(main())
+    assert [step["name"] for step in api.detail(run_id)["steps"]] == ["first"]
 
 
 def test_a_lease_that_is_lost_while_its_writes_go_with_those_of_others_costs_them_nothing(

@@ -45,8 +45,9 @@ def log_failure(run_id: str, text: str) -> None:
         return
     texts = [error.get("name"), error.get("message")] if isinstance(error, dict) else [error]
     words = one_line(": ".join(text for text in texts if text and isinstance(text, str)))
-    logger.warning("run %s (%s) failed in attempt %d of %d%s; %s", run_id, place_of(run), run["attempt"],
-                   run["maxAttempts"], words and f": {words}",
+    is_counted = run["attempt"] <= run["maxAttempts"]  # one that somebody asked for may come after the last
+    logger.warning("run %s (%s) failed in attempt %d%s%s; %s", run_id, place_of(run), run["attempt"],
+                   f" of {run['maxAttempts']}" if is_counted else "", words and f": {words}",
                    f"it is queued again for {run['runAt']}" if answer["requeued"] else "it is not queued again",
                    extra={"event": "run_requeued" if answer["requeued"] else "run_failed", "run_id": run_id})
 
