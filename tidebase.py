@@ -530,7 +530,7 @@ def authorize() -> flask.Response | None:
     flask.g.may_write = True
     flask.g.expires_at = math.inf  # seconds since 1970; of a run token, when it ends
     if asked.method == "OPTIONS" and core().config.cors_origin:
-        return flask.Response(status=204)
+        return flask.Response()  # 200, since a 204 has no Content-Length, and waitress then ends the connection
     if asked.endpoint not in WITHOUT_KEY:
         is_stream = asked.endpoint == "routes.stream_events"
         given = asked.args.get("token") if is_stream else None  # browsers' streams send no headers
@@ -1060,6 +1060,8 @@ def event_list(found: list[tuple[int, str]], last_seq: int) -> Reply:
 
 def event_stream(events: EventLog, after: int, follow: bool) -> Reply | flask.Response:
     """Open a stream, which counts as a request that waits until it is closed; 503 when no more requests may wait."""
+    if flask.request.method == "HEAD":
+        return flask.Response(mimetype="text/event-stream")
     server, expires_at = core(), flask.g.expires_at
     poll, watching = LongPoll(run_id=events.run_id, seq=after), ExitStack()
     try:

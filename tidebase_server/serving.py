@@ -153,15 +153,6 @@ class Task(waitress.task.WSGITask):  # type: ignore[misc]
         so that a client is woken once."""
         with nullcontext() if self.wrote_header else self.channel.one_packet():
             super().write(data)
-        if self.request.command == "HEAD":
-            self.chunked_response = False  # else waitress sends the end of a body that is not there
-
-    def set_close_on_finish(self) -> None:
-        """End the connection after the answer. waitress asks for that, too, when an answer has no Content-Length; one
-        that never has a body (204, 304) needs none."""
-        asked = self.request.headers.get("CONNECTION", "").lower()
-        if self.has_body or self.version == "1.0" or asked == "close":
-            super().set_close_on_finish()
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
