@@ -4,9 +4,9 @@ waitress brings what HTTP asks of a server: the parser, chunked bodies, threads,
 not read yet. This file has its settings, which are documented, and the subclass. The subclass decides whether a request
 may have a body as soon as its head is complete, and limits what a client may send before that, and for how long.
 
-Five things are used of waitress beyond its documentation: the parser, the connection that uses it, the task that
-answers a request, the loop, which is driven from here so that a stop can let requests finish, and the method that
-changes the number of threads. So its version is pinned, and tests/test_serving.py holds what is needed of them.
+Four things are used of waitress beyond its documentation: the parser, the connection that uses it, the loop, which is
+driven from here so that a stop can let requests finish, and the method that changes the number of threads. So its
+version is pinned, and tests/test_serving.py holds what is needed of them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import waitress.channel
 import waitress.parser
 import waitress.server
-import waitress.task
 import waitress.wasyncore
-from waitress.buffers import OverflowableBuffer
 
 logger = logging.getLogger("tidebase.server")
 
@@ -145,58 +143,21 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
                 or control_bytes > MAX_CONTROL + len(body) // 4)
 
 
-class Task(waitress.task.WSGITask):  # type: ignore[misc]
-    """Answers a request, on a thread of its own."""
-
-    def write(self, data: bytes) -> None:
-        """Send a part of the answer. waitress sends the head by itself; here it goes with the first part of the body,
-        so that a client is woken once."""
-        with nullcontext() if self.wrote_header else self.channel.one_packet():
-            super().write(data)
-
-
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     """A connection."""
 
-    task_class = Task
-    total_outbufs_len: int  # waitress': bytes that wait to be sent
-    is_sending = False  # a thread is sending, and has left nothing to the loop
-    packet: bytes | None = None
     sent_at = 0.0  # when something was sent last
 
-    @contextmanager
-    def one_packet(self) -> Iterator[None]:
-        """Send what is written meanwhile together."""
-        self.packet = b""
-        try:
-            yield
-        finally:
-            packet, self.packet = self.packet, None
-        self.write_soon(packet)
-
     def write_soon(self, data: bytes) -> int:
-        """Send data, from the thread that answers; the loop sends what the client does not read at once."""
-        if self.packet is not None:
-            self.packet += data
-            return len(data)
-        self.is_sending = not self.total_outbufs_len
+        """Send data; what the client does not read at once is buffered, and lies in a file if it is large. When that
+        cannot be written, as when the disk is full, end the connection: the buffer may have lost its beginning, and
+        waitress would count wrongly what is in it, and never end."""
         try:
             return int(super().write_soon(data))
-        except (OSError, MemoryError):  # of the buffer, as when the disk is full: it may have lost its beginning
-            with self.outbuf_lock:
-                self.outbufs = [OverflowableBuffer(self.adj.outbuf_overflow)]
-                self.total_outbufs_len = 0
-                self.will_close = True
+        except (OSError, MemoryError):
+            self.outbufs[-1].close()
+            self.will_close = True
             raise
-        finally:
-            self.is_sending = False
-            if self.total_outbufs_len and self.connected:  # a stop that did not wait has closed the trigger
-                self.server.pull_trigger()
-
-    def writable(self) -> bool:
-        """Whether the loop has something to send. While a thread sends, the loop would find the connection writable,
-        leave it to the thread, and ask again without a pause."""
-        return not self.is_sending and bool(super().writable())
 
     @property
     def last_activity(self) -> float:
