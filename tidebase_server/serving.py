@@ -31,7 +31,7 @@ MOST_FILES = 10_240      # open files of this process; more, macOS may refuse
 MAX_HEAD = 16 * 1024     # bytes of a request's head, and of the blank lines before it
 MAX_CONTROL = 16 * 1024  # bytes of one chunk-size line, of all trailers, and of both beyond a quarter of the content
 RECEIVE_SECONDS = 30     # for a request to be there in full, from its first byte; a connection may be idle as long
-CLEANUP_SECONDS = 5      # between looks for connections that are to be ended
+CLEANUP_SECONDS = 5      # between looks for idle connections
 STREAM_BYTES = 64 * 1024  # of a stream's output may wait for a reader, then the stream waits, too
 
 
@@ -79,7 +79,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         self.gatekeeper = gatekeeper
         self.max_body = max_body
         self.is_draining = is_draining
-        self.began = time.time()  # as waitress counts
+        self.began = time.monotonic()
         self.blank_bytes = 0
         self.body_bytes_on_wire = 0
 
@@ -129,6 +129,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
             return self.gatekeeper.refuse(413, "")
         if self.chunked and self._has_too_much_control():
             return self.gatekeeper.refuse(400, "too much beside the content of a chunked body")
+        if not self.completed and time.monotonic() > self.began + RECEIVE_SECONDS:  # however it drips
+            return self.gatekeeper.refuse(408, "")
         if was_in_head and self.headers_finished:
             return self.gatekeeper.admit(Head(self.command, self.request_uri, self.headers,
                                               None if self.chunked else self.content_length))
@@ -146,8 +148,6 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     """A connection."""
 
-    sent_at = 0.0  # when something was sent last
-
     def write_soon(self, data: bytes) -> int:
         """Send data; what the client does not read at once is buffered, and lies in a file if it is large. When that
         cannot be written, as when the disk is full, end the connection: the buffer may have lost its beginning, and
@@ -158,24 +158,6 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             self.outbufs[-1].close()
             self.will_close = True
             raise
-
-    @property
-    def last_activity(self) -> float:
-        """Since when the connection is idle: waitress closes it after channel_timeout. One that is in the middle of a
-        request counts as idle since the request's first byte, however often another byte comes; but not while the
-        answers before it are sent, since nothing is read then."""
-        request = self.request
-        return float(self.active_at if request is None else max(request.began, self.sent_at))
-
-    @last_activity.setter
-    def last_activity(self, at: float) -> None:
-        self.active_at = at
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        has_sent = bool(super()._flush_some(do_close))
-        if has_sent:
-            self.sent_at = time.time()
-        return has_sent
 
 
 class HttpServer:
