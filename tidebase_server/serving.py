@@ -4,9 +4,13 @@ waitress brings what HTTP asks of a server: the parser, chunked bodies, threads,
 not read yet. This file has its settings, which are documented, and the subclass. The subclass decides whether a request
 may have a body as soon as its head is complete, and limits what a client may send before that, and for how long.
 
-Four things are used of waitress beyond its documentation: the parser, the connection that uses it, the loop, which is
-driven from here so that a stop can let requests finish, and the method that changes the number of threads. So its
-version is pinned, and tests/test_serving.py holds what is needed of them.
+Beside the parser three things are used of waitress beyond its documentation, each for what its settings do not give:
+
+    Channel.write_soon                  a full disk ends one connection, and does not keep a core busy for ever
+    the loop, and what waits in it      a stop lets requests finish (HttpServer.serve, drain, close)
+    task_dispatcher.set_thread_count    a request that waits gets a thread of its own (HttpServer.provide_threads)
+
+So its version is pinned, and tests/test_serving.py, test_config.py and test_queues.py hold what is needed of them.
 """
 
 from __future__ import annotations
@@ -112,11 +116,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         if (self.chunked and "CONTENT_LENGTH" in self.headers) or "TRANSFER_ENCODING" in self.headers:
             raise waitress.parser.ParsingError("Transfer-Encoding with Content-Length, or in HTTP/1.0")
         if self.is_draining():
-            self.end_connection()
-
-    def end_connection(self) -> None:
-        """Have the answer say that it ends the connection, and do so, as if the client had asked for that."""
-        self.headers["CONNECTION"] = "close"
+            self.headers["CONNECTION"] = "close"  # as if the client had asked that the answer ends the connection
 
     def _problem(self, was_in_head: bool) -> Refused | None:
         if isinstance(self.error, Refused):
@@ -179,7 +179,6 @@ class HttpServer:
         self.waitress = waitress.server.create_server(
             app, self.channels, sockets=[listener], threads=threads, ident=None,
             clear_untrusted_proxy_headers=False,  # none of them is read here, and to clear them costs each request
-
             connection_limit=raise_file_limit(other_files), asyncore_use_poll=True,
             channel_timeout=RECEIVE_SECONDS, cleanup_interval=CLEANUP_SECONDS,
             channel_request_lookahead=1,  # so that it is noticed when a client that waits hangs up
@@ -198,12 +197,10 @@ class HttpServer:
             self._loop(1)
 
     def drain(self) -> None:
-        """Take no more connections, and end each with its next answer: a client that sends request after request on it
-        would keep the server from its end. To be called by the thread that calls `serve`, after it."""
+        """Take no more connections, and end each with the answer to the next request that begins on it: a client that
+        sends request after request would keep the server from its end. To be called by the thread that calls `serve`,
+        after it."""
         self.is_draining = True
-        for channel in self.waitress.active_channels.values():
-            for request in [*channel.requests, *([channel.request] if channel.request else [])]:
-                request.end_connection()
         self.waitress.del_channel()  # out of the loop first: it takes a closed listener for the end of everything
         self.listener.close()
 
