@@ -526,10 +526,10 @@ def authorize() -> flask.Response | None:
     :raises psycopg.OperationalError: the database has not been prepared yet.
     """
     check_sender()
-    asked = flask.request
+    server, asked = core(), flask.request
     flask.g.may_write = True
     flask.g.expires_at = math.inf  # seconds since 1970; of a run token, when it ends
-    if asked.method == "OPTIONS" and core().config.cors_origin:
+    if asked.method == "OPTIONS" and server.config.cors_origin:
         return flask.Response()  # 200, since a 204 has no Content-Length, and waitress then ends the connection
     if asked.endpoint not in WITHOUT_KEY:
         is_stream = asked.endpoint == "routes.stream_events"
@@ -541,7 +541,7 @@ def authorize() -> flask.Response | None:
             flask.g.may_write = check_key(given)
         if not flask.g.may_write and asked.method not in ("GET", "HEAD") and asked.endpoint not in READS:
             raise Refusal(403, "read_only", "this key may only read")
-    if asked.endpoint not in WITHOUT_DATABASE and not core().prepared.wait(PREPARE_SECONDS):
+    if asked.endpoint not in WITHOUT_DATABASE and not server.prepared.wait(PREPARE_SECONDS):
         raise psycopg.OperationalError("the schema has not been looked at yet")
     return None
 
@@ -551,8 +551,7 @@ def add_headers(response: flask.Response) -> flask.Response:
     if "Cache-Control" not in response.headers:  # it is no reply()
         for name, value in SAFE_HEADERS.items():
             response.headers.setdefault(name, value)
-    if core().cors_headers:
-        response.headers.update(core().cors_headers)
+    response.headers.update(core().cors_headers)
     return response
 
 
@@ -586,6 +585,7 @@ def long_poll(run_id: str, wait_ms: str, is_over: LiteralString, function: Liter
     :param is_over: a condition in SQL on `body`: there is nothing more to wait for.
     :param function: of schema.sql; answers `body` and `seq`, the number of the run's last event.
     """
+    seconds, marks = whole_of("waitMs", wait_ms, MAX_WAIT_MS) / 1000, ", ".join(["%s"] * len(arguments))
     poll, latest = LongPoll(run_id=run_id), ""
 
     def ask() -> str | None:
@@ -594,7 +594,6 @@ def long_poll(run_id: str, wait_ms: str, is_over: LiteralString, function: Liter
             f"select body, seq, {is_over} from tidebase.{function}({marks})", arguments)  # noqa: S608
         return latest if over or not seconds else None
 
-    seconds, marks = whole_of("waitMs", wait_ms, MAX_WAIT_MS) / 1000, ", ".join(["%s"] * len(arguments))
     try:
         core().watcher.wait(poll, ask, seconds)
     except TooManyWaiting:
@@ -614,6 +613,17 @@ class Payloads(NamedTuple):
     input: Any
     output: Any  # of a step, or the result of a run
     error: Any
+
+
+def results(rows: list[tuple[Any, ...]]) -> Reply:
+    """The answer to many requests in one, of rows of an answer and its status."""
+    return reply('{"results": [' + ", ".join(
+        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
+
+
+def lease_of(step: dict[str, Any]) -> dict[str, Any]:
+    """Who begins a step, and for how long."""
+    return {"lease_owner": step["lease_owner"] or new_owner(), "lease_ms": core().config.lease_ms}
 
 
 def write_all(writes: list[dict[str, Any]]) -> Reply:
@@ -643,17 +653,6 @@ def write_all(writes: list[dict[str, Any]]) -> Reply:
     return results([answers[n] for n in range(len(writes))])
 
 
-def results(rows: list[tuple[Any, ...]]) -> Reply:
-    """The answer to many requests in one, of rows of an answer and its status."""
-    return reply('{"results": [' + ", ".join(
-        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
-
-
-def lease_of(step: dict[str, Any]) -> dict[str, Any]:
-    """Who begins a step, and for how long."""
-    return {"lease_owner": step["lease_owner"] or new_owner(), "lease_ms": core().config.lease_ms}
-
-
 # ------------------------------------------------------------------------------
 # Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 403, 413, 415
 # and 503. tidebase_server/openapi.py reads these docstrings and says how they are written.
@@ -678,16 +677,16 @@ def health() -> Reply:
     return reply(json.dumps({"ok": True, "database": "ok", "version": __version__}))
 
 
-@routes.get("/openapi.json")
-def openapi_json() -> Reply:
-    """These routes as OpenAPI 3.1; it holds no secret, so that tools may read it without the key.  200 object."""
-    return reply(described())
-
-
 @functools.cache
 def described() -> str:
     """The text of /openapi.json."""
     return json.dumps(openapi.document(flask.current_app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS))
+
+
+@routes.get("/openapi.json")
+def openapi_json() -> Reply:
+    """These routes as OpenAPI 3.1; it holds no secret, so that tools may read it without the key.  200 object."""
+    return reply(described())
 
 
 @routes.get("/session")
@@ -1026,30 +1025,6 @@ def usage() -> Reply:
 # --- events
 
 
-@routes.get("/runs/<part:run_id>/events")
-def stream_events(run_id: str) -> Reply | flask.Response:
-    """A run's events after a number, as a stream that goes on; as a list for Accept: application/json. A stream that a
-    run token opened ends when the token expires. A list has at most 16 MiB, or one event; where there may be more the
-    header x-tidebase-next has the number to go on after.
-    ?after:0..2147483647=0 ?follow:true|false=true (false: end with the run) @Last-Event-ID (counts before after)
-    ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
-    ?limit:1..1000 (of the list)
-    200 stream or [event] or [lightEvent], 404, 503 busy when as many requests wait as may."""
-    asked = query("after", "follow", "token", "view", "types", "limit")
-    after = whole_of("after", flask.request.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
-    follow = flag_of("follow", asked.get("follow"), default=True)
-    limit = whole_of("limit", asked["limit"], 1000, 1) if "limit" in asked else 2**31 - 1
-    events = EventLog(core().database, run_id,
-                      light=choice_of("view", asked.get("view"), ("light", "full"), "full") == "light",
-                      types=asked["types"].split(",") if asked.get("types") else None)
-    run = events.run()
-    if run is None:
-        raise Refusal(404, "not_found", f"run {run_id} does not exist")
-    if flask.request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
-        return event_list(events.after(after, limit), last_seq=run[1])
-    return event_stream(events, after, follow)
-
-
 def event_list(found: list[tuple[int, str]], last_seq: int) -> Reply:
     """These events as a list; `last_seq` is the number of the run's last event when they were read."""
     answer = reply("[" + ", ".join(text for _, text in found) + "]")
@@ -1074,6 +1049,30 @@ def event_stream(events: EventLog, after: int, follow: bool) -> Reply | flask.Re
     response.headers["X-Accel-Buffering"] = "no"  # has nginx pass on each event at once
     response.call_on_close(watching.close)
     return response
+
+
+@routes.get("/runs/<part:run_id>/events")
+def stream_events(run_id: str) -> Reply | flask.Response:
+    """A run's events after a number, as a stream that goes on; as a list for Accept: application/json. A stream that a
+    run token opened ends when the token expires. A list has at most 16 MiB, or one event; where there may be more the
+    header x-tidebase-next has the number to go on after.
+    ?after:0..2147483647=0 ?follow:true|false=true (false: end with the run) @Last-Event-ID (counts before after)
+    ?view:light|full=full (light: without long payloads) ?types (by comma; one that ends with a dot is a beginning)
+    ?limit:1..1000 (of the list)
+    200 stream or [event] or [lightEvent], 404, 503 busy when as many requests wait as may."""
+    asked = query("after", "follow", "token", "view", "types", "limit")
+    after = whole_of("after", flask.request.headers.get("Last-Event-ID") or asked.get("after", "0"), 2**31 - 1)
+    follow = flag_of("follow", asked.get("follow"), default=True)
+    limit = whole_of("limit", asked["limit"], 1000, 1) if "limit" in asked else 2**31 - 1
+    events = EventLog(core().database, run_id,
+                      light=choice_of("view", asked.get("view"), ("light", "full"), "full") == "light",
+                      types=asked["types"].split(",") if asked.get("types") else None)
+    run = events.run()
+    if run is None:
+        raise Refusal(404, "not_found", f"run {run_id} does not exist")
+    if flask.request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
+        return event_list(events.after(after, limit), last_seq=run[1])
+    return event_stream(events, after, follow)
 
 
 # --- queues and schedules
@@ -1133,18 +1132,6 @@ def configure_queue(queue: str) -> Reply:
     return call("configure_queue", queue=queue, config=to_json(parse(bodies.QueueConfigBody)))
 
 
-@routes.put("/schedules/<part:name>")
-def set_schedule(name: str) -> Reply:
-    """Enqueue a run whenever a cron expression says.  200 {schedule}."""
-    if not name:
-        raise invalid("name", "must not be empty")
-    schedule = parse(bodies.ScheduleBody)
-    if len((name + schedule["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
-        raise invalid("name", f"together with queue, must be at most {4 * MAX_NAME} bytes")
-    coming = fires(schedule["cron"], schedule["timezone"], 1)
-    return call("set_schedule", name=name, next_run_at=next(iter(coming), None), **schedule)
-
-
 def fires(cron: str, timezone: str, count: int) -> list[datetime]:
     """When a cron expression fires next: so many times, fewer when it fires no more.
 
@@ -1158,6 +1145,18 @@ def fires(cron: str, timezone: str, count: int) -> list[datetime]:
     except BadSchedule as error:
         raise invalid(error.field, str(error)) from None
     return times
+
+
+@routes.put("/schedules/<part:name>")
+def set_schedule(name: str) -> Reply:
+    """Enqueue a run whenever a cron expression says.  200 {schedule}."""
+    if not name:
+        raise invalid("name", "must not be empty")
+    schedule = parse(bodies.ScheduleBody)
+    if len((name + schedule["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
+        raise invalid("name", f"together with queue, must be at most {4 * MAX_NAME} bytes")
+    coming = fires(schedule["cron"], schedule["timezone"], 1)
+    return call("set_schedule", name=name, next_run_at=next(iter(coming), None), **schedule)
 
 
 @routes.post("/schedules/preview")
@@ -1234,6 +1233,27 @@ def takes_no_key(method: str, path: str) -> bool:
         return app.url_map.bind("").match(path, method)[0] in WITHOUT_KEY
     except HTTPException:
         return False
+
+
+def listen(config: Config) -> socket.socket:
+    """The listening socket.  :raises ConfigError: the address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        where = f"{config.host}:{config.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}; set HOST and PORT") from None
+    listener.listen(1024)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class Server:
@@ -1383,27 +1403,6 @@ class Server:
             self.stop()
         elif isinstance(error, psycopg.Error) and cannot_write(error):
             self.reconciler.failed(error)
-
-
-def listen(config: Config) -> socket.socket:
-    """The listening socket.  :raises ConfigError: the address cannot be listened on."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        where = f"{config.host}:{config.port}"
-        raise ConfigError(f"cannot listen on {where}: {error.strerror}; set HOST and PORT") from None
-    listener.listen(1024)
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """The address of a listening socket."""
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 # ------------------------------------------------------------------------------
