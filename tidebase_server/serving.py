@@ -116,7 +116,11 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         if (self.chunked and "CONTENT_LENGTH" in self.headers) or "TRANSFER_ENCODING" in self.headers:
             raise waitress.parser.ParsingError("Transfer-Encoding with Content-Length, or in HTTP/1.0")
         if self.is_draining():
-            self.headers["CONNECTION"] = "close"  # as if the client had asked that the answer ends the connection
+            self.end_connection()
+
+    def end_connection(self) -> None:
+        """Have the answer say that it ends the connection, and do so, as if the client had asked for that."""
+        self.headers["CONNECTION"] = "close"
 
     def _problem(self, was_in_head: bool) -> Refused | None:
         if isinstance(self.error, Refused):
@@ -197,10 +201,12 @@ class HttpServer:
             self._loop(1)
 
     def drain(self) -> None:
-        """Take no more connections, and end each with the answer to the next request that begins on it: a client that
-        sends request after request would keep the server from its end. To be called by the thread that calls `serve`,
-        after it."""
+        """Take no more connections, and end each with its next answer: a client that sends request after request on it
+        would keep the server from its end. To be called by the thread that calls `serve`, after it."""
         self.is_draining = True
+        for channel in self.waitress.active_channels.values():
+            for request in [*channel.requests, *([channel.request] if channel.request else [])]:
+                request.end_connection()
         self.waitress.del_channel()  # out of the loop first: it takes a closed listener for the end of everything
         self.listener.close()
 
