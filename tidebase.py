@@ -526,11 +526,11 @@ def authorize() -> flask.Response | None:
     :raises psycopg.OperationalError: the database has not been prepared yet.
     """
     check_sender()
-    asked = flask.request
+    server, asked = core(), flask.request
     flask.g.may_write = True
     flask.g.expires_at = math.inf  # seconds since 1970; of a run token, when it ends
-    if asked.method == "OPTIONS" and core().config.cors_origin:
-        return flask.Response(status=204)
+    if asked.method == "OPTIONS" and server.config.cors_origin:
+        return flask.Response()  # 200, since a 204 has no Content-Length, and waitress then ends the connection
     if asked.endpoint not in WITHOUT_KEY:
         is_stream = asked.endpoint == "routes.stream_events"
         given = asked.args.get("token") if is_stream else None  # browsers' streams send no headers
@@ -541,7 +541,7 @@ def authorize() -> flask.Response | None:
             flask.g.may_write = check_key(given)
         if not flask.g.may_write and asked.method not in ("GET", "HEAD") and asked.endpoint not in READS:
             raise Refusal(403, "read_only", "this key may only read")
-    if asked.endpoint not in WITHOUT_DATABASE and not core().prepared.wait(PREPARE_SECONDS):
+    if asked.endpoint not in WITHOUT_DATABASE and not server.prepared.wait(PREPARE_SECONDS):
         raise psycopg.OperationalError("the schema has not been looked at yet")
     return None
 
@@ -551,8 +551,7 @@ def add_headers(response: flask.Response) -> flask.Response:
     if "Cache-Control" not in response.headers:  # it is no reply()
         for name, value in SAFE_HEADERS.items():
             response.headers.setdefault(name, value)
-    if core().cors_headers:
-        response.headers.update(core().cors_headers)
+    response.headers.update(core().cors_headers)
     return response
 
 
@@ -586,6 +585,7 @@ def long_poll(run_id: str, wait_ms: str, is_over: LiteralString, function: Liter
     :param is_over: a condition in SQL on `body`: there is nothing more to wait for.
     :param function: of schema.sql; answers `body` and `seq`, the number of the run's last event.
     """
+    seconds, marks = whole_of("waitMs", wait_ms, MAX_WAIT_MS) / 1000, ", ".join(["%s"] * len(arguments))
     poll, latest = LongPoll(run_id=run_id), ""
 
     def ask() -> str | None:
@@ -594,7 +594,6 @@ def long_poll(run_id: str, wait_ms: str, is_over: LiteralString, function: Liter
             f"select body, seq, {is_over} from tidebase.{function}({marks})", arguments)  # noqa: S608
         return latest if over or not seconds else None
 
-    seconds, marks = whole_of("waitMs", wait_ms, MAX_WAIT_MS) / 1000, ", ".join(["%s"] * len(arguments))
     try:
         core().watcher.wait(poll, ask, seconds)
     except TooManyWaiting:
@@ -614,6 +613,17 @@ class Payloads(NamedTuple):
     input: Any
     output: Any  # of a step, or the result of a run
     error: Any
+
+
+def results(rows: list[tuple[Any, ...]]) -> Reply:
+    """The answer to many requests in one, of rows of an answer and its status."""
+    return reply('{"results": [' + ", ".join(
+        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
+
+
+def lease_of(step: dict[str, Any]) -> dict[str, Any]:
+    """Who begins a step, and for how long."""
+    return {"lease_owner": step["lease_owner"] or new_owner(), "lease_ms": core().config.lease_ms}
 
 
 def write_all(writes: list[dict[str, Any]]) -> Reply:
@@ -643,17 +653,6 @@ def write_all(writes: list[dict[str, Any]]) -> Reply:
     return results([answers[n] for n in range(len(writes))])
 
 
-def results(rows: list[tuple[Any, ...]]) -> Reply:
-    """The answer to many requests in one, of rows of an answer and its status."""
-    return reply('{"results": [' + ", ".join(
-        body if status == 200 else f'{body[:-1]}, "status": {status}}}' for body, status in rows) + "]}")
-
-
-def lease_of(step: dict[str, Any]) -> dict[str, Any]:
-    """Who begins a step, and for how long."""
-    return {"lease_owner": step["lease_owner"] or new_owner(), "lease_ms": core().config.lease_ms}
-
-
 # ------------------------------------------------------------------------------
 # Routes: each checks, calls one function, answers; its docstring lists its statuses, but for 400, 401, 403, 413, 415
 # and 503. tidebase_server/openapi.py reads these docstrings and says how they are written.
@@ -678,16 +677,16 @@ def health() -> Reply:
     return reply(json.dumps({"ok": True, "database": "ok", "version": __version__}))
 
 
-@routes.get("/openapi.json")
-def openapi_json() -> Reply:
-    """These routes as OpenAPI 3.1; it holds no secret, so that tools may read it without the key.  200 object."""
-    return reply(described())
-
-
 @functools.cache
 def described() -> str:
     """The text of /openapi.json."""
     return json.dumps(openapi.document(flask.current_app, __version__, WITHOUT_KEY, PAGE_VIEWS, bodies.LIMITS))
+
+
+@routes.get("/openapi.json")
+def openapi_json() -> Reply:
+    """These routes as OpenAPI 3.1; it holds no secret, so that tools may read it without the key.  200 object."""
+    return reply(described())
 
 
 @routes.get("/session")
@@ -1026,6 +1025,32 @@ def usage() -> Reply:
 # --- events
 
 
+def event_list(found: list[tuple[int, str]], last_seq: int) -> Reply:
+    """These events as a list; `last_seq` is the number of the run's last event when they were read."""
+    answer = reply("[" + ", ".join(text for _, text in found) + "]")
+    if found and found[-1][0] < last_seq:
+        answer[2]["x-tidebase-next"] = str(found[-1][0])
+    return answer
+
+
+def event_stream(events: EventLog, after: int, follow: bool) -> Reply | flask.Response:
+    """Open a stream, which counts as a request that waits until it is closed; 503 when no more requests may wait."""
+    if flask.request.method == "HEAD":
+        return flask.Response(mimetype="text/event-stream")
+    server, expires_at = core(), flask.g.expires_at
+    poll, watching = LongPoll(run_id=events.run_id, seq=after), ExitStack()
+    try:
+        watching.enter_context(server.watcher.watching(poll))
+    except TooManyWaiting:
+        return busy(refused(Refusal(503, "busy", "too many streams are open here: try again")))
+    response = flask.Response(
+        frames(events, server.watcher, poll, follow, lambda: expires_at - server.access.clock()),
+        mimetype="text/event-stream")
+    response.headers["X-Accel-Buffering"] = "no"  # has nginx pass on each event at once
+    response.call_on_close(watching.close)
+    return response
+
+
 @routes.get("/runs/<part:run_id>/events")
 def stream_events(run_id: str) -> Reply | flask.Response:
     """A run's events after a number, as a stream that goes on; as a list for Accept: application/json. A stream that a
@@ -1048,30 +1073,6 @@ def stream_events(run_id: str) -> Reply | flask.Response:
     if flask.request.accept_mimetypes.best_match(["text/event-stream", "application/json"]) == "application/json":
         return event_list(events.after(after, limit), last_seq=run[1])
     return event_stream(events, after, follow)
-
-
-def event_list(found: list[tuple[int, str]], last_seq: int) -> Reply:
-    """These events as a list; `last_seq` is the number of the run's last event when they were read."""
-    answer = reply("[" + ", ".join(text for _, text in found) + "]")
-    if found and found[-1][0] < last_seq:
-        answer[2]["x-tidebase-next"] = str(found[-1][0])
-    return answer
-
-
-def event_stream(events: EventLog, after: int, follow: bool) -> Reply | flask.Response:
-    """Open a stream, which counts as a request that waits until it is closed; 503 when no more requests may wait."""
-    server, expires_at = core(), flask.g.expires_at
-    poll, watching = LongPoll(run_id=events.run_id, seq=after), ExitStack()
-    try:
-        watching.enter_context(server.watcher.watching(poll))
-    except TooManyWaiting:
-        return busy(refused(Refusal(503, "busy", "too many streams are open here: try again")))
-    response = flask.Response(
-        frames(events, server.watcher, poll, follow, lambda: expires_at - server.access.clock()),
-        mimetype="text/event-stream")
-    response.headers["X-Accel-Buffering"] = "no"  # has nginx pass on each event at once
-    response.call_on_close(watching.close)
-    return response
 
 
 # --- queues and schedules
@@ -1131,18 +1132,6 @@ def configure_queue(queue: str) -> Reply:
     return call("configure_queue", queue=queue, config=to_json(parse(bodies.QueueConfigBody)))
 
 
-@routes.put("/schedules/<part:name>")
-def set_schedule(name: str) -> Reply:
-    """Enqueue a run whenever a cron expression says.  200 {schedule}."""
-    if not name:
-        raise invalid("name", "must not be empty")
-    schedule = parse(bodies.ScheduleBody)
-    if len((name + schedule["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
-        raise invalid("name", f"together with queue, must be at most {4 * MAX_NAME} bytes")
-    coming = fires(schedule["cron"], schedule["timezone"], 1)
-    return call("set_schedule", name=name, next_run_at=next(iter(coming), None), **schedule)
-
-
 def fires(cron: str, timezone: str, count: int) -> list[datetime]:
     """When a cron expression fires next: so many times, fewer when it fires no more.
 
@@ -1156,6 +1145,18 @@ def fires(cron: str, timezone: str, count: int) -> list[datetime]:
     except BadSchedule as error:
         raise invalid(error.field, str(error)) from None
     return times
+
+
+@routes.put("/schedules/<part:name>")
+def set_schedule(name: str) -> Reply:
+    """Enqueue a run whenever a cron expression says.  200 {schedule}."""
+    if not name:
+        raise invalid("name", "must not be empty")
+    schedule = parse(bodies.ScheduleBody)
+    if len((name + schedule["queue"]).encode()) > 4 * MAX_NAME:  # together they make the key of each run: see _enqueue
+        raise invalid("name", f"together with queue, must be at most {4 * MAX_NAME} bytes")
+    coming = fires(schedule["cron"], schedule["timezone"], 1)
+    return call("set_schedule", name=name, next_run_at=next(iter(coming), None), **schedule)
 
 
 @routes.post("/schedules/preview")
@@ -1232,6 +1233,27 @@ def takes_no_key(method: str, path: str) -> bool:
         return app.url_map.bind("").match(path, method)[0] in WITHOUT_KEY
     except HTTPException:
         return False
+
+
+def listen(config: Config) -> socket.socket:
+    """The listening socket.  :raises ConfigError: the address cannot be listened on."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        where = f"{config.host}:{config.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}; set HOST and PORT") from None
+    listener.listen(1024)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class Server:
@@ -1381,27 +1403,6 @@ class Server:
             self.stop()
         elif isinstance(error, psycopg.Error) and cannot_write(error):
             self.reconciler.failed(error)
-
-
-def listen(config: Config) -> socket.socket:
-    """The listening socket.  :raises ConfigError: the address cannot be listened on."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        where = f"{config.host}:{config.port}"
-        raise ConfigError(f"cannot listen on {where}: {error.strerror}; set HOST and PORT") from None
-    listener.listen(1024)
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """The address of a listening socket."""
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 # ------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import itertools
 import json
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -107,9 +106,10 @@ def test_a_slow_answer_is_not_cut_off_because_the_next_request_has_begun(api: Ap
     run, channels = held_run(api), server._http.waitress.active_channels
     record(api, run, output="x" * 8_000_000)["step"]
     again = request(f"/runs/{run}/steps/begin", {"inputHash": "h", "leaseOwner": "a", "name": "s"})
+    following = head("/health", method="GET")
     with connected(api) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-        connection.sendall(again + again[:20])
+        connection.sendall(again + following[:20])
         eventually(lambda: any(channel.total_outbufs_len and not channel.requests for channel in channels.values()))
         [channel] = [channel for channel in channels.values() if channel.total_outbufs_len]
         channel.request.began -= serving.RECEIVE_SECONDS + 5  # as if the reader had taken that long until now
@@ -117,60 +117,15 @@ def test_a_slow_answer_is_not_cut_off_because_the_next_request_has_begun(api: Ap
         server._http.wake()
         eventually(lambda: server._http.waitress.next_channel_cleanup)
         assert len(answers_on(connection, 1)[0][1]["output"]) == 8_000_000
-        connection.sendall(again[20:])
-        assert len(answers_on(connection, 1)[0][1]["output"]) == 8_000_000
+        connection.sendall(following[20:])
+        assert answers_on(connection, 1)[0][1]["ok"]
 
 
-def test_the_loop_sleeps_while_a_thread_sends_an_answer(
+def test_an_answer_that_no_disk_takes_ends_its_connection(
         api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop found the connection writable, left it to the thread, and asked again at once, with all of a core and of
-    Python's lock: a request cost the server three times its CPU."""
-    looked, may_send, is_sending = itertools.count(), threading.Event(), threading.Event()
-    loop, send = server._http._loop, serving.Channel.send
-
-    def send_when_told(channel: serving.Channel, *args: Any, **options: Any) -> Any:
-        is_sending.set()
-        assert may_send.wait(30)
-        return send(channel, *args, **options)
-
-    monkeypatch.setattr(server._http, "_loop", lambda seconds: (next(looked), loop(seconds)))
-    with connected(api) as connection, connected(api) as other:
-        with monkeypatch.context() as held:
-            held.setattr(serving.Channel, "send", send_when_told)
-            connection.sendall(head("/health", method="GET"))
-            assert is_sending.wait(30)
-        before = next(looked)
-        for _ in range(10):
-            other.sendall(head("/health", method="GET"))
-            answers_on(other, 1)
-        assert next(looked) - before < 100
-        may_send.set()
-        assert answers_on(connection, 1)[0][0] == 200
-
-
-def test_an_answer_is_one_packet(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its head came by itself, and woke the client once more."""
-    sent: list[bytes] = []
-    send = serving.Channel.send
-
-    def note(channel: serving.Channel, data: bytes, *args: Any, **options: Any) -> Any:
-        sent.append(data)
-        return send(channel, data, *args, **options)
-
-    monkeypatch.setattr(serving.Channel, "send", note)
-    with connected(api) as connection:
-        connection.sendall(head("/health", method="GET"))
-        answers_on(connection, 1)
-        connection.sendall(head("/health", method="HEAD"))
-        assert connection.recv(10_000).endswith(b"\r\n\r\n")
-    assert [answer.count(b"HTTP/1.1 200 OK\r\n") for answer in sent] == [1, 1]
-
-
-def test_nothing_is_sent_of_an_answer_that_could_not_be_buffered(
-        api: Api, server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a full disk it was sent from its middle on, without a head, and the connection stayed open."""
+    """The connection stayed open, was sent the middle of the answer, and took all of a core."""
     run = held_run(api)
-    record(api, run, output="x" * 3_000_000)["step"]
+    record(api, run, output="x" * 8_000_000)["step"]  # more than the system takes for a reader
     new = waitress.buffers.TempfileBasedBuffer.newfile
 
     def full(buffer: Any) -> Any:
@@ -196,10 +151,12 @@ def test_nothing_is_sent_of_an_answer_that_could_not_be_buffered(
         broken.setattr(waitress.buffers.TempfileBasedBuffer, "newfile", full)
         connection.sendall(again)
         connection.settimeout(10)
-        assert connection.recv(10_000) == b""
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert body == b""  # so that the client, which was promised 8 MB, does not take it for the answer
     with connected(api) as connection:
         connection.sendall(again)
-        assert len(answers_on(connection, 1)[0][1]["output"]) == 3_000_000
+        assert len(answers_on(connection, 1)[0][1]["output"]) == 8_000_000
 
 
 def test_a_client_that_hangs_up_in_the_middle_leaves_nothing_behind(api: Api, server: LocalServer) -> None:
@@ -373,7 +330,7 @@ def test_a_body_has_what_the_setting_says_and_no_slack(closed: Api) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"POST /runs/report HT", head("/runs/report", f"Authorization: Bearer {KEY}",
-                                                               "Content-Length: 90") + b"{"])
+                                                               "Content-Length: 900000") + b"{"])
 @pytest.mark.parametrize("drips", [False, True])
 def test_a_request_that_does_not_come_to_an_end_is_ended_however_it_drips(
         start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch, sent: bytes, drips: bool) -> None:
@@ -384,18 +341,24 @@ def test_a_request_that_does_not_come_to_an_end_is_ended_however_it_drips(
     with connected(Api(server.url, server)) as connection:
         connection.sendall(sent)
         connection.settimeout(0.1)
+        answer = b""
 
         def has_ended() -> bool:
+            nonlocal answer
             try:
                 if drips:
                     connection.sendall(b" ")
-                return connection.recv(100) == b""
+                more = connection.recv(1000)
+                answer += more
+                return more == b""
             except TimeoutError:
                 return False
             except ConnectionError:
                 return True
 
         eventually(has_ended, 10)
+    # waitress ends a connection that is idle; the parser refuses what comes too late on one that is not.
+    assert (b" 408 " in answer) == drips
 
 
 def test_threads_that_waiting_requests_needed_go_again(

@@ -51,7 +51,8 @@ class Admission(Gatekeeper):
 
     def refuse(self, status: int, words: str) -> Refused:
         """The answer to what cannot be read as a request."""
-        code = {413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(status, "internal_error")
+        code = {408: "request_timeout", 413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(
+            status, "internal_error")
         return self._answer(refused(invalid("", words) if status == 400 else Refusal(
             status, code, http.HTTPStatus(status).phrase.lower())))
 

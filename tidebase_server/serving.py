@@ -4,9 +4,13 @@ waitress brings what HTTP asks of a server: the parser, chunked bodies, threads,
 not read yet. This file has its settings, which are documented, and the subclass. The subclass decides whether a request
 may have a body as soon as its head is complete, and limits what a client may send before that, and for how long.
 
-Five things are used of waitress beyond its documentation: the parser, the connection that uses it, the task that
-answers a request, the loop, which is driven from here so that a stop can let requests finish, and the method that
-changes the number of threads. So its version is pinned, and tests/test_serving.py holds what is needed of them.
+Beside the parser three things are used of waitress beyond its documentation, each for what its settings do not give:
+
+    Channel.write_soon                  a full disk ends one connection, and does not keep a core busy for ever
+    the loop, and what waits in it      a stop lets requests finish (HttpServer.serve, drain, close)
+    task_dispatcher.set_thread_count    a request that waits gets a thread of its own (HttpServer.provide_threads)
+
+So its version is pinned, and tests/test_serving.py, test_config.py and test_queues.py hold what is needed of them.
 """
 
 from __future__ import annotations
@@ -16,16 +20,14 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import waitress.channel
 import waitress.parser
 import waitress.server
-import waitress.task
 import waitress.wasyncore
-from waitress.buffers import OverflowableBuffer
 
 logger = logging.getLogger("tidebase.server")
 
@@ -33,7 +35,7 @@ MOST_FILES = 10_240      # open files of this process; more, macOS may refuse
 MAX_HEAD = 16 * 1024     # bytes of a request's head, and of the blank lines before it
 MAX_CONTROL = 16 * 1024  # bytes of one chunk-size line, of all trailers, and of both beyond a quarter of the content
 RECEIVE_SECONDS = 30     # for a request to be there in full, from its first byte; a connection may be idle as long
-CLEANUP_SECONDS = 5      # between looks for connections that are to be ended
+CLEANUP_SECONDS = 5      # between looks for idle connections
 STREAM_BYTES = 64 * 1024  # of a stream's output may wait for a reader, then the stream waits, too
 
 
@@ -81,7 +83,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         self.gatekeeper = gatekeeper
         self.max_body = max_body
         self.is_draining = is_draining
-        self.began = time.time()  # as waitress counts
+        self.began = time.monotonic()
         self.blank_bytes = 0
         self.body_bytes_on_wire = 0
 
@@ -131,6 +133,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
             return self.gatekeeper.refuse(413, "")
         if self.chunked and self._has_too_much_control():
             return self.gatekeeper.refuse(400, "too much beside the content of a chunked body")
+        if not self.completed and time.monotonic() > self.began + RECEIVE_SECONDS:  # however it drips
+            return self.gatekeeper.refuse(408, "")
         if was_in_head and self.headers_finished:
             return self.gatekeeper.admit(Head(self.command, self.request_uri, self.headers,
                                               None if self.chunked else self.content_length))
@@ -145,85 +149,19 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
                 or control_bytes > MAX_CONTROL + len(body) // 4)
 
 
-class Task(waitress.task.WSGITask):  # type: ignore[misc]
-    """Answers a request, on a thread of its own."""
-
-    def write(self, data: bytes) -> None:
-        """Send a part of the answer. waitress sends the head by itself; here it goes with the first part of the body,
-        so that a client is woken once."""
-        with nullcontext() if self.wrote_header else self.channel.one_packet():
-            super().write(data)
-        if self.request.command == "HEAD":
-            self.chunked_response = False  # else waitress sends the end of a body that is not there
-
-    def set_close_on_finish(self) -> None:
-        """End the connection after the answer. waitress asks for that, too, when an answer has no Content-Length; one
-        that never has a body (204, 304) needs none."""
-        asked = self.request.headers.get("CONNECTION", "").lower()
-        if self.has_body or self.version == "1.0" or asked == "close":
-            super().set_close_on_finish()
-
-
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     """A connection."""
 
-    task_class = Task
-    total_outbufs_len: int  # waitress': bytes that wait to be sent
-    is_sending = False  # a thread is sending, and has left nothing to the loop
-    packet: bytes | None = None
-    sent_at = 0.0  # when something was sent last
-
-    @contextmanager
-    def one_packet(self) -> Iterator[None]:
-        """Send what is written meanwhile together."""
-        self.packet = b""
-        try:
-            yield
-        finally:
-            packet, self.packet = self.packet, None
-        self.write_soon(packet)
-
     def write_soon(self, data: bytes) -> int:
-        """Send data, from the thread that answers; the loop sends what the client does not read at once."""
-        if self.packet is not None:
-            self.packet += data
-            return len(data)
-        self.is_sending = not self.total_outbufs_len
+        """Send data; what the client does not read at once is buffered, and lies in a file if it is large. When that
+        cannot be written, as when the disk is full, end the connection: the buffer may have lost its beginning, and
+        waitress would count wrongly what is in it, and never end."""
         try:
             return int(super().write_soon(data))
-        except (OSError, MemoryError):  # of the buffer, as when the disk is full: it may have lost its beginning
-            with self.outbuf_lock:
-                self.outbufs = [OverflowableBuffer(self.adj.outbuf_overflow)]
-                self.total_outbufs_len = 0
-                self.will_close = True
+        except (OSError, MemoryError):
+            self.outbufs[-1].close()
+            self.will_close = True
             raise
-        finally:
-            self.is_sending = False
-            if self.total_outbufs_len and self.connected:  # a stop that did not wait has closed the trigger
-                self.server.pull_trigger()
-
-    def writable(self) -> bool:
-        """Whether the loop has something to send. While a thread sends, the loop would find the connection writable,
-        leave it to the thread, and ask again without a pause."""
-        return not self.is_sending and bool(super().writable())
-
-    @property
-    def last_activity(self) -> float:
-        """Since when the connection is idle: waitress closes it after channel_timeout. One that is in the middle of a
-        request counts as idle since the request's first byte, however often another byte comes; but not while the
-        answers before it are sent, since nothing is read then."""
-        request = self.request
-        return float(self.active_at if request is None else max(request.began, self.sent_at))
-
-    @last_activity.setter
-    def last_activity(self, at: float) -> None:
-        self.active_at = at
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        has_sent = bool(super()._flush_some(do_close))
-        if has_sent:
-            self.sent_at = time.time()
-        return has_sent
 
 
 class HttpServer:
@@ -245,7 +183,6 @@ class HttpServer:
         self.waitress = waitress.server.create_server(
             app, self.channels, sockets=[listener], threads=threads, ident=None,
             clear_untrusted_proxy_headers=False,  # none of them is read here, and to clear them costs each request
-
             connection_limit=raise_file_limit(other_files), asyncore_use_poll=True,
             channel_timeout=RECEIVE_SECONDS, cleanup_interval=CLEANUP_SECONDS,
             channel_request_lookahead=1,  # so that it is noticed when a client that waits hangs up
