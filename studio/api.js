@@ -1,9 +1,7 @@
-// Addresses of the page's views, and the server: requests, refusals, and streams of events.
-//
-// The API key lives in this tab's session storage and is sent as a header, by streams too: they are read with fetch,
-// since EventSource can send none. Reads of a page are given up when it is left.
+// Addresses of the page's views, and the server: requests, refusals, and streams of events, which are read with fetch,
+// since EventSource cannot send the API key's header. Reads of a page are given up when it is left.
 
-/** A path with its parts escaped: path`/runs/${id}/cancel`. */
+/** path`/runs/${id}/cancel`: its parts are escaped. */
 export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
 
 export function query(values) {
@@ -30,7 +28,7 @@ export function navigate(url, { replace = false } = {}) {
 
 export const goBack = () => (history.state?.depth ? history.back() : navigate("/studio/runs"));
 
-/** Change parameters of this address, null takes one out; the view is not opened again. */
+/** Null takes a parameter out. The view is not opened again. */
 export function setQuery(changes) {
 	const url = new URL(location.href);
 	for (const [name, value] of Object.entries(changes)) {
@@ -58,7 +56,7 @@ export function setWaiting(count) {
 
 const KEY = "tidebase.key";
 
-/** A refusal of the server; `status` 0: it could not be reached. */
+/** `status` 0: the server could not be reached. */
 export class ApiError extends Error {
 	constructor(status, body) {
 		super(body.issues?.map((issue) => `${issue.path}: ${issue.message}`).join("; ")
@@ -79,14 +77,13 @@ export function keepKey(key) {
 }
 
 export const watch = { onUnauthorized() {}, onReachable() {} };
-let leaving = null; // ends the reads of the page that is open
+let leaving = null;
 export const setPageSignal = (signal) => { leaving = signal; };
 
 async function send(method, url, { body, signal, accept = "application/json", key = session.key } = {}) {
 	const headers = { accept };
 	if (key) headers.authorization = `Bearer ${key}`;
 	if (body !== undefined) headers["content-type"] = "application/json";
-	// A string is JSON already: a payload that somebody typed goes out as it was typed.
 	if (typeof body === "object") body = JSON.stringify(body);
 	let response;
 	try {
@@ -111,10 +108,9 @@ export const post = async (url, body = {}, options = {}) => JSON.parse(await pos
 export const put = (url, body) => send("PUT", url, { body });
 export const remove = (url) => send("DELETE", url);
 
-/** Let the browser draw and take input: what is long is done in slices. */
-export const breathe = () => new Promise((resolve) => setTimeout(resolve));
+/** Let the browser draw and take input. */
+export const breathe = (milliseconds = 0) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
-/** Read a list that comes in pages; take() gets one after the other. */
 export async function readPages(url, name, parameters, take) {
 	for (let { after } = parameters, more = true; more; more = after) {
 		const answer = await get(url, { ...parameters, after });
@@ -124,14 +120,14 @@ export async function readPages(url, name, parameters, take) {
 	}
 }
 
-/** A refusal is left to the next try, which comes by itself. All else is a fault of this page. */
+/** A refusal is left to the next try. All else is a fault of this page. */
 export function laterAgain(error) {
 	if (!(error instanceof ApiError) && error.name !== "AbortError") throw error;
 }
 
 // --- what goes on by itself, while the tab is visible
 
-/** Resolves after so long, and at once when the tab is hidden or shown, or somebody decided something. */
+/** Ends early when the tab is hidden or shown, or somebody decided something. */
 const pause = (milliseconds) => new Promise((resolve) => {
 	const listening = new AbortController();
 	const end = () => {
@@ -140,9 +136,7 @@ const pause = (milliseconds) => new Promise((resolve) => {
 		resolve();
 	};
 	const timer = setTimeout(end, milliseconds);
-	for (const name of ["visibilitychange", "decided"]) {
-		document.addEventListener(name, end, { signal: listening.signal });
-	}
+	for (const name of ["visibilitychange", "decided"]) document.addEventListener(name, end, { signal: listening.signal });
 });
 
 export async function every(load, milliseconds, signal) {
@@ -152,7 +146,7 @@ export async function every(load, milliseconds, signal) {
 	}
 }
 
-/** The same, and first of all now; a failure of that is the caller's. */
+/** Now, too; a failure of that is the caller's. */
 export async function poll(load, milliseconds, signal) {
 	try {
 		await load();
@@ -162,13 +156,10 @@ export async function poll(load, milliseconds, signal) {
 }
 
 const RETRY_MS = [300, 1000, 2000, 5000];
-const STALE_MS = 20_000; // this long without a connection, the page says that it is stale
-const SILENT_MS = 40_000; // the server says something every 15 s: after this long the connection is dead
+const STALE_MS = 20_000; // without a connection
+const SILENT_MS = 40_000; // the server says something every 15 s: after so long the connection is dead
 
-/**
- * Follow a run's events, from number to number. onEvents gets all that came at once, in order, as [{seq, text}];
- * onState live, reconnecting, stale, paused or not live.
- */
+/** Follow a run's events. onEvents gets what came at once, [{seq, text}]; onState how fresh they are, in a word. */
 export async function follow(runId, after, onEvents, onState, signal) {
 	let failures = 0;
 	let lostAt = null;
@@ -223,7 +214,7 @@ async function* eventsIn(body) {
 	}
 }
 
-// --- what the list of runs asks for: here, so that it is asked before the other modules are there
+// --- the list of runs: asked for here, before the other modules have come
 
 export const PAGE_SIZE = 50;
 export const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
@@ -237,10 +228,10 @@ export function readAddress(parameters) {
 export const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
 export const readPage = (...asked) => get("/runs", pageQuery(...asked));
 
-/** Answers on their way, each for its first reader, when the page begins with the list. */
+/** Answers on their way, each for its first reader. */
 export const early = { session: null, runs: null };
 if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
 	early.session = get("/session");
 	early.runs = readPage(...readAddress(new URLSearchParams(location.search)));
-	for (const answer of Object.values(early)) answer.catch(() => {}); // who awaits it shows the failure
+	for (const answer of Object.values(early)) answer.catch(() => {}); // who reads it shows the failure
 }

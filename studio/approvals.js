@@ -1,5 +1,5 @@
 // What a person decides: a gate, or a step of which nobody knows whether it had its effect. The forms for it; the page
-// of all that waits, across runs, oldest first, and of what was decided; and the page of one gate.
+// of all that waits, oldest first, and of what was decided; and the page of one gate.
 
 import { canWrite, every, getText, path, post, postText, runUrl, setQuery, setTitle } from "./api.js";
 import { between, button, card, code, compactCount, copyButton, count, el, empty, errorText, facts, field, fields, fill,
@@ -10,11 +10,10 @@ import { errorLine } from "./runs.js";
 
 const ACTOR = "tidebase.actor";
 
-/** The name under which decisions are recorded. */
 export const actor = () => localStorage.getItem(ACTOR) ?? "";
 const actorField = () => field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() }));
 
-/** A form whose buttons [value, word, class] send a decision with its values. Enter in a field decides nothing. */
+/** Its buttons [value, word, class] send a decision with the form's values. Enter in a field decides nothing. */
 function decisionForm(content, buttons, send, onDone) {
 	const fault = errorText();
 	const form = el("form.stack", {
@@ -27,7 +26,7 @@ function decisionForm(content, buttons, send, onDone) {
 			try {
 				await send(event.submitter.value, values);
 				document.dispatchEvent(new CustomEvent("decided"));
-				onDone();
+				onDone?.();
 			} catch (error) {
 				setText(fault, error.message);
 				form.inert = false;
@@ -59,16 +58,14 @@ export const reviewForm = (runId, step, onDone) => decisionForm(
 
 const gateStatus = (gate) => status(gate.status === "pending" ? "waiting" : gate.status);
 
-/** Prompt, data and, once decided, the answer. `gate.raw` is its text. */
+/** `raw` is the gate's text. */
 function gateBody({ raw, id, runId, prompt, capability, expiresAt, dataOmitted, reviewUrl }) {
 	const shown = (title, name) => {
 		const text = member(raw, name);
 		return text && text !== "null" && text !== "{}" && inlinePayload(title, text, `${id}-${name}`, true);
 	};
 	return [el("p.prompt", prompt),
-		(capability || expiresAt) && facts([
-			capability && ["Capability", code(member(raw, "capability").replace(/^"|"$/g, ""))],
-			expiresAt && ["Expires", time(expiresAt)]]),
+		facts({ Capability: capability && code(member(raw, "capability").replace(/^"|"$/g, "")), Expires: time(expiresAt) }),
 		dataOmitted ? payload("Data", runId, "gate.data", id) : shown("Data", "data"), shown("Answer", "decisionPayload"),
 		reviewUrl && canWrite() && el("p.row", copyButton(reviewUrl, "Copy the review link", "Copy review link"),
 			muted("Whoever has it may decide this gate, without a key."))];
@@ -187,16 +184,15 @@ function stepCard(item, done) {
 	const { run, step, since } = item;
 	return card(step.name, row(status("manual_review"), time(since, "short")),
 		el("p.prompt", headline(item)), errorText(errorLine(step.error)),
-		facts([["Side effects", step.resumeContract?.sideEffects?.join(", ") || "none declared"],
-			["Attempt", step.attempt]]),
+		facts({ "Side effects": step.resumeContract?.sideEffects?.join(", ") || "none declared", Attempt: step.attempt }),
 		canWrite() && reviewForm(run.id, step, done));
 }
 
 function runCard({ run, context, stateText }) {
 	return card("The run so far", link(runUrl(run.id), run.workflowName),
-		facts([["Status", status(run.status)], ["Steps completed", count(context.stepsCompleted)],
-			["Cost", money(context.costUsd)], context.totalTokens && ["Tokens", compactCount(context.totalTokens)],
-			["Created", time(run.createdAt)]]),
+		facts({ Status: status(run.status), "Steps completed": count(context.stepsCompleted),
+			Cost: money(context.costUsd), Tokens: context.totalTokens && compactCount(context.totalTokens),
+			Created: time(run.createdAt) }),
 		context.steps.length > 0 && plainTable(context.steps.map(({ status: is, name, startedAt, completedAt }) =>
 			[status(is), name, number(completedAt && between(startedAt ?? completedAt, completedAt))])),
 		(stateText ?? "null") !== "null" &&
@@ -204,8 +200,7 @@ function runCard({ run, context, stateText }) {
 		context.stateOmitted && muted("Its state is long: ", link(runUrl(run.id, { tab: "state" }), "open it"), "."));
 }
 
-// --- the page of one gate: opened with its token alone, which stands in the fragment of the address, and so in no log
-// and no Referer, and is sent in the body
+// --- the page of one gate: its token stands in the fragment of the address, and so in no log and no Referer
 
 const DECIDED = { approved: "Approved", rejected: "Rejected", canceled: "Withdrawn" };
 

@@ -1,15 +1,11 @@
-// Elements, times and numbers: what every page is made of. Elements are made by el() alone, which sets attributes and
-// text, never markup: whatever a run is called stays text.
-// Live updates change texts, rows and cells in place: focus, selection and scroll position stay.
+// Elements, times and numbers: what every page is made of. el() alone makes elements, and sets attributes and text,
+// never markup. Live updates change texts, rows and cells in place: focus, selection and scroll position stay.
 
 import { laterAgain } from "./api.js";
 
 const SVG_TAGS = new Set(["svg", "path", "rect", "line", "text", "title"]);
 
-/**
- * Make an element: el("button.primary", {onclick: save}, "Save") or, without attributes, el("td.num", 3). What is null
- * or false is left out, functions are listeners, label is aria-label, and lists of children are children.
- */
+/** el("button.primary", {onclick: save}, "Save"), el("td.num", 3). Null and false are left out, label is aria-label. */
 export function el(selector, attributes, ...children) {
 	const [tag, ...classes] = selector.split(".");
 	const node = SVG_TAGS.has(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag)
@@ -38,17 +34,16 @@ export function fill(node, ...children) {
 	return add(node, children);
 }
 
-/** An unchanged node keeps the reader's selection and costs no layout. */
 export function setText(node, text) {
 	const shown = String(text ?? "");
-	if (node.textContent !== shown) node.textContent = shown;
+	if (node.textContent !== shown) node.textContent = shown; // else the reader's selection would be lost
 }
 
 export const show = (node, visible) => { node.hidden = !visible; };
 
 export const setState = (node, name, on) => node.setAttribute(`aria-${name}`, String(Boolean(on)));
 
-/** Act when what a node is made from has changed. */
+/** Act when what a node is made from is not what it was. */
 export function once(node, source, action) {
 	const text = JSON.stringify(source);
 	if (node.source === text) return;
@@ -58,7 +53,7 @@ export function once(node, source, action) {
 
 // --- tables
 
-/** Keep the children of `parent` in line with `items`: make(item) makes a key's node, update(node, item) keeps it. */
+/** Bring the children of `parent` in line with `items`, by key. */
 export function syncRows(parent, items, keyOf, make, update) {
 	const nodes = new Map([...parent.children].map((node) => [node.dataset.key, node]));
 	let next = parent.firstElementChild;
@@ -81,10 +76,12 @@ export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table
 	el("tbody", rows.map((cells) => el("tr", cells.map((cell) => (cell?.tagName === "TD" ? cell : el("td", cell))))))));
 
 /**
- * A live table of columns [head, cell(item), class?]. set(items) replaces only the cells that look different, and shows
- * `nothing` when there are no items. On a narrow screen a row is a list, with the heads beside the values.
+ * A live table of columns [head, cell, class?]; `cell` is a function of the item, or the name of its member, which is a
+ * time when it ends in At. set(items) replaces only the cells that look different. On a narrow screen a row is a list.
  */
-export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow } = {}) {
+const cellOf = (item, cell) => (cell.call ? cell(item) : cell.endsWith("At") ? time(item[cell]) : item[cell]);
+
+export function grid(key, columns, nothing = null, { kind = "stacked", onRow } = {}) {
 	columns = columns.filter(Boolean);
 	const body = el("tbody");
 	const heads = columns.map(([word, , name]) => el("th", { class: name }, word));
@@ -94,7 +91,7 @@ export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow }
 		once(row, item, () => {
 			row.item = Object.assign(row.item ?? {}, item); // the buttons of cells that stay act on it
 			columns.forEach(([word, cell, name], index) => {
-				const made = el("td", { class: name, "data-label": word }, cell(row.item));
+				const made = el("td", { class: name, "data-label": word }, cellOf(row.item, cell));
 				const old = row.children[index];
 				if (!old) row.append(made);
 				else if (!made.isEqualNode(old)) old.replaceWith(made);
@@ -106,16 +103,16 @@ export function grid(keyOf, columns, nothing = null, { kind = "stacked", onRow }
 		const { activeElement } = document;
 		if (!items.length) fill(element, nothing);
 		else if (!table.isConnected) fill(element, table);
-		syncRows(body, items, keyOf, () => el("tr"), update);
+		syncRows(body, items, (item) => item[key], () => el("tr"), update);
 		if (activeElement.isConnected && activeElement !== document.activeElement) { // its row was moved
 			activeElement.focus({ preventScroll: true });
 		}
 	} });
 }
 
-const MARGIN = 12; // rows drawn above and below the screen
+const MARGIN = 12; // rows above and below the screen
 
-/** The rows of a table, all of one height; those near the screen are elements, two empty bodies stand for the rest. */
+/** Rows of one height: those near the screen are elements, an empty body above and one below stand for the rest. */
 export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 	const pad = () => el("tbody.pad", { "aria-hidden": "true" }, el("tr", el("td", { colspan: columns })));
 	const [above, body, below] = [pad(), el("tbody"), pad()];
@@ -146,10 +143,21 @@ export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 	for (const name of ["scroll", "resize"]) {
 		addEventListener(name, () => { frame ??= requestAnimationFrame(draw); }, { passive: true, signal });
 	}
-	return { draw, set(list) {
+	function set(list) {
 		items = list;
 		draw();
-	} };
+	}
+
+	/** Scroll to an item and give it the focus. */
+	function reveal(item) {
+		if (!items.includes(item)) return;
+		scrollBy(0, body.getBoundingClientRect().top + (items.indexOf(item) - first) * height - innerHeight / 2);
+		draw();
+		[...body.children].find((node) => node.dataset.key === keyOf(item))?.querySelector("[data-row]")
+			.focus({ preventScroll: true });
+	}
+
+	return { draw, set, reveal };
 }
 
 // --- icons: a status differs by its shape and not only by its colour
@@ -184,7 +192,7 @@ export const status = (name, word = STATUS_WORDS[name] ?? name) =>
 // --- times: one zone for the whole page, the whole instant on hover
 
 let inUtc = localStorage.getItem("tidebase.zone") === "utc"; // else this computer's zone
-let clockOffset = 0; // the server's clock minus this computer's, in milliseconds
+let clockOffset = 0; // the server's clock minus this computer's, in ms: ages stay right when this one is wrong
 
 export const zoneName = () => (inUtc ? "UTC" : Intl.DateTimeFormat().resolvedOptions().timeZone);
 export const zoneNote = () => muted("Times in ", el("span", { "data-zone": "" }, zoneName()));
@@ -198,16 +206,14 @@ export function switchZone() {
 
 export const setServerTime = (iso) => { clockOffset = new Date(iso) - Date.now(); };
 
-/** By the server's clock: ages stay right when this computer's is wrong. */
 export const now = () => Date.now() + clockOffset;
 
-/** "Wed, 25 Nov 2026 14:02:10.123" in the page's zone; without Intl, whose first use takes 30 ms. */
+/** "Wed, 25 Nov 2026 14:02:10.123"; without Intl, whose first use takes 30 ms. */
 function written(at) {
 	const local = new Date(inUtc ? at : at - at.getTimezoneOffset() * 6e4);
 	return `${local.toUTCString().slice(0, 25)}.${local.toISOString().slice(20, 23)}`;
 }
 
-/** "14:02:10" today, "24 Nov 14:02" this year, else with the year. */
 function shortTime(at) {
 	const [text, today] = [written(at), written(new Date(now()))];
 	if (text.slice(0, 16) === today.slice(0, 16)) return text.slice(17, 25);
@@ -218,7 +224,7 @@ export const wholeInstant = (at) => `${written(new Date(at))} (${zoneName()})\n$
 
 const UNITS = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 
-/** "12 ms", "2.4 s", "12 s", "3 min 20 s", "2 h 5 min", "4 d 3 h". */
+/** "12 ms", "2.4 s", "3 min 20 s", "4 d 3 h". */
 export function duration(milliseconds) {
 	const ms = Math.max(0, milliseconds);
 	if (ms < 1000) return `${Math.round(ms)} ms`;
@@ -242,7 +248,7 @@ const TIME_KINDS = {
 	ago, short: shortTime, precise: (at) => written(at).slice(17), since: (at) => duration(now() - at),
 };
 
-/** A time (ISO, or in ms) that keeps itself up to date: ago, short, precise, or since, which goes on. */
+/** A time (ISO, or in ms) that keeps itself up to date. */
 export const time = (at, kind = "ago") =>
 	(at ? writeTime(el("time", { datetime: new Date(at).toISOString(), "data-kind": kind })) : dash());
 
@@ -251,7 +257,7 @@ function writeTime(node) {
 	return node;
 }
 
-// worked out when somebody points at a time: a list has many
+// only for what somebody points at: a list has many times
 document.addEventListener("mouseover", ({ target }) => {
 	if (target.dateTime) target.title = wholeInstant(target.dateTime);
 	else if (target.describe) target.title = target.describe();
@@ -267,7 +273,6 @@ export const count = (number, more = false) =>
 	`${String(number).replace(/\B(?=(\d{3})+(?!\d))/g, ",")}${more ? "+" : ""}`;
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 
-/** 9,999 as it is, 60.4K, 1.2M. */
 export const compactCount = (number) => (number < 1e4 ? count(number)
 	: number.toLocaleString("en-US", { notation: "compact", maximumFractionDigits: 1 }));
 
@@ -307,8 +312,10 @@ export const card = (title, aside, ...body) =>
 
 export const logo = (size) => el("img", { src: "/studio/icon.svg", alt: "", width: size });
 
-export const facts = (rows) => el("dl.facts", rows.filter(Boolean).map(([name, ...value]) =>
-	el("div", el("dt", name), el("dd", value))));
+/** Names and values; what is missing is left out. */
+export const facts = (values) => el("dl.facts", Object.entries(values)
+	.filter(([, value]) => !isNothing(value) && value !== "" && value.className !== "none")
+	.map(([name, value]) => el("div", el("dt", name), el("dd", value))));
 
 export function meters(title, rows) {
 	const most = Math.max(...rows.map(([, cost]) => cost), 1e-12);
@@ -316,7 +323,6 @@ export function meters(title, rows) {
 		el("td.half", el("div.meter", { style: { width: `${(100 * cost) / most}%` } }))])));
 }
 
-/** Grey rows that appear after a moment: quick answers do not flicker. */
 export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", label: "Loading" },
 	Array.from({ length: rows }, () => el("i")));
 
@@ -342,11 +348,12 @@ export const searchInput = (placeholder, label, action, attributes = {}) => el("
 	input(null, { type: "search", placeholder, label, oninput: ({ target }) => action?.(target.value),
 		...attributes }));
 
-export const checkbox = (label, onchange) => el("input", { type: "checkbox", label, onchange });
+export const checkbox = (label, onchange, attributes) =>
+	input(null, { type: "checkbox", label, onchange, ...attributes });
 export const options = (choices) => choices.map(([value, word]) => el("option", { value }, word));
-export const select = (label, choices, onchange) => el("select", { label, onchange }, options(choices));
+export const select = (label, choices, onchange, attributes) =>
+	el("select", { label, onchange, ...attributes }, options(choices));
 
-/** How fresh a page is: live, reconnecting, stale, paused. */
 export function setMark(mark, state) {
 	mark.className = `mark is-${state}`;
 	setText(mark, state);
@@ -369,7 +376,6 @@ async function copyText(text) {
 	}
 }
 
-/** Copies a text, or what a function brings. */
 export const copyButton = (text, label, word = null) => button([icon("copy"), word], async () => {
 	const copied = await copyText(typeof text === "function" ? await text() : text);
 	toast(copied ? "Copied." : "Copying failed.", copied ? "completed" : "failed");
@@ -378,7 +384,7 @@ export const copyButton = (text, label, word = null) => button([icon("copy"), wo
 export const idText = (id, shown = id) => el("span.id", code(shown), copyButton(id, `Copy ${id}`));
 
 const toasts = el("div.toasts", { role: "alert" });
-const foreground = () => document.querySelector("dialog[open]") ?? document.body; // a modal dialog makes the rest inert
+const foreground = () => document.querySelector("dialog[open]") ?? document.body; // all else is inert
 
 export function toast(text, kind = "completed") {
 	const note = el(`div.toast.is-${kind}`, el("span", text),
@@ -388,19 +394,7 @@ export function toast(text, kind = "completed") {
 	if (kind !== "failed") setTimeout(() => note.remove(), 4000);
 }
 
-/** A refusal of the server is shown. Resolves to whether it was done. */
-export async function attempt(action) {
-	try {
-		await action();
-		return true;
-	} catch (error) {
-		laterAgain(error);
-		if (error.name !== "AbortError") toast(error.message, "failed");
-		return false;
-	}
-}
-
-/** A modal dialog; `closed` resolves to the value of the button that submitted its form, or "". */
+/** `closed` resolves to the value of the button that submitted the form, or "". */
 export function dialog(title, content, ...buttons) {
 	const form = el("form", { method: "dialog" },
 		el("header", el("h2", title), iconButton("close", "Close", () => box.close(""))),
@@ -416,7 +410,7 @@ export function dialog(title, content, ...buttons) {
 	return { form, closed };
 }
 
-/** Ask, what is dangerous with a way out. Resolves to the values of the form, or to null. */
+/** Resolves to the values of the form, or to null. What is dangerous has a way out. */
 export async function ask(title, content, word, wayOut = null) {
 	const { form, closed } = dialog(title, content,
 		wayOut && el("button", { value: "", formnovalidate: true }, wayOut),

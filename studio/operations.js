@@ -1,18 +1,18 @@
 // The pages of whoever operates the system: queues, workers, schedules and costs.
 
 import { canWrite, get, getText, laterAgain, path, poll, post, put, remove, runsUrl, runUrl, setQuery } from "./api.js";
-import { ask, attempt, button, card, code, compactCount, count, dash, debounce, duration, el, empty, errorText, facts,
+import { ask, button, card, code, compactCount, count, dash, debounce, duration, el, empty, errorText, facts,
 	field, fields, fill, grid, heading, icon, idText, input, link, loading, meters, money, muted, now, number, options,
 	plainTable, plural, row, select, setText, status, strong, tag, time, toast, wholeInstant, zoneNote } from "./dom.js";
 import { bodyOf, download, items, jsonInput, member } from "./payload.js";
 
-// --- queues: how much waits and runs, the last hour minute by minute, caps, pause and resume
+// --- queues
 
 export async function queuesPage({ main, signal }) {
 	const hours = new Map(); // queue -> its chart, which is read less often than the counts
 	const runsOf = (queue, name) =>
 		(queue[name] ? link(runsUrl({ queue: queue.name, status: name }), count(queue[name])) : dash("0"));
-	const table = grid((queue) => queue.name, [
+	const table = grid("name", [
 		["Queue", ({ name, config }) =>
 			row(el("a", { href: runsUrl({ queue: name }) }, strong(name)), config?.paused && status("paused"))],
 		["Queued", (queue) => runsOf(queue, "queued"), "num"],
@@ -24,32 +24,32 @@ export async function queuesPage({ main, signal }) {
 		["Caps", ({ config }) => [config?.concurrency && `${count(config.concurrency)} at once`,
 			config?.ratePerMinute && `${count(config.ratePerMinute)} a minute`, config?.invokeUrl && "push"]
 			.filter(Boolean).join(", ") || dash("none")],
-		canWrite() && ["", (queue) => row(button(queue.config?.paused ? "Resume" : "Pause", () => pause(queue)),
-			button("Edit caps", () => edit(queue), "quiet")), "buttons"],
+		canWrite() && ["", (queue) => row(
+			button(queue.config?.paused ? "Resume" : "Pause", () => change(queue, { paused: !queue.config?.paused }), "",
+				{ title: "A paused queue gives out no runs; those that run go on" }),
+			button("Edit", () => edit(queue), "quiet")), "buttons"],
 	], empty("No queues yet", "A queue is there as soon as something is put on it: ",
 		code('tide.enqueue("report", queue="default")'), "."));
 	fill(main, heading("Queues"), table);
 
 	async function change({ name }, changes) {
-		const done = await attempt(() => put(path`/queues/${name}/config`, changes));
+		await put(path`/queues/${name}/config`, changes);
 		await load();
-		return done;
-	}
-
-	async function pause(queue) {
-		const paused = !queue.config?.paused;
-		if (!await change(queue, { paused })) return;
-		toast(paused ? `${queue.name} is paused: it gives out no runs; those that run go on.`
-			: `${queue.name} gives out runs again.`);
 	}
 
 	async function edit(queue) {
-		const of = (name) => input(name, { type: "number", min: 1, value: queue.config?.[name] ?? "" });
-		const values = await ask(`Caps of ${queue.name}`, fields(field("Runs at once", of("concurrency"), "empty: no cap"),
-			field("Claims a minute", of("ratePerMinute"), "empty: no cap")), "Save");
+		const before = queue.config ?? {};
+		const of = (name, type) => input(name, { type, min: 1, value: before[name] ?? "" });
+		const values = await ask(`Queue ${queue.name}`, fields(
+			field("Runs at once", of("concurrency", "number"), "empty: no cap"),
+			field("Claims a minute", of("ratePerMinute", "number"), "empty: no cap"),
+			el("div.all", field("Push to", of("invokeUrl", "url"), "The app's address, to which ready runs are offered."
+				+ " Empty: workers ask for them."))), "Save");
 		if (!values) return;
 		const cap = (name) => Number(values[name]) || null;
-		await change(queue, { concurrency: cap("concurrency"), ratePerMinute: cap("ratePerMinute") });
+		const push = { invokeUrl: values.invokeUrl || null };
+		await change(queue, { concurrency: cap("concurrency"), ratePerMinute: cap("ratePerMinute"),
+			...(values.invokeUrl === (before.invokeUrl ?? "") ? {} : push) }); // it is shown without its password
 	}
 
 	async function load() {
@@ -66,7 +66,7 @@ export async function queuesPage({ main, signal }) {
 	await poll(load, 3000, signal);
 }
 
-/** Claims as bars upwards, failures downwards, a minute each. */
+/** Claims upwards, failures downwards, a minute each. */
 function spark(minutes) {
 	const [claims, failures] = ["claims", "failures"].map((name) => minutes.map((minute) => minute[name]));
 	const most = Math.max(1, ...claims, ...failures);
@@ -83,25 +83,23 @@ function spark(minutes) {
 		bars("is-running", claims, 15, (height) => 16 - height), bars("is-failed", failures, 7, () => 17));
 }
 
-// --- workers: who asks for work, from which queues, what they hold, and when they were last heard
+// --- workers
 
 const QUIET_MS = 60_000;
-const MOST_RUNS = 5; // that are named
 
 export async function workersPage({ main, signal }) {
 	const tally = muted();
-	const table = grid((worker) => worker.id ?? worker.queues.join(), [
+	const table = grid("key", [
 		["Worker", ({ id, quiet }) => row(
 			el(`span.mark.is-${quiet ? "reconnecting" : "live"}`, { title: quiet ? "not heard of for a minute" : "there" }),
 			id ? idText(id) : muted("a client without a name"))],
 		["Queues", ({ queues }) => row((queues ?? []).map(tag))],
 		["Workflows", ({ workflows }) => workflows?.join(", ") ?? muted("all")],
 		["Runs", ({ running, runs }) => el("div", running === 0 && dash("none"),
-			runs.slice(0, MOST_RUNS).map((run) =>
-				el("div", link(runUrl(run.id), run.workflowName), muted(" heard ", time(run.heartbeatAt)))),
-			running > MOST_RUNS && `and ${count(running - MOST_RUNS)} more`)],
+			runs.map((run) => el("div", link(runUrl(run.id), run.workflowName), muted(" heard ", time(run.heartbeatAt)))),
+			running > runs.length && `and ${count(running - runs.length)} more`)],
 		["Since", ({ since }) => time(since)],
-		["Last heard", ({ heard }) => time(heard)],
+		["Last heard", "heardAt"],
 	], empty("No worker has asked for work", "A worker is your own process: ", code('tide.work(queues=["default"])'),
 		". Queued runs wait until one asks."));
 	fill(main, heading("Workers", tally), table);
@@ -110,24 +108,24 @@ export async function workersPage({ main, signal }) {
 		const { workers } = await get("/workers");
 		setText(tally, workers.length ? plural(workers.length, "worker") : "");
 		table.set(workers.map((worker) => {
-			const heard = worker.lastHeardAt ?? worker.lastAskedAt;
-			return { ...worker, heard, quiet: now() - new Date(heard) > QUIET_MS };
+			const heardAt = worker.lastHeardAt ?? worker.lastAskedAt;
+			return { ...worker, key: worker.id ?? worker.queues.join(), heardAt, quiet: now() - new Date(heardAt) > QUIET_MS };
 		}));
 	}, 2500, signal);
 }
 
-// --- schedules: when they fire next, on and off, run now; and a form that shows the next five fires as one types
+// --- schedules
 
 export async function schedulesPage({ main, signal }) {
-	const table = grid((schedule) => schedule.name, [
+	const table = grid("name", [
 		["Schedule", ({ name }) => strong(name)],
 		["On", ({ enabled }) => (enabled ? status("completed", "on") : status("paused", "off"))],
 		["Cron", ({ cron, timezone }) => el("span", code(cron), muted(` ${timezone}`))],
 		["Workflow", ({ name, workflowName }) => link(runsUrl({ "metadata.schedule": name }), workflowName)],
-		["Queue", ({ queue }) => queue],
+		["Queue", "queue"],
 		["Next", ({ enabled, nextRunAt: at }) => (enabled && at ? el("span", time(at, "short"), " ", muted(time(at)))
 			: dash())],
-		["Last", ({ lastEnqueuedAt }) => time(lastEnqueuedAt)],
+		["Last", "lastEnqueuedAt"],
 		canWrite() && ["", (schedule) => row(button("Run now", () => act(() => runNow(schedule))),
 			button(schedule.enabled ? "Disable" : "Enable", () => act(() => toggle(schedule))),
 			button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger")), "buttons"],
@@ -136,7 +134,7 @@ export async function schedulesPage({ main, signal }) {
 		canWrite() && button("New schedule", () => edit(null), "primary"))), table);
 
 	async function act(action) {
-		await attempt(action);
+		await action();
 		await load();
 	}
 
@@ -211,7 +209,7 @@ const FIRE = { weekday: "short", day: "numeric", month: "short", hour: "2-digit"
 const fire = (at, timeZone) => el("li", { title: wholeInstant(at) },
 	new Date(at).toLocaleString("en-GB", { timeZone, ...FIRE }), muted(" ", time(at)));
 
-// --- costs: the ledger by day, workflow and model; a chart, the numbers beside it, and CSV
+// --- costs
 
 const DAY_MS = 864e5;
 const HEADS = { day: "Day", workflow: "Workflow", model: "Model" };
@@ -247,8 +245,8 @@ export async function costsPage({ main, query }) {
 		rows.sort((one, other) => (kind === "day" ? other.name.localeCompare(one.name) : other.cost - one.cost));
 		const sum = (name) => rows.reduce((all, row) => all + Number(row[name]), 0);
 		fill(box,
-			facts([["Cost", strong(money(sum("cost")))], ["Tokens in", compactCount(sum("inputTokens"))],
-				["Tokens out", compactCount(sum("outputTokens"))], ["Entries", count(sum("entries"))]]),
+			facts({ Cost: strong(money(sum("cost"))), "Tokens in": compactCount(sum("inputTokens")),
+				"Tokens out": compactCount(sum("outputTokens")), Entries: count(sum("entries")) }),
 			el("div.split", kind === "day" ? card("Cost by day", el("small", "days in UTC"),
 				dayChart(rows, today(), Number(days.value), Math.min(720, box.clientWidth - 24)))
 				: meters(`Cost by ${kind}`, rows.slice(0, 40).map((row) => [row.name, row.cost])),

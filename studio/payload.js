@@ -1,9 +1,8 @@
-// Payloads, exactly as they are stored: JSON as text, cut, indented and compared without being parsed into numbers and
-// objects, so that 1.10 stays 1.10, 12345678901234567890 keeps its last digit, and keys stay in their order. The first
-// 64 KB are shown; download and copy take the whole text.
+// Payloads, exactly as they are stored: JSON is cut, indented and compared as text, so that 1.10 stays 1.10,
+// 12345678901234567890 keeps its last digit, and keys stay in their order.
 
 import { getResponse, getText, path } from "./api.js";
-import { attempt, button, bytes, code, copyButton, dash, el, fill, iconButton, loading, muted, plainTable
+import { button, bytes, code, copyButton, dash, el, fill, iconButton, loading, muted, plainTable
 	} from "./dom.js";
 
 // --- JSON as text
@@ -83,7 +82,7 @@ const SHORT = 90; // characters, which need no indenting
 
 export const readPayload = (runId, of, id = null) => getText(path`/runs/${runId}/payload`, { of, id });
 
-/** For people who decide: an object's members as names and values, line breaks as such. */
+/** For people who decide: names and values, line breaks as such. */
 const readable = (text) => el("dl.readable", [...parts(text)].map(([name, value]) => el("div", el("dt", name),
 	el("dd", value.startsWith('"') ? JSON.parse(value) : /^[[{]/.test(value) ? code(indented(value)) : value))));
 
@@ -108,11 +107,10 @@ function frame(title, text, { complete = true, size, whole, name, toRead = false
 	pre, !complete && el("p.more", `The first 64 KB of ${bytes(size)}. Download or copy it for the whole.`));
 }
 
-/** A text that is here already; toRead: laid out for people first. */
+/** A text that is here already. */
 export const inlinePayload = (title, text, name, toRead = false) =>
 	frame(title, text, { size: new Blob([text]).size, whole: () => text, name, toRead });
 
-/** Read when it is shown: payload("Output", runId, "step.output", stepId). */
 export const payload = (title, runId, of, id = null) => loading(async (box) => {
 	const response = await getResponse(path`/runs/${runId}/payload`, { of, id, offset: 0, limit: FIRST });
 	const size = (unit) => Number(response.headers.get(`x-tidebase-${unit}`));
@@ -120,11 +118,11 @@ export const payload = (title, runId, of, id = null) => loading(async (box) => {
 		whole: () => readPayload(runId, of, id), name: [runId, of, id].filter(Boolean).join("-") }));
 }, 2);
 
-export const download = (whole, name, type = "application/json") => attempt(async () => {
+export async function download(whole, name, type = "application/json") {
 	const address = URL.createObjectURL(new Blob([await whole()], { type }));
 	el("a", { href: address, download: name.replace(/[^\w.-]+/g, "_") }).click();
 	setTimeout(() => URL.revokeObjectURL(address), 10_000);
-});
+}
 
 // --- JSON that somebody types
 
@@ -138,7 +136,7 @@ export const jsonInput = (name, attributes = {}) => el("textarea", {
 		}
 	} });
 
-/** A body whose payloads go out as they were typed: bodyOf({decision: "complete"}, {output: "1.10"}). */
+/** A body whose payloads go out as they were typed. */
 export function bodyOf(values, payloads = {}) {
 	const texts = { ...payloads };
 	for (const [name, value] of Object.entries(values)) texts[name] = (value ?? "") === "" ? null : JSON.stringify(value);

@@ -1,9 +1,8 @@
-// The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once.
-//
-// POST /changes says which ids stand on the page now, and sends only the rows whose version differs.
+// The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once. POST /changes
+// says which ids stand on the page now, and sends only the rows whose version differs.
 
-import { canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post, query as toQuery,
-	readAddress, readPage, runsUrl, runUrl } from "./api.js";
+import { breathe, canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post,
+	query as toQuery, readAddress, readPage, runsUrl, runUrl } from "./api.js";
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
 	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, row as inRow, searchInput, select,
 	setMark, setState, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
@@ -37,10 +36,10 @@ export async function runsPage({ main, query, signal }) {
 	const period = select("Created", PERIODS, () =>
 		change({ since: period.value && hoursAgo(period.value), until: null }));
 	const all = checkbox("Select all runs on this page", () => choose(rows.map((run) => run.id), all.checked));
-	const table = grid((run) => run.id, [
+	const table = grid("id", [
 		canWrite() && [all, (run) => checkbox(`Select ${run.workflowName} ${run.id}`,
 			({ target }) => choose([run.id], target.checked)), "c-select"],
-		["Status", (run) => status(shownStatus(run)), "c-status"],
+		["Status", runStatus, "c-status"],
 		["Run", ({ id, workflowName }) => el("div.run-name",
 			el("a", { href: runUrl(id), title: workflowName, "data-row": "" }, workflowName), shortCode(id)), "c-name"],
 		["Why, or how it ended", (run) => {
@@ -49,9 +48,9 @@ export async function runsPage({ main, query, signal }) {
 			return line;
 		}, "c-why"],
 		["Queue", ({ queue }) => queue ?? dash(), "c-queue"],
-		["Attempt", ({ attempt, maxAttempts }) => (maxAttempts > 1 ? `${attempt} of ${maxAttempts}` : attempt), "c-attempt"],
+		["Attempt", attemptWords, "c-attempt"],
 		["Duration", runDuration, "c-duration"],
-		["Created", ({ createdAt }) => time(createdAt), "c-time"],
+		["Created", "createdAt", "c-time"],
 	], null, { kind: "runs", onRow(row, run) {
 		const chosen = allMatching || selected.has(run.id);
 		setState(row, "selected", chosen);
@@ -208,7 +207,7 @@ export async function runsPage({ main, query, signal }) {
 			const answer = await (early.runs ?? readPage(filters, paging));
 			if (rows.length === 0 && answer.runs.length > SCREENFUL) {
 				table.set(answer.runs.slice(0, SCREENFUL));
-				await new Promise((resolve) => setTimeout(resolve, 30)); // they are painted
+				await breathe(30); // they are painted
 			}
 			if (asked === address()) take(answer.runs, answer.nextCursor);
 		} catch (error) {
@@ -241,14 +240,14 @@ function readSearch(words) {
 	return { ...found, text };
 }
 
-/** Say how many it is for, ask, do it in batches, show a result for each. Resolves to whether it was begun. */
+/** Resolves to whether it was begun. */
 async function runBulk(action, target) {
 	const [title, past, kind] = ACTIONS[action];
 	const { count: many, more, sample, cursor: start } = await post("/bulk", { action, ...target, dryRun: true });
 	if (many === 0) return toast(`None of them can be ${past}.`);
 	const words = `${title} ${count(many, more)} ${many === 1 ? "run" : "runs"}`;
 	const asked = await ask(`${words}?`, [
-		el("div.card", plainTable(sample.map((run) => [status(shownStatus(run)), run.workflowName, shortCode(run.id)]))),
+		el("div.card", plainTable(sample.map((run) => [runStatus(run), run.workflowName, shortCode(run.id)]))),
 		many > sample.length && muted(`and ${count(many - sample.length)} more`),
 		action === "cancel" && field("Reason", input("reason")),
 		action === "delete" && el("p", "Their steps, events and state go with them. This cannot be undone."),
@@ -260,7 +259,7 @@ async function runBulk(action, target) {
 	let open = true;
 	const tally = { true: 0, false: 0 };
 	dialog(words, [summary, results]).closed.then(() => { open = false; });
-	for (let cursor = start; cursor !== null && open;) { // closing the report stops after the batch that is under way
+	for (let cursor = start; cursor !== null && open;) { // closing the report stops it
 		let batch;
 		try {
 			batch = await post("/bulk", { action, ...target, cursor, reason: asked.reason || undefined, actor: "studio" });
@@ -279,12 +278,11 @@ async function runBulk(action, target) {
 
 // --- a run in a line
 
-/** The end of a long id: ids that were made in one hour begin alike. */
+/** Ids of one hour begin alike. */
 const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
 
 export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;
 
-/** "TimeoutError: too slow" */
 export function errorLine(error) {
 	if (typeof error !== "object" || !error) return error ? String(error) : "";
 	const line = [error.name, error.message].filter((part) => typeof part === "string" && part).join(": ");
@@ -314,6 +312,9 @@ export function outcome({ whyDetail, why, status, error, failureClass, cancelAct
 }
 
 export const shownStatus = (run) => (run.stalled ? "stalled" : run.status);
+export const runStatus = (run) => status(shownStatus(run));
+
+export const attemptWords = ({ attempt, maxAttempts }) => (maxAttempts > 1 ? `${attempt} of ${maxAttempts}` : attempt);
 
 export const runDuration = (run) => (run.completedAt ? duration(run.durationMs ?? 0)
 	: run.status === "running" ? time(run.createdAt, "since") : dash());

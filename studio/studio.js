@@ -1,7 +1,5 @@
-// Tidebase Studio: the frame around the pages: session, navigation, keyboard, and what all pages share.
-//
-// A page is a function namePage({main, parts, query, signal}) -> {escape?, onQuery?} | nothing: the element where it
-// builds itself, the rest of the path, the query, and a signal that ends its reads, streams, timers and listeners.
+// The frame around the pages: session, navigation, keyboard. A page is namePage({main, parts, query, signal}): it is
+// built in `main` and may return {escape, onQuery}; `signal` ends its reads, streams, timers and listeners.
 
 import { ApiError, early, get, goBack, keepKey, laterAgain, navigate, poll, rememberScroll, session, setOpener,
 	setPageSignal, setTitle, setWaiting, unreachable, watch } from "./api.js";
@@ -29,7 +27,7 @@ el("div", banner, main));
 watch.onReachable = (reachable) => {
 	if (reachable === banner.hidden) return;
 	show(banner, !reachable);
-	fill(banner, strong("The server cannot be reached."), "What you see is as of ", time(Date.now(), "short"),
+	fill(banner, strong("The server cannot be reached."), " What you see is as of ", time(Date.now(), "short"),
 		". Trying again.");
 };
 
@@ -60,7 +58,7 @@ async function open(scroll) {
 	fill(main, skeleton());
 	try {
 		const kind = name === "runs" && parts.length ? "run" : name;
-		const file = { runs: "runs", run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations";
+		const file = ["runs", "run", "compare", "approvals"].includes(kind) ? kind : "operations";
 		const module = await import(`./${file}.js`).catch(() => { throw unreachable(); });
 		if (signal.aborted) return; // left before it was there
 		const opened = await module[`${kind}Page`]({ main, parts, query: url.searchParams, signal });

@@ -1,17 +1,14 @@
-// The waterfall: a run's steps, gates, waits and children over time.
-//
-// Timeline turns events and rows into spans, one event at a time, and keeps what it worked out for each row: one more
-// event costs the same in a run of a thousand steps.
+// The waterfall: a run's steps, gates, waits and children over time. Timeline turns events and rows into spans, and
+// keeps what it worked out for each row: one more event costs the same in a run of a thousand steps.
 
 import { button, duration, el, fill, icon, iconButton, muted, now, once, plural, row as inRow, searchInput, setState,
 	setText, show, virtualRows, wholeInstant } from "./dom.js";
 
 const ms = (iso) => (iso ? Date.parse(iso) : null);
 
-// what bars show, in the words of the legend
 const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", held: "held",
 	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", manual_review: "no outcome",
-	cancelled: "ended with the run" };
+	cancelled: "ended with the run", now: "now" };
 const BUSY = new Set(["completed", "running", "failed", "cut", "manual_review", "held", "cancelled"]);
 const STATUS_AFTER = { started: "running", completed: "completed", failed: "failed", manual_review: "manual_review" };
 const STATUS_AFTER_REVIEW = { retry: "failed_retryable", fail: "failed" };
@@ -43,7 +40,6 @@ export class Timeline {
 		this.run = this.row("run", "run", "run"); // its attempts are the claims
 	}
 
-	/** The row with this key; its bars are worked out again. */
 	row(key, kind, name) {
 		if (!this.rows.has(key)) {
 			this.rows.set(key, { key, kind, name, spans: [], status: null, depth: 0 });
@@ -52,9 +48,15 @@ export class Timeline {
 		return Object.assign(this.rows.get(key), { bars: null });
 	}
 
-	setRun(run) {
-		Object.assign(this, { created: ms(run.createdAt), ended: ms(run.completedAt) });
-		Object.assign(this.row("run"), { name: run.workflowName, status: run.stalled ? "stalled" : run.status });
+	setRun({ workflowName, status, stalled, createdAt, updatedAt, completedAt, whyDetail }) {
+		const { kind, until, attempt = 1 } = whyDetail ?? {};
+		const due = kind === "retry" || kind === "scheduled" ? ms(until) : null; // when the next attempt may begin
+		Object.assign(this, { created: ms(createdAt), ended: ms(completedAt), due });
+		Object.assign(this.row("run"), { name: workflowName, status: stalled ? "stalled" : status });
+		if (due) {
+			Object.assign(this.row("next", "wait", `attempt ${attempt}`), { status: "queued", due, spans: [] });
+			wait(this.row("next"), "queued", ms(updatedAt), due);
+		} else if (this.rows.delete("next")) this.order = null;
 	}
 
 	/** The last attempt's exact times, and what events do not carry. */
@@ -120,7 +122,7 @@ export class Timeline {
 		for (const row of this.rows.values()) row.bars = null; // attempts of the run show in all rows
 	}
 
-	/** A worker's time with the run is over; one that was cut off ended some time after it was last heard of. */
+	/** A worker that was cut off ended some time after it was last heard of. */
 	release(held, at, kind) {
 		const cut = kind === "cut";
 		const to = cut ? this.heardAt = Math.max(this.heardAt, at - this.leaseMs) : at;
@@ -149,7 +151,7 @@ export class Timeline {
 		if (shown && !(at < ms(row.step?.updatedAt))) row.status = shown; // a row that was read after this event knows better
 	}
 
-	/** What is drawn of a row: its spans, what follows from them, and where its output was used again. */
+	/** Its spans, what follows from them, and where its output was used again. */
 	bars(row) {
 		if (row.bars) return row.bars;
 		const bars = row.copied ? [{ kind: "replayed", from: this.created, to: this.created }] : [];
@@ -169,7 +171,6 @@ export class Timeline {
 		return row.bars = bars;
 	}
 
-	/** All rows but the run's, in the order of their begin; of children its own. */
 	ordered() {
 		const begin = (row) => row.spans[0]?.from ?? (row.copied ? 0 : Infinity);
 		const compare = (one, other) => (one.step && other.step ? one.step.position - other.step.position
@@ -242,13 +243,13 @@ const placed = (from, to) => ({ style: { left: percent(from), width: percent(to 
 const isError = (row) => /^failed|manual_review/.test(row.status)
 	|| attemptsOf(row).some(({ kind }) => kind === "failed" || kind === "cut");
 
-/** A step that its worker began is not at work when that worker, or the run, is gone. */
+/** A step is not at work when its worker, or the run, is gone. */
 function statusOf(row) {
 	const gone = row.kind === "step" && row.status === "running" && attemptsOf(row).at(-1)?.kind !== "running";
 	return gone ? "stalled" : row.status ?? "pending";
 }
 
-/** The table of a timeline; onOpen(id) brings a child's. */
+/** onOpen(id) brings a child's timeline. */
 export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 	const opened = new Map(); // children whose own rows are shown -> their Timeline
 	let errorsOnly = false;
@@ -273,13 +274,12 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		filter = text.toLowerCase();
 		draw();
 	});
-	const element = el("section.card", el("header", search, inRow(onlyErrors, tally)), table, nothing,
+	const element = el("section.card", el("header", search, inRow(onlyErrors, tally)), el("div.clipped", table), nothing,
 		el("div.body", legend));
 	const observer = new ResizeObserver(schedule);
 	observer.observe(table);
 	signal.addEventListener("abort", () => observer.disconnect());
 
-	// What comes in a tenth of a second is drawn once.
 	function schedule() {
 		drawing ??= setTimeout(() => {
 			drawing = null;
@@ -311,7 +311,8 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 			.map(({ from, to }) => [from, Math.max(to ?? end, from + 1)]);
 		const ofSteps = busyOf(list.slice(1));
 		const busy = ofSteps.length ? ofSteps : busyOf([timeline.run]);
-		const last = busy.reduce((most, [, to]) => Math.max(most, to), Math.max(end, timeline.created + 1));
+		if (timeline.due) busy.push([end, end]); // what is to come is folded apart from what was
+		const last = busy.reduce((most, [, to]) => Math.max(most, to), Math.max(end, timeline.created + 1, timeline.due));
 		scale = makeScale(busy, timeline.created, last);
 		drawAxis();
 		rows.set(list);
@@ -319,7 +320,7 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		setText(nothing, timeline.rows.size > 1 ? "No step matches."
 			: timeline.ended ? "It ended without a step." : "No step has begun yet.");
 		setText(tally, plural(list.filter((row) => row.kind === "step").length, "step"));
-		const kinds = new Set(list.flatMap(barsOf).map(({ kind }) => kind));
+		const kinds = new Set([timeline.ended ? "" : "now", ...list.flatMap(barsOf).map(({ kind }) => kind)]);
 		const shown = Object.keys(WORDS).filter((kind) => kinds.has(kind));
 		once(legend, shown, () =>
 			fill(legend, shown.map((kind) => el("span", el("i", el(`span.bar.is-${kind}`)), WORDS[kind]))));
@@ -329,10 +330,12 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 		const width = axis.clientWidth || 600;
 		const { folds, place } = scale;
 		const ticks = ticksOf(scale, Math.max(2, Math.floor(width / 70)), 46 / width);
-		once(axis, [width, folds, ticks], () => fill(axis,
+		const present = place(end);
+		once(axis, [width, folds, ticks, present], () => fill(axis,
 			ticks.map(({ left, text }) => el("span.tick", placed(left, left), text)),
 			folds.map(({ from, to }) => el("span.fold",
-				{ title: `nothing happened for ${duration(to - from)}`, ...placed(place(from), place(to)) }, "⋯"))));
+				{ title: `nothing for ${duration(to - from)}`, ...placed(place(from), place(to)) }, "⋯")),
+			!timeline.ended && el("span.bar.is-now", placed(present, present))));
 	}
 
 	function makeRow(row) {
@@ -379,14 +382,17 @@ export function makeWaterfall(timeline, { onSelect, onOpen, signal }) {
 
 	function timeOf(row, bars) {
 		if (row.kind === "run") return duration(end - timeline.created);
+		if (row.due) return `in ${duration(row.due - end)}`;
 		const busy = bars.filter(({ kind }) => BUSY.has(kind));
 		const list = busy.length ? busy : bars.filter(({ kind }) => kind === "waiting");
 		if (list.length === 0) return row.copied ? "copied" : "–";
 		return duration(list.reduce((sum, { from, to }) => sum + (to ?? end) - from, 0));
 	}
 
-	return { element, draw, schedule, choose(key) {
+	function choose(key) {
 		chosen = key;
 		draw();
-	} };
+	}
+
+	return { element, draw, schedule, choose, reveal: rows.reveal };
 }
