@@ -538,18 +538,13 @@ create or replace function tidebase._text_bytes (p_value json) returns bigint la
                        else octet_length(p_value::text) end, 0)
 $$;
 
--- The bytes of a payload in a list, which leaves out one of more than 64 KiB.
-create or replace function tidebase._bytes_in_list (p_value json) returns integer language sql stable as
-$$ select case when tidebase._bytes(p_value) <= 65536 then tidebase._bytes(p_value) else 0 end $$;
-
-create or replace function tidebase._bytes_in_list (p_value jsonb) returns integer language sql stable as
+-- The bytes of a payload (json or jsonb) in a list, which leaves out one of more than 64 KiB.
+create or replace function tidebase._bytes_in_list (p_value anyelement) returns integer language sql stable as
 $$ select case when tidebase._bytes(p_value) <= 65536 then tidebase._bytes(p_value) else 0 end $$;
 
 -- A payload in a list: null if p_room is false or it is left out.
-create or replace function tidebase._in_list (p_value json, p_room boolean) returns json language sql stable as
-$$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
-
-create or replace function tidebase._in_list (p_value jsonb, p_room boolean) returns jsonb language sql stable as
+create or replace function tidebase._in_list (p_value anyelement, p_room boolean) returns anyelement
+  language sql stable as
 $$ select case when p_room and tidebase._bytes(p_value) <= 65536 then p_value end $$;
 
 create or replace function tidebase._mark_omitted (p_object json) returns json language sql immutable as
@@ -594,13 +589,6 @@ create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean
            r, tidebase._in_list(r.input, p_room), tidebase._in_list(r.metadata, p_room),
            tidebase._in_list(r.result, p_room), tidebase._in_list(r.error, p_room),
            tidebase._in_list(r.waiting_for, p_room))) end
-$$;
-
--- A run's status and lease: the brief answer to a heartbeat.
-create or replace function tidebase._lease_json (r tidebase.runs) returns json language sql stable as $$
-  select json_build_object('id', r.id, 'status', r.status, 'leaseOwner', r.lease_owner,
-                           'leaseExpiresAt', tidebase._iso(r.lease_expires_at),
-                           'updatedAt', tidebase._iso(r.updated_at))
 $$;
 
 create or replace function tidebase._step_json (s tidebase.steps) returns json language sql stable as $$
@@ -713,21 +701,6 @@ $$;
 create or replace function tidebase._version_json (v tidebase.state_versions) returns json language sql stable as
 $$ select tidebase._version_shown(v, v.value, v.patch, v.metadata) $$;
 
--- The bytes of a version's largest payload, and of its payloads in a list.
-create or replace function tidebase._largest (v tidebase.state_versions) returns integer language sql stable as
-$$ select greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch), tidebase._bytes(v.metadata)) $$;
-
-create or replace function tidebase._version_bytes (v tidebase.state_versions) returns integer language sql stable as $$
-  select tidebase._bytes_in_list(v.value) + tidebase._bytes_in_list(v.patch) + tidebase._bytes_in_list(v.metadata)
-$$;
-
-create or replace function tidebase._version_listed (v tidebase.state_versions, p_room boolean, p_largest integer)
-  returns json language sql stable as $$
-  select case when p_room and p_largest <= 65536 then tidebase._version_json(v)
-    else tidebase._mark_omitted(tidebase._version_shown(v, tidebase._in_list(v.value, p_room),
-                            tidebase._in_list(v.patch, p_room), tidebase._in_list(v.metadata, p_room))) end
-$$;
-
 create or replace function tidebase._version_light (v tidebase.state_versions, p_stream text)
   returns json language sql stable as $$
   select json_build_object(
@@ -836,13 +809,18 @@ create or replace function tidebase.refusal_body (p_detail json) returns json la
     from json_each(p_detail) as m
 $$;
 
-create or replace function tidebase._lock_run (p_run_id text) returns tidebase.runs language plpgsql as $$
+-- Needs  the run (TB404 not_found). Whoever names an owner must hold it, see _check_owner.
+create or replace function tidebase._lock_run (p_run_id text, p_lease_owner text default null)
+  returns tidebase.runs language plpgsql as $$
 declare
   v_run tidebase.runs;
 begin
   select * into v_run from tidebase.runs where id = p_run_id for no key update;
   if not found then
     perform tidebase._refuse(404, 'not_found', format('run %s does not exist', p_run_id));
+  end if;
+  if p_lease_owner is not null then
+    perform tidebase._check_owner(v_run, p_lease_owner);
   end if;
   return v_run;
 end $$;
@@ -894,20 +872,14 @@ begin
   return v_step;
 end $$;
 
-create or replace function tidebase._refuse_lost (p_run tidebase.runs) returns void language sql as $$
-  select tidebase._refuse(409, 'lease_lost', format('the lease of run %s is not yours', p_run.id),
-                          json_build_object('run', p_run.id))
-$$;
-
-create or replace function tidebase._refuse_cancelled (p_run tidebase.runs) returns void language sql as $$
-  select tidebase._refuse(409, 'run_cancelled', format('run %s is cancelled', p_run.id),
-                          json_build_object('run', p_run.id))
-$$;
-
-create or replace function tidebase._refuse_completed (p_run tidebase.runs) returns void language sql as $$
-  select tidebase._refuse(409, 'run_completed', format('run %s is completed', p_run.id),
-                          json_build_object('run', p_run.id))
-$$;
+-- Refuses what a run does not allow as it is (TB409): p_code is lease_lost, run_cancelled or run_completed.
+create or replace function tidebase._refuse_run (p_run_id text, p_code text) returns void language plpgsql as $$
+begin
+  perform tidebase._refuse(409, p_code, format(case p_code when 'lease_lost' then 'the lease of run %s is not yours'
+                                               when 'run_cancelled' then 'run %s is cancelled'
+                                               else 'run %s is completed' end, p_run_id),
+                           json_build_object('run', p_run_id));
+end $$;
 
 -- Refuses  an owner that lost or gave up the lease of the run (TB409 lease_lost): a worker whose lease went to another may
 --          still be at work.
@@ -915,7 +887,7 @@ create or replace function tidebase._check_not_fenced_off (p_run tidebase.runs, 
   returns void language plpgsql as $$
 begin
   if p_lease_owner = any (p_run.former_owners) and p_run.lease_owner is distinct from p_lease_owner then
-    perform tidebase._refuse_lost(p_run);
+    perform tidebase._refuse_run(p_run.id, 'lease_lost');
   end if;
 end $$;
 
@@ -926,9 +898,9 @@ create or replace function tidebase._check_owner (p_run tidebase.runs, p_lease_o
 begin
   if p_lease_owner is not null and p_run.lease_owner is distinct from p_lease_owner then
     if p_run.status = 'cancelled' then
-      perform tidebase._refuse_cancelled(p_run);
+      perform tidebase._refuse_run(p_run.id, 'run_cancelled');
     end if;
-    perform tidebase._refuse_lost(p_run);
+    perform tidebase._refuse_run(p_run.id, 'lease_lost');
   end if;
 end $$;
 
@@ -943,7 +915,7 @@ end $$;
 -- lease is extended.
 -- p_started: the payload of an event step.started that goes before it, for a step that is recorded at its end alone.
 create or replace function tidebase._append_event_and_renew_lease (
-  p_run tidebase.runs, p_lease_owner text, p_type text, p_payload json, p_started json default null)
+  p_run_id text, p_lease_owner text, p_type text, p_payload json, p_started json default null)
   returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
@@ -953,10 +925,10 @@ begin
            stalled = stalled and lease_owner is distinct from p_lease_owner,
            lease_expires_at = case when lease_owner = p_lease_owner then v_now + tidebase._ms(lease_ms)
                                    else lease_expires_at end
-     where id = p_run.id returning event_seq
+     where id = p_run_id returning event_seq
   )
   insert into tidebase.events (run_id, seq, type, payload, created_at)
-  select p_run.id, e.seq, e.type, e.payload, v_now
+  select p_run_id, e.seq, e.type, e.payload, v_now
     from counted, lateral (values (event_seq - 1, 'step.started', p_started), (event_seq, p_type, p_payload))
                           as e (seq, type, payload)
    where e.payload is not null;
@@ -1022,7 +994,7 @@ declare
   v_webhook tidebase.outbox := tidebase._enqueue_webhook('recovery', p_run.id, null, null, 'run.resume', p_reason,
                                                          p_run.recovery_webhook, null);
 begin
-  perform tidebase._append_event_and_renew_lease(p_run, null, 'recovery.started', json_build_object(
+  perform tidebase._append_event_and_renew_lease(p_run.id, null, 'recovery.started', json_build_object(
             'recoveryAttemptId', v_webhook.id, 'reason', p_reason));
   return v_webhook;
 end $$;
@@ -1163,9 +1135,10 @@ begin
 end $$;
 
 -- One run, as above.    Answers  null when its id or dedupe key is taken.
-create or replace function tidebase._insert_run (p_job jsonb, p_input json) returns tidebase.runs language plpgsql as $$
+create or replace function tidebase._insert_run (p_job jsonb, p_input json, p_queue text default null)
+  returns tidebase.runs language plpgsql as $$
 begin
-  return (select i.run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input]) i);
+  return (select i.run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input], p_queue) i);
 end $$;
 
 -- Creates a run. The same p_id again answers the run that is there, created false.
@@ -1214,7 +1187,7 @@ declare
   v_event json;
 begin
   if v_run.status = 'cancelled' then
-    perform tidebase._refuse_cancelled(v_run);
+    perform tidebase._refuse_run(v_run.id, 'run_cancelled');
   elsif v_run.status = 'completed' then
     return json_build_object('run', tidebase._run_json(v_run), 'leaseOwner', null);
   elsif v_run.status = 'running' and v_run.lease_expires_at > v_now and v_run.lease_owner <> p_lease_owner then
@@ -1278,7 +1251,10 @@ begin
       from unnest(p_run_ids, p_lease_owners) with ordinality as beat (run_id, owner, n)
       left join tidebase.runs r on r.id = beat.run_id
      cross join lateral (
-           select case when p_brief then tidebase._lease_json(r) else tidebase._run_json(r) end as shown offset 0) as s
+           select case when not p_brief then tidebase._run_json(r) else json_build_object(
+                    'id', r.id, 'status', r.status, 'leaseOwner', r.lease_owner, 'leaseExpiresAt',
+                    tidebase._iso(r.lease_expires_at), 'updatedAt', tidebase._iso(r.updated_at)) end as shown
+           offset 0) as s
      order by n;
 end $$;
 
@@ -1317,73 +1293,55 @@ create or replace function tidebase._with_reason (p_event json, p_reason text)
               else tidebase._joined(p_event, json_build_object('reason', p_reason)) end
 $$;
 
--- Puts a queue run, which must be locked, back for another attempt at p_run_at, event run.requeued. p_by: who reported the
--- failure, null when its lease expired; then p_reason says so in the event.
-create or replace function tidebase._requeue (p_run tidebase.runs, p_error json, p_run_at timestamptz, p_by text,
-                                              p_reason text default null) returns tidebase.runs language plpgsql as $$
+-- Ends an attempt at a run, which must be locked (_lock_to_end). p_by: who reported its failure. p_reason: lease_expired
+-- where nobody did, then the event says so.
+-- Leaves   a queue run that is p_retryable and has attempts left queued, due at p_run_at, event run.requeued; another
+--          failed, event and channels run.failed, and its recovery webhook in the outbox. The class of the failure is
+--          p_failure_class; or manual_review where a step waits for one; or max_retries where no attempt is left.
+create or replace function tidebase._fail_attempt (p_run tidebase.runs, p_error json, p_retryable boolean,
+                                                   p_run_at timestamptz, p_failure_class text, p_by text, p_reason text)
+  returns tidebase.runs language plpgsql as $$
 begin
-  p_run.run_at := p_run_at;
+  perform tidebase._note_failure(p_run.queue);
   p_run.error := p_error;
   p_run.settled_by := p_by;
   p_run.failed_attempt := p_run.attempt;
-  perform tidebase._note_failure(p_run.queue);
-  return tidebase._transition(p_run, 'queued', 'run.requeued', tidebase._with_reason(json_build_object(
-           'error', p_error, 'attempt', p_run.attempt, 'maxAttempts', p_run.max_attempts,
-           'nextRunAt', tidebase._iso(p_run_at)), p_reason));
-end $$;
-
--- Fails a run, which must be locked: event and channels run.failed, and the recovery webhook in the outbox. p_by and
--- p_reason as above.
-create or replace function tidebase._fail (p_run tidebase.runs, p_error json, p_failure_class text, p_by text,
-                                           p_reason text default null) returns tidebase.runs language plpgsql as $$
-begin
-  p_run.error := p_error;
-  p_run.failure_class := p_failure_class;
-  p_run.settled_by := p_by;
-  p_run.failed_attempt := p_run.attempt;
-  perform tidebase._note_failure(p_run.queue);
-  p_run := tidebase._transition(p_run, 'failed', 'run.failed', tidebase._with_reason(
-             json_build_object('error', p_error, 'failureClass', p_failure_class), p_reason));
+  if p_run.queue is not null and p_run.attempt < p_run.max_attempts and p_retryable then
+    p_run.run_at := p_run_at;
+    return tidebase._transition(p_run, 'queued', 'run.requeued', tidebase._with_reason(json_build_object(
+             'error', p_error, 'attempt', p_run.attempt, 'maxAttempts', p_run.max_attempts,
+             'nextRunAt', tidebase._iso(p_run_at)), p_reason));
+  end if;
+  p_run.failure_class := coalesce(p_failure_class, case
+    when exists (select from tidebase.steps where run_id = p_run.id and status = 'manual_review') then 'manual_review'
+    when p_retryable and (p_run.max_attempts > 1 or p_reason is not null) then 'max_retries' end);
+  p_run := tidebase._transition(p_run, 'failed', 'run.failed', tidebase._with_reason(json_build_object(
+             'error', p_error, 'failureClass', p_run.failure_class), p_reason));
   if p_run.recovery_webhook is not null then
     perform tidebase._start_recovery(p_run, 'run_failed');
   end if;
   return p_run;
 end $$;
 
--- The class of a failure for which its reporter gave none. p_tried: all attempts were made.
-create or replace function tidebase._failure_class (p_run tidebase.runs, p_tried boolean)
-  returns text language sql stable as $$
-  select case when exists (select from tidebase.steps where run_id = p_run.id and status = 'manual_review')
-                then 'manual_review'
-              when p_tried then 'max_retries' end
-$$;
-
 -- Reports that an attempt at a run failed.
 -- Needs    p_lease_owner, when given, holds it (TB409 lease_lost).
--- Leaves   a queue run with attempts left queued, after 5 s · 2^(attempt-1), at most 5 min; else _fail. A run that
---          already ended, and a repeat, are answered unchanged.    Returns  {"run", "requeued"}.
+-- Leaves   see _fail_attempt; queued again, the run is due after 5 s · 2^(attempt-1), at most 5 min. A run that already
+--          ended, and a repeat, are answered unchanged.    Returns  {"run", "requeued"}.
 create or replace function tidebase.fail_run (p_run_id text, p_lease_owner text, p_error json, p_failure_class text,
                                               p_retryable boolean)
   returns json language plpgsql as $$
 declare
-  v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
+  v_run   tidebase.runs := tidebase._lock_to_end(p_run_id);
+  v_pause interval := least(interval '5 seconds' * 2 ^ least(greatest(v_run.attempt - 1, 0), 6), interval '5 minutes');
 begin
-  if tidebase._is_settled(v_run, p_lease_owner)
-     or (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
-         and coalesce(p_lease_owner = v_run.settled_by, p_lease_owner is null)) then
-    return json_build_object('run', tidebase._run_json(v_run), 'requeued', v_run.status = 'queued');
+  if not tidebase._is_settled(v_run, p_lease_owner)
+     and not (v_run.status = 'queued' and v_run.failed_attempt = v_run.attempt
+              and coalesce(p_lease_owner = v_run.settled_by, p_lease_owner is null)) then
+    perform tidebase._check_owner(v_run, p_lease_owner);
+    v_run := tidebase._fail_attempt(v_run, p_error, p_retryable, tidebase.now() + v_pause, p_failure_class,
+                                    v_run.lease_owner, null);
   end if;
-  perform tidebase._check_owner(v_run, p_lease_owner);
-  if v_run.queue is not null and v_run.attempt < v_run.max_attempts and p_retryable then
-    v_run := tidebase._requeue(v_run, p_error,
-               tidebase.now() + least(interval '5 seconds' * 2 ^ least(greatest(v_run.attempt - 1, 0), 6),
-                                      interval '5 minutes'),
-               v_run.lease_owner);
-    return json_build_object('run', tidebase._run_json(v_run), 'requeued', true);
-  end if;
-  v_run := tidebase._fail(v_run, p_error, coalesce(p_failure_class,
-             tidebase._failure_class(v_run, p_retryable and v_run.max_attempts > 1)), v_run.lease_owner);
-  return json_build_object('run', tidebase._run_json(v_run), 'requeued', false);
+  return json_build_object('run', tidebase._run_json(v_run), 'requeued', v_run.status = 'queued');
 end $$;
 
 -- Cancels a run.   Needs  it locked (_lock_to_end), not completed.   Leaves  event and channels run.cancelled.
@@ -1433,7 +1391,7 @@ declare
   v_run tidebase.runs := tidebase._lock_to_end(p_run_id);
 begin
   if v_run.status = 'completed' then
-    perform tidebase._refuse_completed(v_run);
+    perform tidebase._refuse_run(v_run.id, 'run_completed');
   elsif v_run.status <> 'cancelled' then
     v_run := tidebase._cancel(v_run, p_reason, p_actor);
   end if;
@@ -1449,7 +1407,7 @@ declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
 begin
   if v_run.status = 'cancelled' then
-    perform tidebase._refuse_cancelled(v_run);
+    perform tidebase._refuse_run(v_run.id, 'run_cancelled');
   elsif v_run.lease_owner = p_lease_owner then
     v_run.run_at := least(v_run.run_at, tidebase.now());
     v_run.attempt := v_run.attempt - 1;
@@ -1457,7 +1415,7 @@ begin
     v_run := tidebase._transition(v_run, case when v_run.queue is null then 'pending' else 'queued' end, 'run.released',
                                   json_build_object('leaseOwner', p_lease_owner));
   elsif v_run.lease_owner is not null or v_run.settled_by is distinct from p_lease_owner then
-    perform tidebase._refuse_lost(v_run);
+    perform tidebase._refuse_run(v_run.id, 'lease_lost');
   end if;
   return json_build_object('run', tidebase._run_json(v_run));
 end $$;
@@ -1486,7 +1444,7 @@ declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);
 begin
   if v_run.status = 'completed' then
-    perform tidebase._refuse_completed(v_run);
+    perform tidebase._refuse_run(v_run.id, 'run_completed');
   elsif v_run.status in ('failed', 'cancelled') then
     v_run := tidebase._put_back(v_run);
   end if;
@@ -1626,7 +1584,7 @@ create or replace function tidebase._mark_for_review (p_run tidebase.runs, p_ste
   returns tidebase.steps language plpgsql as $$
 begin
   p_step := tidebase._end_step(p_step, 'manual_review', false);
-  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, 'step.manual_review', json_build_object(
+  perform tidebase._append_event_and_renew_lease(p_run.id, p_lease_owner, 'step.manual_review', json_build_object(
             'stepId', p_step.id, 'name', p_step.name, 'attempt', p_step.attempt, 'resumeContract', p_step.contract));
   return p_step;
 end $$;
@@ -1696,7 +1654,7 @@ begin
             tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
             v_now, v_now, v_now)
     returning * into v_step;
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started',
+    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'step.started',
                                                    tidebase._step_started(v_step));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
@@ -1723,7 +1681,7 @@ begin
            lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
            completed_at = null, review_at = null, updated_at = v_now
      where s.id = v_step.id returning * into v_step;
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.started',
+    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'step.started',
                                                    tidebase._step_started(v_step));
   end if;
   body := json_build_object('action', 'execute', 'step', tidebase._step_json(v_step), 'leaseOwner', p_lease_owner);
@@ -1748,7 +1706,7 @@ create or replace function tidebase._emit_step_failed (p_run tidebase.runs, s ti
                                                   p_retryable boolean, p_decision text, p_started json default null)
   returns void language plpgsql as $$
 begin
-  perform tidebase._append_event_and_renew_lease(p_run, p_lease_owner, 'step.failed', json_build_object(
+  perform tidebase._append_event_and_renew_lease(p_run.id, p_lease_owner, 'step.failed', json_build_object(
             'stepId', s.id, 'name', s.name, 'retryable', p_retryable, 'resumeDecision', p_decision,
             'resumeContract', s.contract, 'error', s.error),
             p_started);
@@ -1783,7 +1741,7 @@ begin
     v_step.error := null;
     v_step.settled_by := p_lease_owner;
     v_step := tidebase._end_step(v_step, 'completed');
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed',
+    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'step.completed',
                                                    tidebase._step_completed(v_step));
   end if;
   return json_build_object('step', tidebase._step_json(v_step));
@@ -1835,7 +1793,7 @@ declare
   v_started  json;
 begin
   if v_run.status = 'cancelled' then
-    perform tidebase._refuse_cancelled(v_run);
+    perform tidebase._refuse_run(v_run.id, 'run_cancelled');
   end if;
   select * into v_step from tidebase.steps where run_id = p_run_id and name = p_name;
   if v_step.input_hash <> p_input_hash and not v_step.copied then
@@ -1845,7 +1803,7 @@ begin
   elsif v_step.status = 'completed' and (v_step.settled_by = p_lease_owner or v_run.lease_owner = p_lease_owner) then
     return tidebase._step_response(v_step, p_brief, p_output);
   elsif v_run.lease_owner is distinct from p_lease_owner then
-    perform tidebase._refuse_lost(v_run);
+    perform tidebase._refuse_run(v_run.id, 'lease_lost');
   elsif v_step.settled_by = p_lease_owner and v_step.started_at = p_started_at and v_step.status <> 'running' then
     return tidebase._step_response(v_step, p_brief, p_output);
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
@@ -1868,7 +1826,7 @@ begin
   returning * into v_step;
   v_started := case when not v_begun then tidebase._step_started(v_step) end;
   if p_error is null then
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'step.completed',
+    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'step.completed',
                                                    tidebase._step_completed(v_step), v_started);
   else
     perform tidebase._emit_step_failed(v_run, v_step, p_lease_owner, p_retryable, v_decision, v_started);
@@ -1899,7 +1857,7 @@ begin
     end if;
     return json_build_object('step', tidebase._step_json(v_step));
   end if;
-  perform tidebase._append_event_and_renew_lease(v_run, null, 'step.reviewed', json_build_object(
+  perform tidebase._append_event_and_renew_lease(v_run.id, null, 'step.reviewed', json_build_object(
             'stepId', v_step.id, 'name', v_step.name, 'decision', p_decision, 'actor', p_actor));
   v_step.reviewed := p_decision;
   v_step.output := case p_decision when 'complete' then p_output end;
@@ -1908,7 +1866,7 @@ begin
   v_step := tidebase._end_step(v_step, case p_decision when 'retry' then 'failed_retryable' when 'fail' then 'failed'
                                                        else 'completed' end, p_decision <> 'retry');
   if p_decision = 'complete' then
-    perform tidebase._append_event_and_renew_lease(v_run, null, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._append_event_and_renew_lease(v_run.id, null, 'step.completed', tidebase._step_completed(v_step));
   end if;
   if v_run.status = 'failed' and v_run.queue is not null then
     perform tidebase._put_back(v_run);
@@ -1935,12 +1893,11 @@ end $$;
 create or replace function tidebase.create_child (p_run_id text, p_child jsonb, p_input json)
   returns json language plpgsql as $$
 declare
-  v_parent tidebase.runs := tidebase._lock_run(p_run_id);
+  v_parent tidebase.runs := tidebase._lock_run(p_run_id, p_child->>'lease_owner');
   v_name   text := p_child->>'name';
   v_run    tidebase.runs;
   v_edge   tidebase.run_edges;
 begin
-  perform tidebase._check_owner(v_parent, p_child->>'lease_owner');
   select * into v_edge from tidebase.run_edges where parent_run_id = p_run_id and name = v_name;
   if found then
     select * into v_run from tidebase.runs where id = v_edge.child_run_id;
@@ -1949,7 +1906,7 @@ begin
     end if;
     return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', false);
   elsif v_parent.status = 'cancelled' then
-    perform tidebase._refuse_cancelled(v_parent);
+    perform tidebase._refuse_run(v_parent.id, 'run_cancelled');
   end if;
   v_run := tidebase._insert_run(p_child || jsonb_build_object(
     'metadata', p_child->'metadata' || jsonb_build_object('parentRunId', p_run_id, 'parentEdgeName', v_name),
@@ -1960,8 +1917,9 @@ begin
   insert into tidebase.run_edges (id, parent_run_id, child_run_id, name, edge_type, metadata)
   values (tidebase._new_id('edge'), p_run_id, v_run.id, v_name, p_child->>'edge_type', p_child->'edge_metadata')
   returning * into v_edge;
-  perform tidebase._append_event_and_renew_lease(v_parent, p_child->>'lease_owner', 'run.child.created', json_build_object(
-            'childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
+  perform tidebase._append_event_and_renew_lease(
+            p_run_id, p_child->>'lease_owner', 'run.child.created',
+            json_build_object('childRun', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge)));
   return json_build_object('run', tidebase._run_json(v_run), 'edge', tidebase._edge_json(v_edge), 'created', true);
 end $$;
 
@@ -2019,15 +1977,14 @@ create or replace function tidebase.begin_gate (p_run_id text, p_name text, p_pr
                                                 p_public_url text, p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
-  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id, p_lease_owner);
   v_now  timestamptz := tidebase.now();
   v_id   text := tidebase._new_id('gate');
   v_gate tidebase.gates;
 begin
   if v_run.status = 'cancelled' then
-    perform tidebase._refuse_cancelled(v_run);
+    perform tidebase._refuse_run(v_run.id, 'run_cancelled');
   end if;
-  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_gate from tidebase.gates where run_id = p_run_id and name = p_name;
   if not found then
     insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
@@ -2042,7 +1999,7 @@ begin
       perform tidebase._add_channels(p_run_id, v_id, p_channels);
       update tidebase.runs set has_channels = true where id = p_run_id returning * into v_run;
     end if;
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'gate.created',
+    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'gate.created',
                              json_build_object('gate', tidebase._public_gate(v_gate, false)));
     perform tidebase._notify(v_run, 'gate.created',
                              json_build_object('gate', tidebase._joined(
@@ -2053,36 +2010,33 @@ begin
                            'gate', tidebase._gate_json(v_gate));
 end $$;
 
-create or replace function tidebase._decide_gate (p_run tidebase.runs, p_gate tidebase.gates, p_decision text,
-                                                  p_actor text, p_payload json)
-  returns tidebase.gates language plpgsql as $$
+-- Decides a pending gate of a run, which must be locked.
+-- Leaves   event and channels gate.resolved; the run queued where it waits for this gate.
+create or replace function tidebase._decide_gate (p_run tidebase.runs, p_gate_id text, p_decision text, p_actor text,
+                                                  p_payload json) returns tidebase.gates language plpgsql as $$
 declare
-  v_gate tidebase.gates;
-  v_now  timestamptz := tidebase.now();
+  v_gate  tidebase.gates;
+  v_now   timestamptz := tidebase.now();
+  v_event json;
 begin
   update tidebase.gates
      set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'),
          resolved_at = v_now, updated_at = v_now
-   where id = p_gate.id returning * into v_gate;
-  perform tidebase._append_event_and_renew_lease(p_run, null, 'gate.resolved',
-                           json_build_object('gate', tidebase._public_gate(v_gate, false)));
-  perform tidebase._notify(p_run, 'gate.resolved',
-                           json_build_object('gate', tidebase._public_gate(v_gate, false)), v_gate.id);
-  if p_run.status = 'waiting' and p_run.waiting_for->>'gateId' = v_gate.id then
+   where id = p_gate_id returning * into v_gate;
+  v_event := json_build_object('gate', tidebase._public_gate(v_gate, false));
+  perform tidebase._append_event_and_renew_lease(p_run.id, null, 'gate.resolved', v_event);
+  perform tidebase._notify(p_run, 'gate.resolved', v_event, p_gate_id);
+  if p_run.status = 'waiting' and p_run.waiting_for->>'gateId' = p_gate_id then
     perform tidebase._wake(p_run);
   end if;
   return v_gate;
 end $$;
 
--- Decides a gate, once. The token is the credential, so an unknown run, an unknown gate and a wrong token look alike;
--- it is checked before anything is locked, so that whoever lacks it can hold up nobody.
--- Needs    the token (TB409 gate_token_wrong), a pending gate (TB409 gate_resolved, with gate), a run that has not
---          ended (TB409 run_ended).
--- Leaves   the gate decided, event and channels gate.resolved.    Returns  {"gate"}.
-create or replace function tidebase.resolve_gate (p_run_id text, p_gate_id text, p_token text, p_decision text,
-                                                  p_actor text, p_payload json) returns json language plpgsql as $$
+-- The gate whose token this is. The token is the credential: an unknown run, an unknown gate and a wrong token look alike
+-- (TB409 gate_token_wrong).
+create or replace function tidebase._gate_by_token (p_run_id text, p_gate_id text, p_token text)
+  returns tidebase.gates language plpgsql stable as $$
 declare
-  v_run  tidebase.runs;
   v_gate tidebase.gates;
 begin
   select * into v_gate from tidebase.gates where id = p_gate_id and run_id = p_run_id;
@@ -2090,7 +2044,19 @@ begin
   if v_gate.id is null or sha256(convert_to(v_gate.resolve_token, 'UTF8')) <> sha256(convert_to(p_token, 'UTF8')) then
     perform tidebase._refuse(409, 'gate_token_wrong', 'there is no such gate, or the token is not its token');
   end if;
-  v_run := tidebase._lock_run(p_run_id);
+  return v_gate;
+end $$;
+
+-- Decides a gate, once.
+-- Needs    the token (TB409 gate_token_wrong), checked before anything is locked, so that whoever lacks it can hold up
+--          nobody; a pending gate (TB409 gate_resolved, with gate); a run that has not ended (TB409 run_ended).
+-- Leaves   the gate decided, event and channels gate.resolved.    Returns  {"gate"}.
+create or replace function tidebase.resolve_gate (p_run_id text, p_gate_id text, p_token text, p_decision text,
+                                                  p_actor text, p_payload json) returns json language plpgsql as $$
+declare
+  v_gate tidebase.gates := tidebase._gate_by_token(p_run_id, p_gate_id, p_token);
+  v_run  tidebase.runs := tidebase._lock_run(p_run_id);
+begin
   select * into v_gate from tidebase.gates where id = p_gate_id;  -- as it is now that nobody else can decide it
   if v_gate.status <> 'pending' then
     perform tidebase._refuse(409, 'gate_resolved', format('gate %s was %s', v_gate.name, v_gate.status),
@@ -2099,7 +2065,7 @@ begin
     perform tidebase._refuse(409, 'run_ended', format('run %s is %s: gate %s can no longer be decided', p_run_id,
                              v_run.status, v_gate.name), json_build_object('runStatus', v_run.status));
   end if;
-  v_gate := tidebase._decide_gate(v_run, v_gate, p_decision, p_actor, p_payload);
+  v_gate := tidebase._decide_gate(v_run, p_gate_id, p_decision, p_actor, p_payload);
   return json_build_object('gate', tidebase._gate_json(v_gate));
 end $$;
 
@@ -2172,14 +2138,13 @@ create or replace function tidebase.write_state (p_run_id text, p_stream text, p
                                                  p_if_version integer, p_version jsonb, p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
-  v_run     tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run     tidebase.runs := tidebase._lock_run(p_run_id, p_lease_owner);
   v_state   tidebase.states;
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_version);
   v_event   json;
   v_value   jsonb;
   v_limit   constant integer := 32 * 1024 * 1024;
 begin
-  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_state from tidebase.states where run_id = p_run_id;
   if v_version.id is not null and v_version.live_version is null then
     perform tidebase._refuse(409, 'version_id_conflict', format('version %s is a snapshot', v_version.id));
@@ -2211,7 +2176,7 @@ begin
   if p_merge then
     v_event := tidebase._joined(v_event, json_build_object('patch', p_value));
   end if;
-  perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'state.updated', tidebase._joined(
+  perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'state.updated', tidebase._joined(
             v_event, json_build_object('stateVersion', tidebase._version_event(v_version))));
   perform tidebase._notify(v_run, 'state.updated', json_build_object(
             'state', tidebase._state_json(v_state), 'stateVersion', tidebase._version_event(v_version)));
@@ -2224,11 +2189,10 @@ create or replace function tidebase.save_state (p_run_id text, p_stream text, p_
                                                 p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
-  v_run     tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run     tidebase.runs := tidebase._lock_run(p_run_id, p_lease_owner);
   v_state   tidebase.states;
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_version);
 begin
-  perform tidebase._check_owner(v_run, p_lease_owner);
   if v_version.id is null then
     select * into v_state from tidebase.states where run_id = p_run_id;
     if not found then
@@ -2236,7 +2200,7 @@ begin
     end if;
     v_version := tidebase._add_version(p_run_id, p_stream, 'run', p_run_id, v_state.value, null,
                                        '{"importance": "milestone"}' || p_version);
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'state.saved',
+    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'state.saved',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('stateVersion', tidebase._version_json(v_version));
@@ -2248,16 +2212,15 @@ create or replace function tidebase.create_snapshot (p_run_id text, p_target_typ
                                                      p_version jsonb, p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
-  v_run     tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run     tidebase.runs := tidebase._lock_run(p_run_id, p_lease_owner);
   v_version tidebase.state_versions := tidebase._same_version(p_run_id, p_version);
   v_type    text := coalesce(p_target_type, 'run');
   v_target  text := coalesce(p_target_id, p_run_id);
 begin
-  perform tidebase._check_owner(v_run, p_lease_owner);
   if v_version.id is null then
     v_version := tidebase._add_version(p_run_id, v_type || ':' || v_target, v_type, v_target, p_state, null,
                                        '{"importance": "milestone"}' || p_version);
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'snapshot.created',
+    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'snapshot.created',
                              json_build_object('stateVersion', tidebase._version_event(v_version)));
   end if;
   return json_build_object('snapshot', tidebase._version_json(v_version));
@@ -2284,28 +2247,31 @@ begin
                join tidebase.state_streams a on a.id = p.stream_id where p.id = p_after and p.run_id = p_run_id))
      order by s.name collate "C", v.version limit p_limit);
   return json_build_object(
-    'stateVersions', case when p_light then tidebase._light_versions(v_ids) else tidebase._listed_versions(v_ids) end,
+    'stateVersions', case when not p_light then tidebase._listed_versions(v_ids) else (
+       select coalesce(json_agg(tidebase._version_light(v, s.name) order by given.n), '[]')
+         from unnest(v_ids) with ordinality as given (id, n)
+         join tidebase.state_versions v on v.id = given.id join tidebase.state_streams s on s.id = v.stream_id) end,
     'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
 end $$;
 
--- These versions, in this order, with the sizes of their payloads; and as a list has them.
-create or replace function tidebase._light_versions (p_ids text[]) returns json
-  language plpgsql stable set enable_seqscan = off as $$
-begin
-  return (select coalesce(json_agg(tidebase._version_light(v, s.name) order by given.n), '[]')
-            from unnest(p_ids) with ordinality as given (id, n)
-            join tidebase.state_versions v on v.id = given.id join tidebase.state_streams s on s.id = v.stream_id);
-end $$;
-
+-- These versions, in this order, as a list has them: without payloads of more than 64 KiB and, from where the list has
+-- _budget() bytes on, without any.
 create or replace function tidebase._listed_versions (p_ids text[]) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
-  return (select coalesce(json_agg(tidebase._version_listed(v, page.room, page.largest) order by page.n), '[]')
-            from (select v.id, given.n, tidebase._largest(v) as largest,
-                         sum(tidebase._version_bytes(v)) over (order by given.n) <= tidebase._budget() as room
-                    from unnest(p_ids) with ordinality as given (id, n)
-                    join tidebase.state_versions v on v.id = given.id) as page
-            join tidebase.state_versions v on v.id = page.id);
+  return (
+    select coalesce(json_agg(
+             case when m.room and m.largest <= 65536 then tidebase._version_json(v)
+                  else tidebase._mark_omitted(tidebase._version_shown(
+                         v, tidebase._in_list(v.value, m.room), tidebase._in_list(v.patch, m.room),
+                         tidebase._in_list(v.metadata, m.room))) end order by m.n), '[]')
+      from (select v.id, given.n, greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch),
+                                           tidebase._bytes(v.metadata)) as largest,
+                   sum(tidebase._bytes_in_list(v.value) + tidebase._bytes_in_list(v.patch)
+                       + tidebase._bytes_in_list(v.metadata)) over (order by given.n) <= tidebase._budget() as room
+              from unnest(p_ids) with ordinality as given (id, n)
+              join tidebase.state_versions v on v.id = given.id) as m
+      join tidebase.state_versions v on v.id = m.id);
 end $$;
 
 -- A run's labelled versions, the newest 10,000 first, without payloads of more than 64 KiB.
@@ -2320,62 +2286,70 @@ begin
   return null;
 end $$;
 
--- Writes an entry of the cost ledger. The same p_id again answers the entry that is there.
+-- Writes an entry of the cost ledger. The same p_id again answers the entry that is there. p_entry: {kind, metadata,
+-- step_id?, provider?, model?, label?, quantity?, unit?, input_tokens?, output_tokens?, total_tokens?, cost_usd?}; without
+-- total_tokens these are the sum of the other two.
 -- Needs    p_id not another run's (TB409 usage_id_conflict).
 -- Leaves   event and channels usage.recorded.    Returns  {"usage"}.
 create or replace function tidebase.record_usage (p_run_id text, p_id text, p_entry jsonb,
                                                   p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
-  v_run   tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run   tidebase.runs := tidebase._lock_run(p_run_id, p_lease_owner);
   v_usage tidebase.usage;
+  v_event json;
 begin
-  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_usage from tidebase.usage where id = p_id;
-  if v_usage.run_id <> p_run_id then
-    perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
-  elsif v_usage.id is null then
-    insert into tidebase.usage (id, run_id, step_id, kind, provider, model, label, quantity, unit, input_tokens,
-                                output_tokens, total_tokens, cost_usd, metadata)
-    select coalesce(p_id, tidebase._new_id('use')), p_run_id, step_id, kind, provider, model, label, quantity, unit,
-           input_tokens, output_tokens,
-           coalesce(total_tokens, input_tokens + output_tokens, input_tokens, output_tokens), cost_usd, metadata
-      from jsonb_to_record(p_entry) as entry (
-             step_id text, kind text, provider text, model text, label text, quantity numeric, unit text,
-             input_tokens bigint, output_tokens bigint, total_tokens bigint, cost_usd numeric, metadata jsonb)
-    on conflict (id) do nothing returning * into v_usage;
-    if not found then  -- another run's, written since it was looked for
-      perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
-    end if;
-    perform tidebase._append_event_and_renew_lease(v_run, p_lease_owner, 'usage.recorded',
-                                                   json_build_object('usage', tidebase._usage_json(v_usage)));
-    perform tidebase._notify(v_run, 'usage.recorded', json_build_object('usage', tidebase._usage_json(v_usage)));
+  if v_usage.run_id = p_run_id then
+    return json_build_object('usage', tidebase._usage_json(v_usage));
+  elsif not found then
+    v_usage := jsonb_populate_record(null::tidebase.usage, p_entry);
+    v_usage.id := coalesce(p_id, tidebase._new_id('use'));
+    v_usage.run_id := p_run_id;
+    v_usage.total_tokens := coalesce(v_usage.total_tokens, v_usage.input_tokens + v_usage.output_tokens,
+                                     v_usage.input_tokens, v_usage.output_tokens);
+    v_usage.created_at := tidebase.now();
+    insert into tidebase.usage select v_usage.* on conflict (id) do nothing;
+    if found then
+      v_event := json_build_object('usage', tidebase._usage_json(v_usage));
+      perform tidebase._append_event_and_renew_lease(p_run_id, p_lease_owner, 'usage.recorded', v_event);
+      perform tidebase._notify(v_run, 'usage.recorded', v_event);
+      return v_event;
+    end if;  -- else another run's, written since it was looked for
   end if;
-  return json_build_object('usage', tidebase._usage_json(v_usage));
+  perform tidebase._refuse(409, 'usage_id_conflict', format('usage %s is of another run', p_id));
 end $$;
 
--- The ledger summed up, by model, by workflow or by day (UTC), dearest first. It is summed up per run first, in memory:
--- to count the distinct runs of each group would sort all entries.    Returns  {"groups"}.
+-- Sums of entries of the ledger, as all answers show them.
+create or replace function tidebase._usage_sums (p_input numeric, p_output numeric, p_total numeric, p_cost numeric)
+  returns json language sql immutable as $$
+  select json_build_object('inputTokens', coalesce(p_input, 0), 'outputTokens', coalesce(p_output, 0),
+                           'totalTokens', coalesce(p_total, 0), 'costUsd', coalesce(p_cost, 0))
+$$;
+
+-- The ledger summed up by p_by: model, workflow or day (UTC); dearest first. The entries from p_since on and before
+-- p_until; null for all. It is summed up per run first, in memory: to count the distinct runs of each group would sort all
+-- entries.
+-- Returns  {"groups": [{p_by: its value, "entries", "runs": how many of each, and as _usage_sums}]}.
 create or replace function tidebase.usage_groups (p_by text, p_since timestamptz, p_until timestamptz)
   returns json language sql stable set work_mem = '64MB' as $$
   with per_run as (
     select case p_by when 'model' then model when 'day' then (created_at at time zone 'UTC')::date::text end as key,
-           run_id, count(*) as entries, sum(input_tokens) as input_tokens, sum(output_tokens) as output_tokens,
-           sum(total_tokens) as total_tokens, sum(cost_usd) as cost_usd
+           run_id, count(*) as entries, sum(input_tokens) as input, sum(output_tokens) as output,
+           sum(total_tokens) as total, sum(cost_usd) as cost
       from tidebase.usage
      where (p_since is null or created_at >= p_since) and (p_until is null or created_at < p_until)
      group by 1, run_id
   ), grouped as (
     select case p_by when 'workflow' then r.workflow_name else key end as key, sum(entries)::bigint as entries,
-           count(*) as runs, coalesce(sum(input_tokens), 0) as input_tokens,
-           coalesce(sum(output_tokens), 0) as output_tokens, coalesce(sum(total_tokens), 0) as total_tokens,
-           coalesce(sum(cost_usd), 0) as cost_usd
-      from per_run left join tidebase.runs r on p_by = 'workflow' and r.id = run_id
+           count(*) as runs, coalesce(sum(cost), 0) as cost,
+           tidebase._usage_sums(sum(p.input), sum(output), sum(total), sum(cost)) as sums
+      from per_run p left join tidebase.runs r on p_by = 'workflow' and r.id = run_id
      group by 1
   )
-  select json_build_object('groups', coalesce(json_agg(json_build_object(
-           p_by, key, 'entries', entries, 'runs', runs, 'inputTokens', input_tokens, 'outputTokens', output_tokens,
-           'totalTokens', total_tokens, 'costUsd', cost_usd) order by cost_usd desc, key), '[]'))
+  select json_build_object('groups', coalesce(json_agg(
+           tidebase._joined(json_build_object(p_by, key, 'entries', entries, 'runs', runs), sums)
+           order by cost desc, key), '[]'))
     from grouped
 $$;
 
@@ -2400,7 +2374,7 @@ begin
     v_step.output := (select tidebase._signal_json(g) from tidebase.signals g
                        where g.run_id = p_run.id and g.name = v_for->>'event' and g.n = tidebase._signal_number(v_for));
     v_step := tidebase._end_step(v_step, 'completed');
-    perform tidebase._append_event_and_renew_lease(p_run, null, 'step.completed', tidebase._step_completed(v_step));
+    perform tidebase._append_event_and_renew_lease(p_run.id, null, 'step.completed', tidebase._step_completed(v_step));
   end if;
   p_run.run_at := tidebase.now();
   perform tidebase._transition(p_run, 'queued', 'run.resumed', json_build_object('waitedFor', v_for));
@@ -2448,11 +2422,11 @@ begin
     perform tidebase._step(p_run_id, p_wait_for->>'stepId');
   end if;
   if v_run.status = 'cancelled' then
-    perform tidebase._refuse_cancelled(v_run);
+    perform tidebase._refuse_run(v_run.id, 'run_cancelled');
   elsif v_run.lease_owner is null and v_run.settled_by = p_lease_owner and v_run.status in ('waiting', 'queued') then
     return json_build_object('run', tidebase._run_json(v_run), 'ready', false);  -- its repeat
   elsif v_run.lease_owner is distinct from p_lease_owner then
-    perform tidebase._refuse_lost(v_run);
+    perform tidebase._refuse_run(v_run.id, 'lease_lost');
   elsif v_run.queue is null then
     perform tidebase._refuse(409, 'no_queue', format('run %s has no queue to come back to', p_run_id));
   elsif tidebase._is_wait_over(p_run_id, p_wait_for, v_now) then
@@ -2482,7 +2456,7 @@ begin
     perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
   end if;
   perform tidebase._append_event_and_renew_lease(
-            p_run, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
+            p_run.id, p_lease_owner, case when p_timed_out then 'signal.timed_out' else 'signal.received' end,
             json_build_object('signal', tidebase._signal_json(v_signal)));
   if p_run.status = 'waiting' and p_run.waiting_for->>'event' = p_name
      and tidebase._signal_number(p_run.waiting_for) = p_n then
@@ -2499,15 +2473,14 @@ create or replace function tidebase.send_signal (p_run_id text, p_id text, p_nam
                                                  p_lease_owner text default null)
   returns json language plpgsql as $$
 declare
-  v_run    tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run    tidebase.runs := tidebase._lock_run(p_run_id, p_lease_owner);
   v_signal tidebase.signals;
   v_last   integer;
 begin
-  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_signal from tidebase.signals where id = p_id;
   if not found then
     if v_run.status = 'completed' then
-      perform tidebase._refuse_completed(v_run);
+      perform tidebase._refuse_run(v_run.id, 'run_completed');
     end if;
     select max(n) into v_last from tidebase.signals where run_id = p_run_id and name = p_name;
     v_signal := tidebase._add_signal(v_run, p_id, p_name, coalesce(v_last, 0) + 1, p_payload, false, p_lease_owner);
@@ -2522,10 +2495,9 @@ end $$;
 create or replace function tidebase.expire_signal (p_run_id text, p_name text, p_n integer, p_lease_owner text)
   returns json language plpgsql as $$
 declare
-  v_run    tidebase.runs := tidebase._lock_run(p_run_id);
+  v_run    tidebase.runs := tidebase._lock_run(p_run_id, p_lease_owner);
   v_signal tidebase.signals;
 begin
-  perform tidebase._check_owner(v_run, p_lease_owner);
   select * into v_signal from tidebase.signals where run_id = p_run_id and name = p_name and n = p_n;
   if not found then
     v_signal := tidebase._add_signal(v_run, null, p_name, p_n, null, true, p_lease_owner);
@@ -2562,7 +2534,7 @@ create or replace function tidebase._enqueue (p_queue text, p_job jsonb, p_input
 begin
   deduplicated := false;
   loop
-    run := (select i.run from tidebase._insert_runs(jsonb_build_array(p_job), array[p_input], p_queue) i);
+    run := tidebase._insert_run(p_job, p_input, p_queue);
     exit when run.id is not null;
     if exists (select from tidebase.runs where id = p_job->>'id') then
       run := tidebase._same_run(p_job->>'id', p_job->>'workflow_name');
@@ -2862,16 +2834,13 @@ create or replace function tidebase.configure_queue (p_queue text, p_config json
 declare
   v_queue tidebase.queues;
 begin
-  insert into tidebase.queues as q (name, concurrency, rate_per_minute, invoke_url, paused)
-  values (p_queue, (p_config->>'concurrency')::integer, (p_config->>'rate_per_minute')::integer, p_config->>'invoke_url',
-          coalesce((p_config->>'paused')::boolean, false))
-  on conflict (name) do update
-     set concurrency = case when p_config ? 'concurrency' then excluded.concurrency else q.concurrency end,
-         rate_per_minute = case when p_config ? 'rate_per_minute' then excluded.rate_per_minute
-                                else q.rate_per_minute end,
-         invoke_url = case when p_config ? 'invoke_url' then excluded.invoke_url else q.invoke_url end,
-         paused = case when p_config ? 'paused' then excluded.paused else q.paused end
-  returning * into v_queue;
+  insert into tidebase.queues (name) values (p_queue) on conflict do nothing;
+  select * into v_queue from tidebase.queues where name = p_queue for update;
+  v_queue := jsonb_populate_record(v_queue, p_config);
+  update tidebase.queues
+     set concurrency = v_queue.concurrency, rate_per_minute = v_queue.rate_per_minute, invoke_url = v_queue.invoke_url,
+         paused = v_queue.paused
+   where name = p_queue;
   return json_build_object('config', tidebase._queue_json(v_queue));
 end $$;
 
@@ -2897,8 +2866,7 @@ create or replace function tidebase.list_queues () returns json language sql sta
            'oldestReadyMs', case when live.oldest <= tidebase.now()
                             then (extract(epoch from tidebase.now() - live.oldest) * 1000)::bigint end,
            'config', case when q.name is not null then tidebase._queue_json(q)
-                     else json_build_object('name', n.name, 'concurrency', null, 'ratePerMinute', null,
-                                            'invokeUrl', null, 'paused', false) end) order by n.name), '[]'))
+                     else tidebase._queue_json((n.name, null, null, null, false)) end) order by n.name), '[]'))
     from names n left join live on live.queue = n.name left join ended on ended.queue = n.name
     left join tidebase.queues q on q.name = n.name
 $$;
@@ -3301,6 +3269,16 @@ create or replace function tidebase.due_schedules () returns json language sql v
     from tidebase.now() as at
 $$;
 
+-- Enqueues a schedule's run, with metadata {"schedule", "fireTime": p_at}. p_keys: {"id"?, "dedupe_key"?} of the job.
+create or replace function tidebase._enqueue_scheduled (p_schedule tidebase.schedules, p_at timestamptz, p_keys jsonb)
+  returns tidebase.runs language plpgsql as $$
+begin
+  return (tidebase._enqueue(p_schedule.queue, p_keys || jsonb_build_object(
+            'workflow_name', p_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
+            'metadata', jsonb_build_object('schedule', p_schedule.name, 'fireTime', tidebase._iso(p_at)),
+            'max_attempts', p_schedule.max_attempts), p_schedule.input)).run;
+end $$;
+
 -- Fires a schedule for the time it was due at, unless another server did or it was changed meanwhile; one that is
 -- disabled only moves on.
 -- Leaves   a run on its queue, with the dedupe key sched:NAME:TIME; the schedule at its next time. A run of another
@@ -3318,15 +3296,30 @@ begin
   if not found or not v_schedule.enabled then
     return 0;
   end if;
-  perform tidebase._enqueue(v_schedule.queue, jsonb_build_object(
-            'workflow_name', v_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
-            'metadata', jsonb_build_object('schedule', p_name, 'fireTime', tidebase._iso(p_fire_at)),
-            'dedupe_key', 'sched:' || p_name || ':' || tidebase._iso(p_fire_at),
-            'max_attempts', v_schedule.max_attempts), v_schedule.input);
+  perform tidebase._enqueue_scheduled(v_schedule, p_fire_at, jsonb_build_object(
+            'dedupe_key', format('sched:%s:%s', p_name, tidebase._iso(p_fire_at))));
   return 1;
 exception when sqlstate 'TB409' then  -- the key is taken: else the schedule would stand still for as long as that run
   update tidebase.schedules set next_run_at = p_next_run_at where name = p_name and next_run_at = p_fire_at;
   return 0;
+end $$;
+
+-- Enqueues a schedule's run now. Its next fire stays as it is.
+-- Needs    the schedule (TB404 not_found); p_id not another workflow's (TB409 run_id_conflict).
+-- Leaves   a run on its queue; the same p_id again nothing.    Returns  {"run"}.
+create or replace function tidebase.run_schedule (p_name text, p_id text) returns json language plpgsql as $$
+declare
+  v_now      timestamptz := tidebase.now();
+  v_schedule tidebase.schedules;
+begin
+  select * into v_schedule from tidebase.schedules where name = p_name for update;
+  if not found then
+    perform tidebase._refuse(404, 'not_found', format('schedule %s does not exist', p_name));
+  elsif not exists (select from tidebase.runs where id = p_id) then
+    update tidebase.schedules set last_enqueued_at = v_now where name = p_name;
+  end if;
+  return json_build_object('run', tidebase._run_json(
+           tidebase._enqueue_scheduled(v_schedule, v_now, jsonb_build_object('id', p_id))));
 end $$;
 
 -- ------------------------------------------------------------------------------
@@ -3489,10 +3482,8 @@ begin
     v_runs := v_runs || json_build_object('runId', v_run.id, 'workflowName', v_run.workflow_name, 'queue', v_run.queue,
                 'leaseOwner', v_run.lease_owner, 'attempt', v_run.attempt, 'maxAttempts', v_run.max_attempts);
     v_run.former_owners := v_run.former_owners || v_run.lease_owner;
-    if v_run.queue is not null and v_run.attempt < v_run.max_attempts then
-      perform tidebase._requeue(v_run, v_error, v_now, null, 'lease_expired');
-    elsif v_run.queue is not null then
-      perform tidebase._fail(v_run, v_error, tidebase._failure_class(v_run, true), null, 'lease_expired');
+    if v_run.queue is not null then
+      perform tidebase._fail_attempt(v_run, v_error, true, v_now, null, null, 'lease_expired');
     else
       update tidebase.runs set stalled = true, former_owners = v_run.former_owners, event_seq = event_seq + 1,
              updated_at = v_now
@@ -3560,10 +3551,10 @@ begin
                           completed_at = v_now
                     where run_id = v_id and kind = 'push' and status = 'pending' returning id
       loop
-        perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.failed', json_build_object(
+        perform tidebase._append_event_and_renew_lease(v_run.id, null, 'recovery.failed', json_build_object(
                   'recoveryAttemptId', v_old, 'reason', 'queue_dispatch', 'httpStatus', null, 'error', 'offered anew'));
       end loop;
-      perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.started', json_build_object(
+      perform tidebase._append_event_and_renew_lease(v_run.id, null, 'recovery.started', json_build_object(
                 'recoveryAttemptId', (tidebase._enqueue_webhook('push', v_id, null, null, 'run.invoke',
                                                                 'queue_dispatch', v_queue.invoke_url, null)).id,
                 'reason', 'queue_dispatch'));
@@ -3583,7 +3574,6 @@ declare
   v_now   timestamptz := tidebase.now();
   v_due   record;
   v_run   tidebase.runs;
-  v_gate  tidebase.gates;
   v_count integer := 0;
 begin
   for v_due in select id, run_id from tidebase.gates
@@ -3591,10 +3581,8 @@ begin
                 order by expires_at limit p_limit
   loop
     select * into v_run from tidebase.runs where id = v_due.run_id for no key update skip locked;
-    continue when not found;
-    select * into v_gate from tidebase.gates where id = v_due.id and status = 'pending';
-    continue when not found;
-    perform tidebase._decide_gate(v_run, v_gate, 'canceled', 'timeout', null);
+    continue when not found or not exists (select from tidebase.gates where id = v_due.id and status = 'pending');
+    perform tidebase._decide_gate(v_run, v_due.id, 'canceled', 'timeout', null);
     v_count := v_count + 1;
   end loop;
   return v_count;
@@ -3805,7 +3793,9 @@ create or replace function tidebase.settle_webhook (p_id text, p_attempt integer
                                                     p_error text) returns json language plpgsql as $$
 declare
   v_now     timestamptz := tidebase.now();
-  v_delays  integer[] := array[1, 4, 10, 30, 120, 480, 1200];
+  v_delays  constant integer[] := array[1, 4, 10, 30, 120, 480, 1200];
+  v_status  constant text := case when p_delivered then 'delivered'
+                                  when p_retryable and p_attempt <= cardinality(v_delays) then 'pending' else 'failed' end;
   v_run     tidebase.runs;
   v_webhook tidebase.outbox;
 begin
@@ -3816,18 +3806,15 @@ begin
     return json_build_object('status', v_webhook.status);
   end if;
   update tidebase.outbox
-     set status = case when p_delivered then 'delivered'
-                       when p_retryable and p_attempt <= cardinality(v_delays) then 'pending' else 'failed' end,
-         next_attempt_at = case when not p_delivered and p_retryable
-                                then v_now + v_delays[p_attempt] * interval '1 second' end,
-         completed_at = case when p_delivered or not p_retryable or p_attempt > cardinality(v_delays) then v_now end,
+     set status = v_status, completed_at = case when v_status <> 'pending' then v_now end,
+         next_attempt_at = case v_status when 'pending' then v_now + v_delays[p_attempt] * interval '1 second' end,
          http_status = p_http_status, response_body = p_response, error_text = p_error
    where id = p_id returning * into v_webhook;
-  if v_webhook.status <> 'pending' then
+  if v_status <> 'pending' then
     update tidebase.outbox set next_attempt_at = v_now
      where seq = (select min(seq) from tidebase.outbox where channel_id = v_webhook.channel_id and status = 'pending');
     if v_webhook.kind <> 'channel' then
-      perform tidebase._append_event_and_renew_lease(v_run, null, 'recovery.' || v_webhook.status, json_build_object(
+      perform tidebase._append_event_and_renew_lease(v_run.id, null, 'recovery.' || v_webhook.status, json_build_object(
                 'recoveryAttemptId', p_id, 'reason', v_webhook.reason, 'httpStatus', p_http_status, 'error', p_error));
     end if;
   end if;
@@ -4133,12 +4120,16 @@ begin
             join tidebase.runs r on r.id = m.id);
 end $$;
 
--- What a resume of a run would do now, step by step, by the rules of begin_step for the next owner.
--- Plans    replays: it completed. runs: it has had no effect. runs_again: it may have had its effect, and its key or
---          its declaration makes a repeat safe. stops_for_review: it may have had its effect, and a person must
---          decide. never: likewise, and it is declared never to run twice.
--- Returns  {"runId", "runStatus", "safe", "verdict", "counts", "blocking", "steps", "stepsTruncated", "actions"};
---          safe is null for a run that needs no resume. TB404.
+-- What would become of each step of a run if a new owner took the run now and began the step, by the rules of begin_step.
+-- Plans    replays: the step completed, its output is kept. runs: it has had no effect outside, or a person decided that
+--          it runs again. runs_again: it may have had its effect, and its idempotency key, its contract or a recorded
+--          failure allows another try. stops_for_review: it may have had its effect, and a person must decide. never: a
+--          person decided that it failed, or it may have had its effect and is declared never to run twice.
+-- Returns  {"runId", "runStatus", "safe": whether no step needs a person, null for a run that is completed or held;
+--          "verdict": a sentence for people; "counts": {plan: number of steps}; "blocking": the names of the steps that
+--          need a person; "steps": the first 1,000, [{"id", "name", "position", "status", "attempt", "plan", "reason"}];
+--          "stepsTruncated"; "actions": those of retry, recover, review, fork and cancel that the run allows}.
+-- Needs    the run (TB404 not_found).
 create or replace function tidebase.rerun_plan (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4146,7 +4137,6 @@ declare
   v_run     tidebase.runs;
   v_next    tidebase.runs;
   v_plan    record;
-  v_ended   boolean;
   v_held    boolean;
   v_actions text[];
 begin
@@ -4154,73 +4144,67 @@ begin
   if not found then
     perform tidebase._refuse(404, 'not_found', format('run %s does not exist', p_run_id));
   end if;
-  v_ended := v_run.status in ('failed', 'cancelled');
   v_held := v_run.status = 'running' and v_run.lease_expires_at > v_now;
   v_next := tidebase._as_taken_over(v_run, v_now);
-  with planned as (
+  with judged as (
     select s.id, s.name, s.position, s.status, s.attempt, case
-             when s.status = 'completed' then 'replays'
-             when s.status = 'failed' and s.reviewed = 'fail' then 'never'
-             when tidebase._is_ambiguous(v_next, s, '', s.options)
-               then case s.contract->>'replay' when 'never' then 'never' else 'stops_for_review' end
-             when s.reviewed = 'retry' and s.status = 'failed_retryable' then 'runs'
-             when tidebase._is_harmless(s.contract->'sideEffects') then 'runs'
-             else 'runs_again' end as plan,
-           s.reviewed, s.contract->>'replay' as replay, s.contract->>'idempotencyKey' as key
+        when s.status = 'completed' then array['replays', 'completed: its output is kept']
+        when s.status = 'failed' and s.reviewed = 'fail' then
+          array['never', 'a person decided that it failed for good']
+        when tidebase._is_ambiguous(v_next, s, '', s.options) then case
+          when s.contract->>'replay' = 'never' then
+            array['never', 'it may have had its effect, and is declared never to run twice']
+          when s.status = 'manual_review' then
+            array['stops_for_review', 'it waits for a person to say whether it had its effect']
+          else array['stops_for_review', 'it may have had its effect, and has no idempotency key'] end
+        when s.status = 'failed_retryable' and s.reviewed = 'retry' then
+          array['runs', 'a person decided that it runs again']
+        when tidebase._is_harmless(s.contract->'sideEffects') then
+          array['runs', case s.status when 'running' then 'it was cut off' else 'it failed' end
+                        || '; it has no effects outside']
+        when s.contract->>'idempotencyKey' is not null then
+          array['runs_again', format('%s; its idempotency key %s makes another try safe', case s.status
+                                when 'running' then 'it may have had its effect' else 'it failed' end,
+                                left(s.contract->>'idempotencyKey', 100))]
+        when s.status = 'running' then
+          array['runs_again', 'it may have had its effect, and is declared safe to repeat']
+        else array['runs_again', 'it failed: another try may repeat its effect'] end as verdict
       from tidebase.steps s where s.run_id = p_run_id
-  ), explained as (
-    select position, plan, name, json_build_object('id', id, 'name', name, 'position', position, 'status', status,
-             'attempt', attempt, 'plan', plan, 'reason', case
-               when plan = 'replays' then 'completed: its output is kept'
-               when plan = 'never' and reviewed = 'fail' then 'a person decided that it failed for good'
-               when plan = 'never' then 'it may have had its effect, and is declared never to run twice'
-               when plan = 'stops_for_review' and status = 'manual_review' then
-                 'it waits for a person to say whether it had its effect'
-               when plan = 'stops_for_review' then 'it may have had its effect, and has no idempotency key'
-               when plan = 'runs_again' and key is not null then
-                 format('%s; its idempotency key %s makes another try safe', case status
-                   when 'running' then 'it may have had its effect' else 'it failed' end, left(key, 100))
-               when plan = 'runs_again' and status = 'running' then
-                 'it may have had its effect, and is declared safe to repeat'
-               when plan = 'runs_again' then 'it failed: another try may repeat its effect'
-               when reviewed = 'retry' and status = 'failed_retryable' then 'a person decided that it runs again'
-               when status = 'running' then 'it was cut off; it has no effects outside'
-               else 'it failed; it has no effects outside' end) as step
-      from planned
+  ), planned as (
+    select *, verdict[1] as plan, verdict[2] as reason, verdict[1] in ('stops_for_review', 'never') as blocks from judged
   )
-  select count(*) filter (where plan = 'replays') as replays, count(*) filter (where plan = 'runs') as runs,
+  select count(*) as steps, count(*) filter (where blocks) as blocking,
+         count(*) filter (where plan = 'replays') as replays, count(*) filter (where plan = 'runs') as runs,
          count(*) filter (where plan = 'runs_again') as runs_again,
          count(*) filter (where plan = 'stops_for_review') as stops, count(*) filter (where plan = 'never') as never,
-         count(*) as steps,
-         coalesce(json_agg(name order by position)
-                    filter (where plan in ('stops_for_review', 'never')), '[]') as blocking,
-         string_agg(quote_literal(name), ', ' order by position)
-           filter (where plan in ('stops_for_review', 'never')) as blocked,
-         (select coalesce(json_agg(step order by position), '[]')
-            from (select step, position from explained order by position limit 1000) as first) as steps_json
-    into v_plan from explained;
+         coalesce(json_agg(name order by position) filter (where blocks), '[]') as names,
+         string_agg(quote_literal(name), ', ' order by position) filter (where blocks) as quoted,
+         (select coalesce(json_agg(json_build_object(
+                   'id', id, 'name', name, 'position', position, 'status', status, 'attempt', attempt, 'plan', plan,
+                   'reason', reason) order by position), '[]')
+            from (select * from planned order by position limit 1000) as first) as shown
+    into v_plan from planned;
   v_actions := array_remove(array[
-    case when v_plan.stops + v_plan.never > 0 and not v_held and v_run.status <> 'completed' then 'review' end,
-    case when v_ended then 'retry' end,
+    case when v_plan.blocking > 0 and not v_held and v_run.status <> 'completed' then 'review' end,
+    case when v_run.status in ('failed', 'cancelled') then 'retry' end,
     case when v_run.recovery_webhook is not null and v_run.status <> 'completed' and not v_held then 'recover' end,
     'fork', case when v_run.status not in ('completed', 'cancelled') then 'cancel' end], null);
   return json_build_object(
     'runId', p_run_id, 'runStatus', v_run.status,
-    'safe', case when v_run.status <> 'completed' and not v_held then v_plan.stops + v_plan.never = 0 end,
+    'safe', case when v_run.status <> 'completed' and not v_held then v_plan.blocking = 0 end,
     'verdict', case
       when v_run.status = 'completed' then 'Nothing to rerun: it is completed.'
       when v_held then format('It is at work: %s holds it.', v_run.lease_owner)
-      when v_plan.blocked is not null then format('Not without you: %s may have had %s effect. Decide below.',
-             left(v_plan.blocked, 300), case when v_plan.stops + v_plan.never = 1 then 'its' else 'their' end)
+      when v_plan.blocking > 0 then format('Not without you: %s may have had %s effect. Decide below.',
+             left(v_plan.quoted, 300), case v_plan.blocking when 1 then 'its' else 'their' end)
       when v_plan.steps = 0 then 'Safe: no step was begun; it starts from the beginning.'
-      else 'Safe: ' || concat_ws(', ',
+      else format('Safe: %s.', concat_ws(', ',
              case when v_plan.replays > 0 then tidebase._steps_do(v_plan.replays, 'replay') end,
              case when v_plan.runs > 0 then tidebase._steps_do(v_plan.runs, 'run') end,
-             case when v_plan.runs_again > 0 then tidebase._steps_do(v_plan.runs_again, 'run') || ' again' end)
-           || '.' end,
+             case when v_plan.runs_again > 0 then tidebase._steps_do(v_plan.runs_again, 'run') || ' again' end)) end,
     'counts', json_build_object('replays', v_plan.replays, 'runs', v_plan.runs, 'runs_again', v_plan.runs_again,
                                 'stops_for_review', v_plan.stops, 'never', v_plan.never),
-    'blocking', v_plan.blocking, 'steps', v_plan.steps_json, 'stepsTruncated', v_plan.steps > 1000,
+    'blocking', v_plan.names, 'steps', v_plan.shown, 'stepsTruncated', v_plan.steps > 1000,
     'actions', to_json(v_actions));
 end $$;
 
@@ -4398,13 +4382,12 @@ begin
                            'truncated', cardinality(v_runs) > p_limit);
 end $$;
 
--- The sums of the ledger's entries of these runs.
+-- The sums of the ledger's entries of these runs, and how many entries.
 create or replace function tidebase._cost (p_run_ids text[]) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
-  return (select json_build_object('costUsd', coalesce(sum(cost_usd), 0), 'inputTokens', coalesce(sum(input_tokens), 0),
-                                   'outputTokens', coalesce(sum(output_tokens), 0),
-                                   'totalTokens', coalesce(sum(total_tokens), 0), 'entries', count(*))
+  return (select tidebase._joined(tidebase._usage_sums(sum(input_tokens), sum(output_tokens), sum(total_tokens),
+                                                       sum(cost_usd)), json_build_object('entries', count(*)))
             from tidebase.usage where run_id = any (p_run_ids));
 end $$;
 
@@ -4550,13 +4533,10 @@ begin
                 from unnest(v_rows[1:p_limit]) with ordinality as newest (entry, n)),
     'truncated', cardinality(v_rows) > p_limit,
     'byModel', (
-      select coalesce(json_agg(json_build_object(
-               'model', model, 'entries', entries, 'runs', runs, 'inputTokens', input_tokens,
-               'outputTokens', output_tokens, 'totalTokens', total_tokens, 'costUsd', cost)
-               order by cost desc, model), '[]')
-        from (select model, count(*) as entries, count(distinct run_id) as runs,
-                     coalesce(sum(input_tokens), 0) as input_tokens, coalesce(sum(output_tokens), 0) as output_tokens,
-                     coalesce(sum(total_tokens), 0) as total_tokens, coalesce(sum(cost_usd), 0) as cost
+      select coalesce(json_agg(tidebase._joined(
+               json_build_object('model', model, 'entries', entries, 'runs', runs), sums) order by cost desc, model), '[]')
+        from (select model, count(*) as entries, count(distinct run_id) as runs, coalesce(sum(cost_usd), 0) as cost,
+                     tidebase._usage_sums(sum(input_tokens), sum(output_tokens), sum(total_tokens), sum(cost_usd)) as sums
                 from tidebase.usage where run_id = any (v_ids) group by model) as by_model))
     from tidebase.runs where id = p_run_id);
 end $$;
@@ -4579,75 +4559,73 @@ begin
     left join tidebase.states s on s.run_id = p_run_id);
 end $$;
 
--- The run as an approval shows it.
-create or replace function tidebase._run_head (r tidebase.runs) returns json language sql stable as $$
-  select json_build_object('id', r.id, 'workflowName', r.workflow_name, 'status', r.status, 'queue', r.queue,
-                           'attempt', r.attempt, 'createdAt', tidebase._iso(r.created_at))
-$$;
-
--- What waits for a person, oldest first: pending gates of live runs, and steps to be reviewed. With p_decided: the
--- gates that were decided, newest first. p_after_at and p_after_id are those of the last item of the page before.
+-- What waits for a person, oldest first: pending gates of live runs, and steps of other than completed and cancelled runs
+-- that wait for a review. Those after the item that waits since p_after_at and has the id p_after_id; null for all.
 -- Bounds   at most 2,000 gates and 2,000 steps are looked at.
--- Returns  {"items", "count", "more", "nextCursor"}. `count` is of those that wait. Without p_tokens no gate has a
--- token.
-create or replace function tidebase.list_approvals (p_decided boolean, p_limit integer, p_after_at timestamptz,
-                                                    p_after_id text, p_tokens boolean)
-  returns json language plpgsql stable set enable_seqscan = off as $$
-declare
-  v_most constant integer := 2000;
-  v_items json[];
-  v_last  text;
-  v_count bigint;
+-- Returns  kind: gate or review; id: the gate's or the step's; at: since when.
+create or replace function tidebase._open_approvals (p_after_at timestamptz, p_after_id text, p_limit integer)
+  returns table (kind text, id text, at timestamptz, run_id text) language plpgsql stable
+  set enable_seqscan = off as $$
 begin
-  select count(*) into v_count from (
-    select from (select run_id from tidebase.gates where status = 'pending' order by created_at, id limit v_most) g
-      join tidebase.runs r on r.id = g.run_id and r.status in ('pending', 'queued', 'running', 'waiting')
-    union all
-    select from (select run_id from tidebase.steps where review_at is not null order by review_at, id limit v_most) s
-      join tidebase.runs r on r.id = s.run_id and r.status not in ('completed', 'cancelled')
-    limit 1001) as waiting;
-  with page as (
-    (select 'gate' as kind, g.id, g.created_at as at, g.run_id
-       from (select * from tidebase.gates where status = 'pending' and not p_decided
-                and (p_after_id is null or (created_at, id) > (p_after_at, p_after_id))
-              order by created_at, id limit v_most) g
+  return query
+    (select 'gate', g.id, g.created_at, g.run_id
+       from (select * from tidebase.gates
+              where status = 'pending' and (p_after_id is null or (created_at, gates.id) > (p_after_at, p_after_id))
+              order by created_at, gates.id limit 2000) g
        join tidebase.runs r on r.id = g.run_id and r.status in ('pending', 'queued', 'running', 'waiting')
       order by g.created_at, g.id limit p_limit)
     union all
     (select 'review', s.id, s.review_at, s.run_id
-       from (select id, review_at, run_id from tidebase.steps where review_at is not null and not p_decided
-                and (p_after_id is null or (review_at, id) > (p_after_at, p_after_id))
-              order by review_at, id limit v_most) s
+       from (select * from tidebase.steps
+              where review_at is not null and (p_after_id is null or (review_at, steps.id) > (p_after_at, p_after_id))
+              order by review_at, steps.id limit 2000) s
        join tidebase.runs r on r.id = s.run_id and r.status not in ('completed', 'cancelled')
       order by s.review_at, s.id limit p_limit)
+    order by 3, 2 limit p_limit;
+end $$;
+
+-- What waits for a person, oldest first; or, if p_decided, the gates that were decided, newest first. One page: the items
+-- after that of p_after_at and p_after_id, which are the two parts of the nextCursor of the page before; null for the
+-- first.
+-- Returns  {"items", "count": how many wait, at most 1,000, "more": whether more than these wait, "nextCursor"}. Without
+--          p_tokens no gate has a token.
+create or replace function tidebase.list_approvals (p_decided boolean, p_limit integer, p_after_at timestamptz,
+                                                    p_after_id text, p_tokens boolean)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_count bigint := (select count(*) from tidebase._open_approvals(null, null, 1001));
+  v_items json[];
+  v_next  text;
+begin
+  with page as (
+    select *, row_number() over (order by at, id) as n
+      from tidebase._open_approvals(p_after_at, p_after_id, p_limit) where not p_decided
     union all
-    (select 'gate', id, resolved_at, run_id from tidebase.gates
+    (select 'gate', id, resolved_at, run_id, row_number() over (order by resolved_at desc, id desc)
+       from tidebase.gates
       where resolved_at is not null and p_decided
         and (p_after_id is null or (resolved_at, id) < (p_after_at, p_after_id))
       order by resolved_at desc, id desc limit p_limit)
-  ), numbered as (
-    select *, row_number() over (
-             order by case when not p_decided then at end, case when not p_decided then id end,
-                      case when p_decided then at end desc, case when p_decided then id end desc) as n
-      from page
+  ), measured as (
+    select page.*, sum(coalesce(octet_length(g.prompt), 0) + tidebase._bytes(g.data) + tidebase._bytes(g.decision_payload)
+                       + tidebase._bytes(g.capability)) over (order by n) <= tidebase._budget() as room
+      from page left join tidebase.gates g on page.kind = 'gate' and g.id = page.id
   )
   select array_agg(json_build_object(
-           'kind', p.kind, 'since', tidebase._iso(p.at), 'run', tidebase._run_head(r),
-           'gate', case when g.id is not null then tidebase._gate_asked(g, p_tokens, p.room) end,
+           'kind', m.kind, 'since', tidebase._iso(m.at),
+           'run', json_build_object('id', r.id, 'workflowName', r.workflow_name, 'status', r.status, 'queue', r.queue,
+                                    'attempt', r.attempt, 'createdAt', tidebase._iso(r.created_at)),
+           'gate', case when g.id is not null then tidebase._gate_asked(g, p_tokens, m.room) end,
            'step', case when s.id is not null then tidebase._step_light(s) end,
-           'context', tidebase._decision_context(p.run_id)) order by n),
-         (array_agg(tidebase._iso(p.at) || '_' || p.id order by n))[p_limit]
-    into v_items, v_last
-    from (select n.*, sum(coalesce(octet_length(m.prompt), 0) + tidebase._bytes(m.data)
-                          + tidebase._bytes(m.decision_payload) + tidebase._bytes(m.capability))
-                        over (order by n.n) <= tidebase._budget() as room
-            from numbered n left join tidebase.gates m on n.kind = 'gate' and m.id = n.id
-           where n.n <= p_limit) as p
-    join tidebase.runs r on r.id = p.run_id
-    left join tidebase.gates g on p.kind = 'gate' and g.id = p.id
-    left join tidebase.steps s on p.kind = 'review' and s.id = p.id;
+           'context', tidebase._decision_context(m.run_id)) order by m.n),
+         (array_agg(tidebase._iso(m.at) || '_' || m.id order by m.n))[p_limit]
+    into v_items, v_next
+    from measured m
+    join tidebase.runs r on r.id = m.run_id
+    left join tidebase.gates g on m.kind = 'gate' and g.id = m.id
+    left join tidebase.steps s on m.kind = 'review' and s.id = m.id;
   return json_build_object('items', coalesce(array_to_json(v_items), '[]'), 'count', least(v_count, 1000),
-                           'more', v_count > 1000, 'nextCursor', v_last);
+                           'more', v_count > 1000, 'nextCursor', v_next);
 end $$;
 
 -- A gate in a list. Data of more than 65,536 bytes is left out, and all data is without p_room. The token is
@@ -4667,17 +4645,14 @@ create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens bool
     'resolvedAt', tidebase._iso(g.resolved_at))
 $$;
 
--- What the token of a gate shows without an API key: the gate, and its run's name and status.
--- Needs    the token (TB409 gate_token_wrong, as resolve_gate).    Returns  {"gate"}.
+-- What the token of a gate shows without an API key: the gate without its channels and its token, and the run's name and
+-- status.
+-- Needs    the token (TB409 gate_token_wrong).    Returns  {"gate": see below}.
 create or replace function tidebase.look_at_gate (p_run_id text, p_gate_id text, p_token text) returns json
   language plpgsql stable as $$
 declare
-  v_gate tidebase.gates;
+  v_gate tidebase.gates := tidebase._gate_by_token(p_run_id, p_gate_id, p_token);
 begin
-  select * into v_gate from tidebase.gates where id = p_gate_id and run_id = p_run_id;
-  if v_gate.id is null or sha256(convert_to(v_gate.resolve_token, 'UTF8')) <> sha256(convert_to(p_token, 'UTF8')) then
-    perform tidebase._refuse(409, 'gate_token_wrong', 'there is no such gate, or the token is not its token');
-  end if;
   return (select json_build_object('gate', json_build_object(
             'id', v_gate.id, 'runId', v_gate.run_id, 'name', v_gate.name, 'prompt', v_gate.prompt, 'data', v_gate.data,
             'status', v_gate.status, 'decision', v_gate.decision, 'actor', v_gate.actor,
@@ -4771,28 +4746,6 @@ begin
                      'runs', coalesce(h.runs, '[]')) as worker
               from asked a full join held h on h.owner = a.owner
              order by 1 desc limit 500) as workers);
-end $$;
-
--- Enqueues a schedule's run now. Its next fire stays as it is.
--- Needs    the schedule (TB404); p_id not another workflow's (TB409 run_id_conflict).
--- Leaves   a run on its queue, with metadata {"schedule", "fireTime"}; the same p_id again nothing.    Returns 
--- {"run"}.
-create or replace function tidebase.run_schedule (p_name text, p_id text) returns json language plpgsql as $$
-declare
-  v_now      timestamptz := tidebase.now();
-  v_schedule tidebase.schedules;
-begin
-  select * into v_schedule from tidebase.schedules where name = p_name for update;
-  if not found then
-    perform tidebase._refuse(404, 'not_found', format('schedule %s does not exist', p_name));
-  elsif not exists (select from tidebase.runs where id = p_id) then
-    update tidebase.schedules set last_enqueued_at = v_now where name = p_name;
-  end if;
-  return (select json_build_object('run', tidebase._run_json(e.run))
-            from tidebase._enqueue(v_schedule.queue, jsonb_build_object(
-                   'id', p_id, 'workflow_name', v_schedule.workflow_name, 'channels', '[]'::jsonb, 'priority', 0,
-                   'metadata', jsonb_build_object('schedule', p_name, 'fireTime', tidebase._iso(v_now)),
-                   'max_attempts', v_schedule.max_attempts), v_schedule.input) e);
 end $$;
 
 -- Deletes a run with everything that belongs to it.

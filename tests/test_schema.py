@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "d3067b280308a1523ee09b00764a90f07963717f61a69719a704637f8eb9c481")
+PINNED = (5, "67ec06d75aa272dd9512a8381687de2e736cddbc9f5333e0cc377453a322ba6a")
 
 
 def apply(conninfo: str) -> None:
