@@ -593,7 +593,9 @@ class Run(Surface[M]):
         self.usage: Usage[M] = Usage(self)
         self.gates: RunGates[M] = RunGates(self)
         self._step_failures: list[tuple[BaseException, str]] = []
-        self._cancelled_steps: list[_Write] = []  # recorded when the run ends; one that is given back runs them again
+        # The records of steps whose calls were cancelled, by name.  They are sent when the step is called again, or the
+        # run ends; a run that is given back executes these steps again.
+        self._cancelled_steps: dict[str, _Write] = {}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.run_id} of {self.name}>"
@@ -1807,7 +1809,7 @@ class _Call:
         return self._calls.begin(self)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and self.same is not None:
+        if error is not None and self.same is not None:  # also one that was cancelled
             self._calls.fail(self, self.same())
         self._calls.end(self)
 
@@ -1919,6 +1921,7 @@ def _execute_step(step: _Step) -> Op[Any]:
     run, lease = step.run, step.run._lease
     driver, heartbeater = run._client._driver, run._client._heartbeater
     step.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
+    _record_cancelled_steps(run, step.name)
     for tries in itertools.count(1):
         lease.boundary()
         step.id, step.started_at = None, lease.now()
@@ -1939,7 +1942,9 @@ def _execute_step(step: _Step) -> Op[Any]:
             error = raised
         except _CANCELLATIONS as cancelled:
             heartbeater.forget(step)
-            _note_cancelled(step, step.announcement, cancelled)
+            if step.announcement is not None:
+                run._client._batcher.withdraw(step.announcement)
+            _note_cancelled(step, cancelled)
             raise
         finally:
             heartbeater.forget(step)
@@ -1979,8 +1984,9 @@ def _begin_step(step: _Step) -> Op[Json]:
         try:
             answer = yield from client._batcher.send(begin)
         except _CANCELLATIONS as cancelled:
-            step.decision = "safe_replay"  # its function was not called
-            _note_cancelled(step, begin, cancelled)
+            if not client._batcher.withdraw(begin):  # else the server cannot know of the step
+                step.decision = "safe_replay"  # its function was not called
+                _note_cancelled(step, cancelled)
             raise
         action = answer["action"]
         if action in ("execute", "return"):
@@ -2027,19 +2033,17 @@ def _record_behind(step: _Step, output: bytes) -> Op[None]:
         _Write(*_outcome_of(step, output), step.run._lease, is_behind=True, explain=explain))
 
 
-def _note_cancelled(step: _Step, begin: _Write | None, error: BaseException) -> None:
-    """Have a step whose call was cancelled recorded as failed before its run ends.  Not one that the server cannot know
-    of: it has no id, and `begin`, which tells the server of it, was not sent."""
-    if step.id is not None or (begin is not None and not step.run._client._batcher.withdraw(begin)):
-        step.run._cancelled_steps.append(
-            _Write(*_outcome_of(step, b"", error), step.run._lease, explain=step.log_refusal))
+def _note_cancelled(step: _Step, error: BaseException) -> None:
+    """Have a step whose call was cancelled recorded as failed before it is called again, or its run ends."""
+    step.run._cancelled_steps[step.name] = _Write(
+        *_outcome_of(step, b"", error), step.run._lease, explain=step.log_refusal)
 
 
-def _record_cancelled_steps(run: Run[Any]) -> None:
-    """Have the steps whose calls were cancelled recorded as failed, before the end of their run."""
-    if run._cancelled_steps:
-        run._client._batcher.post(run._cancelled_steps)
-        run._cancelled_steps = []
+def _record_cancelled_steps(run: Run[Any], *names: str) -> None:
+    """Have steps whose calls were cancelled recorded as failed: those of these names."""
+    writes = [run._cancelled_steps.pop(name) for name in names if name in run._cancelled_steps]
+    if writes:
+        run._client._batcher.post(writes)
 
 
 def _outcome_of(step: _Step, output: bytes, error: BaseException | None = None,
@@ -2429,7 +2433,7 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
                    "server takes: see its setting TIDEBASE_MAX_BODY")
         return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
-    _record_cancelled_steps(run)
+    _record_cancelled_steps(run, *list(run._cancelled_steps))
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
@@ -2449,7 +2453,7 @@ def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
     fields: Json = {"error": failure}
     if getattr(error, "retryable", True) is False:
         fields["retryable"] = False
-    _record_cancelled_steps(run)
+    _record_cancelled_steps(run, *list(run._cancelled_steps))
     yield from _settle_writes(run)
     with run._lease.ending():
         return (yield from run._client._batcher.write("fail_run", _members(fields), run._lease))
@@ -2794,6 +2798,7 @@ class _WriteBatcher:
         self._lock = threading.RLock()  # the garbage collector may close a sender's generator at any time
         self._ready: deque[_Write] = deque()
         self._leader: Any = None  # what wakes the leader, an event; None: there is none
+        self._led_until = 0.0  # then a leader is given up that has not looked again: its event loop may have ended
         self._in_flight: list[list[_Write]] = []
         self._expected, self._expected_until = 0, 0.0  # how many writes the next request waits for, and until when
         self._trouble = "it has not answered"  # to the last request that failed
@@ -2811,9 +2816,9 @@ class _WriteBatcher:
             write.lease.fence()
         with self._lock:
             self._add(write)
-            leads = self._leader is None
+            leads = not self._is_led()
             if leads:
-                self._leader = _AWAKE
+                self._set_leader(_AWAKE)
         if leads:
             yield from self._lead(self._client._driver, write.until)
         return (yield from self.wait(write))
@@ -2884,6 +2889,14 @@ class _WriteBatcher:
         if self._leader is not None and not self._pause_s():
             self._leader.set()
 
+    def _is_led(self) -> bool:
+        """Under the lock: whether there is a leader."""
+        return self._leader is not None and time.monotonic() < self._led_until
+
+    def _set_leader(self, event: Any) -> None:
+        """Under the lock: there is a leader, which the event wakes, and which looks again within RECHECK_S."""
+        self._leader, self._led_until = event, time.monotonic() + 2 * RECHECK_S
+
     def _pause_s(self) -> float:
         """Under the lock: how long the leader is to wait before it looks again; 0: the next request is to be sent.  A
         second one is in flight only with as many writes as the first."""
@@ -2891,9 +2904,9 @@ class _WriteBatcher:
         if self._in_flight:
             expected, until = max(map(len, self._in_flight)), math.inf
         left_s = until - time.monotonic()
-        wanted = expected if left_s > 0 else 1
-        found = sum(1 for _ in itertools.islice(filter(_Write.may_be_sent, self._ready), max(wanted, 1)))
-        if not self._ready or (found >= wanted and len(self._in_flight) < MAX_IN_FLIGHT):
+        wanted = max(expected, 1) if left_s > 0 else 1
+        found = sum(1 for _ in itertools.islice(filter(_Write.may_be_sent, self._ready), wanted))
+        if found == wanted and len(self._in_flight) < MAX_IN_FLIGHT:
             return 0.0
         return min(left_s, RECHECK_S) if left_s > 0 else RECHECK_S
 
@@ -2922,16 +2935,20 @@ class _WriteBatcher:
     def _start_leader(self, driver: Any = None) -> None:
         """Have what is ready sent in the background, unless there is a leader.  driver: default the client's."""
         with self._lock:
-            if self._leader is not None or not self._ready:
+            if not self._ready or self._is_led():
                 return
-            self._leader = _AWAKE
+            self._set_leader(_AWAKE)
         driver = driver or self._client._driver
         if driver.awaited:
             try:
                 asyncio.get_running_loop()
             except RuntimeError:  # a thread beside the event loop: the one that sends heartbeats
                 driver = self._client._threads
-        driver.start(self._lead(driver), "tidebase-writes")
+        try:
+            driver.start(self._lead(driver), "tidebase-writes")
+        except RuntimeError:  # the machine gives no more threads: the next write tries again, and who waits for one
+            logger.warning("no thread to send writes with", exc_info=True, extra={"event": "no_thread"})
+            self._leader = None
 
     def _lead(self, driver: Any, until: float = math.inf) -> Op[None]:
         """As the leader: send the next request when it is time; the one after it is the next leader's.  until: when who
@@ -2946,10 +2963,10 @@ class _WriteBatcher:
                     pause_s, left_s = self._pause_s(), until - time.monotonic()
                     if not pause_s:
                         batch, self._leader = self._take(), None
-                    elif left_s <= 0:
+                    elif left_s <= 0 or not self._ready:  # all may have been withdrawn
                         batch, self._leader = [], None
                     else:
-                        event = self._leader = driver.event()
+                        self._set_leader(event := driver.event())
                 if batch is None:
                     yield driver.sleep(min(pause_s, left_s), event)
             if batch:
@@ -2957,7 +2974,8 @@ class _WriteBatcher:
         except BaseException as error:  # a thread goes on where a task was cancelled, as the event loop may be ending
             next_driver = None if isinstance(error, GeneratorExit) else self._client._threads
             if batch is None:
-                self._leader = None
+                with self._lock:
+                    self._leader = None
             raise
         finally:
             if next_driver is not None:

@@ -6,6 +6,7 @@ Told on both clients, with the actors of test_sdk.py and a hand on the wire betw
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -471,6 +472,46 @@ def test_a_step_does_not_wait_for_a_run_whose_next_one_takes_longer(
     assert run_two_that_are_answered_together(server, monkeypatch, second) == [2, 1, 1]
 
 
+def test_without_a_thread_to_send_in_the_background_the_end_of_the_run_sends_what_is_behind(
+    server: Any, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_unless_it_sends(thread: threading.Thread) -> None:
+        if thread.name == "tidebase-writes":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(tidebase_sdk, "_thread_cache", tidebase_sdk._ThreadCache())
+    monkeypatch.setattr(threading.Thread, "start", start_unless_it_sends)
+    with tidebase_sdk.Tidebase(server.url) as tide:
+        flow = lambda run: [run.step("n", lambda: n) for n in range(3)]  # noqa: E731, B023
+        assert tide.run("flow", flow, run_id="run_threadless", write_behind=True) == [0, 1, 2]
+    assert [step["output"] for step in api.detail("run_threadless")["steps"]] == [0, 1, 2]
+
+
+def test_a_leader_that_ended_without_a_word_is_replaced(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tidebase_sdk, "RECHECK_S", 0.05)
+    with tidebase_sdk.Tidebase(server.url) as tide:
+        with tide._batcher._lock:  # as a task that was cancelled before it began, when its event loop ended
+            tide._batcher._set_leader(threading.Event())
+        assert tide.enqueue("flow")["run"]["status"] == "queued"
+
+
+def test_a_write_that_is_withdrawn_before_the_leader_takes_it_leaves_nothing_behind(server: Any) -> None:
+    async def main() -> None:
+        async with AsyncTidebase(server.url) as tide:
+            for _ in range(4):
+                lost = asyncio.ensure_future(tide.enqueue("lost"))
+                await asyncio.sleep(0)  # it is ready, and not sent yet
+                lost.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await lost
+            assert (await tide.enqueue("flow"))["run"]["status"] == "queued"
+
+    asyncio.run(main())
+
+
 def test_who_only_enqueues_does_not_wait_longer_than_the_timeout_for_the_request_that_would_carry_it(
     actor: Callable[..., Any], server: Any, api: Api, working: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -774,6 +815,38 @@ def test_a_step_whose_call_is_cancelled_before_it_is_sent_to_be_begun_leaves_no_
 
     asyncio.run(main())
     assert [step["name"] for step in api.detail(run_id)["steps"]] == ["first"]
+
+
+def test_a_step_that_ran_into_a_time_limit_and_is_called_again_in_a_loop_keeps_its_name(server: Any, api: Api) -> None:
+    calls: list[int] = []
+
+    async def page(number: int) -> str:
+        calls.append(number)
+        if number == 1 and calls.count(1) == 1:
+            await asyncio.sleep(60)
+        return f"page {number}"
+
+    async def flow(run: Any) -> list[str]:
+        pages = []
+        for number in range(3):
+            while len(pages) == number:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    pages.append(await asyncio.wait_for(run.step("page", lambda: page(number)), 1.0))  # noqa: B023
+        if len(calls) < 5:
+            raise ConnectionError("dies after the loop")
+        return pages
+
+    async def main() -> Any:
+        async with AsyncTidebase(server.url) as tide:
+            with pytest.raises(ConnectionError):
+                await tide.run("flow", flow, run_id="run_in_time")
+            calls.append(-1)
+            return await tide.run("flow", flow, run_id="run_in_time")
+
+    assert asyncio.run(main()) == ["page 0", "page 1", "page 2"]
+    assert calls == [0, 1, 1, 2, -1]  # nothing is executed again
+    steps = [(step["name"], step["status"], step["attempt"]) for step in api.detail("run_in_time")["steps"]]
+    assert steps == [("page", "completed", 1), ("page#2", "completed", 2), ("page#3", "completed", 1)]
 
 
 def test_a_lease_that_is_lost_while_its_writes_go_with_those_of_others_costs_them_nothing(
