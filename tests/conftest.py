@@ -6,6 +6,7 @@ leaves there, and what it did to the clock, is undone.
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import http.server
 import json
@@ -23,6 +24,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +69,44 @@ def _clean_environment() -> Iterator[None]:
     os.environ.update(kept)
 
 
+SHARED = pytest.StashKey[str]()  # a folder of all processes that run the tests
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        config.stash[SHARED] = config.workerinput["shared"]
+    else:  # the process that starts the others, or the only one
+        folder = tempfile.TemporaryDirectory(prefix="tidebase-test-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        config.stash[SHARED] = folder.name
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["shared"] = node.config.stash[SHARED]
+
+
 @pytest.fixture(scope="session")
-def embedded() -> Iterator[tuple[tidebase.EmbeddedPostgres, str] | None]:
-    """The PostgreSQL that these tests started, and its address; None where DATABASE_URL names another."""
+def embedded(request: pytest.FixtureRequest) -> Iterator[tuple[tidebase.EmbeddedPostgres, str] | None]:
+    """The PostgreSQL that these tests started, and its address; None where DATABASE_URL names another.
+
+    Each process that runs tests is one of its users: the first starts it, the last stops it.
+    """
     if os.environ.get("DATABASE_URL"):
         yield None
         return
-    with an_embedded_postgres() as (embedded, conninfo):
-        _tune(embedded, conninfo)
+    shared = Path(request.config.stash[SHARED])
+    embedded = tidebase.EmbeddedPostgres(shared)
+    with (shared / "tuned").open("a") as tuned:
+        fcntl.flock(tuned, fcntl.LOCK_EX)
+        conninfo = embedded.start()
+        if not os.fstat(tuned.fileno()).st_size:
+            tune(embedded, conninfo)
+            tuned.write("yes")
+    try:
         yield embedded, conninfo
+    finally:
+        embedded.stop()
 
 
 @pytest.fixture(scope="session")
@@ -95,14 +126,17 @@ def an_embedded_postgres() -> Iterator[tuple[tidebase.EmbeddedPostgres, str]]:
             embedded.stop()
 
 
-def _tune(embedded: tidebase.EmbeddedPostgres, conninfo: str) -> None:
+def tune(embedded: tidebase.EmbeddedPostgres, conninfo: str) -> None:
+    """Make it cheap, and start it anew."""
     with psycopg.connect(conninfo, autocommit=True) as connection:
         # Flushing to disk matters when a machine loses power, which no test does; processes may still be killed.
         connection.execute("alter system set fsync = off")
+        connection.execute("alter system set full_page_writes = off")
         connection.execute("alter system set max_wal_size = '256MB'")  # its files may live in memory
         connection.execute("alter system set max_connections = 400")
         connection.execute("alter system set shared_buffers = '16MB'")  # each connection maps and unmaps them
         connection.execute("alter system set autovacuum_naptime = '5s'")
+        connection.execute("alter system set log_line_prefix = '%d '")  # whose tests it was
         if connection.info.server_version >= 160_000:
             # The password is still asked for, but its hash is cheap: else it costs half the CPU time of a connection.
             connection.execute("set scram_iterations = 1")
@@ -479,7 +513,7 @@ class Answer:
     def __init__(self, status: int, headers: Any, raw: bytes) -> None:
         self.status, self.headers, self.text = status, headers, raw.decode()
 
-    @property
+    @cached_property  # some are of many megabytes
     def json(self) -> Any:
         return json.loads(self.text)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import http.client
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 import pytest
-from conftest import Answer, Api, LocalServer, an_embedded_postgres, config, eventually, refused, together
+from conftest import Answer, Api, LocalServer, an_embedded_postgres, config, eventually, refused, together, tune
 
 import tidebase
 
@@ -352,26 +353,30 @@ def test_of_two_equal_keys_the_last_counts(api: Api) -> None:
 # What PostgreSQL's log gets
 # ------------------------------------------------------------------------------
 class Log:
-    """What PostgreSQL logs into a file, from now on."""
+    """What PostgreSQL logs about a database from now on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, conninfo: str) -> None:
         self.path, self.start = path, path.stat().st_size
+        name = psycopg.conninfo.conninfo_to_dict(conninfo)["dbname"]
+        self.entries = re.compile(rf"^{name} .*\n(?:\t.*\n)*", re.MULTILINE)  # see conftest.tune
 
     def grown(self) -> str:
-        return self.path.read_bytes()[self.start:].decode()
+        return "".join(self.entries.findall(self.path.read_bytes()[self.start:].decode()))
 
 
 @pytest.fixture
-def logged(request: pytest.FixtureRequest, embedded: Any) -> Iterator[tuple[Api, Path]]:
-    """A server, and the file that its PostgreSQL logs into."""
+def logged(request: pytest.FixtureRequest, embedded: Any) -> Iterator[tuple[Api, Log]]:
+    """A server, and what PostgreSQL logs about its database."""
     with ExitStack() as stack:
         if embedded:
-            server, (own, _) = request.getfixturevalue("server"), embedded
+            (own, _), conninfo = embedded, request.getfixturevalue("database")
+            server = request.getfixturevalue("server")
         else:  # whose log nobody gives us
             own, conninfo = stack.enter_context(an_embedded_postgres())
+            tune(own, conninfo)
             server = LocalServer(config(), conninfo).start()
             stack.callback(server.close)
-        yield Api(server.url, server), own.log
+        yield Api(server.url, server), Log(own.log, conninfo)
 
 
 SECRET = "of-a-patient"
@@ -419,8 +424,8 @@ def refuse_a_state(api: Api) -> list[Callable[[], Any]]:
 
 @pytest.mark.parametrize("refuse", [refuse_a_run, refuse_a_step, refuse_a_gate, refuse_a_state])
 def test_a_refusal_carries_a_large_object_to_the_client_and_nothing_of_it_into_the_log_of_postgres(
-        logged: tuple[Api, Path], refuse: Callable[[Api], list[Callable[[], Any]]]) -> None:
-    api, log = logged[0], Log(logged[1])
+        logged: tuple[Api, Log], refuse: Callable[[Api], list[Callable[[], Any]]]) -> None:
+    api, log = logged
     requests = refuse(api)
     for number in range(20):
         assert LARGE in requests[number % len(requests)]().values()
@@ -428,8 +433,8 @@ def test_a_refusal_carries_a_large_object_to_the_client_and_nothing_of_it_into_t
     assert SECRET not in log.grown()
 
 
-def test_errors_of_postgres_itself_put_no_payloads_into_its_log(logged: tuple[Api, Path]) -> None:
-    api, log = logged[0], Log(logged[1])
+def test_errors_of_postgres_itself_put_no_payloads_into_its_log(logged: tuple[Api, Log]) -> None:
+    api, log = logged
     random = "".join(map(chr, Random(1).sample(range(0x4E00, 0x9FFF), 512)))  # together too long for an index's row
     body = {"workflowName": "w", "input": LARGE, "metadata": {"a": LARGE}, "dedupeKey": random}
     refused(api.post("/writes", {"writes": [{"do": "enqueue_run", "queue": random, **body}]}), 400, "invalid_request")
@@ -442,6 +447,7 @@ def test_errors_of_postgres_itself_put_no_payloads_into_its_log(logged: tuple[Ap
     with pytest.raises(psycopg.IntegrityError), api.server.database.connection() as connection:
         connection.execute("insert into tidebase.runs (id, workflow_name, status, input)"
                            " values ('r', 'w', 'queued', %s)", [json.dumps(LARGE)])
+    assert "runs_queued_whole" in log.grown()
     assert len(log.grown()) < 64_000
     assert LARGE[:200] not in log.grown()
 
