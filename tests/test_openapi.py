@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -82,37 +82,36 @@ def test_a_get_takes_the_parameters_that_it_tells_and_refuses_all_others(api: Ap
                     assert "is not a parameter" not in answer.text, (path, told["name"])
 
 
-def test_no_text_field_of_a_body_takes_nul(api: Api, document: dict[str, Any]) -> None:
+def bodies(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The method, a path and the fields of each kind of body that a route takes."""
     kinds = document["components"]["schemas"]
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             if body := operation.get("requestBody"):
                 schema = body["content"]["application/json"]["schema"]
                 for one in schema.get("anyOf", [schema]):
-                    fields = kinds[one["$ref"].split("/")[-1]]["properties"] if "$ref" in one else {}
-                    texts = {name for name, field in fields.items() if field.get("pattern") == WITHOUT_NUL}
-                    if texts:
-                        answer = api.send(method.upper(), re.sub(r"{\w+}", "x", path), dict.fromkeys(texts, "\0"))
-                        issues = refused(answer, 400, "invalid_request")["issues"]
-                        assert texts <= {issue["path"] for issue in issues if "NUL" in issue["message"]}, path
+                    if "$ref" in one:
+                        fields = kinds[one["$ref"].split("/")[-1]]["properties"]
+                        yield method.upper(), re.sub(r"{\w+}", "x", path), fields
+
+
+def test_no_text_field_of_a_body_takes_nul(api: Api, document: dict[str, Any]) -> None:
+    for method, path, fields in bodies(document):
+        texts = {name for name, field in fields.items() if field.get("pattern") == WITHOUT_NUL}
+        if texts:
+            issues = refused(api.send(method, path, dict.fromkeys(texts, "\0")), 400, "invalid_request")["issues"]
+            assert texts <= {issue["path"] for issue in issues if "NUL" in issue["message"]}, path
 
 
 def test_every_field_of_a_body_is_checked_on_each_route_that_takes_it(api: Api, document: dict[str, Any]) -> None:
-    kinds = document["components"]["schemas"]
     checked = 0
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            if body := operation.get("requestBody"):
-                schema = body["content"]["application/json"]["schema"]
-                for one in schema.get("anyOf", [schema]):
-                    fields = kinds[one["$ref"].split("/")[-1]]["properties"] if "$ref" in one else {}
-                    wrong = {name: 5 if field.get("type", "object") in ("object", ["object", "null"]) else {}
-                             for name, field in fields.items() if {"type", "$ref", "anyOf"} & field.keys()}
-                    answer = api.send(method.upper(), re.sub(r"{\w+}", "x", path), wrong)
-                    if wrong:
-                        issues = refused(answer, 400, "invalid_request")["issues"]
-                        assert wrong.keys() <= {issue["path"] for issue in issues}, path
-                    checked += len(wrong)
+    for method, path, fields in bodies(document):
+        wrong = {name: 5 if field.get("type", "object") in ("object", ["object", "null"]) else {}
+                 for name, field in fields.items() if {"type", "$ref", "anyOf"} & field.keys()}
+        if wrong:
+            issues = refused(api.send(method, path, wrong), 400, "invalid_request")["issues"]
+            assert wrong.keys() <= {issue["path"] for issue in issues}, path
+        checked += len(wrong)
     assert checked > 100
 
 

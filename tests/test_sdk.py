@@ -605,21 +605,24 @@ def test_a_step_that_ends_its_thread_is_recorded_as_failed_before_its_run(server
     assert [(step["status"], step["error"]["name"]) for step in detail["steps"]] == [("failed", "SystemExit")]
 
 
-def test_a_step_that_is_interrupted_is_recorded_as_failed_before_its_run_is_given_back_or_ends(
-    server: Any, api: Api
-) -> None:
-    """As Ctrl-C does: the workflow catches it here, so that its run completes."""
-    run_id = new_run_id()
+def interrupted_in_its_step(before: Callable[[], Any]) -> Callable[[Any, Any], str]:
+    """A workflow whose step calls `before` and is interrupted, as by Ctrl-C, which the workflow catches."""
 
     def flow(run: Any, input: Any) -> str:
         def leave() -> None:
-            eventually(lambda: [each["status"] for each in api.detail(run_id)["steps"]])  # it is seen as running
+            before()
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             run.step("slow", leave)
         return "went on"
 
+    return flow
+
+
+def test_a_step_that_is_interrupted_is_recorded_as_failed_before_its_run_ends(server: Any, api: Api) -> None:
+    run_id = new_run_id()
+    flow = interrupted_in_its_step(lambda: eventually(lambda: api.detail(run_id)["steps"]))  # it is seen as running
     with Tidebase(server.url) as tide:
         assert tide.run("flow", flow, run_id=run_id) == "went on"
     detail = api.detail(run_id)
@@ -632,18 +635,12 @@ def test_a_cancelled_step_that_cannot_be_recorded_any_more_is_told_in_the_log(
 ) -> None:
     run_id = new_run_id()
 
-    def flow(run: Any, input: Any) -> str:
-        def leave() -> None:
-            step = eventually(lambda: api.detail(run_id)["steps"])[0]
-            assert api.fail_step(run_id, step["id"], api.run(run_id)["leaseOwner"], resumeDecision="manual_review")
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            run.step("slow", leave)
-        return "went on"
+    def fail_for_review() -> None:
+        step = eventually(lambda: api.detail(run_id)["steps"])[0]
+        assert api.fail_step(run_id, step["id"], api.run(run_id)["leaseOwner"], resumeDecision="manual_review")
 
     with Tidebase(server.url) as tide:
-        assert tide.run("flow", flow, run_id=run_id) == "went on"
+        assert tide.run("flow", interrupted_in_its_step(fail_for_review), run_id=run_id) == "went on"
     assert [record.getMessage().partition(": ")[0] for record in caplog.records if record.event == "end_refused"] == [
         f"step 'slow' of run {run_id} was cancelled, which could not be recorded"]
     assert api.detail(run_id)["steps"][0]["status"] == "manual_review"

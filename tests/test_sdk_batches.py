@@ -697,9 +697,9 @@ def test_cancelling_tasks_whose_steps_are_under_way_does_not_lose_those_of_other
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("arrived", [False, True], ids=["on its way", "arrived"])
+@pytest.mark.parametrize("when", ["before", "after"])  # the request arrives
 def test_cancelling_the_call_that_sends_neither_loses_nor_holds_up_nor_repeats_what_goes_along(
-    server: Any, api: Api, monkeypatch: pytest.MonkeyPatch, arrived: bool
+    server: Any, api: Api, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     monkeypatch.setattr(tidebase_sdk, "SLOW_STEP_S", 60.0)  # on a busy machine a step may be slow
     ids, calls = [new_run_id() for _ in range(3)], Counter[str]()
@@ -725,10 +725,7 @@ def test_cancelling_the_call_that_sends_neither_loses_nor_holds_up_nor_repeats_w
 
         async with AsyncTidebase(server.url) as tide:
             wire = Wire(tide)
-            if arrived:
-                wire.after = hold
-            else:
-                wire.before = hold
+            setattr(wire, when, hold)
             tasks = {run_id: asyncio.ensure_future(tide.run("flow", flow, run_id=run_id)) for run_id in ids}
             await asyncio.to_thread(eventually, lambda: calls.total() == 3)
             go.set()
@@ -751,13 +748,13 @@ def test_cancelling_the_call_that_sends_neither_loses_nor_holds_up_nor_repeats_w
             "step.started", "step.completed"]
 
 
-@pytest.mark.parametrize("arrived", [False, True], ids=["on its way", "arrived"])
+@pytest.mark.parametrize("when", ["before", "after"])  # the request arrives
 @pytest.mark.parametrize(("name", "begin"), [
     ("mail", lambda run: run.step("mail", lambda: pytest.fail("executed"), side_effects="email")),
     ("mail", lambda run: run.step("mail", lambda: pytest.fail("executed"), side_effects="email", idempotency_key="k")),
     ("signal:paid", lambda run: run.wait_for_signal("paid"))], ids=["effect", "effect with a key", "wait"])
 def test_a_step_whose_call_is_cancelled_while_it_is_begun_does_not_stay_running_in_a_completed_run(
-    server: Any, api: Api, arrived: bool, name: str, begin: Callable[[Any], Any]
+    server: Any, api: Api, when: str, name: str, begin: Callable[[Any], Any]
 ) -> None:
     run_id = new_run_id()
     held, free = threading.Event(), threading.Event()
@@ -779,10 +776,7 @@ def test_a_step_whose_call_is_cancelled_while_it_is_begun_does_not_stay_running_
     async def main() -> None:
         async with AsyncTidebase(server.url) as tide:
             wire = Wire(tide)
-            if arrived:
-                wire.after = hold
-            else:
-                wire.before = hold
+            setattr(wire, when, hold)
             assert await tide.run("flow", flow, run_id=run_id) == "went on"
 
     asyncio.run(main())
