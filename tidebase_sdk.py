@@ -786,8 +786,8 @@ class Run(Surface[M]):
             if checkpoint is False:
                 return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
             wanted = {"fanout": label, "join": "all", "children": names}
-            with _Call(self._calls, ("step", f"join:{checkpoint if isinstance(checkpoint, str) else label}"),
-                                  same=same) as (join,):
+            join_name = f"join:{checkpoint if isinstance(checkpoint, str) else label}"
+            with _Call(self._calls, ("step", join_name), same=same) as (join,):
                 joined: Any = None
                 step = _Step(self, join, lambda: joined, wanted, None)
                 known = step.checkpoint()
@@ -1665,7 +1665,7 @@ class _Calls:
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may end a call at any time, by closing its generator
         self._numbers: dict[_Named, int] = {}  # of each name, as called or as recorded: the last number given
         self._under_way: set[_Named] = set()  # as called
         self._failed: dict[tuple[_Named, ...], list[_Call]] = {}  # those that may be made once more, the oldest first
@@ -1921,7 +1921,7 @@ def _execute_step(step: _Step) -> Op[Any]:
     run, lease = step.run, step.run._lease
     driver, heartbeater = run._client._driver, run._client._heartbeater
     step.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
-    _record_cancelled_steps(run, step.name)
+    _record_cancelled_steps(run, [step.name])
     for tries in itertools.count(1):
         lease.boundary()
         step.id, step.started_at = None, lease.now()
@@ -2039,9 +2039,9 @@ def _note_cancelled(step: _Step, error: BaseException) -> None:
         *_outcome_of(step, b"", error), step.run._lease, explain=step.log_refusal)
 
 
-def _record_cancelled_steps(run: Run[Any], *names: str) -> None:
-    """Have steps whose calls were cancelled recorded as failed: those of these names."""
-    writes = [run._cancelled_steps.pop(name) for name in names if name in run._cancelled_steps]
+def _record_cancelled_steps(run: Run[Any], names: Iterable[str]) -> None:
+    """Have those of these steps whose calls were cancelled recorded as failed."""
+    writes = [run._cancelled_steps.pop(name) for name in list(names) if name in run._cancelled_steps]
     if writes:
         run._client._batcher.post(writes)
 
@@ -2433,7 +2433,7 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
                    "server takes: see its setting TIDEBASE_MAX_BODY")
         return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
-    _record_cancelled_steps(run, *list(run._cancelled_steps))
+    _record_cancelled_steps(run, run._cancelled_steps)
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
@@ -2453,7 +2453,7 @@ def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
     fields: Json = {"error": failure}
     if getattr(error, "retryable", True) is False:
         fields["retryable"] = False
-    _record_cancelled_steps(run, *list(run._cancelled_steps))
+    _record_cancelled_steps(run, run._cancelled_steps)
     yield from _settle_writes(run)
     with run._lease.ending():
         return (yield from run._client._batcher.write("fail_run", _members(fields), run._lease))
