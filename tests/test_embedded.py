@@ -448,24 +448,6 @@ def test_what_lies_in_tmp_for_a_long_path_comes_back_when_it_was_tidied_up_and_g
     assert not link.parent.exists()
 
 
-def test_what_a_killed_server_left_in_tmp_goes_at_the_next_start(outside: Path, made: Path) -> None:
-    def links() -> list[Path]:
-        return [link for link in Path("/tmp").glob("tidebase-*/postgres")
-                if link.is_symlink() and link.readlink() == data_dir / "postgres"]
-
-    data_dir = copy_of(made, outside / LONG / "data")
-    with holding(data_dir) as (_, pid):
-        keeper, left = keeper_of(pid), links()
-    assert len(left) == 1
-    eventually(lambda: not is_running(keeper), 30)
-    with started(data_dir) as (embedded, conninfo):
-        assert answer_of(conninfo) == 1
-        assert links() == [Path(embedded._host())] != left
-        with started(data_dir) as (second, _):  # which has a link of its own, and leaves that of the first alone
-            assert set(links()) == {Path(embedded._host()), Path(second._host())}
-    assert links() == []
-
-
 def test_why_it_does_not_start_is_told_with_the_end_of_its_log(data_dir: Path, monkeypatch: Any) -> None:
     with started(data_dir) as (embedded, _):
         pass

@@ -27,7 +27,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
@@ -87,7 +87,6 @@ class EmbeddedPostgres:
                 self._users = self._open("postgres.users")
                 if self._is_only_user(self._users):
                     self._stop_leftover()
-                    self._remove_dead_links()
                 fcntl.flock(self._users, fcntl.LOCK_SH)  # waits while a keeper stops PostgreSQL after its last user
                 self._ensure_running()
                 conninfo = self._conninfo()
@@ -184,14 +183,6 @@ class EmbeddedPostgres:
             logger.warning("stopping process %s, a PostgreSQL that was left behind in %s", self.pid(), self.folder,
                            extra={"event": "postgres_left_behind"})
             self.halt()
-
-    def _remove_dead_links(self) -> None:
-        """Remove the links that servers which were killed left in /tmp: nobody else uses the data."""
-        for link in Path("/tmp").glob("tidebase-*/postgres"):
-            with suppress(FileNotFoundError):  # a clean-up of /tmp was faster
-                if (link != self._link and link.parent.lstat().st_uid == os.geteuid() and link.is_symlink()
-                        and link.readlink() == self.folder):
-                    shutil.rmtree(link.parent)
 
     def _ensure_running(self) -> None:
         deadline = time.monotonic() + START_SECONDS
