@@ -1,75 +1,68 @@
-// The page of a run. LiveRun is what is known of it: read once, then kept up to date by its stream of events, by seq.
-// The parts of the page draw from it: header with verdict, tabs, side panel. What is open, selected and scrolled stays.
+// The page of a run: header with the verdict on a rerun, tabs, side panel. They draw from a LiveRun. What is open, selected
+// and scrolled stays.
 
-import { breathe, canWrite, compareUrl, every, follow, get, laterAgain, navigate, path, post, readPages, runsUrl,
-	runUrl, session, setQuery, setTitle } from "./api.js";
+import { breathe, canWrite, compareUrl, every, get, laterAgain, navigate, post, runsUrl, runUrl, setQuery, setTitle
+	} from "./api.js";
 import { actor, reviewForm } from "./approvals.js";
 import { askFork } from "./compare.js";
-import { ask, button, code, compactCount, count, debounce, duration, el, errorText, facts, field, fill, icon,
-	iconButton, idText, input, link, money, muted, once, plainTable, plural, row as inRow, setMark, setState, setText,
-	show, status, strong, time, toast } from "./dom.js";
+import { ask, button, code, compactCount, count, duration, el, errorText, facts, field, fill, icon, iconButton, idText,
+	input, link, money, muted, once, plainTable, plural, row as inRow, setState, setText, show, status, strong, time, toast
+	} from "./dom.js";
+import { LiveRun } from "./live.js";
 import { bodyOf, jsonInput, payload, readPayload } from "./payload.js";
 import { attemptWords, errorLine, isCut, outcome, shownStatus } from "./runs.js";
 import { stepPanel, TABS } from "./tabs.js";
-import { makeWaterfall, Timeline } from "./waterfall.js";
+import { makeWaterfall } from "./waterfall.js";
 
 export async function runPage({ main, parts: [id], query, signal }) {
 	const run = new LiveRun(id, signal);
 	await run.readSummary();
 	const stepsRead = run.readSteps();
-	const waterfall = makeWaterfall(run.timeline, { signal, onSelect: open, onOpen: readTimeline });
-	const header = makeHeader(run, stepsRead, ({ id: stepId }) => {
-		const row = run.timeline.rows.get(stepId);
+	const waterfall = makeWaterfall(run, open);
+	const header = makeHeader(run, stepsRead, (step) => {
 		tabs.open("timeline");
-		open(row);
-		waterfall.reveal(row);
+		waterfall.reveal(openStep(step.id));
 	});
 	const panel = makePanel(run, () => {
 		waterfall.choose(null);
 		setQuery({ step: null });
 	});
-	const tabs = makeTabs(run, panel, { element: waterfall.element, update: waterfall.schedule });
+	const tabs = makeTabs(run, panel, waterfall);
 	fill(main, header.element, header.verdict, tabs.strip, el("div.split", tabs.content, panel.element));
 
-	function open(row) {
-		if (row.kind === "run") panel.close();
-		else if (row.kind === "child") navigate(runUrl(row.key));
-		else if (row.kind === "gate") tabs.open("gates");
-		else if (row.kind === "step") {
-			waterfall.choose(row.key);
-			setQuery({ step: row.key });
-			panel.open(row.name, stepPanel(run, row));
-		}
+	function open({ kind, key }) {
+		if (kind === "run") panel.close();
+		else if (kind === "child") navigate(runUrl(key));
+		else if (kind === "gate") tabs.open("gates");
+		else if (kind === "step") openStep(key);
 	}
 
-	run.onRows = () => {
+	function openStep(stepId) {
+		const row = waterfall.choose(stepId);
+		if (!row) return null;
+		setQuery({ step: stepId });
+		panel.open(row.name, stepPanel(run, row, () => waterfall.rowOf(stepId)));
+		return row;
+	}
+
+	run.onChange = (events) => {
 		header.draw();
-		waterfall.schedule();
-	};
-	run.onSummary = () => {
-		header.draw();
-		panel.drawRun();
-		tabs.update(null);
-		waterfall.schedule();
-	};
-	run.onEvents = (events) => {
-		tabs.update(events);
 		panel.update(events);
+		tabs.update(events);
 	};
 	document.addEventListener("decided", () => {
 		run.readSummarySoon();
 		tabs.update([]);
 	}, { signal });
-	run.onSummary();
+	run.onChange(null);
 	await stepsRead;
 	run.readOthers();
 	tabs.open(query.get("tab"));
 	await breathe(30); // the browser lays it out: drawing the waterfall would do so in the same task
-	const chosen = run.timeline.rows.get(query.get("step"));
-	if (chosen) open(chosen);
 	waterfall.draw();
+	openStep(query.get("step"));
 	run.follow(header.mark);
-	every(async () => run.isLive && waterfall.schedule(), 1000, signal);
+	every(async () => run.isLive && waterfall.element.isConnected && waterfall.update(), 1000, signal);
 	let turn = 0;
 	every(async () => (run.isLive || ++turn % 5 === 0) && run.readAgain(), 3000, signal); // rarely once it has ended
 
@@ -77,119 +70,6 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		onQuery: (parameters) => tabs.open(parameters.get("tab")),
 		escape: () => panel.close(),
 	};
-}
-
-async function readTimeline(id) {
-	const [{ run }, { steps }] = await Promise.all([
-		get(path`/runs/${id}/summary`), get(path`/runs/${id}/steps`, { limit: 500 })]);
-	const timeline = new Timeline(session.leaseMs, id);
-	timeline.setRun(run);
-	steps.forEach((step) => timeline.setStep(step));
-	return timeline;
-}
-
-// --- what is known of the run
-
-const MOST_EVENTS = 20_000; // of a longer run, the newest so many are read
-const soon = (read) => debounce(() => read().catch(laterAgain), 150); // events come in bursts
-
-class LiveRun {
-	events = []; // those after firstSeq, in order
-	steps = new Map(); // by id
-	lastPosition = 0; // of the steps that were read
-	readSummarySoon = soon(() => this.readSummary());
-	readStepsSoon = soon(() => this.readSteps());
-	readGatesSoon = soon(() => this.readGates());
-	readTreeSoon = soon(() => this.readTree());
-
-	constructor(id, signal) {
-		Object.assign(this, { id, signal, url: path`/runs/${id}`, timeline: new Timeline(session.leaseMs, id) });
-	}
-
-	get isLive() {
-		return !this.light.completedAt;
-	}
-
-	/** The step in which the run's error happened. */
-	get failedStep() {
-		const { name, message } = this.light.error ?? {};
-		const steps = [...this.steps.values()].reverse();
-		return steps.find(({ error }) => name && error?.name === name && error.message === message)
-			?? (/LeaseExpired|Review/.test(name) && steps.find(({ status: is }) => /running|manual_review/.test(is)));
-	}
-
-	/** `light`: the run as lists have it. Beside it counts, cost, state, parent and durationMs. */
-	async readSummary() {
-		const { run: light, ...others } = await get(`${this.url}/summary`);
-		Object.assign(this, others, { light });
-		this.timeline.setRun(light);
-		this.onSummary?.();
-	}
-
-	keepStep(step) {
-		this.steps.set(step.id, step);
-		this.timeline.setStep(step);
-		this.lastPosition = Math.max(this.lastPosition, step.position);
-	}
-
-	async readSteps() {
-		await readPages(`${this.url}/steps`, "steps", { after: this.lastPosition || null, limit: 500 },
-			(steps) => steps.forEach((step) => this.keepStep(step)));
-		this.onRows?.();
-	}
-
-	async readGates() {
-		for (const gate of (await get(this.url, { include: "gates" })).gates) this.timeline.setGate(gate);
-		this.onRows?.();
-	}
-
-	async readTree() {
-		const { runs } = await get(`${this.url}/tree`, { limit: 500 });
-		for (const child of runs.slice(1)) this.timeline.setChild(child);
-		this.onRows?.();
-	}
-
-	readOthers() {
-		if (this.counts.gates) this.readGatesSoon();
-		if (this.counts.children) this.readTreeSoon();
-	}
-
-	/** What no event of this run tells: how its children, deliveries and lease are. */
-	async readAgain() {
-		if (this.counts.childrenLive) this.readTreeSoon();
-		await this.readSummary();
-	}
-
-	/** `mark` says how fresh the page is. After a gap all is read that events do not tell. */
-	follow(mark) {
-		this.firstSeq = Math.max(0, this.light.eventSeq - MOST_EVENTS);
-		let lost = false;
-		follow(this.id, this.firstSeq, (batch) => this.take(batch), (state) => {
-			setMark(mark, state);
-			if (state === "live" && lost) {
-				this.readSummarySoon();
-				this.readOthers();
-			}
-			lost = state !== "live";
-		}, this.signal);
-	}
-
-	/** Apply events to the timeline. Rows are read again only for what events do not carry. */
-	take(batch) {
-		const events = batch.map(({ text }) => Object.assign(JSON.parse(text), { text }));
-		for (const event of events) this.timeline.apply(event);
-		this.events.push(...events);
-		const last = events.at(-1).seq;
-		this.counts.events = Math.max(this.counts.events, last);
-		if (last > this.light.eventSeq) { // news, not history
-			const some = (kind) => events.some(({ type }) => type.startsWith(kind));
-			if (some("step.")) this.readStepsSoon();
-			if (some("gate.")) this.readGatesSoon();
-			if (some("run.child")) this.readTreeSoon();
-			this.readSummarySoon();
-		}
-		this.onEvents?.(events);
-	}
 }
 
 // --- the header, and below it the verdict on a rerun
@@ -334,8 +214,8 @@ async function fork(run) {
 
 // --- the tabs
 
-function makeTabs(run, panel, timeline) {
-	const opened = new Map([["timeline", timeline]]);
+function makeTabs(run, panel, waterfall) {
+	const opened = new Map([["timeline", waterfall]]);
 	let chosen = null;
 	const content = el("div.stack", { role: "tabpanel", tabindex: "-1" });
 	const strip = el("nav.tabs", { role: "tablist", label: "What is known of this run", onkeydown({ key, target }) {
@@ -417,5 +297,5 @@ function makePanel(run, onClose) {
 				kinds.length === 0 && muted("It has no input and no result yet."))));
 	}
 
-	return { element, open, close, drawRun, update: (events) => content?.update?.(events) };
+	return { element, open, close, update: (events) => (events ? content?.update?.(events) : drawRun()) };
 }

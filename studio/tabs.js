@@ -246,24 +246,26 @@ const REPLAY = { auto: "runs again", manual: "waits for a review", never: "never
 const ATTEMPT = { cut: ["stalled", "cut off"], held: ["cancelled", "ended"],
 	manual_review: ["manual_review", "no outcome"] };
 
-/** A step's row is read again, also after events of the step, since they carry no sizes. */
-export function stepPanel(run, row) {
-	const runId = row.owner?.runId ?? run.id;
+/** A step's row is read again, also after events of the step, since they carry no sizes. rowOf() is its row now. */
+export function stepPanel(run, { key, name, runId }, rowOf) {
+	const own = runId === run.id ? run : run.unfolded.get(runId);
 	const panel = loading(async (box) => {
-		const asked = row.step ? { after: Math.max(0, row.step.position - 1), limit: 2 } : { text: row.name };
-		const { steps } = await get(path`/runs/${runId}/steps`, asked);
-		const step = steps.find((one) => one.id === row.key);
+		const known = own.steps.get(key);
+		const asked = known ? { after: known.position - 1, limit: 1 } : { text: name };
+		const { seq } = own;
+		const { steps } = await get(`${own.url}/steps`, asked);
+		const step = steps.find(({ id }) => id === key);
 		if (!step) return fill(box, muted("Its row is not there yet."));
-		if (runId === run.id) run.keepStep(step);
+		own.keepStep(step, seq);
 		const { sideEffects, replay, idempotencyKey } = step.resumeContract ?? {};
 		const shown = (title, of) => step[`${of}Bytes`] > 2 && payload(title, runId, `step.${of}`, step.id);
-		const attempts = attemptsOf(row);
+		const attempts = attemptsOf(rowOf());
 		const stack = step.errorBytes > 2 && stackOf(await readPayload(runId, "step.error", step.id));
 		fill(box,
 			facts({ Status: status(step.status), Attempt: step.attempt, Began: time(step.startedAt, "precise"),
 				Took: step.completedAt && between(step.startedAt ?? step.createdAt, step.completedAt),
 				Owner: step.leaseOwner && code(step.leaseOwner),
-				Copied: row.copied && "from the run that this is a fork of" }),
+				Copied: step.copied && "from the run that this is a fork of" }),
 			step.status === "manual_review" && canWrite() && card("Decide it", null, reviewForm(runId, step, panel.again)),
 			step.error && errorText(errorLine(step.error)),
 			stack && inlinePayload("Stack", stack, `${step.id}-stack`),
@@ -278,7 +280,7 @@ export function stepPanel(run, row) {
 			shown("Options", "options"));
 	}, 4);
 	const again = debounce(panel.again, 150);
-	return Object.assign(panel, { update: (events) => events.some(({ stepId }) => stepId === row.key) && again() });
+	return Object.assign(panel, { update: (events) => events.some(({ stepId }) => stepId === key) && again() });
 }
 
 function stackOf(text) {

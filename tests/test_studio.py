@@ -263,6 +263,10 @@ def test_a_step_that_is_open_and_the_focus_stay_while_events_come(tab: Tab, api:
     with_text(page, "second")
     expect(filtering).to_be_focused()
     expect(panel.get_by_role("heading", name="first")).to_be_visible()
+    with page.expect_response(lambda answer: "third" in answer.text() if "/steps?" in answer.url else False):
+        third = api.begin_step(run, "third", "w1")["step"]["id"]
+    api.fail_step(run, third, "w1", {"name": "TimeoutError", "message": "no answer"}, retryable=True)
+    expect(page.get_by_role("button", name="third: failed retryable")).to_be_visible()
     page.reload()  # the open step stands in the address
     expect(panel.get_by_role("heading", name="first")).to_be_visible()
 
