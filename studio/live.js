@@ -1,7 +1,8 @@
 // What is known of a run: read once, then kept up to date by its stream of events, by seq. Pages draw from it.
 
-import { follow, get, laterAgain, path, readPages, session } from "./api.js";
+import { follow, get, getText, laterAgain, path, readPages, session } from "./api.js";
 import { debounce, setMark } from "./dom.js";
+import { items, member } from "./payload.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the newest so many are read
 const soon = (read) => debounce(() => read().catch(laterAgain), 150); // events come in bursts
@@ -10,7 +11,7 @@ export class LiveRun {
 	light = null; // the run as lists have it. Beside it stand counts, cost, state, parent and durationMs
 	events = []; // those after firstSeq, in order, each with its text and `at`, its time in ms
 	steps = new Map(); // by id
-	gates = [];
+	gates = []; // each with `raw`, its text
 	tree = []; // its children, and theirs
 	unfolded = new Map(); // children that the reader looks into, by id: LiveRuns
 	leaseMs = session.leaseMs;
@@ -63,13 +64,14 @@ export class LiveRun {
 	}
 
 	async readGates() {
-		this.gates = (await get(this.url, { include: "gates" })).gates;
+		const text = await getText(this.url, { include: "gates" });
+		this.gates = items(member(text, "gates")).map((raw) => ({ ...JSON.parse(raw), raw }));
 		this.onChange(null);
 	}
 
 	async readTree() {
-		const { runs } = await get(`${this.url}/tree`, { limit: 500 });
-		this.tree = runs.slice(1);
+		const { runs, truncated } = await get(`${this.url}/tree`, { limit: 1000 });
+		Object.assign(this, { tree: runs.slice(1), treeTruncated: truncated });
 		for (const child of this.unfolded.values()) if (child.isLive) await child.readAll();
 		this.onChange(null);
 	}
@@ -87,9 +89,9 @@ export class LiveRun {
 		this.unfolded.set(id, child);
 	}
 
-	readOthers() {
-		if (this.counts.gates) this.readGatesSoon();
-		if (this.counts.children) this.readTreeSoon();
+	async readOthers() {
+		const wanted = [this.counts.gates && this.readGates(), this.counts.children && this.readTree()];
+		await Promise.all(wanted.filter(Boolean).map((reading) => reading.catch(laterAgain)));
 	}
 
 	/** What no event of this run tells: how its children, deliveries and lease are. */

@@ -4,9 +4,8 @@
 import { breathe, canWrite, compareUrl, every, get, laterAgain, navigate, post, runsUrl, runUrl, setQuery, setTitle
 	} from "./api.js";
 import { actor, reviewForm } from "./approvals.js";
-import { askFork } from "./compare.js";
 import { ask, button, code, compactCount, count, duration, el, errorText, facts, field, fill, icon, iconButton, idText,
-	input, link, money, muted, once, plainTable, plural, row as inRow, setState, setText, show, status, strong, time, toast
+	input, link, money, muted, once, plainTable, plural, row as inRow, select, setState, setText, show, status, strong, time, toast
 	} from "./dom.js";
 import { LiveRun } from "./live.js";
 import { bodyOf, jsonInput, payload, readPayload } from "./payload.js";
@@ -55,8 +54,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 		tabs.update([]);
 	}, { signal });
 	run.onChange(null);
-	await stepsRead;
-	run.readOthers();
+	await Promise.all([stepsRead, run.readOthers()]);
 	tabs.open(query.get("tab"));
 	await breathe(30); // the browser lays it out: drawing the waterfall would do so in the same task
 	waterfall.draw();
@@ -207,9 +205,38 @@ async function sendSignal({ url, light }) {
 	toast("The signal is sent.");
 }
 
+/** From which step, and with what input? What is reused is shown. */
 async function fork(run) {
-	const made = await askFork(run);
-	if (made) navigate(compareUrl(run.id, made.id));
+	const steps = [...run.steps.values()].sort((one, other) => one.position - other.position);
+	const given = run.light.inputBytes > 0 ? await readPayload(run.id, "input") : "{}";
+	const preview = el("div", { role: "status" });
+	const note = muted("The input is another one: reused steps keep what they returned for the old one.");
+	const from = select("Run again from", [...steps.map(({ name }) => [name, name]),
+		["", "the end: reuse all completed steps"]], draw, { name: "fromStep" });
+	from.value = (steps.find(({ status: is }) => is !== "completed") ?? steps.at(-1))?.name ?? "";
+	const { queues } = await get("/queues");
+	const own = run.light.queue ?? "";
+	const others = queues.map(({ name }) => [name, name]).filter(([name]) => name !== own);
+	const queue = select("Queue", [[own, own || "none"], ...others], null, { name: "queue" });
+	const payload = jsonInput("input", { value: given });
+	payload.addEventListener("input", draw);
+	function draw() {
+		const cut = from.value ? steps.findIndex(({ name }) => name === from.value) : steps.length;
+		const kept = steps.filter((step, index) => index < cut && step.status === "completed");
+		const again = steps.filter((step) => !kept.includes(step));
+		fill(preview, [["Reused", kept], ["Runs again", again]].map(([word, some]) =>
+			el("p.clip", strong(`${word}: ${plural(some.length, "step")} `), muted(some.map(({ name }) => name).join(", ")))));
+		show(note, kept.length > 0 && payload.value !== given);
+	}
+	draw();
+	const values = await ask("Fork this run", [
+		el("p", "A new run of the same workflow. It begins with copies of the checkpoints before the step that you choose."),
+		field("Run again from", from), preview, field("Queue", queue), field("Input", payload), note,
+	], "Fork");
+	if (!values) return;
+	const { fromStep, queue: chosen, input: typed } = values;
+	const body = bodyOf({ fromStep, queue: chosen }, { input: typed === given ? null : typed });
+	navigate(compareUrl(run.id, (await post(`${run.url}/fork`, body)).run.id));
 }
 
 // --- the tabs

@@ -2,11 +2,11 @@
 // {element, update(events)}. update gets new events, none when the tab is opened again, and null when the summary was
 // read. And the panel of one step.
 
-import { canWrite, get, getText, path, post, readPages, runUrl } from "./api.js";
+import { canWrite, get, post, readPages, runUrl } from "./api.js";
 import { gateCard, reviewForm } from "./approvals.js";
 import { between, button, bytes, card, checkbox, code, count, debounce, duration, el, empty, errorText, facts, fill,
-	grid, iconButton, idText, input, link, loading, meters, money, muted, number, options, plainTable, plural, searchInput,
-	select, setText, status, strong, tag, time, toast, virtualRows } from "./dom.js";
+	grid, iconButton, idText, input, link, loading, meters, money, muted, number, once, options, plainTable, plural, searchInput,
+	select, setText, show, status, strong, tag, time, toast, virtualRows } from "./dom.js";
 import { diffTable, inlinePayload, items, member, payload, readPayload } from "./payload.js";
 import { errorLine, outcome, runStatus } from "./runs.js";
 import { attemptsOf } from "./waterfall.js";
@@ -140,11 +140,12 @@ function stateTab(run) {
 // --- gates
 
 function gatesTab(run) {
-	return loadedTab(/^gate\./, async (box) => {
-		const gates = items(member(await getText(run.url, { include: "gates" }), "gates"));
-		fill(box, gates.map((raw) => gateCard({ ...JSON.parse(raw), raw })), gates.length === 0
-			&& empty("No gates", "A decision of a person: ", code('run.gate("approve", "Send this?")'), "."));
-	});
+	const element = el("div.stack");
+	const update = () => once(element, run.gates.map(({ raw }) => raw), () => fill(element, run.gates.map((gate) =>
+		gateCard(gate)), !run.gates.length && empty("No gates", "A decision of a person: ",
+		code('run.gate("approve", "Send this?")'), ".")));
+	update();
+	return { element, update };
 }
 
 // --- usage
@@ -186,23 +187,24 @@ function childrenTab(run) {
 		["Child", ({ id, name, depth, open, parent }) => {
 			const fold = parent && iconButton("chevron", `Children of ${name}`, () => {
 				if (!folded.delete(id)) folded.add(id);
-				tab.again();
+				update();
 			}, { "aria-expanded": String(open) });
 			return el("div.unfolds", { style: { paddingLeft: `${depth * 1.3 - 0.8}rem` } }, fold, link(runUrl(id), name ?? id));
 		}], ["Status", runStatus], ["Workflow", "workflowName"],
 		["Why, or how it ended", outcome], ["Created", "createdAt"],
 	], empty("No children", "Runs for parts of its work: ", code('run.child("name", "workflow")'), "."));
-	const tab = loadedTab(/^run\.child/, async (box) => {
-		const { runs, truncated } = await get(`${run.url}/tree`, { limit: 1000 });
-		const below = Map.groupBy(runs, ({ parentRunId }) => parentRunId);
+	const more = muted("The first 1,000 runs of the tree.");
+	function update() {
+		const below = Map.groupBy(run.tree, ({ parentRunId }) => parentRunId);
 		const branch = (id) => (below.get(id) ?? []).flatMap((child) => {
 			const open = !folded.has(child.id);
 			return [{ ...child, open, parent: below.has(child.id) }, ...open ? branch(child.id) : []];
 		});
 		table.set(branch(run.id));
-		fill(box, table, truncated && muted("The first 1,000 runs of the tree."));
-	}, true);
-	return tab;
+		show(more, run.treeTruncated);
+	}
+	update();
+	return { element: el("div.stack", table, more), update };
 }
 
 // --- webhooks
