@@ -54,13 +54,22 @@ export class LiveRun {
 	async readSteps(after = Math.max(...[...this.steps.values()].map(({ position }) => position))) {
 		const { seq } = this;
 		await readPages(`${this.url}/steps`, "steps", { after: Number.isFinite(after) ? after : null, limit: 500 },
-			(steps) => steps.forEach((step) => this.keepStep(step, seq)));
+			(steps) => this.keepSteps(steps, seq));
 		this.onChange(null);
 	}
 
-	/** `seq`: the newest event that it is known to reflect. */
-	keepStep(step, seq) {
-		this.steps.set(step.id, { ...step, seq });
+	/** One of them again: events do not carry all of it. */
+	async readStep(id) {
+		if (!this.steps.has(id)) await this.readSteps();
+		const { seq } = this;
+		const { steps } = await get(`${this.url}/steps`, { after: this.steps.get(id).position - 1, limit: 1 });
+		this.keepSteps(steps, seq);
+		return steps[0];
+	}
+
+	/** `seq`: the newest event that they are known to reflect. */
+	keepSteps(steps, seq) {
+		for (const step of steps) this.steps.set(step.id, { ...step, seq });
 	}
 
 	async readGates() {

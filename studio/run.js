@@ -1,15 +1,15 @@
-// The page of a run: header with the verdict on a rerun, tabs, side panel. They draw from a LiveRun. What is open, selected
-// and scrolled stays.
+// The page of a run: header with the verdict on a rerun, tabs, side panel. They draw from a LiveRun; what is open,
+// selected and scrolled stays. And the page of two runs side by side.
 
 import { breathe, canWrite, compareUrl, every, get, laterAgain, navigate, post, runsUrl, runUrl, setQuery, setTitle
 	} from "./api.js";
 import { actor, reviewForm } from "./approvals.js";
-import { ask, button, code, compactCount, count, duration, el, errorText, facts, field, fill, icon, iconButton, idText,
-	input, link, money, muted, once, plainTable, plural, row as inRow, select, setState, setText, show, status, strong, time, toast
-	} from "./dom.js";
+import { ask, between, button, card, code, compactCount, count, dash, duration, el, empty, errorText, facts, field, fill,
+	grid, heading, icon, iconButton, idText, input, link, money, muted, once, plainTable, plural, row as inRow, select,
+	setState, setText, show, skeleton, status, strong, time, toast } from "./dom.js";
 import { LiveRun } from "./live.js";
-import { bodyOf, jsonInput, payload, readPayload } from "./payload.js";
-import { attemptWords, errorLine, isCut, outcome, shownStatus } from "./runs.js";
+import { bodyOf, diffTable, jsonInput, payload, readPayload } from "./payload.js";
+import { attemptWords, errorLine, isCut, outcome, runDuration, runStatus, shownStatus } from "./runs.js";
 import { stepPanel, TABS } from "./tabs.js";
 import { makeWaterfall } from "./waterfall.js";
 
@@ -77,7 +77,6 @@ function makeHeader(run, stepsRead, showStep) {
 	const mark = el("span.mark", { role: "status" }, "loading");
 	const [badge, why, about, actions] = [el("span"), el("p.why"), el("div"), el("div.row")];
 	const verdict = el("section", { label: "Safe to rerun?", hidden: true });
-	let besideVerdict = []; // actions that stand there and not in the header
 	const element = el("header.stack",
 		el("div.spread", el("h1", el("a", { href: runsUrl({ workflow: workflowName }) }, workflowName), badge), actions),
 		el("div.spread", idText(id), mark), why, about);
@@ -97,9 +96,11 @@ function makeHeader(run, stepsRead, showStep) {
 			step && button(`In step ${step.name}`, () => showStep(step), "quiet"));
 		});
 		once(about, [light, cost], () => fill(about, aboutRun(run)));
-		drawActions();
 		const doubtful = /failed|cancelled|stalled/.test(shown) || light.whyDetail?.kind === "lease_expired";
-		once(verdict, doubtful && [shown, light.eventSeq], () => drawVerdict(doubtful).catch((error) => {
+		const wanted = canWrite() ? [run.isLive && "signal", !doubtful && "fork", run.isLive && "cancel"].filter(Boolean) : [];
+		once(actions, wanted, () => fill(actions, wanted.map((name) => actionButton(name))));
+		show(verdict, doubtful);
+		once(verdict, doubtful && [shown, light.eventSeq], () => doubtful && drawVerdict().catch((error) => {
 			verdict.source = null;
 			laterAgain(error);
 		}));
@@ -108,40 +109,27 @@ function makeHeader(run, stepsRead, showStep) {
 	const showError = async () =>
 		fill(why.firstChild, el("span.error-text", errorLine(JSON.parse(await readPayload(id, "error")))));
 
-	function actionButton(name, primary) {
-		const [word, action, kind] = ACTIONS[name];
-		return button(word, () => action(run), kind ?? (primary ? "primary" : ""));
+	function actionButton(name, kind = "") {
+		const [word, action, ownKind] = ACTIONS[name];
+		return button(word, () => action(run), ownKind ?? kind);
 	}
 
-	function drawActions() {
-		if (!canWrite()) return;
-		const { status: is, stalled, hasRecoveryWebhook } = run.light;
-		const ended = is === "failed" || is === "cancelled";
-		const wanted = [ended && "retry", (ended || stalled) && hasRecoveryWebhook && "recover", run.isLive && "signal",
-			"fork", run.isLive && "cancel"].filter((name) => name && !besideVerdict.includes(name));
-		once(actions, wanted, () => fill(actions, wanted.map((name) => actionButton(name))));
-	}
-
-	async function drawVerdict(doubtful) {
-		const plan = doubtful ? await get(`${run.url}/rerun`) : { safe: null };
+	async function drawVerdict() {
+		const { safe, verdict: words, steps, blocking, actions: follow } = await get(`${run.url}/rerun`);
 		await stepsRead;
-		const { safe, steps = [] } = plan;
-		besideVerdict = safe === null ? [] : plan.actions.filter((name) => ["retry", "recover", "fork"].includes(name));
-		show(verdict, safe !== null);
-		drawActions();
-		if (safe === null) return;
 		const shown = safe ? "completed" : "stalled";
-		const blocking = canWrite() ? steps.filter((step) => step.plan === "stops_for_review") : [];
+		const buttons = follow.filter((name) => name in ACTIONS && name !== "cancel")
+			.map((name, index) => actionButton(name, safe && index === 0 ? "primary" : ""));
 		verdict.className = `card body verdict is-${shown}`;
 		fill(verdict,
-			el("div.spread", el("h2", icon(shown), el("span", plan.verdict)),
-				canWrite() && inRow(besideVerdict.map((name, index) => actionButton(name, safe && index === 0)))),
-			blocking.map((step) => el("details", { open: blocking.length === 1 },
-				el("summary", "Decide ", strong(step.name)), errorText(errorLine(run.steps.get(step.id)?.error)),
-				reviewForm(id, step))),
+			el("div.spread", el("h2", icon(shown), el("span", words)), canWrite() && inRow(buttons)),
+			canWrite() && steps.filter(({ name }) => blocking.includes(name)).map((step, index) =>
+				el("details", { open: index === 0 },
+					el("summary", "Decide ", strong(step.name)), errorText(errorLine(run.steps.get(step.id)?.error)),
+					reviewForm(id, step))),
 			steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"),
-				plainTable(steps.map(({ name, plan: kind, reason }) =>
-					[name, el(`span.act.is-${kind}`, kind.replaceAll("_", " ")), muted(reason)]))));
+				plainTable(steps.map(({ name, plan, reason }) =>
+					[name, el(`span.act.is-${plan}`, plan.replaceAll("_", " ")), muted(reason)]))));
 	}
 
 	return { element, mark, verdict, draw };
@@ -214,10 +202,8 @@ async function fork(run) {
 	const from = select("Run again from", [...steps.map(({ name }) => [name, name]),
 		["", "the end: reuse all completed steps"]], draw, { name: "fromStep" });
 	from.value = (steps.find(({ status: is }) => is !== "completed") ?? steps.at(-1))?.name ?? "";
-	const { queues } = await get("/queues");
-	const own = run.light.queue ?? "";
-	const others = queues.map(({ name }) => [name, name]).filter(([name]) => name !== own);
-	const queue = select("Queue", [[own, own || "none"], ...others], null, { name: "queue" });
+	const names = (await get("/queues")).queues.map(({ name }) => [name, name]);
+	const queue = select("Queue", [["", "that of this run"], ...names], null, { name: "queue" });
 	const payload = jsonInput("input", { value: given });
 	payload.addEventListener("input", draw);
 	function draw() {
@@ -325,4 +311,71 @@ function makePanel(run, onClose) {
 	}
 
 	return { element, open, close, update: (events) => (events ? content?.update?.(events) : drawRun()) };
+}
+
+// --- two runs side by side: which of their steps differ, as after a fork
+
+const LONGEST = 65_536; // bytes of an output that is compared by itself
+const MOST = 200; // outputs that are
+
+export async function comparePage({ main, query, signal }) {
+	const runs = ["a", "b"].map((name) => new LiveRun(query.get(name), signal));
+	const heads = runs.map(() => el("div", skeleton(2)));
+	const outputs = new Map(); // step name -> how the outputs compare, once they were read
+	const tally = el("p.muted.clip", { role: "status" });
+	const details = el("div");
+	const cell = (step) => (step ? inRow(status(step.status), step.copied ? muted("reused")
+		: step.completedAt && step.startedAt && muted(between(step.startedAt, step.completedAt))) : dash());
+	const table = grid("name", [
+		["Step", "name"], ["First", ({ pair }) => cell(pair[0])], ["Second", ({ pair }) => cell(pair[1])],
+		["Output", ({ name, word, pair }) => (word === "differs"
+			? button("differs: show", () => showDifference(name, pair), "quiet") : muted(word))],
+	], empty("No steps"));
+	fill(main, heading("Side by side"), el("div.sides", heads), tally, table, details);
+
+	async function load() {
+		await Promise.all(runs.map((run) => run.readAll()));
+		runs.forEach(({ light, cost }, index) => fill(heads[index], card(
+			el("a", { href: runUrl(light.id) }, index === 0 ? "First: " : "Second: ", light.workflowName), runStatus(light),
+			idText(light.id), facts({ Duration: runDuration(light), Cost: money(cost.own.costUsd),
+				Created: time(light.createdAt) }), muted(outcome(light)))));
+		for (const { name, pair } of draw().filter(({ word }) => word === "reading").slice(0, MOST)) {
+			const size = pair[0].outputBytes;
+			const same = async () => new Set(await readOutputs(pair)).size === 1;
+			outputs.set(name, size > LONGEST ? "long" : size === 0 || await same() ? "same" : "differs");
+		}
+		draw();
+	}
+
+	const readOutputs = (pair) =>
+		Promise.all(pair.map(({ id }, index) => readPayload(runs[index].id, "step.output", id)));
+
+	function wordOf(name, one, other) {
+		if (!one || !other) return "only in one";
+		if (one.copied || other.copied) return "reused";
+		if (one.status !== "completed" || other.status !== "completed") return "open";
+		return one.outputBytes === other.outputBytes ? outputs.get(name) ?? "reading" : "differs";
+	}
+
+	function draw() {
+		const steps = runs.map((run) => new Map([...run.steps.values()].map((step) => [step.name, step])));
+		const list = [...new Set(steps.flatMap((some) => [...some.keys()]))].map((name) => {
+			const pair = steps.map((some) => some.get(name));
+			return { name, pair, word: wordOf(name, ...pair) };
+		});
+		const differing = list.filter(({ word }) => word === "differs" || word === "only in one").map(({ name }) => name);
+		const all = plural(list.length, "step");
+		table.set(list);
+		setText(tally, differing.length ? `${differing.length} of ${all} differ: ${differing.join(", ")}`
+			: `No difference found in ${all}.`);
+		return list;
+	}
+
+	async function showDifference(name, pair) {
+		fill(details, card(`Output of ${name}`, null, diffTable(...await readOutputs(pair))));
+		details.scrollIntoView({ block: "nearest" });
+	}
+
+	await load();
+	every(async () => runs.some((run) => run.isLive) && load(), 1500, signal);
 }

@@ -9,7 +9,7 @@ import { between, button, bytes, card, checkbox, code, count, debounce, duration
 	select, setText, show, status, strong, tag, time, toast, virtualRows } from "./dom.js";
 import { diffTable, inlinePayload, items, member, payload, readPayload } from "./payload.js";
 import { errorLine, outcome, runStatus } from "./runs.js";
-import { attemptsOf } from "./waterfall.js";
+import { attemptsOf, WORDS } from "./waterfall.js";
 
 export const TABS = { events: eventsTab, state: stateTab, gates: gatesTab, usage: usageTab, children: childrenTab,
 	webhooks: webhooksTab };
@@ -26,12 +26,9 @@ function loadedTab(kind, load, watched = false) {
 
 function eventsTab(run, panel) {
 	let filter = "";
-	let list = [];
-	let looked = 0; // at so many of the run's events
 	let chosen = null;
 	const search = searchInput("Filter by type, name or text", "Filter events", (text) => {
 		filter = text.toLowerCase();
-		[list, looked] = [[], 0];
 		update();
 	});
 	const tally = muted();
@@ -58,11 +55,10 @@ function eventsTab(run, panel) {
 
 	function update() {
 		const { events, firstSeq } = run;
-		list.push(...events.slice(looked).filter(({ text }) => text.toLowerCase().includes(filter)));
-		looked = events.length;
+		const list = filter ? events.filter(({ text }) => text.toLowerCase().includes(filter)) : events;
 		rows.set(list);
-		const all = plural(looked, "event") + (firstSeq > 0 ? ", the last ones" : "");
-		setText(tally, list.length === looked ? all : `${count(list.length)} of ${all}`);
+		const all = plural(events.length, "event") + (firstSeq > 0 ? ", the last ones" : "");
+		setText(tally, filter ? `${count(list.length)} of ${all}` : all);
 	}
 
 	const element = el("section.card", el("header", search, tally), table);
@@ -72,10 +68,10 @@ function eventsTab(run, panel) {
 
 /** The plain values of its payload, and of what it is about. */
 function describeEvent({ payload: whole, payloadBytes, payloadOmitted }) {
-	if (typeof whole !== "object" || !whole) return payloadOmitted ? bytes(payloadBytes) : "";
-	const about = whole.usage ?? whole.gate ?? whole.stateVersion ?? whole.signal ?? whole.error ?? {};
-	return [...Object.entries(whole), ...Object.entries(about)].filter(([name, value]) =>
-		["string", "number"].includes(typeof value) && !/(id|hash|at|name|token|url)$/i.test(name))
+	if (payloadOmitted) return bytes(payloadBytes);
+	const flat = (value) => Object.entries(value ?? {});
+	return flat(whole).flatMap((pair) => (typeof pair[1] === "object" ? flat(pair[1]) : [pair]))
+		.filter(([name, value]) => /string|number/.test(typeof value) && !/(id|hash|at|name|token|url|replay)$/i.test(name))
 		.map(([name, value]) => `${name} ${value}`).join(" · ");
 }
 
@@ -245,36 +241,21 @@ function webhooksTab(run, panel) {
 // --- one step, for the side panel
 
 const REPLAY = { auto: "runs again", manual: "waits for a review", never: "never runs again" };
-const ATTEMPT = { cut: ["stalled", "cut off"], held: ["cancelled", "ended"],
-	manual_review: ["manual_review", "no outcome"] };
 
-/** A step's row is read again, also after events of the step, since they carry no sizes. rowOf() is its row now. */
-export function stepPanel(run, { key, name, runId }, rowOf) {
+/** Read again after events of the step, since they carry no sizes. rowOf() is its row in the waterfall. */
+export function stepPanel(run, { key, runId }, rowOf) {
 	const own = runId === run.id ? run : run.unfolded.get(runId);
 	const panel = loading(async (box) => {
-		const known = own.steps.get(key);
-		const asked = known ? { after: known.position - 1, limit: 1 } : { text: name };
-		const { seq } = own;
-		const { steps } = await get(`${own.url}/steps`, asked);
-		const step = steps.find(({ id }) => id === key);
-		if (!step) return fill(box, muted("Its row is not there yet."));
-		own.keepStep(step, seq);
+		const step = await own.readStep(key);
 		const { sideEffects, replay, idempotencyKey } = step.resumeContract ?? {};
-		const shown = (title, of) => step[`${of}Bytes`] > 2 && payload(title, runId, `step.${of}`, step.id);
-		const attempts = attemptsOf(rowOf());
-		const stack = step.errorBytes > 2 && stackOf(await readPayload(runId, "step.error", step.id));
+		const shown = (title, of) => step[`${of}Bytes`] > 2 && payload(title, runId, `step.${of}`, key, of === "error");
 		fill(box,
 			facts({ Status: status(step.status), Attempt: step.attempt, Began: time(step.startedAt, "precise"),
 				Took: step.completedAt && between(step.startedAt ?? step.createdAt, step.completedAt),
 				Owner: step.leaseOwner && code(step.leaseOwner),
 				Copied: step.copied && "from the run that this is a fork of" }),
 			step.status === "manual_review" && canWrite() && card("Decide it", null, reviewForm(runId, step, panel.again)),
-			step.error && errorText(errorLine(step.error)),
-			stack && inlinePayload("Stack", stack, `${step.id}-stack`),
-			shown("Error", "error"), shown("Output", "output"), shown("Input", "input"),
-			attempts.length > 1 && plainTable(attempts.map(({ n, from, to, kind }) => [n, status(...ATTEMPT[kind] ?? [kind]),
-				time(from, "precise"), number(to === null ? "…" : duration(to - from))]),
-			["Attempt", "Outcome", "Began", "Took"]),
+			shown("Error", "error"), shown("Output", "output"), shown("Input", "input"), attemptsTable(rowOf()),
 			el("h3", "Contract"),
 			facts({ "Side effects": sideEffects?.length ? sideEffects.map((effect) => tag(String(effect))) : "none declared",
 				"On a crash": REPLAY[replay] ?? replay, "Idempotency key": idempotencyKey && idText(idempotencyKey),
@@ -285,8 +266,12 @@ export function stepPanel(run, { key, name, runId }, rowOf) {
 	return Object.assign(panel, { update: (events) => events.some(({ stepId }) => stepId === key) && again() });
 }
 
-function stackOf(text) {
-	const found = member(text, "stack") ?? member(text, "traceback");
-	const line = (raw) => (raw.startsWith('"') ? JSON.parse(raw) : raw);
-	return found && (found.startsWith("[") ? items(found).map(line).join("\n") : line(found));
+/** Of a step, or of the run: then it says whose they were. */
+export function attemptsTable(row) {
+	const attempts = attemptsOf(row);
+	const owners = attempts.some(({ owner }) => owner);
+	return attempts.length > 1 && plainTable(attempts.map(({ n, kind, owner, from, to }) => [n,
+		status(kind === "cut" ? "stalled" : kind, WORDS[kind]), owners && owner, time(from, "precise"),
+		number(to === null ? "…" : duration(to - from))].filter((cell) => cell !== false)),
+	["Attempt", "Outcome", owners && "Worker", "Began", "Took"].filter(Boolean));
 }

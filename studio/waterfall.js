@@ -7,9 +7,9 @@ import { button, duration, el, fill, icon, iconButton, muted, now, once, plural,
 const ms = (iso) => (iso ? Date.parse(iso) : null);
 
 // The kinds of spans, as the legend calls them.
-const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", held: "held",
-	gap: "nobody at work", waiting: "waiting", queued: "in the queue", replayed: "replayed", manual_review: "no outcome",
-	cancelled: "ended with the run", now: "now" };
+export const WORDS = { completed: "completed", running: "running", failed: "failed", cut: "cut off", held: "held",
+	cancelled: "ended with the run", gap: "nobody at work", waiting: "waiting", queued: "in the queue",
+	replayed: "replayed", now: "now" };
 const isBusy = ({ kind }) => !/^(gap|waiting|queued|pending|replayed)$/.test(kind);
 
 // What a run does after an event, until somebody holds it again; null when it has ended.
@@ -18,50 +18,53 @@ const AFTER = { created: "queued", enqueued: "queued", retried: "queued", releas
 // A step's status after an event, or after the decision of a review.
 const STEP_STATUS = { started: "running", completed: "completed", failed: "failed", manual_review: "manual_review",
 	retry: "failed_retryable", fail: "failed" };
-const kindOf = (status) => status.replace("_retryable", "");
+const kindOf = (status) => ({ failed_retryable: "failed", manual_review: "cut" })[status] ?? status;
 
-/** Of a row's spans {kind, from, to, n, owner} (ms; `to` is null while one lasts), those of work: only they have a number. */
+/** Of a row's spans {kind, from, to, n, owner} (ms, `to` is null while one lasts), those of work: only they have a number. */
 export const attemptsOf = (row) => row.spans.filter(({ n }) => n);
 
-/** Rows {key, kind, name, status, spans}, the run's own first. Of the tree of children, those right below the run. */
-export class Timeline {
+/** Rows {key, name, kind, status, spans}: `list` begins with the run, the others follow in the order of their begin. */
+class Timeline {
 	rows = new Map();
-	lasting = []; // spans that an event of the run ends
 	heardAt = 0; // when the run was last seen at work
 
+	/** Of the tree of children, those right below the run become rows. */
 	constructor({ id, light, events, steps, gates, leaseMs }, tree) {
 		Object.assign(this, { leaseMs, created: ms(light.createdAt), ended: ms(light.completedAt) });
-		this.run = this.row("run", light.workflowName, "run", light.stalled ? "stalled" : light.status);
+		this.run = this.row("run", id, light.workflowName, light.stalled ? "stalled" : light.status);
 		for (const event of events) this.apply(event);
+		this.run.spans = this.run.spans.filter(({ n, from, to }) => n || from !== to); // some waits take no time
+		if (!this.run.spans.length) this.span(this.run, this.ended ? light.status : "queued", this.created);
 		for (const step of steps.values()) this.addStep(step);
 		for (const row of this.rows.values()) if (row.kind === "step") this.completeStep(row);
-		this.run.spans = this.run.spans.filter(({ n, from, to }) => n || from !== to); // some waits take no time
-		if (!this.run.spans.length) this.begin(this.run, this.ended ? light.status : "queued", this.created);
 		for (const gate of gates) {
-			const row = this.row(gate.id, gate.name, "gate", gate.status.replace("pending", "waiting"));
-			this.begin(row, "waiting", ms(gate.createdAt)).to = ms(gate.resolvedAt);
+			const row = this.row("gate", gate.id, gate.name, gate.status.replace("pending", "waiting"));
+			this.span(row, "waiting", ms(gate.createdAt), ms(gate.resolvedAt));
 		}
 		for (const child of tree) if (child.parentRunId === id) this.addChild(child);
 		const { kind, until, attempt = 1 } = light.whyDetail ?? {};
 		if (kind === "retry" || kind === "scheduled") {
-			const next = this.row(`attempt ${attempt}`, `attempt ${attempt}`, "wait", "queued");
-			this.begin(next, "queued", ms(light.updatedAt)).to = this.due = next.due = ms(until);
+			const next = this.row("wait", `attempt ${attempt}`, `attempt ${attempt}`, "queued");
+			this.span(next, "queued", ms(light.updatedAt), this.due = next.due = ms(until));
 		}
 		const begin = ({ spans }) => spans[0]?.from ?? this.created;
-		for (const row of this.rows.values()) row.runId = id;
-		this.list = [...this.rows.values()].sort((one, other) => (other.kind === "run") - (one.kind === "run")
-			|| begin(one) - begin(other) || (one.position ?? 0) - (other.position ?? 0));
+		const [itself, ...others] = this.rows.values();
+		this.list = [itself, ...others.sort((one, other) =>
+			begin(one) - begin(other) || (one.position ?? 0) - (other.position ?? 0))];
+		for (const row of this.list) {
+			row.runId = id;
+			if (row.kind === "wait" && row.spans.at(-1).to < now()) row.status = "completed";
+		}
 	}
 
-	row(key, name, kind, status) {
+	row(kind, key, name, status = "pending") {
 		if (!this.rows.has(key)) this.rows.set(key, { key, name, kind, status, spans: [] });
 		return this.rows.get(key);
 	}
 
-	begin(row, kind, from, more = {}) {
-		const span = { kind, from, to: null, ...more };
+	span(row, kind, from, to = null, more = {}) {
+		const span = { kind, from, to, ...more };
 		row.spans.push(span);
-		this.lasting.push(span);
 		return span;
 	}
 
@@ -69,97 +72,83 @@ export class Timeline {
 		const [subject, verb] = type.split(".");
 		if (subject === "run") this.applyToRun(verb, at, attempt, payload ?? {});
 		if (subject === "step" && stepId) {
-			this.applyToStep(Object.assign(this.row(stepId, name, "step"), { seq }), verb, at, attempt, payload ?? {});
+			const row = Object.assign(this.row("step", stepId, name), { seq });
+			this.applyToStep(row, verb, at, attempt, payload ?? {});
 		}
 		if (/^(run|step|state|usage)$/.test(subject)) this.heardAt = at;
 	}
 
+	/** Each of these events ends the run's last span, and most begin the next. */
 	applyToRun(verb, at, attempt, { leaseOwner: owner, reason, error, for: awaited }) {
-		const { run, claim } = this;
-		const held = claim?.to === null;
-		if (verb === "claimed" || verb === "started") {
-			if (held && claim.owner === owner) return; // begun by who claimed it
-			if (held) this.begin(run, "gap", this.endAll("cut", at));
-			this.endAll("held", at);
-			this.claim = this.begin(run, "running", at, { n: attempt ?? attemptsOf(run).length + 1, owner });
-		} else if (verb in AFTER) {
-			const next = AFTER[verb];
-			const lost = verb === "stalled" || reason === "lease_expired" || error?.name === "LeaseExpired";
-			const end = this.endAll(lost ? "cut" : verb === "requeued" ? "failed" : next ? "held" : verb, at);
-			if (next || lost) this.begin(run, lost ? "gap" : next, end);
-			if (!next) this.endAll("held", at);
-			const { event: signal, until } = awaited ?? {}; // gates and children have rows of their own
-			if (signal) this.begin(this.row(`signal:${signal}`, `signal ${signal}`, "wait"), "waiting", at);
-			else if (until) this.begin(this.row("sleep", "sleep", "wait"), "waiting", at);
+		const claimed = verb === "claimed" || verb === "started";
+		if (!claimed && !(verb in AFTER)) return;
+		const last = this.run.spans.at(-1) ?? {};
+		const held = last.n && last.to === null;
+		if (claimed && held && last.owner === owner) return; // begun by who claimed it
+		last.to = at;
+		if (held) last.kind = verb === "requeued" ? "failed" : AFTER[verb] === null ? verb : "held";
+		if (held && (claimed || verb === "stalled" || reason === "lease_expired" || error?.name === "LeaseExpired")) {
+			last.kind = "cut";
+			last.to = Math.max(this.heardAt, at - this.leaseMs); // it was gone some time before
+			this.span(this.run, "gap", last.to, at);
 		}
-	}
-
-	/** End what lasts. A worker that was cut off was gone some time before; when, is returned. */
-	endAll(kind, at) {
-		const cut = kind === "cut" && this.claim?.to === null;
-		const gone = cut ? Math.max(this.heardAt, at - this.leaseMs) : at;
-		for (const span of this.lasting) {
-			if (span.to !== null) continue;
-			span.to = span.n ? gone : at;
-			if (span.n) span.kind = span === this.claim || cut ? kind : "held";
-		}
-		this.lasting = [];
-		return gone;
+		if (claimed) this.span(this.run, "running", at, null, { n: attempt ?? attemptsOf(this.run).length + 1, owner });
+		else if (AFTER[verb]) this.span(this.run, AFTER[verb], at);
+		// Gates and children have rows of their own.
+		const wait = awaited?.event ? `signal ${awaited.event}` : awaited?.until && "sleep";
+		if (wait) this.row("wait", `wait ${wait}`, wait, "waiting").spans.push(this.run.spans.at(-1));
 	}
 
 	/** Only the beginning names its attempt: the other events end the last one. */
 	applyToStep(row, verb, at, attempt, { decision, retryable }) {
-		let last = row.spans.at(-1);
 		const status = STEP_STATUS[verb === "reviewed" ? decision : retryable ? "retry" : verb];
-		if (verb === "started" && last?.to === null) Object.assign(last, { kind: "cut", to: at });
-		if (verb === "started" || (status && !last)) {
-			last = this.begin(row, "running", at, { n: attempt ?? row.spans.length + 1 });
-		}
-		if (status && status !== "running" && last.to === null) Object.assign(last, { kind: kindOf(status), to: at });
+		const last = row.spans.at(-1);
+		if (verb === "started") this.span(row, "running", at, null, { n: attempt ?? row.spans.length + 1, begun: at });
+		else if (status && last?.to === null) Object.assign(last, { kind: kindOf(status), to: at });
 		row.status = status ?? row.status;
 	}
 
-	/** A record has the exact times of the last attempt: a step may be recorded at its end. Newer events go beyond it. */
+	/** The record of a step, as it was read: newer events go beyond it. */
 	addStep(step) {
-		const row = this.row(step.id, step.name, "step");
 		const { position, copied, status, attempt: n } = step;
+		const row = Object.assign(this.row("step", step.id, step.name), { position, copied });
 		if (!(row.seq > step.seq)) row.status = status;
-		Object.assign(row, { position, copied });
 		if (copied) return;
 		const from = ms(step.startedAt ?? step.createdAt);
-		const attempt = row.spans.find((span) => span.n === n) ?? this.begin(row, "running", from, { n });
-		attempt.from = Math.min(attempt.from, from);
-		// One that was reviewed ended when a person decided; events tell when its worker was cut off.
+		const attempt = row.spans.find((span) => span.n === n) ?? this.span(row, "running", from, null, { n });
+		attempt.from = Math.min(attempt.from, from); // it may be recorded at its end
 		if (status === "running" || status === "manual_review" || step.reviewed) return;
 		Object.assign(attempt, { kind: kindOf(status), to: ms(step.completedAt) ?? attempt.to ?? ms(step.updatedAt) });
 	}
 
 	/** What follows from a step's attempts, and where its output was used again. */
 	completeStep(row) {
-		const { created, ended } = this;
-		const attempts = row.spans.sort((one, other) => one.n - other.n);
+		const { created, ended, run } = this;
+		const attempts = row.spans;
 		const last = attempts.at(-1);
 		row.spans = row.copied ? [{ kind: "replayed", from: created, to: created }] : [];
 		attempts.forEach((attempt, index) => {
 			const next = attempts[index + 1];
-			if (attempt.to === null && ended) Object.assign(attempt, { kind: "cancelled", to: ended });
+			// It ends with its worker's hold on the run, even when a person decides later how it ended.
+			const claim = attemptsOf(run).findLast(({ from }) => from <= attempt.begun);
+			const end = Math.min(claim?.to ?? Infinity, next?.from ?? Infinity, ended ?? Infinity);
+			if (end < (attempt.to ?? Infinity)) {
+				Object.assign(attempt, { kind: claim?.kind === "cut" || end === next?.from ? "cut" : "cancelled", to: end });
+			}
 			row.spans.push(attempt);
-			if (row.status === "manual_review" && !next) {
-				row.spans.push({ kind: "waiting", from: attempt.to ?? attempt.from, to: ended });
-			} else if (attempt.kind === "cut") row.spans.push({ kind: "gap", from: attempt.to, to: next?.from ?? ended });
+			const kind = row.status === "manual_review" && !next ? "waiting" : attempt.kind === "cut" && "gap";
+			if (kind) this.span(row, kind, attempt.to ?? attempt.from, next?.from ?? ended);
 		});
-		if (row.status === "running" && last.kind !== "running") row.status = "stalled"; // its worker or its run is gone
+		if (row.status === "running" && last?.kind !== "running") row.status = "stalled"; // its worker or its run is gone
 		if (row.status !== "completed" || !last) return;
-		for (const { from, owner } of attemptsOf(this.run)) {
-			if (from >= last.to) row.spans.push({ kind: "replayed", from, to: from, owner });
-		}
+		for (const { from, owner } of attemptsOf(run)) if (from >= last.to) this.span(row, "replayed", from, from, { owner });
 	}
 
 	addChild({ id, name, workflowName, status, createdAt, startedAt, completedAt }) {
 		const [from, to] = [ms(startedAt), ms(completedAt)];
-		const row = this.row(id, name ?? workflowName, "child", status);
-		this.begin(row, "queued", ms(createdAt)).to = from ?? to;
-		if (from) this.begin(row, status, from, { n: 1 }).to = to;
+		const row = this.row("child", id, name ?? workflowName, status);
+		this.span(row, "queued", ms(createdAt), from ?? to);
+		if (from) this.span(row, status, from, to, { n: 1 });
 	}
 }
 
@@ -187,9 +176,9 @@ function makeAxis(busySpans, start, end) {
 		left += width;
 	};
 	at = start;
-	for (const [from, to] of [...folds, [end, end]]) {
+	for (const [from, to] of [...folds, [end, null]]) {
 		add(at, from, ((from - at) / open) * (1 - foldWidth * folds.length), false);
-		if (to > from) add(from, to, foldWidth, true);
+		if (to) add(from, to, foldWidth, true);
 		at = to;
 	}
 	const place = (instant) => {

@@ -379,6 +379,7 @@ def test_the_page_answers_whether_a_rerun_is_safe(tab: Tab, api: Api, clock: Clo
     }
     for name, kind in plan.items():
         expect(verdict.get_by_role("row", name=re.compile(rf"^{name}\b")).locator(".act")).to_have_text(words[kind])
+    expect(verdict.get_by_text("Decide once")).to_be_visible()  # each step that the verdict names has its form
     verdict.get_by_role("button", name="It did not happen: run it again").click()
     expect(page.get_by_role("button", name="send: failed retryable")).to_be_visible()
     expect(verdict.get_by_text("Decide send")).to_have_count(0)
