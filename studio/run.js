@@ -10,8 +10,8 @@ import { ask, between, button, card, code, compactCount, count, dash, duration, 
 import { LiveRun } from "./live.js";
 import { bodyOf, diffTable, jsonInput, payload, readPayload } from "./payload.js";
 import { attemptWords, errorLine, isCut, outcome, runDuration, runStatus, shownStatus } from "./runs.js";
-import { stepPanel, TABS } from "./tabs.js";
-import { makeWaterfall } from "./waterfall.js";
+import { attemptsTable, stepPanel, TABS } from "./tabs.js";
+import { attemptsOf, makeWaterfall, Timeline } from "./waterfall.js";
 
 export async function runPage({ main, parts: [id], query, signal }) {
 	const run = new LiveRun(id, signal);
@@ -207,9 +207,9 @@ async function fork(run) {
 	const payload = jsonInput("input", { value: given });
 	payload.addEventListener("input", draw);
 	function draw() {
-		const cut = from.value ? steps.findIndex(({ name }) => name === from.value) : steps.length;
-		const kept = steps.filter((step, index) => index < cut && step.status === "completed");
-		const again = steps.filter((step) => !kept.includes(step));
+		const cut = steps.findIndex(({ name }) => name === from.value);
+		const [kept, again] = [true, false].map((wanted) => steps.filter(({ status: is }, index) =>
+			(is === "completed" && (cut < 0 || index < cut)) === wanted));
 		fill(preview, [["Reused", kept], ["Runs again", again]].map(([word, some]) =>
 			el("p.clip", strong(`${word}: ${plural(some.length, "step")} `), muted(some.map(({ name }) => name).join(", ")))));
 		show(note, kept.length > 0 && payload.value !== given);
@@ -275,6 +275,7 @@ function makeTabs(run, panel, waterfall) {
 
 function makePanel(run, onClose) {
 	const element = el("aside.card.side", { label: "Details" });
+	const attempts = el("div");
 	const isOpen = () => element.classList.contains("opened");
 	let content = null;
 
@@ -298,7 +299,6 @@ function makePanel(run, onClose) {
 	}
 
 	function drawRun() {
-		if (isOpen()) return;
 		const { light, id } = run;
 		const failed = light.status === "failed";
 		const error = [failed ? "Error" : "Error of an earlier attempt", "error"];
@@ -306,11 +306,14 @@ function makePanel(run, onClose) {
 			light.metadataBytes > 2 && ["Metadata", "metadata"], !failed && error]
 			.filter((kind) => kind && light[`${kind[1]}Bytes`] > 0);
 		once(element, kinds.map(([, of]) => [of, light[`${of}Bytes`]]), () => fill(element, el("header", el("h2", "The run")),
-			el("div.body.stack", kinds.map(([word, of]) => payload(word, id, of)),
+			el("div.body.stack", attempts, kinds.map(([word, of]) => payload(word, id, of)),
 				kinds.length === 0 && muted("It has no input and no result yet."))));
+		const itself = new Timeline(run, []).run;
+		show(attempts, attemptsOf(itself).length > 1);
+		once(attempts, attemptsOf(itself), () => fill(attempts, attemptsTable(itself)));
 	}
 
-	return { element, open, close, update: (events) => (events ? content?.update?.(events) : drawRun()) };
+	return { element, open, close, update: (events) => (isOpen() ? events && content.update?.(events) : drawRun()) };
 }
 
 // --- two runs side by side: which of their steps differ, as after a fork

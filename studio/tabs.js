@@ -79,47 +79,44 @@ function describeEvent({ payload: whole, payloadBytes, payloadOmitted }) {
 
 function stateTab(run) {
 	let versions = [];
-	let at = -1;
-	const slider = input(null,
-		{ type: "range", min: 0, label: "Version", oninput: () => choose(Number(slider.value)) });
-	const [about, shown, diff] = [el("div"), el("div"), el("div")];
+	const slider = input(null, { type: "range", min: 0, label: "Version", oninput: () => choose(slider.value) });
+	const step = (label, by, attributes) => iconButton("chevron", label, () => choose(Number(slider.value) + by), attributes);
 	const against = select("Compare with", [], drawDiff);
-	const built = [card("State", null, el("div.slider",
-		iconButton("chevron", "Earlier version", () => choose(at - 1), { "data-back": "" }), slider,
-		iconButton("chevron", "Later version", () => choose(at + 1))), about, shown),
+	const [about, shown, diff] = [el("div"), el("div"), el("div")];
+	const built = [card("State", null, el("div.slider", step("Earlier version", -1, { "data-back": "" }), slider,
+		step("Later version", 1)), about, shown),
 	card("Changes", el("label.row", el("span", "against"), against), diff)];
 	const severalStreams = () => new Set(versions.map(({ streamName }) => streamName)).size > 1;
 	const wordOf = ({ streamName, version, label }) =>
 		[severalStreams() && streamName, version, label].filter(Boolean).join(" ");
 
 	function choose(index) {
-		at = Math.max(0, Math.min(versions.length - 1, index));
-		const { streamName, version, label, reason, createdBy, createdAt } = versions[at];
-		slider.value = at;
-		slider.setAttribute("aria-valuetext", `version ${wordOf(versions[at])}`);
-		against.value = Math.max(0, at - 1);
-		fill(about, facts({ Version: `${version} of ${versions.length}`, Stream: severalStreams() && streamName,
-			Label: label && strong(label), Reason: reason, By: createdBy, Time: time(createdAt, "precise") }));
+		slider.value = index; // the browser keeps it between the first and the last
+		const chosen = versions[slider.value];
+		slider.setAttribute("aria-valuetext", `version ${wordOf(chosen)}`);
+		against.value = Math.max(0, slider.value - 1);
+		fill(about, facts({ Version: `${chosen.version} of ${versions.length}`, Stream: severalStreams() && chosen.streamName,
+			Label: chosen.label && strong(chosen.label), Reason: chosen.reason, By: chosen.createdBy,
+			Time: time(chosen.createdAt, "precise") }));
 		drawSoon();
 	}
 
 	const drawSoon = debounce(() => {
-		fill(shown, payload("Value", run.id, "state", versions[at].id));
+		fill(shown, payload("Value", run.id, "state", versions[slider.value].id));
 		drawDiff();
 	}, 40);
 
 	async function drawDiff() {
-		const pair = [versions[against.value], versions[at]];
+		const pair = [against, slider].map(({ value }) => versions[value]);
 		if (pair[0] === pair[1]) return fill(diff, muted(versions.length > 1 ? "The same version." : "There is only one."));
-		const [before, after] = await Promise.all(pair.map(({ id }) => readPayload(run.id, "state", id)));
-		fill(diff, diffTable(before, after));
+		fill(diff, diffTable(...await Promise.all(pair.map(({ id }) => readPayload(run.id, "state", id)))));
 	}
 
 	return loadedTab(/^(state|snapshot)\./, async (box) => {
 		const found = [];
 		await readPages(`${run.url}/state/versions`, "stateVersions", { view: "light", limit: 1000 },
 			(some) => found.push(...some));
-		const following = at === versions.length - 1; // at the newest version: it moves on with it
+		const following = versions.length === 0 || slider.value === slider.max; // the newest: it moves on with it
 		versions = found.sort((one, other) => (one.liveVersion ?? 0) - (other.liveVersion ?? 0)
 			|| one.createdAt.localeCompare(other.createdAt));
 		if (versions.length === 0) {
@@ -129,7 +126,7 @@ function stateTab(run) {
 		if (!box.contains(slider)) fill(box, built);
 		slider.max = versions.length - 1;
 		fill(against, options(versions.map((version, index) => [index, wordOf(version)])));
-		choose(following ? versions.length - 1 : at);
+		choose(following ? slider.max : slider.value);
 	});
 }
 

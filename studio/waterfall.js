@@ -24,7 +24,7 @@ const kindOf = (status) => ({ failed_retryable: "failed", manual_review: "cut" }
 export const attemptsOf = (row) => row.spans.filter(({ n }) => n);
 
 /** Rows {key, name, kind, status, spans}: `list` begins with the run, the others follow in the order of their begin. */
-class Timeline {
+export class Timeline {
 	rows = new Map();
 	heardAt = 0; // when the run was last seen at work
 
@@ -33,7 +33,6 @@ class Timeline {
 		Object.assign(this, { leaseMs, created: ms(light.createdAt), ended: ms(light.completedAt) });
 		this.run = this.row("run", id, light.workflowName, light.stalled ? "stalled" : light.status);
 		for (const event of events) this.apply(event);
-		this.run.spans = this.run.spans.filter(({ n, from, to }) => n || from !== to); // some waits take no time
 		if (!this.run.spans.length) this.span(this.run, this.ended ? light.status : "queued", this.created);
 		for (const step of steps.values()) this.addStep(step);
 		for (const row of this.rows.values()) if (row.kind === "step") this.completeStep(row);
@@ -49,8 +48,7 @@ class Timeline {
 		}
 		const begin = ({ spans }) => spans[0]?.from ?? this.created;
 		const [itself, ...others] = this.rows.values();
-		this.list = [itself, ...others.sort((one, other) =>
-			begin(one) - begin(other) || (one.position ?? 0) - (other.position ?? 0))];
+		this.list = [itself, ...others.sort((one, other) => begin(one) - begin(other))];
 		for (const row of this.list) {
 			row.runId = id;
 			if (row.kind === "wait" && row.spans.at(-1).to < now()) row.status = "completed";
@@ -110,8 +108,8 @@ class Timeline {
 
 	/** The record of a step, as it was read: newer events go beyond it. */
 	addStep(step) {
-		const { position, copied, status, attempt: n } = step;
-		const row = Object.assign(this.row("step", step.id, step.name), { position, copied });
+		const { copied, status, attempt: n } = step;
+		const row = Object.assign(this.row("step", step.id, step.name), { copied });
 		if (!(row.seq > step.seq)) row.status = status;
 		if (copied) return;
 		const from = ms(step.startedAt ?? step.createdAt);
@@ -340,12 +338,11 @@ export function makeWaterfall(run, onSelect) {
 
 	const rowOf = (key) => all.find((row) => row.key === key);
 
-	/** Mark a step's row, or none. */
 	function choose(key) {
 		chosen = key;
 		draw();
 		return rowOf(key);
 	}
 
-	return { element, draw, update: schedule, choose, rowOf, reveal: (row) => rows.reveal(row) };
+	return { element, draw, update: schedule, choose, rowOf, reveal: rows.reveal };
 }
