@@ -448,6 +448,28 @@ def test_what_lies_in_tmp_for_a_long_path_comes_back_when_it_was_tidied_up_and_g
     assert not link.parent.exists()
 
 
+def test_what_a_killed_server_left_in_tmp_goes_at_the_next_start(outside: Path, made: Path) -> None:
+    def links() -> set[Path]:
+        return {link for link in Path("/tmp").glob("tidebase-*/postgres")
+                if link.is_symlink() and link.readlink() == data_dir / "postgres"}
+
+    data_dir = copy_of(made, outside / LONG / "data")
+    with holding(data_dir):
+        of_alive = links()
+        with holding(data_dir) as (killed, _):
+            of_killed = links() - of_alive
+            assert len(of_alive) == len(of_killed) == 1
+            killed.kill()
+            killed.wait()
+            with started(data_dir) as (embedded, conninfo):  # which leaves the link of the server that lives alone
+                assert links() == of_alive | {Path(embedded._host())}
+                assert answer_of(conninfo) == 1
+    assert links() == of_alive  # it was killed, too
+    with started(data_dir):
+        assert not links() & of_alive
+    assert links() == set()
+
+
 def test_why_it_does_not_start_is_told_with_the_end_of_its_log(data_dir: Path, monkeypatch: Any) -> None:
     with started(data_dir) as (embedded, _):
         pass
