@@ -113,6 +113,7 @@ class Database:
                 "connect_timeout": CONNECT_SECONDS,
                 "tcp_user_timeout": 10_000,  # a peer that vanished is noticed
                 "application_name": "tidebase",
+                "client_encoding": "utf8",   # whatever PGCLIENTENCODING says: JSON is passed on as the bytes that came
             },
         )
         logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # the reconciler logs an outage, once
@@ -184,6 +185,8 @@ class Database:
         :raises SchemaBehind: it is older, and `allowed` is false.
         :raises SchemaAhead: it is newer, and was asked for by hand; a server works on a newer one as it is.
         :raises psycopg.errors.LockNotAvailable: another transaction kept a table for `LOCK_SECONDS`; nothing changed.
+        :raises psycopg.errors.InsufficientPrivilege: the user of `conninfo` may not change the schema.
+        :raises psycopg.errors.FeatureNotSupported: the encoding of the database, or its PostgreSQL, cannot be used.
         """
         script = SCHEMA.read_text()
         digest = hashlib.sha256(script.encode()).hexdigest()
@@ -207,7 +210,13 @@ class Database:
                                extra={"event": "schema_differs"})
             return False
 
-        with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
+        with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS,
+                             client_encoding="utf8") as connection:
+            encoding = connection.info.parameter_status("server_encoding")
+            if encoding != "UTF8":
+                raise psycopg.errors.FeatureNotSupported(
+                    f"the database's encoding is {encoding}, which cannot hold all texts: make one with "
+                    "create database NAME encoding 'UTF8' template template0")
             if not is_to_be_applied(connection):
                 return False
             if not allowed:
@@ -224,5 +233,10 @@ class Database:
                         f"the schema was not brought up to date: another transaction keeps a table of it locked for "
                         f"more than {LOCK_SECONDS} s; see pg_stat_activity for the one that is open longest, end it, "
                         "and try again") from error
+                except psycopg.errors.InsufficientPrivilege as error:
+                    raise psycopg.errors.InsufficientPrivilege(
+                        f"the schema was not brought up to date: {error.diag.message_primary}; run `python tidebase.py "
+                        "migrate` as its owner or, the first time, as a user who may create schemas in the database"
+                    ) from error
                 connection.execute("update tidebase.meta set digest = %s", (digest,))
         return True
