@@ -149,11 +149,13 @@ SETTINGS = (
             "ended runs are deleted after so many days; 0 keeps them for ever", 0, 36_500),
     Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int,
             "the largest request body in bytes; larger ones get 413", 1024, 1 << 30),
-    Setting("TIDEBASE_THREADS", "64", int, "threads per process for requests that are worked on", 4, 1024),
     # An idle worker that waits costs next to nothing; one that may not wait asks again every second or two. With a
     # maximum of 32, 200 idle workers cost a quarter of a core.
     Setting("TIDEBASE_MAX_WAITING", "500", int, "requests per process that may wait, each in a thread", 1, 5000),
-    Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process", 2, 1024),
+    # A thread for each connection, since more would only wait for one. Requests go round through all threads: with 64,
+    # each request found the memory of its thread cold, and cost a tenth more.
+    Setting("TIDEBASE_POOL", "16", int,
+            "connections to PostgreSQL per process, and requests that are worked on at the same time", 2, 1024),
     Setting("TIDEBASE_READ_TIMEOUT_MS", "10000", int,
             "how long PostgreSQL may take to read what a GET asks for", 10, 3_600_000),
     Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port", 1, 64),
@@ -188,7 +190,6 @@ class Config:
     reconcile_ms: int
     retention_days: int
     max_body: int
-    threads: int
     max_waiting: int
     pool: int
     read_timeout_ms: int
@@ -1331,7 +1332,7 @@ class Server:
         :raises SchemaBehind: see prepare.
         """
         self._http = HttpServer(
-            self, Admission(self.access, takes_no_key, self.cors_headers), self.listener, threads=self.config.threads,
+            self, Admission(self.access, takes_no_key, self.cors_headers), self.listener, threads=self.config.pool,
             max_body=self.config.max_body, other_files=OTHER_FILES + self.config.pool)
         self.watcher.provide_threads = self._http.provide_threads
         loops = [

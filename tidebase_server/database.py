@@ -19,6 +19,7 @@ logger = logging.getLogger("tidebase.server")
 SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
 SCHEMA_VERSION = 5  # what schema.sql records at its end; both are raised with every change of that file
 CONNECT_SECONDS = 5
+AWAY_SECONDS = 1  # while PostgreSQL is away a request waits no longer for a connection: others wait for its thread
 LOCK_SECONDS = 10  # migrate waits so long for each table: whoever uses a table meanwhile waits behind it
 
 
@@ -103,9 +104,10 @@ class Database:
         adapters.register_dumper(Raw, RawDumper)
         self.conninfo = conninfo
         self.read_ms = read_ms
+        self.was_lost = False  # the connection that was used last
         self.pool = psycopg_pool.ConnectionPool(
             conninfo, min_size=1, max_size=size, open=False, name="tidebase",
-            timeout=CONNECT_SECONDS, reconnect_timeout=CONNECT_SECONDS,  # then the next request tries anew
+            reconnect_timeout=CONNECT_SECONDS,  # then the next request tries anew
             max_idle=60, max_lifetime=3600, configure=prepare_nothing_behind_a_pooler,
             kwargs={
                 "autocommit": True,          # a call is one statement, so one transaction in one round trip
@@ -125,10 +127,13 @@ class Database:
         :raises psycopg.OperationalError: Postgres is away. The others in the pool are then checked, too.
         """
         try:
-            with self.pool.connection() as connection:
+            with self.pool.connection(AWAY_SECONDS if self.was_lost else CONNECT_SECONDS) as connection:
                 yield connection
+                self.was_lost = False
         except psycopg.OperationalError as error:
             if is_away(error):
+                if not isinstance(error, psycopg_pool.PoolTimeout):  # which may mean that all connections are in use
+                    self.was_lost = True
                 with suppress(RuntimeError):  # the machine gives no more threads: the next failure is another chance
                     threading.Thread(target=self._check_pool, name="tidebase-pool-check", daemon=True).start()
             raise
