@@ -421,7 +421,7 @@ class Reconciler:
         self.retention_days = retention_days
         self.revive = revive
         self.away_since: float | None = None  # the database cannot be used
-        self.reasons = set[str]()             # why not: each is logged once
+        self.reasons = set[str]()             # why not; each is logged once in an outage
         self.patient_until = time.monotonic() + self.lease_seconds  # until then expired leases are left alone
         self.failing: dict[str, str] = {}  # sweeps and schedules that fail, and why: logged once
 
@@ -493,7 +493,7 @@ class Reconciler:
         """A tick found that the database cannot be used: log each reason once, leave leases alone, and revive an
         embedded PostgreSQL."""
         self.patient_until = time.monotonic() + self.lease_seconds
-        reason = str(error).split("\n")[0]
+        reason = self.database.reason_of(error)
         if reason not in self.reasons:
             self.reasons.add(reason)
             logger.warning("the database cannot be used (%s); requests get 503 until it can", reason,
@@ -503,8 +503,11 @@ class Reconciler:
         elif self.revive and time.monotonic() - self.away_since > REVIVE_SECONDS:
             try:
                 self.revive()
-            except Exception:
-                logger.exception("the embedded PostgreSQL cannot be started", extra={"event": "revive_failed"})
+            except Exception as failure:
+                if (kind := type(failure).__name__) not in self.reasons:  # its words are others each time
+                    self.reasons.add(kind)
+                    logger.error("the embedded PostgreSQL cannot be started, which is tried again: %s", failure,
+                                 extra={"event": "revive_failed"})
 
 
 # ------------------------------------------------------------------------------

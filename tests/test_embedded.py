@@ -483,6 +483,15 @@ def test_why_it_does_not_start_is_told_with_the_end_of_its_log(data_dir: Path, m
         embedded.start()
 
 
+def test_why_it_ends_while_it_recovers_is_told_with_the_end_of_its_log(data_dir: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(database, "START_SECONDS", 0)
+    (data_dir / "postgres" / "recovery.signal").touch()
+    with (data_dir / "postgres" / "postgresql.conf").open("a") as settings:
+        settings.write("restore_command = 'sleep 0.3; exit 126'\n")  # an exit status beyond 125 ends PostgreSQL
+    with pytest.raises(programs.EmbeddedError, match="could not restore file"):
+        database.EmbeddedPostgres(data_dir).start()
+
+
 def test_a_data_directory_that_is_gone_does_not_keep_a_server_from_ending(data_dir: Path, caplog: Any) -> None:
     with started(data_dir) as (embedded, _):
         pid = embedded.pid()

@@ -144,6 +144,16 @@ class Database:
         except psycopg.Error as error:  # still away: the next request fails likewise
             logger.debug("pool check: %s", type(error).__name__, extra={"event": "pool_check_failed"})
 
+    def reason_of(self, error: psycopg.Error) -> str:
+        """Why the database cannot be used, as `error` says it, in a line. An error of the pool says only that there was
+        no connection in time: then what PostgreSQL says to a new one."""
+        if isinstance(error, psycopg_pool.PoolTimeout):
+            try:
+                psycopg.connect(self.conninfo, connect_timeout=CONNECT_SECONDS).close()
+            except psycopg.Error as answer:
+                error = answer
+        return str(error).split("\n")[0]
+
     def call(self, function: str, **arguments: Any) -> tuple[str | None, int]:
         """Call a function of schema.sql, in a transaction of its own.
 

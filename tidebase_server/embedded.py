@@ -193,7 +193,10 @@ class EmbeddedPostgres:
 
     def _ensure_running(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while self._ping() == psycopg.pq.Ping.NO_RESPONSE:
+        while (state := self._ping()) != psycopg.pq.Ping.OK:
+            if state == psycopg.pq.Ping.REJECT:  # it recovers from a crash, however long that takes
+                time.sleep(POLL_SECONDS)
+                continue
             try:
                 self._prepare()
                 self._launch()
@@ -201,8 +204,6 @@ class EmbeddedPostgres:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(POLL_SECONDS)
-        while self._ping() == psycopg.pq.Ping.REJECT:  # it recovers from a crash, however long that takes
-            time.sleep(POLL_SECONDS)
 
     def _prepare(self) -> None:
         """Make the data if there is none, and see to it that every connection needs the password."""
@@ -236,7 +237,7 @@ class EmbeddedPostgres:
         new.rename(self.folder)
 
     def _launch(self) -> None:
-        """Start a keeper, which starts PostgreSQL, and wait for the first answer.
+        """Start a keeper, which starts PostgreSQL, and wait until it takes connections.
 
         :raises EmbeddedError: PostgreSQL ended before that; the message has the end of its log.
         """
@@ -269,7 +270,7 @@ class EmbeddedPostgres:
                 os.close(keeper_alive)
             ended = select.poll()
             ended.register(keeper_end)
-            while self._ping() == psycopg.pq.Ping.NO_RESPONSE:
+            while self._ping() != psycopg.pq.Ping.OK:
                 if ended.poll(POLL_SECONDS * 1000) and self._ping() == psycopg.pq.Ping.NO_RESPONSE:
                     end = self.log.read_bytes()[log_bytes:][-2000:].decode(errors="replace")
                     raise EmbeddedError(f"the embedded PostgreSQL does not start; the end of {self.log}:\n{end}")
