@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "67ec06d75aa272dd9512a8381687de2e736cddbc9f5333e0cc377453a322ba6a")
+PINNED = (5, "c13fb8ec3a9209a29f1884bf3e671e0b934a2ea18fcfa1890c76f0d360de285c")
 
 
 def apply(conninfo: str) -> None:
