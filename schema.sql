@@ -785,6 +785,12 @@ begin
               else (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json end;
 end $$;
 
+-- JSON whose members can be read as text. A payload may contain \u0000, which Postgres' text cannot hold.
+create or replace function tidebase._readable (p_value json) returns json language sql immutable as $$
+  select case when strpos(p_value::text, '\u0000') > 0 then replace(p_value::text, '\u0000', '\ufffd')::json
+              else p_value end
+$$;
+
 -- ------------------------------------------------------------------------------
 -- Helpers: locks, refusals, checks, events, webhooks: the same for every verb.
 -- ------------------------------------------------------------------------------
@@ -2815,7 +2821,8 @@ begin
       left join tidebase._claim_sizes(v_before, true) as before on before.n = claimed.n - 1);
 end $$;
 
--- A claimed run with its checkpoints; without p_room, without them.
+-- A claimed run with its checkpoints; without p_room, without them. They and the payloads are members of their own, since
+-- to take JSON apart reads all of it, and refuses the \u0000 that a payload may have.
 create or replace function tidebase._claimed_run (p_run tidebase.runs, p_room boolean)
   returns json language plpgsql stable as $$
 begin
@@ -2823,8 +2830,9 @@ begin
     return tidebase._joined(tidebase._run_json(p_run), json_build_object('checkpoints', '[]'::json,
                                                                          'checkpointsTruncated', not p_room));
   end if;
-  return (select json_object_agg(key, value) from (  -- not _joined, which would parse all checkpoints
-            select * from json_each(tidebase._run_json(p_run))
+  return (select json_object_agg(key, case key when 'input' then p_run.input when 'result' then p_run.result
+                                               when 'error' then p_run.error else value end) from (
+            select * from json_each(tidebase._run_shown(p_run, null, p_run.metadata, null, null, p_run.waiting_for))
             union all
             select more.* from tidebase._checkpoints(p_run.id) c,
                    lateral (values ('checkpoints', c.checkpoints),
@@ -3072,16 +3080,17 @@ $$;
 create or replace function tidebase._brief_answer (p_verb text, p_body json, p_status integer, out body json,
                                                    out status integer) language plpgsql as $$
 declare
-  v_run  json := p_body->'run';
-  v_step json := p_body->'step';
+  v_run  json;
+  v_step json;
 begin
   status := p_status;
   if p_status = 200 and p_verb in ('record_step', 'complete_step') then
-    body := json_build_object('step', json_build_object('id', v_step->'id', 'name', v_step->'name', 'status',
-              v_step->'status', 'attempt', v_step->'attempt', 'payloadOmitted', true));
+    v_step := tidebase._readable(p_body)->'step';
+    body := json_build_object('step', tidebase._mark_omitted(tidebase._brief_step(
+              v_step->>'id', v_step->>'name', v_step->>'status', (v_step->>'attempt')::integer)));
   elsif p_status = 200 and p_verb = 'complete_run' then
-    body := json_build_object('run', json_build_object('id', v_run->'id', 'status', v_run->'status',
-                                                       'payloadOmitted', true));
+    v_run := tidebase._readable(p_body)->'run';
+    body := json_build_object('run', tidebase._mark_omitted(tidebase._brief_run(v_run->>'id', v_run->>'status')));
   else
     body := json_build_object('code', 'batch_too_large', 'error',
                               'the answers to this batch are too large together: send this write again by itself');
@@ -3828,12 +3837,6 @@ end $$;
 -- Studio: why a run waits, what a resume would do, lists, and a run in pieces. Most functions only read. They read a
 -- payload only when it is asked for. An index serves each list, and each list is bounded.
 -- ------------------------------------------------------------------------------
-
--- JSON whose members can be read as text. A payload may contain \u0000, which Postgres' text cannot hold.
-create or replace function tidebase._readable (p_value json) returns json language sql immutable as $$
-  select case when strpos(p_value::text, '\u0000') > 0 then replace(p_value::text, '\u0000', '\ufffd')::json
-              else p_value end
-$$;
 
 -- An error's name and the first 300 characters of its message. Without a name and a message: of its text.
 create or replace function tidebase._error_brief (p_error json) returns json language plpgsql immutable as $$

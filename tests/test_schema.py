@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "c13fb8ec3a9209a29f1884bf3e671e0b934a2ea18fcfa1890c76f0d360de285c")
+PINNED = (5, "404e08bfa67ea3a5672bfbcfcd04d5ff08d0fbbd3547ced8177ba38126cb9b6d")
 
 
 def apply(conninfo: str) -> None:
