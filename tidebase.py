@@ -1524,7 +1524,7 @@ def explain(run_id: str) -> None:
     for name, does, reason in rows if plan["steps"] else ():
         click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
     for step in plan["steps"]:
-        if step["plan"] == "stops_for_review":
+        if step["plan"] == "stops_for_review" and "review" in plan["actions"]:  # not while a worker holds the run
             click.echo(f"\nDecide {printable(step['name'])}, in Studio or by tide.runs.review_step({run_id!r}, "
                        f"{step['id']!r}, DECISION): 'retry', 'complete' (with its output=) or 'fail'")
     click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")

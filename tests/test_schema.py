@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "67ec06d75aa272dd9512a8381687de2e736cddbc9f5333e0cc377453a322ba6a")
+PINNED = (5, "404e08bfa67ea3a5672bfbcfcd04d5ff08d0fbbd3547ced8177ba38126cb9b6d")
 
 
 def apply(conninfo: str) -> None:
