@@ -253,7 +253,7 @@ class RunSuspended(BaseException):
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
 JsonList = list[Json]
 _Named = tuple[str, str]  # the kind of a call and its name, such as ("step", "fetch")
-_Same = Optional[Callable[[], Optional[tuple[Any, ...]]]]  # what a call is called with: see _Call
+_Same = Optional[Callable[[], Optional[tuple[Any, ...]]]]  # tells what a call is called with: see _Calls.call
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 Op = Generator[Any, Any, T]  # an operation: `value = yield driver.sleep(...)` waits for what a driver's method returned
@@ -593,9 +593,6 @@ class Run(Surface[M]):
         self.usage: Usage[M] = Usage(self)
         self.gates: RunGates[M] = RunGates(self)
         self._step_failures: list[tuple[BaseException, str]] = []
-        # The records of steps whose calls were cancelled, by name.  They are sent when the step is called again, or the
-        # run ends; a run that is given back executes these steps again.
-        self._cancelled_steps: dict[str, _Write] = {}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.run_id} of {self.name}>"
@@ -639,7 +636,7 @@ class Run(Surface[M]):
         if retries or timeout_s is not None or side_effects is not None or idempotency_key is not None:
             _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects, idempotency_key=idempotency_key)
         step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
-        with _Call(self._calls, ("step", name), same=step.called_with) as (step.name,):
+        with self._calls.call(("step", name), same=step.called_with) as (step.name,):
             known = step.checkpoint()
             if known is not None:
                 return known["output"]  # as it came: a name is used once, so nobody else gets it
@@ -648,7 +645,7 @@ class Run(Surface[M]):
                 step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
                              checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
             with self._calls.executing(step.name):
-                return (yield from _execute_step(step))
+                return (yield from step.execute())
 
     @op
     def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
@@ -660,7 +657,7 @@ class Run(Surface[M]):
         timeout_s: then the gate is canceled, actor `timeout`.  poll_s: how long one request of a run that waits in
         place is held (at most 25).  Raises RunCancelled, LeaseLost.
         """
-        with _Call(self._calls, ("gate", name)) as (name,):
+        with self._calls.call(("gate", name)) as (name,):
             with self._calls.executing():  # the run does not leave before it has asked all that it asks at once
                 gate = yield from RunGates.begin(
                     self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
@@ -690,8 +687,9 @@ class Run(Surface[M]):
         if (seconds is None) == (until is None):
             raise ValueError("sleep() needs either seconds or until")
         _check(seconds=seconds, until=until)
-        with _Call(self._calls, ("step", f"sleep:{name or self._calls.count('sleep', '')}")) as (label,):
-            step = yield from _begin_wait(self, label, {"seconds": seconds, "until": _iso(until)})
+        with self._calls.call(("step", f"sleep:{name or self._calls.count('sleep', '')}")) as (label,):
+            wait = _Step(self, label, None, {"seconds": seconds, "until": _iso(until)}, NULL_HASH)
+            step = yield from wait.begin_wait()
             if step["status"] == "completed":
                 return
             asked = step["input"]
@@ -700,7 +698,7 @@ class Run(Surface[M]):
             hold_s = hold_s if ends - time.monotonic() <= hold_s else 0.0
             condition = {"until": _iso(moment), "stepId": step["id"]}
             yield from _wait_for(self._client, condition, None, ends, run=self, hold_s=hold_s, poll_s=GATE_POLL_S)
-            yield from _end_wait(self, step, None)
+            yield from wait.end_wait(None)
 
     @op
     def wait_for_signal(self, name: str, timeout_s: float | None = None, *, hold_s: float = HOLD_S) -> Op[Any]:
@@ -712,13 +710,14 @@ class Run(Surface[M]):
         LeaseLost.
         """
         _check(timeout_s=timeout_s)
-        with _Call(self._calls, ("step", f"signal:{name}")) as (label,):
+        with self._calls.call(("step", f"signal:{name}")) as (label,):
             number = self._calls.count("signal", name)
 
             def read(wait_s: float) -> Op[Json | None]:
                 return _member(_long_poll(self, wait_s, "signals", name, n=number), "signal")
 
-            step = yield from _begin_wait(self, label, {"timeoutS": timeout_s})
+            wait = _Step(self, label, None, {"timeoutS": timeout_s}, NULL_HASH)
+            step = yield from wait.begin_wait()
             signal = step["output"]
             if step["status"] != "completed":
                 asked_s = step["input"]["timeoutS"]
@@ -731,7 +730,7 @@ class Run(Surface[M]):
                     path = _path("runs", self.run_id, "signals", name, "expire")
                     body = {"n": number, "leaseOwner": self._lease.owner}
                     signal = yield from _member(_request(self._client, "POST", path, body, lease=self._lease), "signal")
-                yield from _end_wait(self, step, signal)
+                yield from wait.end_wait(signal)
             if signal["timedOut"]:
                 raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
             return signal["payload"]
@@ -755,7 +754,7 @@ class Run(Surface[M]):
         given = locals()
         fn, body = _describe_child(self, {**given, "name": name or workflow_name})
         same = None if queue is not None else functools.partial(_child_key, body)
-        with _Call(self._calls, ("child", body["name"]), same=same) as (label,):
+        with self._calls.call(("child", body["name"]), same=same) as (label,):
             return (yield from _run_child(self, fn, {**body, "name": label}))
 
     @op
@@ -779,7 +778,7 @@ class Run(Surface[M]):
         bodies = [body for _, body in described]
         same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
         asked = [("child", body["name"]) for body in bodies]
-        with _Call(self._calls, ("fanout", name), *asked, same=same) as (label, *names):
+        with self._calls.call(("fanout", name), *asked, same=same) as (label, *names):
             for body, child in zip(bodies, names):
                 body.update(name=child, edgeType=body.get("edgeType", "fanout"),
                             edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
@@ -787,7 +786,7 @@ class Run(Surface[M]):
                 return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
             wanted = {"fanout": label, "join": "all", "children": names}
             join_name = f"join:{checkpoint if isinstance(checkpoint, str) else label}"
-            with _Call(self._calls, ("step", join_name), same=same) as (join,):
+            with self._calls.call(("step", join_name), same=same) as (join,):
                 joined: Any = None
                 step = _Step(self, join, lambda: joined, wanted, None)
                 known = step.checkpoint()
@@ -795,7 +794,7 @@ class Run(Surface[M]):
                     return _unpack_results(known["output"], names)
                 joined = yield from _join_fanout(self, name, described, queue, return_errors)
                 with self._calls.executing():
-                    recorded = yield from _execute_step(step)
+                    recorded = yield from step.execute()
                 return _unpack_results(recorded, names)
 
     @op
@@ -1668,10 +1667,12 @@ class _Calls:
         self._lock = threading.RLock()  # the garbage collector may end a call at any time, by closing its generator
         self._numbers: dict[_Named, int] = {}  # of each name, as called or as recorded: the last number given
         self._under_way: set[_Named] = set()  # as called
-        self._failed: dict[tuple[_Named, ...], list[_Call]] = {}  # those that may be made once more, the oldest first
+        # Of calls that may be made once more, by what was asked for: what they were called with, and their names.
+        self._failed: dict[tuple[_Named, ...], list[tuple[tuple[Any, ...], list[str]]]] = {}
         self._last: _Named = ("", "")  # the call that began last, in whatever task or thread
         self._executing = 0
         self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
+        self.open_steps: dict[str, _Step] = {}  # by name: see _Step
 
     def step_here(self) -> str | None:
         """The step of this run whose function this task or thread executes."""
@@ -1683,59 +1684,75 @@ class _Calls:
         calls, last = self._last_here.get()
         return " ".join(last if calls is self else self._last)
 
-    def begin(self, call: _Call) -> list[str]:
-        """Begin a call: give it its names in the record, and return them."""
+    @contextlib.contextmanager
+    def call(self, *asked: _Named, same: _Same = None) -> Iterator[list[str]]:
+        """Around a call, which is under way within: `with calls.call((kind, name), ...) as names_in_the_record`.
+
+        The first is the name of the call, others are of what it takes along.  Those of a call that the function of a
+        step makes are STEP/name.
+        same: tells by what the same call is known again, its input say; None where nobody can tell.  Only of a call
+        whose failure is not recorded for good: a replay executes it again, and so does the program that catches the
+        failure and makes the same call once more.  It keeps its names, so that the replay finds its output.
+        """
+        for kind, name in asked:
+            if not isinstance(name, str) or not name:
+                raise (ValueError if name == "" else TypeError)(
+                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
+        within = self.step_here()
+        if within is not None:
+            asked = tuple([(kind, f"{within}/{name}") for kind, name in asked])
         with self._lock:
-            for kind, name in call.asked:
+            for kind, name in asked:
                 if (kind, name) in self._under_way:
                     raise ValueError(
                         f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
                         f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
-            call.names = self._names_of_failed(call) if self._failed else []
-            if not call.names:
-                for asked in call.asked:
-                    call.names.append(self._next_name(asked))
-            self._under_way.update(call.asked)
-            if not call.is_within_step:  # such a call does not count: a replay does not make it
-                self._last = (call.asked[0][0], call.names[0])
-                self._last_here.set((self, self._last))
-        return call.names
+            names = self._names_of_failed(asked, same) or [self._next_name(*each) for each in asked]
+            self._under_way.update(asked)
+            if within is None:  # else it does not count: a replay does not make it
+                self._set_last(asked[0][0], names[0])
+        try:
+            yield names
+        except BaseException as error:  # it may have been cancelled
+            kind, name = asked[0][0], names[0]
+            if kind == "step" and name in self.open_steps:
+                self.open_steps[name].left_with = error
+            if same is not None:
+                called_with = same()
+                with self._lock:
+                    if called_with is not None:
+                        self._failed.setdefault(asked, []).append((called_with, names))
+                    if self.last_call() == f"{kind} {name}":
+                        self._set_last(kind, f"{name} failed")  # what is written now is for its failure
+            raise
+        finally:
+            with self._lock:
+                self._under_way.difference_update(asked)
 
-    def end(self, call: _Call) -> None:
-        """End a call: others may be called by its name."""
-        with self._lock:
-            self._under_way.difference_update(call.asked)
+    def _set_last(self, *last: str) -> None:
+        self._last = cast(_Named, last)
+        self._last_here.set((self, self._last))
 
-    def fail(self, call: _Call, called_with: tuple[Any, ...] | None) -> None:
-        """Note that a call failed, though not for good: it leaves its names to the same call, which is known by what it
-        is called with.  None: it cannot be known."""
-        with self._lock:
-            if called_with is not None:
-                call.failed_with = called_with
-                self._failed.setdefault(call.asked, []).append(call)
-            if self.last_call() == f"{call.asked[0][0]} {call.names[0]}":
-                self._last = (call.asked[0][0], f"{call.names[0]} failed")  # what is written now is for its failure
-                self._last_here.set((self, self._last))
-
-    def _names_of_failed(self, call: _Call) -> list[str]:
+    def _names_of_failed(self, asked: tuple[_Named, ...], same: _Same) -> list[str]:
         """The names of the same call, if it failed."""
-        failed = self._failed.get(call.asked, [])
-        called_with = call.same() if failed and call.same is not None else None
-        for place, other in enumerate(failed):
-            if other.failed_with == called_with:
-                return failed.pop(place).names
+        failed = self._failed.get(asked)
+        if failed and same is not None:
+            called_with = same()
+            for place, (other, names) in enumerate(failed):
+                if other == called_with:
+                    del failed[place]
+                    return names
         return []
 
-    def _next_name(self, asked: _Named) -> str:
+    def _next_name(self, kind: str, name: str) -> str:
         """The next free name in the record: NAME, NAME#2, NAME#3 ..."""
-        kind, name = asked
-        number, recorded = self._numbers.get(asked, 0) + 1, name
+        number, recorded = self._numbers.get((kind, name), 0) + 1, name
         while number > 1 and (kind, recorded := f"{name}#{number}") in self._numbers:
             number += 1
         if len(recorded) > MAX_NAME:
             raise ValueError(f"the name of a {kind} has at most {MAX_NAME} characters in the record, not "
                              f"{len(recorded)} as {recorded[:60]!r}...")
-        self._numbers[asked] = number
+        self._numbers[kind, name] = number
         if number > 1:
             self._numbers[kind, recorded] = 1
         return recorded
@@ -1781,56 +1798,30 @@ class _Calls:
         return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
-class _Call:
-    """`with _Call(calls, (kind, name), ...) as names`: a call, under way within, and its names in the record.
-
-    The first is the name of the call, others are of what it takes along.  Those of a call that the function of a step
-    makes are STEP/name.  same: what it is called with, None where nobody can tell; only of a call whose failure is not
-    recorded for good.  A replay executes such a call again, and so does the program that catches the failure and makes
-    the same call once more: it keeps its names, so that the replay finds its output.
-    """
-
-    __slots__ = ("_calls", "asked", "failed_with", "is_within_step", "names", "same")
-
-    names: list[str]
-    failed_with: tuple[Any, ...]
-
-    def __init__(self, calls: _Calls, *asked: _Named, same: _Same = None) -> None:
-        for kind, name in asked:
-            if not isinstance(name, str) or not name:
-                raise (ValueError if name == "" else TypeError)(
-                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
-        step = calls.step_here()
-        self.is_within_step = step is not None
-        self.asked = asked if step is None else tuple([(kind, f"{step}/{name}") for kind, name in asked])
-        self._calls, self.same = calls, same
-
-    def __enter__(self) -> list[str]:
-        return self._calls.begin(self)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and self.same is not None:  # also one that was cancelled
-            self._calls.fail(self, self.same())
-        self._calls.end(self)
-
-
 # --- steps
 
 
 class _Step:
-    """A step as it is called: what it is recorded with, and how it is executed."""
+    """A call of `run.step`, or a wait, which is recorded as a step, too: what the server is told of it, and its life.
+
+    From when the server may hear of it until its outcome is sent it stands among the open steps of the run's calls.  A
+    call that is cancelled leaves it there, to be recorded as failed when the step is called again or the run ends; so
+    is at the run's end what another thread or task still executes.  A run that is given back executes it again.
+    """
 
     args: tuple[Any, ...] = ()
     options: Json = {}  # noqa: RUF012 - replaced, never changed
-    decision = "safe_replay"  # what the last failure is recorded with
+    decision = "safe_replay"  # what its last failure is recorded with
     is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
     input = b""
     started_at: datetime  # the try that is under way
     id: str | None = None  # of the step that was begun for it
-    announcement: _Write | None = None  # begin_step of a plain step that takes long
+    announcement: _Write | None = None  # that a plain step takes long: see _Heartbeater
+    left_with: BaseException | None = None  # what its call ended with, though the step is open
 
-    def __init__(self, run: Run[Any], name: str, fn: Callable[..., Any], input: Any, input_hash: str | None,
+    def __init__(self, run: Run[Any], name: str, fn: Any, input: Any, input_hash: str | None,
                  retries: int = 0, timeout_s: float | None = None) -> None:
+        """fn: None for a wait."""
         self.run, self.name, self.fn, self.retries, self.timeout_s = run, name, fn, retries, timeout_s
         self.input_hash = input_hash or NULL_HASH
         if input is not None:
@@ -1874,6 +1865,164 @@ class _Step:
         options = b"" if not self.options else b',"options":' + _encode_body(self.options)
         return known + (b',"input":' + self.input if self.input else b"") + options
 
+    def execute(self) -> Op[Any]:
+        """Execute a step that no checkpoint here answers, and record it; again while tries are left.
+
+        It is begun first where a try must leave a trace, or where the server may have its output.
+        """
+        run, lease, client = self.run, self.run._lease, self.run._client
+        self.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
+        _fail_open_steps(run, [self.name])  # of an earlier call, which was cancelled
+        for tries in itertools.count(1):
+            lease.boundary()
+            self.id, self.started_at = None, lease.now()
+            if not self.is_plain or not run._has_all_checkpoints or self.name in run._checkpoints:
+                answer = yield from self.begin()
+                if answer["action"] == "return":
+                    return answer["output"]
+                self.id = answer["step"]["id"]
+            else:
+                self.open()
+                client._heartbeater.watch(self)
+            output, error = b"null", None
+            try:
+                returned = yield client._driver.invoke(self.fn, self.args, self.timeout_s)
+                output = _encode(returned, f"the output of step {self.name!r}")
+            except Exception as raised:
+                if lease.gone() is not None:
+                    raise  # from a boundary inside the function: it cannot be recorded
+                error = raised
+            finally:
+                client._heartbeater.forget(self)
+            if self.announcement is not None:  # its answer counts: another owner may be at the step
+                yield from client._batcher.settled(self.announcement)
+                announced = self.announcement.outcome
+                if isinstance(announced, dict) and announced["action"] != "execute":
+                    answer = yield from self.begin()
+                    if answer["action"] == "return":
+                        return answer["output"]
+            self.close()
+            if error is None and self.id is None and lease.write_behind:
+                yield from client._batcher.post_behind(self.outcome_behind(output))
+                return _decode(output)
+            again = error is not None and tries <= self.retries and getattr(error, "retryable", True) is not False
+            try:
+                answer = yield from client._batcher.send(self.outcome(output, error, again))
+            except BodyTooLarge as refused:
+                if error is not None:
+                    raise refused from None  # its input is
+                error = refused  # the output will not be shorter the next time
+                answer = yield from client._batcher.send(self.outcome(output, error))
+            recorded: Json = answer["step"]
+            if recorded["status"] == "completed":  # with this output or, recorded meanwhile, with another's
+                return recorded["output"] if "output" in recorded else _decode(output)
+            if not again:
+                raise cast(Exception, error)
+            yield client._driver.sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
+        raise AssertionError("unreachable")
+
+    def begin(self) -> Op[Json]:
+        """Ask for the step until the answer is `execute` or `return`; while another owner executes it, wait."""
+        lease, client = self.run._lease, self.run._client
+        for tries in itertools.count(1):
+            lease.boundary()
+            self.open()
+            begin = _Write("begin_step", self.fields, lease, explain=self.explain)
+            try:
+                answer = yield from client._batcher.send(begin)
+            except BaseException as error:
+                if isinstance(error, Exception) or client._batcher.withdraw(begin):
+                    self.close()  # the server did not begin it
+                self.decision = "safe_replay"  # its function was not called
+                raise
+            action = answer["action"]
+            if action == "execute":
+                self.check_open()
+                return answer
+            self.close()
+            if action == "return":
+                return answer
+            if action == "input_mismatch":
+                raise self.mismatch(answer)
+            if action == "cancelled":
+                lease.cancelled(answer)
+            if action != "locked":
+                raise TidebaseError(f"the server answered a step with {action!r}", 200, answer)
+            yield client._driver.sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
+        raise AssertionError("unreachable")
+
+    def begin_wait(self) -> Op[Json]:
+        """The step that records a wait: begun, found under way with what was asked first, or completed."""
+        self.run._lease.boundary()
+        known = self.checkpoint()
+        if known is not None:
+            return {**known, "status": "completed"}
+        self.options, self.started_at = {"wait": True}, self.run._lease.now()
+        step: Json = (yield from self.begin())["step"]
+        self.id = step["id"]
+        return step
+
+    def end_wait(self, output: Any) -> Op[None]:
+        """The wait is over, and its run still here.  That of a run which left its worker is ended by the server."""
+        self.close()
+        yield from self.run._client._batcher.send(self.outcome(_encode(output, "a signal")))
+
+    def open(self) -> None:
+        """The server is to hear of it."""
+        self.run._calls.open_steps[self.name] = self
+
+    def check_open(self) -> None:
+        """Raise LeaseLost when the run has ended meanwhile, and recorded the step as failed."""
+        if self.run._calls.open_steps.get(self.name) is not self:
+            raise LeaseLost(f"run {self.run.run_id} ended before its step {self.name!r} did", code="lease_lost")
+
+    def close(self) -> None:
+        """Its outcome is known, and sent next.  Raises LeaseLost as `check_open`."""
+        self.check_open()
+        self.run._calls.open_steps.pop(self.name, None)
+
+    def outcome(self, output: bytes, error: BaseException | None = None, again: bool = False) -> _Write:
+        """What records how the step ended: one that was begun, or all of it at once."""
+        members = b'"output":' + output
+        if error is not None:
+            self.run._step_failures.append((error, self.name))
+            decision = "auto_retry" if again else self.decision
+            members = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
+        verb = "record_step" if self.id is None else "complete_step" if error is None else "fail_step"
+        if self.id is None:
+            started_at = self.started_at.isoformat().encode()
+            members = b'"startedAt":"%s","brief":true,%s,%s' % (started_at, self.fields, members)
+        else:
+            members = b'"stepId":"%s",%s' % (self.id.encode(), members)
+        explain = functools.partial(self.explain, output_bytes=len(output))
+        return _Write(verb, members, self.run._lease, explain=explain)
+
+    def outcome_behind(self, output: bytes) -> _Write:
+        """Likewise, of a plain step for whose record no call waits: another outcome in the record is an error."""
+        write = self.outcome(output)
+
+        def explain(outcome: Json | Exception) -> Json | Exception:
+            if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
+                words = (f"step {self.name!r} of run {self.run.run_id} is recorded with another outcome than it had "
+                         "here: the next attempt goes on with the recorded one")
+                return TidebaseError(words, 409, outcome, "other_outcome")
+            return self.explain(outcome, len(output))
+
+        write.explain, write.is_behind = explain, True
+        return write
+
+    def outcome_of_open(self) -> _Write:
+        """The failure of a step that is no longer open, though its call did not end it."""
+        error = self.left_with
+        if error is None:
+            words = (f"run {self.run.run_id} ended while its step {self.name!r} was under way in another thread or "
+                     "task, so what that returns is not recorded: wait for it before the workflow returns")
+            logger.warning(words, extra={"event": "step_left_behind", "run_id": self.run.run_id})
+            error = TidebaseError(words, code="run_ended")
+        write = self.outcome(b"", error)
+        write.explain = self.log_refusal
+        return write
+
     def explain(self, outcome: Json | Exception, output_bytes: int = 0) -> Json | Exception:
         """A refusal in words that name the step; an answer as it is."""
         run_id = self.run.run_id
@@ -1896,7 +2045,7 @@ class _Step:
     def log_refusal(self, outcome: Json | Exception) -> Json | Exception:
         """Log a refusal that nobody is left to be raised to."""
         if isinstance(outcome, Exception):
-            logger.warning("step %r of run %s was cancelled, which could not be recorded: %s", self.name,
+            logger.warning("step %r of run %s did not end, which could not be recorded: %s", self.name,
                            self.run.run_id, outcome, extra={"event": "end_refused", "run_id": self.run.run_id})
         return outcome
 
@@ -1913,151 +2062,16 @@ class _Step:
         return StepInputMismatch(message, body=answer, code="input_mismatch")
 
 
-def _execute_step(step: _Step) -> Op[Any]:
-    """Execute a step that no checkpoint here answers, and record it; again while tries are left.
-
-    It is begun first where a try must leave a trace, or where the server may have its output.
-    """
-    run, lease = step.run, step.run._lease
-    driver, heartbeater = run._client._driver, run._client._heartbeater
-    step.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
-    _record_cancelled_steps(run, [step.name])
-    for tries in itertools.count(1):
-        lease.boundary()
-        step.id, step.started_at = None, lease.now()
-        if not step.is_plain or not run._has_all_checkpoints or step.name in run._checkpoints:
-            answer = yield from _begin_step(step)
-            if answer["action"] == "return":
-                return answer["output"]
-            step.id = answer["step"]["id"]
-        else:
-            heartbeater.watch(step)
-        output, error = b"null", None
-        try:
-            returned = yield driver.invoke(step.fn, step.args, step.timeout_s)
-            output = _encode(returned, f"the output of step {step.name!r}")
-        except Exception as raised:
-            if lease.gone() is not None:
-                raise  # from a boundary inside the function: it cannot be recorded
-            error = raised
-        except _CANCELLATIONS as cancelled:
-            heartbeater.forget(step)
-            if step.announcement is not None:
-                run._client._batcher.withdraw(step.announcement)
-            _note_cancelled(step, cancelled)
-            raise
-        finally:
-            heartbeater.forget(step)
-        if step.announcement is not None and (yield from _is_refused(step)):
-            answer = yield from _begin_step(step)
-            if answer["action"] == "return":
-                return answer["output"]
-        if error is None and step.id is None and lease.write_behind:
-            yield from _record_behind(step, output)
-            return _decode(output)
-        again = error is not None and tries <= step.retries and getattr(error, "retryable", True) is not False
-        try:
-            answer = yield from _record_step(step, output, error, again)
-        except BodyTooLarge as refused:
-            if error is not None:
-                raise refused from None  # its input is
-            error = refused  # the output will not be shorter the next time
-            answer = yield from _record_step(step, output, error, again=False)
-        if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
-            recorded: Json = answer["step"]
-            return recorded["output"] if "output" in recorded else _decode(output)
-        if not again:
-            raise cast(Exception, error)
-        yield driver.sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
-    raise AssertionError("unreachable")
-
-
-_CANCELLATIONS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # what ends a call, or all of its run
-
-
-def _begin_step(step: _Step) -> Op[Json]:
-    """Ask for the step until the answer is `execute` or `return`; while another owner executes it, wait."""
-    lease, client = step.run._lease, step.run._client
-    for tries in itertools.count(1):
-        lease.boundary()
-        begin = _Write("begin_step", step.fields, lease, explain=step.explain)
-        try:
-            answer = yield from client._batcher.send(begin)
-        except _CANCELLATIONS as cancelled:
-            if not client._batcher.withdraw(begin):  # else the server cannot know of the step
-                step.decision = "safe_replay"  # its function was not called
-                _note_cancelled(step, cancelled)
-            raise
-        action = answer["action"]
-        if action in ("execute", "return"):
-            return answer
-        if action == "input_mismatch":
-            raise step.mismatch(answer)
-        if action == "cancelled":
-            lease.cancelled(answer)
-        if action != "locked":
-            raise TidebaseError(f"the server answered a step with {action!r}", 200, answer)
-        yield client._driver.sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
-    raise AssertionError("unreachable")
-
-
-def _is_refused(step: _Step) -> Op[bool]:
-    """Whether the announcement of a slow step was answered with anything but `execute`.  One under way is waited for,
-    so that the answer counts before the step's record is sent."""
-    batcher, announcement = step.run._client._batcher, cast(_Write, step.announcement)
-    if batcher.withdraw(announcement):
-        return False
-    yield from batcher.settled(announcement)
-    answer = announcement.outcome
-    return isinstance(answer, dict) and answer["action"] != "execute"
-
-
-def _record_step(step: _Step, output: bytes, error: Exception | None, again: bool) -> Op[Json]:
-    """Write how a step ended.  Returns the answer."""
-    explain = functools.partial(step.explain, output_bytes=len(output))
-    return step.run._client._batcher.send(_Write(*_outcome_of(step, output, error, again), step.run._lease,
-                                                 explain=explain))
-
-
-def _record_behind(step: _Step, output: bytes) -> Op[None]:
-    """Have a plain step recorded in the background, after all that the run has written."""
-
-    def explain(outcome: Json | Exception) -> Json | Exception:
-        if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
-            words = (f"step {step.name!r} of run {step.run.run_id} is recorded with another outcome than it had here: "
-                     "the next attempt goes on with the recorded one")
-            return TidebaseError(words, 409, outcome, "other_outcome")
-        return step.explain(outcome, len(output))
-
-    return step.run._client._batcher.post_behind(
-        _Write(*_outcome_of(step, output), step.run._lease, is_behind=True, explain=explain))
-
-
-def _note_cancelled(step: _Step, error: BaseException) -> None:
-    """Have a step whose call was cancelled recorded as failed before it is called again, or its run ends."""
-    step.run._cancelled_steps[step.name] = _Write(
-        *_outcome_of(step, b"", error), step.run._lease, explain=step.log_refusal)
-
-
-def _record_cancelled_steps(run: Run[Any], names: Iterable[str]) -> None:
-    """Have those of these steps whose calls were cancelled recorded as failed."""
-    writes = [run._cancelled_steps.pop(name) for name in list(names) if name in run._cancelled_steps]
+def _fail_open_steps(run: Run[Any], names: Sequence[str] | None = None) -> None:
+    """Have those of these steps, or of all, recorded as failed that are open: see _Step."""
+    writes = []
+    for name in list(run._calls.open_steps) if names is None else names:
+        step = run._calls.open_steps.pop(name, None)  # whoever takes it out records its outcome
+        if step is not None:
+            run._client._heartbeater.forget(step)
+            writes.append(step.outcome_of_open())
     if writes:
         run._client._batcher.post(writes)
-
-
-def _outcome_of(step: _Step, output: bytes, error: BaseException | None = None,
-                again: bool = False) -> tuple[str, bytes]:
-    """The verb and the members that record how a step ended: one that was begun, or all of it at once."""
-    outcome = b'"output":' + output
-    if error is not None:
-        step.run._step_failures.append((error, step.name))
-        decision = "auto_retry" if again else step.decision
-        outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
-    if step.id is not None:
-        return "complete_step" if error is None else "fail_step", b'"stepId":"%s",%s' % (step.id.encode(), outcome)
-    started_at = step.started_at.isoformat().encode()
-    return "record_step", b'"startedAt":"%s","brief":true,%s,%s' % (started_at, step.fields, outcome)
 
 
 def _settle_writes(run: Run[Any]) -> Op[None]:
@@ -2141,23 +2155,6 @@ def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op
         lease.become("held", "leaving")  # it must stay, unless it waits by now
     run._client._heartbeater.remove(lease)
     raise RunSuspended
-
-
-def _begin_wait(run: Run[Any], name: str, asked: Json) -> Op[Json]:
-    """The step that records a wait: begun, found under way with what was asked first, or completed."""
-    run._lease.boundary()
-    step = _Step(run, name, _begin_wait, asked, NULL_HASH)
-    known = step.checkpoint()
-    if known is not None:
-        return {**known, "status": "completed"}
-    step.options, step.started_at = {"wait": True}, run._lease.now()
-    return cast(Json, (yield from _begin_step(step))["step"])
-
-
-def _end_wait(run: Run[Any], step: Json, output: Any) -> Op[None]:
-    """The wait is over, and its run still here.  That of a run which left its worker is ended by the server."""
-    members = b'"stepId":"%s","output":%s' % (step["id"].encode(), _encode(output, "a signal"))
-    yield from run._client._batcher.write("complete_step", members, run._lease)
 
 
 # --- children
@@ -2433,7 +2430,7 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
                    "server takes: see its setting TIDEBASE_MAX_BODY")
         return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
-    _record_cancelled_steps(run, run._cancelled_steps)
+    _fail_open_steps(run)
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
@@ -2453,7 +2450,7 @@ def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
     fields: Json = {"error": failure}
     if getattr(error, "retryable", True) is False:
         fields["retryable"] = False
-    _record_cancelled_steps(run, run._cancelled_steps)
+    _fail_open_steps(run)
     yield from _settle_writes(run)
     with run._lease.ending():
         return (yield from run._client._batcher.write("fail_run", _members(fields), run._lease))
