@@ -2949,7 +2949,7 @@ class _WriteBatcher:
 
     def _lead(self, driver: Any, until: float = math.inf) -> Op[None]:
         """As the leader: send the next request when it is time; the one after it is the next leader's.  until: when who
-        leads has to stop waiting."""
+        leads has to stop; another leader goes on then."""
         batch: list[_Write] | None = None
         next_driver: Any = driver
         try:
@@ -2967,7 +2967,7 @@ class _WriteBatcher:
                 if batch is None:
                     yield driver.sleep(min(pause_s, left_s), event)
             if batch:
-                yield from self._send_batch(batch, driver)
+                yield from self._send_batch(batch, driver, until)
         except BaseException as error:  # a thread goes on where a task was cancelled, as the event loop may be ending
             next_driver = None if isinstance(error, GeneratorExit) else self._client._threads
             if batch is None:
@@ -2978,10 +2978,10 @@ class _WriteBatcher:
             if next_driver is not None:
                 self._start_leader(next_driver)
 
-    def _send_batch(self, batch: list[_Write], driver: Any) -> Op[None]:
+    def _send_batch(self, batch: list[_Write], driver: Any, until: float) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
         try:
-            yield from self._send(batch, driver)
+            yield from self._send(batch, driver, until)
         except Exception as error:  # a defect: those who wait get it as their exception
             for write in batch:
                 write.settle(error)
@@ -3000,14 +3000,15 @@ class _WriteBatcher:
             for write in batch:
                 write.wake()
 
-    def _send(self, batch: list[_Write], driver: Any) -> Op[None]:
-        """Send a batch until there is an answer, and settle each write with its part of it."""
+    def _send(self, batch: list[_Write], driver: Any, until: float) -> Op[None]:
+        """Send a batch until there is an answer, and settle each write with its part of it; or until the time is up."""
         for tries in itertools.count(1):
             batch = [write for write in batch if self._is_worth_sending(write)]
-            if not batch:
-                return
             sent = time.monotonic()
-            timeout_s = max(1.0, min(self._client.timeout_s, max([write.until for write in batch]) - sent))
+            ends = min(until, max([write.until for write in batch], default=sent))
+            if sent >= ends:
+                return
+            timeout_s = min(self._client.timeout_s, ends - sent)
             data = b'{"writes":[%s]}' % b",".join([write.data for write in batch])
             try:
                 reply = yield from _attempt(driver, Request("POST", "/writes", data, {}, timeout_s))
@@ -3015,15 +3016,15 @@ class _WriteBatcher:
             except _NoAnswer as failure:
                 _warn_of_silence(self._client, tries, failure)
                 self._trouble, pause_s = str(failure), failure.pause_s + _backoff(BACKOFF_S, tries)
-            yield driver.sleep(pause_s)
+            yield driver.sleep(max(min(pause_s, ends - time.monotonic()), 0.0))
         answer = _loads(reply.data)
         if 200 <= reply.status < 300 and isinstance(answer, dict):
             for write in self._settle_each(batch, answer["results"], sent):
-                yield from self._send([write], driver)
+                yield from self._send([write], driver, until)
         elif len(batch) > 1 and reply.status in (400, 413):  # one is at fault, and must not take the others along
             half = len(batch) // 2
-            yield from self._send(batch[:half], driver)
-            yield from self._send(batch[half:], driver)
+            yield from self._send(batch[:half], driver, until)
+            yield from self._send(batch[half:], driver, until)
         else:
             body = reply.data.decode("utf-8", "replace") if answer is None else answer
             for issue in body.get("issues") or () if isinstance(body, dict) else ():
@@ -3255,7 +3256,7 @@ def _request(client: Client[Any], method: str, path: str, body: Any = None, *, l
             lease.fence()
         sent = time.monotonic()
         give_up_at = started + patience_s if lease is None else lease.ends_at
-        timeout_s = wait_s + (once_s or max(1.0, min(client.timeout_s, give_up_at - sent)))
+        timeout_s = wait_s + (once_s or min(client.timeout_s, give_up_at - sent))
         try:
             reply = yield from _attempt(driver, Request(
                 method, path, data, headers or {}, timeout_s, wait_s > 0, cancel))
