@@ -43,6 +43,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import copy
+import difflib
 import functools
 import hashlib
 import hmac
@@ -314,13 +315,13 @@ class op(Generic[P, T]):
         @functools.wraps(logic)
         def blocking(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
             with _own_frames_hidden:
-                result: T = surface._client._driver.drive(logic(surface, *args, **kwargs))
+                result: T = surface._client._driver.drive(_call(logic, surface, args, kwargs))
                 return result
 
         @functools.wraps(logic)
         async def awaited(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
             with _own_frames_hidden:
-                result: T = await surface._client._driver.drive(logic(surface, *args, **kwargs))
+                result: T = await surface._client._driver.drive(_call(logic, surface, args, kwargs))
                 return result
 
         self._logic, self._blocking, self._awaited = logic, blocking, awaited
@@ -336,6 +337,38 @@ class op(Generic[P, T]):
         if surface is None:
             return self._logic
         return types.MethodType(self._awaited if surface._client._driver.awaited else self._blocking, surface)
+
+
+def _call(method: Callable[..., Any], surface: Surface[Any], args: tuple[Any, ...], kwargs: Json) -> Any:
+    """Call a method of a surface.  The TypeError for arguments that it does not take says which it takes."""
+    try:
+        return method(surface, *args, **kwargs)
+    except TypeError as error:
+        signature = inspect.signature(method)
+        try:
+            signature.bind(surface, *args, **kwargs)
+        except TypeError:
+            words = str(error)
+        else:
+            raise  # it takes them: the error is about their values
+        called = f"{type(surface).__name__}.{method.__name__}()".replace(".__init__", "")
+        taken = list(signature.parameters)
+    for name in kwargs:
+        if name not in taken:
+            meant = difflib.get_close_matches(name, taken, 1)
+            guess = f", did you mean {meant[0]}=?" if meant else "."
+            raise TypeError(f"{called} takes no {name}={guess}  It takes {', '.join(taken[1:])}")
+    raise TypeError(words.replace(f"{method.__qualname__}()", called))
+
+
+def _explained(method: F) -> F:
+    """Have a method that is no operation called by `_call`, too."""
+
+    @functools.wraps(method)
+    def call(surface: Surface[Any], *args: Any, **kwargs: Any) -> Any:
+        return _call(method, surface, args, kwargs)
+
+    return cast(F, call)
 
 
 if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: what fn returns, and which client asks
@@ -572,6 +605,10 @@ class Run(Surface[M]):
     the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.  A call
     from within the function of a step is recorded as `STEP/name`.
 
+    A loop of your own that tries a step again must not show it the number of the try: `lambda: ask(attempt)` is another
+    call each time, which takes the next number, and a replay that starts over with the first try may go another way
+    than the record.  `retries=` has no such trap, and neither has a call that is the same each time.
+
     hold_s, on several methods: a run from a queue waits this long with its worker, then without one.
     """
 
@@ -620,7 +657,10 @@ class Run(Surface[M]):
         input: what the output depends on, any JSON; a replay with another input is refused.
         input_hash: what to compare instead of the hash of the input.
         retries: further tries after a failure, each recorded, with growing pauses; ValueError unless replay is "auto".
-        timeout_s: then StepTimeout; a sync function cannot be stopped and runs on in its thread, its result unused.
+        timeout_s: then StepTimeout, as one try that failed.  A sync function cannot be stopped: it runs on in its
+        thread beside what comes next, its result unused, and a warning says so.  So it is when a call on AsyncTidebase
+        is cancelled, by asyncio.wait_for say: the step is recorded as failed while its thread runs on.  Use an async
+        function there, or declare what the function changes outside.
         side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
@@ -1265,6 +1305,7 @@ class Client(Surface[M]):
     _context: Any  # the class of what a workflow is given
     _session: Any  # the class of what `attach` returns
 
+    @_explained
     def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
                  *, timeout_s: float = TIMEOUT_S) -> None:
         """url, api_key, webhook_secret: default the environment's TIDEBASE_URL, TIDEBASE_API_KEY,
@@ -1279,7 +1320,7 @@ class Client(Surface[M]):
         self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
         self.timeout_s = timeout_s
         self._workflows: dict[str, Callable[..., Any]] = {}
-        self._warned_of_secret = False
+        self._warned: set[str | None] = set()  # the queues whose runs were found to be others, None: no secret
         self.runs: Runs[M] = Runs(self)
         self.queues: Queues[M] = Queues(self)
         self.schedules: Schedules[M] = Schedules(self)
@@ -1317,7 +1358,7 @@ class Client(Surface[M]):
             if callable(name):
                 raise TypeError("name= is missing: write @tide.workflow(\"NAME\"), with the workflow's name")
             return functools.partial(self.workflow, name)
-        self._workflows[name] = fn
+        self._workflows[name], _ = self._registered(fn)
         return fn
 
     @op
@@ -1348,7 +1389,7 @@ class Client(Surface[M]):
         owner holds the run; RunCancelled, LeaseLost, Unreachable.
         """
         _check(workflow_name=workflow_name)
-        fn = self._registered(workflow_name)[0] if workflow is None else workflow
+        fn, _ = self._registered(workflow_name if workflow is None else workflow)
         run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
                                      run_id=run_id, deadline_s=deadline_s, recovery_secret=recovery_secret)
         return (yield from _begin_and_execute(self, run, fn, write_behind=write_behind))
@@ -1362,7 +1403,8 @@ class Client(Surface[M]):
                 recovery_secret: str | None = None) -> Op[Json]:
         """Put a run on a queue.  When this returns, it is in Postgres and will be offered to workers.
 
-        dedupe_key: at most one live run per queue and key; a second call answers the first run.  delay_s or run_at (a
+        dedupe_key: at most one live run per queue and key; a second call answers the first run, which keeps its input.
+        delay_s or run_at (a
         datetime, without time zone local, or ISO-8601 text): not before then; both are a ValueError.  max_attempts: the
         server's default is 3.  priority: higher first.  Returns {"run", "deduplicated"}.
         Raises TidebaseError 400 with the fields named in its body; Unreachable, then the run may exist.
@@ -1370,7 +1412,15 @@ class Client(Surface[M]):
         if delay_s is not None and run_at is not None:
             raise ValueError("enqueue() takes either delay_s or run_at, not both")
         body = _body(locals(), id=new_run_id())
-        return self._batcher.write("enqueue_run", _members(body), path=_path("queues", queue, "enqueue"))
+        answer = yield from self._batcher.write("enqueue_run", _members(body), path=_path("queues", queue, "enqueue"))
+        if answer["deduplicated"] and input is not None and queue not in self._warned:
+            run = answer["run"]
+            if "payloadOmitted" not in run and run["input"] != _plain(input, "input="):
+                self._warned.add(queue)
+                logger.warning("run %s lives with the dedupe key %r and keeps its input: the one given now is not used "
+                               "(logged once for queue %s)", run["id"], dedupe_key, queue,
+                               extra={"event": "differs_from_record", "run_id": run["id"]})
+        return answer
 
     @op
     def work(self, queues: str | Sequence[str] | None = None, *, poll_s: float = CLAIM_WAIT_S,
@@ -1427,8 +1477,8 @@ class Client(Surface[M]):
         webhook.
         """
         secret = secret or self.webhook_secret
-        if not secret and not self._warned_of_secret:
-            self._warned_of_secret = True
+        if not secret and None not in self._warned:
+            self._warned.add(None)
             logger.error("webhooks are answered 401, since this client has no webhook secret to verify them with: set "
                          "TIDEBASE_WEBHOOK_SECRET, to what the server has, or give webhook_secret= or secret=",
                          extra={"event": "no_webhook_secret"})
@@ -1475,6 +1525,8 @@ class Client(Surface[M]):
             if workflow not in self._workflows:
                 raise ValueError(f"workflow {workflow!r} is not registered, but {sorted(self._workflows)} are")
             return self._workflows[workflow], workflow
+        if not callable(workflow):
+            raise TypeError(f"a workflow is a function, workflow(run, input) or workflow(run), not {workflow!r}")
         known = list(self._workflows.items())  # another thread may be registering one
         return workflow, next((name for name, fn in known if fn is workflow), None)
 
@@ -1825,8 +1877,7 @@ class _Step:
         self.run, self.name, self.fn, self.retries, self.timeout_s = run, name, fn, retries, timeout_s
         self.input_hash = input_hash or NULL_HASH
         if input is not None:
-            self.input = _encode(input, "input=")
-            plain = _decode(self.input)
+            self.input, plain = _to_json(input, "input=")
             self.input_hash = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
             if not _accepts(fn, 0) and _accepts(fn, 1):
                 self.args = (plain,)
@@ -1884,10 +1935,10 @@ class _Step:
             else:
                 self.open()
                 client._heartbeater.watch(self)
-            output, error = b"null", None
+            output, plain, error = b"null", None, None
             try:
-                returned = yield client._driver.invoke(self.fn, self.args, self.timeout_s)
-                output = _encode(returned, f"the output of step {self.name!r}")
+                returned = yield client._driver.invoke(self.fn, self.args, f"step {self.name!r}", self.timeout_s)
+                output, plain = _to_json(returned, f"the output of step {self.name!r}")
             except Exception as raised:
                 if lease.gone() is not None:
                     raise  # from a boundary inside the function: it cannot be recorded
@@ -1904,7 +1955,7 @@ class _Step:
             self.close()
             if error is None and self.id is None and lease.write_behind:
                 yield from client._batcher.post_behind(self.outcome_behind(output))
-                return _decode(output)
+                return plain
             again = error is not None and tries <= self.retries and getattr(error, "retryable", True) is not False
             try:
                 answer = yield from client._batcher.send(self.outcome(output, error, again))
@@ -1915,7 +1966,7 @@ class _Step:
                 answer = yield from client._batcher.send(self.outcome(output, error))
             recorded: Json = answer["step"]
             if recorded["status"] == "completed":  # with this output or, recorded meanwhile, with another's
-                return recorded["output"] if "output" in recorded else _decode(output)
+                return recorded.get("output", plain)
             if not again:
                 raise cast(Exception, error)
             yield client._driver.sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
@@ -2175,7 +2226,7 @@ def _describe_child(run: Run[Any], given: Mapping[str, Any]) -> tuple[Any, Json]
         workflow_name = workflow_name or (registered if queue is not None else None) or name
     else:
         known_as = workflow or workflow_name or name
-        if queue is None or known_as in run._client._workflows:
+        if queue is None or not isinstance(known_as, str) or known_as in run._client._workflows:
             fn, _ = run._client._registered(known_as)
         if queue is not None and workflow_name not in (None, known_as):
             raise ValueError(f"child {name!r} is run by a worker of queue {queue!r}, which finds its workflow by "
@@ -2367,7 +2418,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
     lease, client = run._lease, run._client
     client._heartbeater.add(lease)
     try:
-        result = yield client._driver.invoke(workflow, _fit(workflow, run, run.input))
+        result = yield client._driver.invoke(workflow, _fit(workflow, run, run.input), f"workflow {run.name!r}")
         lease.fence()  # user code may have swallowed it
         return (yield from _complete(run, result))[0]
     except (Exception, SystemExit) as error:
@@ -2421,7 +2472,7 @@ def _is_cancelled_by_others(error: BaseException) -> bool:
 def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, Json]]:
     """Record the result.  Returns it as JSON gives it back, and the answer; brief: without all of the run."""
     lease = run._lease
-    encoded = _encode(result, f"the result of workflow {run.name!r}")
+    encoded, plain = _to_json(result, f"the result of workflow {run.name!r}")
 
     def explain(outcome: Json | Exception) -> Json | Exception:
         if not isinstance(outcome, BodyTooLarge):
@@ -2437,7 +2488,7 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
         answer = yield from run._client._batcher.write("complete_run", members, lease, explain=explain)
     if answer["run"]["status"] == "cancelled":
         lease.cancelled(answer)
-    return _decode(encoded), answer
+    return plain, answer
 
 
 def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
@@ -2613,7 +2664,7 @@ class _Worker:
                                exc_info=True, extra=extra)
             try:
                 if self._on_error is not None:
-                    yield self._driver.invoke(self._on_error, _fit(self._on_error, error, run._record))
+                    yield self._driver.invoke(self._on_error, _fit(self._on_error, error, run._record), "on_error")
             except Exception as raised:
                 _hide_frames(raised)
                 logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
@@ -2641,6 +2692,11 @@ class _Worker:
     def _wind_down(self, claiming: Any, shutdown_s: float) -> Op[None]:
         """Have every run unwound at its next boundary and wait for that, at most shutdown_s."""
         self._stop()
+        under_way = len(self._busy)
+        if under_way:
+            logger.warning("the worker stops: %s %s under way, to be given back when the current step has ended, in %g "
+                           "s at most; press Ctrl-C again, or send the signal again, to end at once", under_way,
+                           "run is" if under_way == 1 else "runs are", shutdown_s, extra={"event": "worker_stops"})
         deadline = time.monotonic() + shutdown_s
         while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
             for lease in list(self._busy):
@@ -3064,7 +3120,7 @@ class _WriteBatcher:
 
     def _give_up(self, write: _Write) -> None:
         """There is no answer in time: the lease is gone or, without one, the server is unreachable."""
-        message = f"no answer from {self._client.url} to POST /writes ({write.verb}): {self._trouble}"
+        message = f"no answer from {self._client.url} to POST /writes ({write.verb}): {self._trouble}{_WHERE}"
         if write.lease is None:
             write.settle(Unreachable(message, path=write.path))
         else:
@@ -3231,6 +3287,9 @@ class Reply(NamedTuple):
     data: bytes
 
 
+_WHERE = "; url= or TIDEBASE_URL says where the server is"  # what the errors of requests without an answer end with
+
+
 class _NoAnswer(TidebaseError):
     """There was no answer, or one that asks for a repeat after pause_s.  Never raised to a user."""
 
@@ -3265,7 +3324,7 @@ def _request(client: Client[Any], method: str, path: str, body: Any = None, *, l
             _warn_of_silence(client, tries, failure)
             pause_s = failure.pause_s + _backoff(BACKOFF_S, tries)
             if time.monotonic() + pause_s > (give_up_at if lease is None else lease.ends_at):
-                message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {failure}"
+                message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {failure}{_WHERE}"
                 if lease is None:
                     cause = failure.__cause__
                     raise Unreachable(message, path=path) from cause and cause.with_traceback(None)
@@ -3294,8 +3353,8 @@ def _accepted(reply: Reply, path: str, size: int, written: float | None, lease: 
 def _warn_of_silence(client: Client[Any], tries: int, failure: Exception) -> None:
     """Log that a request is being repeated, once, and only when that is no short break."""
     if tries == TRIES_BEFORE_WARNING:
-        logger.warning("no answer from %s so far (%s): trying again; TIDEBASE_URL says where the server is", client.url,
-                       failure, extra={"event": "no_answer"})
+        logger.warning("no answer from %s so far: trying again (%s%s)", client.url, failure, _WHERE,
+                       extra={"event": "no_answer"})
 
 
 def _attempt(driver: Any, request: Request) -> Op[Reply]:
@@ -3633,13 +3692,14 @@ class _BlockingDriver(_Driver):
         else:
             event.wait(seconds)
 
-    def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None = None) -> Any:
-        """Call the user's function.  Raises StepTimeout after timeout_s."""
+    def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], what: str, timeout_s: float | None = None) -> Any:
+        """Call the user's function; what: how the log calls it.  Raises StepTimeout after timeout_s."""
         if timeout_s is None:
             result = fn(*args)
         else:
             future = _thread_cache.call("tidebase-step", fn, *args)
             if not concurrent.futures.wait([future], timeout_s).done:
+                _warn_of_thread(what)
                 raise StepTimeout(f"no result within {timeout_s:g} s")
             result = future.result()
         if inspect.iscoroutine(result):
@@ -3653,6 +3713,12 @@ class _BlockingDriver(_Driver):
     def connect(self, ends: float) -> _BlockingConnection:
         """A new connection."""
         return _BlockingConnection(self.server, ends, self._closed)
+
+
+def _warn_of_thread(what: str) -> None:
+    """Log that a function is not waited for any more, and goes on."""
+    logger.warning("%s is given up, but its function runs on in its thread, which cannot be stopped: what it returns "
+                   "is not used", what, extra={"event": "thread_runs_on"})
 
 
 class _AsyncEvent:
@@ -3815,11 +3881,12 @@ class _AsyncDriver(_Driver):
         """As _BlockingDriver's."""
         return asyncio.sleep(seconds or 0.0) if event is None else event.wait(seconds)
 
-    async def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None = None) -> Any:
+    async def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], what: str,
+                     timeout_s: float | None = None) -> Any:
         """As _BlockingDriver's; what fn returns is awaited, if it can be."""
         if timeout_s is None:
-            return await self._call(fn, args)
-        task = asyncio.ensure_future(self._call(fn, args))
+            return await self._call(fn, args, what)
+        task = asyncio.ensure_future(self._call(fn, args, what))
         try:
             done, _ = await asyncio.wait({task}, timeout=timeout_s)
         except asyncio.CancelledError:
@@ -3832,10 +3899,16 @@ class _AsyncDriver(_Driver):
             raise StepTimeout(f"no result within {timeout_s:g} s")
         return task.result()
 
-    async def _call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    async def _call(self, fn: Callable[..., Any], args: tuple[Any, ...], what: str) -> Any:
         if inspect.iscoroutinefunction(fn):
             return await fn(*args)
-        result = await asyncio.wrap_future(_thread_cache.call("tidebase-step", fn, *args))
+        future = _thread_cache.call("tidebase-step", fn, *args)
+        try:
+            result = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.done():
+                _warn_of_thread(what)
+            raise
         return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
 
     async def _exchange(self, request: Request) -> Reply:
@@ -4007,11 +4080,50 @@ def _encode(value: Any, what: str) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         place, part = ("", value) if isinstance(error, RecursionError) else _fault_in(value)
         words = f"the value at {place} of {what}" if place else what
-        refusal = TypeError(f"{words} is of type {type(part).__name__}, which JSON cannot say: {error}; make it of "
-                            "dicts, lists, texts and numbers, for instance by .model_dump(), .isoformat() or "
-                            "dataclasses.asdict()")
-        refusal.retryable = False  # type: ignore[attr-defined]
-        raise refusal from None
+        if isinstance(error, UnicodeEncodeError):
+            words += (" has a text with half of a surrogate pair, which is no character: where it came from, decode "
+                      "with errors='replace', or here .encode('utf-8', 'replace').decode()")
+        elif isinstance(error, ValueError):
+            words += " has NaN or an infinite number, which JSON does not know: None or a text may stand for it"
+        else:
+            words += (f" is of type {type(part).__name__}, which JSON cannot say: {error}; make it of dicts, lists, "
+                      "texts and numbers, for instance by .model_dump(), .isoformat() or dataclasses.asdict()")
+        raise _unsayable(words) from None
+
+
+def _unsayable(words: str) -> TypeError:
+    refusal = TypeError(words)
+    refusal.retryable = False  # type: ignore[attr-defined]
+    return refusal
+
+
+def _to_json(value: Any, what: str) -> tuple[bytes, Any]:
+    """JSON text, and the value as JSON gives it back.  TypeError as `_encode`, and for keys that JSON makes one."""
+    data = _encode(value, what)
+    plain = _decode(data)
+    if plain != value:  # there are tuples or such keys
+        _check_keys(value, what)
+    return data, plain
+
+
+def _check_keys(value: Any, what: str, place: str = "") -> None:
+    """TypeError when an entry would be lost, as one of {1: ..., "1": ...}."""
+    if isinstance(value, dict):
+        given: Json = {}
+        for key in value:
+            (text,) = _decode(_json({key: 0}).encode())
+            if text in given:
+                where = f"the value at {place} of {what}" if place else what
+                raise _unsayable(f"{where} has the keys {given[text]!r} and {key!r}, which are one in JSON, so that an "
+                                 "entry would be lost: make one of them another text")
+            given[text] = key
+    for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(member, (dict, list, tuple)):
+            _check_keys(member, what, place + _place_of(key))
+
+
+def _place_of(key: Any) -> str:
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
 
 
 def _fault_in(value: Any) -> tuple[str, Any]:
@@ -4022,7 +4134,7 @@ def _fault_in(value: Any) -> tuple[str, Any]:
             try:
                 _json(member).encode()
             except (TypeError, ValueError):
-                place += f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+                place += _place_of(key)
                 value = member
                 break
         else:  # it is one of its keys
@@ -4033,11 +4145,11 @@ def _fault_in(value: Any) -> tuple[str, Any]:
 def _encode_body(body: Any) -> bytes:
     """JSON text of a request's body.  TypeError names the argument that JSON cannot say."""
     try:
-        return _json(body).encode()
-    except (TypeError, ValueError, RecursionError):
+        return _to_json(body, "a request's body")[0]
+    except TypeError:
         for key, value in body.items() if isinstance(body, dict) else ():
-            _encode(value, f"{_snake(key)}=")
-        return _encode(body, "a request's body")
+            _plain(value, f"{_snake(key)}=")
+        raise
 
 
 def _members(fields: Json) -> bytes:
@@ -4052,7 +4164,7 @@ def _decode(data: bytes) -> Any:
 
 def _plain(value: Any, what: str) -> Any:
     """The value as JSON gives it back."""
-    return _decode(_encode(value, what))
+    return _to_json(value, what)[1]
 
 
 _quoted = functools.lru_cache(1024)(functools.partial(quote, safe=""))  # a run's id comes again and again

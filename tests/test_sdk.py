@@ -245,7 +245,7 @@ def test_a_replay_of_all_steps_sends_no_request_for_any(tide: Any, api: Api) -> 
     assert [event["type"] for event in api.events(run_id)[before:]] == ["run.started", "run.completed"]
 
 
-@pytest.mark.parametrize("output", [{1, 2}, object(), b"bytes", float("nan"), "\ud800", {(1, 2): 3}])
+@pytest.mark.parametrize("output", [{1, 2}, object(), b"bytes", {(1, 2): 3}])
 def test_an_output_json_cannot_say_fails_the_step_and_names_it_and_the_type(tide: Any, api: Api, output: Any) -> None:
     async def flow(run: Any, input: Any) -> None:
         await run.step("odd one", lambda: output)
@@ -795,9 +795,9 @@ def test_an_output_that_json_cannot_say_is_not_paid_for_again(
 
 
 @pytest.mark.parametrize(("output", "words"), [
-    ({"scores": [1, 2, 3, math.nan]}, "the value at .scores[3] of the output of step 'x' is of type float"),
+    ({"scores": [1, 2, 3, math.nan]}, "the value at .scores[3] of the output of step 'x' has NaN"),
     ([{"two words": object()}], "the value at [0]['two words'] of the output of step 'x' is of type object"),
-    ({"texts": ("ok", "\ud800")}, "the value at .texts[1] of the output of step 'x' is of type str"),
+    ({"texts": ("ok", "\ud800")}, "the value at .texts[1] of the output of step 'x' has a text with half of"),
     ({"keys": {(1, 2): 3}}, "the value at .keys of the output of step 'x' is of type dict"),
 ])
 def test_the_error_names_the_part_of_an_output_that_json_cannot_say(server: Any, output: Any, words: str) -> None:

@@ -988,7 +988,7 @@ def test_a_stop_does_not_wait_for_the_claim_that_the_server_holds(tide: Any, ser
 
 
 def test_sigterm_does_not_wait_for_the_claim_that_the_server_holds(server: Any) -> None:
-    code = "from tidebase_sdk import Tidebase as T; t = T(); t.workflow('flow', 1); t.work(); print('ended cleanly')"
+    code = "from tidebase_sdk import Tidebase as T; t = T(); t.workflow('flow', id); t.work(); print('ended cleanly')"
     environment = {**os.environ, "TIDEBASE_URL": server.url, "PYTHONPATH": str(ROOT)}
     worker = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE)
     try:
