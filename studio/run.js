@@ -9,7 +9,7 @@ import { ask, between, button, card, code, compactCount, count, dash, duration, 
 	setState, setText, show, skeleton, status, strong, time, toast } from "./dom.js";
 import { LiveRun } from "./live.js";
 import { bodyOf, diffTable, jsonInput, payload, readPayload } from "./payload.js";
-import { attemptWords, errorLine, isCut, outcome, runDuration, runStatus, shownStatus } from "./runs.js";
+import { attemptWords, errorLine, outcome, runDuration, runStatus, shownStatus } from "./runs.js";
 import { attemptsTable, stepPanel, TABS } from "./tabs.js";
 import { attemptsOf, makeWaterfall, Timeline } from "./waterfall.js";
 
@@ -91,9 +91,7 @@ function makeHeader(run, stepsRead, showStep) {
 			const line = outcome(light);
 			why.className = `why is-${shown}`;
 			show(why, line);
-			fill(why, el("span", line), light.status === "failed" && isCut(light.error)
-				&& button("Show all of it", showError, "quiet"),
-			step && button(`In step ${step.name}`, () => showStep(step), "quiet"));
+			fill(why, el("span", line), step && button(`In step ${step.name}`, () => showStep(step), "quiet"));
 		});
 		once(about, [light, cost], () => fill(about, aboutRun(run)));
 		const doubtful = /failed|cancelled|stalled/.test(shown) || light.whyDetail?.kind === "lease_expired";
@@ -105,9 +103,6 @@ function makeHeader(run, stepsRead, showStep) {
 			laterAgain(error);
 		}));
 	}
-
-	const showError = async () =>
-		fill(why.firstChild, el("span.error-text", errorLine(JSON.parse(await readPayload(id, "error")))));
 
 	function actionButton(name, kind = "") {
 		const [word, action, ownKind] = ACTIONS[name];
@@ -306,7 +301,7 @@ function makePanel(run, onClose) {
 			light.metadataBytes > 2 && ["Metadata", "metadata"], !failed && error]
 			.filter((kind) => kind && light[`${kind[1]}Bytes`] > 0);
 		once(element, kinds.map(([, of]) => [of, light[`${of}Bytes`]]), () => fill(element, el("header", el("h2", "The run")),
-			el("div.body.stack", attempts, kinds.map(([word, of]) => payload(word, id, of)),
+			el("div.body.stack", attempts, kinds.map(([word, of]) => payload(word, id, of, null, of === "error")),
 				kinds.length === 0 && muted("It has no input and no result yet."))));
 		const itself = new Timeline(run, []).run;
 		show(attempts, attemptsOf(itself).length > 1);

@@ -4,7 +4,7 @@
 
 import { canWrite, get, post, readPages, runUrl } from "./api.js";
 import { gateCard, reviewForm } from "./approvals.js";
-import { between, button, bytes, card, checkbox, code, count, debounce, duration, el, empty, errorText, facts, fill,
+import { between, button, bytes, card, code, count, dash, debounce, duration, el, empty, errorText, facts, fill,
 	grid, iconButton, idText, input, link, loading, meters, money, muted, number, once, options, plainTable, plural, searchInput,
 	select, setText, show, status, strong, tag, time, toast, virtualRows } from "./dom.js";
 import { diffTable, inlinePayload, items, member, payload, readPayload } from "./payload.js";
@@ -144,8 +144,7 @@ function gatesTab(run) {
 // --- usage
 
 function usageTab(run) {
-	const withChildren = checkbox(null, () => tab.again(), { checked: run.counts.usage === 0 });
-	const stepOf = (entry) => run.steps.get(entry.stepId)?.name ?? "outside of steps";
+	const stepOf = ({ runId, stepName }) => (runId === run.id ? "" : "child: ") + (stepName ?? "outside of steps");
 	const table = grid("id", [
 		["Time", ({ createdAt }) => time(createdAt, "short")], ["Step", stepOf],
 		["Model", ({ provider, model, kind }) => [provider, model].filter(Boolean).join(" ") || kind],
@@ -154,22 +153,17 @@ function usageTab(run) {
 		["Out", ({ outputTokens: many }) => many !== null && count(many), "num"],
 		["Cost", ({ costUsd }) => el("span", { title: costUsd }, money(costUsd)), "num"],
 	], empty("No usage", "Recorded by ", code("run.usage.record(model=…, cost_usd=…)"), "."));
-	const tab = loadedTab(/^usage\./, async (box) => {
-		const asked = { limit: 1000, subtree: withChildren.checked ? "true" : null };
-		const { usage, byModel, truncated } = await get(`${run.url}/usage`, asked);
+	return loadedTab(/^usage\./, async (box) => {
+		const { usage, byModel, truncated } = await get(`${run.url}/usage`, { limit: 1000, subtree: "true" });
 		const sum = (entries) => entries.reduce((all, { costUsd }) => all + Number(costUsd), 0);
 		const dearest = [...Map.groupBy(usage, stepOf)].map(([step, entries]) => [step, sum(entries)])
 			.sort((one, other) => other[1] - one[1]).slice(0, 30);
 		table.set(usage);
-		fill(box,
-			el("div.spread", el("span", strong(money(sum(byModel))), ` in ${plural(usage.length, "entry", "entries")}`,
-				truncated && " (the first of more)"),
-			run.counts.children > 0 && el("label.row", withChildren, "With its children")),
-			usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd)])),
-				!withChildren.checked && meters("By step", dearest)],
-			table);
+		fill(box, el("p", strong(money(sum(byModel))), ` in ${plural(usage.length, "entry", "entries")}`,
+			run.counts.children > 0 && ", with those of its children", truncated && " (the first of more)"),
+		usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd)])),
+			meters("By step", dearest)], table);
 	});
-	return tab;
 }
 
 // --- children, as a tree
@@ -263,12 +257,10 @@ export function stepPanel(run, { key, runId }, rowOf) {
 	return Object.assign(panel, { update: (events) => events.some(({ stepId }) => stepId === key) && again() });
 }
 
-/** Of a step, or of the run: then it says whose they were. */
+/** The attempts of a step or of the run, when there were several. */
 export function attemptsTable(row) {
 	const attempts = attemptsOf(row);
-	const owners = attempts.some(({ owner }) => owner);
 	return attempts.length > 1 && plainTable(attempts.map(({ n, kind, owner, from, to }) => [n,
-		status(kind === "cut" ? "stalled" : kind, WORDS[kind]), owners && owner, time(from, "precise"),
-		number(to === null ? "…" : duration(to - from))].filter((cell) => cell !== false)),
-	["Attempt", "Outcome", owners && "Worker", "Began", "Took"].filter(Boolean));
+		status(kind === "cut" ? "stalled" : kind, WORDS[kind]), owner ?? dash(), time(from, "precise"),
+		number(to === null ? "…" : duration(to - from))]), ["Attempt", "Outcome", "Worker", "Began", "Took"]);
 }

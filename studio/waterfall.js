@@ -43,7 +43,7 @@ export class Timeline {
 		for (const child of tree) if (child.parentRunId === id) this.addChild(child);
 		const { kind, until, attempt = 1 } = light.whyDetail ?? {};
 		if (kind === "retry" || kind === "scheduled") {
-			const next = this.row("wait", `attempt ${attempt}`, `attempt ${attempt}`, "queued");
+			const next = this.row("wait", `${id} attempt ${attempt}`, `attempt ${attempt}`, "queued");
 			this.span(next, "queued", ms(light.updatedAt), this.due = next.due = ms(until));
 		}
 		const begin = ({ spans }) => spans[0]?.from ?? this.created;
@@ -94,7 +94,7 @@ export class Timeline {
 		else if (AFTER[verb]) this.span(this.run, AFTER[verb], at);
 		// Gates and children have rows of their own.
 		const wait = awaited?.event ? `signal ${awaited.event}` : awaited?.until && "sleep";
-		if (wait) this.row("wait", `wait ${wait}`, wait, "waiting").spans.push(this.run.spans.at(-1));
+		if (wait) this.row("wait", `${this.run.key} ${wait}`, wait, "waiting").spans.push(this.run.spans.at(-1));
 	}
 
 	/** Only the beginning names its attempt: the other events end the last one. */
@@ -133,7 +133,7 @@ export class Timeline {
 			if (end < (attempt.to ?? Infinity)) {
 				Object.assign(attempt, { kind: claim?.kind === "cut" || end === next?.from ? "cut" : "cancelled", to: end });
 			}
-			row.spans.push(attempt);
+			row.spans.push(Object.assign(attempt, { owner: claim?.owner }));
 			const kind = row.status === "manual_review" && !next ? "waiting" : attempt.kind === "cut" && "gap";
 			if (kind) this.span(row, kind, attempt.to ?? attempt.from, next?.from ?? ended);
 		});
