@@ -51,7 +51,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	};
 	document.addEventListener("decided", () => {
 		run.readSummarySoon();
-		tabs.update([]);
+		run.readGatesSoon();
 	}, { signal });
 	run.onChange(null);
 	await Promise.all([stepsRead, run.readOthers()]);
@@ -190,6 +190,7 @@ async function sendSignal({ url, light }) {
 
 /** From which step, and with what input? What is reused is shown. */
 async function fork(run) {
+	await run.readSteps(null);
 	const steps = [...run.steps.values()].sort((one, other) => one.position - other.position);
 	const given = run.light.inputBytes > 0 ? await readPayload(run.id, "input") : "{}";
 	const preview = el("div", { role: "status" });
