@@ -422,14 +422,17 @@ class Reconciler:
         self.revive = revive
         self.away_since: float | None = None  # the database cannot be used
         self.reasons = set[str]()             # why not; each is logged once in an outage
-        self.patient_until = time.monotonic() + self.lease_seconds  # until then expired leases are left alone
+        self.patient_until = 0.0  # of time.monotonic: until then expired leases are left alone
+        self.leave_leases_alone()
         self.failing: dict[str, str] = {}  # sweeps and schedules that fail, and why: logged once
+
+    def leave_leases_alone(self) -> None:
+        """Let no lease expire for as long as one lasts: while this server did not run, or its database could not be
+        used, workers could not renew theirs, and now they can."""
+        self.patient_until = time.monotonic() + self.lease_seconds
 
     def tick(self) -> int:
         """Do each sweep once.
-
-        While this server was not running, or the database was away, workers could not renew their leases. So expired
-        leases are left alone until workers have had the time of one lease to renew them.
 
         :returns: how much was done.
         :raises psycopg.Error: the database cannot be used. Other failures are logged, with the name of the sweep.
@@ -448,7 +451,7 @@ class Reconciler:
             logger.warning("the database can be used again", extra={"event": "database_back"})
             self.away_since = None
             self.reasons.clear()
-            self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
+            self.leave_leases_alone()
         return done
 
     def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any, **named: Any) -> int:
@@ -492,7 +495,7 @@ class Reconciler:
     def failed(self, error: psycopg.Error) -> None:
         """A tick found that the database cannot be used: log each reason once, leave leases alone, and revive an
         embedded PostgreSQL."""
-        self.patient_until = time.monotonic() + self.lease_seconds
+        self.leave_leases_alone()
         reason = self.database.reason_of(error)
         if reason not in self.reasons:
             self.reasons.add(reason)
@@ -1291,6 +1294,7 @@ class Server:
         self.listener = listener or listen(config)
         self._http: HttpServer | None = None
         self.cors_headers = cors_headers(config.cors_origin)
+        self.clock = time.time  # it goes on while the machine sleeps, as the database's does
 
     @property
     def url(self) -> str:
@@ -1338,23 +1342,22 @@ class Server:
             self, Admission(self.access, takes_no_key, self.cors_headers), self.listener, threads=self.config.pool,
             max_body=self.config.max_body, other_files=OTHER_FILES + self.config.pool)
         self.watcher.provide_threads = self._http.provide_threads
-        loops = [
-            ("watcher", self._when_prepared(self.watcher.tick), self._sleep(
-                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event), self.stopping),
-            ("sender", self._when_prepared(self.sender.tick), self._sleep(
-                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event), self.stopping),
-            ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000), self.stopping,
-             self._handle_outage),
-        ]
-        threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{loop[0]}", args=loop, daemon=True)
-                   for loop in loops]
-        sent = threading.Event()  # nothing is in flight any more
-        deadlines = threading.Thread(target=keep_ticking, name="tidebase-sender-deadlines", args=(
-            "sender's deadlines", self.sender.keep_deadlines, self._sleep(
-                lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS,
-                self.sender.deadline_event), sent))
-        for thread in (*threads, deadlines):
+
+        def started(job: str, *loop: Any) -> threading.Thread:
+            thread = threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(job, *loop), daemon=True)
             thread.start()
+            return thread
+
+        threads = [
+            started("watcher", self._when_prepared(self.watcher.tick), self._sleep(
+                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event), self.stopping),
+            started("sender", self._when_prepared(self.sender.tick), self._sleep(
+                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event), self.stopping),
+            started("reconciler", self._reconcile, self._sleep_between_reconciles, self.stopping, self._handle_outage)]
+        sent = threading.Event()  # nothing is in flight any more
+        deadlines = started("sender-deadlines", self.sender.keep_deadlines, self._sleep(
+            lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS, self.sender.deadline_event),
+            sent)
         try:
             self._http.serve(self.stopping)
         finally:
@@ -1403,6 +1406,17 @@ class Server:
             wake_event.clear()
 
         return sleep
+
+    def _sleep_between_reconciles(self) -> None:
+        """Sleep until the next tick of the reconciler is due. When much more time passed by the clock, this server did
+        not run meanwhile: a laptop slept, the process was stopped. Or the clock was set, maybe the database's, too."""
+        seconds, began = self.config.reconcile_ms / 1000, self.clock()
+        self.stopping.wait(seconds)
+        missed_seconds = self.clock() - began - seconds
+        if missed_seconds > self.reconciler.lease_seconds / 3:  # a worker renews its lease so often
+            logger.warning("this server did not run for %.0f s, or the clock was set: no lease expires for as long as "
+                           "one lasts", missed_seconds, extra={"event": "time_missed"})
+            self.reconciler.leave_leases_alone()
 
     def _reconcile(self) -> int:
         self.prepare()
