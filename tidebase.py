@@ -64,7 +64,7 @@ from werkzeug.exceptions import HTTPException
 import tidebase_sdk
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
 from tidebase_server import bodies, filters, openapi, request, studio
-from tidebase_server.access import LOOPBACK, Access
+from tidebase_server.access import LOOPBACK, Access, origin_of
 from tidebase_server.admission import Admission, check_key, check_sender, cors_headers, run_token_expiry
 from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database_refused, invalid, refused, reply
 from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, read_members, take, to_json
@@ -249,9 +249,19 @@ class Config:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
                               f"send (or TIDEBASE_INSECURE=1 to let anyone in); {MAKE_KEY}")
         for name, key in (("TIDEBASE_API_KEY", self.api_key), ("TIDEBASE_READ_KEY", self.read_key)):
+            if key != key.strip():
+                raise ConfigError(f"{name} must have no space before or after it, which no client can send")
             if self.host not in LOOPBACK and 0 < len(key) < SHORTEST_KEY:
                 raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: {name} must have at least "
                                   f"{SHORTEST_KEY} characters; {MAKE_KEY}")
+
+        if self.public_url and not origin_of(self.public_url):
+            raise ConfigError(f"TIDEBASE_PUBLIC_URL is {self.public_url!r}; it takes an address such as "
+                              "https://tide.example")
+        origin = self.cors_origin
+        if origin not in ("", "*") and not (origin_of(origin) and origin.count("/") == 2 and origin == origin.lower()):
+            raise ConfigError(f"TIDEBASE_CORS_ORIGIN is {origin!r}; it takes * or one origin as browsers send it, in "
+                              "lower case and without a path, such as https://app.example")
 
     def webhook_targets(self) -> WebhookTargets:
         """Where webhooks may go.  :raises ValueError: TIDEBASE_WEBHOOK_ALLOW is malformed."""
