@@ -1541,12 +1541,17 @@ def explain(run_id: str) -> None:
             plan, url = tide.runs.rerun_plan(run_id), tide._server.url
     except (tidebase_sdk.TidebaseError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(printable(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}") + "\n")
-    rows = [("step", "what a resume does", "why")] + [
-        (printable(step["name"]), step["plan"].replace("_", " "), printable(step["reason"])) for step in plan["steps"]]
-    widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
-    for name, does, reason in rows if plan["steps"] else ():
-        click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+    click.echo(printable(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}"))
+    if plan["steps"]:
+        rows = [("step", "what a resume does", "why")] + [
+            (printable(step["name"]), step["plan"].replace("_", " "), printable(step["reason"]))
+            for step in plan["steps"]]
+        widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
+        click.echo()
+        for name, does, reason in rows:
+            click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+        if plan["stepsTruncated"]:
+            click.echo("Further steps are not shown here; Studio has them.")
     for step in plan["steps"]:
         if step["plan"] == "stops_for_review" and "review" in plan["actions"]:  # not while a worker holds the run
             click.echo(f"\nDecide {printable(step['name'])}, in Studio or by tide.runs.review_step({run_id!r}, "
