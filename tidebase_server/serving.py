@@ -180,6 +180,7 @@ class HttpServer:
         self.is_draining = False
         self.closed = False
         self.channels: dict[int, Any] = {}  # all that the loop looks after, by file number
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a thread
         self.waitress = waitress.server.create_server(
             app, self.channels, sockets=[listener], threads=threads, ident=None,
             clear_untrusted_proxy_headers=False,  # none of them is read here, and to clear them costs each request
