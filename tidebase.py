@@ -259,7 +259,8 @@ class Config:
             raise ConfigError(f"TIDEBASE_PUBLIC_URL is {self.public_url!r}; it takes an address such as "
                               "https://tide.example")
         origin = self.cors_origin
-        if origin not in ("", "*") and not (origin_of(origin) and origin.count("/") == 2 and origin == origin.lower()):
+        is_origin = origin_of(origin) and origin == origin.lower() and "/" not in origin.partition("://")[2]
+        if origin not in ("", "*") and not is_origin:
             raise ConfigError(f"TIDEBASE_CORS_ORIGIN is {origin!r}; it takes * or one origin as browsers send it, in "
                               "lower case and without a path, such as https://app.example")
 
