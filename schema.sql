@@ -3870,58 +3870,49 @@ create or replace function tidebase._at (p_at timestamptz, p_now timestamptz) re
                                                else 'YYYY-MM-DD HH24:MI' end) || ' UTC'
 $$;
 
--- What decides whether queued runs of these queues start: pause, caps, rate, and who asks for work. p_asked are the
--- requests for work that this server has not written to tidebase.workers yet: {QUEUE: {"ago_ms", "workflows"}}, where
--- null workflows stand for all.
--- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt",
---          "workflows"}}.
+-- What decides whether the queued runs of these queues start. p_asked: requests for work that this server has not written to
+-- tidebase.workers yet, {QUEUE: {"ago_ms", "workflows": null for all}}.
+-- Returns  {QUEUE: {"paused"; "pushed": its runs are offered to an app; "concurrency" and "rate": its caps, or null;
+--          "running": how many of its runs are, counted up to the cap; "holders": ids of three of them; "rateUntil": when
+--          the rate allows the next, null for now; "askedAt": when a worker asked last, within an hour; "workflows": those
+--          that were asked for, null for all}}.
 create or replace function tidebase._queue_facts (p_queues text[], p_asked jsonb)
   returns jsonb language plpgsql stable set enable_seqscan = off as $$
 declare
-  v_now   timestamptz := tidebase.now();
-  v_facts jsonb := '{}';
-  v_name  text;
-  v_queue tidebase.queues;
-  v_ids   text[];
-  v_until timestamptz;
-  v_asked jsonb;
+  v_now timestamptz := tidebase.now();
 begin
-  foreach v_name in array p_queues loop
-    select * into v_queue from tidebase.queues where name = v_name;
-    v_ids := array(select id from (select id from tidebase.runs
-                                    where queue = v_name and status = 'running' and not stalled
-                                    limit coalesce(v_queue.concurrency, 1000)) as running order by id);
-    v_until := null;
-    if v_queue.rate_per_minute is not null then
-      select min(claimed_at) + interval '60 seconds' into v_until  -- by then enough claims are older than a minute
-        from (select claimed_at, sum(claimed) over () as total, sum(claimed) over (order by claimed_at) as gone
-                from tidebase.queue_claims where queue = v_name and claimed_at > v_now - interval '60 seconds') as recent
-       where total >= v_queue.rate_per_minute and total - gone < v_queue.rate_per_minute;
-    end if;
-    select jsonb_build_object(
-             'at', max(at), 'workflows', case when not bool_or(workflows is null) then (
-               select jsonb_agg(distinct name)
-                 from unnest(array_agg(workflows)) as list, jsonb_array_elements(list) as name) end)
-      into v_asked
-      from (select last_asked_at as at, to_jsonb(workflows) as workflows from tidebase.workers
-             where last_asked_at > v_now - interval '1 hour' and v_name = any (queues)
-            union all
-            select v_now - tidebase._ms((p_asked->v_name->>'ago_ms')::bigint),
-                   nullif(p_asked->v_name->'workflows', 'null')
-             where p_asked ? v_name) as traces;
-    v_facts := v_facts || jsonb_build_object(v_name, jsonb_build_object(
-      'paused', coalesce(v_queue.paused, false), 'pushed', v_queue.invoke_url is not null,
-      'concurrency', v_queue.concurrency, 'running', cardinality(v_ids),
-      'holders', to_jsonb(v_ids[1:3]), 'rate', v_queue.rate_per_minute, 'rateUntil', v_until,
-      'askedAt', v_asked->'at', 'workflows', v_asked->'workflows'));
-  end loop;
-  return v_facts;
+  return (
+    select coalesce(jsonb_object_agg(n.name, jsonb_build_object(
+             'paused', coalesce(q.paused, false), 'pushed', q.invoke_url is not null, 'concurrency', q.concurrency,
+             'rate', q.rate_per_minute, 'running', cardinality(running.ids), 'holders', to_jsonb(running.ids[1:3]),
+             'rateUntil', rate.until, 'askedAt', asked.at, 'workflows', asked.workflows)), '{}')
+      from unnest(p_queues) as n (name)
+      left join tidebase.queues q on q.name = n.name
+     cross join lateral (
+           select array(select id from (select id from tidebase.runs
+                                         where queue = n.name and status = 'running' and not stalled
+                                         limit coalesce(q.concurrency, 1000)) as first order by id) as ids) as running
+     cross join lateral (  -- the first instant by which enough of its claims are older than a minute
+           select min(claimed_at) + interval '60 seconds' as until
+             from (select claimed_at, sum(claimed) over () as claims, sum(claimed) over (order by claimed_at) as gone
+                     from tidebase.queue_claims
+                    where queue = n.name and claimed_at > v_now - interval '60 seconds') as recent
+            where claims >= q.rate_per_minute and claims - gone < q.rate_per_minute) as rate
+     cross join lateral (
+           select max(at) as at, case when bool_and(workflows is not null) then (
+                    select jsonb_agg(distinct workflow.name)
+                      from unnest(array_agg(workflows)) as list, jsonb_array_elements(list) as workflow (name)) end
+             from (select last_asked_at as at, to_jsonb(workflows) as workflows from tidebase.workers
+                    where last_asked_at > v_now - interval '1 hour' and n.name = any (queues)
+                   union all
+                   select v_now - tidebase._ms((p_asked->n.name->>'ago_ms')::bigint),
+                          nullif(p_asked->n.name->'workflows', 'null')
+                    where p_asked ? n.name) as requests) as asked (at, workflows));
 end $$;
 
--- A line with the values of p_detail in it: {b:worker} and {n:total} as they are, {ids:runs} a list, {for:since} a length
--- of time until p_now, {ago:since} how long ago or in how long, {at:until} the instant.
-create or replace function tidebase._say (p_line text, p_detail json, p_now timestamptz)
-  returns text language sql stable as $$
+-- The line of a detail with its values: {b:worker} and {n:total} are shown as they are, {ids:runs} as a list, {for:since} as
+-- a length of time until p_now, {ago:since} as how long ago or in how long, {at:until} as the instant.
+create or replace function tidebase._say (p_detail json, p_now timestamptz) returns text language sql stable as $$
   select string_agg(part[1] || case part[2]
            when 'for' then tidebase._span(p_now - (p_detail->>part[3])::timestamptz)
            when 'ago' then case when (p_detail->>part[3])::timestamptz > p_now
@@ -3931,149 +3922,160 @@ create or replace function tidebase._say (p_line text, p_detail json, p_now time
            when 'ids' then (select string_agg(id, ', ' order by n)
                               from json_array_elements_text(p_detail->part[3]) with ordinality as i (id, n))
            else coalesce(p_detail->>part[3], '') end, '' order by n)
-    from regexp_matches(p_line, '([^{]*)(?:\{(\w+):(\w+)\})?', 'g') with ordinality as m (part, n)
+    from regexp_matches(p_detail->>'line', '([^{]*)(?:\{(\w+):(\w+)\})?', 'g') with ordinality as m (part, n)
 $$;
 
--- Why a run that has not ended does not go on: a line for people and the same as data. p_facts comes from
--- _queue_facts. The detail's `line` is what _say made the line of: a page says it in its own time zone.
--- Returns  {"why", "whyDetail"}, both null for a run that ended.
+-- Why a run that has not ended does not go on, for people and as data. p_facts: the _queue_facts of its queue, which only
+-- a run that is queued and due needs.
+-- Returns  {"whyDetail": {"kind", the values that the line names, "line"}; "why": the line with its values}. Both are null
+--          for a run that ended. A page fills the line in by itself, since it has another time zone.
 create or replace function tidebase._why (p_run_id text, p_facts jsonb, p_now timestamptz)
   returns json language plpgsql stable set enable_seqscan = off as $$
 declare
   v_run    record;
-  v_fact   jsonb;
-  v_found  record;
-  v_since  timestamptz;
-  v_line   text;
   v_detail json;
 begin
-  -- Only these columns: the payloads may be large.
-  select id, workflow_name, status, queue, run_at, max_attempts, attempt, lease_owner, lease_expires_at, lease_ms, fence,
-         stalled, offered_at, waiting_for, wake_at, event_seq, updated_at, created_at, error is not null as has_error
+  select status, created_at into v_run from tidebase.runs where id = p_run_id;
+  case v_run.status
+    when 'pending' then
+      v_detail := json_build_object('kind', 'pending', 'since', tidebase._iso(v_run.created_at),
+                                    'line', 'created {ago:since}; nobody has begun it');
+    when 'running' then v_detail := tidebase._why_running(p_run_id, p_now);
+    when 'waiting' then v_detail := tidebase._why_waiting(p_run_id);
+    when 'queued' then v_detail := tidebase._why_queued(p_run_id, p_facts, p_now);
+    else null;  -- it ended
+  end case;
+  return json_build_object('why', tidebase._say(v_detail, p_now), 'whyDetail', v_detail);
+end $$;
+
+-- whyDetail of a run that waits for a gate's decision.
+create or replace function tidebase._why_gate (g tidebase.gates) returns json language sql stable as $$
+  select json_build_object('kind', 'gate', 'gateId', g.id, 'gate', g.name, 'prompt', left(g.prompt, 200),
+                           'since', tidebase._iso(g.created_at), 'line', 'waits for a person since {for:since}: {b:prompt}')
+$$;
+
+-- whyDetail of a running run. This function and the next two read single columns of runs: its payloads may be large.
+create or replace function tidebase._why_running (p_run_id text, p_now timestamptz)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_run  record;
+  v_step record;
+  v_gate json;
+begin
+  select queue, lease_owner, lease_expires_at, fence, event_seq,
+         tidebase._iso(lease_expires_at - tidebase._ms(lease_ms)) as heartbeat_at  -- the owner's last write
     into v_run from tidebase.runs where id = p_run_id;
-  v_fact := p_facts->v_run.queue;
-
-  if v_run.status = 'running' and v_run.lease_expires_at <= p_now then
-    v_line := 'its lease ran out {ago:since}; nobody has begun it again';
-    v_detail := json_build_object('kind', 'lease_expired', 'since', tidebase._iso(v_run.lease_expires_at),
-                                  'worker', v_run.lease_owner, 'queue', v_run.queue);
-
-  elsif v_run.status = 'running' then
-    v_since := v_run.lease_expires_at - tidebase._ms(v_run.lease_ms);  -- the owner's last write
-    v_line := case when v_run.queue is null then 'begun' else 'claimed' end
-              || ' by {b:worker}, heartbeat {ago:heartbeatAt}';
-    select s.name, s.started_at into v_found
-      from tidebase.events e join tidebase.steps s on s.id = tidebase._readable(e.payload)->>'stepId'
-     where e.run_id = p_run_id and e.seq > v_run.event_seq - 20 and e.type = 'step.started' and s.run_id = p_run_id
-       and s.status = 'running' and s.fence = v_run.fence
-     order by e.seq desc limit 1;
-    if v_found.name is not null then
-      v_line := v_line || ', in step {b:step} for {for:stepSince}';
-      v_detail := json_build_object('kind', 'running', 'worker', v_run.lease_owner, 'heartbeatAt',
-                    tidebase._iso(v_since), 'step', v_found.name, 'stepSince', tidebase._iso(v_found.started_at));
-    else
-      select id, name, left(prompt, 200) as prompt, created_at into v_found
-        from tidebase.gates where run_id = p_run_id and status = 'pending' order by created_at limit 1;
-      if v_found.id is not null then
-        v_line := 'waits for a person since {for:since}: {b:prompt}';
-        v_detail := json_build_object('kind', 'gate', 'gateId', v_found.id, 'gate', v_found.name,
-                      'prompt', v_found.prompt, 'since', tidebase._iso(v_found.created_at),
-                      'worker', v_run.lease_owner, 'heartbeatAt', tidebase._iso(v_since));
-      else
-        v_line := v_line || ', between steps';
-        v_detail := json_build_object('kind', 'running', 'worker', v_run.lease_owner,
-                                      'heartbeatAt', tidebase._iso(v_since), 'step', null, 'stepSince', null);
-      end if;
-    end if;
-
-  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'gateId' then
-    select id, name, left(prompt, 200) as prompt, created_at into v_found
-      from tidebase.gates where id = v_run.waiting_for->>'gateId' and run_id = p_run_id;
-    v_line := 'waits for a person since {for:since}: {b:prompt}';
-    v_detail := json_build_object('kind', 'gate', 'gateId', v_found.id, 'gate', v_found.name, 'prompt', v_found.prompt,
-                                  'since', tidebase._iso(v_found.created_at));
-
-  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'event' then
-    v_line := 'waits for signal {b:signal}'
-              || case when (v_run.waiting_for->>'n')::integer > 1 then ' (number {n:n})' else '' end
-              || case when v_run.wake_at is not null then ', until {at:until}' else '' end;
-    v_detail := json_build_object('kind', 'signal', 'signal', v_run.waiting_for->>'event',
-                  'n', coalesce((v_run.waiting_for->>'n')::integer, 1), 'until', tidebase._iso(v_run.wake_at));
-
-  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'children' then
-    select count(*) as live into v_found
-      from tidebase.runs c
-     where c.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting')
-       and (v_run.waiting_for->'children' = 'true' or exists (
-              select from tidebase.run_edges e
-               where e.child_run_id = c.id and e.parent_run_id = p_run_id and v_run.waiting_for->'children' ? e.name));
-    v_line := 'waits for {n:live} of {n:total} children';
-    v_detail := json_build_object('kind', 'children', 'live', v_found.live, 'total', (
-      case when v_run.waiting_for->'children' = 'true'
-           then (select count(*) from tidebase.run_edges where parent_run_id = p_run_id)
-           else jsonb_array_length(v_run.waiting_for->'children') end));
-
-  elsif v_run.status = 'waiting' then
-    v_line := 'sleeps until {at:until}';
-    v_detail := json_build_object('kind', 'sleep', 'until', tidebase._iso(v_run.wake_at));
-
-  elsif v_run.status = 'pending' then
-    v_line := 'created {ago:since}; nobody has begun it';
-    v_detail := json_build_object('kind', 'pending', 'since', tidebase._iso(v_run.created_at));
-
-  elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.offered_at is not null then
-    v_line := 'offered to the app {ago:since}, again at {at:until}';
-    v_detail := json_build_object('kind', 'offered', 'since', tidebase._iso(v_run.offered_at),
-                                  'until', tidebase._iso(v_run.run_at));
-
-  elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.has_error then
-    select coalesce(brief->>'name', brief->>'message') as error into v_found
-      from (select tidebase._error_brief(error) as brief from tidebase.runs where id = p_run_id) as failed;
-    v_line := 'again at {at:until}, attempt {n:attempt}'
-              || case when v_run.attempt < v_run.max_attempts then ' of {n:maxAttempts}' else '' end
-              || case when v_found.error is not null then ', after {b:error}' else '' end;
-    v_detail := json_build_object('kind', 'retry', 'until', tidebase._iso(v_run.run_at), 'attempt', v_run.attempt + 1,
-                                  'maxAttempts', v_run.max_attempts, 'error', left(v_found.error, 100));
-
-  elsif v_run.status = 'queued' and v_run.run_at > p_now then
-    v_line := 'starts at {at:until}';
-    v_detail := json_build_object('kind', 'scheduled', 'until', tidebase._iso(v_run.run_at));
-
-  elsif v_run.status = 'queued' and (v_fact->>'paused')::boolean then
-    v_line := 'queue {b:queue} is paused';
-    v_detail := json_build_object('kind', 'paused', 'queue', v_run.queue);
-
-  elsif v_run.status = 'queued' and (v_fact->>'running')::integer >= (v_fact->>'concurrency')::integer then
-    v_line := 'queue {b:queue} is at its cap of {n:concurrency}: {ids:runs}'
-      || case when (v_fact->>'running')::integer > 3
-                then format(' and %s more hold it', (v_fact->>'running')::integer - 3)
-              when (v_fact->>'running')::integer = 1 then ' holds it' else ' hold it' end;
-    v_detail := json_build_object('kind', 'queue_capped', 'queue', v_run.queue, 'concurrency', v_fact->'concurrency',
-                                  'runs', v_fact->'holders', 'holders', v_fact->'running');
-
-  elsif v_run.status = 'queued' and v_fact->>'rateUntil' is not null then
-    v_line := 'rate limit, next place {ago:until}';
-    v_detail := json_build_object('kind', 'rate_limited', 'queue', v_run.queue, 'ratePerMinute', v_fact->'rate',
-                                  'until', tidebase._iso((v_fact->>'rateUntil')::timestamptz));
-
-  elsif v_run.status = 'queued' and not (v_fact->>'pushed')::boolean
-        and coalesce((v_fact->>'askedAt')::timestamptz <= p_now - interval '5 min', true) then
-    v_line := 'nobody has asked queue {b:queue} for work in the last 5 min'
-              || case when (v_fact->>'running')::integer > 0 then '; {n:running} of its runs are at work' else '' end;
-    v_detail := json_build_object('kind', 'nobody_asks', 'queue', v_run.queue, 'lastAskedAt',
-                  tidebase._iso((v_fact->>'askedAt')::timestamptz), 'running', v_fact->'running');
-
-  elsif v_run.status = 'queued' and jsonb_typeof(v_fact->'workflows') = 'array'
-        and not v_fact->'workflows' ? v_run.workflow_name then
-    v_line := 'workers ask queue {b:queue}, but none of them for workflow {b:workflowName}';
-    v_detail := json_build_object('kind', 'workflow_unknown', 'queue', v_run.queue, 'workflowName', v_run.workflow_name);
-
-  elsif v_run.status = 'queued' then
-    v_line := 'ready since {for:since}; queue {b:queue} gives it out when its turn has come';
-    v_detail := json_build_object('kind', 'ready', 'queue', v_run.queue, 'since', tidebase._iso(v_run.run_at));
+  if v_run.lease_expires_at <= p_now then
+    return json_build_object('kind', 'lease_expired', 'since', tidebase._iso(v_run.lease_expires_at),
+                             'worker', v_run.lease_owner, 'queue', v_run.queue,
+                             'line', 'its lease ran out {ago:since}; nobody has begun it again');
   end if;
-  return json_build_object('why', tidebase._say(v_line, v_detail, p_now), 'whyDetail',
-                           tidebase._joined(v_detail, json_build_object('line', v_line)));
+  select s.name, s.started_at into v_step
+    from tidebase.events e join tidebase.steps s on s.id = tidebase._readable(e.payload)->>'stepId'
+   where e.run_id = p_run_id and e.seq > v_run.event_seq - 20 and e.type = 'step.started' and s.run_id = p_run_id
+     and s.status = 'running' and s.fence = v_run.fence
+   order by e.seq desc limit 1;
+  if not found then
+    select tidebase._why_gate(g) into v_gate from tidebase.gates g
+     where run_id = p_run_id and status = 'pending' order by created_at limit 1;
+    if found then
+      return tidebase._joined(v_gate, json_build_object('worker', v_run.lease_owner, 'heartbeatAt', v_run.heartbeat_at));
+    end if;
+  end if;
+  return json_build_object(
+    'kind', 'running', 'worker', v_run.lease_owner, 'heartbeatAt', v_run.heartbeat_at, 'step', v_step.name,
+    'stepSince', tidebase._iso(v_step.started_at),
+    'line', case when v_run.queue is null then 'begun' else 'claimed' end || ' by {b:worker}, heartbeat {ago:heartbeatAt}, '
+            || case when v_step.name is null then 'between steps' else 'in step {b:step} for {for:stepSince}' end);
+end $$;
+
+-- whyDetail of a waiting run, by what wait_run was told to wait for.
+create or replace function tidebase._why_waiting (p_run_id text)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_for   jsonb;
+  v_until timestamptz;
+  v_live  bigint;
+begin
+  select waiting_for, wake_at into v_for, v_until from tidebase.runs where id = p_run_id;
+  if v_for ? 'gateId' then
+    return (select tidebase._why_gate(g) from tidebase.gates g where id = v_for->>'gateId' and run_id = p_run_id);
+  elsif v_for ? 'event' then
+    return json_build_object(
+      'kind', 'signal', 'signal', v_for->>'event', 'n', tidebase._signal_number(v_for), 'until', tidebase._iso(v_until),
+      'line', 'waits for signal {b:signal}' || case when tidebase._signal_number(v_for) > 1 then ' (number {n:n})' else '' end
+              || case when v_until is not null then ', until {at:until}' else '' end);
+  elsif v_for ? 'children' then
+    select count(*) into v_live from tidebase.runs c
+     where c.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting')
+       and (v_for->'children' = 'true'
+            or exists (select from tidebase.run_edges e where e.child_run_id = c.id and e.parent_run_id = p_run_id
+                          and v_for->'children' ? e.name));
+    return json_build_object(
+      'kind', 'children', 'live', v_live, 'total', case when v_for->'children' <> 'true'
+      then jsonb_array_length(v_for->'children')
+      else (select count(*) from tidebase.run_edges where parent_run_id = p_run_id) end,
+      'line', 'waits for {n:live} of {n:total} children');
+  end if;
+  return json_build_object('kind', 'sleep', 'until', tidebase._iso(v_until), 'line', 'sleeps until {at:until}');
+end $$;
+
+-- whyDetail of a queued run: what it waits for itself; then what its queue does not allow; then whether anybody asks for it.
+create or replace function tidebase._why_queued (p_run_id text, p_facts jsonb, p_now timestamptz)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_run     record;
+  v_queue   jsonb;
+  v_error   text;
+  v_running integer;
+begin
+  select workflow_name, queue, run_at, offered_at, attempt, max_attempts, error is not null as has_failed
+    into v_run from tidebase.runs where id = p_run_id;
+
+  if v_run.run_at > p_now and v_run.offered_at is not null then
+    return json_build_object('kind', 'offered', 'since', tidebase._iso(v_run.offered_at),
+                             'until', tidebase._iso(v_run.run_at),
+                             'line', 'offered to the app {ago:since}, again at {at:until}');
+  elsif v_run.run_at > p_now and v_run.has_failed then
+    select coalesce(brief->>'name', left(brief->>'message', 100)) into v_error
+      from (select tidebase._error_brief(error) as brief from tidebase.runs where id = p_run_id) as failure;
+    return json_build_object(
+      'kind', 'retry', 'until', tidebase._iso(v_run.run_at), 'attempt', v_run.attempt + 1,
+      'maxAttempts', v_run.max_attempts, 'error', v_error,
+      'line', 'again at {at:until}, attempt {n:attempt}'
+              || case when v_run.attempt < v_run.max_attempts then ' of {n:maxAttempts}' else '' end
+              || case when v_error is not null then ', after {b:error}' else '' end);
+  elsif v_run.run_at > p_now then
+    return json_build_object('kind', 'scheduled', 'until', tidebase._iso(v_run.run_at), 'line', 'starts at {at:until}');
+  end if;
+
+  v_queue := p_facts->v_run.queue;
+  v_running := v_queue->'running';
+  if (v_queue->'paused')::boolean then
+    return json_build_object('kind', 'paused', 'queue', v_run.queue, 'line', 'queue {b:queue} is paused');
+  elsif v_running >= (v_queue->>'concurrency')::integer then
+    return json_build_object(
+      'kind', 'queue_capped', 'queue', v_run.queue, 'concurrency', v_queue->'concurrency', 'runs', v_queue->'holders',
+      'holders', v_running,
+      'line', 'queue {b:queue} is at its cap of {n:concurrency}: {ids:runs}'
+              || case when v_running > 3 then format(' and %s more hold it', v_running - 3)
+                      when v_running = 1 then ' holds it' else ' hold it' end);
+  elsif v_queue->>'rateUntil' is not null then
+    return json_build_object('kind', 'rate_limited', 'queue', v_run.queue, 'ratePerMinute', v_queue->'rate',
+                             'until', tidebase._iso((v_queue->>'rateUntil')::timestamptz),
+                             'line', 'rate limit, next place {ago:until}');
+  elsif not (v_queue->'pushed')::boolean
+        and coalesce((v_queue->>'askedAt')::timestamptz <= p_now - interval '5 min', true) then
+    return json_build_object(
+      'kind', 'nobody_asks', 'queue', v_run.queue, 'lastAskedAt', tidebase._iso((v_queue->>'askedAt')::timestamptz),
+      'running', v_running, 'line', 'nobody has asked queue {b:queue} for work in the last 5 min'
+      || case when v_running > 0 then '; {n:running} of its runs are at work' else '' end);
+  elsif jsonb_typeof(v_queue->'workflows') = 'array' and not v_queue->'workflows' ? v_run.workflow_name then
+    return json_build_object('kind', 'workflow_unknown', 'queue', v_run.queue, 'workflowName', v_run.workflow_name,
+                             'line', 'workers ask queue {b:queue}, but none of them for workflow {b:workflowName}');
+  end if;
+  return json_build_object('kind', 'ready', 'queue', v_run.queue, 'since', tidebase._iso(v_run.run_at),
+                           'line', 'ready since {for:since}; queue {b:queue} gives it out when its turn has come');
 end $$;
 
 -- Whether a value's text has at most 1,000 bytes. The stored size is compared first, so that a large value is not

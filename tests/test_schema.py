@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "404e08bfa67ea3a5672bfbcfcd04d5ff08d0fbbd3547ced8177ba38126cb9b6d")
+PINNED = (5, "e1a75edb6920cc634a2dc16206605d1164809f01a30d95cd3960e5d9b6aa8a64")
 
 
 def apply(conninfo: str) -> None:
