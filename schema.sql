@@ -2973,7 +2973,7 @@ begin
                                         where id = any (v_ending) and parent_run_id is not null))
     order by id for no key update;
   if v_verbs && array['record_step', 'complete_run'] then
-    v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors);
+    v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors, v_plain);
   end if;
   if 'enqueue_run' = any (v_verbs) then
     v_plain := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_plain);
@@ -3098,33 +3098,22 @@ begin
   end if;
 end $$;
 
--- Makes, in one statement, the writes of each run with which the batch begins for it and which leave nothing to decide.
--- A write is plain when it comes with brief and its run is held by the owner that it names, and it either records a step
--- that completed and is new, or completes a run that has no parent and no channels; and when all writes of its run before
--- it are plain. It leaves what record_step and complete_run would.
--- Parts    given      the writes as rows, numbered n, each with the run that it is of
---          judged     is_plain: the write is plain by itself
---          placed     is_first: so are all before it of its run, and none of them completed the run; place: which of its
---                     run's writes it is
---          done       the writes in the order given; verb is null for those that are not made here. seq: the number of
---                     the write's first event
---          changed    each run: its events counted, its lease extended; or completed
---          with_steps, with_events, tallied: the new rows
--- Needs    the runs locked.
--- Returns  each plain write's answer in its place; null for all others.
-create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
-  returns json[] language plpgsql
-  set plan_cache_mode = force_generic_plan
-  set enable_seqscan = off   -- a plan made while the tables were tiny is kept while they grow: it must find each row by
-  set enable_hashjoin = off  -- an index
-  set enable_mergejoin = off as $$
-declare
-  v_now     timestamptz := tidebase.now();
-  v_keyed   constant boolean := tidebase._are_keyed(p_writes);  -- then a run that has a key may stand in the way of another
-  v_answers json[];
-begin
+-- The plain writes of a batch: those that leave nothing to decide, so that they can be made set-based. All of these hold:
+--   its run is running, and held by the owner that the write names; the write comes with brief
+--   it records a step that completed, and that the run does not have yet
+--   or it completes a run that has no parent and no channels; it is the last write of its run; and no dedupe key that the
+--   run has is enqueued by the batch, which would come too early then
+--   all writes of its run before it in the batch are plain
+-- Returns  of each its place n in the batch, its columns, and what it needs of its run; and its event numbers: `events` of
+--          them, two of a step and one of a run, from seq on.
+create or replace function tidebase._plain_writes (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                   p_keyed boolean)
+  returns table (n bigint, verb text, run_id text, lease_owner text, name text, input_hash text, options json,
+                 started_at timestamptz, duration_ms bigint, input json, output json, fence integer, queue text,
+                 seq integer, events integer) language sql stable as $$
   with given as (
-    select *, coalesce(named_id, new_id) as run_id  -- to ask for a run by its id is a write of it, and is not plain
+    select *, coalesce(named_id, new_id) as run_id,  -- enqueue_run may ask for a run by its id
+           case verb when 'complete_run' then 1 else 2 end as events
       from rows from (
            jsonb_to_recordset(p_writes) as ("do" text, run_id text, id text, lease_owner text, name text,
              input_hash text, options json, brief boolean, started_at timestamptz, duration_ms bigint),
@@ -3132,70 +3121,88 @@ begin
          as w (verb, named_id, new_id, lease_owner, name, input_hash, options, brief, started_at, duration_ms, input,
                output, error, n)
   ), judged as (
-    select g.*, r.event_seq, r.fence, r.queue,
-           coalesce(
-             row_number() over (partition by g.run_id, g.verb, g.name order by n) = 1  -- neither recorded nor completed twice
-             and r.status = 'running' and r.lease_owner = g.lease_owner and g.brief and case g.verb
-               when 'record_step' then g.error is null and (  -- not "not exists", which PostgreSQL may answer by a scan
-                 select s.id from tidebase.steps s where s.run_id = g.run_id and s.name = g.name) is null
-               when 'complete_run' then r.parent_run_id is null and not r.has_channels
-                                        and (not v_keyed or r.dedupe_key is null)
-               else false end, false) as is_plain
-      from given g left join tidebase.runs r on r.id = g.run_id
+    select g.*, r.fence, r.queue, r.event_seq,
+           (r.status = 'running' and r.lease_owner = g.lease_owner and g.brief and case g.verb
+              when 'record_step' then
+                g.error is null and row_number() over (partition by g.run_id, g.name order by g.n) = 1
+                and (select s.id from tidebase.steps s  -- not "not exists", which PostgreSQL may answer by a scan
+                      where s.run_id = g.run_id and s.name = g.name) is null
+              when 'complete_run' then
+                r.parent_run_id is null and not r.has_channels and not (p_keyed and r.dedupe_key is not null)
+                and lead(g.n) over (partition by g.run_id order by g.n) is null
+              else false end) is true as is_plain
+      from given g join tidebase.runs r on r.id = g.run_id
   ), placed as (
-    select *, count(*) over so_far as place,
-           bool_and(is_plain) over so_far
-           and count(*) filter (where verb = 'complete_run')
-                 over (so_far rows between unbounded preceding and 1 preceding) = 0 as is_first
+    select *, event_seq + (sum(events) over so_far)::integer - events + 1 as seq, bool_and(is_plain) over so_far as is_first
       from judged window so_far as (partition by run_id order by n)
-  ), done as materialized (
-    select n, case when is_first then verb end as verb, run_id, lease_owner, name, input_hash, options, input, output,
-           fence, queue, event_seq + 2 * place::integer - 1 as seq,  -- each record before it has two events
-           coalesce(started_at, v_now - tidebase._ms(coalesce(duration_ms, 0))) as started_at,
-           case when is_first and verb = 'record_step' then tidebase._new_id('step') end as step_id,
-           case when is_first and verb = 'record_step' then tidebase._contract(options) end as contract
-      from (select * from placed order by n) as placed
-  ), changed as (
-    update tidebase.runs r
-       set event_seq = c.seq, updated_at = v_now, stalled = false,
-           status = case when c.ends then 'completed' else r.status end,
-           result = case when c.ends then c.result end,
-           error = case when not c.ends then r.error end,
-           settled_by = case when c.ends then r.lease_owner else r.settled_by end,
-           lease_owner = case when not c.ends then r.lease_owner end,
-           lease_expires_at = case when not c.ends then v_now + tidebase._ms(r.lease_ms) end,
-           completed_at = case when c.ends then v_now end
-      from (select run_id, max(case verb when 'complete_run' then seq else seq + 1 end) as seq,
-                   bool_or(verb = 'complete_run') as ends,
-                   (array_agg(output) filter (where verb = 'complete_run'))[1] as result
-              from done where verb is not null group by run_id) as c
-     where r.id = c.run_id
-  ), with_steps as (
-    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output,
-                                settled_by, fence, started_at, completed_at, created_at, updated_at)
-    select step_id, run_id, name, seq, input_hash, input, options, contract, 'completed', output, lease_owner, fence,
-           started_at, v_now, v_now, v_now
-      from done where verb = 'record_step'
-  ), with_events as (
-    insert into tidebase.events (run_id, seq, type, payload, created_at)
-    select run_id, e.seq, e.type, e.payload, v_now
-      from done d cross join lateral (
-             select d.seq, 'step.started' as type, tidebase._step_started(step_id, name, 1, contract) as payload
-              where verb = 'record_step'
-             union all
-             select d.seq + 1, 'step.completed', tidebase._step_completed(step_id, name, contract)
-              where verb = 'record_step'
-             union all
-             select d.seq, 'run.completed', json_build_object('result', output) where verb = 'complete_run') as e
-  ), tallied as (
-    insert into tidebase.queue_tallies
-    select queue, 'completed', count(*) from done where verb = 'complete_run' and queue is not null group by queue
   )
-  select array_agg(case verb
-           when 'record_step' then json_build_object('step', tidebase._brief_step(step_id, name, 'completed', 1))
-           when 'complete_run' then json_build_object('run', tidebase._brief_run(run_id, 'completed')) end order by n)
-    into v_answers from done;
-  return v_answers;
+  select n, verb, run_id, lease_owner, name, input_hash, options, started_at, duration_ms, input, output, fence, queue, seq,
+         events
+    from placed where is_first order by n
+$$;
+
+-- Makes the plain writes of a batch in one statement, as record_step and complete_run would.    Needs  the runs locked.
+-- Returns  p_answers, with those of the plain writes in their places.
+create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                  p_answers json[])
+  returns json[] language plpgsql
+  set plan_cache_mode = force_generic_plan
+  set enable_seqscan = off   -- a plan made while the tables were tiny is kept while they grow: it must find each row by
+  set enable_hashjoin = off  -- an index
+  set enable_mergejoin = off as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_keyed constant boolean := tidebase._are_keyed(p_writes);
+  v_made  record;
+begin
+  for v_made in
+    with made as materialized (
+      select *, case verb when 'record_step' then tidebase._new_id('step') end as step_id,
+             case verb when 'record_step' then tidebase._contract(options) end as contract
+        from tidebase._plain_writes(p_writes, p_inputs, p_outputs, p_errors, v_keyed)
+    ), with_steps as (
+      insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output,
+                                  settled_by, fence, started_at, completed_at, created_at, updated_at)
+      select step_id, run_id, name, seq, input_hash, input, options, contract, 'completed', output, lease_owner, fence,
+             coalesce(started_at, v_now - tidebase._ms(duration_ms), v_now), v_now, v_now, v_now
+        from made where verb = 'record_step'
+    ), with_events as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select run_id, e.seq, e.type, e.payload, v_now
+        from made m cross join lateral (
+               select m.seq, 'step.started' as type, tidebase._step_started(step_id, name, 1, contract) as payload
+                where verb = 'record_step'
+               union all
+               select m.seq + 1, 'step.completed', tidebase._step_completed(step_id, name, contract)
+                where verb = 'record_step'
+               union all
+               select m.seq, 'run.completed', json_build_object('result', output) where verb = 'complete_run') as e
+    ), with_runs as (
+      update tidebase.runs r
+         set event_seq = r.event_seq + w.events, updated_at = v_now, stalled = false,
+             status = case when w.ends then 'completed' else r.status end,
+             result = case when w.ends then w.result end,
+             error = case when not w.ends then r.error end,
+             settled_by = case when w.ends then r.lease_owner else r.settled_by end,
+             lease_owner = case when not w.ends then r.lease_owner end,
+             lease_expires_at = case when not w.ends then v_now + tidebase._ms(r.lease_ms) end,
+             completed_at = case when w.ends then v_now end
+        from (select run_id, sum(events)::integer as events, bool_or(verb = 'complete_run') as ends,
+                     (array_agg(output) filter (where verb = 'complete_run'))[1] as result
+                from made group by run_id) as w
+       where r.id = w.run_id
+    ), with_tallies as (
+      insert into tidebase.queue_tallies
+      select queue, 'completed', count(*) from made where verb = 'complete_run' and queue is not null group by queue
+    )
+    select n, case verb
+             when 'record_step' then json_build_object('step', tidebase._brief_step(step_id, name, 'completed', 1))
+             else json_build_object('run', tidebase._brief_run(run_id, 'completed')) end as answer
+      from made
+  loop
+    p_answers[v_made.n] := v_made.answer;
+  end loop;
+  return p_answers;
 end $$;
 
 -- Inserts, in one statement, the new runs of a batch that have no dedupe key and no id that another write of it names,

@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "e1a75edb6920cc634a2dc16206605d1164809f01a30d95cd3960e5d9b6aa8a64")
+PINNED = (5, "a11bcc67a11dbe9303864a5ca1de17bc2c70e038c6b7fdf4f4e39ae6c32b0a77")
 
 
 def apply(conninfo: str) -> None:
