@@ -493,7 +493,7 @@ def test_a_held_claim_is_answered_when_the_server_stops(start_server):
 
 
 def test_requests_are_answered_while_more_wait_than_there_are_threads(start_server):
-    server = start_server(TIDEBASE_THREADS=4)
+    server = start_server(TIDEBASE_POOL=4)
     api = Api(server.url, server)
     held = [hold(api) for _ in range(20)]
     waiting(api, 20)
@@ -505,7 +505,7 @@ def test_requests_are_answered_while_more_wait_than_there_are_threads(start_serv
 
 
 def test_where_the_machine_gives_no_more_threads_fewer_wait_and_requests_are_answered(start_server):
-    server = start_server(TIDEBASE_THREADS=4)
+    server = start_server(TIDEBASE_POOL=4)
     api = Api(server.url, server)
     held = [hold(api) for _ in range(3)]
     waiting(api, 3)
