@@ -119,6 +119,10 @@ alter table if exists tidebase.outbox drop constraint if exists outbox_channel_i
 alter table if exists tidebase.outbox add column if not exists payload_seq bigint;
 alter table if exists tidebase.outbox add column if not exists claimed boolean not null default false;
 alter table if exists tidebase.queues add column if not exists paused boolean not null default false;
+-- And what nothing reads any more, since it said what other columns say.
+alter table if exists tidebase.runs drop column if exists cancel_requested_at;
+alter table if exists tidebase.gates drop column if exists decision, drop column if exists updated_at;
+alter table if exists tidebase.state_streams drop column if exists current_value, drop column if exists metadata;
 drop index if exists tidebase.runs_workflow_idx, tidebase.runs_queue_idx, tidebase.outbox_due_idx;
 
 -- The host, and port, of an address.
@@ -189,7 +193,6 @@ create table if not exists tidebase.runs (
   parent_run_id       text,                                -- of a child
   event_seq           integer     not null default 0,
   has_channels        boolean     not null default false,
-  cancel_requested_at timestamptz,
   cancelled_at        timestamptz,
   cancel_reason       text,
   cancel_actor        text,
@@ -300,7 +303,6 @@ create table if not exists tidebase.gates (
   data             json        not null default '{}',
   status           text        not null default 'pending' constraint gates_status_known
                    check (status in ('pending', 'approved', 'rejected', 'canceled')),
-  decision         text,
   actor            text,
   decision_payload json,
   capability       json,
@@ -309,7 +311,6 @@ create table if not exists tidebase.gates (
   resolve_url      text        not null,
   expires_at       timestamptz,
   created_at       timestamptz not null default tidebase.now(),
-  updated_at       timestamptz not null default tidebase.now(),
   resolved_at      timestamptz,
   constraint gates_name_key unique (run_id, name)
 );
@@ -335,8 +336,6 @@ create table if not exists tidebase.state_streams (
   target_type     text        not null,
   target_id       text        not null,
   current_version integer     not null,
-  current_value   jsonb       not null,
-  metadata        jsonb       not null default '{}',
   created_at      timestamptz not null default tidebase.now(),
   updated_at      timestamptz not null default tidebase.now(),
   constraint state_streams_name_key unique (run_id, name)
@@ -562,7 +561,7 @@ create or replace function tidebase._run_shown (r tidebase.runs, p_input json, p
     'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt,
     'queue', r.queue, 'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
     'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
-    'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
+    'cancelRequestedAt', tidebase._iso(r.cancelled_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
     'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
     'completedAt', tidebase._iso(r.completed_at), 'waitingFor', p_waiting_for, 'stalled', r.stalled)
@@ -657,17 +656,25 @@ create or replace function tidebase._review_url (g tidebase.gates) returns text 
            || format('/studio/review#%s/%s/%s', g.run_id, g.id, g.resolve_token) end
 $$;
 
-create or replace function tidebase._gate_json (g tidebase.gates, p_tokens boolean default true)
+create or replace function tidebase._decided (g tidebase.gates) returns text language sql immutable as
+$$ select nullif(g.status, 'pending') $$;
+
+-- p_prompt, … are g's own, or as far as a list shows them.
+create or replace function tidebase._gate_shown (g tidebase.gates, p_tokens boolean, p_prompt text, p_data json,
+                                                 p_decision_payload json, p_capability json)
   returns json language sql stable as $$
   select json_build_object(
-    'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
-    'decision', g.decision, 'actor', g.actor, 'decisionPayload', g.decision_payload, 'capability', g.capability,
-    'channels', g.channels, 'resolveToken', case when p_tokens then g.resolve_token end,
-    'reviewUrl', case when p_tokens then tidebase._review_url(g) end,
-    'expiresAt', tidebase._iso(g.expires_at),
-    'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(g.updated_at),
+    'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', p_prompt, 'data', p_data, 'status', g.status,
+    'decision', tidebase._decided(g), 'actor', g.actor, 'decisionPayload', p_decision_payload,
+    'capability', p_capability, 'channels', g.channels, 'resolveToken', case when p_tokens then g.resolve_token end,
+    'reviewUrl', case when p_tokens then tidebase._review_url(g) end, 'expiresAt', tidebase._iso(g.expires_at),
+    'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(coalesce(g.resolved_at, g.created_at)),
     'resolvedAt', tidebase._iso(g.resolved_at))
 $$;
+
+create or replace function tidebase._gate_json (g tidebase.gates, p_tokens boolean default true)
+  returns json language sql stable as
+$$ select tidebase._gate_shown(g, p_tokens, g.prompt, g.data, g.decision_payload, g.capability) $$;
 
 -- As events and webhooks show a gate. p_with_token: with the token that resolves it, while it is pending; for webhooks
 -- alone, since events are handed on to browsers.
@@ -675,7 +682,7 @@ create or replace function tidebase._public_gate (g tidebase.gates, p_with_token
   returns json language sql stable as $$
   select json_build_object(
     'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
-    'decision', g.decision, 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
+    'decision', tidebase._decided(g), 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
     'resolveUrl', g.resolve_url,
     'resolveToken', case when p_with_token and g.status = 'pending' then g.resolve_token end)
 $$;
@@ -688,7 +695,8 @@ $$;
 create or replace function tidebase._stream_json (s tidebase.state_streams) returns json language sql stable as $$
   select json_build_object(
     'id', s.id, 'runId', s.run_id, 'name', s.name, 'targetType', s.target_type, 'targetId', s.target_id,
-    'currentVersion', s.current_version, 'currentValue', s.current_value, 'metadata', s.metadata,
+    'currentVersion', s.current_version, 'metadata', '{}'::json, 'currentValue', (
+      select v.value from tidebase.state_versions v where v.stream_id = s.id and v.version = s.current_version),
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
 $$;
 
@@ -1046,7 +1054,6 @@ begin
          failure_class = case when p_status in ('failed', 'cancelled') then p_run.failure_class end,
          cancel_reason = case p_status when 'cancelled' then p_run.cancel_reason end,
          cancel_actor = case p_status when 'cancelled' then p_run.cancel_actor end,
-         cancel_requested_at = case p_status when 'cancelled' then v_now end,
          cancelled_at = case p_status when 'cancelled' then v_now end,
          completed_at = case when v_ended then v_now end, updated_at = v_now, event_seq = event_seq + 1
    where id = p_run.id returning * into v_run;
@@ -1655,15 +1662,6 @@ begin
     body := json_build_object('action', 'locked', 'step', case when v_step.id is not null
                                                           then tidebase._step_json(v_step) end);
     return;
-  elsif v_step.id is null then
-    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
-                                lease_expires_at, fence, started_at, created_at, updated_at)
-    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
-            tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
-            v_now, v_now, v_now)
-    returning * into v_step;
-    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'step.started',
-                                                   tidebase._step_started(v_step));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
@@ -1683,12 +1681,21 @@ begin
     update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
      where id = p_run_id and lease_owner = p_lease_owner;
   else
-    update tidebase.steps s
-       set status = 'running', attempt = s.attempt + 1, input = p_input, options = p_options,
-           contract = tidebase._contract(p_options), lease_owner = p_lease_owner,
-           lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
-           completed_at = null, review_at = null, updated_at = v_now
-     where s.id = v_step.id returning * into v_step;
+    if v_step.id is null then  -- not an upsert, which costs more
+      insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
+                                  lease_expires_at, fence, started_at, created_at, updated_at)
+      values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
+              tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
+              v_now, v_now, v_now)
+      returning * into v_step;
+    else
+      update tidebase.steps s
+         set status = 'running', attempt = s.attempt + 1, input = p_input, options = p_options,
+             contract = tidebase._contract(p_options), lease_owner = p_lease_owner,
+             lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
+             completed_at = null, review_at = null, updated_at = v_now
+       where s.id = v_step.id returning * into v_step;
+    end if;
     perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'step.started',
                                                    tidebase._step_started(v_step));
   end if;
@@ -1996,12 +2003,11 @@ begin
   select * into v_gate from tidebase.gates where run_id = p_run_id and name = p_name;
   if not found then
     insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
-                                expires_at, created_at, updated_at)
-    values (v_id, p_run_id, p_name, p_prompt, p_data, p_capability,
-            tidebase._shown_channels(p_channels),
+                                expires_at, created_at)
+    values (v_id, p_run_id, p_name, p_prompt, p_data, p_capability, tidebase._shown_channels(p_channels),
             replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''),
             p_public_url || '/runs/' || p_run_id || '/gates/' || v_id || '/resolve',
-            v_now + tidebase._ms(p_timeout_ms), v_now, v_now)
+            v_now + tidebase._ms(p_timeout_ms), v_now)
     returning * into v_gate;
     if p_channels <> '[]' then
       perform tidebase._add_channels(p_run_id, v_id, p_channels);
@@ -2024,12 +2030,10 @@ create or replace function tidebase._decide_gate (p_run tidebase.runs, p_gate_id
                                                   p_payload json) returns tidebase.gates language plpgsql as $$
 declare
   v_gate  tidebase.gates;
-  v_now   timestamptz := tidebase.now();
   v_event json;
 begin
   update tidebase.gates
-     set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'),
-         resolved_at = v_now, updated_at = v_now
+     set status = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'), resolved_at = tidebase.now()
    where id = p_gate_id returning * into v_gate;
   v_event := json_build_object('gate', tidebase._public_gate(v_gate, false));
   perform tidebase._append_event_and_renew_lease(p_run.id, null, 'gate.resolved', v_event);
@@ -2103,11 +2107,10 @@ declare
   v_stream  tidebase.state_streams;
   v_version tidebase.state_versions;
 begin
-  insert into tidebase.state_streams as s (id, run_id, name, target_type, target_id, current_version, current_value,
-                                           created_at, updated_at)
-  values (tidebase._new_id('stream'), p_run_id, p_stream, p_target_type, p_target_id, 1, p_value, v_now, v_now)
-  on conflict (run_id, name) do update
-     set current_version = s.current_version + 1, current_value = p_value, updated_at = v_now
+  insert into tidebase.state_streams as s (id, run_id, name, target_type, target_id, current_version, created_at,
+                                           updated_at)
+  values (tidebase._new_id('stream'), p_run_id, p_stream, p_target_type, p_target_id, 1, v_now, v_now)
+  on conflict (run_id, name) do update set current_version = s.current_version + 1, updated_at = v_now
   returning * into v_stream;
   insert into tidebase.state_versions (id, stream_id, run_id, step_id, version, value, patch, label, reason, importance,
                                        metadata, created_by, created_at, live_version)
@@ -4090,8 +4093,8 @@ end $$;
 create or replace function tidebase._is_short (p_value jsonb) returns boolean language sql immutable as
 $$ select case when pg_column_size(p_value) > 1000 then false else octet_length(p_value::text) <= 1000 end $$;
 
--- A run without its payloads. p_why comes from _why. `version` changes with everything that is shown, except the
--- seconds in `why`.
+-- A run without payloads: metadata of at most 1,000 bytes, and of its error the beginning. p_why: its _why. `version` changes
+-- with all that is shown, but not with the lengths of time in `why`.
 create or replace function tidebase._run_light (r tidebase.runs, p_why json) returns json language sql stable as $$
   select json_build_object(
     'id', r.id, 'workflowName', r.workflow_name, 'status', r.status, 'queue', r.queue, 'priority', r.priority,
@@ -4110,8 +4113,8 @@ create or replace function tidebase._run_light (r tidebase.runs, p_why json) ret
                                                          p_why->'whyDetail')), 8))
 $$;
 
--- Runs by id, in the order of p_ids, each with its _why. Deleted runs are left out, and so are runs whose version is
--- the one in p_known, {ID: version}.
+-- These runs, in this order, each with its _why; if p_light, as _run_light. Left out are runs that do not exist, and, if
+-- p_light, those of which p_known, {ID: version}, has the version.    Returns  [run, …].
 create or replace function tidebase._list_runs (p_ids text[], p_light boolean, p_asked jsonb,
                                                 p_known jsonb default '{}')
   returns json language plpgsql stable set enable_seqscan = off as $$
@@ -4232,7 +4235,7 @@ end $$;
 create or replace function tidebase._steps_do (p_count bigint, p_verb text) returns text language sql immutable as
 $$ select format('%s %s', p_count, case when p_count = 1 then 'step ' || p_verb || 's' else 'steps ' || p_verb end) $$;
 
--- A step without its payloads.
+-- A step without payloads: their sizes, in bytes, and the beginning of its error. A large contract is shown by `replay` alone.
 create or replace function tidebase._step_light (s tidebase.steps) returns json language sql stable as $$
   select json_build_object(
     'id', s.id, 'name', s.name, 'position', s.position, 'status', s.status, 'attempt', s.attempt,
@@ -4248,9 +4251,10 @@ create or replace function tidebase._step_light (s tidebase.steps) returns json 
     'errorBytes', octet_length(s.error::text), 'optionsBytes', octet_length(s.options::text))
 $$;
 
--- The steps of a run after a position, without payloads. p_statuses and p_text (part of a name) filter unless they
--- are null; p_errors keeps only failed steps and those to be reviewed.
--- Returns  {"steps", "nextCursor"}, null when there is no such run.
+-- A page of a run's steps, in the order in which they were first begun: those after position p_after, at most p_limit. Of
+-- these statuses, or null; with p_text in their name, in either case, or null; if p_errors, failed or to be reviewed.
+-- Returns  {"steps": as _step_light, "nextCursor": p_after of the next page, null if this one is not full}; null when there is
+--          no such run.
 create or replace function tidebase.list_steps (p_run_id text, p_after integer, p_limit integer, p_statuses text[],
                                                 p_text text, p_errors boolean)
   returns json language plpgsql stable set enable_seqscan = off as $$
@@ -4270,8 +4274,8 @@ begin
             from tidebase.runs where id = p_run_id);
 end $$;
 
--- An event, without a payload of more than 1,000 bytes. The step, the name and the attempt that the payload holds
--- stand beside it.
+-- An event without its payload if that has more than 1,000 bytes; but with what a page draws of it: the step's id, the
+-- attempt, and the name of the step, gate, child or signal that it tells of.
 create or replace function tidebase._event_light (e tidebase.events) returns json language sql stable as $$
   select json_build_object(
     'id', e.id, 'runId', e.run_id, 'seq', e.seq, 'type', e.type, 'createdAt', tidebase._iso(e.created_at),
@@ -4284,8 +4288,10 @@ create or replace function tidebase._event_light (e tidebase.events) returns jso
           offset 0) as n
 $$;
 
--- Events of a run after a number. p_types holds whole types and prefixes that end with a dot; null stands for all.
--- Returns  a row for each: its number and its JSON. Together at most _budget() bytes, but always at least one row.
+-- A run's events after number p_after, in their order, at most p_limit; if p_light, as _event_light. p_types: whole types,
+-- and beginnings that end with a dot; null for all.
+-- Returns  a row for each. They end before the event with which they would have more than _budget() bytes, unless it is the
+--          first. No row: there is none, or no such run.
 create or replace function tidebase.list_events (p_run_id text, p_after integer, p_limit integer, p_light boolean,
                                                  p_types text[])
   returns table (seq integer, event json) language plpgsql stable set enable_seqscan = off as $$
@@ -4346,7 +4352,7 @@ begin
   characters := length(v_text);
 end $$;
 
--- A run and its descendants, generation by generation, at most p_limit.
+-- The ids of a run and its descendants, generation by generation, at most p_limit. depth: 0 of the run itself.
 create or replace function tidebase._subtree (p_run_id text, p_limit integer)
   returns table (id text, depth integer) language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4366,14 +4372,15 @@ begin
   end loop;
 end $$;
 
--- When a run first began, by one of its first ten events.
+-- When a run was first claimed or begun; null for never. One of its first ten events says it.
 create or replace function tidebase._started_at (p_run_id text) returns timestamptz language sql stable as $$
   select e.created_at from tidebase.events e
    where e.run_id = p_run_id and e.seq <= 10 and e.type in ('run.claimed', 'run.started') order by e.seq limit 1
 $$;
 
--- A run and its descendants, each with its _why.
--- Returns  {"root", "runs", "truncated"}, null when there is no such run.
+-- A run and its descendants, generation by generation, at most p_limit. p_asked: see _queue_facts.
+-- Returns  {"root": p_run_id, "runs": [{"id", "parentRunId", "name", "edgeType", "depth", …, "startedAt", "why"}],
+--          "truncated": whether there are more}; null when there is no such run.
 create or replace function tidebase.run_tree (p_run_id text, p_limit integer, p_asked jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4403,7 +4410,7 @@ begin
                            'truncated', cardinality(v_runs) > p_limit);
 end $$;
 
--- The sums of the ledger's entries of these runs, and how many entries.
+-- What these runs cost.    Returns  _usage_sums of their entries in the ledger, and how many "entries".
 create or replace function tidebase._cost (p_run_ids text[]) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4412,9 +4419,10 @@ begin
             from tidebase.usage where run_id = any (p_run_ids));
 end $$;
 
--- The head of a run: no payloads, but the cost of it and of its descendants, and how many steps, events, gates ...
--- it has.
--- Returns  {"run", "counts", "cost", "durationMs", "state", "parent"}, null when there is no such run.
+-- The head of a run's page: what it is, how much of everything it has, and what it cost. p_asked: see _queue_facts.
+-- Returns  {"run": as _run_light, the sizes of its payloads, and more; "counts"; "cost": {"own", "subtree": of it and its
+--          first 10,000 descendants}; "durationMs": until it ended, or now; "state": {"version", "bytes", "updatedAt"} or
+--          null; "parent": {"id", "name"} or null}; null when there is no such run.
 create or replace function tidebase.run_summary (p_run_id text, p_asked jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4426,7 +4434,7 @@ begin
   select tidebase._joined(tidebase._list_runs(array[p_run_id], true, p_asked)->0, json_build_object(
            'hasRecoveryWebhook', r.recovery_webhook is not null, 'inputBytes', octet_length(r.input::text),
            'resultBytes', octet_length(r.result::text), 'errorBytes', octet_length(r.error::text),
-           'metadataBytes', octet_length(r.metadata::text), 'cancelRequestedAt', tidebase._iso(r.cancel_requested_at),
+           'metadataBytes', octet_length(r.metadata::text), 'cancelRequestedAt', tidebase._iso(r.cancelled_at),
            'cancelledAt', tidebase._iso(r.cancelled_at), 'startedAt', tidebase._iso(tidebase._started_at(r.id)),
            'forkedFrom', r.metadata->>'forkedFrom', 'schedule', r.metadata->>'schedule'))
     into v_run from tidebase.runs r where r.id = p_run_id;
@@ -4462,7 +4470,7 @@ begin
       from tidebase.runs r where r.id = p_run_id);
 end $$;
 
--- A webhook without its payload.
+-- A webhook without its payload and its answer: their sizes, in bytes.
 create or replace function tidebase._delivery_light (o tidebase.outbox) returns json language sql stable as $$
   select json_build_object(
     'id', o.id, 'runId', o.run_id, 'kind', o.kind, 'eventType', o.event_type, 'reason', o.reason,
@@ -4472,7 +4480,9 @@ create or replace function tidebase._delivery_light (o tidebase.outbox) returns 
     'payloadBytes', octet_length(tidebase._webhook_payload(o)::text), 'responseBytes', octet_length(o.response_body))
 $$;
 
--- A run's webhooks, newest first.    Returns  {"deliveries", "nextCursor"}, null when there is no such run.
+-- A page of a run's webhooks, newest first: those before number p_before, at most p_limit.
+-- Returns  {"deliveries": as _delivery_light, "nextCursor": p_before of the next page, null if this one is not full}; null
+--          when there is no such run.
 create or replace function tidebase.list_deliveries (p_run_id text, p_before bigint, p_limit integer) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4488,9 +4498,11 @@ begin
             from tidebase.runs where id = p_run_id);
 end $$;
 
--- Sends a webhook once more under the same id, with a new count of attempts.    TB404.
--- Leaves   it due, or behind the pending ones of its channel. A pending webhook stays as it is.
--- Returns  {"delivery"}.
+-- Sends a webhook once more, under the same id.
+-- Needs    the run, and the webhook of it (TB404 not_found).
+-- Leaves   it pending, with a new count of attempts: due now, or after those of its channel that are pending. A pending one
+--          stays as it is.
+-- Returns  {"delivery"}.    Locks  run, then webhook.
 create or replace function tidebase.resend_delivery (p_run_id text, p_delivery_id text)
   returns json language plpgsql as $$
 declare
@@ -4513,7 +4525,7 @@ begin
 end $$;
 
 -- The newest 1,000 signals of a run, oldest first, without payloads of more than 1,000 bytes.
--- Returns  {"signals"}, null when there is no such run.
+-- Returns  {"signals"}; null when there is no such run.
 create or replace function tidebase.list_signals (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4530,8 +4542,10 @@ begin
             from tidebase.runs r where r.id = p_run_id);
 end $$;
 
--- The ledger of a run or, with p_subtree, of it and its descendants: the newest entries, and sums by model.
--- Returns  {"usage", "byModel", "truncated"}, null when there is no such run.
+-- What a run cost or, if p_subtree, what it and its descendants did: at most 10,000 runs.
+-- Returns  {"usage": the newest p_limit entries of the ledger, oldest first, each with its step's name; "truncated": whether
+--          there are more entries; "byModel": [{"model", "entries", "runs": how many of each, and _usage_sums}] of all
+--          entries, dearest first}; null when there is no such run.
 create or replace function tidebase.run_usage (p_run_id text, p_subtree boolean, p_limit integer) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4562,7 +4576,8 @@ begin
     from tidebase.runs where id = p_run_id);
 end $$;
 
--- What has happened so far in a run about which a person has to decide.
+-- What a person sees of a run who decides on a gate or a step of it: its last five steps, its state up to 4,000 bytes, and
+-- what it cost.
 create or replace function tidebase._decision_context (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4649,21 +4664,16 @@ begin
                            'more', v_count > 1000, 'nextCursor', v_next);
 end $$;
 
--- A gate in a list. Data of more than 65,536 bytes is left out, and all data is without p_room. The token is
--- included with p_tokens, while the gate is pending.
+-- A gate in a list: without payloads of more than 64 KiB; without p_room, without any, and its prompt cut. Its token comes
+-- with p_tokens while it is pending.
 create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens boolean, p_room boolean)
   returns json language sql stable as $$
-  select json_build_object(
-    'id', g.id, 'runId', g.run_id, 'name', g.name,
-    'prompt', case when p_room then g.prompt else left(g.prompt, 1000) end,
-    'data', tidebase._in_list(g.data, p_room),
-    'dataOmitted', not p_room or tidebase._bytes(g.data) > 65536, 'status', g.status, 'decision', g.decision,
-    'actor', g.actor, 'decisionPayload', tidebase._in_list(g.decision_payload, p_room),
-    'capability', tidebase._in_list(g.capability, p_room), 'channels', g.channels,
-    'resolveToken', case when p_tokens and g.status = 'pending' then g.resolve_token end,
-    'reviewUrl', case when p_tokens then tidebase._review_url(g) end, 'expiresAt', tidebase._iso(g.expires_at),
-    'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(g.updated_at),
-    'resolvedAt', tidebase._iso(g.resolved_at))
+  select tidebase._joined(
+           tidebase._gate_shown(g, p_tokens and g.status = 'pending',
+                                case when p_room then g.prompt else left(g.prompt, 1000) end,
+                                tidebase._in_list(g.data, p_room), tidebase._in_list(g.decision_payload, p_room),
+                                tidebase._in_list(g.capability, p_room)),
+           json_build_object('dataOmitted', not p_room or tidebase._bytes(g.data) > 65536))
 $$;
 
 -- What the token of a gate shows without an API key: the gate without its channels and its token, and the run's name and
@@ -4676,16 +4686,18 @@ declare
 begin
   return (select json_build_object('gate', json_build_object(
             'id', v_gate.id, 'runId', v_gate.run_id, 'name', v_gate.name, 'prompt', v_gate.prompt, 'data', v_gate.data,
-            'status', v_gate.status, 'decision', v_gate.decision, 'actor', v_gate.actor,
+            'status', v_gate.status, 'decision', tidebase._decided(v_gate), 'actor', v_gate.actor,
             'decisionPayload', v_gate.decision_payload, 'capability', v_gate.capability,
             'expiresAt', tidebase._iso(v_gate.expires_at), 'createdAt', tidebase._iso(v_gate.created_at),
             'resolvedAt', tidebase._iso(v_gate.resolved_at), 'workflowName', r.workflow_name, 'runStatus', r.status))
             from tidebase.runs r where r.id = p_run_id);
 end $$;
 
--- Records which workers asked for work, deletes workers that have not asked for a day, and sums up the minutes of
--- the last hour. p_workers: [{"owner", "queues", "workflows", "since_ms", "ago_ms"}]; it first asked since_ms ago
--- and last ago_ms ago.
+-- Records which workers asked this server for work. p_workers: [{"owner", "queues", "workflows": null for all, "since_ms",
+-- "ago_ms": so long ago it asked first, and last}].
+-- Leaves   their rows; those of workers that asked nobody for a day deleted; of queue_minutes the last hour, summed up once
+--          there are 10,000 rows.
+-- Locks    rows of workers, in the order of their owners.
 create or replace function tidebase.note_workers (p_workers jsonb) returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
@@ -4709,8 +4721,8 @@ begin
    where minute >= v_now - interval '61 min' group by queue, minute;
 end $$;
 
--- Claims and failures of a queue, minute by minute of the last hour, oldest first.
--- Returns  {"queue", "minutes", "now"}.
+-- The last hour of a queue.
+-- Returns  {"queue", "minutes": 60 of {"at", "claims", "failures"}, oldest first, "now"}.
 create or replace function tidebase.list_minutes (p_queue text) returns json
   language plpgsql stable as $$
 declare
@@ -4727,8 +4739,11 @@ begin
            on c.minute = m.at);
 end $$;
 
--- The workers that asked for work within a day or hold a run, the last heard first, at most 500. p_workers are those
--- that this server has not recorded yet, as for note_workers.    Returns  {"workers", "now"}.
+-- The workers that asked for work within a day, or hold a run. p_workers: those that this server has not recorded yet, as
+-- note_workers takes them.
+-- Returns  {"workers": at most 500, the last heard first, "now"}. Of each: "id", null for workers without a name; "queues"
+--          and "workflows", for which it asked last; "since", when it was first heard; "lastAskedAt"; "lastHeardAt", when it
+--          asked or extended a lease; how many runs it holds, "running", and twenty of these, "runs".
 create or replace function tidebase.list_workers (p_workers jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4769,10 +4784,10 @@ begin
              order by 1 desc limit 500) as workers);
 end $$;
 
--- Deletes a run with everything that belongs to it.
--- Needs    the run to have ended, and its parent to have completed: a replayed parent would create the child again
---          (TB409 run_not_ended). TB404.
--- Returns  {"deleted"}.
+-- Deletes a run with all that belongs to it.
+-- Needs    the run (TB404 not_found), ended; and its parent, if any, completed, since a parent that is replayed would create
+--          it again (TB409 run_not_ended).
+-- Returns  {"deleted": its id}.    Locks  the run.
 create or replace function tidebase.delete_run (p_run_id text) returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);

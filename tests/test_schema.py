@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "a11bcc67a11dbe9303864a5ca1de17bc2c70e038c6b7fdf4f4e39ae6c32b0a77")
+PINNED = (5, "ccbfa8f09d8e8590f3fff55e8cab543b589ecdcbdb3712e12d93b833444447f4")
 
 
 def apply(conninfo: str) -> None:
