@@ -39,7 +39,7 @@
 -- HOW TO READ IT
 --   A verb (begin_step, claim_runs) is one transition. It locks, decides, writes the rows, the event and the webhooks, all
 --   or nothing, and answers the JSON of the HTTP response. Above it stands its contract: Needs (else which refusal),
---   Leaves, Returns, Locks.
+--   Leaves, Returns; and Locks, where these are more than its run.
 --   Names: p_ arguments, v_ locals, _private helpers. A verb's parameter is p_ and the wire's key in snake_case; so are the
 --   keys of its jsonb arguments (p_job, p_child, p_version, p_entry, p_config, p_writes). What a user sent, and what a run
 --   waits for, keeps its keys.
@@ -56,8 +56,8 @@
 --
 -- HOW IT EVOLVES
 --   Apply it with `python tidebase.py migrate` or `psql -1 -f schema.sql`: one transaction, any number of times, to an
---   empty or an older database. "create table" shows today's shape; once there is a release, what an older database lacks
---   is added below it ("add column if not exists"), and nothing is taken away. All functions are dropped and made anew.
+--   empty or an older database. "create table" shows today's shape. Before the tables stands what those of an older build
+--   lack ("add column if not exists"), and what nothing reads any more. All functions are dropped and made anew.
 --   Every change raises the version at the end: a server applies this file only to a database whose version is lower.
 
 -- ------------------------------------------------------------------------------
@@ -570,22 +570,17 @@ $$;
 create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as
 $$ select tidebase._run_shown(r, r.input, r.metadata, r.result, r.error, r.waiting_for) $$;
 
--- The bytes of a run's largest payload.
-create or replace function tidebase._largest (r tidebase.runs) returns integer language sql stable as $$
-  select greatest(tidebase._bytes(r.input), tidebase._bytes(r.metadata), tidebase._bytes(r.result),
-                  tidebase._bytes(r.error), tidebase._bytes(r.waiting_for))
-$$;
-
 -- The bytes of a run's payloads in a list.
 create or replace function tidebase._run_bytes (r tidebase.runs) returns integer language sql stable as $$
   select tidebase._bytes_in_list(r.input) + tidebase._bytes_in_list(r.metadata) + tidebase._bytes_in_list(r.result)
        + tidebase._bytes_in_list(r.error) + tidebase._bytes_in_list(r.waiting_for)
 $$;
 
--- A run of a list: without its payloads of more than 64 KiB; without p_room, without any. p_largest as above.
-create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean, p_largest integer)
-  returns json language sql stable as $$
-  select case when p_room and p_largest <= 65536 then tidebase._run_json(r)
+-- A run of a list: without its payloads of more than 64 KiB; without p_room, without any.
+create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean) returns json language sql stable as $$
+  select case when p_room and greatest(tidebase._bytes(r.input), tidebase._bytes(r.metadata), tidebase._bytes(r.result),
+                                       tidebase._bytes(r.error), tidebase._bytes(r.waiting_for)) <= 65536
+              then tidebase._run_json(r)
     else tidebase._mark_omitted(tidebase._run_shown(
            r, tidebase._in_list(r.input, p_room), tidebase._in_list(r.metadata, p_room),
            tidebase._in_list(r.result, p_room), tidebase._in_list(r.error, p_room),
@@ -2272,12 +2267,12 @@ create or replace function tidebase._listed_versions (p_ids text[]) returns json
 begin
   return (
     select coalesce(json_agg(
-             case when m.room and m.largest <= 65536 then tidebase._version_json(v)
+             case when m.room and greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch),
+                                           tidebase._bytes(v.metadata)) <= 65536 then tidebase._version_json(v)
                   else tidebase._mark_omitted(tidebase._version_shown(
                          v, tidebase._in_list(v.value, m.room), tidebase._in_list(v.patch, m.room),
                          tidebase._in_list(v.metadata, m.room))) end order by m.n), '[]')
-      from (select v.id, given.n, greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch),
-                                           tidebase._bytes(v.metadata)) as largest,
+      from (select v.id, given.n,
                    sum(tidebase._bytes_in_list(v.value) + tidebase._bytes_in_list(v.patch)
                        + tidebase._bytes_in_list(v.metadata)) over (order by given.n) <= tidebase._budget() as room
               from unnest(p_ids) with ordinality as given (id, n)
@@ -2615,7 +2610,7 @@ begin
       v_bytes := v_bytes + octet_length(v_run::text);
     end if;
     if v_bytes > tidebase._budget() then
-      v_run := tidebase._run_listed(v_new.run, false, 0);
+      v_run := tidebase._run_listed(v_new.run, false);
     end if;
     v_runs := v_runs || tidebase._joined(v_run, json_build_object('deduplicated', v_new.deduplicated));
   end loop;
@@ -2848,12 +2843,10 @@ declare
   v_queue tidebase.queues;
 begin
   insert into tidebase.queues (name) values (p_queue) on conflict do nothing;
-  select * into v_queue from tidebase.queues where name = p_queue for update;
-  v_queue := jsonb_populate_record(v_queue, p_config);
-  update tidebase.queues
-     set concurrency = v_queue.concurrency, rate_per_minute = v_queue.rate_per_minute, invoke_url = v_queue.invoke_url,
-         paused = v_queue.paused
-   where name = p_queue;
+  update tidebase.queues q
+     set (concurrency, rate_per_minute, invoke_url, paused) = (
+           select c.concurrency, c.rate_per_minute, c.invoke_url, c.paused from jsonb_populate_record(q, p_config) as c)
+   where name = p_queue returning * into v_queue;
   return json_build_object('config', tidebase._queue_json(v_queue));
 end $$;
 
@@ -3407,7 +3400,7 @@ begin
           from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
          where v.run_id = p_run_id order by s.name collate "C", v.version;
       when 'childRuns' then
-        open v_rows for select c.id, tidebase._run_listed(c, true, tidebase._largest(c))
+        open v_rows for select c.id, tidebase._run_listed(c, true)
           from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
          where e.parent_run_id = p_run_id order by e.created_at, e.id;
       when 'channelDeliveries' then
@@ -4130,10 +4123,9 @@ begin
                      cross join lateral (select tidebase._why(r.id, v_facts, v_now) as why offset 0) as w) as listed
              where listed.run->>'version' is distinct from p_known->>listed.id);
   end if;
-  return (select coalesce(json_agg(tidebase._joined(tidebase._run_listed(r, m.room, m.largest),
+  return (select coalesce(json_agg(tidebase._joined(tidebase._run_listed(r, m.room),
                                                     tidebase._why(r.id, v_facts, v_now)) order by m.n), '[]')
-            from (select g.n, g.id, tidebase._largest(r) as largest,
-                         sum(tidebase._run_bytes(r)) over (order by g.n) <= tidebase._budget() as room
+            from (select g.n, g.id, sum(tidebase._run_bytes(r)) over (order by g.n) <= tidebase._budget() as room
                     from unnest(p_ids) with ordinality as g (id, n) join tidebase.runs r on r.id = g.id) as m
             join tidebase.runs r on r.id = m.id);
 end $$;

@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "ccbfa8f09d8e8590f3fff55e8cab543b589ecdcbdb3712e12d93b833444447f4")
+PINNED = (5, "3c68687494f6b3f71a00da81d2efb35368b6a67440802d661c9c457ff74a22d4")
 
 
 def apply(conninfo: str) -> None:
