@@ -2944,11 +2944,11 @@ declare
   v_run_ids  text[];
   v_ending   text[];
   v_plain    json[] := array_fill(null::json, array[v_count]);  -- the answers to the plain writes, in their places
+  v_made     bigint;            -- how many these are
   v_bodies   json[] := '{}';
   v_statuses integer[] := '{}';
-  v_made     integer := 0;      -- how many these are
   v_refused  text[] := '{}';    -- the runs of which a write was refused
-  v_room     bigint := p_room;  -- left
+  v_room     bigint;            -- left of p_room
   v_part     record;
 begin
   if v_count = 1 then

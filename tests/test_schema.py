@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "3c68687494f6b3f71a00da81d2efb35368b6a67440802d661c9c457ff74a22d4")
+PINNED = (5, "2e605bdabe69e260a92113d8024e28c9f5758585dcec9f8bd315de548186b14e")
 
 
 def apply(conninfo: str) -> None:
