@@ -3561,8 +3561,8 @@ begin
     loop
       update tidebase.runs set offered_at = v_now, run_at = v_now + interval '60 seconds'
        where id = v_id returning * into v_run;
-      for v_old in update tidebase.outbox set status = 'failed', error_text = 'offered anew', next_attempt_at = null,
-                          completed_at = v_now
+      for v_old in update tidebase.outbox set status = 'failed', claimed = false, error_text = 'offered anew',
+                          next_attempt_at = null, completed_at = v_now
                     where run_id = v_id and kind = 'push' and status = 'pending' returning id
       loop
         perform tidebase._append_event_and_renew_lease(v_run.id, null, 'recovery.failed', json_build_object(
@@ -4508,8 +4508,8 @@ begin
     return json_build_object('delivery', tidebase._delivery_light(v_post));
   end if;
   update tidebase.outbox
-     set status = 'pending', attempts = 0, completed_at = null, http_status = null, response_body = null,
-         error_text = null,
+     set status = 'pending', attempts = 0, claimed = false, completed_at = null, http_status = null,
+         response_body = null, error_text = null,
          next_attempt_at = case when not exists (select from tidebase.outbox o where o.status = 'pending'
                                                     and o.channel_id = v_post.channel_id) then tidebase.now() end
    where seq = v_post.seq returning * into v_post;

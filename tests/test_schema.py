@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "2e605bdabe69e260a92113d8024e28c9f5758585dcec9f8bd315de548186b14e")
+PINNED = (5, "6156007c3665379bc322e59d0c961c9036ee2f519637bbfb4e589cf217054708")
 
 
 def apply(conninfo: str) -> None:
