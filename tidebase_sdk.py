@@ -1869,6 +1869,7 @@ class _Step:
     started_at: datetime  # the try that is under way
     id: str | None = None  # of the step that was begun for it
     announcement: _Write | None = None  # that a plain step takes long: see _Heartbeater
+    output_bytes = 0
     left_with: BaseException | None = None  # what its call ended with, though the step is open
 
     def __init__(self, run: Run[Any], name: str, fn: Any, input: Any, input_hash: str | None,
@@ -2045,8 +2046,8 @@ class _Step:
             members = b'"startedAt":"%s","brief":true,%s,%s' % (started_at, self.fields, members)
         else:
             members = b'"stepId":"%s",%s' % (self.id.encode(), members)
-        explain = functools.partial(self.explain, output_bytes=len(output))
-        return _Write(verb, members, self.run._lease, explain=explain)
+        self.output_bytes = len(output)
+        return _Write(verb, members, self.run._lease, explain=self.explain)
 
     def outcome_behind(self, output: bytes) -> _Write:
         """Likewise, of a plain step for whose record no call waits: another outcome in the record is an error."""
@@ -2057,7 +2058,7 @@ class _Step:
                 words = (f"step {self.name!r} of run {self.run.run_id} is recorded with another outcome than it had "
                          "here: the next attempt goes on with the recorded one")
                 return TidebaseError(words, 409, outcome, "other_outcome")
-            return self.explain(outcome, len(output))
+            return self.explain(outcome)
 
         write.explain, write.is_behind = explain, True
         return write
@@ -2074,11 +2075,12 @@ class _Step:
         write.explain = self.log_refusal
         return write
 
-    def explain(self, outcome: Json | Exception, output_bytes: int = 0) -> Json | Exception:
+    def explain(self, outcome: Json | Exception) -> Json | Exception:
         """A refusal in words that name the step; an answer as it is."""
         run_id = self.run.run_id
         if isinstance(outcome, BodyTooLarge):
-            sizes = f"its output has {output_bytes:,} bytes" + (f", its input {len(self.input):,}" * bool(self.input))
+            sizes = f"its output has {self.output_bytes:,} bytes"
+            sizes += f", its input {len(self.input):,}" * bool(self.input)
             message = (f"step {self.name!r} of run {run_id}: {sizes}, more than the server takes in one request, see "
                        "its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
             return BodyTooLarge(message, 413, code="body_too_large")
@@ -2155,14 +2157,14 @@ def _wait_for(client: Client[Any], condition: Json | None, read: Callable[[float
     condition: what the server is told to resume the run for, when it leaves its worker after hold_s; None: it waits in
     place.  A run that must not leave waits in place, too.
     """
-    leaves_at = time.monotonic() + hold_s
-    event = run._lease.event if run else None
+    leaves_at = math.inf if run is None or condition is None else time.monotonic() + hold_s
+    event = None if run is None else run._lease.event
     while True:
         asked, is_there = time.monotonic(), False
-        if run is not None and condition is not None and asked >= leaves_at and asked < ends:
+        if run is not None and condition is not None and leaves_at <= asked < ends:
             is_there = yield from _leave(run, condition, None if read is None or ends == math.inf else ends - asked)
-        holds_s = leaves_at - asked if leaves_at > asked and condition is not None else math.inf
-        wait_s = 0.0 if is_there else max(min(poll_s, LONG_POLL_S, ends - asked, holds_s), 0.0)
+        next_look = asked if is_there else min(ends, leaves_at if asked < leaves_at else math.inf)
+        wait_s = max(min(next_look - asked, poll_s, LONG_POLL_S), 0.0)
         found: Json | None = None
         if read is not None:
             found = yield from read(wait_s)
@@ -2342,20 +2344,23 @@ def _join_children(run: Run[Any], runs: dict[str, Json], alone: bool = False) ->
     """
     while live := [name for name, child in runs.items() if not _has_ended(child)]:
 
+        def look(name: str, wait_s: float = 0.0) -> Op[Json]:
+            path = _path("runs", runs[name]["id"], include="run", wait_ms=_ms(wait_s))
+            runs[name] = yield from _member(
+                _request(run._client, "GET", path, lease=run._lease, wait_s=wait_s), "run")
+            return runs[name]
+
         def read(wait_s: float) -> Op[Json | None]:
-            """Look at the first that lives or, when the server answered that all have ended, at all of them."""
+            """Wait for the first that lives or, when the server answered that all have ended, look at all of them."""
             if wait_s or len(live) == 1:
-                path = _path("runs", runs[live[0]]["id"], wait_ms=_ms(wait_s))
-                answer = yield from _request(run._client, "GET", path, lease=run._lease, wait_s=wait_s)
-                runs[live[0]] = answer["run"]
-                return answer["run"] if _has_ended(answer["run"]) else None
+                first = yield from look(live[0], wait_s)
+                return first if _has_ended(first) else None
             children, _ = yield from _child_runs(run)
             for name in live:
                 if name in children and "payloadOmitted" not in children[name]:
                     runs[name] = children[name]
                 else:
-                    path = _path("runs", runs[name]["id"], include="run")
-                    runs[name] = (yield from _request(run._client, "GET", path, lease=run._lease))["run"]
+                    yield from look(name)
             return runs[live[0]]
 
         condition = {"children": True if alone else live[:CHILDREN_NAMED]}
@@ -4062,9 +4067,7 @@ NULL_HASH = hashlib.sha256(b"null").hexdigest()  # of a step without input
 def _json_encoder(sort_keys: bool) -> Callable[[Any], str]:
     """JSONEncoder.encode, which makes a C encoder for each value, with one that is made once."""
     encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys)
-    make = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:
-        return encoder.encode
+    make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
     encode = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",", sort_keys, False, False)
     return lambda value: "".join(encode(value, 0))
 
