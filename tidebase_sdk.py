@@ -1561,6 +1561,12 @@ if hasattr(os, "register_at_fork"):
 
 # ------------------------------------------------------------------------------
 # A run's logic: its lease, the names of its calls, its steps, waits, children and its end.
+#
+# A step goes this way: Run.step → _Calls.call, which gives it its name → _Step.execute → the user's function →
+# _WriteBatcher.send, which carries its record to the server with what other runs have ready.  A run goes this way:
+# Client.run, or _Worker for one from a queue → _execute → the workflow, which makes calls → _complete or _fail; where
+# it waits for long, _wait_for → _leave, and RunSuspended unwinds it.  Each boundary between calls asks the _Lease
+# whether the run is still held here.
 # ------------------------------------------------------------------------------
 
 
@@ -1582,7 +1588,7 @@ class _Lease:
                  write_behind: bool = False) -> None:
         """event: set when the run has to look up: its lease is lost, or its worker stops."""
         self.run_id, self.owner, self.event = cast(str, run["id"]), owner, event
-        self.line: tuple[_Lease, ...] = (self, *parent.line) if parent else (self,)  # of a child, and those above it
+        self.chain: tuple[_Lease, ...] = (self, *parent.chain) if parent else (self,)  # a child ends with its parent
         self.write_behind = write_behind
         self.workflow_name = str(run.get("workflowName"))  # for messages
         self.fields = _members({"runId": self.run_id, "leaseOwner": owner})  # what each of its writes begins with
@@ -1616,7 +1622,7 @@ class _Lease:
         self.heartbeat_at = since + self.heartbeat_s
 
     def extend(self, since: float) -> None:
-        """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
+        """A write by the owner extended the lease.  Heartbeats go on: with an older server fewer writes extend it."""
         self.ends_at = max(self.ends_at, since + self.duration_s)
 
     def become(self, state: str, *before: str) -> bool:
@@ -1670,7 +1676,7 @@ class _Lease:
         """What ended this lease or, for a child, one above it.  One that this process did not renew in time is
         lost: another worker may hold the run by now, after a freeze of this process, say."""
         now = time.monotonic()
-        for lease in self.line:
+        for lease in self.chain:
             if lease.state in _LIVE:
                 if now < lease.ends_at:
                     continue
@@ -1694,7 +1700,7 @@ class _Lease:
         self.fence()
         if self.refused is not None:
             raise copy.copy(self.refused)
-        for lease in self.line:
+        for lease in self.chain:
             if lease.is_suspended or lease.state == "leaving":
                 raise RunSuspended
 
@@ -2582,6 +2588,11 @@ class _Worker:
                 raise
             finally:
                 self._stop()
+            if self._busy:
+                logger.log(logging.WARNING if signalled() else logging.INFO, "the worker stops: %s under way, given "
+                           "back when the current step has ended, in %g s at most; press Ctrl-C or send the signal "
+                           "again to end at once", f"{len(self._busy)} run{'s are' if len(self._busy) > 1 else ' is'}",
+                           shutdown_s, extra={"event": "worker_stops"})
             yield from self._wind_down(claiming, shutdown_s)
             if claiming.done():
                 claiming.result()  # a refusal
@@ -2697,11 +2708,6 @@ class _Worker:
     def _wind_down(self, claiming: Any, shutdown_s: float) -> Op[None]:
         """Have every run unwound at its next boundary and wait for that, at most shutdown_s."""
         self._stop()
-        under_way = len(self._busy)
-        if under_way:
-            logger.warning("the worker stops: %s %s under way, to be given back when the current step has ended, in %g "
-                           "s at most; press Ctrl-C again, or send the signal again, to end at once", under_way,
-                           "run is" if under_way == 1 else "runs are", shutdown_s, extra={"event": "worker_stops"})
         deadline = time.monotonic() + shutdown_s
         while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
             for lease in list(self._busy):

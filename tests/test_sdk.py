@@ -1146,12 +1146,17 @@ def completed_twice(api: Api, run_id: str) -> list[str]:
     return again
 
 
-def test_a_worker_ends_on_sigterm_and_gives_its_run_back(server: Any, api: Api, spawn_worker: Any) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_stop_says_so_and_gives_its_run_back(
+    server: Any, api: Api, spawn_worker: Any, number: signal.Signals
+) -> None:
     worker = spawn_worker(server.url)
     run_id = api.enqueue(workflow="flow", input={"steps": 100, "s": 0.1})
     eventually(lambda: len(api.detail(run_id)["steps"]) > 1)
-    worker.send_signal(signal.SIGTERM)
-    assert worker.communicate(timeout=20)[0] == "ended cleanly\n"
+    worker.send_signal(number)
+    printed, log = worker.communicate(timeout=20)
+    assert printed == "ended cleanly\n"
+    assert "the worker stops: 1 run is under way" in log  # though no logging is set up
     assert worker.returncode == 0
     assert (api.run(run_id)["status"], api.run(run_id)["attempt"]) == ("queued", 0)
 

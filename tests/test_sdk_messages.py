@@ -358,6 +358,7 @@ def test_a_stop_names_the_runs_that_are_under_way(
     tide: Any, api: Api, working: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     begun, go = threading.Event(), threading.Event()
+    caplog.set_level(logging.INFO, "tidebase")
 
     async def flow(run: Any, input: Any) -> None:
         await run.step("slow", lambda: begun.set() or (go.wait(20) and None))
