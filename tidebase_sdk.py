@@ -606,8 +606,8 @@ class Run(Surface[M]):
     from within the function of a step is recorded as `STEP/name`.
 
     A loop of your own that tries a step again must not show it the number of the try: `lambda: ask(attempt)` is another
-    call each time, which takes the next number, and a replay that starts over with the first try may go another way
-    than the record.  `retries=` has no such trap, and neither has a call that is the same each time.
+    call each time, which takes the next number, and a replay, which starts over with the first try, may go another way
+    than the record; a warning says so at its end.  Use `retries=`, or a call that is the same each time.
 
     hold_s, on several methods: a run from a queue waits this long with its worker, then without one.
     """
@@ -1815,6 +1815,12 @@ class _Calls:
             self._numbers[kind, recorded] = 1
         return recorded
 
+    def is_skipped(self, kind: str, recorded: str) -> bool:
+        """Whether this is the numbered name of a call that was not made, though others of its name were."""
+        name, mark, number = recorded.rpartition("#")
+        return bool(mark) and number.isdigit() and (kind, recorded) not in self._numbers and (
+            kind, name) in self._numbers
+
     @contextlib.contextmanager
     def executing(self, step: str | None = None) -> Iterator[None]:
         """Around what is executed here and cannot be left behind: a step of this name, or a child."""
@@ -2148,6 +2154,18 @@ def _warn_of_differences(run: Run[Any], what: str, name: str, recorded: Json, **
         logger.warning("run %s: %s %r was recorded with another %s, which stays as recorded first",
                        run.run_id, what, name, " and ".join(differing),
                        extra={"event": "differs_from_record", "run_id": run.run_id})
+
+
+def _warn_of_skipped_steps(run: Run[Any]) -> None:
+    """Log numbered steps that completed in an earlier attempt and were not called in this one, which called their name
+    less often: a loop that tries a step again with another function each time goes another way when it is replayed."""
+    skipped = [name for name, known in run._checkpoints.items()
+               if not known.get("copied") and run._calls.is_skipped("step", name)]
+    if skipped:
+        logger.warning("run %s of workflow %s: an earlier attempt completed %s, which this one did not call: it went "
+                       "another way than the record.  A loop that tries a step again must call it the same way each "
+                       "time, for instance without the number of the try, or use retries=", run.run_id, run.name,
+                       ", ".join(map(repr, skipped[:10])), extra={"event": "steps_skipped", "run_id": run.run_id})
 
 
 # --- waiting
@@ -2493,6 +2511,7 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
         return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
     _fail_open_steps(run)
+    _warn_of_skipped_steps(run)
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
