@@ -100,7 +100,6 @@ RETRY_AFTER_CAP_S = 30.0  # however long a server asks to be left alone, ask aga
 LONG_POLL_S = 25.0  # the longest wait that the server grants one request
 HEARTBEATS_PER_LEASE = 3  # two heartbeats may get lost before the lease does
 FIRST_HEARTBEAT_S = 1.0  # a lease may be older than it looks: when the answer that gave it was a repeat's
-LEASE_FALLBACK_S = 60.0  # the server's default, should an answer not tell the lease
 LOCKED_POLL_S = (0.1, 2.0)  # first and longest pause before asking again for a step or child that another owner holds
 STEP_BACKOFF_S = (0.5, 60.0)  # first and longest pause between the tries of a step with `retries`
 GATE_POLL_S = 5.0  # one long poll: also the longest a stopping worker waits for a run at a gate
@@ -823,7 +822,7 @@ class Run(Surface[M]):
                 body.update(name=child, edgeType=body.get("edgeType", "fanout"),
                             edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
             if checkpoint is False:
-                return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
+                return _unpack_results((yield from _join_fanout(self, name, described, return_errors)), names)
             wanted = {"fanout": label, "join": "all", "children": names}
             join_name = f"join:{checkpoint if isinstance(checkpoint, str) else label}"
             with self._calls.call(("step", join_name), same=same) as (join,):
@@ -832,7 +831,7 @@ class Run(Surface[M]):
                 known = step.checkpoint()
                 if known is not None:
                     return _unpack_results(known["output"], names)
-                joined = yield from _join_fanout(self, name, described, queue, return_errors)
+                joined = yield from _join_fanout(self, name, described, return_errors)
                 with self._calls.executing():
                     recorded = yield from step.execute()
                 return _unpack_results(recorded, names)
@@ -1600,10 +1599,10 @@ class _Lease:
         self.lost: TidebaseError | None = None
         self.refused: Exception | None = None  # what a record was refused with that no call waited for
         self.is_suspended = False  # its worker stops: the next boundary unwinds the run
-        self.duration_s = _lease_seconds(run)
+        now, given_at = time.monotonic(), _moment(run["updatedAt"])
+        self._clock = (given_at, now)
+        self.duration_s = max((_moment(run["leaseExpiresAt"]) - given_at).total_seconds(), 0.1)
         self.heartbeat_s = self.duration_s / HEARTBEATS_PER_LEASE
-        now = time.monotonic()
-        self._clock = (_moment(run["updatedAt"]) if run.get("updatedAt") else datetime.now(timezone.utc), now)
         self.renew(now)
         self.heartbeat_at: float = now + min(self.heartbeat_s, FIRST_HEARTBEAT_S)
 
@@ -2276,21 +2275,16 @@ def _run_child(run: Run[Any], fn: Any, body: Json) -> Op[Any]:
     return outcome
 
 
-def _join_fanout(run: Run[Any], name: str, described: list[tuple[Any, Json]], queue: str | None,
-                 return_errors: bool) -> Op[Any]:
+def _join_fanout(run: Run[Any], name: str, described: list[tuple[Any, Json]], return_errors: bool) -> Op[Any]:
     """What the step that joins a fanout records: the results or, where some failed, these and the errors."""
-    names = [body["name"] for _, body in described]
-    results = yield from (_run_children(run, described) if queue is None else _queue_children(run, described))
-    for error in results:
-        if isinstance(error, BaseException) and not isinstance(error, Exception):
-            raise error  # RunSuspended: the children gave themselves back, so does the parent
+    outcomes = yield from _run_children(run, described)
     run._lease.boundary()
-    failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
+    failed = {child: error for child, error in outcomes.items() if isinstance(error, Exception)}
     if failed and not return_errors:
         message = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
-        raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {message}", {**failed})
-    return results if not failed else {
-        "results": [None if child in failed else result for child, result in zip(names, results)],
+        raise FanoutFailed(f"{len(failed)} of {len(outcomes)} children of {name!r} failed: {message}", {**failed})
+    return list(outcomes.values()) if not failed else {
+        "results": [None if child in failed else result for child, result in outcomes.items()],
         "errors": {child: _outcome_json(error) for child, error in failed.items()},
     }
 
@@ -2303,35 +2297,44 @@ def _unpack_results(joined: Any, names: Sequence[str]) -> list[Any]:
             for child, result in zip(names, joined["results"])]
 
 
-def _run_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[Any]]:
+def _run_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[dict[str, Any]]:
+    """Results or exceptions of children, by name: workers run those that have a queue, the others run here."""
+    queued = {body["name"]: body for _, body in described if "queue" in body}
+    runs, alone = (yield from _queue_children(run, queued)) if queued else ({}, False)
+    outcomes = yield from _run_here(run, [child for child in described if "queue" not in child[1]])
+    joined = yield from _join_children(run, runs, alone)
+    outcomes.update(zip(runs, joined))
+    return {body["name"]: outcomes[body["name"]] for _, body in described}
+
+
+def _run_here(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[dict[str, Any]]:
     """Results or exceptions of children that are executed here, at most FANOUT at once."""
-    results: list[Any] = [None] * len(described)
-
-    def one(index: int) -> Op[None]:
-        try:
-            results[index] = yield from _run_child(run, *described[index])
-        except (Exception, RunSuspended) as error:
-            results[index] = error
-
     driver = run._client._driver
     tasks: list[Any] = []
     try:
-        for index, (_, body) in enumerate(described):
-            if index >= FANOUT:
-                yield driver.join(tasks[index - FANOUT])
-            tasks.append(driver.start(one(index), f"tidebase-child-{body['name']}"))
+        for number, (fn, body) in enumerate(described):
+            if number >= FANOUT:
+                yield driver.join(tasks[number - FANOUT])
+            tasks.append(driver.start(_run_child(run, fn, body), f"tidebase-child-{body['name']}"))
         for task in tasks:
             yield driver.join(task)
     except (asyncio.CancelledError, KeyboardInterrupt):
         for task in tasks:
             task.cancel()
         raise
-    return results
+    errors = [task.exception() for task in tasks]
+    for error in errors:
+        if error is not None and not isinstance(error, Exception):
+            raise error  # RunSuspended: the children gave themselves back, so does the parent
+    return {body["name"]: task.result() if error is None else error
+            for (_, body), task, error in zip(described, tasks, errors)}
 
 
-def _queue_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[Any]]:
-    """Results or exceptions of children that workers run.  One request gives a replay all that exist."""
-    bodies = {body["name"]: body for _, body in described}
+def _queue_children(run: Run[Any], bodies: Mapping[str, Json]) -> Op[tuple[dict[str, Json], bool]]:
+    """The runs of children that workers run, created or found; and whether no other child of the run lives.
+
+    One request gives a replay all that exist.
+    """
     existing, are_all = (yield from _child_runs(run)) if len(bodies) > 1 else ({}, False)
     runs = {name: existing[name] for name, body in bodies.items() if name in existing
             and "payloadOmitted" not in existing[name]
@@ -2341,8 +2344,7 @@ def _queue_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list
     missing = [body for name, body in bodies.items() if name not in runs]
     made = yield from _create_children(run, missing)
     runs.update((body["name"], child) for body, child in zip(missing, made))
-    alone = are_all and all(name in bodies or _has_ended(child) for name, child in existing.items())
-    return (yield from _join_children(run, {name: runs[name] for name in bodies}, alone))
+    return runs, are_all and all(name in bodies or _has_ended(child) for name, child in existing.items())
 
 
 def _create_children(run: Run[Any], bodies: Sequence[Json]) -> Op[list[Json]]:
@@ -4072,18 +4074,11 @@ def _ecmascript_number(value: float) -> str:
         raise ValueError("a number is too large for canonical JSON") from None
     if not double:
         return "0"  # -0 too
-    sign, digits, exponent = Decimal(repr(double)).as_tuple()  # repr: the shortest digits that read back the same
-    text = "".join(map(str, digits)).rstrip("0")
-    point = len(digits) + cast(int, exponent)  # the decimal point stands after this many digits
-    if len(text) <= point <= 21:
-        number = text.ljust(point, "0")
-    elif 0 < point <= 21:
-        number = f"{text[:point]}.{text[point:]}"
-    elif -6 < point <= 0:
-        number = "0." + "0" * -point + text
-    else:
-        number = text[0] + ("." + text[1:] if len(text) > 1 else "") + f"e{point - 1:+d}"
-    return "-" * sign + number
+    text = repr(double)  # the shortest digits that read back the same, as ECMA-262 has them, but for the exponent
+    digits, mark, exponent = text.partition("e")
+    if not mark:
+        return text[:-2] if text.endswith(".0") else text
+    return format(Decimal(text), "f") if -7 < int(exponent) < 21 else f"{digits}e{int(exponent):+d}"
 
 
 NULL_HASH = hashlib.sha256(b"null").hexdigest()  # of a step without input
@@ -4275,14 +4270,6 @@ def _iso(moment: datetime | str | None) -> str | None:
 def _moment(text: Any) -> datetime:
     """A time as the protocol writes it; ValueError for anything else."""
     return datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-
-
-def _lease_seconds(run: Json) -> float:
-    """The length of a lease just given: both ends are by the database's clock."""
-    try:
-        return max((_moment(run["leaseExpiresAt"]) - _moment(run["updatedAt"])).total_seconds(), 0.1)
-    except (KeyError, ValueError):
-        return LEASE_FALLBACK_S
 
 
 def _backoff(bounds: tuple[float, float], tries: int) -> float:
