@@ -1772,8 +1772,9 @@ class _Calls:
             yield names
         except BaseException as error:  # it may have been cancelled
             kind, name = asked[0][0], names[0]
-            if kind == "step" and name in self.open_steps:
-                self.open_steps[name].left_with = error
+            step = self.open_steps.get(name) if kind == "step" else None
+            if step is not None:
+                step.left_with = error
             if same is not None:
                 called_with = same()
                 with self._lock:
@@ -3036,35 +3037,41 @@ class _WriteBatcher:
             self._leader = None
 
     def _lead(self, driver: Any, until: float = math.inf) -> Op[None]:
-        """As the leader: send the next request when it is time; the one after it is the next leader's.  until: when who
-        leads has to stop; another leader goes on then."""
-        batch: list[_Write] | None = None
+        """As the leader: send the next request when it is time; another leader sends the one after it.  until: when who
+        leads has to stop."""
         next_driver: Any = driver
         try:
-            if driver.awaited:
-                yield driver.sleep(0)  # first all tasks that are as far: what they have goes along
-            while batch is None:
-                with self._lock:
-                    pause_s, left_s = self._pause_s(), until - time.monotonic()
-                    if not pause_s:
-                        batch, self._leader = self._take(), None
-                    elif left_s <= 0 or not self._ready:  # all may have been withdrawn
-                        batch, self._leader = [], None
-                    else:
-                        self._set_leader(event := driver.event())
-                if batch is None:
-                    yield driver.sleep(min(pause_s, left_s), event)
+            batch = yield from self._gather(driver, until)
             if batch:
                 yield from self._send_batch(batch, driver, until)
-        except BaseException as error:  # a thread goes on where a task was cancelled, as the event loop may be ending
-            next_driver = None if isinstance(error, GeneratorExit) else self._client._threads
-            if batch is None:
-                with self._lock:
-                    self._leader = None
+        except GeneratorExit:  # whoever waits finds that nobody leads
+            next_driver = None
+            raise
+        except BaseException:  # a thread goes on where a task was cancelled, as the event loop may be ending
+            next_driver = self._client._threads
             raise
         finally:
             if next_driver is not None:
                 self._start_leader(next_driver)
+
+    def _gather(self, driver: Any, until: float) -> Op[list[_Write]]:
+        """What the next request carries, once it is time to send it.  From then on there is no leader."""
+        try:
+            if driver.awaited:
+                yield driver.sleep(0)  # first all tasks that are as far: what they have goes along
+            while True:
+                with self._lock:
+                    self._leader = None
+                    pause_s, left_s = self._pause_s(), until - time.monotonic()
+                    if not pause_s:
+                        return self._take()
+                    if left_s <= 0 or not self._ready:  # all may have been withdrawn
+                        return []
+                    self._set_leader(event := driver.event())
+                yield driver.sleep(min(pause_s, left_s), event)
+        except BaseException:
+            self._leader = None
+            raise
 
     def _send_batch(self, batch: list[_Write], driver: Any, until: float) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""

@@ -668,14 +668,20 @@ def test_a_wait_that_is_cancelled_after_it_was_begun_does_not_stay_running_in_a_
 
     async def flow(run: Any) -> str:
         waiting = asyncio.ensure_future(wait(run))
-        await asyncio.to_thread(eventually, lambda: [each["status"] for each in api.detail(run_id)["steps"]])
+        await asyncio.to_thread(eventually, lambda: "running" in [
+            each["status"] for each in api.detail(run_id)["steps"]])
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+        if run.attempt == 1:
+            raise ConnectionError
         return str(await run.step("after", lambda: "went on"))
 
     async def main() -> None:
         async with AsyncTidebase(server.url) as tide:
+            with pytest.raises(ConnectionError):
+                await tide.run("flow", flow, run_id=run_id)
+            assert [step["status"] for step in api.detail(run_id)["steps"]] == ["failed"]
             assert await tide.run("flow", flow, run_id=run_id) == "went on"
 
     asyncio.run(main())
