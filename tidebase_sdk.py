@@ -659,7 +659,8 @@ class Run(Surface[M]):
         timeout_s: then StepTimeout, as one try that failed.  A sync function cannot be stopped: it runs on in its
         thread beside what comes next, its result unused, and a warning says so.  So it is when a call on AsyncTidebase
         is cancelled, by asyncio.wait_for say: the step is recorded as failed while its thread runs on.  Use an async
-        function there, or declare what the function changes outside.
+        function there, or declare what the function changes outside.  Nor does a future's result(timeout=) stop a step
+        in a thread of yours: the run that ends before it does records it as failed, and logs a warning.
         side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
@@ -1967,7 +1968,8 @@ class _Step:
                         return answer["output"]
             self.close()
             if error is None and self.id is None and lease.write_behind:
-                yield from client._batcher.post_behind(self.outcome_behind(output))
+                write = self.outcome(output, is_behind=True, explain=_explain_other_outcome)
+                yield from client._batcher.post_behind(write)
                 return plain
             again = error is not None and tries <= self.retries and getattr(error, "retryable", True) is not False
             try:
@@ -1991,7 +1993,7 @@ class _Step:
         for tries in itertools.count(1):
             lease.boundary()
             self.open()
-            begin = _Write("begin_step", self.fields, lease, explain=self.explain)
+            begin = _Write("begin_step", self.fields, lease, explain=functools.partial(_explain_refusal, self))
             try:
                 answer = yield from client._batcher.send(begin)
             except BaseException as error:
@@ -2007,7 +2009,7 @@ class _Step:
             if action == "return":
                 return answer
             if action == "input_mismatch":
-                raise self.mismatch(answer)
+                raise _mismatch(self, answer)
             if action == "cancelled":
                 lease.cancelled(answer)
             if action != "locked":
@@ -2045,7 +2047,8 @@ class _Step:
         self.check_open()
         self.run._calls.open_steps.pop(self.name, None)
 
-    def outcome(self, output: bytes, error: BaseException | None = None, again: bool = False) -> _Write:
+    def outcome(self, output: bytes, error: BaseException | None = None, again: bool = False, is_behind: bool = False,
+                explain: Callable[[_Step, Json | Exception], Json | Exception] | None = None) -> _Write:
         """What records how the step ended: one that was begun, or all of it at once."""
         members = b'"output":' + output
         if error is not None:
@@ -2059,72 +2062,8 @@ class _Step:
         else:
             members = b'"stepId":"%s",%s' % (self.id.encode(), members)
         self.output_bytes = len(output)
-        return _Write(verb, members, self.run._lease, explain=self.explain)
-
-    def outcome_behind(self, output: bytes) -> _Write:
-        """Likewise, of a plain step for whose record no call waits: another outcome in the record is an error."""
-        write = self.outcome(output)
-
-        def explain(outcome: Json | Exception) -> Json | Exception:
-            if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
-                words = (f"step {self.name!r} of run {self.run.run_id} is recorded with another outcome than it had "
-                         "here: the next attempt goes on with the recorded one")
-                return TidebaseError(words, 409, outcome, "other_outcome")
-            return self.explain(outcome)
-
-        write.explain, write.is_behind = explain, True
-        return write
-
-    def outcome_of_open(self) -> _Write:
-        """The failure of a step that is no longer open, though its call did not end it."""
-        error = self.left_with
-        if error is None:
-            words = (f"run {self.run.run_id} ended while its step {self.name!r} was under way in another thread or "
-                     "task, so what that returns is not recorded: wait for it before the workflow returns")
-            logger.warning(words, extra={"event": "step_left_behind", "run_id": self.run.run_id})
-            error = TidebaseError(words, code="run_ended")
-        write = self.outcome(b"", error)
-        write.explain = self.log_refusal
-        return write
-
-    def explain(self, outcome: Json | Exception) -> Json | Exception:
-        """A refusal in words that name the step; an answer as it is."""
-        run_id = self.run.run_id
-        if isinstance(outcome, BodyTooLarge):
-            sizes = f"its output has {self.output_bytes:,} bytes"
-            sizes += f", its input {len(self.input):,}" * bool(self.input)
-            message = (f"step {self.name!r} of run {run_id}: {sizes}, more than the server takes in one request, see "
-                       "its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
-            return BodyTooLarge(message, 413, code="body_too_large")
-        if isinstance(outcome, StepInputMismatch):
-            return self.mismatch(outcome.body)
-        if isinstance(outcome, StepNeedsReview):
-            step = outcome.body.get("step") or {} if isinstance(outcome.body, dict) else {}
-            message = (f"step {self.name!r} ({step.get('id')}) of run {run_id} may have had its effect without leaving "
-                       f"a record: see what happened outside, then decide with tide.runs.review_step({run_id!r}, "
-                       f"{step.get('id')!r}, DECISION), where DECISION is 'retry', 'complete' (with its output=) or "
-                       f"'fail'; `python tidebase.py explain {run_id}` on the server shows the run")
-            return StepNeedsReview(message, outcome.status, outcome.body, outcome.code, outcome.path)
-        return outcome
-
-    def log_refusal(self, outcome: Json | Exception) -> Json | Exception:
-        """Log a refusal that nobody is left to be raised to."""
-        if isinstance(outcome, Exception):
-            logger.warning("step %r of run %s did not end, which could not be recorded: %s", self.name,
-                           self.run.run_id, outcome, extra={"event": "end_refused", "run_id": self.run.run_id})
-        return outcome
-
-    def mismatch(self, answer: Json) -> StepInputMismatch:
-        """answer: the server's, with the step as it is recorded."""
-        recorded, run_id = answer.get("step") or {}, self.run.run_id
-        before, now = _excerpts(_json(recorded.get("input")), self.input.decode() or "null")
-        if before == now:  # only their hashes are known, or differ
-            before, now = (f"{text} (hash {str(answer.get(key))[:12]}...)"
-                           for text, key in ((before, "expectedInputHash"), (now, "actualInputHash")))
-        message = (f"step {self.name!r} of run {run_id} is recorded with the input {before} and is now called with "
-                   f"{now}. Either give this call a name of its own, or fork the run before this step and run the "
-                   f"fork: tide.runs.fork({run_id!r}, from_step={self.name!r})")
-        return StepInputMismatch(message, body=answer, code="input_mismatch")
+        return _Write(verb, members, self.run._lease, is_behind=is_behind,
+                      explain=functools.partial(explain or _explain_refusal, self))
 
 
 def _fail_open_steps(run: Run[Any], names: Sequence[str] | None = None) -> None:
@@ -2132,9 +2071,16 @@ def _fail_open_steps(run: Run[Any], names: Sequence[str] | None = None) -> None:
     writes = []
     for name in list(run._calls.open_steps) if names is None else names:
         step = run._calls.open_steps.pop(name, None)  # whoever takes it out records its outcome
-        if step is not None:
-            run._client._heartbeater.forget(step)
-            writes.append(step.outcome_of_open())
+        if step is None:
+            continue
+        run._client._heartbeater.forget(step)
+        error = step.left_with
+        if error is None:
+            words = (f"run {run.run_id} ended while its step {name!r} was under way in another thread or task, so what "
+                     "that returns is not recorded: wait for it before the workflow returns")
+            logger.warning(words, extra={"event": "step_left_behind", "run_id": run.run_id})
+            error = TidebaseError(words, code="run_ended")
+        writes.append(step.outcome(b"", error, explain=_log_refusal))
     if writes:
         run._client._batcher.post(writes)
 
@@ -4431,6 +4377,57 @@ def _refusal(status: int, body: Any, path: str, size: int = 0) -> TidebaseError:
         words += ("; the client's URL is likely wrong: it is the server's address, such as http://localhost:7373, and "
                   "not that of one of its pages; give it as url= or in TIDEBASE_URL")
     return _REFUSALS.get(str(code), TidebaseError)(f"{words} ({status}, {path})", status, body, code, path)
+
+
+def _explain_refusal(step: _Step, outcome: Json | Exception) -> Json | Exception:
+    """A refusal in words that name the step; an answer as it is."""
+    run_id = step.run.run_id
+    if isinstance(outcome, BodyTooLarge):
+        sizes = f"its output has {step.output_bytes:,} bytes"
+        sizes += f", its input {len(step.input):,}" * bool(step.input)
+        message = (f"step {step.name!r} of run {run_id}: {sizes}, more than the server takes in one request, see "
+                   "its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
+        return BodyTooLarge(message, 413, code="body_too_large")
+    if isinstance(outcome, StepInputMismatch):
+        return _mismatch(step, outcome.body)
+    if isinstance(outcome, StepNeedsReview):
+        recorded = outcome.body.get("step") or {} if isinstance(outcome.body, dict) else {}
+        message = (f"step {step.name!r} ({recorded.get('id')}) of run {run_id} may have had its effect without leaving "
+                   f"a record: see what happened outside, then decide with tide.runs.review_step({run_id!r}, "
+                   f"{recorded.get('id')!r}, DECISION), where DECISION is 'retry', 'complete' (with its output=) or "
+                   f"'fail'; `python tidebase.py explain {run_id}` on the server shows the run")
+        return StepNeedsReview(message, outcome.status, outcome.body, outcome.code, outcome.path)
+    return outcome
+
+
+def _explain_other_outcome(step: _Step, outcome: Json | Exception) -> Json | Exception:
+    """Likewise, of a step for whose record no call waits: that another outcome stands is an error."""
+    if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
+        words = (f"step {step.name!r} of run {step.run.run_id} is recorded with another outcome than it had here: the "
+                 "next attempt goes on with the recorded one")
+        return TidebaseError(words, 409, outcome, "other_outcome")
+    return _explain_refusal(step, outcome)
+
+
+def _log_refusal(step: _Step, outcome: Json | Exception) -> Json | Exception:
+    """Log a refusal that nobody is left to be raised to."""
+    if isinstance(outcome, Exception):
+        logger.warning("step %r of run %s did not end, which could not be recorded: %s", step.name, step.run.run_id,
+                       outcome, extra={"event": "end_refused", "run_id": step.run.run_id})
+    return outcome
+
+
+def _mismatch(step: _Step, answer: Json) -> StepInputMismatch:
+    """answer: the server's, with the step as it is recorded."""
+    recorded, run_id = answer.get("step") or {}, step.run.run_id
+    before, now = _excerpts(_json(recorded.get("input")), step.input.decode() or "null")
+    if before == now:  # only their hashes are known, or differ
+        before, now = (f"{text} (hash {str(answer.get(key))[:12]}...)"
+                       for text, key in ((before, "expectedInputHash"), (now, "actualInputHash")))
+    message = (f"step {step.name!r} of run {run_id} is recorded with the input {before} and is now called with "
+               f"{now}. Either give this call a name of its own, or fork the run before this step and run the "
+               f"fork: tide.runs.fork({run_id!r}, from_step={step.name!r})")
+    return StepInputMismatch(message, body=answer, code="input_mismatch")
 
 
 def _excerpts(one: str, other: str) -> Iterator[str]:
