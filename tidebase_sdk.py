@@ -676,7 +676,7 @@ class Run(Surface[M]):
         if retries or timeout_s is not None or side_effects is not None or idempotency_key is not None:
             _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects, idempotency_key=idempotency_key)
         step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
-        with self._calls.call(("step", name), same=step.called_with) as (step.name,):
+        with self._calls.call(("step", name), same=step.called_with, executes=True) as (step.name,):
             known = step.checkpoint()
             if known is not None:
                 return known["output"]  # as it came: a name is used once, so nobody else gets it
@@ -684,8 +684,7 @@ class Run(Surface[M]):
                     or verified_by or credentials):
                 step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
                              checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
-            with self._calls.executing(step.name):
-                return (yield from step.execute())
+            return (yield from step.execute())
 
     @op
     def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
@@ -1743,7 +1742,7 @@ class _Calls:
         return " ".join(last if calls is self else self._last)
 
     @contextlib.contextmanager
-    def call(self, *asked: _Named, same: _Same = None) -> Iterator[list[str]]:
+    def call(self, *asked: _Named, same: _Same = None, executes: bool = False) -> Iterator[list[str]]:
         """Around a call, which is under way within: `with calls.call((kind, name), ...) as names_in_the_record`.
 
         The first is the name of the call, others are of what it takes along.  Those of a call that the function of a
@@ -1751,12 +1750,13 @@ class _Calls:
         same: tells by what the same call is known again, its input say; None where nobody can tell.  Only of a call
         whose failure is not recorded for good: a replay executes it again, and so does the program that catches the
         failure and makes the same call once more.  It keeps its names, so that the replay finds its output.
+        executes: it is a step whose function is called within.
         """
         for kind, name in asked:
             if not isinstance(name, str) or not name:
                 raise (ValueError if name == "" else TypeError)(
                     f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
-        within = self.step_here()
+        before, within = self._step_here.get(), self.step_here()
         if within is not None:
             asked = tuple([(kind, f"{within}/{name}") for kind, name in asked])
         with self._lock:
@@ -1769,6 +1769,9 @@ class _Calls:
             self._under_way.update(asked)
             if within is None:  # else it does not count: a replay does not make it
                 self._set_last(asked[0][0], names[0])
+            self._executing += executes
+        if executes:
+            self._step_here.set((self, names[0]))
         try:
             yield names
         except BaseException as error:  # it may have been cancelled
@@ -1787,6 +1790,9 @@ class _Calls:
         finally:
             with self._lock:
                 self._under_way.difference_update(asked)
+                self._executing -= executes
+            if executes:
+                self._step_here.set(before)
 
     def _set_last(self, *last: str) -> None:
         self._last = cast(_Named, last)
@@ -1823,19 +1829,15 @@ class _Calls:
             kind, name) in self._numbers
 
     @contextlib.contextmanager
-    def executing(self, step: str | None = None) -> Iterator[None]:
-        """Around what is executed here and cannot be left behind: a step of this name, or a child."""
-        before = self._step_here.get()
+    def executing(self) -> Iterator[None]:
+        """Around what is executed here, too, and cannot be left behind: a child say."""
         with self._lock:
             self._executing += 1
-        if step is not None:
-            self._step_here.set((self, step))
         try:
             yield
         finally:
             with self._lock:
                 self._executing -= 1
-            self._step_here.set(before)
 
     def is_executing(self) -> bool:
         """Whether a step or a child of the run is executed here."""
