@@ -156,8 +156,13 @@ class Psql:
         """Run a statement, or several when there are no values.  :returns: the rows."""
         if self.connection is None or self.connection.closed:  # a test may have restarted PostgreSQL
             self.connection = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
+            self.connection.execute(TO_EMPTY.encode())
         cursor = self.connection.execute(statement.encode(), values or None)
         return cursor.fetchall() if cursor.description else []
+
+    def to_empty(self) -> str:
+        """Empty the database.  :returns: the definition of its clock."""
+        return str(self("select pg_temp.to_empty()")[0][0])
 
     def close(self) -> None:
         if self.connection:
@@ -185,14 +190,21 @@ def empty_database(postgres: str) -> Iterator[str]:
 
 
 CLOCK = "select pg_get_functiondef('tidebase.now'::regproc)"
-MANY = 500  # rows
 TABLES = ("runs", "queues", "queue_tallies", "queue_claims", "queue_minutes", "workers",
           "schedules")  # the rest goes with its run
-EMPTY = "; ".join([
-    "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
-    " and pid <> pg_backend_pid() and application_name <> 'tidebase'",  # a server's, which the next test may go on with
-    *(f"delete from tidebase.{table}" for table in TABLES)])  # noqa: S608
-EMPTY_OF_MANY = f"truncate {', '.join(f'tidebase.{table}' for table in TABLES)} cascade"
+# A function of the session, whose plans are made once, in one request: every second test would pay for more.
+# To delete looks each row's own up, by a plan made when there were few: many go by truncate.
+TO_EMPTY = f"""
+create function pg_temp.to_empty () returns text language plpgsql as $$
+begin
+  perform pg_terminate_backend(pid) from pg_stat_activity  -- not a server's, which the next test may go on with
+    where datname = current_database() and pid <> pg_backend_pid() and application_name <> 'tidebase';
+  if (select count(*) = 500 from (select from tidebase.runs limit 500) counted) then
+    truncate {", ".join(f"tidebase.{table}" for table in TABLES)} cascade;
+  end if;
+  {" ".join(f"delete from tidebase.{table};" for table in TABLES)}
+  return pg_get_functiondef('tidebase.now'::regproc);
+end $$"""  # noqa: S608
 
 
 @pytest.fixture
@@ -202,11 +214,7 @@ def database(migrated: Psql, clock_as_made: str) -> Iterator[str]:
     One after the other, tests have the same: to empty it takes milliseconds, where a new one takes up to half a second.
     """
     yield migrated.conninfo
-    # To delete looks each row's own up, by a plan made when there were few; what it leaves, the next tests read over.
-    if migrated(f"select count(*) from (select from tidebase.runs limit {MANY}) counted") == [(MANY,)]:  # noqa: S608
-        migrated(EMPTY_OF_MANY)
-    migrated(EMPTY)
-    if migrated(CLOCK) != [(clock_as_made,)]:  # to replace a function has all connections plan their statements anew
+    if migrated.to_empty() != clock_as_made:  # to replace a function has all connections plan their statements anew
         migrated(clock_as_made)
 
 
