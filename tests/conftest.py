@@ -79,6 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="tidebase-test-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         config.stash[SHARED] = folder.name
+        config.add_cleanup(start_fork_server(folder.name))
+    fork_server.path = f"{config.stash[SHARED]}/{FORK_SERVER}"
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
@@ -381,41 +383,64 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+FORK_SERVER = "fork-server"
+
+
+def start_fork_server(folder: str) -> Callable[[], None]:
+    """Start the fork server of all processes that run the tests. It imports nothing before its first order.
+
+    :returns: what ends it.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"{folder}/{FORK_SERVER}")
+        listener.listen()
+        first = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        first.connect(listener.getsockname())
+        process = subprocess.Popen([sys.executable, str(ROOT / "tests/fork_server.py")], stdin=listener)
+
+    def end() -> None:
+        first.close()
+        process.wait()
+
+    return end
+
+
 class ForkServer:
-    """Starts processes by fork, from one that has imported Tidebase: see fork_server.py. It is started when the first
-    is asked for, and all of them end with it."""
+    """Starts processes by fork, from one that has imported what they need: see fork_server.py."""
+
+    path: str
 
     def __init__(self) -> None:
         self.orders: socket.socket | None = None
 
-    def start(self, *arguments: str, environment: Mapping[str, str], output: int, files: int | None = None) -> Forked:
+    def start(self, *arguments: str, environment: Mapping[str, str], output: int, cwd: Path | None = None,
+              files: int | None = None) -> Forked:
         """Start `python ARGUMENTS`.
 
         :param output: a descriptor, of its standard output and error.
         :param files: how many it may have open, when it is not as many as here.
         """
         if not self.orders:
-            self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                self.process = subprocess.Popen([sys.executable, str(ROOT / "tests/fork_server.py")], stdin=theirs)
-        order = {"argv": arguments, "environment": dict(environment), "cwd": os.getcwd(), "files": files}
+            self.orders = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.orders.connect(self.path)
+        order = {"argv": arguments, "environment": dict(environment), "cwd": str(cwd or Path.cwd()),
+                 "files": files}
         answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull) as nothing:
             descriptors = [theirs.fileno(), nothing.fileno(), output, output]
             socket.send_fds(self.orders, [json.dumps(order).encode()], descriptors)
         return Forked(arguments, answers)
 
-    def run(self, *arguments: str, environment: Mapping[str, str]) -> tuple[int, str]:
+    def run(self, *arguments: str, environment: Mapping[str, str], cwd: Path | None = None) -> tuple[int, str]:
         """Run `python ARGUMENTS` to its end.  :returns: its exit status and all that it printed."""
         with tempfile.TemporaryFile("w+") as printed:
-            status = self.start(*arguments, environment=environment, output=printed.fileno()).wait(60)
+            status = self.start(*arguments, environment=environment, output=printed.fileno(), cwd=cwd).wait(60)
             printed.seek(0)
             return status, printed.read()
 
     def close(self) -> None:
         if self.orders:
             self.orders.close()
-            self.process.wait()
 
 
 class Forked:
