@@ -58,7 +58,7 @@ async function open(scroll) {
 	fill(main, skeleton());
 	try {
 		const kind = name === "runs" && parts.length ? "run" : name;
-		const file = ["runs", "run", "compare", "approvals"].includes(kind) ? kind : "operations";
+		const file = { runs: "runs", run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations";
 		const module = await import(`./${file}.js`).catch(() => { throw unreachable(); });
 		if (signal.aborted) return; // left before it was there
 		const opened = await module[`${kind}Page`]({ main, parts, query: url.searchParams, signal });
