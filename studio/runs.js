@@ -1,15 +1,15 @@
 // The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once. POST /changes
 // says which ids stand on the page now, and sends only the rows whose version differs.
 
-import { breathe, canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post,
-	query as toQuery, readAddress, readPage, runsUrl, runUrl } from "./api.js";
+import { canWrite, every, frame, get, laterAgain, navigate, post, query as toQuery, runsUrl, runUrl } from "./api.js";
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
 	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, row as inRow, searchInput, select,
-	setMark, setState, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
+	setMark, setState, setText, show, status, strong, syncRows, tag, time, toast } from "./dom.js";
 
-const SCREENFUL = 20; // rows that are drawn first, the rest a moment later
+const PAGE_SIZE = 50;
 const REFRESH_MS = 1500;
 const MOST_OF_ERROR = 300; // characters of a message that the server sends in a line
+const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
 const STATUSES = ["running", "waiting", "queued", "pending", "failed", "completed", "cancelled"];
 const WORDS = { failureClass: "class", since: "from", until: "before", parent: "children of" };
 const SORTS = [["newest", "Newest first"], ["oldest", "Oldest first"], ["ended", "Last ended first"]];
@@ -18,15 +18,32 @@ const ACTIONS = { cancel: ["Cancel", "cancelled", "danger"], retry: ["Retry", "p
 	delete: ["Delete", "deleted", "danger"] };
 const SEARCH_LABEL = "Search runs: an id, text of an error, workflow:, queue:, status:, or key:value of the metadata";
 
+function readAddress(parameters) {
+	const filters = Object.fromEntries([...parameters].filter(([name, value]) =>
+		value && (FILTERS.includes(name) || name.startsWith("metadata."))));
+	return [filters, { sort: parameters.get("sort"), before: parameters.get("before") }];
+}
+
+/** Of the page's runs those come that are not in `known`, by id, or have another version. */
+const readPage = (filters, paging, known = {}) => post("/changes",
+	{ known, query: toQuery({ ...filters, ...paging, limit: PAGE_SIZE }).slice(1) }, { signal: frame.signal });
+
+let first = null; // the answer for a visit that begins here, on its way while the session is read
+if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
+	first = readPage(...readAddress(new URLSearchParams(location.search)));
+	first.catch(() => { first = null; });
+}
+
 export async function runsPage({ main, query, signal }) {
 	let filters = {};
 	let paging = {};
 	let rows = []; // light runs, in the order of the screen
 	let nextCursor = null;
+	let shown = null; // the address of these rows; null when the server refused its filters
 	let allMatching = false;
 	const selected = new Set();
 
-	const mark = el("span.mark", { role: "status" }, "loading");
+	const mark = el("span.mark", { role: "status" });
 	const search = searchInput("id, error text, queue:mail, key:value", SEARCH_LABEL, null, { "data-search": "" });
 	const typed = search.lastChild;
 	const chips = el("div.row");
@@ -71,10 +88,6 @@ export async function runsPage({ main, query, signal }) {
 	const bulk = el("div.bulk", { role: "region", label: "Selected runs", hidden: true }, bulkText, bulkAll,
 		Object.entries(ACTIONS).map(([action, [word, , kind]]) => button(word, () => act(action), kind)),
 		button("Clear", clearSelection, "quiet"));
-	fill(main, heading("Runs", mark),
-		el("search.stack", el("div.filters", el("form.grow", { onsubmit: searched }, search), period, sort),
-			el("div.spread", counts, chips)),
-		table, bulk, inRow(newest, older, zoneNote()));
 
 	// --- filters
 
@@ -88,7 +101,7 @@ export async function runsPage({ main, query, signal }) {
 		const named = Object.entries(filters).filter(([name]) => name !== "status" && name !== "errors");
 		fill(chips, named.map(([name, value]) => {
 			const word = WORDS[name] ?? name.replace("metadata.", "");
-			const shown = name === "since" || name === "until" ? time(value, "short") : value;
+			const shown = /since|until/.test(name) && Date.parse(value) ? time(value, "short") : value;
 			return el("span.chip", el("span.clip", { title: value }, `${word}: `, shown),
 				iconButton("close", `Remove filter ${word}: ${value}`, () => change({ [name]: null })));
 		}));
@@ -131,29 +144,29 @@ export async function runsPage({ main, query, signal }) {
 
 	// --- reading
 
-	async function refresh() {
+	async function read() {
 		const asked = address();
 		const known = new Map(rows.map((run) => [run.id, run]));
+		const answer = first ?? readPage(filters, paging, Object.fromEntries(rows.map((run) => [run.id, run.version])));
+		first = null;
+		const { ids, runs, nextCursor: next } = await answer;
+		if (asked !== address()) return;
+		setMark(mark, "live");
+		if (asked === shown && !runs.length && next === nextCursor && ids.join() === [...known.keys()].join()) return;
+		for (const run of runs) known.set(run.id, run);
+		rows = ids.map((id) => known.get(id)).filter(Boolean);
+		[shown, nextCursor] = [asked, next];
+		render();
+		readCounts();
+	}
+
+	async function refresh() {
 		try {
-			const { ids, runs, nextCursor: next } = await post("/changes", { query: toQuery(pageQuery(filters, paging)).slice(1),
-				known: Object.fromEntries(rows.map((run) => [run.id, run.version])) }, { signal });
-			if (asked !== address()) return;
-			setMark(mark, "live");
-			if (runs.length === 0 && ids.join() === [...known.keys()].join() && next === nextCursor) return;
-			for (const run of runs) known.set(run.id, run);
-			take(ids.map((id) => known.get(id)).filter(Boolean), next);
-			readCounts();
+			if (shown) await read();
 		} catch (error) {
 			setMark(mark, error.status === 0 ? "stale" : "reconnecting");
 			throw error;
 		}
-	}
-
-	function take(runs, cursor) {
-		rows = runs;
-		nextCursor = cursor;
-		setMark(mark, "live");
-		render();
 	}
 
 	const readCounts = debounce(async () => {
@@ -198,30 +211,24 @@ export async function runsPage({ main, query, signal }) {
 
 	async function onQuery(parameters) {
 		[filters, paging] = readAddress(parameters);
-		selected.clear();
-		allMatching = false;
+		clearSelection();
 		showFilters();
-		if (rows.length === 0) fill(table, skeleton(12));
-		const asked = address();
 		try {
-			const answer = await (early.runs ?? readPage(filters, paging));
-			if (rows.length === 0 && answer.runs.length > SCREENFUL) {
-				table.set(answer.runs.slice(0, SCREENFUL));
-				await breathe(30); // they are painted
-			}
-			if (asked === address()) take(answer.runs, answer.nextCursor);
+			await read();
 		} catch (error) {
 			if (error.status !== 400) throw error;
-			take([], null);
+			[rows, shown, nextCursor] = [[], null, null];
+			render();
+			setMark(mark, "not live");
 			fill(table, fault(error));
-		} finally {
-			early.runs = null;
-			readCounts();
 		}
 	}
 
 	await onQuery(query);
-	if (query.get("focus")) typed.focus();
+	fill(main, heading("Runs", mark),
+		el("search.stack", el("div.filters", el("form.grow", { onsubmit: searched }, search), period, sort),
+			el("div.spread", counts, chips)),
+		table, bulk, inRow(newest, older));
 	every(refresh, REFRESH_MS, signal);
 	return { onQuery, escape: () => (selected.size || allMatching) && (clearSelection(), true) };
 }
