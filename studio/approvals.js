@@ -232,5 +232,5 @@ export function reviewPage(body) {
 			}, { key: null }));
 	});
 	setTitle("Review");
-	fill(body, el("main.review-page", row(logo(28), el("h1", "Tidebase")), shown, zoneButton()));
+	fill(body, el("main.page.review", row(logo(28), el("h1", "Tidebase")), shown, zoneButton()));
 }

@@ -47,9 +47,9 @@ export async function queuesPage({ main, signal }) {
 				+ " Empty: workers ask for them."))), "Save");
 		if (!values) return;
 		const cap = (name) => Number(values[name]) || null;
-		const push = { invokeUrl: values.invokeUrl || null };
+		const push = values.invokeUrl || null;
 		await change(queue, { concurrency: cap("concurrency"), ratePerMinute: cap("ratePerMinute"),
-			...(values.invokeUrl === (before.invokeUrl ?? "") ? {} : push) }); // it is shown without its password
+			invokeUrl: push === before.invokeUrl ? undefined : push }); // it is shown without its password
 	}
 
 	async function load() {
@@ -128,7 +128,7 @@ export async function schedulesPage({ main, signal }) {
 			: dash())],
 		["Last", "lastEnqueuedAt"],
 		canWrite() && ["", (schedule) => row(button("Run now", () => act(() => runNow(schedule))),
-			button(schedule.enabled ? "Disable" : "Enable", () => act(() => toggle(schedule))),
+			button(schedule.enabled ? "Disable" : "Enable", () => act(() => save({ ...schedule, enabled: !schedule.enabled }))),
 			button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger")), "buttons"],
 	], empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once."));
 
@@ -142,10 +142,10 @@ export async function schedulesPage({ main, signal }) {
 		toast(`Enqueued as ${run.id}.`);
 	}
 
-	/** Its input goes back as the text that came. */
-	const toggle = ({ name, cron, timezone, workflowName, queue, maxAttempts, enabled, inputText }) =>
-		put(path`/schedules/${name}`,
-			bodyOf({ cron, timezone, workflowName, queue, maxAttempts, enabled: !enabled }, { input: inputText }));
+	/** Its input goes as the text that came, or was typed. */
+	const save = ({ name, cron, timezone, workflowName, queue, maxAttempts, enabled = true, inputText }) =>
+		put(path`/schedules/${name}`, bodyOf({ cron, timezone, workflowName, queue, maxAttempts: Number(maxAttempts),
+			enabled }, { input: inputText }));
 
 	async function forget({ name }) {
 		const sure = await ask(`Delete ${name}?`, el("p", "It fires no more. Runs that it enqueued stay."), "Delete",
@@ -155,10 +155,7 @@ export async function schedulesPage({ main, signal }) {
 
 	async function edit(schedule) {
 		const values = await askSchedule(schedule);
-		if (!values) return;
-		const { name, input: payload, maxAttempts, ...others } = values;
-		await act(() => put(path`/schedules/${name}`, bodyOf({ ...others, maxAttempts: Number(maxAttempts),
-			enabled: schedule?.enabled ?? true }, { input: payload })));
+		if (values) await act(() => save({ ...schedule, ...values }));
 	}
 
 	async function load() {
@@ -199,15 +196,13 @@ function askSchedule(schedule) {
 		field("Time zone", zone),
 		el("section.all.payload", el("header", el("h3", "Next fires")), el("div.body", fires)),
 		field("Queue", of("queue", "default")), field("Attempts", of("maxAttempts", 3, { type: "number", min: 1 })),
-		el("div.all", field("Input", jsonInput("input", { value: schedule?.inputText ?? "{}" }))),
+		el("div.all", field("Input", jsonInput("inputText", { value: schedule?.inputText ?? "{}" }))),
 		el("datalist", { id: "zones" }, options(zones.map((name) => [name])))), "Save");
 }
 
-const FIRE = { weekday: "short", day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit",
-	timeZoneName: "short" };
-
-const fire = (at, timeZone) => el("li", { title: wholeInstant(at) },
-	new Date(at).toLocaleString("en-GB", { timeZone, ...FIRE }), muted(" ", time(at)));
+const fire = (at, timeZone) => el("li", { title: wholeInstant(at) }, new Date(at).toLocaleString("en-GB", { timeZone,
+	weekday: "short", day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit",
+	timeZoneName: "short" }), muted(" ", time(at)));
 
 // --- costs
 
