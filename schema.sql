@@ -117,6 +117,7 @@ alter table if exists tidebase.signals add column if not exists n integer not nu
 alter table if exists tidebase.signals drop constraint if exists signals_name_key;  -- one of a name; now one of a number
 alter table if exists tidebase.outbox drop constraint if exists outbox_channel_id_fkey;
 alter table if exists tidebase.outbox add column if not exists payload_seq bigint;
+alter table if exists tidebase.outbox add column if not exists claimed boolean not null default false;
 alter table if exists tidebase.queues add column if not exists paused boolean not null default false;
 drop index if exists tidebase.runs_workflow_idx, tidebase.runs_queue_idx, tidebase.outbox_due_idx;
 
@@ -442,6 +443,7 @@ create table if not exists tidebase.outbox (
                   constraint outbox_status_known check (status in ('pending', 'delivered', 'failed')),
   attempts        integer     not null default 0,
   next_attempt_at timestamptz,
+  claimed         boolean     not null default false,       -- a sender has it until next_attempt_at
   http_status     integer,
   response_body   text,
   error_text      text,
@@ -782,6 +784,12 @@ begin
   return case when p_second::text = '{}' then p_first
               else (left(p_first::text, -1) || ', ' || substr(p_second::text, 2))::json end;
 end $$;
+
+-- JSON whose members can be read as text. A payload may contain \u0000, which Postgres' text cannot hold.
+create or replace function tidebase._readable (p_value json) returns json language sql immutable as $$
+  select case when strpos(p_value::text, '\u0000') > 0 then replace(p_value::text, '\u0000', '\ufffd')::json
+              else p_value end
+$$;
 
 -- ------------------------------------------------------------------------------
 -- Helpers: locks, refusals, checks, events, webhooks: the same for every verb.
@@ -2813,7 +2821,8 @@ begin
       left join tidebase._claim_sizes(v_before, true) as before on before.n = claimed.n - 1);
 end $$;
 
--- A claimed run with its checkpoints; without p_room, without them.
+-- A claimed run with its checkpoints; without p_room, without them. They and the payloads are members of their own, since
+-- to take JSON apart reads all of it, and refuses the \u0000 that a payload may have.
 create or replace function tidebase._claimed_run (p_run tidebase.runs, p_room boolean)
   returns json language plpgsql stable as $$
 begin
@@ -2821,8 +2830,9 @@ begin
     return tidebase._joined(tidebase._run_json(p_run), json_build_object('checkpoints', '[]'::json,
                                                                          'checkpointsTruncated', not p_room));
   end if;
-  return (select json_object_agg(key, value) from (  -- not _joined, which would parse all checkpoints
-            select * from json_each(tidebase._run_json(p_run))
+  return (select json_object_agg(key, case key when 'input' then p_run.input when 'result' then p_run.result
+                                               when 'error' then p_run.error else value end) from (
+            select * from json_each(tidebase._run_shown(p_run, null, p_run.metadata, null, null, p_run.waiting_for))
             union all
             select more.* from tidebase._checkpoints(p_run.id) c,
                    lateral (values ('checkpoints', c.checkpoints),
@@ -3070,16 +3080,17 @@ $$;
 create or replace function tidebase._brief_answer (p_verb text, p_body json, p_status integer, out body json,
                                                    out status integer) language plpgsql as $$
 declare
-  v_run  json := p_body->'run';
-  v_step json := p_body->'step';
+  v_run  json;
+  v_step json;
 begin
   status := p_status;
   if p_status = 200 and p_verb in ('record_step', 'complete_step') then
-    body := json_build_object('step', json_build_object('id', v_step->'id', 'name', v_step->'name', 'status',
-              v_step->'status', 'attempt', v_step->'attempt', 'payloadOmitted', true));
+    v_step := tidebase._readable(p_body)->'step';
+    body := json_build_object('step', tidebase._mark_omitted(tidebase._brief_step(
+              v_step->>'id', v_step->>'name', v_step->>'status', (v_step->>'attempt')::integer)));
   elsif p_status = 200 and p_verb = 'complete_run' then
-    body := json_build_object('run', json_build_object('id', v_run->'id', 'status', v_run->'status',
-                                                       'payloadOmitted', true));
+    v_run := tidebase._readable(p_body)->'run';
+    body := json_build_object('run', tidebase._mark_omitted(tidebase._brief_run(v_run->>'id', v_run->>'status')));
   else
     body := json_build_object('code', 'batch_too_large', 'error',
                               'the answers to this batch are too large together: send this write again by itself');
@@ -3746,7 +3757,8 @@ begin
          coalesce((array_agg(host order by number desc, turn desc))[1], (select host from hosts where turn = 1000),
                   p_after)
     into v_ids, v_after from claimed;
-  update tidebase.outbox set attempts = attempts + 1, next_attempt_at = v_now + tidebase._ms(p_hold_ms)
+  update tidebase.outbox
+     set attempts = attempts + 1, claimed = true, next_attempt_at = v_now + tidebase._ms(p_hold_ms)
    where seq = any (v_ids);
   return json_build_object('after', v_after, 'webhooks', (
     select coalesce(json_agg(json_build_object(
@@ -3764,23 +3776,23 @@ begin
      where o.seq = any (v_ids)));
 end $$;
 
--- Renews claims for another p_hold_ms: of webhooks that were neither settled nor claimed by another sender meanwhile, and
--- that are not locked, since whoever locks them does so. One that is to be tried again has the same attempt until then: its
--- next try is put off at most, to the end of p_hold_ms, and never brought forward.
+-- Renews claims for another p_hold_ms. A claim that ended meanwhile, by an outcome or by another sender's claim, stays as
+-- it is; and so does one that is just locked, since only what ends it locks it.
 create or replace function tidebase.renew_webhooks (p_ids text[], p_attempts integer[], p_hold_ms bigint)
   returns void language plpgsql as $$
 begin
-  update tidebase.outbox set next_attempt_at = greatest(next_attempt_at, tidebase.now() + tidebase._ms(p_hold_ms))
+  update tidebase.outbox set next_attempt_at = tidebase.now() + tidebase._ms(p_hold_ms)
    where seq in (select o.seq from unnest(p_ids, p_attempts) as claim (id, attempt)
                    join tidebase.outbox o on o.id = claim.id and o.attempts = claim.attempt
-                  where o.status = 'pending' for update of o skip locked);
+                  where o.status = 'pending' and o.claimed for update of o skip locked);
 end $$;
 
 -- Gives a claim back: the webhook is due in p_delay_ms, and the attempt does not count.
 create or replace function tidebase.release_webhook (p_id text, p_attempt integer, p_delay_ms bigint)
   returns void language plpgsql as $$
 begin
-  update tidebase.outbox set attempts = attempts - 1, next_attempt_at = tidebase.now() + tidebase._ms(p_delay_ms)
+  update tidebase.outbox
+     set attempts = attempts - 1, claimed = false, next_attempt_at = tidebase.now() + tidebase._ms(p_delay_ms)
    where id = p_id and attempts = p_attempt and status = 'pending';
 end $$;
 
@@ -3806,7 +3818,7 @@ begin
     return json_build_object('status', v_webhook.status);
   end if;
   update tidebase.outbox
-     set status = v_status, completed_at = case when v_status <> 'pending' then v_now end,
+     set status = v_status, claimed = false, completed_at = case when v_status <> 'pending' then v_now end,
          next_attempt_at = case v_status when 'pending' then v_now + v_delays[p_attempt] * interval '1 second' end,
          http_status = p_http_status, response_body = p_response, error_text = p_error
    where id = p_id returning * into v_webhook;
@@ -3825,12 +3837,6 @@ end $$;
 -- Studio: why a run waits, what a resume would do, lists, and a run in pieces. Most functions only read. They read a
 -- payload only when it is asked for. An index serves each list, and each list is bounded.
 -- ------------------------------------------------------------------------------
-
--- JSON whose members can be read as text. A payload may contain \u0000, which Postgres' text cannot hold.
-create or replace function tidebase._readable (p_value json) returns json language sql immutable as $$
-  select case when strpos(p_value::text, '\u0000') > 0 then replace(p_value::text, '\u0000', '\ufffd')::json
-              else p_value end
-$$;
 
 -- An error's name and the first 300 characters of its message. Without a name and a message: of its text.
 create or replace function tidebase._error_brief (p_error json) returns json language plpgsql immutable as $$
@@ -4124,7 +4130,8 @@ end $$;
 -- Plans    replays: the step completed, its output is kept. runs: it has had no effect outside, or a person decided that
 --          it runs again. runs_again: it may have had its effect, and its idempotency key, its contract or a recorded
 --          failure allows another try. stops_for_review: it may have had its effect, and a person must decide. never: a
---          person decided that it failed, or it may have had its effect and is declared never to run twice.
+--          person decided that it failed, or it may have had its effect and is declared never to run twice, or the run
+--          completed without it.
 -- Returns  {"runId", "runStatus", "safe": whether no step needs a person, null for a run that is completed or held;
 --          "verdict": a sentence for people; "counts": {plan: number of steps}; "blocking": the names of the steps that
 --          need a person; "steps": the first 1,000, [{"id", "name", "position", "status", "attempt", "plan", "reason"}];
@@ -4149,6 +4156,9 @@ begin
   with judged as (
     select s.id, s.name, s.position, s.status, s.attempt, case
         when s.status = 'completed' then array['replays', 'completed: its output is kept']
+        when v_run.status = 'completed' then
+          array['never', case s.status when 'running' then 'it was cut off' when 'manual_review' then 'it waits for a person'
+                                       else 'it failed' end || ', and the run completed without it']
         when s.status = 'failed' and s.reviewed = 'fail' then
           array['never', 'a person decided that it failed for good']
         when tidebase._is_ambiguous(v_next, s, '', s.options) then case
@@ -4171,7 +4181,9 @@ begin
         else array['runs_again', 'it failed: another try may repeat its effect'] end as verdict
       from tidebase.steps s where s.run_id = p_run_id
   ), planned as (
-    select *, verdict[1] as plan, verdict[2] as reason, verdict[1] in ('stops_for_review', 'never') as blocks from judged
+    select *, verdict[1] as plan, verdict[2] as reason,
+           v_run.status <> 'completed' and verdict[1] in ('stops_for_review', 'never') as blocks
+      from judged
   )
   select count(*) as steps, count(*) filter (where blocks) as blocking,
          count(*) filter (where plan = 'replays') as replays, count(*) filter (where plan = 'runs') as runs,
@@ -4185,7 +4197,7 @@ begin
             from (select * from planned order by position limit 1000) as first) as shown
     into v_plan from planned;
   v_actions := array_remove(array[
-    case when v_plan.blocking > 0 and not v_held and v_run.status <> 'completed' then 'review' end,
+    case when v_plan.blocking > 0 and not v_held then 'review' end,
     case when v_run.status in ('failed', 'cancelled') then 'retry' end,
     case when v_run.recovery_webhook is not null and v_run.status <> 'completed' and not v_held then 'recover' end,
     'fork', case when v_run.status not in ('completed', 'cancelled') then 'cancel' end], null);
@@ -4193,7 +4205,7 @@ begin
     'runId', p_run_id, 'runStatus', v_run.status,
     'safe', case when v_run.status <> 'completed' and not v_held then v_plan.blocking = 0 end,
     'verdict', case
-      when v_run.status = 'completed' then 'Nothing to rerun: it is completed.'
+      when v_run.status = 'completed' then 'Nothing to rerun: it is completed. To run it again, fork it.'
       when v_held then format('It is at work: %s holds it.', v_run.lease_owner)
       when v_plan.blocking > 0 then format('Not without you: %s may have had %s effect. Decide below.',
              left(v_plan.quoted, 300), case v_plan.blocking when 1 then 'its' else 'their' end)

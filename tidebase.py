@@ -149,11 +149,13 @@ SETTINGS = (
             "ended runs are deleted after so many days; 0 keeps them for ever", 0, 36_500),
     Setting("TIDEBASE_MAX_BODY", str(16 * 1024 * 1024), int,
             "the largest request body in bytes; larger ones get 413", 1024, 1 << 30),
-    Setting("TIDEBASE_THREADS", "64", int, "threads per process for requests that are worked on", 4, 1024),
     # An idle worker that waits costs next to nothing; one that may not wait asks again every second or two. With a
     # maximum of 32, 200 idle workers cost a quarter of a core.
     Setting("TIDEBASE_MAX_WAITING", "500", int, "requests per process that may wait, each in a thread", 1, 5000),
-    Setting("TIDEBASE_POOL", "16", int, "connections to PostgreSQL per process", 2, 1024),
+    # A thread for each connection, since more would only wait for one. Requests go round through all threads: with 64,
+    # each request found the memory of its thread cold, and cost a tenth more.
+    Setting("TIDEBASE_POOL", "16", int,
+            "connections to PostgreSQL per process, and requests that are worked on at the same time", 2, 1024),
     Setting("TIDEBASE_READ_TIMEOUT_MS", "10000", int,
             "how long PostgreSQL may take to read what a GET asks for", 10, 3_600_000),
     Setting("WEB_CONCURRENCY", "1", int, "server processes that share the port", 1, 64),
@@ -188,7 +190,6 @@ class Config:
     reconcile_ms: int
     retention_days: int
     max_body: int
-    threads: int
     max_waiting: int
     pool: int
     read_timeout_ms: int
@@ -419,7 +420,8 @@ class Reconciler:
         self.lease_seconds = lease_ms / 1000
         self.retention_days = retention_days
         self.revive = revive
-        self.away_since: float | None = None  # the database is away
+        self.away_since: float | None = None  # the database cannot be used
+        self.reasons = set[str]()             # why not; each is logged once in an outage
         self.patient_until = time.monotonic() + self.lease_seconds  # until then expired leases are left alone
         self.failing: dict[str, str] = {}  # sweeps and schedules that fail, and why: logged once
 
@@ -430,7 +432,7 @@ class Reconciler:
         leases are left alone until workers have had the time of one lease to renew them.
 
         :returns: how much was done.
-        :raises psycopg.Error: the database is away. Other failures are logged, with the name of the sweep.
+        :raises psycopg.Error: the database cannot be used. Other failures are logged, with the name of the sweep.
         """
         done = sum(self._attempt(sweep, self.database.count, sweep, limit=SWEEP_LIMIT) for sweep in (
             "expire_gates", "wake_due", "offer_runs"))
@@ -443,13 +445,14 @@ class Reconciler:
             done += self._attempt("purge_runs", self.database.count, "purge_runs", days=self.retention_days,
                                   limit=SWEEP_LIMIT)
         if self.away_since is not None:
-            logger.warning("the database is back", extra={"event": "database_back"})
+            logger.warning("the database can be used again", extra={"event": "database_back"})
             self.away_since = None
+            self.reasons.clear()
             self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
         return done
 
     def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any, **named: Any) -> int:
-        """Call one sweep; when it fails, log that and answer 0.  :raises psycopg.Error: the database is away."""
+        """Call one sweep; when it fails, log that and answer 0.  :raises psycopg.Error: the database cannot be used."""
         try:
             done = sweep(*arguments, **named)
         except Exception as error:
@@ -486,18 +489,25 @@ class Reconciler:
         return self.database.count("fire_schedule", name=schedule["name"], fire_at=schedule["nextRunAt"],
                                    next_run_at=coming)
 
-    def failed(self, error: Exception) -> None:
-        """A tick found the database away: log the outage once, leave leases alone, revive an embedded PostgreSQL."""
+    def failed(self, error: psycopg.Error) -> None:
+        """A tick found that the database cannot be used: log each reason once, leave leases alone, and revive an
+        embedded PostgreSQL."""
         self.patient_until = time.monotonic() + self.lease_seconds
+        reason = self.database.reason_of(error)
+        if reason not in self.reasons:
+            self.reasons.add(reason)
+            logger.warning("the database cannot be used (%s); requests get 503 until it can", reason,
+                           extra={"event": "database_away"})
         if self.away_since is None:
             self.away_since = time.monotonic()
-            logger.warning("the database is away (%s); requests get 503 until it is back", str(error).split("\n")[0],
-                           extra={"event": "database_away"})
         elif self.revive and time.monotonic() - self.away_since > REVIVE_SECONDS:
             try:
                 self.revive()
-            except Exception:
-                logger.exception("the embedded PostgreSQL cannot be started", extra={"event": "revive_failed"})
+            except Exception as failure:
+                if (kind := type(failure).__name__) not in self.reasons:  # its words are others each time
+                    self.reasons.add(kind)
+                    logger.error("the embedded PostgreSQL cannot be started, which is tried again: %s", failure,
+                                 extra={"event": "revive_failed"})
 
 
 # ------------------------------------------------------------------------------
@@ -1189,22 +1199,27 @@ DRAIN_SECONDS = 10  # for requests under way when the server is told to stop
 TICK_SECONDS = 5    # then, for ticks under way
 
 
+def is_outage(error: Exception) -> bool:
+    """Whether it tells that the database is away, which the reconciler logs for all."""
+    return isinstance(error, psycopg.Error) and cannot_write(error)
+
+
 def keep_ticking(job: str, tick: Callable[[], int], sleep: Callable[[], None], stop: threading.Event,
-                 failed: Callable[[Exception], None] = lambda error: None) -> None:
-    """Repeat tick until `stop` is set; sleep when it found no work or failed. A failure that repeats is logged once. An
-    outage of the database is not logged here: the reconciler does that for all."""
+                 is_handled: Callable[[Exception], bool] = is_outage) -> None:
+    """Repeat tick until `stop` is set; sleep when it found no work or failed.
+
+    :param is_handled: is called with each failure. One that it does not handle is logged here; when it repeats, once.
+    """
     failure = ""
     while not stop.is_set():
         try:
             done = tick()
             failure = ""
         except Exception as error:
-            is_logged = isinstance(error, SchemaBehind) or (isinstance(error, psycopg.Error) and cannot_write(error))
-            if not is_logged and str(error) != failure:
+            if not is_handled(error) and str(error) != failure:
                 logger.exception("a tick of the %s failed; the next one tries again", job,
                                  extra={"event": "tick_failed", "job": job})
             failure = str(error)
-            failed(error)
             done = 0
         if not done:
             sleep()
@@ -1305,7 +1320,7 @@ class Server:
     def prepare(self) -> None:
         """Bring the schema up to date and open the pool, once.
 
-        :raises psycopg.OperationalError: Postgres is away; to be tried again.
+        :raises psycopg.Error: the database cannot be used; to be tried again.
         :raises SchemaBehind: the schema may not be brought up to date; the server then ends.
         """
         if not self.prepared.is_set():
@@ -1320,7 +1335,7 @@ class Server:
         :raises SchemaBehind: see prepare.
         """
         self._http = HttpServer(
-            self, Admission(self.access, takes_no_key, self.cors_headers), self.listener, threads=self.config.threads,
+            self, Admission(self.access, takes_no_key, self.cors_headers), self.listener, threads=self.config.pool,
             max_body=self.config.max_body, other_files=OTHER_FILES + self.config.pool)
         self.watcher.provide_threads = self._http.provide_threads
         loops = [
@@ -1329,7 +1344,7 @@ class Server:
             ("sender", self._when_prepared(self.sender.tick), self._sleep(
                 self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event), self.stopping),
             ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000), self.stopping,
-             self._reconcile_failed),
+             self._handle_outage),
         ]
         threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{loop[0]}", args=loop, daemon=True)
                    for loop in loops]
@@ -1397,12 +1412,16 @@ class Server:
             self.notify()
         return done
 
-    def _reconcile_failed(self, error: Exception) -> None:
+    def _handle_outage(self, error: Exception) -> bool:
+        """Handle a failure of `_reconcile` that tells that the database cannot be used.  :returns: whether it does."""
         if isinstance(error, SchemaBehind):
             self.failure = error
             self.stop()
-        elif isinstance(error, psycopg.Error) and cannot_write(error):
+            return True
+        if isinstance(error, psycopg.Error) and (cannot_write(error) or not self.prepared.is_set()):
             self.reconciler.failed(error)
+            return True
+        return False
 
 
 # ------------------------------------------------------------------------------
@@ -1505,7 +1524,7 @@ def explain(run_id: str) -> None:
     for name, does, reason in rows if plan["steps"] else ():
         click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
     for step in plan["steps"]:
-        if step["plan"] == "stops_for_review":
+        if step["plan"] == "stops_for_review" and "review" in plan["actions"]:  # not while a worker holds the run
             click.echo(f"\nDecide {printable(step['name'])}, in Studio or by tide.runs.review_step({run_id!r}, "
                        f"{step['id']!r}, DECISION): 'retry', 'complete' (with its output=) or 'fail'")
     click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")

@@ -43,6 +43,7 @@ import concurrent.futures
 import contextlib
 import contextvars
 import copy
+import difflib
 import functools
 import hashlib
 import hmac
@@ -253,7 +254,7 @@ class RunSuspended(BaseException):
 Json = dict[str, Any]  # the server's JSON as it came; keys that this file does not know are kept
 JsonList = list[Json]
 _Named = tuple[str, str]  # the kind of a call and its name, such as ("step", "fetch")
-_Same = Optional[Callable[[], Optional[tuple[Any, ...]]]]  # what a call is called with: see _Call
+_Same = Optional[Callable[[], Optional[tuple[Any, ...]]]]  # tells what a call is called with: see _Calls.call
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 Op = Generator[Any, Any, T]  # an operation: `value = yield driver.sleep(...)` waits for what a driver's method returned
@@ -314,13 +315,13 @@ class op(Generic[P, T]):
         @functools.wraps(logic)
         def blocking(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
             with _own_frames_hidden:
-                result: T = surface._client._driver.drive(logic(surface, *args, **kwargs))
+                result: T = surface._client._driver.drive(_call(logic, surface, args, kwargs))
                 return result
 
         @functools.wraps(logic)
         async def awaited(surface: Surface[Any], *args: Any, **kwargs: Any) -> T:
             with _own_frames_hidden:
-                result: T = await surface._client._driver.drive(logic(surface, *args, **kwargs))
+                result: T = await surface._client._driver.drive(_call(logic, surface, args, kwargs))
                 return result
 
         self._logic, self._blocking, self._awaited = logic, blocking, awaited
@@ -336,6 +337,38 @@ class op(Generic[P, T]):
         if surface is None:
             return self._logic
         return types.MethodType(self._awaited if surface._client._driver.awaited else self._blocking, surface)
+
+
+def _call(method: Callable[..., Any], surface: Surface[Any], args: tuple[Any, ...], kwargs: Json) -> Any:
+    """Call a method of a surface.  The TypeError for arguments that it does not take says which it takes."""
+    try:
+        return method(surface, *args, **kwargs)
+    except TypeError as error:
+        signature = inspect.signature(method)
+        try:
+            signature.bind(surface, *args, **kwargs)
+        except TypeError:
+            words = str(error)
+        else:
+            raise  # it takes them: the error is about their values
+        called = f"{type(surface).__name__}.{method.__name__}()".replace(".__init__", "")
+        taken = list(signature.parameters)
+    for name in kwargs:
+        if name not in taken:
+            meant = difflib.get_close_matches(name, taken, 1)
+            guess = f", did you mean {meant[0]}=?" if meant else "."
+            raise TypeError(f"{called} takes no {name}={guess}  It takes {', '.join(taken[1:])}")
+    raise TypeError(words.replace(f"{method.__qualname__}()", called))
+
+
+def _explained(method: F) -> F:
+    """Have a method that is no operation called by `_call`, too."""
+
+    @functools.wraps(method)
+    def call(surface: Surface[Any], *args: Any, **kwargs: Any) -> Any:
+        return _call(method, surface, args, kwargs)
+
+    return cast(F, call)
 
 
 if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: what fn returns, and which client asks
@@ -572,6 +605,10 @@ class Run(Surface[M]):
     the same captured values) is the same step, tried once more; so is a child or fanout that is executed here.  A call
     from within the function of a step is recorded as `STEP/name`.
 
+    A loop of your own that tries a step again must not show it the number of the try: `lambda: ask(attempt)` is another
+    call each time, which takes the next number, and a replay that starts over with the first try may go another way
+    than the record.  `retries=` has no such trap, and neither has a call that is the same each time.
+
     hold_s, on several methods: a run from a queue waits this long with its worker, then without one.
     """
 
@@ -593,9 +630,6 @@ class Run(Surface[M]):
         self.usage: Usage[M] = Usage(self)
         self.gates: RunGates[M] = RunGates(self)
         self._step_failures: list[tuple[BaseException, str]] = []
-        # The records of steps whose calls were cancelled, by name.  They are sent when the step is called again, or the
-        # run ends; a run that is given back executes these steps again.
-        self._cancelled_steps: dict[str, _Write] = {}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.run_id} of {self.name}>"
@@ -623,7 +657,10 @@ class Run(Surface[M]):
         input: what the output depends on, any JSON; a replay with another input is refused.
         input_hash: what to compare instead of the hash of the input.
         retries: further tries after a failure, each recorded, with growing pauses; ValueError unless replay is "auto".
-        timeout_s: then StepTimeout; a sync function cannot be stopped and runs on in its thread, its result unused.
+        timeout_s: then StepTimeout, as one try that failed.  A sync function cannot be stopped: it runs on in its
+        thread beside what comes next, its result unused, and a warning says so.  So it is when a call on AsyncTidebase
+        is cancelled, by asyncio.wait_for say: the step is recorded as failed while its thread runs on.  Use an async
+        function there, or declare what the function changes outside.
         side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
@@ -639,7 +676,7 @@ class Run(Surface[M]):
         if retries or timeout_s is not None or side_effects is not None or idempotency_key is not None:
             _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects, idempotency_key=idempotency_key)
         step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
-        with _Call(self._calls, ("step", name), same=step.called_with) as (step.name,):
+        with self._calls.call(("step", name), same=step.called_with) as (step.name,):
             known = step.checkpoint()
             if known is not None:
                 return known["output"]  # as it came: a name is used once, so nobody else gets it
@@ -648,7 +685,7 @@ class Run(Surface[M]):
                 step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
                              checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
             with self._calls.executing(step.name):
-                return (yield from _execute_step(step))
+                return (yield from step.execute())
 
     @op
     def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
@@ -660,7 +697,7 @@ class Run(Surface[M]):
         timeout_s: then the gate is canceled, actor `timeout`.  poll_s: how long one request of a run that waits in
         place is held (at most 25).  Raises RunCancelled, LeaseLost.
         """
-        with _Call(self._calls, ("gate", name)) as (name,):
+        with self._calls.call(("gate", name)) as (name,):
             with self._calls.executing():  # the run does not leave before it has asked all that it asks at once
                 gate = yield from RunGates.begin(
                     self.gates, name, prompt, data=data, channels=channels, capability=capability, timeout_s=timeout_s
@@ -690,8 +727,9 @@ class Run(Surface[M]):
         if (seconds is None) == (until is None):
             raise ValueError("sleep() needs either seconds or until")
         _check(seconds=seconds, until=until)
-        with _Call(self._calls, ("step", f"sleep:{name or self._calls.count('sleep', '')}")) as (label,):
-            step = yield from _begin_wait(self, label, {"seconds": seconds, "until": _iso(until)})
+        with self._calls.call(("step", f"sleep:{name or self._calls.count('sleep', '')}")) as (label,):
+            wait = _Step(self, label, None, {"seconds": seconds, "until": _iso(until)}, NULL_HASH)
+            step = yield from wait.begin_wait()
             if step["status"] == "completed":
                 return
             asked = step["input"]
@@ -700,7 +738,7 @@ class Run(Surface[M]):
             hold_s = hold_s if ends - time.monotonic() <= hold_s else 0.0
             condition = {"until": _iso(moment), "stepId": step["id"]}
             yield from _wait_for(self._client, condition, None, ends, run=self, hold_s=hold_s, poll_s=GATE_POLL_S)
-            yield from _end_wait(self, step, None)
+            yield from wait.end_wait(None)
 
     @op
     def wait_for_signal(self, name: str, timeout_s: float | None = None, *, hold_s: float = HOLD_S) -> Op[Any]:
@@ -712,13 +750,14 @@ class Run(Surface[M]):
         LeaseLost.
         """
         _check(timeout_s=timeout_s)
-        with _Call(self._calls, ("step", f"signal:{name}")) as (label,):
+        with self._calls.call(("step", f"signal:{name}")) as (label,):
             number = self._calls.count("signal", name)
 
             def read(wait_s: float) -> Op[Json | None]:
                 return _member(_long_poll(self, wait_s, "signals", name, n=number), "signal")
 
-            step = yield from _begin_wait(self, label, {"timeoutS": timeout_s})
+            wait = _Step(self, label, None, {"timeoutS": timeout_s}, NULL_HASH)
+            step = yield from wait.begin_wait()
             signal = step["output"]
             if step["status"] != "completed":
                 asked_s = step["input"]["timeoutS"]
@@ -731,7 +770,7 @@ class Run(Surface[M]):
                     path = _path("runs", self.run_id, "signals", name, "expire")
                     body = {"n": number, "leaseOwner": self._lease.owner}
                     signal = yield from _member(_request(self._client, "POST", path, body, lease=self._lease), "signal")
-                yield from _end_wait(self, step, signal)
+                yield from wait.end_wait(signal)
             if signal["timedOut"]:
                 raise SignalTimeout(f"signal {name!r} did not come in time", code="signal_timeout")
             return signal["payload"]
@@ -755,7 +794,7 @@ class Run(Surface[M]):
         given = locals()
         fn, body = _describe_child(self, {**given, "name": name or workflow_name})
         same = None if queue is not None else functools.partial(_child_key, body)
-        with _Call(self._calls, ("child", body["name"]), same=same) as (label,):
+        with self._calls.call(("child", body["name"]), same=same) as (label,):
             return (yield from _run_child(self, fn, {**body, "name": label}))
 
     @op
@@ -779,7 +818,7 @@ class Run(Surface[M]):
         bodies = [body for _, body in described]
         same = None if queue is not None else lambda: tuple(itertools.chain(*map(_child_key, bodies)))
         asked = [("child", body["name"]) for body in bodies]
-        with _Call(self._calls, ("fanout", name), *asked, same=same) as (label, *names):
+        with self._calls.call(("fanout", name), *asked, same=same) as (label, *names):
             for body, child in zip(bodies, names):
                 body.update(name=child, edgeType=body.get("edgeType", "fanout"),
                             edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
@@ -787,7 +826,7 @@ class Run(Surface[M]):
                 return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
             wanted = {"fanout": label, "join": "all", "children": names}
             join_name = f"join:{checkpoint if isinstance(checkpoint, str) else label}"
-            with _Call(self._calls, ("step", join_name), same=same) as (join,):
+            with self._calls.call(("step", join_name), same=same) as (join,):
                 joined: Any = None
                 step = _Step(self, join, lambda: joined, wanted, None)
                 known = step.checkpoint()
@@ -795,7 +834,7 @@ class Run(Surface[M]):
                     return _unpack_results(known["output"], names)
                 joined = yield from _join_fanout(self, name, described, queue, return_errors)
                 with self._calls.executing():
-                    recorded = yield from _execute_step(step)
+                    recorded = yield from step.execute()
                 return _unpack_results(recorded, names)
 
     @op
@@ -1266,6 +1305,7 @@ class Client(Surface[M]):
     _context: Any  # the class of what a workflow is given
     _session: Any  # the class of what `attach` returns
 
+    @_explained
     def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
                  *, timeout_s: float = TIMEOUT_S) -> None:
         """url, api_key, webhook_secret: default the environment's TIDEBASE_URL, TIDEBASE_API_KEY,
@@ -1280,7 +1320,7 @@ class Client(Surface[M]):
         self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
         self.timeout_s = timeout_s
         self._workflows: dict[str, Callable[..., Any]] = {}
-        self._warned_of_secret = False
+        self._warned: set[str | None] = set()  # the queues whose runs were found to be others, None: no secret
         self.runs: Runs[M] = Runs(self)
         self.queues: Queues[M] = Queues(self)
         self.schedules: Schedules[M] = Schedules(self)
@@ -1318,7 +1358,7 @@ class Client(Surface[M]):
             if callable(name):
                 raise TypeError("name= is missing: write @tide.workflow(\"NAME\"), with the workflow's name")
             return functools.partial(self.workflow, name)
-        self._workflows[name] = fn
+        self._workflows[name], _ = self._registered(fn)
         return fn
 
     @op
@@ -1349,7 +1389,7 @@ class Client(Surface[M]):
         owner holds the run; RunCancelled, LeaseLost, Unreachable.
         """
         _check(workflow_name=workflow_name)
-        fn = self._registered(workflow_name)[0] if workflow is None else workflow
+        fn, _ = self._registered(workflow_name if workflow is None else workflow)
         run = yield from Runs.create(self.runs, workflow_name, input, metadata, recovery_webhook, channels,
                                      run_id=run_id, deadline_s=deadline_s, recovery_secret=recovery_secret)
         return (yield from _begin_and_execute(self, run, fn, write_behind=write_behind))
@@ -1363,7 +1403,8 @@ class Client(Surface[M]):
                 recovery_secret: str | None = None) -> Op[Json]:
         """Put a run on a queue.  When this returns, it is in Postgres and will be offered to workers.
 
-        dedupe_key: at most one live run per queue and key; a second call answers the first run.  delay_s or run_at (a
+        dedupe_key: at most one live run per queue and key; a second call answers the first run, which keeps its input.
+        delay_s or run_at (a
         datetime, without time zone local, or ISO-8601 text): not before then; both are a ValueError.  max_attempts: the
         server's default is 3.  priority: higher first.  Returns {"run", "deduplicated"}.
         Raises TidebaseError 400 with the fields named in its body; Unreachable, then the run may exist.
@@ -1371,7 +1412,15 @@ class Client(Surface[M]):
         if delay_s is not None and run_at is not None:
             raise ValueError("enqueue() takes either delay_s or run_at, not both")
         body = _body(locals(), id=new_run_id())
-        return self._batcher.write("enqueue_run", _members(body), path=_path("queues", queue, "enqueue"))
+        answer = yield from self._batcher.write("enqueue_run", _members(body), path=_path("queues", queue, "enqueue"))
+        if answer["deduplicated"] and input is not None and queue not in self._warned:
+            run = answer["run"]
+            if "payloadOmitted" not in run and run["input"] != _plain(input, "input="):
+                self._warned.add(queue)
+                logger.warning("run %s lives with the dedupe key %r and keeps its input: the one given now is not used "
+                               "(logged once for queue %s)", run["id"], dedupe_key, queue,
+                               extra={"event": "differs_from_record", "run_id": run["id"]})
+        return answer
 
     @op
     def work(self, queues: str | Sequence[str] | None = None, *, poll_s: float = CLAIM_WAIT_S,
@@ -1428,8 +1477,8 @@ class Client(Surface[M]):
         webhook.
         """
         secret = secret or self.webhook_secret
-        if not secret and not self._warned_of_secret:
-            self._warned_of_secret = True
+        if not secret and None not in self._warned:
+            self._warned.add(None)
             logger.error("webhooks are answered 401, since this client has no webhook secret to verify them with: set "
                          "TIDEBASE_WEBHOOK_SECRET, to what the server has, or give webhook_secret= or secret=",
                          extra={"event": "no_webhook_secret"})
@@ -1476,6 +1525,8 @@ class Client(Surface[M]):
             if workflow not in self._workflows:
                 raise ValueError(f"workflow {workflow!r} is not registered, but {sorted(self._workflows)} are")
             return self._workflows[workflow], workflow
+        if not callable(workflow):
+            raise TypeError(f"a workflow is a function, workflow(run, input) or workflow(run), not {workflow!r}")
         known = list(self._workflows.items())  # another thread may be registering one
         return workflow, next((name for name, fn in known if fn is workflow), None)
 
@@ -1668,10 +1719,12 @@ class _Calls:
         self._lock = threading.RLock()  # the garbage collector may end a call at any time, by closing its generator
         self._numbers: dict[_Named, int] = {}  # of each name, as called or as recorded: the last number given
         self._under_way: set[_Named] = set()  # as called
-        self._failed: dict[tuple[_Named, ...], list[_Call]] = {}  # those that may be made once more, the oldest first
+        # Of calls that may be made once more, by what was asked for: what they were called with, and their names.
+        self._failed: dict[tuple[_Named, ...], list[tuple[tuple[Any, ...], list[str]]]] = {}
         self._last: _Named = ("", "")  # the call that began last, in whatever task or thread
         self._executing = 0
         self._writes: Counter[tuple[str, ...]] = Counter()  # ids given, by last call, verb and what is written
+        self.open_steps: dict[str, _Step] = {}  # by name: see _Step
 
     def step_here(self) -> str | None:
         """The step of this run whose function this task or thread executes."""
@@ -1683,59 +1736,75 @@ class _Calls:
         calls, last = self._last_here.get()
         return " ".join(last if calls is self else self._last)
 
-    def begin(self, call: _Call) -> list[str]:
-        """Begin a call: give it its names in the record, and return them."""
+    @contextlib.contextmanager
+    def call(self, *asked: _Named, same: _Same = None) -> Iterator[list[str]]:
+        """Around a call, which is under way within: `with calls.call((kind, name), ...) as names_in_the_record`.
+
+        The first is the name of the call, others are of what it takes along.  Those of a call that the function of a
+        step makes are STEP/name.
+        same: tells by what the same call is known again, its input say; None where nobody can tell.  Only of a call
+        whose failure is not recorded for good: a replay executes it again, and so does the program that catches the
+        failure and makes the same call once more.  It keeps its names, so that the replay finds its output.
+        """
+        for kind, name in asked:
+            if not isinstance(name, str) or not name:
+                raise (ValueError if name == "" else TypeError)(
+                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
+        within = self.step_here()
+        if within is not None:
+            asked = tuple([(kind, f"{within}/{name}") for kind, name in asked])
         with self._lock:
-            for kind, name in call.asked:
+            for kind, name in asked:
                 if (kind, name) in self._under_way:
                     raise ValueError(
                         f"{kind} {name!r} is under way in this run already, and calls side by side have no order to "
                         f"number them by: give each call a name of its own, for instance f'{name}-{{i}}'")
-            call.names = self._names_of_failed(call) if self._failed else []
-            if not call.names:
-                for asked in call.asked:
-                    call.names.append(self._next_name(asked))
-            self._under_way.update(call.asked)
-            if not call.is_within_step:  # such a call does not count: a replay does not make it
-                self._last = (call.asked[0][0], call.names[0])
-                self._last_here.set((self, self._last))
-        return call.names
+            names = self._names_of_failed(asked, same) or [self._next_name(*each) for each in asked]
+            self._under_way.update(asked)
+            if within is None:  # else it does not count: a replay does not make it
+                self._set_last(asked[0][0], names[0])
+        try:
+            yield names
+        except BaseException as error:  # it may have been cancelled
+            kind, name = asked[0][0], names[0]
+            if kind == "step" and name in self.open_steps:
+                self.open_steps[name].left_with = error
+            if same is not None:
+                called_with = same()
+                with self._lock:
+                    if called_with is not None:
+                        self._failed.setdefault(asked, []).append((called_with, names))
+                    if self.last_call() == f"{kind} {name}":
+                        self._set_last(kind, f"{name} failed")  # what is written now is for its failure
+            raise
+        finally:
+            with self._lock:
+                self._under_way.difference_update(asked)
 
-    def end(self, call: _Call) -> None:
-        """End a call: others may be called by its name."""
-        with self._lock:
-            self._under_way.difference_update(call.asked)
+    def _set_last(self, *last: str) -> None:
+        self._last = cast(_Named, last)
+        self._last_here.set((self, self._last))
 
-    def fail(self, call: _Call, called_with: tuple[Any, ...] | None) -> None:
-        """Note that a call failed, though not for good: it leaves its names to the same call, which is known by what it
-        is called with.  None: it cannot be known."""
-        with self._lock:
-            if called_with is not None:
-                call.failed_with = called_with
-                self._failed.setdefault(call.asked, []).append(call)
-            if self.last_call() == f"{call.asked[0][0]} {call.names[0]}":
-                self._last = (call.asked[0][0], f"{call.names[0]} failed")  # what is written now is for its failure
-                self._last_here.set((self, self._last))
-
-    def _names_of_failed(self, call: _Call) -> list[str]:
+    def _names_of_failed(self, asked: tuple[_Named, ...], same: _Same) -> list[str]:
         """The names of the same call, if it failed."""
-        failed = self._failed.get(call.asked, [])
-        called_with = call.same() if failed and call.same is not None else None
-        for place, other in enumerate(failed):
-            if other.failed_with == called_with:
-                return failed.pop(place).names
+        failed = self._failed.get(asked)
+        if failed and same is not None:
+            called_with = same()
+            for place, (other, names) in enumerate(failed):
+                if other == called_with:
+                    del failed[place]
+                    return names
         return []
 
-    def _next_name(self, asked: _Named) -> str:
+    def _next_name(self, kind: str, name: str) -> str:
         """The next free name in the record: NAME, NAME#2, NAME#3 ..."""
-        kind, name = asked
-        number, recorded = self._numbers.get(asked, 0) + 1, name
+        number, recorded = self._numbers.get((kind, name), 0) + 1, name
         while number > 1 and (kind, recorded := f"{name}#{number}") in self._numbers:
             number += 1
         if len(recorded) > MAX_NAME:
             raise ValueError(f"the name of a {kind} has at most {MAX_NAME} characters in the record, not "
                              f"{len(recorded)} as {recorded[:60]!r}...")
-        self._numbers[asked] = number
+        self._numbers[kind, name] = number
         if number > 1:
             self._numbers[kind, recorded] = 1
         return recorded
@@ -1781,61 +1850,34 @@ class _Calls:
         return f"{prefix}_{hashlib.sha256(_json(place).encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
-class _Call:
-    """`with _Call(calls, (kind, name), ...) as names`: a call, under way within, and its names in the record.
-
-    The first is the name of the call, others are of what it takes along.  Those of a call that the function of a step
-    makes are STEP/name.  same: what it is called with, None where nobody can tell; only of a call whose failure is not
-    recorded for good.  A replay executes such a call again, and so does the program that catches the failure and makes
-    the same call once more: it keeps its names, so that the replay finds its output.
-    """
-
-    __slots__ = ("_calls", "asked", "failed_with", "is_within_step", "names", "same")
-
-    names: list[str]
-    failed_with: tuple[Any, ...]
-
-    def __init__(self, calls: _Calls, *asked: _Named, same: _Same = None) -> None:
-        for kind, name in asked:
-            if not isinstance(name, str) or not name:
-                raise (ValueError if name == "" else TypeError)(
-                    f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
-        step = calls.step_here()
-        self.is_within_step = step is not None
-        self.asked = asked if step is None else tuple([(kind, f"{step}/{name}") for kind, name in asked])
-        self._calls, self.same = calls, same
-
-    def __enter__(self) -> list[str]:
-        return self._calls.begin(self)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and self.same is not None:  # also one that was cancelled
-            self._calls.fail(self, self.same())
-        self._calls.end(self)
-
-
 # --- steps
 
 
 class _Step:
-    """A step as it is called: what it is recorded with, and how it is executed."""
+    """A call of `run.step`, or a wait, which is recorded as a step, too: what the server is told of it, and its life.
+
+    From when the server may hear of it until its outcome is sent it stands among the open steps of the run's calls.  A
+    call that is cancelled leaves it there, to be recorded as failed when the step is called again or the run ends; so
+    is at the run's end what another thread or task still executes.  A run that is given back executes it again.
+    """
 
     args: tuple[Any, ...] = ()
     options: Json = {}  # noqa: RUF012 - replaced, never changed
-    decision = "safe_replay"  # what the last failure is recorded with
+    decision = "safe_replay"  # what its last failure is recorded with
     is_plain = True  # it is written once, at its end; else it is begun before fn is called as well
     input = b""
     started_at: datetime  # the try that is under way
     id: str | None = None  # of the step that was begun for it
-    announcement: _Write | None = None  # begin_step of a plain step that takes long
+    announcement: _Write | None = None  # that a plain step takes long: see _Heartbeater
+    left_with: BaseException | None = None  # what its call ended with, though the step is open
 
-    def __init__(self, run: Run[Any], name: str, fn: Callable[..., Any], input: Any, input_hash: str | None,
+    def __init__(self, run: Run[Any], name: str, fn: Any, input: Any, input_hash: str | None,
                  retries: int = 0, timeout_s: float | None = None) -> None:
+        """fn: None for a wait."""
         self.run, self.name, self.fn, self.retries, self.timeout_s = run, name, fn, retries, timeout_s
         self.input_hash = input_hash or NULL_HASH
         if input is not None:
-            self.input = _encode(input, "input=")
-            plain = _decode(self.input)
+            self.input, plain = _to_json(input, "input=")
             self.input_hash = input_hash or hashlib.sha256(_canonical(plain).encode()).hexdigest()
             if not _accepts(fn, 0) and _accepts(fn, 1):
                 self.args = (plain,)
@@ -1874,6 +1916,164 @@ class _Step:
         options = b"" if not self.options else b',"options":' + _encode_body(self.options)
         return known + (b',"input":' + self.input if self.input else b"") + options
 
+    def execute(self) -> Op[Any]:
+        """Execute a step that no checkpoint here answers, and record it; again while tries are left.
+
+        It is begun first where a try must leave a trace, or where the server may have its output.
+        """
+        run, lease, client = self.run, self.run._lease, self.run._client
+        self.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
+        _fail_open_steps(run, [self.name])  # of an earlier call, which was cancelled
+        for tries in itertools.count(1):
+            lease.boundary()
+            self.id, self.started_at = None, lease.now()
+            if not self.is_plain or not run._has_all_checkpoints or self.name in run._checkpoints:
+                answer = yield from self.begin()
+                if answer["action"] == "return":
+                    return answer["output"]
+                self.id = answer["step"]["id"]
+            else:
+                self.open()
+                client._heartbeater.watch(self)
+            output, plain, error = b"null", None, None
+            try:
+                returned = yield client._driver.invoke(self.fn, self.args, f"step {self.name!r}", self.timeout_s)
+                output, plain = _to_json(returned, f"the output of step {self.name!r}")
+            except Exception as raised:
+                if lease.gone() is not None:
+                    raise  # from a boundary inside the function: it cannot be recorded
+                error = raised
+            finally:
+                client._heartbeater.forget(self)
+            if self.announcement is not None:  # its answer counts: another owner may be at the step
+                yield from client._batcher.settled(self.announcement)
+                announced = self.announcement.outcome
+                if isinstance(announced, dict) and announced["action"] != "execute":
+                    answer = yield from self.begin()
+                    if answer["action"] == "return":
+                        return answer["output"]
+            self.close()
+            if error is None and self.id is None and lease.write_behind:
+                yield from client._batcher.post_behind(self.outcome_behind(output))
+                return plain
+            again = error is not None and tries <= self.retries and getattr(error, "retryable", True) is not False
+            try:
+                answer = yield from client._batcher.send(self.outcome(output, error, again))
+            except BodyTooLarge as refused:
+                if error is not None:
+                    raise refused from None  # its input is
+                error = refused  # the output will not be shorter the next time
+                answer = yield from client._batcher.send(self.outcome(output, error))
+            recorded: Json = answer["step"]
+            if recorded["status"] == "completed":  # with this output or, recorded meanwhile, with another's
+                return recorded.get("output", plain)
+            if not again:
+                raise cast(Exception, error)
+            yield client._driver.sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
+        raise AssertionError("unreachable")
+
+    def begin(self) -> Op[Json]:
+        """Ask for the step until the answer is `execute` or `return`; while another owner executes it, wait."""
+        lease, client = self.run._lease, self.run._client
+        for tries in itertools.count(1):
+            lease.boundary()
+            self.open()
+            begin = _Write("begin_step", self.fields, lease, explain=self.explain)
+            try:
+                answer = yield from client._batcher.send(begin)
+            except BaseException as error:
+                if isinstance(error, Exception) or client._batcher.withdraw(begin):
+                    self.close()  # the server did not begin it
+                self.decision = "safe_replay"  # its function was not called
+                raise
+            action = answer["action"]
+            if action == "execute":
+                self.check_open()
+                return answer
+            self.close()
+            if action == "return":
+                return answer
+            if action == "input_mismatch":
+                raise self.mismatch(answer)
+            if action == "cancelled":
+                lease.cancelled(answer)
+            if action != "locked":
+                raise TidebaseError(f"the server answered a step with {action!r}", 200, answer)
+            yield client._driver.sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
+        raise AssertionError("unreachable")
+
+    def begin_wait(self) -> Op[Json]:
+        """The step that records a wait: begun, found under way with what was asked first, or completed."""
+        self.run._lease.boundary()
+        known = self.checkpoint()
+        if known is not None:
+            return {**known, "status": "completed"}
+        self.options, self.started_at = {"wait": True}, self.run._lease.now()
+        step: Json = (yield from self.begin())["step"]
+        self.id = step["id"]
+        return step
+
+    def end_wait(self, output: Any) -> Op[None]:
+        """The wait is over, and its run still here.  That of a run which left its worker is ended by the server."""
+        self.close()
+        yield from self.run._client._batcher.send(self.outcome(_encode(output, "a signal")))
+
+    def open(self) -> None:
+        """The server is to hear of it."""
+        self.run._calls.open_steps[self.name] = self
+
+    def check_open(self) -> None:
+        """Raise LeaseLost when the run has ended meanwhile, and recorded the step as failed."""
+        if self.run._calls.open_steps.get(self.name) is not self:
+            raise LeaseLost(f"run {self.run.run_id} ended before its step {self.name!r} did", code="lease_lost")
+
+    def close(self) -> None:
+        """Its outcome is known, and sent next.  Raises LeaseLost as `check_open`."""
+        self.check_open()
+        self.run._calls.open_steps.pop(self.name, None)
+
+    def outcome(self, output: bytes, error: BaseException | None = None, again: bool = False) -> _Write:
+        """What records how the step ended: one that was begun, or all of it at once."""
+        members = b'"output":' + output
+        if error is not None:
+            self.run._step_failures.append((error, self.name))
+            decision = "auto_retry" if again else self.decision
+            members = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
+        verb = "record_step" if self.id is None else "complete_step" if error is None else "fail_step"
+        if self.id is None:
+            started_at = self.started_at.isoformat().encode()
+            members = b'"startedAt":"%s","brief":true,%s,%s' % (started_at, self.fields, members)
+        else:
+            members = b'"stepId":"%s",%s' % (self.id.encode(), members)
+        explain = functools.partial(self.explain, output_bytes=len(output))
+        return _Write(verb, members, self.run._lease, explain=explain)
+
+    def outcome_behind(self, output: bytes) -> _Write:
+        """Likewise, of a plain step for whose record no call waits: another outcome in the record is an error."""
+        write = self.outcome(output)
+
+        def explain(outcome: Json | Exception) -> Json | Exception:
+            if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
+                words = (f"step {self.name!r} of run {self.run.run_id} is recorded with another outcome than it had "
+                         "here: the next attempt goes on with the recorded one")
+                return TidebaseError(words, 409, outcome, "other_outcome")
+            return self.explain(outcome, len(output))
+
+        write.explain, write.is_behind = explain, True
+        return write
+
+    def outcome_of_open(self) -> _Write:
+        """The failure of a step that is no longer open, though its call did not end it."""
+        error = self.left_with
+        if error is None:
+            words = (f"run {self.run.run_id} ended while its step {self.name!r} was under way in another thread or "
+                     "task, so what that returns is not recorded: wait for it before the workflow returns")
+            logger.warning(words, extra={"event": "step_left_behind", "run_id": self.run.run_id})
+            error = TidebaseError(words, code="run_ended")
+        write = self.outcome(b"", error)
+        write.explain = self.log_refusal
+        return write
+
     def explain(self, outcome: Json | Exception, output_bytes: int = 0) -> Json | Exception:
         """A refusal in words that name the step; an answer as it is."""
         run_id = self.run.run_id
@@ -1896,7 +2096,7 @@ class _Step:
     def log_refusal(self, outcome: Json | Exception) -> Json | Exception:
         """Log a refusal that nobody is left to be raised to."""
         if isinstance(outcome, Exception):
-            logger.warning("step %r of run %s was cancelled, which could not be recorded: %s", self.name,
+            logger.warning("step %r of run %s did not end, which could not be recorded: %s", self.name,
                            self.run.run_id, outcome, extra={"event": "end_refused", "run_id": self.run.run_id})
         return outcome
 
@@ -1913,151 +2113,16 @@ class _Step:
         return StepInputMismatch(message, body=answer, code="input_mismatch")
 
 
-def _execute_step(step: _Step) -> Op[Any]:
-    """Execute a step that no checkpoint here answers, and record it; again while tries are left.
-
-    It is begun first where a try must leave a trace, or where the server may have its output.
-    """
-    run, lease = step.run, step.run._lease
-    driver, heartbeater = run._client._driver, run._client._heartbeater
-    step.fields  # noqa: B018 - what JSON cannot say is refused before fn is called
-    _record_cancelled_steps(run, [step.name])
-    for tries in itertools.count(1):
-        lease.boundary()
-        step.id, step.started_at = None, lease.now()
-        if not step.is_plain or not run._has_all_checkpoints or step.name in run._checkpoints:
-            answer = yield from _begin_step(step)
-            if answer["action"] == "return":
-                return answer["output"]
-            step.id = answer["step"]["id"]
-        else:
-            heartbeater.watch(step)
-        output, error = b"null", None
-        try:
-            returned = yield driver.invoke(step.fn, step.args, step.timeout_s)
-            output = _encode(returned, f"the output of step {step.name!r}")
-        except Exception as raised:
-            if lease.gone() is not None:
-                raise  # from a boundary inside the function: it cannot be recorded
-            error = raised
-        except _CANCELLATIONS as cancelled:
-            heartbeater.forget(step)
-            if step.announcement is not None:
-                run._client._batcher.withdraw(step.announcement)
-            _note_cancelled(step, cancelled)
-            raise
-        finally:
-            heartbeater.forget(step)
-        if step.announcement is not None and (yield from _is_refused(step)):
-            answer = yield from _begin_step(step)
-            if answer["action"] == "return":
-                return answer["output"]
-        if error is None and step.id is None and lease.write_behind:
-            yield from _record_behind(step, output)
-            return _decode(output)
-        again = error is not None and tries <= step.retries and getattr(error, "retryable", True) is not False
-        try:
-            answer = yield from _record_step(step, output, error, again)
-        except BodyTooLarge as refused:
-            if error is not None:
-                raise refused from None  # its input is
-            error = refused  # the output will not be shorter the next time
-            answer = yield from _record_step(step, output, error, again=False)
-        if answer["step"]["status"] == "completed":  # with this output or, recorded meanwhile, with another's
-            recorded: Json = answer["step"]
-            return recorded["output"] if "output" in recorded else _decode(output)
-        if not again:
-            raise cast(Exception, error)
-        yield driver.sleep(_backoff(STEP_BACKOFF_S, tries), lease.event)
-    raise AssertionError("unreachable")
-
-
-_CANCELLATIONS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)  # what ends a call, or all of its run
-
-
-def _begin_step(step: _Step) -> Op[Json]:
-    """Ask for the step until the answer is `execute` or `return`; while another owner executes it, wait."""
-    lease, client = step.run._lease, step.run._client
-    for tries in itertools.count(1):
-        lease.boundary()
-        begin = _Write("begin_step", step.fields, lease, explain=step.explain)
-        try:
-            answer = yield from client._batcher.send(begin)
-        except _CANCELLATIONS as cancelled:
-            if not client._batcher.withdraw(begin):  # else the server cannot know of the step
-                step.decision = "safe_replay"  # its function was not called
-                _note_cancelled(step, cancelled)
-            raise
-        action = answer["action"]
-        if action in ("execute", "return"):
-            return answer
-        if action == "input_mismatch":
-            raise step.mismatch(answer)
-        if action == "cancelled":
-            lease.cancelled(answer)
-        if action != "locked":
-            raise TidebaseError(f"the server answered a step with {action!r}", 200, answer)
-        yield client._driver.sleep(_backoff(LOCKED_POLL_S, tries), lease.event)
-    raise AssertionError("unreachable")
-
-
-def _is_refused(step: _Step) -> Op[bool]:
-    """Whether the announcement of a slow step was answered with anything but `execute`.  One under way is waited for,
-    so that the answer counts before the step's record is sent."""
-    batcher, announcement = step.run._client._batcher, cast(_Write, step.announcement)
-    if batcher.withdraw(announcement):
-        return False
-    yield from batcher.settled(announcement)
-    answer = announcement.outcome
-    return isinstance(answer, dict) and answer["action"] != "execute"
-
-
-def _record_step(step: _Step, output: bytes, error: Exception | None, again: bool) -> Op[Json]:
-    """Write how a step ended.  Returns the answer."""
-    explain = functools.partial(step.explain, output_bytes=len(output))
-    return step.run._client._batcher.send(_Write(*_outcome_of(step, output, error, again), step.run._lease,
-                                                 explain=explain))
-
-
-def _record_behind(step: _Step, output: bytes) -> Op[None]:
-    """Have a plain step recorded in the background, after all that the run has written."""
-
-    def explain(outcome: Json | Exception) -> Json | Exception:
-        if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
-            words = (f"step {step.name!r} of run {step.run.run_id} is recorded with another outcome than it had here: "
-                     "the next attempt goes on with the recorded one")
-            return TidebaseError(words, 409, outcome, "other_outcome")
-        return step.explain(outcome, len(output))
-
-    return step.run._client._batcher.post_behind(
-        _Write(*_outcome_of(step, output), step.run._lease, is_behind=True, explain=explain))
-
-
-def _note_cancelled(step: _Step, error: BaseException) -> None:
-    """Have a step whose call was cancelled recorded as failed before it is called again, or its run ends."""
-    step.run._cancelled_steps[step.name] = _Write(
-        *_outcome_of(step, b"", error), step.run._lease, explain=step.log_refusal)
-
-
-def _record_cancelled_steps(run: Run[Any], names: Iterable[str]) -> None:
-    """Have those of these steps whose calls were cancelled recorded as failed."""
-    writes = [run._cancelled_steps.pop(name) for name in list(names) if name in run._cancelled_steps]
+def _fail_open_steps(run: Run[Any], names: Sequence[str] | None = None) -> None:
+    """Have those of these steps, or of all, recorded as failed that are open: see _Step."""
+    writes = []
+    for name in list(run._calls.open_steps) if names is None else names:
+        step = run._calls.open_steps.pop(name, None)  # whoever takes it out records its outcome
+        if step is not None:
+            run._client._heartbeater.forget(step)
+            writes.append(step.outcome_of_open())
     if writes:
         run._client._batcher.post(writes)
-
-
-def _outcome_of(step: _Step, output: bytes, error: BaseException | None = None,
-                again: bool = False) -> tuple[str, bytes]:
-    """The verb and the members that record how a step ended: one that was begun, or all of it at once."""
-    outcome = b'"output":' + output
-    if error is not None:
-        step.run._step_failures.append((error, step.name))
-        decision = "auto_retry" if again else step.decision
-        outcome = _members({"resumeDecision": decision, "retryable": again, "error": _error_json(error)})
-    if step.id is not None:
-        return "complete_step" if error is None else "fail_step", b'"stepId":"%s",%s' % (step.id.encode(), outcome)
-    started_at = step.started_at.isoformat().encode()
-    return "record_step", b'"startedAt":"%s","brief":true,%s,%s' % (started_at, step.fields, outcome)
 
 
 def _settle_writes(run: Run[Any]) -> Op[None]:
@@ -2143,23 +2208,6 @@ def _leave(run: Run[Any], condition: Json, timeout_s: float | None = None) -> Op
     raise RunSuspended
 
 
-def _begin_wait(run: Run[Any], name: str, asked: Json) -> Op[Json]:
-    """The step that records a wait: begun, found under way with what was asked first, or completed."""
-    run._lease.boundary()
-    step = _Step(run, name, _begin_wait, asked, NULL_HASH)
-    known = step.checkpoint()
-    if known is not None:
-        return {**known, "status": "completed"}
-    step.options, step.started_at = {"wait": True}, run._lease.now()
-    return cast(Json, (yield from _begin_step(step))["step"])
-
-
-def _end_wait(run: Run[Any], step: Json, output: Any) -> Op[None]:
-    """The wait is over, and its run still here.  That of a run which left its worker is ended by the server."""
-    members = b'"stepId":"%s","output":%s' % (step["id"].encode(), _encode(output, "a signal"))
-    yield from run._client._batcher.write("complete_step", members, run._lease)
-
-
 # --- children
 
 
@@ -2178,7 +2226,7 @@ def _describe_child(run: Run[Any], given: Mapping[str, Any]) -> tuple[Any, Json]
         workflow_name = workflow_name or (registered if queue is not None else None) or name
     else:
         known_as = workflow or workflow_name or name
-        if queue is None or known_as in run._client._workflows:
+        if queue is None or not isinstance(known_as, str) or known_as in run._client._workflows:
             fn, _ = run._client._registered(known_as)
         if queue is not None and workflow_name not in (None, known_as):
             raise ValueError(f"child {name!r} is run by a worker of queue {queue!r}, which finds its workflow by "
@@ -2370,7 +2418,7 @@ def _execute(run: Run[Any], workflow: Callable[..., Any], in_worker: bool = Fals
     lease, client = run._lease, run._client
     client._heartbeater.add(lease)
     try:
-        result = yield client._driver.invoke(workflow, _fit(workflow, run, run.input))
+        result = yield client._driver.invoke(workflow, _fit(workflow, run, run.input), f"workflow {run.name!r}")
         lease.fence()  # user code may have swallowed it
         return (yield from _complete(run, result))[0]
     except (Exception, SystemExit) as error:
@@ -2424,7 +2472,7 @@ def _is_cancelled_by_others(error: BaseException) -> bool:
 def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, Json]]:
     """Record the result.  Returns it as JSON gives it back, and the answer; brief: without all of the run."""
     lease = run._lease
-    encoded = _encode(result, f"the result of workflow {run.name!r}")
+    encoded, plain = _to_json(result, f"the result of workflow {run.name!r}")
 
     def explain(outcome: Json | Exception) -> Json | Exception:
         if not isinstance(outcome, BodyTooLarge):
@@ -2433,14 +2481,14 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
                    "server takes: see its setting TIDEBASE_MAX_BODY")
         return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
-    _record_cancelled_steps(run, run._cancelled_steps)
+    _fail_open_steps(run)
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
         answer = yield from run._client._batcher.write("complete_run", members, lease, explain=explain)
     if answer["run"]["status"] == "cancelled":
         lease.cancelled(answer)
-    return _decode(encoded), answer
+    return plain, answer
 
 
 def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
@@ -2453,7 +2501,7 @@ def _fail(run: Run[Any], error: BaseException | Json | str) -> Op[Json]:
     fields: Json = {"error": failure}
     if getattr(error, "retryable", True) is False:
         fields["retryable"] = False
-    _record_cancelled_steps(run, run._cancelled_steps)
+    _fail_open_steps(run)
     yield from _settle_writes(run)
     with run._lease.ending():
         return (yield from run._client._batcher.write("fail_run", _members(fields), run._lease))
@@ -2616,7 +2664,7 @@ class _Worker:
                                exc_info=True, extra=extra)
             try:
                 if self._on_error is not None:
-                    yield self._driver.invoke(self._on_error, _fit(self._on_error, error, run._record))
+                    yield self._driver.invoke(self._on_error, _fit(self._on_error, error, run._record), "on_error")
             except Exception as raised:
                 _hide_frames(raised)
                 logger.exception("on_error itself failed, for run %s of workflow %s", run.run_id, run.name,
@@ -2644,6 +2692,11 @@ class _Worker:
     def _wind_down(self, claiming: Any, shutdown_s: float) -> Op[None]:
         """Have every run unwound at its next boundary and wait for that, at most shutdown_s."""
         self._stop()
+        under_way = len(self._busy)
+        if under_way:
+            logger.warning("the worker stops: %s %s under way, to be given back when the current step has ended, in %g "
+                           "s at most; press Ctrl-C again, or send the signal again, to end at once", under_way,
+                           "run is" if under_way == 1 else "runs are", shutdown_s, extra={"event": "worker_stops"})
         deadline = time.monotonic() + shutdown_s
         while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
             for lease in list(self._busy):
@@ -2952,7 +3005,7 @@ class _WriteBatcher:
 
     def _lead(self, driver: Any, until: float = math.inf) -> Op[None]:
         """As the leader: send the next request when it is time; the one after it is the next leader's.  until: when who
-        leads has to stop waiting."""
+        leads has to stop; another leader goes on then."""
         batch: list[_Write] | None = None
         next_driver: Any = driver
         try:
@@ -2970,7 +3023,7 @@ class _WriteBatcher:
                 if batch is None:
                     yield driver.sleep(min(pause_s, left_s), event)
             if batch:
-                yield from self._send_batch(batch, driver)
+                yield from self._send_batch(batch, driver, until)
         except BaseException as error:  # a thread goes on where a task was cancelled, as the event loop may be ending
             next_driver = None if isinstance(error, GeneratorExit) else self._client._threads
             if batch is None:
@@ -2981,10 +3034,10 @@ class _WriteBatcher:
             if next_driver is not None:
                 self._start_leader(next_driver)
 
-    def _send_batch(self, batch: list[_Write], driver: Any) -> Op[None]:
+    def _send_batch(self, batch: list[_Write], driver: Any, until: float) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
         try:
-            yield from self._send(batch, driver)
+            yield from self._send(batch, driver, until)
         except Exception as error:  # a defect: those who wait get it as their exception
             for write in batch:
                 write.settle(error)
@@ -3003,14 +3056,15 @@ class _WriteBatcher:
             for write in batch:
                 write.wake()
 
-    def _send(self, batch: list[_Write], driver: Any) -> Op[None]:
-        """Send a batch until there is an answer, and settle each write with its part of it."""
+    def _send(self, batch: list[_Write], driver: Any, until: float) -> Op[None]:
+        """Send a batch until there is an answer, and settle each write with its part of it; or until the time is up."""
         for tries in itertools.count(1):
             batch = [write for write in batch if self._is_worth_sending(write)]
-            if not batch:
-                return
             sent = time.monotonic()
-            timeout_s = max(1.0, min(self._client.timeout_s, max([write.until for write in batch]) - sent))
+            ends = min(until, max([write.until for write in batch], default=sent))
+            if sent >= ends:
+                return
+            timeout_s = min(self._client.timeout_s, ends - sent)
             data = b'{"writes":[%s]}' % b",".join([write.data for write in batch])
             try:
                 reply = yield from _attempt(driver, Request("POST", "/writes", data, {}, timeout_s))
@@ -3018,15 +3072,15 @@ class _WriteBatcher:
             except _NoAnswer as failure:
                 _warn_of_silence(self._client, tries, failure)
                 self._trouble, pause_s = str(failure), failure.pause_s + _backoff(BACKOFF_S, tries)
-            yield driver.sleep(pause_s)
+            yield driver.sleep(max(min(pause_s, ends - time.monotonic()), 0.0))
         answer = _loads(reply.data)
         if 200 <= reply.status < 300 and isinstance(answer, dict):
             for write in self._settle_each(batch, answer["results"], sent):
-                yield from self._send([write], driver)
+                yield from self._send([write], driver, until)
         elif len(batch) > 1 and reply.status in (400, 413):  # one is at fault, and must not take the others along
             half = len(batch) // 2
-            yield from self._send(batch[:half], driver)
-            yield from self._send(batch[half:], driver)
+            yield from self._send(batch[:half], driver, until)
+            yield from self._send(batch[half:], driver, until)
         else:
             body = reply.data.decode("utf-8", "replace") if answer is None else answer
             for issue in body.get("issues") or () if isinstance(body, dict) else ():
@@ -3066,7 +3120,7 @@ class _WriteBatcher:
 
     def _give_up(self, write: _Write) -> None:
         """There is no answer in time: the lease is gone or, without one, the server is unreachable."""
-        message = f"no answer from {self._client.url} to POST /writes ({write.verb}): {self._trouble}"
+        message = f"no answer from {self._client.url} to POST /writes ({write.verb}): {self._trouble}{_WHERE}"
         if write.lease is None:
             write.settle(Unreachable(message, path=write.path))
         else:
@@ -3233,6 +3287,9 @@ class Reply(NamedTuple):
     data: bytes
 
 
+_WHERE = "; url= or TIDEBASE_URL says where the server is"  # what the errors of requests without an answer end with
+
+
 class _NoAnswer(TidebaseError):
     """There was no answer, or one that asks for a repeat after pause_s.  Never raised to a user."""
 
@@ -3258,7 +3315,7 @@ def _request(client: Client[Any], method: str, path: str, body: Any = None, *, l
             lease.fence()
         sent = time.monotonic()
         give_up_at = started + patience_s if lease is None else lease.ends_at
-        timeout_s = wait_s + (once_s or max(1.0, min(client.timeout_s, give_up_at - sent)))
+        timeout_s = wait_s + (once_s or min(client.timeout_s, give_up_at - sent))
         try:
             reply = yield from _attempt(driver, Request(
                 method, path, data, headers or {}, timeout_s, wait_s > 0, cancel))
@@ -3267,7 +3324,7 @@ def _request(client: Client[Any], method: str, path: str, body: Any = None, *, l
             _warn_of_silence(client, tries, failure)
             pause_s = failure.pause_s + _backoff(BACKOFF_S, tries)
             if time.monotonic() + pause_s > (give_up_at if lease is None else lease.ends_at):
-                message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {failure}"
+                message = f"no answer from {client.url} to {method} {path}, tried {tries} times: {failure}{_WHERE}"
                 if lease is None:
                     cause = failure.__cause__
                     raise Unreachable(message, path=path) from cause and cause.with_traceback(None)
@@ -3296,8 +3353,8 @@ def _accepted(reply: Reply, path: str, size: int, written: float | None, lease: 
 def _warn_of_silence(client: Client[Any], tries: int, failure: Exception) -> None:
     """Log that a request is being repeated, once, and only when that is no short break."""
     if tries == TRIES_BEFORE_WARNING:
-        logger.warning("no answer from %s so far (%s): trying again; TIDEBASE_URL says where the server is", client.url,
-                       failure, extra={"event": "no_answer"})
+        logger.warning("no answer from %s so far: trying again (%s%s)", client.url, failure, _WHERE,
+                       extra={"event": "no_answer"})
 
 
 def _attempt(driver: Any, request: Request) -> Op[Reply]:
@@ -3635,13 +3692,14 @@ class _BlockingDriver(_Driver):
         else:
             event.wait(seconds)
 
-    def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None = None) -> Any:
-        """Call the user's function.  Raises StepTimeout after timeout_s."""
+    def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], what: str, timeout_s: float | None = None) -> Any:
+        """Call the user's function; what: how the log calls it.  Raises StepTimeout after timeout_s."""
         if timeout_s is None:
             result = fn(*args)
         else:
             future = _thread_cache.call("tidebase-step", fn, *args)
             if not concurrent.futures.wait([future], timeout_s).done:
+                _warn_of_thread(what)
                 raise StepTimeout(f"no result within {timeout_s:g} s")
             result = future.result()
         if inspect.iscoroutine(result):
@@ -3655,6 +3713,12 @@ class _BlockingDriver(_Driver):
     def connect(self, ends: float) -> _BlockingConnection:
         """A new connection."""
         return _BlockingConnection(self.server, ends, self._closed)
+
+
+def _warn_of_thread(what: str) -> None:
+    """Log that a function is not waited for any more, and goes on."""
+    logger.warning("%s is given up, but its function runs on in its thread, which cannot be stopped: what it returns "
+                   "is not used", what, extra={"event": "thread_runs_on"})
 
 
 class _AsyncEvent:
@@ -3817,11 +3881,12 @@ class _AsyncDriver(_Driver):
         """As _BlockingDriver's."""
         return asyncio.sleep(seconds or 0.0) if event is None else event.wait(seconds)
 
-    async def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout_s: float | None = None) -> Any:
+    async def invoke(self, fn: Callable[..., Any], args: tuple[Any, ...], what: str,
+                     timeout_s: float | None = None) -> Any:
         """As _BlockingDriver's; what fn returns is awaited, if it can be."""
         if timeout_s is None:
-            return await self._call(fn, args)
-        task = asyncio.ensure_future(self._call(fn, args))
+            return await self._call(fn, args, what)
+        task = asyncio.ensure_future(self._call(fn, args, what))
         try:
             done, _ = await asyncio.wait({task}, timeout=timeout_s)
         except asyncio.CancelledError:
@@ -3834,10 +3899,16 @@ class _AsyncDriver(_Driver):
             raise StepTimeout(f"no result within {timeout_s:g} s")
         return task.result()
 
-    async def _call(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    async def _call(self, fn: Callable[..., Any], args: tuple[Any, ...], what: str) -> Any:
         if inspect.iscoroutinefunction(fn):
             return await fn(*args)
-        result = await asyncio.wrap_future(_thread_cache.call("tidebase-step", fn, *args))
+        future = _thread_cache.call("tidebase-step", fn, *args)
+        try:
+            result = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not future.done():
+                _warn_of_thread(what)
+            raise
         return await result if inspect.isawaitable(result) else result  # lambda: fetch(url)
 
     async def _exchange(self, request: Request) -> Reply:
@@ -4009,11 +4080,50 @@ def _encode(value: Any, what: str) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         place, part = ("", value) if isinstance(error, RecursionError) else _fault_in(value)
         words = f"the value at {place} of {what}" if place else what
-        refusal = TypeError(f"{words} is of type {type(part).__name__}, which JSON cannot say: {error}; make it of "
-                            "dicts, lists, texts and numbers, for instance by .model_dump(), .isoformat() or "
-                            "dataclasses.asdict()")
-        refusal.retryable = False  # type: ignore[attr-defined]
-        raise refusal from None
+        if isinstance(error, UnicodeEncodeError):
+            words += (" has a text with half of a surrogate pair, which is no character: where it came from, decode "
+                      "with errors='replace', or here .encode('utf-8', 'replace').decode()")
+        elif isinstance(error, ValueError):
+            words += " has NaN or an infinite number, which JSON does not know: None or a text may stand for it"
+        else:
+            words += (f" is of type {type(part).__name__}, which JSON cannot say: {error}; make it of dicts, lists, "
+                      "texts and numbers, for instance by .model_dump(), .isoformat() or dataclasses.asdict()")
+        raise _unsayable(words) from None
+
+
+def _unsayable(words: str) -> TypeError:
+    refusal = TypeError(words)
+    refusal.retryable = False  # type: ignore[attr-defined]
+    return refusal
+
+
+def _to_json(value: Any, what: str) -> tuple[bytes, Any]:
+    """JSON text, and the value as JSON gives it back.  TypeError as `_encode`, and for keys that JSON makes one."""
+    data = _encode(value, what)
+    plain = _decode(data)
+    if plain != value:  # there are tuples or such keys
+        _check_keys(value, what)
+    return data, plain
+
+
+def _check_keys(value: Any, what: str, place: str = "") -> None:
+    """TypeError when an entry would be lost, as one of {1: ..., "1": ...}."""
+    if isinstance(value, dict):
+        given: Json = {}
+        for key in value:
+            (text,) = _decode(_json({key: 0}).encode())
+            if text in given:
+                where = f"the value at {place} of {what}" if place else what
+                raise _unsayable(f"{where} has the keys {given[text]!r} and {key!r}, which are one in JSON, so that an "
+                                 "entry would be lost: make one of them another text")
+            given[text] = key
+    for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(member, (dict, list, tuple)):
+            _check_keys(member, what, place + _place_of(key))
+
+
+def _place_of(key: Any) -> str:
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
 
 
 def _fault_in(value: Any) -> tuple[str, Any]:
@@ -4024,7 +4134,7 @@ def _fault_in(value: Any) -> tuple[str, Any]:
             try:
                 _json(member).encode()
             except (TypeError, ValueError):
-                place += f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+                place += _place_of(key)
                 value = member
                 break
         else:  # it is one of its keys
@@ -4035,11 +4145,11 @@ def _fault_in(value: Any) -> tuple[str, Any]:
 def _encode_body(body: Any) -> bytes:
     """JSON text of a request's body.  TypeError names the argument that JSON cannot say."""
     try:
-        return _json(body).encode()
-    except (TypeError, ValueError, RecursionError):
+        return _to_json(body, "a request's body")[0]
+    except TypeError:
         for key, value in body.items() if isinstance(body, dict) else ():
-            _encode(value, f"{_snake(key)}=")
-        return _encode(body, "a request's body")
+            _plain(value, f"{_snake(key)}=")
+        raise
 
 
 def _members(fields: Json) -> bytes:
@@ -4054,7 +4164,7 @@ def _decode(data: bytes) -> Any:
 
 def _plain(value: Any, what: str) -> Any:
     """The value as JSON gives it back."""
-    return _decode(_encode(value, what))
+    return _to_json(value, what)[1]
 
 
 _quoted = functools.lru_cache(1024)(functools.partial(quote, safe=""))  # a run's id comes again and again

@@ -448,6 +448,28 @@ def test_what_lies_in_tmp_for_a_long_path_comes_back_when_it_was_tidied_up_and_g
     assert not link.parent.exists()
 
 
+def test_what_a_killed_server_left_in_tmp_goes_at_the_next_start(outside: Path, made: Path) -> None:
+    def links() -> set[Path]:
+        return {link for link in Path("/tmp").glob("tidebase-*/postgres")
+                if link.is_symlink() and link.readlink() == data_dir / "postgres"}
+
+    data_dir = copy_of(made, outside / LONG / "data")
+    with holding(data_dir):
+        of_alive = links()
+        with holding(data_dir) as (killed, _):
+            of_killed = links() - of_alive
+            assert len(of_alive) == len(of_killed) == 1
+            killed.kill()
+            killed.wait()
+            with started(data_dir) as (embedded, conninfo):  # which leaves the link of the server that lives alone
+                assert links() == of_alive | {Path(embedded._host())}
+                assert answer_of(conninfo) == 1
+    assert links() == of_alive  # it was killed, too
+    with started(data_dir):
+        assert not links() & of_alive
+    assert links() == set()
+
+
 def test_why_it_does_not_start_is_told_with_the_end_of_its_log(data_dir: Path, monkeypatch: Any) -> None:
     with started(data_dir) as (embedded, _):
         pass
@@ -459,6 +481,15 @@ def test_why_it_does_not_start_is_told_with_the_end_of_its_log(data_dir: Path, m
     (embedded.folder / "PG_VERSION").write_text("9\n")
     with pytest.raises(programs.EmbeddedError, match="was made by PostgreSQL 9"):
         embedded.start()
+
+
+def test_why_it_ends_while_it_recovers_is_told_with_the_end_of_its_log(data_dir: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(database, "START_SECONDS", 0)
+    (data_dir / "postgres" / "recovery.signal").touch()
+    with (data_dir / "postgres" / "postgresql.conf").open("a") as settings:
+        settings.write("restore_command = 'sleep 0.3; exit 126'\n")  # an exit status beyond 125 ends PostgreSQL
+    with pytest.raises(programs.EmbeddedError, match="could not restore file"):
+        database.EmbeddedPostgres(data_dir).start()
 
 
 def test_a_data_directory_that_is_gone_does_not_keep_a_server_from_ending(data_dir: Path, caplog: Any) -> None:

@@ -325,16 +325,16 @@ def test_a_repeated_claim_brings_the_runs_in_the_same_order(api):
 
 
 def test_a_claim_with_checkpoints_brings_what_is_completed(api):
-    run = api.enqueue()
+    run = api.enqueue(input="a\0b")
     api.claim(owner="a")
-    api.do_step(run, "one", "a", {"z": 1, "a": [1.0]})
+    api.do_step(run, "one", "a", {"z": "\0", "a": [1.0]})
     api.do_step(run, "two", "a", None, hash="h2")
     api.begin_step(run, "three", "a")
     api.post(f"/runs/{run}/release", {"leaseOwner": "a"})["run"]
     taken, = api.claim(owner="b", checkpoints=True)
     assert [(done["name"], done["inputHash"], done["output"]) for done in taken["checkpoints"]] == [
-        ("one", "h", {"z": 1, "a": [1.0]}), ("two", "h2", None)]
-    assert taken["checkpointsTruncated"] is False
+        ("one", "h", {"z": "\0", "a": [1.0]}), ("two", "h2", None)]
+    assert (taken["input"], taken["checkpointsTruncated"]) == ("a\0b", False)
     assert "checkpoints" not in api.run(run)
 
 
@@ -493,7 +493,7 @@ def test_a_held_claim_is_answered_when_the_server_stops(start_server):
 
 
 def test_requests_are_answered_while_more_wait_than_there_are_threads(start_server):
-    server = start_server(TIDEBASE_THREADS=4)
+    server = start_server(TIDEBASE_POOL=4)
     api = Api(server.url, server)
     held = [hold(api) for _ in range(20)]
     waiting(api, 20)
@@ -505,7 +505,7 @@ def test_requests_are_answered_while_more_wait_than_there_are_threads(start_serv
 
 
 def test_where_the_machine_gives_no_more_threads_fewer_wait_and_requests_are_answered(start_server):
-    server = start_server(TIDEBASE_THREADS=4)
+    server = start_server(TIDEBASE_POOL=4)
     api = Api(server.url, server)
     held = [hold(api) for _ in range(3)]
     waiting(api, 3)

@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "67ec06d75aa272dd9512a8381687de2e736cddbc9f5333e0cc377453a322ba6a")
+PINNED = (5, "404e08bfa67ea3a5672bfbcfcd04d5ff08d0fbbd3547ced8177ba38126cb9b6d")
 
 
 def apply(conninfo: str) -> None:
@@ -295,6 +295,26 @@ def test_migrate_gives_up_with_a_reason_where_a_long_transaction_keeps_a_table(e
     assert Database(empty_database, 1).migrate()
 
 
+def test_a_database_that_cannot_hold_all_texts_is_refused_in_words(postgres):
+    name = f"tidebase_test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"create database {name} encoding 'LATIN1' locale 'C' template template0")
+        try:
+            status, printed = command(psycopg.conninfo.make_conninfo(postgres, dbname=name), "migrate")
+        finally:
+            connection.execute(f"drop database {name} with (force)")
+    assert status == 1
+    assert "encoding is LATIN1" in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_what_PGCLIENTENCODING_says_changes_no_text(empty_database, monkeypatch):
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    with serving(empty_database) as api:
+        run = api.create(input={"text": "\u00e9\u6f22"}, metadata={"text": "\u00e9\u6f22"})
+        assert api.run(run)["input"] == api.run(run)["metadata"] == {"text": "\u00e9\u6f22"}
+
+
 def test_migrate_on_a_database_that_is_away_says_so_and_fails():
     status, printed = command("postgresql://nobody:hushhush@127.0.0.1:1/none", "migrate")
     assert status == 1
@@ -329,8 +349,9 @@ def test_a_user_who_may_not_create_the_schema_is_told_so_in_one_line_and_once(po
     finally:
         server.stop()
         thread.join(30)
-    assert [record.getMessage() for record in caplog.records if getattr(record, "event", "") == "tick_failed"] == [
-        "a tick of the reconciler failed; the next one tries again"]
+    [told] = [record for record in caplog.records if getattr(record, "event", "") in ("tick_failed", "database_away")]
+    assert "permission denied for database" in told.getMessage()
+    assert told.exc_info is None
 
 
 def test_the_right_that_the_documentation_names_is_all_that_a_user_needs(empty_database, poor):

@@ -539,6 +539,28 @@ def test_who_only_enqueues_does_not_wait_longer_than_the_timeout_for_the_request
     assert api.get("/runs?workflow=other")["runs"] == []
 
 
+def test_who_only_enqueues_and_sends_for_others_hands_them_over_when_its_time_is_up(
+    server: Any, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_back = threading.Event()
+
+    def refuse(effect: Any) -> None:
+        if effect.path == "/writes" and not is_back.is_set():
+            raise ConnectionResetError("away")
+
+    with tidebase_sdk.Tidebase(server.url, timeout_s=0.5) as tide, tide.attach(
+            "flow", run_id="run_shares_a_batch", write_behind=True) as session:
+        Wire(tide).before = refuse
+        with monkeypatch.context() as patch:
+            patch.setattr(tide._batcher, "_start_leader", lambda driver=None: None)
+            session.step("step", lambda: 1)  # its record is ready, and nobody sends it
+        with pytest.raises(tidebase_sdk.Unreachable):
+            tide.enqueue("other", queue="elsewhere")  # sends both, and not for as long as the run has its lease
+        is_back.set()
+        session.complete()
+    assert [step["output"] for step in api.detail("run_shares_a_batch")["steps"]] == [1]
+
+
 def test_in_a_batch_each_step_gets_its_own_refusal_and_the_others_are_recorded(
     together: Callable[..., list[str]], api: Api
 ) -> None:
@@ -966,7 +988,7 @@ def test_a_stop_does_not_wait_for_the_claim_that_the_server_holds(tide: Any, ser
 
 
 def test_sigterm_does_not_wait_for_the_claim_that_the_server_holds(server: Any) -> None:
-    code = "from tidebase_sdk import Tidebase as T; t = T(); t.workflow('flow', 1); t.work(); print('ended cleanly')"
+    code = "from tidebase_sdk import Tidebase as T; t = T(); t.workflow('flow', id); t.work(); print('ended cleanly')"
     environment = {**os.environ, "TIDEBASE_URL": server.url, "PYTHONPATH": str(ROOT)}
     worker = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE)
     try:

@@ -5,11 +5,14 @@ Logs are read as a default formatter writes them, which shows no extras.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import re
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +120,7 @@ def test_a_server_that_is_away_is_told_in_a_few_lines(tmp_path: Path, program: s
     printed = last_words(tmp_path, program, url, "tide.enqueue('flow')")
     assert functions(printed) == ["<module>", "main"], printed
     assert f"no answer from {url} to POST /writes (enqueue_run)" in printed
+    assert "TIDEBASE_URL" in printed
 
 
 def test_a_defect_of_the_client_stays_to_be_seen(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +251,125 @@ def test_an_argument_of_a_wrong_type_of_a_step_is_named_before_its_function_is_c
 
     with pytest.raises(TypeError, match=f"^{argument}= "):
         tide(lambda client: client.run("flow", tide.workflow(flow)))
+
+
+MISSPELT = {
+    "enqueue() takes no quue=, did you mean queue=?": lambda client: client.enqueue("flow", quue="mail"),
+    "enqueue() takes no colour=.  It takes workflow_name, queue, input": (
+        lambda client: client.enqueue("flow", colour="red")),
+    "Runs.cancel() takes no why=.  It takes run_id, reason, actor": lambda client: client.runs.cancel("r", why="?"),
+    "tidebase() takes no api_kay=, did you mean api_key=?": lambda client: type(client)(api_kay="k"),
+    "enqueue() missing 1 required positional argument: 'workflow_name'": lambda client: client.enqueue(),
+}
+
+
+@pytest.mark.parametrize("words", MISSPELT)
+def test_a_misspelt_argument_is_named_with_those_that_there_are(tide: Any, words: str) -> None:
+    with pytest.raises(TypeError) as refusal:
+        tide(MISSPELT[words])
+    assert words in str(refusal.value).replace("Tidebase(", "tidebase(")
+    assert not re.search(r"\bClient\b", str(refusal.value))
+
+
+def test_a_workflow_that_is_no_function_is_refused_before_there_is_a_run(tide: Any, api: Api) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.child("child", 5)
+
+    for call in (lambda client: client.run("flow", 5), lambda client: client.workflow("flow", 5)):
+        with pytest.raises(TypeError, match=r"^a workflow is a function, .*, not 5$"):
+            tide(call)
+    assert api.get("/runs?workflow=flow")["runs"] == []
+    with pytest.raises(TypeError, match=r"^a workflow is a function, .*, not 5$"):
+        tide(lambda client: client.run("flow", tide.workflow(flow)))
+
+
+def test_another_input_for_a_live_dedupe_key_is_not_used_and_the_log_says_so_once(
+    tide: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for given in ({"n": 1}, {"n": 1}, None, {"n": 2}, {"n": 3}):
+        answer = tide(lambda client: client.enqueue("flow", input=given, dedupe_key="nightly"))  # noqa: B023
+    assert answer["deduplicated"]
+    [message] = warnings_of(caplog, "differs_from_record")
+    assert answer["run"]["id"] in message
+    assert "'nightly'" in message
+
+
+@pytest.mark.parametrize(("output", "words"), [
+    ({"scores": [1.0, float("nan")]}, r"the value at \.scores\[1\] of the output of .* has NaN or an infinite"),
+    (float("-inf"), "the output of step 'step' has NaN or an infinite number"),
+    (["\ud83d"], r"the value at \[0\] of the output of step 'step' has a text with half of a surrogate pair"),
+    ({"rows": [{1: "a", "1": "b"}]}, r"the value at \.rows\[0\] of .* has the keys 1 and '1', which are one in JSON"),
+    (({None: 1, "null": 2},), r"the value at \[0\] of .* has the keys None and 'null'"),
+])
+def test_an_output_that_json_cannot_say_is_refused_with_advice_that_fits(tide: Any, output: Any, words: str) -> None:
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("step", lambda: output)
+
+    with pytest.raises(TypeError, match=f"^{words}") as refusal:
+        tide(lambda client: client.run("flow", tide.workflow(flow)))
+    assert "model_dump" not in str(refusal.value)
+
+
+def test_keys_that_json_makes_one_are_refused_in_an_input_and_others_become_texts(tide: Any) -> None:
+    with pytest.raises(TypeError, match=r"^input= has the keys 1 and '1', which are one in JSON"):
+        tide(lambda client: client.enqueue("flow", input={1: "a", "1": "b"}))
+    run = tide(lambda client: client.enqueue("flow", input={1: ("a",), "b": {2.5: None}}))["run"]
+    assert run["input"] == {"1": ["a"], "b": {"2.5": None}}
+
+
+def test_a_function_that_is_given_up_and_runs_on_in_its_thread_is_named_in_the_log(
+    tide: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    go = threading.Event()
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("slow", lambda: go.wait(20), timeout_s=0.01)
+
+    with pytest.raises(tidebase_sdk.StepTimeout):
+        tide(lambda client: client.run("flow", tide.workflow(flow)))
+    go.set()
+    [message] = warnings_of(caplog, "thread_runs_on")
+    assert "step 'slow'" in message
+
+
+def test_a_blocking_step_that_is_cancelled_is_recorded_as_failed_and_the_log_says_that_it_runs_on(
+    server: Any, api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    go, returned = threading.Event(), threading.Event()
+
+    async def flow(run: Any) -> str:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(run.step("slow", lambda: go.wait(20) and returned.set()), 0.05)
+        return "went on"
+
+    async def main() -> None:
+        async with tidebase_sdk.AsyncTidebase(server.url) as tide:
+            assert await tide.run("flow", flow, run_id="run_thread_runs_on") == "went on"
+
+    asyncio.run(main())
+    go.set()
+    assert returned.wait(20)  # as documented
+    [message] = warnings_of(caplog, "thread_runs_on")
+    assert "step 'slow'" in message
+    assert [step["status"] for step in api.detail("run_thread_runs_on")["steps"]] == ["failed"]
+
+
+def test_a_stop_names_the_runs_that_are_under_way(
+    tide: Any, api: Api, working: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    async def flow(run: Any, input: Any) -> None:
+        await run.step("slow", lambda: begun.set() or (go.wait(20) and None))
+
+    api.enqueue(workflow="flow")
+    tide.client.workflow("flow", tide.workflow(flow))
+    outcome = in_background(lambda: tide(lambda client: client.work(stop=begun.is_set)))
+    [message] = eventually(lambda: warnings_of(caplog, "worker_stops"))
+    go.set()
+    outcome()
+    assert "1 run is under way" in message
+    assert "again" in message
 
 
 def test_a_time_to_begin_is_given_in_one_way(tide: Any) -> None:

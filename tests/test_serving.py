@@ -363,7 +363,7 @@ def test_a_request_that_does_not_come_to_an_end_is_ended_however_it_drips(
 
 def test_threads_that_waiting_requests_needed_go_again(
         start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch) -> None:
-    server = start_server(TIDEBASE_THREADS=4)
+    server = start_server(TIDEBASE_POOL=4)
     threads = server._http.waitress.task_dispatcher.threads
     connections = [connected(Api(server.url, server)) for _ in range(20)]
     for number, connection in enumerate(connections):

@@ -310,7 +310,7 @@ def test_a_batch_of_records_that_were_there_answers_the_last_ones_briefly(api: A
     run = api.create()
     api.begin(run, "a")["run"]
     for number in range(8):
-        api.post(f"/runs/{run}/steps", {**BATCH, "name": f"s{number}", "output": LARGE})["step"]
+        api.post(f"/runs/{run}/steps", {**BATCH, "name": f"s{number}", "output": LARGE + "\0"})["step"]
     again = [{**BATCH, "runId": run, "name": f"s{n}", "output": 1} for n in range(8)]
     results = outcomes(api.post("/steps", {"records": again}))
     assert [result["step"]["status"] for result in results] == ["completed"] * 8

@@ -276,10 +276,31 @@ def test_a_plan_without_doubtful_steps_is_safe_and_a_live_run_needs_none(api: Ap
     plan = api.get(f"/runs/{run}/rerun").json
     assert (plan["safe"], plan["verdict"]) == (True, "Safe: 3 steps replay, 1 step runs, 1 step runs again.")
     assert plan["actions"] == ["retry", "fork", "cancel"]
-    done = api.create()
-    api.complete(done)["run"]
-    assert api.get(f"/runs/{done}/rerun")["safe"] is None
     refused(api.get("/runs/none/rerun"), 404, "not_found")
+
+
+def test_the_plan_of_a_completed_run_reruns_nothing_and_asks_for_no_decision(api: Api):
+    run = api.enqueue("q")
+    api.claim("q", owner="w")
+    api.do_step(run, "fetch", "w")
+    options = {"sideEffects": ["mail"]}
+    for name, fields in (("try", {"retryable": True}), ("send", {"resumeDecision": "manual_review"})):
+        step = api.begin_step(run, name, "w", options=options)["step"]["id"]
+        api.post(f"/runs/{run}/steps/{step}/fail", {"leaseOwner": "w", "error": "no", **fields})["step"]
+    api.begin_step(run, "note", "w", options=options)["step"]
+    assert "Decide" not in explained(api, run)  # its worker holds it: there is nothing to decide yet
+    api.complete(run, leaseOwner="w")["run"]
+    plan = api.get(f"/runs/{run}/rerun").json
+    assert (plan["safe"], plan["blocking"], plan["actions"]) == (None, [], ["fork"])
+    assert plan["verdict"] == "Nothing to rerun: it is completed. To run it again, fork it."
+    assert {step["name"]: (step["status"], step["plan"]) for step in plan["steps"]} == {
+        "fetch": ("completed", "replays"), "try": ("failed_retryable", "never"), "send": ("manual_review", "never"),
+        "note": ("running", "never")}
+    assert plan["counts"] == {"replays": 1, "runs": 0, "runs_again": 0, "stops_for_review": 0, "never": 3}
+    shown = explained(api, run)
+    line(shown, "is completed", "fork it")
+    line(shown, "send", "never", "the run completed without it")
+    assert "Decide" not in shown
 
 
 def test_a_doubtful_step_of_a_run_that_nobody_holds_is_reviewed_before_anybody_resumes_it(api: Api):
@@ -300,14 +321,20 @@ def test_a_step_that_its_worker_still_holds_is_not_reviewed(api: Api):
     refused(api.post(f"/runs/{run}/steps/{step}/review", {"decision": "retry"}), 409, "not_in_review")
 
 
+def explained(api: Api, run: str) -> str:
+    """What `python tidebase.py explain` prints of a run."""
+    asked = CliRunner().invoke(tidebase.main, ["explain", run], env={"TIDEBASE_URL": api.server.url})
+    assert asked.exit_code == 0, asked.output
+    return asked.output
+
+
 def test_the_client_and_the_command_line_explain_a_run(api: Api):
     run = with_all_plans(api)
     with Tidebase(api.server.url) as tide:
         assert tide.runs.rerun_plan(run)["blocking"] == ["send", "wipe"]
-    asked = CliRunner().invoke(tidebase.main, ["explain", run], env={"TIDEBASE_URL": api.server.url})
-    assert asked.exit_code == 0, asked.output
-    line(asked.output, "Not without you", "send", "stops for review", "idempotency key k-1", f"/studio/runs/{run}")
-    line(asked.output, "Decide send", "tide.runs.review_step", run, "DECISION")
+    shown = explained(api, run)
+    line(shown, "Not without you", "send", "stops for review", "idempotency key k-1", f"/studio/runs/{run}")
+    line(shown, "Decide send", "tide.runs.review_step", run, "DECISION")
     asked = CliRunner().invoke(tidebase.main, ["explain", "none"], env={"TIDEBASE_URL": api.server.url})
     assert asked.exit_code == 1
     line(asked.output, "run none does not exist")
@@ -317,10 +344,9 @@ def test_names_that_would_steer_a_terminal_are_explained_in_plain_characters(api
     run = api.create()
     api.begin(run, "a")
     api.do_step(run, "\x1b[2Jgone\nforged line", "a")
-    asked = CliRunner().invoke(tidebase.main, ["explain", run], env={"TIDEBASE_URL": api.server.url})
-    assert asked.exit_code == 0, asked.output
-    line(asked.output, "[2Jgone forged line", "replays")
-    assert "\x1b" not in asked.output
+    shown = explained(api, run)
+    line(shown, "[2Jgone forged line", "replays")
+    assert "\x1b" not in shown
 
 
 # --- lists

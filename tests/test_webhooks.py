@@ -825,18 +825,19 @@ def test_what_is_in_flight_is_claimed_by_nobody_else_while_its_sender_lives(
     assert (row["status"], row["attempts"]) == ("delivered", 1)
 
 
-def test_a_renewal_that_comes_after_the_outcome_does_not_bring_the_next_try_forward(api, sql):
+@pytest.mark.parametrize("attempt", [1, 6])  # after it comes a pause that is shorter, or longer, than a claim lasts
+def test_a_renewal_that_comes_after_the_outcome_leaves_the_next_try_when_it_was(api, sql, attempt):
     """A sender asks for renewals by what was in flight a moment ago."""
     api.server.let_send(False)
     run = api.create(channels=[channel(HOOK)])
     api.complete(run)
-    sql("update tidebase.outbox set attempts = 5")
+    sql("update tidebase.outbox set attempts = %s - 1", attempt)
     [webhook] = claimed(api)
     database = api.server.database
     outcome = {"delivered": False, "retryable": True, "http_status": 503, "response": "busy", "error": "HTTP 503"}
-    database.call("settle_webhook", id=webhook["id"], attempt=6, **outcome)
+    database.call("settle_webhook", id=webhook["id"], attempt=attempt, **outcome)
     [due] = sql("select next_attempt_at from tidebase.outbox")
-    database.call("renew_webhooks", ids=[webhook["id"]], attempts=[6], hold_ms=tidebase.SEND_HOLD_MS)
+    database.call("renew_webhooks", ids=[webhook["id"]], attempts=[attempt], hold_ms=tidebase.SEND_HOLD_MS)
     assert sql("select next_attempt_at from tidebase.outbox") == [due]
 
 

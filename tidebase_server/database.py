@@ -19,6 +19,7 @@ logger = logging.getLogger("tidebase.server")
 SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
 SCHEMA_VERSION = 5  # what schema.sql records at its end; both are raised with every change of that file
 CONNECT_SECONDS = 5
+AWAY_SECONDS = 1  # while PostgreSQL is away a request waits no longer for a connection: others wait for its thread
 LOCK_SECONDS = 10  # migrate waits so long for each table: whoever uses a table meanwhile waits behind it
 
 
@@ -103,9 +104,10 @@ class Database:
         adapters.register_dumper(Raw, RawDumper)
         self.conninfo = conninfo
         self.read_ms = read_ms
+        self.was_lost = False  # the connection that was used last
         self.pool = psycopg_pool.ConnectionPool(
             conninfo, min_size=1, max_size=size, open=False, name="tidebase",
-            timeout=CONNECT_SECONDS, reconnect_timeout=CONNECT_SECONDS,  # then the next request tries anew
+            reconnect_timeout=CONNECT_SECONDS,  # then the next request tries anew
             max_idle=60, max_lifetime=3600, configure=prepare_nothing_behind_a_pooler,
             kwargs={
                 "autocommit": True,          # a call is one statement, so one transaction in one round trip
@@ -113,6 +115,7 @@ class Database:
                 "connect_timeout": CONNECT_SECONDS,
                 "tcp_user_timeout": 10_000,  # a peer that vanished is noticed
                 "application_name": "tidebase",
+                "client_encoding": "utf8",   # whatever PGCLIENTENCODING says: JSON is passed on as the bytes that came
             },
         )
         logging.getLogger("psycopg.pool").setLevel(logging.CRITICAL)  # the reconciler logs an outage, once
@@ -124,10 +127,13 @@ class Database:
         :raises psycopg.OperationalError: Postgres is away. The others in the pool are then checked, too.
         """
         try:
-            with self.pool.connection() as connection:
+            with self.pool.connection(AWAY_SECONDS if self.was_lost else CONNECT_SECONDS) as connection:
                 yield connection
+                self.was_lost = False
         except psycopg.OperationalError as error:
             if is_away(error):
+                if not isinstance(error, psycopg_pool.PoolTimeout):  # which may mean that all connections are in use
+                    self.was_lost = True
                 with suppress(RuntimeError):  # the machine gives no more threads: the next failure is another chance
                     threading.Thread(target=self._check_pool, name="tidebase-pool-check", daemon=True).start()
             raise
@@ -137,6 +143,16 @@ class Database:
             self.pool.check()
         except psycopg.Error as error:  # still away: the next request fails likewise
             logger.debug("pool check: %s", type(error).__name__, extra={"event": "pool_check_failed"})
+
+    def reason_of(self, error: psycopg.Error) -> str:
+        """Why the database cannot be used, as `error` says it, in a line. An error of the pool says only that there was
+        no connection in time: then what PostgreSQL says to a new one."""
+        if isinstance(error, psycopg_pool.PoolTimeout):
+            try:
+                psycopg.connect(self.conninfo, connect_timeout=CONNECT_SECONDS).close()
+            except psycopg.Error as answer:
+                error = answer
+        return str(error).split("\n")[0]
 
     def call(self, function: str, **arguments: Any) -> tuple[str | None, int]:
         """Call a function of schema.sql, in a transaction of its own.
@@ -184,6 +200,8 @@ class Database:
         :raises SchemaBehind: it is older, and `allowed` is false.
         :raises SchemaAhead: it is newer, and was asked for by hand; a server works on a newer one as it is.
         :raises psycopg.errors.LockNotAvailable: another transaction kept a table for `LOCK_SECONDS`; nothing changed.
+        :raises psycopg.errors.InsufficientPrivilege: the user of `conninfo` may not change the schema.
+        :raises psycopg.errors.FeatureNotSupported: the encoding of the database, or its PostgreSQL, cannot be used.
         """
         script = SCHEMA.read_text()
         digest = hashlib.sha256(script.encode()).hexdigest()
@@ -207,7 +225,13 @@ class Database:
                                extra={"event": "schema_differs"})
             return False
 
-        with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS) as connection:
+        with psycopg.connect(self.conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS,
+                             client_encoding="utf8") as connection:
+            encoding = connection.info.parameter_status("server_encoding")
+            if encoding != "UTF8":
+                raise psycopg.errors.FeatureNotSupported(
+                    f"the database's encoding is {encoding}, which cannot hold all texts: make one with "
+                    "create database NAME encoding 'UTF8' template template0")
             if not is_to_be_applied(connection):
                 return False
             if not allowed:
@@ -224,5 +248,10 @@ class Database:
                         f"the schema was not brought up to date: another transaction keeps a table of it locked for "
                         f"more than {LOCK_SECONDS} s; see pg_stat_activity for the one that is open longest, end it, "
                         "and try again") from error
+                except psycopg.errors.InsufficientPrivilege as error:
+                    raise psycopg.errors.InsufficientPrivilege(
+                        f"the schema was not brought up to date: {error.diag.message_primary}; run `python tidebase.py "
+                        "migrate` as its owner or, the first time, as a user who may create schemas in the database"
+                    ) from error
                 connection.execute("update tidebase.meta set digest = %s", (digest,))
         return True

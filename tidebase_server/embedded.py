@@ -11,6 +11,9 @@ The data directory holds
 
 All of these belong to the user who started the server, but for postgres/ when that is root: see programs.py. The modes
 of folders that were there before are not changed.
+
+Where the path of postgres/ is too long for a socket's address, each server has a link to it, /tmp/tidebase-*/postgres.
+The server holds a lock on the folder of its link, so that the next one can tell, and remove, what a killed one left.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -74,6 +77,7 @@ class EmbeddedPostgres:
         self._password = self.data_dir / "postgres.password"
         self._users: int | None = None  # the descriptor of postgres.users, from start to stop
         self._link: Path | None = None  # to the folder, when the folder's own path is too long for a socket
+        self._link_lock: int | None = None  # the descriptor of the link's folder, which is locked
 
     def start(self) -> str:
         """Start it, or join the one that runs.  When this returns, it takes connections.
@@ -173,6 +177,9 @@ class EmbeddedPostgres:
         if self._link:
             shutil.rmtree(self._link.parent, ignore_errors=True)
             self._link = None
+        if self._link_lock is not None:
+            os.close(self._link_lock)
+            self._link_lock = None
 
     # --- starting
 
@@ -186,7 +193,10 @@ class EmbeddedPostgres:
 
     def _ensure_running(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while self._ping() == psycopg.pq.Ping.NO_RESPONSE:
+        while (state := self._ping()) != psycopg.pq.Ping.OK:
+            if state == psycopg.pq.Ping.REJECT:  # it recovers from a crash, however long that takes
+                time.sleep(POLL_SECONDS)
+                continue
             try:
                 self._prepare()
                 self._launch()
@@ -194,8 +204,6 @@ class EmbeddedPostgres:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(POLL_SECONDS)
-        while self._ping() == psycopg.pq.Ping.REJECT:  # it recovers from a crash, however long that takes
-            time.sleep(POLL_SECONDS)
 
     def _prepare(self) -> None:
         """Make the data if there is none, and see to it that every connection needs the password."""
@@ -229,7 +237,7 @@ class EmbeddedPostgres:
         new.rename(self.folder)
 
     def _launch(self) -> None:
-        """Start a keeper, which starts PostgreSQL, and wait for the first answer.
+        """Start a keeper, which starts PostgreSQL, and wait until it takes connections.
 
         :raises EmbeddedError: PostgreSQL ended before that; the message has the end of its log.
         """
@@ -262,7 +270,7 @@ class EmbeddedPostgres:
                 os.close(keeper_alive)
             ended = select.poll()
             ended.register(keeper_end)
-            while self._ping() == psycopg.pq.Ping.NO_RESPONSE:
+            while self._ping() != psycopg.pq.Ping.OK:
                 if ended.poll(POLL_SECONDS * 1000) and self._ping() == psycopg.pq.Ping.NO_RESPONSE:
                     end = self.log.read_bytes()[log_bytes:][-2000:].decode(errors="replace")
                     raise EmbeddedError(f"the embedded PostgreSQL does not start; the end of {self.log}:\n{end}")
@@ -287,14 +295,36 @@ class EmbeddedPostgres:
         if len(os.fsencode(self.folder)) <= LONGEST_HOST:
             return str(self.folder)
         if self._link is None:
+            self._remove_dead_links()
             self._link = Path(tempfile.mkdtemp(prefix="tidebase-", dir="/tmp")) / "postgres"
-        if not self._link.is_symlink():  # it was just made, or a clean-up of /tmp took it
-            self._link.parent.mkdir(mode=0o700, exist_ok=True)
-            owner = self._link.parent.lstat()
-            if owner.st_uid != os.geteuid() or owner.st_mode & 0o077:
-                raise EmbeddedError(f"{self._link.parent} is not ours any more: start again")
-            self._link.symlink_to(self.folder)
+        if not self._link.is_symlink():  # it is new, or a clean-up of /tmp took it
+            self._make_link(self._link)
         return str(self._link)
+
+    def _make_link(self, link: Path) -> None:
+        link.parent.mkdir(mode=0o700, exist_ok=True)
+        folder = os.open(link.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if self._link_lock is not None:
+            os.close(self._link_lock)
+        self._link_lock = folder
+        owner = os.fstat(folder)
+        if owner.st_uid != os.geteuid() or owner.st_mode & 0o077:
+            raise EmbeddedError(f"{link.parent} is not ours any more: start again")
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        link.symlink_to(self.folder)
+
+    def _remove_dead_links(self) -> None:
+        """Remove the links to our folder that killed servers left: nobody holds the lock of such a link."""
+        for link in Path("/tmp").glob("tidebase-*/postgres"):
+            # It may be another user's, a living server's, or gone by now.
+            with suppress(PermissionError, BlockingIOError, FileNotFoundError):
+                folder = os.open(link.parent, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    if os.fstat(folder).st_uid == os.geteuid() and link.is_symlink() and link.readlink() == self.folder:
+                        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(link.parent)
+                finally:
+                    os.close(folder)
 
     def _conninfo(self) -> str:
         return (f"postgresql://postgres:{self._password.read_text()}@/postgres"
