@@ -14,16 +14,18 @@ export function query(values) {
 export const runUrl = (id, parameters = {}) => path`/studio/runs/${id}` + query(parameters);
 export const runsUrl = (filters) => `/studio/runs${query(filters)}`;
 export const compareUrl = (a, b) => `/studio/compare${query({ a, b })}`;
-export const rememberScroll = () => history.replaceState({ ...history.state, scroll: scrollY }, "");
 
-let open = () => {};
-export const setOpener = (opener) => { open = opener; };
+/** What studio.js, the frame around the pages, is told; and `signal`, which ends the reads of the page that is open. */
+export const frame = { open() {}, onReachable() {}, onUnauthorized() {}, signal: null };
 
-export function navigate(url, { replace = false } = {}) {
-	if (!replace) rememberScroll();
-	const { depth = 0 } = history.state ?? {};
-	history[replace ? "replaceState" : "pushState"]({ depth: replace ? depth : depth + 1 }, "", url);
-	open(0);
+/** Where the reader was comes back with the page: the scroll position, and the row that had the focus. */
+export const rememberPlace = () => history.replaceState({ ...history.state, scroll: scrollY,
+	row: document.activeElement?.closest("[data-key]")?.dataset.key }, "");
+
+export function navigate(url) {
+	rememberPlace();
+	history.pushState({ depth: (history.state.depth ?? 0) + 1 }, "", url);
+	return frame.open();
 }
 
 export const goBack = () => (history.state?.depth ? history.back() : navigate("/studio/runs"));
@@ -54,8 +56,6 @@ export function setWaiting(count) {
 
 // --- requests
 
-const KEY = "tidebase.key";
-
 /** `status` 0: the server could not be reached. */
 export class ApiError extends Error {
 	constructor(status, body) {
@@ -65,20 +65,9 @@ export class ApiError extends Error {
 	}
 }
 
-export const unreachable = () => new ApiError(0, { error: "the server cannot be reached" });
-
+export const KEY = "tidebase.key"; // in the storage of this tab
 export const session = { access: "full", key: sessionStorage.getItem(KEY), leaseMs: 60_000 };
 export const canWrite = () => session.access === "full";
-
-export function keepKey(key) {
-	session.key = key;
-	if (key) sessionStorage.setItem(KEY, key);
-	else sessionStorage.removeItem(KEY);
-}
-
-export const watch = { onUnauthorized() {}, onReachable() {} };
-let leaving = null;
-export const setPageSignal = (signal) => { leaving = signal; };
 
 async function send(method, url, { body, signal, accept = "application/json", key = session.key } = {}) {
 	const headers = { accept };
@@ -90,17 +79,17 @@ async function send(method, url, { body, signal, accept = "application/json", ke
 		response = await fetch(url, { method, headers, signal, cache: "no-store", body });
 	} catch (error) {
 		if (error.name === "AbortError") throw error;
-		watch.onReachable(false);
-		throw unreachable();
+		frame.onReachable(false);
+		throw new ApiError(0, { error: "the server cannot be reached" });
 	}
-	watch.onReachable(true);
+	frame.onReachable(true);
 	if (response.ok) return response;
-	if (response.status === 401 && key === session.key) watch.onUnauthorized();
+	if (response.status === 401 && key === session.key) frame.onUnauthorized();
 	throw new ApiError(response.status, await response.json().catch(() => ({})));
 }
 
 export const getResponse = (url, parameters = {}, options = {}) =>
-	send("GET", url + query(parameters), { signal: leaving, ...options });
+	send("GET", url + query(parameters), { signal: frame.signal, ...options });
 export const getText = async (...asked) => (await getResponse(...asked)).text();
 export const get = async (...asked) => (await getResponse(...asked)).json();
 export const postText = async (url, body, options = {}) => (await send("POST", url, { body, ...options })).text();
@@ -155,14 +144,12 @@ export async function poll(load, milliseconds, signal) {
 	}
 }
 
-const RETRY_MS = [300, 1000, 2000, 5000];
-const STALE_MS = 20_000; // without a connection
+const STALE_AFTER = 7; // tries, in 20 s
 const SILENT_MS = 40_000; // the server says something every 15 s: after so long the connection is dead
 
 /** Follow a run's events. onEvents gets what came at once, [{seq, text}]; onState how fresh they are, in a word. */
 export async function follow(runId, after, onEvents, onState, signal) {
 	let failures = 0;
-	let lostAt = null;
 	while (!signal.aborted) {
 		if (document.hidden) {
 			onState("paused");
@@ -177,7 +164,6 @@ export async function follow(runId, after, onEvents, onState, signal) {
 			const { body } = await getResponse(path`/runs/${runId}/events`, { after, view: "light" },
 				{ signal: AbortSignal.any([connection.signal, signal]), accept: "text/event-stream" });
 			failures = 0;
-			lostAt = null;
 			onState("live");
 			for await (const events of eventsIn(body)) {
 				clearTimeout(silence);
@@ -195,9 +181,8 @@ export async function follow(runId, after, onEvents, onState, signal) {
 			close();
 		}
 		if (signal.aborted || document.hidden) continue;
-		lostAt ??= Date.now();
-		onState(Date.now() - lostAt > STALE_MS ? "stale" : "reconnecting");
-		await pause(RETRY_MS[failures] ?? RETRY_MS.at(-1));
+		onState(failures > STALE_AFTER ? "stale" : "reconnecting");
+		await pause(Math.min(5000, 300 * 2 ** failures));
 		failures += 1;
 	}
 }
@@ -212,26 +197,4 @@ async function* eventsIn(body) {
 		yield blocks.map((block) => /^id: (\d+)\ndata: (.*)$/m.exec(block)).filter(Boolean)
 			.map(([, seq, text]) => ({ seq: Number(seq), text }));
 	}
-}
-
-// --- the list of runs: asked for here, before the other modules have come
-
-export const PAGE_SIZE = 50;
-export const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
-
-export function readAddress(parameters) {
-	const filters = Object.fromEntries([...parameters].filter(([name, value]) =>
-		value && (FILTERS.includes(name) || name.startsWith("metadata."))));
-	return [filters, { sort: parameters.get("sort"), before: parameters.get("before") }];
-}
-
-export const pageQuery = (filters, paging) => ({ ...filters, ...paging, view: "light", limit: PAGE_SIZE });
-export const readPage = (...asked) => get("/runs", pageQuery(...asked));
-
-/** Answers on their way, each for its first reader. */
-export const early = { session: null, runs: null };
-if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
-	early.session = get("/session");
-	early.runs = readPage(...readAddress(new URLSearchParams(location.search)));
-	for (const answer of Object.values(early)) answer.catch(() => {}); // who reads it shows the failure
 }

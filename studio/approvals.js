@@ -3,8 +3,8 @@
 
 import { canWrite, every, getText, path, post, postText, runUrl, setQuery, setTitle } from "./api.js";
 import { between, button, card, code, compactCount, copyButton, count, el, empty, errorText, facts, field, fields, fill,
-	heading, input, link, loading, logo, money, muted, number, plainTable, row, setState, setText, show, skeleton, status,
-	strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
+	heading, input, link, loading, logo, money, muted, number, plainTable, row, setState, setText, show, status,
+	strong, syncRows, tag, time, toast, zoneButton } from "./dom.js";
 import { bodyOf, inlinePayload, items, jsonInput, member, payload } from "./payload.js";
 import { errorLine } from "./runs.js";
 
@@ -59,13 +59,14 @@ export const reviewForm = (runId, step, onDone) => decisionForm(
 const gateStatus = (gate) => status(gate.status === "pending" ? "waiting" : gate.status);
 
 /** `raw` is the gate's text. */
-function gateBody({ raw, id, runId, prompt, capability, expiresAt, dataOmitted, reviewUrl }) {
+function gateBody({ raw, id, runId, prompt, capability, channels = [], expiresAt, dataOmitted, reviewUrl }) {
 	const shown = (title, name) => {
 		const text = member(raw, name);
 		return text && text !== "null" && text !== "{}" && inlinePayload(title, text, `${id}-${name}`, true);
 	};
 	return [el("p.prompt", prompt),
-		facts({ Capability: capability && code(member(raw, "capability").replace(/^"|"$/g, "")), Expires: time(expiresAt) }),
+		facts({ Capability: capability && code(member(raw, "capability").replace(/^"|"$/g, "")),
+			Asked: channels.map(({ url }) => new URL(url).host).join(", "), Expires: time(expiresAt) }),
 		dataOmitted ? payload("Data", runId, "gate.data", id) : shown("Data", "data"), shown("Answer", "decisionPayload"),
 		reviewUrl && canWrite() && el("p.row", copyButton(reviewUrl, "Copy the review link", "Copy review link"),
 			muted("Whoever has it may decide this gate, without a key."))];
@@ -96,14 +97,12 @@ export async function approvalsPage({ main, query, signal }) {
 	let shown = null; // the item whose form is built: what somebody types there stays
 
 	const tally = el("span");
-	const tabs = el("nav.tabs", { label: "Approvals" },
-		el("a", { href: "/studio/approvals" }, "Waiting", tally),
-		el("a", { href: "/studio/approvals?tab=decided" }, "Decided"));
+	const waiting = el("a", { href: "/studio/approvals" }, "Waiting", tally);
+	const decided = el("a", { href: "/studio/approvals?tab=decided" }, "Decided");
 	const left = el("div.stack", { role: "list", label: "What waits" });
 	const more = button("More", () => load(true));
 	const [detail, nothing] = [el("div.stack"), el("div")];
 	const inbox = el("div.inbox", el("div.stack", left, more), detail);
-	fill(main, heading("Approvals", zoneNote()), tabs, nothing, inbox);
 
 	async function load(further = false) {
 		const asked = tab;
@@ -165,17 +164,18 @@ export async function approvalsPage({ main, query, signal }) {
 
 	async function onQuery(parameters) {
 		tab = parameters.get("tab") === "decided" ? "decided" : "pending";
-		[...tabs.children].forEach((anchor, index) => setState(anchor, "current", (tab === "decided") === (index === 1)));
+		setState(waiting, "current", tab === "pending");
+		setState(decided, "current", tab === "decided");
 		list = [];
 		chosen = parameters.get("item");
 		shown = null;
 		fill(left);
-		fill(detail, skeleton(5));
+		fill(detail);
 		await load();
-		if (!shown) fill(detail);
 	}
 
 	await onQuery(query);
+	fill(main, heading("Approvals"), el("nav.tabs", { label: "Approvals" }, waiting, decided), nothing, inbox);
 	every(load, 3000, signal);
 	return { onQuery };
 }
@@ -207,17 +207,14 @@ const DECIDED = { approved: "Approved", rejected: "Rejected", canceled: "Withdra
 export function reviewPage(body) {
 	const [runId, gateId, token] = location.hash.slice(1).split("/").map(decodeURIComponent);
 	const shown = loading(async (box) => {
-		const text = await postText(path`/runs/${runId}/gates/${gateId}/look`, { token }, { key: null }).catch((error) => {
+		let raw;
+		try {
+			raw = member(await postText(path`/runs/${runId}/gates/${gateId}/look`, { token }, { key: null }), "gate");
+		} catch (error) {
 			if (error.status >= 500 || error.status === 0) throw error;
-			return null;
-		});
-		if (text) return showGate(box, member(text, "gate"));
-		fill(box, empty("This link opens nothing", "It is not whole, or what it was for is gone. Open it as it was sent."));
-	}, 4);
-	setTitle("Review");
-	fill(body, el("main.review-page", row(logo(28), el("h1", "Tidebase")), shown, zoneNote()));
-
-	function showGate(box, raw) {
+			return fill(box, empty("This link opens nothing",
+				"It is not whole, or what it was for is gone. Open it as it was sent."));
+		}
 		const gate = { ...JSON.parse(raw), raw, runId, resolveToken: token, reviewUrl: null };
 		const { actor, resolvedAt, runStatus, workflowName, name, createdAt } = gate;
 		const pending = gate.status === "pending";
@@ -227,10 +224,13 @@ export function reviewPage(body) {
 		fill(box,
 			!open && el("div.card", el("div.body.row", { role: "status" }, status(pending ? "cancelled" : gate.status, word),
 				actor && actor !== "timeout" && `by ${actor}`, time(resolvedAt, "short"))),
-			muted(workflowName, " · ", name, " · asked ", time(createdAt)), gateBody(gate),
+			el("p.row.muted", [workflowName, "·", name, "·", ["asked ", time(createdAt)]].map((part) => el("span", part))),
+			gateBody(gate),
 			open && gateForm(gate, () => {
 				toast("Thank you: it is recorded.");
 				shown.again();
 			}, { key: null }));
-	}
+	});
+	setTitle("Review");
+	fill(body, el("main.page.review", row(logo(28), el("h1", "Tidebase")), shown, zoneButton()));
 }

@@ -75,18 +75,18 @@ export const plainTable = (rows, heads = null) => el("div.table-wrap", el("table
 	heads && el("thead", el("tr", heads.map((word) => el("th", word)))),
 	el("tbody", rows.map((cells) => el("tr", cells.map((cell) => (cell?.tagName === "TD" ? cell : el("td", cell))))))));
 
+const cellOf = (item, cell) => (cell.call ? cell(item) : cell.endsWith("At") ? time(item[cell]) : item[cell]);
+
 /**
  * A live table of columns [head, cell, class?]; `cell` is a function of the item, or the name of its member, which is a
  * time when it ends in At. set(items) replaces only the cells that look different. On a narrow screen a row is a list.
  */
-const cellOf = (item, cell) => (cell.call ? cell(item) : cell.endsWith("At") ? time(item[cell]) : item[cell]);
-
 export function grid(key, columns, nothing = null, { kind = "stacked", onRow } = {}) {
 	columns = columns.filter(Boolean);
 	const body = el("tbody");
 	const heads = columns.map(([word, , name]) => el("th", { class: name }, word));
 	const table = el(`table.${kind}`, el("thead", el("tr", heads)), body);
-	const element = el("div.card.table-wrap", skeleton());
+	const element = el("div.card.table-wrap");
 	const update = (row, item) => {
 		once(row, item, () => {
 			row.item = Object.assign(row.item ?? {}, item); // the buttons of cells that stay act on it
@@ -163,26 +163,20 @@ export function virtualRows(table, columns, { keyOf, make, update }, signal) {
 // --- icons: a status differs by its shape and not only by its colour
 
 const RING = "M8 2.5a5.5 5.5 0 1 1 0 11 5.5 5.5 0 0 1 0-11";
-const CHECK = "M3 8.5 6.3 12 13 4.5";
-const CROSS = "M4 4l8 8M12 4l-8 8";
-const STROKE = `${RING}M4.2 4.2l7.6 7.6`;
-const PAUSE = `${RING}M6.4 6v4M9.6 6v4`;
-const CLOCK = `${RING}M8 5v3l2 1.5`;
-const WARNING = "M8 2 14.5 13.5h-13zM8 6.5v3M8 11.4v.4";
-const ICONS = {
-	queued: CLOCK, failed_retryable: CLOCK, clock: CLOCK, waiting: PAUSE, paused: PAUSE,
-	running: "M8 2a6 6 0 1 1-6 6M5.8 8a2.2 2.2 0 1 0 4.4 0 2.2 2.2 0 0 0-4.4 0",
-	completed: CHECK, approved: CHECK, delivered: CHECK, failed: CROSS, rejected: CROSS, close: CROSS,
-	cancelled: STROKE, canceled: STROKE, stalled: WARNING, manual_review: WARNING,
-	runs: "M2 4h12M2 8h8M2 12h10", approvals: "M3 3h10v7H8l-3 3v-3H3z", queues: "M2 3h12v3H2zM2 8h12v2H2zM2 12h12v1.5H2z",
+const ICONS = { queued: `${RING}M8 5v3l2 1.5`, waiting: `${RING}M6.4 6v4M9.6 6v4`, cancelled: `${RING}M4.2 4.2l7.6 7.6`,
+	running: "M8 2a6 6 0 1 1-6 6M5.8 8a2.2 2.2 0 1 0 4.4 0 2.2 2.2 0 0 0-4.4 0", completed: "M3 8.5 6.3 12 13 4.5",
+	failed: "M4 4l8 8M12 4l-8 8", stalled: "M8 2 14.5 13.5h-13zM8 6.5v3M8 11.4v.4", runs: "M2 4h12M2 8h8M2 12h10",
+	approvals: "M3 3h10v7H8l-3 3v-3H3z", queues: "M2 3h12v3H2zM2 8h12v2H2zM2 12h12v1.5H2z",
 	schedules: "M2.5 4h11v9.5h-11zM2.5 7h11M5.5 2v3M10.5 2v3", costs: "M3 13.5V9M8 13.5V3M13 13.5V6.5",
 	workers: "M3 3h10v7H3zM1.5 13h13M8 10v3", copy: "M5.5 5.5h8v8h-8zM3 10.5H2.5v-8h8V3", chevron: "M6 3.5 10.5 8 6 12.5",
 	search: "M7 2.5a4.5 4.5 0 1 1 0 9 4.5 4.5 0 0 1 0-9M10.5 10.5 14 14",
 	download: "M8 2.5v7.5M4.8 7 8 10.2 11.2 7M3 13.5h10",
 };
+const LOOKS_LIKE = { failed_retryable: "queued", clock: "queued", paused: "waiting", approved: "completed",
+	delivered: "completed", rejected: "failed", close: "failed", canceled: "cancelled", manual_review: "stalled" };
 
 export const icon = (name) => el("svg.icon", { viewBox: "0 0 16 16", "aria-hidden": "true" },
-	el("path", { d: ICONS[name] ?? RING }));
+	el("path", { d: ICONS[LOOKS_LIKE[name] ?? name] ?? RING }));
 
 const STATUS_WORDS = { failed_retryable: "to be retried", manual_review: "in review", canceled: "expired" };
 
@@ -194,14 +188,16 @@ export const status = (name, word = STATUS_WORDS[name] ?? name) =>
 let inUtc = localStorage.getItem("tidebase.zone") === "utc"; // else this computer's zone
 let clockOffset = 0; // the server's clock minus this computer's, in ms: ages stay right when this one is wrong
 
-export const zoneName = () => (inUtc ? "UTC" : Intl.DateTimeFormat().resolvedOptions().timeZone);
-export const zoneNote = () => muted("Times in ", el("span", { "data-zone": "" }, zoneName()));
+const zoneName = () => (inUtc ? "UTC" : Intl.DateTimeFormat().resolvedOptions().timeZone);
 
-export function switchZone() {
-	inUtc = !inUtc;
-	localStorage.setItem("tidebase.zone", inUtc ? "utc" : "local");
-	document.querySelectorAll("time").forEach(writeTime);
-	for (const node of document.querySelectorAll("[data-zone]")) setText(node, zoneName());
+export function zoneButton() {
+	const name = el("span", zoneName());
+	return button([icon("clock"), name], () => {
+		inUtc = !inUtc;
+		localStorage.setItem("tidebase.zone", inUtc ? "utc" : "local");
+		document.querySelectorAll("time").forEach(writeTime);
+		setText(name, zoneName());
+	}, "quiet", { title: "Show times in UTC or in this computer's zone" });
 }
 
 export const setServerTime = (iso) => { clockOffset = new Date(iso) - Date.now(); };
@@ -239,9 +235,10 @@ export function duration(milliseconds) {
 export const between = (from, to) => duration(new Date(to) - new Date(from));
 
 function ago(at) {
-	const ms = now() - at;
-	const words = duration(Math.abs(ms)).replace(/^(\d+)\.\d s/, "$1 s").replace(/^(\d+ \w+) .*/, "$1");
-	return Math.abs(ms) < 1000 ? "now" : ms > 0 ? `${words} ago` : `in ${words}`;
+	const seconds = (now() - at) / 1000;
+	const [size, unit] = UNITS.find(([one]) => Math.abs(seconds) >= one) ?? [];
+	const words = `${Math.floor(Math.abs(seconds) / size)} ${unit}`;
+	return !unit ? "now" : seconds > 0 ? `${words} ago` : `in ${words}`;
 }
 
 const TIME_KINDS = {
@@ -317,21 +314,27 @@ export const facts = (values) => el("dl.facts", Object.entries(values)
 	.filter(([, value]) => !isNothing(value) && value !== "" && value.className !== "none")
 	.map(([name, value]) => el("div", el("dt", name), el("dd", value))));
 
+export const meter = (part) => el("div.meter", { style: { width: `${100 * part}%` } });
+
 export function meters(title, rows) {
 	const most = Math.max(...rows.map(([, cost]) => cost), 1e-12);
 	return card(title, null, plainTable(rows.map(([name, cost]) => [name, number(money(cost)),
-		el("td.half", el("div.meter", { style: { width: `${(100 * cost) / most}%` } }))])));
+		el("td.half", meter(cost / most))])));
 }
 
-export const skeleton = (rows = 6) => el("div.skeleton", { role: "status", label: "Loading" },
-	Array.from({ length: rows }, () => el("i")));
+export const skeleton = () => el("div.skeleton", { role: "status", label: "Loading" });
 
-export const fault = (error, again, ...words) => el("div.fault.is-failed", { role: "alert" }, words,
-	el("p", error.message), again && button("Try again", again));
+/** again() is called by its button, and once the server can be reached again. */
+export function fault(error, again, ...words) {
+	const box = el("div.body.fault.is-failed", { role: "alert" }, words, el("p", error.message),
+		again && button("Try again", again));
+	document.addEventListener("reachable", () => box.isConnected && again?.(), { once: true });
+	return box;
+}
 
 /** A box that load(box) fills; a failure of its first reading is shown. */
-export function loading(load, rows = 3) {
-	const box = el("div.stack", skeleton(rows));
+export function loading(load) {
+	const box = el("div.stack", skeleton());
 	const again = async () => {
 		try {
 			await load(box);
@@ -387,7 +390,7 @@ const toasts = el("div.toasts", { role: "alert" });
 const foreground = () => document.querySelector("dialog[open]") ?? document.body; // all else is inert
 
 export function toast(text, kind = "completed") {
-	const note = el(`div.toast.is-${kind}`, el("span", text),
+	const note = el(`div.spread.toast.is-${kind}`, el("span", text),
 		iconButton("close", "Close message", () => note.remove()));
 	foreground().append(toasts);
 	toasts.append(note);
@@ -397,13 +400,13 @@ export function toast(text, kind = "completed") {
 /** `closed` resolves to the value of the button that submitted the form, or "". */
 export function dialog(title, content, ...buttons) {
 	const form = el("form", { method: "dialog" },
-		el("header", el("h2", title), iconButton("close", "Close", () => box.close(""))),
-		el("div.dialog-body", content), buttons.length > 0 && el("footer", buttons));
+		el("header.spread", el("h2", title), iconButton("close", "Close", () => box.close(""))),
+		el("div.body", content), buttons.length > 0 && el("footer.row", buttons));
 	const box = el("dialog", { label: title, onclick: (event) => event.target === box && box.close("") }, form);
 	document.body.append(box);
 	box.showModal();
+	box.querySelector(".body :is(input, select, textarea), footer button")?.focus();
 	const closed = new Promise((resolve) => box.addEventListener("close", () => {
-		if (toasts.parentNode === box) document.body.append(toasts);
 		box.remove();
 		resolve(box.returnValue);
 	}));

@@ -1,9 +1,10 @@
 // The pages of whoever operates the system: queues, workers, schedules and costs.
 
-import { canWrite, get, getText, laterAgain, path, poll, post, put, remove, runsUrl, runUrl, setQuery } from "./api.js";
+import { canWrite, get, getText, laterAgain, navigate, path, poll, post, put, query as toQuery, remove, runsUrl, runUrl
+	} from "./api.js";
 import { ask, button, card, code, compactCount, count, dash, debounce, duration, el, empty, errorText, facts,
-	field, fields, fill, grid, heading, icon, idText, input, link, loading, meters, money, muted, now, number, options,
-	plainTable, plural, row, select, setText, status, strong, tag, time, toast, wholeInstant, zoneNote } from "./dom.js";
+	field, fields, fill, grid, heading, icon, idText, input, link, meter, money, muted, now, number, options,
+	plainTable, plural, row, select, setText, status, strong, tag, time, toast, wholeInstant } from "./dom.js";
 import { bodyOf, download, items, jsonInput, member } from "./payload.js";
 
 // --- queues
@@ -30,7 +31,6 @@ export async function queuesPage({ main, signal }) {
 			button("Edit", () => edit(queue), "quiet")), "buttons"],
 	], empty("No queues yet", "A queue is there as soon as something is put on it: ",
 		code('tide.enqueue("report", queue="default")'), "."));
-	fill(main, heading("Queues"), table);
 
 	async function change({ name }, changes) {
 		await put(path`/queues/${name}/config`, changes);
@@ -47,9 +47,9 @@ export async function queuesPage({ main, signal }) {
 				+ " Empty: workers ask for them."))), "Save");
 		if (!values) return;
 		const cap = (name) => Number(values[name]) || null;
-		const push = { invokeUrl: values.invokeUrl || null };
+		const push = values.invokeUrl || null;
 		await change(queue, { concurrency: cap("concurrency"), ratePerMinute: cap("ratePerMinute"),
-			...(values.invokeUrl === (before.invokeUrl ?? "") ? {} : push) }); // it is shown without its password
+			invokeUrl: push === before.invokeUrl ? undefined : push }); // it is shown without its password
 	}
 
 	async function load() {
@@ -64,6 +64,7 @@ export async function queuesPage({ main, signal }) {
 		table.set(queues);
 	}
 	await poll(load, 3000, signal);
+	fill(main, heading("Queues"), table);
 }
 
 /** Claims upwards, failures downwards, a minute each. */
@@ -93,7 +94,7 @@ export async function workersPage({ main, signal }) {
 		["Worker", ({ id, quiet }) => row(
 			el(`span.mark.is-${quiet ? "reconnecting" : "live"}`, { title: quiet ? "not heard of for a minute" : "there" }),
 			id ? idText(id) : muted("a client without a name"))],
-		["Queues", ({ queues }) => row((queues ?? []).map(tag))],
+		["Queues", ({ queues }) => (queues?.length ? row(queues.map(tag)) : dash())],
 		["Workflows", ({ workflows }) => workflows?.join(", ") ?? muted("all")],
 		["Runs", ({ running, runs }) => el("div", running === 0 && dash("none"),
 			runs.map((run) => el("div", link(runUrl(run.id), run.workflowName), muted(" heard ", time(run.heartbeatAt)))),
@@ -102,7 +103,6 @@ export async function workersPage({ main, signal }) {
 		["Last heard", "heardAt"],
 	], empty("No worker has asked for work", "A worker is your own process: ", code('tide.work(queues=["default"])'),
 		". Queued runs wait until one asks."));
-	fill(main, heading("Workers", tally), table);
 
 	await poll(async () => {
 		const { workers } = await get("/workers");
@@ -112,6 +112,7 @@ export async function workersPage({ main, signal }) {
 			return { ...worker, key: worker.id ?? worker.queues.join(), heardAt, quiet: now() - new Date(heardAt) > QUIET_MS };
 		}));
 	}, 2500, signal);
+	fill(main, heading("Workers", tally), table);
 }
 
 // --- schedules
@@ -127,11 +128,9 @@ export async function schedulesPage({ main, signal }) {
 			: dash())],
 		["Last", "lastEnqueuedAt"],
 		canWrite() && ["", (schedule) => row(button("Run now", () => act(() => runNow(schedule))),
-			button(schedule.enabled ? "Disable" : "Enable", () => act(() => toggle(schedule))),
+			button(schedule.enabled ? "Disable" : "Enable", () => act(() => save({ ...schedule, enabled: !schedule.enabled }))),
 			button("Edit", () => edit(schedule), "quiet"), button("Delete", () => forget(schedule), "quiet.danger")), "buttons"],
 	], empty("No schedules", "A schedule enqueues a run whenever its cron expression says, once."));
-	fill(main, heading("Schedules", row(zoneNote(),
-		canWrite() && button("New schedule", () => edit(null), "primary"))), table);
 
 	async function act(action) {
 		await action();
@@ -143,10 +142,10 @@ export async function schedulesPage({ main, signal }) {
 		toast(`Enqueued as ${run.id}.`);
 	}
 
-	/** Its input goes back as the text that came. */
-	const toggle = ({ name, cron, timezone, workflowName, queue, maxAttempts, enabled, inputText }) =>
-		put(path`/schedules/${name}`,
-			bodyOf({ cron, timezone, workflowName, queue, maxAttempts, enabled: !enabled }, { input: inputText }));
+	/** Its input goes as the text that came, or was typed. */
+	const save = ({ name, cron, timezone, workflowName, queue, maxAttempts, enabled = true, inputText }) =>
+		put(path`/schedules/${name}`, bodyOf({ cron, timezone, workflowName, queue, maxAttempts: Number(maxAttempts),
+			enabled }, { input: inputText }));
 
 	async function forget({ name }) {
 		const sure = await ask(`Delete ${name}?`, el("p", "It fires no more. Runs that it enqueued stay."), "Delete",
@@ -156,10 +155,7 @@ export async function schedulesPage({ main, signal }) {
 
 	async function edit(schedule) {
 		const values = await askSchedule(schedule);
-		if (!values) return;
-		const { name, input: payload, maxAttempts, ...others } = values;
-		await act(() => put(path`/schedules/${name}`, bodyOf({ ...others, maxAttempts: Number(maxAttempts),
-			enabled: schedule?.enabled ?? true }, { input: payload })));
+		if (values) await act(() => save({ ...schedule, ...values }));
 	}
 
 	async function load() {
@@ -167,6 +163,7 @@ export async function schedulesPage({ main, signal }) {
 		table.set(list.map((text) => ({ ...JSON.parse(text), inputText: member(text, "input") })));
 	}
 	await poll(load, 5000, signal);
+	fill(main, heading("Schedules", canWrite() && button("New schedule", () => edit(null), "primary")), table);
 }
 
 function askSchedule(schedule) {
@@ -197,17 +194,15 @@ function askSchedule(schedule) {
 		field("Name", of("name", "", { maxlength: 512, readonly: Boolean(schedule) })),
 		field("Workflow", of("workflowName", "")), field("Cron", cron, "minute hour day month weekday"),
 		field("Time zone", zone),
-		el("section.all.payload", el("header", el("h3", "Next fires")), el("div.dialog-body", fires)),
+		el("section.all.payload", el("header", el("h3", "Next fires")), el("div.body", fires)),
 		field("Queue", of("queue", "default")), field("Attempts", of("maxAttempts", 3, { type: "number", min: 1 })),
-		el("div.all", field("Input", jsonInput("input", { value: schedule?.inputText ?? "{}" }))),
+		el("div.all", field("Input", jsonInput("inputText", { value: schedule?.inputText ?? "{}" }))),
 		el("datalist", { id: "zones" }, options(zones.map((name) => [name])))), "Save");
 }
 
-const FIRE = { weekday: "short", day: "numeric", month: "short", hour: "2-digit", minute: "2-digit",
-	timeZoneName: "short" };
-
-const fire = (at, timeZone) => el("li", { title: wholeInstant(at) },
-	new Date(at).toLocaleString("en-GB", { timeZone, ...FIRE }), muted(" ", time(at)));
+const fire = (at, timeZone) => el("li", { title: wholeInstant(at) }, new Date(at).toLocaleString("en-GB", { timeZone,
+	weekday: "short", day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit",
+	timeZoneName: "short" }), muted(" ", time(at)));
 
 // --- costs
 
@@ -216,23 +211,21 @@ const HEADS = { day: "Day", workflow: "Workflow", model: "Model" };
 const PERIODS = [["7", "Last 7 days"], ["30", "Last 30 days"], ["90", "Last 90 days"], ["365", "Last year"]];
 
 export async function costsPage({ main, query }) {
-	const by = select("By", Object.keys(HEADS).map((name) => [name, `By ${name}`]), read);
-	const days = select("Period", PERIODS, read);
-	by.value = query.get("by") ?? "day";
-	days.value = query.get("days") ?? "30";
+	const change = () => navigate(`/studio/costs${toQuery({ by: by.value, days: days.value })}`);
+	const by = select("By", Object.keys(HEADS).map((name) => [name, `By ${name}`]), change);
+	const days = select("Period", PERIODS, change);
 	const today = () => Math.floor(Date.now() / DAY_MS);
 	const asked = () => ({ by: by.value, since: new Date((today() - days.value + 1) * DAY_MS).toISOString() });
 	const csv = () => download(() => getText("/usage", { ...asked(), format: "csv" }, { accept: "text/csv" }),
 		`tidebase-costs-by-${by.value}.csv`, "text/csv");
-	const box = loading(load, 8);
+	const box = el("div.stack");
 	fill(main, heading("Costs", el("div.filters", by, days, button([icon("download"), "CSV"], csv))), box);
 
-	function read() {
-		setQuery({ by: by.value, days: days.value });
-		box.again();
-	}
-
-	async function load() {
+	async function onQuery(parameters) {
+		for (const [choice, name, otherwise] of [[by, "by", "day"], [days, "days", "30"]]) {
+			choice.value = parameters.get(name) ?? otherwise;
+			if (!choice.value) choice.value = otherwise;
+		}
 		const kind = by.value;
 		const { groups } = await get("/usage", asked());
 		if (kind !== by.value) return;
@@ -242,30 +235,33 @@ export async function costsPage({ main, query }) {
 		}
 		const rows = groups.map((group) => ({ ...group, name: (group[kind] ?? "not named").slice(0, 200),
 			cost: Number(group.costUsd) }));
-		rows.sort((one, other) => (kind === "day" ? other.name.localeCompare(one.name) : other.cost - one.cost));
+		const byDay = kind === "day";
+		rows.sort((one, other) => (byDay ? other.name.localeCompare(one.name) : other.cost - one.cost));
 		const sum = (name) => rows.reduce((all, row) => all + Number(row[name]), 0);
+		const table = el("div.card", plainTable(rows.map((row) => [
+			el("td", row.name, !byDay && meter(row.cost / rows[0].cost)), number(count(row.runs)),
+			number(compactCount(row.totalTokens)), el("td.num", { title: row.costUsd }, money(row.cost))]),
+		[HEADS[kind], ...["Runs", "Tokens", "Cost"].map((word) => el("div.num", word))]));
+		const chart = el("div");
 		fill(box,
 			facts({ Cost: strong(money(sum("cost"))), "Tokens in": compactCount(sum("inputTokens")),
 				"Tokens out": compactCount(sum("outputTokens")), Entries: count(sum("entries")) }),
-			el("div.split", kind === "day" ? card("Cost by day", el("small", "days in UTC"),
-				dayChart(rows, today(), Number(days.value), Math.min(720, box.clientWidth - 24)))
-				: meters(`Cost by ${kind}`, rows.slice(0, 40).map((row) => [row.name, row.cost])),
-			el("div.card", plainTable(rows.map((row) => [row.name, number(count(row.runs)),
-				number(compactCount(row.totalTokens)), el("td.num", { title: row.costUsd }, money(row.cost))]),
-			[HEADS[kind], ...["Runs", "Tokens", "Cost"].map((word) => el("div.num", word))]))));
+			byDay ? el("div.split", card("Cost by day", el("small", "days in UTC"), chart), table) : table);
+		if (byDay) fill(chart, dayChart(rows, today(), Number(days.value), chart.clientWidth));
 	}
+	await onQuery(query);
+	return { onQuery };
 }
 
 function dayChart(rows, today, days, width) {
-	const [height, left, bottom] = [260, 52, 22];
+	const [height, bottom] = [260, 22];
 	const byDay = new Map(rows.map((row) => [row.name, row]));
 	const most = Math.max(...rows.map((row) => row.cost)) || 1;
-	const size = 10 ** Math.floor(Math.log10(most / 3));
-	const step = [1, 2, 5, 10].map((factor) => factor * size).find((one) => one >= most / 3);
-	const lines = Array.from({ length: Math.ceil(most / step - 1e-9) + 1 }, (_, index) => index * step);
+	const lines = [0, most / 2, most];
+	const left = 12 + 7 * Math.max(...lines.map((value) => money(value).length));
 	const room = (width - left) / days;
 	const base = height - bottom;
-	const top = (value) => 8 + (base - 8) * (1 - value / lines.at(-1));
+	const top = (value) => 8 + (base - 8) * (1 - value / most);
 	const labelled = Math.ceil(days / Math.floor(width / 85)); // every so many days
 
 	function bar(index) {
@@ -274,7 +270,7 @@ function dayChart(rows, today, days, width) {
 		const x = left + index * room;
 		const tall = row ? Math.max(1.5, base - top(row.cost)) : 0;
 		return [
-			row?.cost > 0 && el("rect", { x: x + room * 0.14, width: room * 0.72, y: base - tall, height: tall },
+			row?.cost > 0 && el("rect.is-running", { x: x + room * 0.14, width: room * 0.72, y: base - tall, height: tall },
 				el("title", `${row.name}: ${money(row.cost)}, ${count(row.runs)} runs`)),
 			(days - 1 - index) % labelled === 0 && el("text",
 				{ x: x + room / 2, y: height - 5, "text-anchor": index > days - 2 ? "end" : "middle" },

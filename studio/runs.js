@@ -1,16 +1,16 @@
 // The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once. POST /changes
 // says which ids stand on the page now, and sends only the rows whose version differs.
 
-import { breathe, canWrite, early, every, FILTERS, get, laterAgain, navigate, PAGE_SIZE, pageQuery, post,
-	query as toQuery, readAddress, readPage, runsUrl, runUrl } from "./api.js";
+import { breathe, canWrite, every, frame, get, laterAgain, navigate, post, query as toQuery, runsUrl, runUrl } from "./api.js";
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
 	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, row as inRow, searchInput, select,
-	setMark, setState, setText, show, skeleton, status, strong, syncRows, tag, time, toast, zoneNote } from "./dom.js";
+	setMark, setState, setText, show, status, strong, syncRows, tag, time, toast } from "./dom.js";
 
+const PAGE_SIZE = 50;
 const SCREENFUL = 20; // rows that are drawn first, the rest a moment later
 const REFRESH_MS = 1500;
 const MOST_OF_ERROR = 300; // characters of a message that the server sends in a line
-const STATUSES = ["running", "waiting", "queued", "pending", "failed", "completed", "cancelled"];
+const FILTERS = ["status", "workflow", "queue", "failureClass", "since", "until", "text", "errors", "parent"];
 const WORDS = { failureClass: "class", since: "from", until: "before", parent: "children of" };
 const SORTS = [["newest", "Newest first"], ["oldest", "Oldest first"], ["ended", "Last ended first"]];
 const PERIODS = [["", "Any time"], ["1", "Last hour"], ["24", "Last 24 hours"], ["168", "Last 7 days"]];
@@ -18,15 +18,32 @@ const ACTIONS = { cancel: ["Cancel", "cancelled", "danger"], retry: ["Retry", "p
 	delete: ["Delete", "deleted", "danger"] };
 const SEARCH_LABEL = "Search runs: an id, text of an error, workflow:, queue:, status:, or key:value of the metadata";
 
+function readAddress(parameters) {
+	const filters = Object.fromEntries([...parameters].filter(([name, value]) =>
+		value && (FILTERS.includes(name) || name.startsWith("metadata."))));
+	return [filters, { sort: parameters.get("sort"), before: parameters.get("before") }];
+}
+
+/** Of the page's runs those come that are not in `known`, by id, or have another version. */
+const readPage = (filters, paging, known = {}) => post("/changes",
+	{ known, query: toQuery({ ...filters, ...paging, limit: PAGE_SIZE }).slice(1) }, { signal: frame.signal });
+
+let first = null; // the answer for a visit that begins here, on its way while the session is read
+if (/^\/studio(\/runs)?\/?$/.test(location.pathname)) {
+	first = readPage(...readAddress(new URLSearchParams(location.search)));
+	first.catch(() => { first = null; });
+}
+
 export async function runsPage({ main, query, signal }) {
 	let filters = {};
 	let paging = {};
 	let rows = []; // light runs, in the order of the screen
 	let nextCursor = null;
+	let shown = null; // the address of these rows; null when the server refused its filters
 	let allMatching = false;
 	const selected = new Set();
 
-	const mark = el("span.mark", { role: "status" }, "loading");
+	const mark = el("span.mark", { role: "status" });
 	const search = searchInput("id, error text, queue:mail, key:value", SEARCH_LABEL, null, { "data-search": "" });
 	const typed = search.lastChild;
 	const chips = el("div.row");
@@ -71,10 +88,6 @@ export async function runsPage({ main, query, signal }) {
 	const bulk = el("div.bulk", { role: "region", label: "Selected runs", hidden: true }, bulkText, bulkAll,
 		Object.entries(ACTIONS).map(([action, [word, , kind]]) => button(word, () => act(action), kind)),
 		button("Clear", clearSelection, "quiet"));
-	fill(main, heading("Runs", mark),
-		el("search.stack", el("div.filters", el("form.grow", { onsubmit: searched }, search), period, sort),
-			el("div.spread", counts, chips)),
-		table, bulk, inRow(newest, older, zoneNote()));
 
 	// --- filters
 
@@ -88,7 +101,7 @@ export async function runsPage({ main, query, signal }) {
 		const named = Object.entries(filters).filter(([name]) => name !== "status" && name !== "errors");
 		fill(chips, named.map(([name, value]) => {
 			const word = WORDS[name] ?? name.replace("metadata.", "");
-			const shown = name === "since" || name === "until" ? time(value, "short") : value;
+			const shown = /since|until/.test(name) && Date.parse(value) ? time(value, "short") : value;
 			return el("span.chip", el("span.clip", { title: value }, `${word}: `, shown),
 				iconButton("close", `Remove filter ${word}: ${value}`, () => change({ [name]: null })));
 		}));
@@ -131,35 +144,39 @@ export async function runsPage({ main, query, signal }) {
 
 	// --- reading
 
-	async function refresh() {
+	async function read() {
 		const asked = address();
 		const known = new Map(rows.map((run) => [run.id, run]));
+		const answer = first ?? readPage(filters, paging, Object.fromEntries(rows.map((run) => [run.id, run.version])));
+		first = null;
+		const { ids, runs, nextCursor: next } = await answer;
+		setMark(mark, "live");
+		if (asked === shown && !runs.length && next === nextCursor && ids.join() === [...known.keys()].join()) return;
+		for (const run of runs) known.set(run.id, run);
+		if (!rows.length && runs.length > SCREENFUL) {
+			table.set(runs.slice(0, SCREENFUL));
+			await breathe(30); // they are painted
+		}
+		if (asked !== address()) return; // somebody chose other filters meanwhile
+		rows = ids.map((id) => known.get(id)).filter(Boolean);
+		[shown, nextCursor] = [asked, next];
+		render();
+		readCounts();
+	}
+
+	async function refresh() {
 		try {
-			const { ids, runs, nextCursor: next } = await post("/changes", { query: toQuery(pageQuery(filters, paging)).slice(1),
-				known: Object.fromEntries(rows.map((run) => [run.id, run.version])) }, { signal });
-			if (asked !== address()) return;
-			setMark(mark, "live");
-			if (runs.length === 0 && ids.join() === [...known.keys()].join() && next === nextCursor) return;
-			for (const run of runs) known.set(run.id, run);
-			take(ids.map((id) => known.get(id)).filter(Boolean), next);
-			readCounts();
+			if (shown) await read();
 		} catch (error) {
 			setMark(mark, error.status === 0 ? "stale" : "reconnecting");
 			throw error;
 		}
 	}
 
-	function take(runs, cursor) {
-		rows = runs;
-		nextCursor = cursor;
-		setMark(mark, "live");
-		render();
-	}
-
 	const readCounts = debounce(async () => {
 		const { counts: found, total } = await get("/counts", { ...filters, status: null });
 		const chosen = new Set(filters.status?.split(","));
-		const entries = [["All", total], ...STATUSES.map((name) => [name, found[name]])]
+		const entries = Object.entries({ All: total, ...found })
 			.filter(([name, { count: many }]) => name === "All" || many > 0 || chosen.has(name));
 		syncRows(counts, entries, ([name]) => name, ([name]) => button("", () => toggleStatus(name)),
 			(node, [name, { count: many, more }]) => {
@@ -201,40 +218,34 @@ export async function runsPage({ main, query, signal }) {
 		selected.clear();
 		allMatching = false;
 		showFilters();
-		if (rows.length === 0) fill(table, skeleton(12));
-		const asked = address();
 		try {
-			const answer = await (early.runs ?? readPage(filters, paging));
-			if (rows.length === 0 && answer.runs.length > SCREENFUL) {
-				table.set(answer.runs.slice(0, SCREENFUL));
-				await breathe(30); // they are painted
-			}
-			if (asked === address()) take(answer.runs, answer.nextCursor);
+			await read();
 		} catch (error) {
 			if (error.status !== 400) throw error;
-			take([], null);
+			[rows, shown, nextCursor] = [[], null, null];
+			render();
+			setMark(mark, "not live");
 			fill(table, fault(error));
-		} finally {
-			early.runs = null;
-			readCounts();
 		}
 	}
 
+	fill(main, heading("Runs", mark),
+		el("search.stack", el("div.filters", el("form.grow", { onsubmit: searched }, search), period, sort),
+			el("div.spread", counts, chips)),
+		table, bulk, inRow(newest, older));
 	await onQuery(query);
-	if (query.get("focus")) typed.focus();
 	every(refresh, REFRESH_MS, signal);
 	return { onQuery, escape: () => (selected.size || allMatching) && (clearSelection(), true) };
 }
 
-const hoursAgo = (hours) => new Date(Math.floor(Date.now() / 6e4) * 6e4 - hours * 36e5).toISOString();
-
-const SEARCH_NAMES = { ...Object.fromEntries(FILTERS.map((name) => [name, name])), class: "failureClass" };
+const hoursAgo = (hours) => new Date(Date.now() - hours * 36e5).toISOString();
 
 /** "status:failed customer:42 timed out" -> filters; values with spaces stand in quotes, the rest is text. */
 function readSearch(words) {
 	const found = {};
-	const text = words.replace(/([^\s:"]+):("([^"]*)"|\S+)/g, (_, name, value, quoted) => {
-		found[SEARCH_NAMES[name] ?? `metadata.${name}`] = quoted ?? value;
+	const text = words.replace(/([^\s:"]+):("([^"]*)"|\S+)/g, (_, word, value, quoted) => {
+		const name = word === "class" ? "failureClass" : word;
+		found[FILTERS.includes(name) ? name : `metadata.${name}`] = quoted ?? value;
 		return "";
 	}).replace(/\s+/g, " ").trim();
 	return { ...found, text };
@@ -259,19 +270,18 @@ async function runBulk(action, target) {
 	let open = true;
 	const tally = { true: 0, false: 0 };
 	dialog(words, [summary, results]).closed.then(() => { open = false; });
-	for (let cursor = start; cursor !== null && open;) { // closing the report stops it
-		let batch;
-		try {
-			batch = await post("/bulk", { action, ...target, cursor, reason: asked.reason || undefined, actor: "studio" });
-		} catch (error) {
-			setText(summary, `${summary.textContent} Stopped: ${error.message}.`);
-			return true;
+	const order = { action, ...target, cursor: start, reason: asked.reason || undefined, actor: "studio" };
+	try {
+		while (order.cursor !== null && open) { // closing the report stops it
+			const batch = await post("/bulk", order);
+			for (const { ok } of batch.results) tally[ok] += 1;
+			setText(summary, `${count(tally.true)} ${past}${tally.false ? `, ${count(tally.false)} refused` : ""}.`);
+			results.append(plainTable(batch.results.map(({ id, ok, code: why, error }) =>
+				[ok ? status("completed", past) : status("failed", why), link(runUrl(id), code(id)), muted(error)])));
+			order.cursor = batch.cursor;
 		}
-		for (const { ok } of batch.results) tally[ok] += 1;
-		setText(summary, `${count(tally.true)} ${past}${tally.false ? `, ${count(tally.false)} refused` : ""}.`);
-		results.append(plainTable(batch.results.map(({ id, ok, code: why, error }) =>
-			[ok ? status("completed", past) : status("failed", why ?? "refused"), link(runUrl(id), code(id)), muted(error)])));
-		({ cursor } = batch);
+	} catch (error) {
+		setText(summary, `${summary.textContent} Stopped: ${error.message}.`);
 	}
 	return true;
 }
@@ -295,17 +305,15 @@ const PARTS = {
 };
 
 /** Null when it completed. */
-export function outcome({ whyDetail, why, status, error, failureClass, cancelActor, cancelReason }) {
+export function outcome({ whyDetail, status, error, failureClass, cancelActor, cancelReason }) {
 	if (whyDetail) {
-		return whyDetail.line.split(/(\{\w+:\w+\})/).map((text) => {
-			const [, kind, name] = /^\{(\w+):(\w+)\}$/.exec(text) ?? [];
-			return kind ? PARTS[kind](whyDetail[name]) : text;
-		});
+		return [...whyDetail.line.matchAll(/\{(\w+):(\w+)\}|[^{]+/g)].map(([text, kind, name]) =>
+			(kind ? PARTS[kind](whyDetail[name]) : text));
 	}
 	if (status === "failed") {
 		return [el("span.error-text", errorLine(error) || "failed"), failureClass && [" ", tag(failureClass)]];
 	}
-	if (status !== "cancelled") return why ?? null;
+	if (status !== "cancelled") return null;
 	return ["cancelled", cancelActor && ` by ${cancelActor}`, cancelReason && `: ${cancelReason}`];
 }
 

@@ -1,10 +1,10 @@
 // The frame around the pages: session, navigation, keyboard. A page is namePage({main, parts, query, signal}): it is
 // built in `main` and may return {escape, onQuery}; `signal` ends its reads, streams, timers and listeners.
 
-import { ApiError, early, get, goBack, keepKey, laterAgain, navigate, poll, rememberScroll, session, setOpener,
-	setPageSignal, setTitle, setWaiting, unreachable, watch } from "./api.js";
+import { ApiError, frame, get, getResponse, goBack, KEY, laterAgain, navigate, poll, rememberPlace, session,
+	setTitle, setWaiting } from "./api.js";
 import { button, count, debounce, dialog, el, errorText, fault, field, fill, heading, icon, input, link, logo,
-	plainTable, row, setServerTime, setText, show, skeleton, strong, switchZone, tag, time, toast, zoneName
+	plainTable, row, setServerTime, setState, setText, show, skeleton, strong, tag, time, toast, zoneButton
 	} from "./dom.js";
 import "./runs.js"; // most visits begin with it
 
@@ -20,13 +20,14 @@ const badge = el("span.badge", { hidden: true });
 const links = Object.entries(PAGES).map(([name, title]) => el("a", { href: `/studio/${name}`, title: `g ${name[0]}` },
 	icon(name), el("span", title), name === "approvals" && badge));
 const foot = el("div.nav-foot");
-const frame = el("div.frame", el("nav.nav", { label: "Studio" },
+const whole = el("div.frame", el("nav.nav", { label: "Studio" },
 	el("a.brand", { href: "/studio/runs" }, logo(21), "Tidebase"), el("div.nav-links", links), foot),
 el("div", banner, main));
 
-watch.onReachable = (reachable) => {
+frame.onReachable = (reachable) => {
 	if (reachable === banner.hidden) return;
 	show(banner, !reachable);
+	if (reachable) return document.dispatchEvent(new Event("reachable"));
 	fill(banner, strong("The server cannot be reached."), " What you see is as of ", time(Date.now(), "short"),
 		". Trying again.");
 };
@@ -37,46 +38,61 @@ let page = null; // what the page that is open gave back
 let shownPath = null;
 let leaving = new AbortController();
 
-async function open(scroll) {
-	const url = new URL(location.href);
-	const [name, ...parts] = url.pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
-	if (!name) return navigate(`/studio/runs${url.search}`, { replace: true });
-	if (url.pathname === shownPath && page?.onQuery) return page.onQuery(url.searchParams);
-	for (const box of document.querySelectorAll("dialog[open]")) box.close("");
-	leaving.abort();
-	const { signal } = leaving = new AbortController();
-	setPageSignal(signal);
-	shownPath = url.pathname;
-	page = null;
+frame.open = async ({ scroll = 0, row } = {}) => {
+	if (/^\/studio\/?$/.test(location.pathname)) history.replaceState(null, "", `/studio/runs${location.search}`);
+	const { pathname, searchParams: query } = new URL(location.href);
+	const [name, ...parts] = pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
 	const title = TITLES[name];
-	for (const anchor of links) {
-		if (anchor.pathname === `/studio/${PAGES[name] ? name : "runs"}`) anchor.setAttribute("aria-current", "page");
-		else anchor.removeAttribute("aria-current");
+	const opened = pathname === shownPath && page;
+	if (!opened?.onQuery) {
+		for (const box of document.querySelectorAll("dialog[open]")) box.close("");
+		leaving.abort();
+		leaving = new AbortController();
+		frame.signal = leaving.signal;
+		shownPath = pathname;
+		page = null;
+		for (const anchor of links) setState(anchor, "current", anchor.pathname === `/studio/${PAGES[name] ? name : "runs"}`);
+		setTitle(title ?? "Not found");
+		if (!title) return fill(main, heading("There is no such page"), link("/studio/runs", "All runs"));
+		fill(main, heading(title), skeleton());
 	}
-	setTitle(title ?? "Not found");
-	if (!title) return fill(main, heading("There is no such page"), link("/studio/runs", "All runs"));
-	fill(main, skeleton());
+	const { signal } = leaving;
 	try {
-		const kind = name === "runs" && parts.length ? "run" : name;
-		const file = { runs: "runs", run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations";
-		const module = await import(`./${file}.js`).catch(() => { throw unreachable(); });
-		if (signal.aborted) return; // left before it was there
-		const opened = await module[`${kind}Page`]({ main, parts, query: url.searchParams, signal });
-		if (signal.aborted) return;
-		page = opened;
+		if (opened?.onQuery) await opened.onQuery(query);
+		else {
+			const kind = name === "runs" && parts.length ? "run" : name;
+			const module = await load({ runs: "runs", run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations");
+			if (signal.aborted) return; // left before it was there
+			const built = await module[`${kind}Page`]({ main, parts, query, signal });
+			if (signal.aborted) return;
+			page = built;
+		}
 	} catch (error) {
 		if (signal.aborted || error.status === 401) return;
-		laterAgain(error);
-		fill(main, heading(title), fault(error, openAgain,
-			strong(error.status === 404 ? "It does not exist, or no longer" : "This could not be loaded")));
+		leaving.abort();
+		page = null;
+		const known = error instanceof ApiError;
+		fill(main, heading(title), fault(error, known ? openAgain : () => location.reload(),
+			strong("This could not be loaded")));
+		if (!known) reportError(error);
 	}
 	scrollTo(0, scroll);
-	if (!main.contains(document.activeElement)) main.focus({ preventScroll: true });
-}
+	if (main.contains(document.activeElement)) return;
+	(main.querySelector(`[data-key="${CSS.escape(row)}"] [data-row]`) ?? main).focus({ preventScroll: true });
+};
 
 function openAgain() {
 	shownPath = null;
-	open(0);
+	frame.open();
+}
+
+/** When a module does not come, its file tells why: the server is away, or has no such file. Else the module does. */
+function load(name) {
+	const file = `/studio/${name}.js`;
+	return import(file).catch(async (error) => {
+		await getResponse(file);
+		throw error;
+	});
 }
 
 document.addEventListener("click", (event) => {
@@ -86,10 +102,9 @@ document.addEventListener("click", (event) => {
 	event.preventDefault();
 	navigate(anchor.getAttribute("href"));
 });
-addEventListener("popstate", (event) => open(event.state?.scroll ?? 0));
-addEventListener("scroll", debounce(rememberScroll, 200), { passive: true });
+addEventListener("popstate", () => frame.open(history.state ?? {}));
+addEventListener("scroll", debounce(rememberPlace, 200), { passive: true });
 history.scrollRestoration = "manual";
-setOpener(open);
 
 // --- keyboard
 
@@ -111,9 +126,9 @@ document.addEventListener("keydown", (event) => {
 	else if (key === "?") showHelp();
 	else if (key === "/") {
 		event.preventDefault();
-		const search = main.querySelector("[data-search]");
-		if (search) search.select();
-		else navigate("/studio/runs?focus=search");
+		const search = () => main.querySelector("[data-search]");
+		if (search()) search().select();
+		else navigate("/studio/runs").then(() => search().select());
 	} else if (key === "j" || key === "k") moveFocus(target, key === "j" ? 1 : -1);
 	else if (key === "x") target.closest("tr")?.querySelector("input[type=checkbox]")?.click();
 	else if (key === "Escape" && !page?.escape?.() && location.pathname !== "/studio/runs") goBack();
@@ -133,21 +148,19 @@ const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) =>
 
 // --- session
 
-const KEY_GONE = "Your key is no longer the server's.";
-let counting = new AbortController(); // how many decisions wait
+const signedIn = new AbortController();
 
 function signOut() {
-	keepKey(null);
+	sessionStorage.removeItem(KEY);
 	location.assign("/studio");
 }
 
-function showSignIn(words = "") {
+function showSignIn() {
 	leaving.abort();
-	counting.abort();
-	shownPath = null;
+	signedIn.abort();
 	setTitle("Sign in");
 	const typed = input(null, { type: "password", required: true, autocomplete: "current-password" });
-	const refused = errorText(words);
+	const refused = errorText(session.key ? "Your key is no longer the server's." : "");
 	async function signIn(event) {
 		event.preventDefault();
 		try {
@@ -156,8 +169,8 @@ function showSignIn(words = "") {
 			setText(refused, error.status === 401 ? "That key is not the server's." : error.message);
 			return typed.select();
 		}
-		keepKey(typed.value);
-		start();
+		sessionStorage.setItem(KEY, typed.value);
+		location.reload();
 	}
 	fill(document.body, el("main.sign-in", el("form.card", { onsubmit: signIn },
 		row(logo(32), el("h1", "Tidebase Studio")),
@@ -167,10 +180,7 @@ function showSignIn(words = "") {
 }
 
 async function readSession() {
-	const asked = early.session ?? get("/session", {}, { signal: null });
-	early.session = null;
-	zoneName(); // the browser's first look at time zones takes 30 ms, in which the answer comes
-	Object.assign(session, await asked);
+	Object.assign(session, await get("/session", {}, { signal: null }));
 	setServerTime(session.now);
 }
 
@@ -179,19 +189,16 @@ async function start() {
 	try {
 		await readSession();
 	} catch (error) {
-		early.runs = null; // was refused, too
-		if (error.status === 401) return showSignIn(session.key ? KEY_GONE : "");
+		if (error.status === 401) return showSignIn();
 		fill(document.body, el("main.sign-in", fault(error, null, strong("Tidebase Studio"))));
 		return setTimeout(start, 2000);
 	}
-	fill(foot, session.access === "read" && tag("read only"),
-		button([icon("clock"), el("span", { "data-zone": "" }, zoneName())], switchZone, "quiet",
-			{ title: "Show times in UTC or in this computer's zone" }),
-		button([el("kbd", "?"), "Keyboard"], showHelp, "quiet"), session.key && button("Sign out", signOut, "quiet"));
-	fill(document.body, frame);
-	counting.abort();
-	const { signal } = counting = new AbortController();
-	await open(history.state?.scroll ?? 0);
+	fill(document.body, whole);
+	const { signal } = signedIn;
+	await frame.open(history.state ?? {});
+	fill(foot, session.access === "read" && tag("read only"), zoneButton(), // the first look at time zones takes 30 ms
+		button([el("kbd", "?"), "Keyboard"], showHelp, "quiet.keys"),
+		session.key && button("Sign out", signOut, "quiet"));
 	poll(async () => {
 		const answer = await get("/approvals", { limit: 1 }, { signal });
 		setWaiting(answer.count);
@@ -200,7 +207,7 @@ async function start() {
 	}, 5000, signal).catch(laterAgain);
 }
 
-watch.onUnauthorized = () => main.isConnected && showSignIn(KEY_GONE);
+frame.onUnauthorized = () => main.isConnected && showSignIn();
 addEventListener("unhandledrejection", (event) => {
 	const { reason } = event;
 	if (reason?.name === "AbortError" || reason instanceof ApiError) event.preventDefault();
