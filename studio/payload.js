@@ -119,8 +119,9 @@ export const inlinePayload = (title, text, name, toRead = false) =>
 export const payload = (title, runId, of, id = null, toRead = false) => loading(async (box) => {
 	const response = await getResponse(path`/runs/${runId}/payload`, { of, id, offset: 0, limit: FIRST });
 	const size = (unit) => Number(response.headers.get(`x-tidebase-${unit}`));
-	fill(box, frame(title, await response.text(), { complete: size("characters") <= FIRST, size: size("bytes"),
-		whole: () => readPayload(runId, of, id), name: [runId, of, id].filter(Boolean).join("-"), toRead }));
+	const complete = size("characters") <= FIRST;
+	fill(box, frame(title, await response.text(), { complete, size: size("bytes"), toRead: toRead && complete,
+		whole: () => readPayload(runId, of, id), name: [runId, of, id].filter(Boolean).join("-") }));
 }, 2);
 
 export async function download(whole, name, type = "application/json") {

@@ -9,7 +9,7 @@ import { ask, between, button, card, code, compactCount, count, dash, duration, 
 	setState, setText, show, skeleton, status, strong, time, toast } from "./dom.js";
 import { LiveRun } from "./live.js";
 import { bodyOf, diffTable, jsonInput, payload, readPayload } from "./payload.js";
-import { attemptWords, errorLine, outcome, runDuration, runStatus, shownStatus } from "./runs.js";
+import { attemptWords, errorLine, outcome, runStatus, shownStatus } from "./runs.js";
 import { attemptsTable, stepPanel, TABS } from "./tabs.js";
 import { attemptsOf, makeWaterfall, Timeline } from "./waterfall.js";
 
@@ -61,8 +61,8 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	openStep(query.get("step"));
 	run.follow(header.mark);
 	every(async () => run.isLive && waterfall.element.isConnected && waterfall.update(), 1000, signal);
-	let turn = 0;
-	every(async () => (run.isLive || ++turn % 5 === 0) && run.readAgain(), 3000, signal); // rarely once it has ended
+	every(async () => run.isLive && run.readAgain(), 3000, signal);
+	every(() => run.readAgain(), 15_000, signal); // of one that has ended, the deliveries go on
 
 	return {
 		onQuery: (parameters) => tabs.open(parameters.get("tab")),
@@ -85,10 +85,10 @@ function makeHeader(run, stepsRead, showStep) {
 		const { light, cost } = run;
 		const shown = shownStatus(light);
 		setTitle(`${workflowName} ${shown}`);
-		once(badge, shown, () => fill(badge, status(shown)));
 		const step = (light.status === "failed" || light.whyDetail?.kind === "retry") && run.failedStep;
 		once(why, [shown, light.whyDetail, light.error, light.cancelReason, step?.id], () => {
 			const line = outcome(light);
+			fill(badge, status(shown));
 			why.className = `why is-${shown}`;
 			show(why, line);
 			fill(why, el("span", line), step && button(`In step ${step.name}`, () => showStep(step), "quiet"));
@@ -99,7 +99,7 @@ function makeHeader(run, stepsRead, showStep) {
 		once(actions, wanted, () => fill(actions, wanted.map((name) => actionButton(name))));
 		show(verdict, doubtful);
 		once(verdict, doubtful && [shown, light.eventSeq], () => doubtful && drawVerdict().catch((error) => {
-			verdict.source = null;
+			verdict.source = null; // drawn with the next reading
 			laterAgain(error);
 		}));
 	}
@@ -141,7 +141,6 @@ function aboutRun({ isLive, light, parent, cost: { own, subtree }, durationMs })
 		"Child of": parent && link(runUrl(parent.id), parent.name ?? parent.id),
 		"Fork of": light.forkedFrom && link(compareUrl(light.forkedFrom, light.id), light.forkedFrom),
 		Owner: light.leaseOwner && code(light.leaseOwner),
-		"Lease ends": time(light.leaseExpiresAt),
 		[several ? `Cost of ${plural(subtree.runs, "run")}` : "Cost"]: (costUsd > 0 || totalTokens > 0)
 			&& el("span", { title: `${count(inputTokens)} in, ${count(outputTokens)} out; its own: ${money(own.costUsd)}` },
 				money(costUsd), totalTokens > 0 && muted(` · ${compactCount(totalTokens)} tokens`)),
@@ -210,7 +209,7 @@ async function fork(run) {
 	}
 	draw();
 	const values = await ask("Fork this run", [
-		el("p", "A new run of the same workflow. It begins with copies of the checkpoints before the step that you choose."),
+		el("p", "A new run, which begins with copies of the checkpoints before the step that you choose."),
 		field("Run again from", from), preview, field("Queue", queue), field("Input", payload), note,
 	], "Fork");
 	if (!values) return;
@@ -301,7 +300,6 @@ function makePanel(run, onClose) {
 			el("div.body.stack", attempts, kinds.map(([word, of]) => payload(word, id, of, null, of === "error")),
 				kinds.length === 0 && muted("It has no input and no result yet."))));
 		const itself = new Timeline(run, []).run;
-		show(attempts, attemptsOf(itself).length > 1);
 		once(attempts, attemptsOf(itself), () => fill(attempts, attemptsTable(itself)));
 	}
 
@@ -330,10 +328,9 @@ export async function comparePage({ main, query, signal }) {
 
 	async function load() {
 		await Promise.all(runs.map((run) => run.readAll()));
-		runs.forEach(({ light, cost }, index) => fill(heads[index], card(
-			el("a", { href: runUrl(light.id) }, index === 0 ? "First: " : "Second: ", light.workflowName), runStatus(light),
-			idText(light.id), facts({ Duration: runDuration(light), Cost: money(cost.own.costUsd),
-				Created: time(light.createdAt) }), muted(outcome(light)))));
+		runs.forEach((run, index) => fill(heads[index], card(
+			el("a", { href: runUrl(run.id) }, index === 0 ? "First: " : "Second: ", run.light.workflowName),
+			runStatus(run.light), idText(run.id), aboutRun(run), muted(outcome(run.light)))));
 		for (const { name, pair } of draw().filter(({ word }) => word === "reading").slice(0, MOST)) {
 			const size = pair[0].outputBytes;
 			const same = async () => new Set(await readOutputs(pair)).size === 1;

@@ -4,11 +4,11 @@
 
 import { canWrite, get, post, readPages, runUrl } from "./api.js";
 import { gateCard, reviewForm } from "./approvals.js";
-import { between, button, bytes, card, code, count, dash, debounce, duration, el, empty, errorText, facts, fill,
-	grid, iconButton, idText, input, link, loading, meters, money, muted, number, once, options, plainTable, plural, searchInput,
-	select, setText, show, status, strong, tag, time, toast, virtualRows } from "./dom.js";
-import { diffTable, inlinePayload, items, member, payload, readPayload } from "./payload.js";
-import { errorLine, outcome, runStatus } from "./runs.js";
+import { button, card, code, count, dash, debounce, duration, el, empty, errorText, facts, fill, grid, iconButton, idText,
+	input, link, loading, meters, money, muted, number, once, options, plainTable, plural, searchInput, select, setText, show,
+	status, strong, tag, time, toast, virtualRows } from "./dom.js";
+import { diffTable, inlinePayload, member, payload, readPayload } from "./payload.js";
+import { outcome, runStatus } from "./runs.js";
 import { attemptsOf, WORDS } from "./waterfall.js";
 
 export const TABS = { events: eventsTab, state: stateTab, gates: gatesTab, usage: usageTab, children: childrenTab,
@@ -46,11 +46,9 @@ function eventsTab(run, panel) {
 	function open(event) {
 		chosen = event;
 		rows.draw();
-		const { seq, type, text, name, attempt, createdAt, payloadOmitted } = event;
-		panel.open(`${seq} ${type}`, [
-			facts({ Time: time(createdAt, "precise"), Name: name, Attempt: attempt }),
-			payloadOmitted ? payload("Payload", run.id, "event", seq)
-				: inlinePayload("Payload", member(text, "payload"), `event-${seq}`)]);
+		const { seq, type, text, payloadOmitted } = event;
+		panel.open(`${seq} ${type}`, payloadOmitted ? payload("Payload", run.id, "event", seq)
+			: inlinePayload("Payload", member(text, "payload"), `event-${seq}`));
 	}
 
 	function update() {
@@ -67,10 +65,9 @@ function eventsTab(run, panel) {
 }
 
 /** The plain values of its payload, and of what it is about. */
-function describeEvent({ payload: whole, payloadBytes, payloadOmitted }) {
-	if (payloadOmitted) return bytes(payloadBytes);
+function describeEvent(event) {
 	const flat = (value) => Object.entries(value ?? {});
-	return flat(whole).flatMap((pair) => (typeof pair[1] === "object" ? flat(pair[1]) : [pair]))
+	return flat(event.payload).flatMap((pair) => (typeof pair[1] === "object" ? flat(pair[1]) : [pair]))
 		.filter(([name, value]) => /string|number/.test(typeof value) && !/(id|hash|at|name|token|url|replay)$/i.test(name))
 		.map(([name, value]) => `${name} ${value}`).join(" · ");
 }
@@ -200,10 +197,9 @@ function webhooksTab(run, panel) {
 	const shownAs = ({ status: is }) => status(is === "pending" ? "waiting" : is, is);
 	const nameOf = ({ eventType, reason }) => eventType ?? reason;
 	function open(delivery) {
-		const { id, kind, attempts, nextAttemptAt, httpStatus, url, payloadBytes, responseBytes } = delivery;
+		const { id, kind, nextAttemptAt, url, payloadBytes, responseBytes } = delivery;
 		panel.open(nameOf(delivery), [
-			facts({ Status: shownAs(delivery), Kind: kind, Tries: attempts,
-				"Next try": delivery.status === "pending" && time(nextAttemptAt), HTTP: httpStatus, Id: idText(id) }),
+			facts({ Kind: kind, "Next try": delivery.status === "pending" && time(nextAttemptAt), Id: idText(id) }),
 			el("p", code(url)), errorText(delivery.errorText),
 			payloadBytes > 0 && payload("Body", run.id, "delivery", id),
 			responseBytes > 0 && payload("Answer", run.id, "delivery.response", id)]);
@@ -241,12 +237,10 @@ export function stepPanel(run, { key, runId }, rowOf) {
 		const { sideEffects, replay, idempotencyKey } = step.resumeContract ?? {};
 		const shown = (title, of) => step[`${of}Bytes`] > 2 && payload(title, runId, `step.${of}`, key, of === "error");
 		fill(box,
-			facts({ Status: status(step.status), Attempt: step.attempt, Began: time(step.startedAt, "precise"),
-				Took: step.completedAt && between(step.startedAt ?? step.createdAt, step.completedAt),
-				Owner: step.leaseOwner && code(step.leaseOwner),
-				Copied: step.copied && "from the run that this is a fork of" }),
+			facts({ Status: status(step.status), Copied: step.copied && "from the run that this is a fork of" }),
+			attemptsTable(rowOf()),
 			step.status === "manual_review" && canWrite() && card("Decide it", null, reviewForm(runId, step, panel.again)),
-			shown("Error", "error"), shown("Output", "output"), shown("Input", "input"), attemptsTable(rowOf()),
+			shown("Error", "error"), shown("Output", "output"), shown("Input", "input"),
 			el("h3", "Contract"),
 			facts({ "Side effects": sideEffects?.length ? sideEffects.map((effect) => tag(String(effect))) : "none declared",
 				"On a crash": REPLAY[replay] ?? replay, "Idempotency key": idempotencyKey && idText(idempotencyKey),
@@ -257,10 +251,7 @@ export function stepPanel(run, { key, runId }, rowOf) {
 	return Object.assign(panel, { update: (events) => events.some(({ stepId }) => stepId === key) && again() });
 }
 
-/** The attempts of a step or of the run, when there were several. */
-export function attemptsTable(row) {
-	const attempts = attemptsOf(row);
-	return attempts.length > 1 && plainTable(attempts.map(({ n, kind, owner, from, to }) => [n,
-		status(kind === "cut" ? "stalled" : kind, WORDS[kind]), owner ?? dash(), time(from, "precise"),
-		number(to === null ? "…" : duration(to - from))]), ["Attempt", "Outcome", "Worker", "Began", "Took"]);
-}
+/** The attempts of a step, or of the run. */
+export const attemptsTable = (row) => plainTable(attemptsOf(row).map(({ n, kind, owner, from, to }) => [n,
+	status(kind === "cut" ? "stalled" : kind, WORDS[kind]), owner ?? dash(), time(from, "precise"),
+	number(to === null ? "…" : duration(to - from))]), ["Attempt", "Outcome", "Worker", "Began", "Took"]);

@@ -229,7 +229,7 @@ export function makeWaterfall(run, onSelect) {
 		errorsOnly = !errorsOnly;
 		setState(onlyErrors, "pressed", errorsOnly);
 		draw();
-	}, "", { "aria-pressed": "false", title: "Only steps that failed or were cut off" });
+	}, "", { "aria-pressed": "false" });
 	const search = searchInput("Filter steps", "Filter steps by name", (text) => {
 		filter = text.toLowerCase();
 		draw();
@@ -273,7 +273,7 @@ export function makeWaterfall(run, onSelect) {
 		drawRuler();
 		rows.set(list);
 		show(nothing, list.length === 1);
-		setText(nothing, all.length > 1 ? "No step matches." : ended ? "It ended without a step." : "No step has begun yet.");
+		setText(nothing, all.length > 1 ? "No step matches." : "No step was begun.");
 		setText(tally, plural(list.filter(({ kind }) => kind === "step").length, "step"));
 		const kinds = new Set([!ended && "now", ...list.flatMap(({ spans }) => spans.map(({ kind }) => kind))]);
 		const shown = Object.keys(WORDS).filter((kind) => kinds.has(kind));
