@@ -75,7 +75,7 @@ from tidebase_server.embedded import EmbeddedPostgres
 from tidebase_server.events import EventLog, frames
 from tidebase_server.exchange import Cut, Exchange
 from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
-from tidebase_server.logs import LogFormat, log_expired, log_failure
+from tidebase_server.logs import LogFormat, log_expired, log_failure, printable
 from tidebase_server.processes import Processes, on_stop
 from tidebase_server.programs import EmbeddedError
 from tidebase_server.recent_claims import RecentClaims
@@ -1558,11 +1558,6 @@ def explain(run_id: str) -> None:
             click.echo(f"\nDecide {printable(step['name'])}, in Studio or by tide.runs.review_step({run_id!r}, "
                        f"{step['id']!r}, DECISION): 'retry', 'complete' (with its output=) or 'fail'")
     click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
-
-
-def printable(text: str) -> str:
-    """A text of somebody else's without line breaks and other characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
