@@ -554,9 +554,12 @@ def test_who_only_enqueues_and_sends_for_others_hands_them_over_when_its_time_is
         with monkeypatch.context() as patch:
             patch.setattr(tide._batcher, "_start_leader", lambda driver=None: None)
             session.step("step", lambda: 1)  # its record is ready, and nobody sends it
-        with pytest.raises(tidebase_sdk.Unreachable):
-            tide.enqueue("other", queue="elsewhere")  # sends both, and not for as long as the run has its lease
-        is_back.set()
+        enqueued = in_background(lambda: tide.enqueue("other", queue="elsewhere"))
+        try:
+            with pytest.raises(tidebase_sdk.Unreachable):
+                enqueued()  # it sends both, and not for as long as the run has its lease
+        finally:
+            is_back.set()
         session.complete()
     assert [step["output"] for step in api.detail("run_shares_a_batch")["steps"]] == [1]
 
