@@ -42,7 +42,7 @@ def flow(run, input):
     {step}
 
 def main():
-    with Tidebase({url!r}, timeout_s=0.2) as tide:
+    with Tidebase({url!r}, timeout_s={timeout_s}) as tide:
         {call}
 
 main()
@@ -62,19 +62,21 @@ async def flow(run, input):
     {step}
 
 async def main():
-    async with AsyncTidebase({url!r}, timeout_s=0.2) as tide:
+    async with AsyncTidebase({url!r}, timeout_s={timeout_s}) as tide:
         {call}
 
 asyncio.run(main())
 """
 
 
-def last_words(folder: Path, program: str, url: str, call: str, step: str = "pass") -> str:
+def last_words(
+    folder: Path, program: str, url: str, call: str, step: str = "pass", timeout_s: float = 30.0
+) -> str:
     """What a program prints that ends with an exception, the frames of asyncio.run aside."""
     (folder / "tidebase.py").write_text((ROOT / "tidebase_sdk.py").read_text())
     if program is AWAITED:
         call, step = (re.sub(r"^((?:return )?)(?=tide|run)", r"\1await ", text) for text in (call, step))
-    source = textwrap.dedent(program).format(url=url, call=call, step=step)
+    source = textwrap.dedent(program).format(url=url, call=call, step=step, timeout_s=timeout_s)
     (folder / "app.py").write_text(source)
     done = subprocess.run([sys.executable, "app.py"], cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -118,7 +120,7 @@ def test_an_error_of_ours_ends_at_the_line_that_called_us(
 @pytest.mark.parametrize("program", [BLOCKING, AWAITED], ids=["blocking", "awaited"])
 def test_a_server_that_is_away_is_told_in_a_few_lines(tmp_path: Path, program: str) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    printed = last_words(tmp_path, program, url, "tide.enqueue('flow')")
+    printed = last_words(tmp_path, program, url, "tide.enqueue('flow')", timeout_s=0.2)
     assert functions(printed) == ["<module>", "main"], printed
     assert f"no answer from {url} to POST /writes (enqueue_run)" in printed
     assert "TIDEBASE_URL" in printed
