@@ -5,7 +5,7 @@ import { debounce, setMark } from "./dom.js";
 import { items, member } from "./payload.js";
 
 const MOST_EVENTS = 20_000; // of a longer run, the newest so many are read
-const soon = (read) => debounce(() => read().catch(laterAgain), 150); // events come in bursts
+const soon = (read) => debounce((...asked) => read(...asked).catch(laterAgain), 150); // events come in bursts
 
 export class LiveRun {
 	light = null; // the run as lists have it. Beside it stand counts, cost, state, parent and durationMs
@@ -16,7 +16,7 @@ export class LiveRun {
 	unfolded = new Map(); // children that the reader looks into, by id: LiveRuns
 	leaseMs = session.leaseMs;
 	readSummarySoon = soon(() => this.readSummary());
-	readStepsSoon = soon(() => this.readSteps());
+	readStepsSoon = soon((after) => this.readSteps(after));
 	readGatesSoon = soon(() => this.readGates());
 	readTreeSoon = soon(() => this.readTree());
 
@@ -50,7 +50,7 @@ export class LiveRun {
 		this.onChange(null);
 	}
 
-	/** Steps that were begun after those that are here: of these, events tell how they go on. */
+	/** By default, the steps that were begun after those that are here: events tell how these go on. */
 	async readSteps(after = Math.max(...[...this.steps.values()].map(({ position }) => position))) {
 		const { seq } = this;
 		await readPages(`${this.url}/steps`, "steps", { after: Number.isFinite(after) ? after : null, limit: 500 },
@@ -132,7 +132,8 @@ export class LiveRun {
 		this.events.push(...events);
 		this.counts.events = Math.max(this.counts.events, batch.at(-1).seq);
 		const some = (kind) => isNews && events.some(({ type }) => type.startsWith(kind));
-		if (some("step.")) this.readStepsSoon();
+		if (some("run.failed") || some("run.requeued")) this.readStepsSoon(null); // one of them has the error
+		else if (some("step.")) this.readStepsSoon();
 		if (some("gate.")) this.readGatesSoon();
 		if (some("run.child")) this.readTreeSoon();
 		if (isNews) this.readSummarySoon();

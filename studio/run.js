@@ -51,7 +51,7 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	};
 	document.addEventListener("decided", () => {
 		run.readSummarySoon();
-		tabs.update([]);
+		run.readGatesSoon();
 	}, { signal });
 	run.onChange(null);
 	await Promise.all([stepsRead, run.readOthers()]);
@@ -162,9 +162,7 @@ const ACTIONS = { retry: ["Retry", retry], recover: ["Recover", recover], signal
 async function retry({ url }) {
 	const { safe, verdict } = await get(`${url}/rerun`);
 	const sure = safe !== false || await ask("Retry all the same?", el("p", verdict), "Retry", "Do not");
-	if (!sure) return;
-	await post(`${url}/retry`);
-	toast("It is put back.");
+	if (sure) await post(`${url}/retry`);
 }
 
 async function recover({ url }) {
@@ -190,6 +188,7 @@ async function sendSignal({ url, light }) {
 
 /** From which step, and with what input? What is reused is shown. */
 async function fork(run) {
+	await run.readSteps(null);
 	const steps = [...run.steps.values()].sort((one, other) => one.position - other.position);
 	const given = run.light.inputBytes > 0 ? await readPayload(run.id, "input") : "{}";
 	const preview = el("div", { role: "status" });
@@ -283,7 +282,7 @@ function makePanel(run, onClose) {
 		element.scrollTop = 0;
 	}
 
-	/** Resolves to whether it was open. */
+	/** Returns whether it was open. */
 	function close() {
 		if (!isOpen()) return false;
 		element.classList.remove("opened");
@@ -295,11 +294,9 @@ function makePanel(run, onClose) {
 
 	function drawRun() {
 		const { light, id } = run;
-		const failed = light.status === "failed";
-		const error = [failed ? "Error" : "Error of an earlier attempt", "error"];
-		const kinds = [failed && error, ["Result", "result"], ["Input", "input"],
-			light.metadataBytes > 2 && ["Metadata", "metadata"], !failed && error]
-			.filter((kind) => kind && light[`${kind[1]}Bytes`] > 0);
+		const error = light.status === "failed" ? "Error" : "Error of an earlier attempt";
+		const kinds = [["Result", "result"], [error, "error"], ["Input", "input"], ["Metadata", "metadata"]]
+			.filter(([, of]) => light[`${of}Bytes`] > (of === "metadata" ? 2 : 0));
 		once(element, kinds.map(([, of]) => [of, light[`${of}Bytes`]]), () => fill(element, el("header", el("h2", "The run")),
 			el("div.body.stack", attempts, kinds.map(([word, of]) => payload(word, id, of, null, of === "error")),
 				kinds.length === 0 && muted("It has no input and no result yet."))));
