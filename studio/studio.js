@@ -6,7 +6,7 @@ import { ApiError, frame, get, getResponse, goBack, KEY, laterAgain, navigate, p
 import { button, count, debounce, dialog, el, errorText, fault, field, fill, heading, icon, input, link, logo,
 	plainTable, row, setServerTime, setState, setText, show, skeleton, strong, tag, time, toast, zoneButton
 	} from "./dom.js";
-import "./runs.js"; // most visits begin with it
+import * as runs from "./runs.js"; // most visits begin with it
 
 const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
 	workers: "Workers" };
@@ -61,7 +61,8 @@ frame.open = async ({ scroll = 0, row } = {}) => {
 		if (opened?.onQuery) await opened.onQuery(query);
 		else {
 			const kind = name === "runs" && parts.length ? "run" : name;
-			const module = await load(["runs", "run", "compare", "approvals"].includes(kind) ? kind : "operations");
+			const file = ["run", "compare", "approvals"].includes(kind) ? kind : "operations";
+			const module = kind === "runs" ? runs : await load(`/studio/${file}.js`);
 			if (signal.aborted) return; // left before it was there
 			const built = await module[`${kind}Page`]({ main, parts, query, signal });
 			if (signal.aborted) return;
@@ -77,7 +78,7 @@ frame.open = async ({ scroll = 0, row } = {}) => {
 		if (!known) reportError(error);
 	}
 	scrollTo(0, scroll);
-	if (main.contains(document.activeElement)) return;
+	if (main.querySelector(":focus")) return;
 	(main.querySelector(`[data-key="${CSS.escape(row)}"] [data-row]`) ?? main).focus({ preventScroll: true });
 };
 
@@ -87,13 +88,10 @@ function openAgain() {
 }
 
 /** When a module does not come, its file tells why: the server is away, or has no such file. Else the module does. */
-function load(name) {
-	const file = `/studio/${name}.js`;
-	return import(file).catch(async (error) => {
-		await getResponse(file);
-		throw error;
-	});
-}
+const load = (file) => import(file).catch(async (error) => {
+	await getResponse(file);
+	throw error;
+});
 
 document.addEventListener("click", (event) => {
 	const anchor = event.target.closest?.("a[href^='/studio']");

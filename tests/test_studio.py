@@ -549,6 +549,7 @@ def test_the_list_is_live_and_keeps_row_and_focus(tab: Tab, api: Api) -> None:
     page.keyboard.press("Enter")
     page.wait_for_url(f"**/studio/runs/{first}")
     status_of(page, "running")
+    expect(page.locator("main")).to_be_focused()
     page.keyboard.press("Escape")
     expect(row_of(page, first).get_by_role("link")).to_be_focused()
     page.keyboard.press("g")
