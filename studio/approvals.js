@@ -3,7 +3,7 @@
 
 import { canWrite, every, getText, path, post, postText, runUrl, setQuery, setTitle } from "./api.js";
 import { between, button, card, code, compactCount, copyButton, count, el, empty, errorText, facts, field, fields, fill,
-	heading, input, link, loading, logo, money, muted, number, plainTable, row, setState, setText, show, status,
+	heading, input, link, loading, logo, money, muted, number, once, plainTable, row, setState, setText, show, status,
 	strong, syncRows, tag, time, toast, zoneButton } from "./dom.js";
 import { bodyOf, inlinePayload, items, jsonInput, member, payload } from "./payload.js";
 import { errorLine } from "./runs.js";
@@ -93,8 +93,7 @@ export async function approvalsPage({ main, query, signal }) {
 	let tab = null;
 	let list = [];
 	let nextCursor = null;
-	let chosen = null;
-	let shown = null; // the item whose form is built: what somebody types there stays
+	let chosen = null; // its form is built once: what somebody types there stays
 
 	const tally = el("span");
 	const waiting = el("a", { href: "/studio/approvals" }, "Waiting", tally);
@@ -124,11 +123,10 @@ export async function approvalsPage({ main, query, signal }) {
 				+ " they had their effect.")));
 		syncRows(left, list, idOf, makeAsk, (node, item) => setState(node.firstChild, "current", idOf(item) === chosen));
 		const item = list.find((one) => idOf(one) === chosen);
-		if (item) showItem(item);
-		else if (!shown && list[0] && wide()) choose(list[0]);
-		else if (shown && !detail.querySelector(".fault")) {
-			detail.prepend(el("p.fault.is-failed", { role: "status" }, "Decided meanwhile, or its run has ended."));
-		}
+		if (item) once(detail, chosen, () => showItem(item));
+		else if (detail.firstChild && !detail.firstChild.matches(".why")) {
+			detail.prepend(el("p.why.is-failed", { role: "status" }, "Decided meanwhile, or its run has ended."));
+		} else if (!detail.firstChild && list[0] && wide()) choose(list[0]);
 	}
 
 	function makeAsk(item) {
@@ -144,15 +142,12 @@ export async function approvalsPage({ main, query, signal }) {
 
 	function choose(item) {
 		chosen = item && idOf(item);
-		shown = null;
 		setQuery({ item: chosen });
-		if (!item) fill(detail);
+		if (!item) once(detail, null, () => fill(detail));
 		draw();
 	}
 
 	function showItem(item) {
-		if (shown === idOf(item)) return;
-		shown = idOf(item);
 		const done = () => {
 			toast("Decided.");
 			list = list.filter((one) => one !== item);
@@ -168,9 +163,8 @@ export async function approvalsPage({ main, query, signal }) {
 		setState(decided, "current", tab === "decided");
 		list = [];
 		chosen = parameters.get("item");
-		shown = null;
 		fill(left);
-		fill(detail);
+		once(detail, null, () => fill(detail));
 		await load();
 	}
 

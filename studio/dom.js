@@ -325,9 +325,9 @@ export function meters(title, rows) {
 export const skeleton = () => el("div.skeleton", { role: "status", label: "Loading" });
 
 /** again() is called by its button, and once the server can be reached again. */
-export function fault(error, again, ...words) {
-	const box = el("div.body.fault.is-failed", { role: "alert" }, words, el("p", error.message),
-		again && button("Try again", again));
+export function fault(error, again) {
+	const box = el("div.body.fault.is-failed", { role: "alert" }, strong("This could not be loaded"),
+		el("p", error.message), again && button("Try again", again));
 	document.addEventListener("reachable", () => box.isConnected && again?.(), { once: true });
 	return box;
 }

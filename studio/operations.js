@@ -254,33 +254,24 @@ export async function costsPage({ main, query }) {
 }
 
 function dayChart(rows, today, days, width) {
-	const [height, bottom] = [260, 22];
-	const byDay = new Map(rows.map((row) => [row.name, row]));
+	const [height, base, ceiling] = [260, 238, 8];
 	const most = Math.max(...rows.map((row) => row.cost)) || 1;
 	const lines = [0, most / 2, most];
 	const left = 12 + 7 * Math.max(...lines.map((value) => money(value).length));
 	const room = (width - left) / days;
-	const base = height - bottom;
-	const top = (value) => 8 + (base - 8) * (1 - value / most);
-	const labelled = Math.ceil(days / Math.floor(width / 85)); // every so many days
-
-	function bar(index) {
-		const day = new Date((today - days + 1 + index) * DAY_MS);
-		const row = byDay.get(day.toISOString().slice(0, 10));
-		const x = left + index * room;
-		const tall = row ? Math.max(1.5, base - top(row.cost)) : 0;
-		return [
-			row?.cost > 0 && el("rect.is-running", { x: x + room * 0.14, width: room * 0.72, y: base - tall, height: tall },
-				el("title", `${row.name}: ${money(row.cost)}, ${count(row.runs)} runs`)),
-			(days - 1 - index) % labelled === 0 && el("text",
-				{ x: x + room / 2, y: height - 5, "text-anchor": index > days - 2 ? "end" : "middle" },
-				day.toUTCString().slice(5, 11)),
-		];
-	}
-
+	const across = (day) => left + (day - today + days - 1) * room;
+	const top = (value) => base - (base - ceiling) * (value / most);
+	const every = Math.ceil(days / Math.floor(width / 85)); // so many days have a label
 	return el("svg.chart", { viewBox: `0 0 ${width} ${height}`, role: "img",
 		label: "Cost; the numbers stand in the table" },
 	lines.map((value) => [el("line", { x1: left, x2: width, y1: top(value), y2: top(value) }),
 		el("text", { x: left - 8, y: top(value) + 4, "text-anchor": "end" }, money(value))]),
-	Array.from({ length: days }, (_, index) => bar(index)));
+	rows.filter((row) => row.cost > 0).map(({ name, cost, runs }) => {
+		const tall = Math.max(1.5, base - top(cost));
+		return el("rect.is-running", { x: across(Date.parse(name) / DAY_MS) + room * 0.14, width: room * 0.72,
+			y: base - tall, height: tall }, el("title", `${name}: ${money(cost)}, ${plural(runs, "run")}`));
+	}),
+	Array.from({ length: Math.ceil(days / every) }, (_, index) => el("text",
+		{ x: across(today - index * every) + room / 2, y: height - 5, "text-anchor": index ? "middle" : "end" },
+		new Date((today - index * every) * DAY_MS).toUTCString().slice(5, 11))));
 }

@@ -73,19 +73,13 @@ frame.open = async ({ scroll = 0, row } = {}) => {
 		leaving.abort();
 		page = null;
 		const known = error instanceof ApiError;
-		fill(main, heading(title), fault(error, known ? openAgain : () => location.reload(),
-			strong("This could not be loaded")));
+		fill(main, heading(title), fault(error, () => (known ? frame.open() : location.reload())));
 		if (!known) reportError(error);
 	}
 	scrollTo(0, scroll);
 	if (main.querySelector(":focus")) return;
 	(main.querySelector(`[data-key="${CSS.escape(row)}"] [data-row]`) ?? main).focus({ preventScroll: true });
 };
-
-function openAgain() {
-	shownPath = null;
-	frame.open();
-}
 
 /** When a module does not come, its file tells why: the server is away, or has no such file. Else the module does. */
 const load = (file) => import(file).catch(async (error) => {
@@ -148,11 +142,6 @@ const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) =>
 
 const signedIn = new AbortController();
 
-function signOut() {
-	sessionStorage.removeItem(KEY);
-	location.assign("/studio");
-}
-
 function showSignIn() {
 	leaving.abort();
 	signedIn.abort();
@@ -188,21 +177,23 @@ async function start() {
 		await readSession();
 	} catch (error) {
 		if (error.status === 401) return showSignIn();
-		fill(document.body, el("main.sign-in", fault(error, null, strong("Tidebase Studio"))));
+		fill(document.body, el("main.sign-in", fault(error)));
 		return setTimeout(start, 2000);
 	}
 	fill(document.body, whole);
-	const { signal } = signedIn;
 	await frame.open(history.state ?? {});
 	fill(foot, session.access === "read" && tag("read only"), zoneButton(), // the first look at time zones takes 30 ms
 		button([el("kbd", "?"), "Keyboard"], showHelp, "quiet.keys"),
-		session.key && button("Sign out", signOut, "quiet"));
+		session.key && button("Sign out", () => {
+			sessionStorage.removeItem(KEY);
+			location.assign("/studio");
+		}, "quiet"));
 	poll(async () => {
-		const answer = await get("/approvals", { limit: 1 }, { signal });
+		const answer = await get("/approvals", { limit: 1 }, { signal: signedIn.signal });
 		setWaiting(answer.count);
 		show(badge, answer.count > 0);
 		setText(badge, count(answer.count, answer.more));
-	}, 5000, signal).catch(laterAgain);
+	}, 5000, signedIn.signal).catch(laterAgain);
 }
 
 frame.onUnauthorized = () => main.isConnected && showSignIn();
