@@ -39,7 +39,7 @@
 -- HOW TO READ IT
 --   A verb (begin_step, claim_runs) is one transition. It locks, decides, writes the rows, the event and the webhooks, all
 --   or nothing, and answers the JSON of the HTTP response. Above it stands its contract: Needs (else which refusal),
---   Leaves, Returns, Locks.
+--   Leaves, Returns; and Locks, where these are more than its run.
 --   Names: p_ arguments, v_ locals, _private helpers. A verb's parameter is p_ and the wire's key in snake_case; so are the
 --   keys of its jsonb arguments (p_job, p_child, p_version, p_entry, p_config, p_writes). What a user sent, and what a run
 --   waits for, keeps its keys.
@@ -56,8 +56,8 @@
 --
 -- HOW IT EVOLVES
 --   Apply it with `python tidebase.py migrate` or `psql -1 -f schema.sql`: one transaction, any number of times, to an
---   empty or an older database. "create table" shows today's shape; once there is a release, what an older database lacks
---   is added below it ("add column if not exists"), and nothing is taken away. All functions are dropped and made anew.
+--   empty or an older database. "create table" shows today's shape. Before the tables stands what those of an older build
+--   lack ("add column if not exists"), and what nothing reads any more. All functions are dropped and made anew.
 --   Every change raises the version at the end: a server applies this file only to a database whose version is lower.
 
 -- ------------------------------------------------------------------------------
@@ -119,6 +119,10 @@ alter table if exists tidebase.outbox drop constraint if exists outbox_channel_i
 alter table if exists tidebase.outbox add column if not exists payload_seq bigint;
 alter table if exists tidebase.outbox add column if not exists claimed boolean not null default false;
 alter table if exists tidebase.queues add column if not exists paused boolean not null default false;
+-- And what nothing reads any more, since it said what other columns say.
+alter table if exists tidebase.runs drop column if exists cancel_requested_at;
+alter table if exists tidebase.gates drop column if exists decision, drop column if exists updated_at;
+alter table if exists tidebase.state_streams drop column if exists current_value, drop column if exists metadata;
 drop index if exists tidebase.runs_workflow_idx, tidebase.runs_queue_idx, tidebase.outbox_due_idx;
 
 -- The host, and port, of an address.
@@ -189,7 +193,6 @@ create table if not exists tidebase.runs (
   parent_run_id       text,                                -- of a child
   event_seq           integer     not null default 0,
   has_channels        boolean     not null default false,
-  cancel_requested_at timestamptz,
   cancelled_at        timestamptz,
   cancel_reason       text,
   cancel_actor        text,
@@ -300,7 +303,6 @@ create table if not exists tidebase.gates (
   data             json        not null default '{}',
   status           text        not null default 'pending' constraint gates_status_known
                    check (status in ('pending', 'approved', 'rejected', 'canceled')),
-  decision         text,
   actor            text,
   decision_payload json,
   capability       json,
@@ -309,7 +311,6 @@ create table if not exists tidebase.gates (
   resolve_url      text        not null,
   expires_at       timestamptz,
   created_at       timestamptz not null default tidebase.now(),
-  updated_at       timestamptz not null default tidebase.now(),
   resolved_at      timestamptz,
   constraint gates_name_key unique (run_id, name)
 );
@@ -335,8 +336,6 @@ create table if not exists tidebase.state_streams (
   target_type     text        not null,
   target_id       text        not null,
   current_version integer     not null,
-  current_value   jsonb       not null,
-  metadata        jsonb       not null default '{}',
   created_at      timestamptz not null default tidebase.now(),
   updated_at      timestamptz not null default tidebase.now(),
   constraint state_streams_name_key unique (run_id, name)
@@ -562,7 +561,7 @@ create or replace function tidebase._run_shown (r tidebase.runs, p_input json, p
     'leaseOwner', r.lease_owner, 'leaseExpiresAt', tidebase._iso(r.lease_expires_at), 'attempt', r.attempt,
     'queue', r.queue, 'dedupeKey', r.dedupe_key, 'priority', r.priority, 'runAt', tidebase._iso(r.run_at),
     'maxAttempts', r.max_attempts, 'deadlineAt', tidebase._iso(r.deadline_at),
-    'cancelRequestedAt', tidebase._iso(r.cancel_requested_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
+    'cancelRequestedAt', tidebase._iso(r.cancelled_at), 'cancelledAt', tidebase._iso(r.cancelled_at),
     'cancelReason', r.cancel_reason, 'cancelActor', r.cancel_actor, 'failureClass', r.failure_class,
     'createdAt', tidebase._iso(r.created_at), 'updatedAt', tidebase._iso(r.updated_at),
     'completedAt', tidebase._iso(r.completed_at), 'waitingFor', p_waiting_for, 'stalled', r.stalled)
@@ -571,22 +570,17 @@ $$;
 create or replace function tidebase._run_json (r tidebase.runs) returns json language sql stable as
 $$ select tidebase._run_shown(r, r.input, r.metadata, r.result, r.error, r.waiting_for) $$;
 
--- The bytes of a run's largest payload.
-create or replace function tidebase._largest (r tidebase.runs) returns integer language sql stable as $$
-  select greatest(tidebase._bytes(r.input), tidebase._bytes(r.metadata), tidebase._bytes(r.result),
-                  tidebase._bytes(r.error), tidebase._bytes(r.waiting_for))
-$$;
-
 -- The bytes of a run's payloads in a list.
 create or replace function tidebase._run_bytes (r tidebase.runs) returns integer language sql stable as $$
   select tidebase._bytes_in_list(r.input) + tidebase._bytes_in_list(r.metadata) + tidebase._bytes_in_list(r.result)
        + tidebase._bytes_in_list(r.error) + tidebase._bytes_in_list(r.waiting_for)
 $$;
 
--- A run of a list: without its payloads of more than 64 KiB; without p_room, without any. p_largest as above.
-create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean, p_largest integer)
-  returns json language sql stable as $$
-  select case when p_room and p_largest <= 65536 then tidebase._run_json(r)
+-- A run of a list: without its payloads of more than 64 KiB; without p_room, without any.
+create or replace function tidebase._run_listed (r tidebase.runs, p_room boolean) returns json language sql stable as $$
+  select case when p_room and greatest(tidebase._bytes(r.input), tidebase._bytes(r.metadata), tidebase._bytes(r.result),
+                                       tidebase._bytes(r.error), tidebase._bytes(r.waiting_for)) <= 65536
+              then tidebase._run_json(r)
     else tidebase._mark_omitted(tidebase._run_shown(
            r, tidebase._in_list(r.input, p_room), tidebase._in_list(r.metadata, p_room),
            tidebase._in_list(r.result, p_room), tidebase._in_list(r.error, p_room),
@@ -657,17 +651,25 @@ create or replace function tidebase._review_url (g tidebase.gates) returns text 
            || format('/studio/review#%s/%s/%s', g.run_id, g.id, g.resolve_token) end
 $$;
 
-create or replace function tidebase._gate_json (g tidebase.gates, p_tokens boolean default true)
+create or replace function tidebase._decided (g tidebase.gates) returns text language sql immutable as
+$$ select nullif(g.status, 'pending') $$;
+
+-- p_prompt, … are g's own, or as far as a list shows them.
+create or replace function tidebase._gate_shown (g tidebase.gates, p_tokens boolean, p_prompt text, p_data json,
+                                                 p_decision_payload json, p_capability json)
   returns json language sql stable as $$
   select json_build_object(
-    'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
-    'decision', g.decision, 'actor', g.actor, 'decisionPayload', g.decision_payload, 'capability', g.capability,
-    'channels', g.channels, 'resolveToken', case when p_tokens then g.resolve_token end,
-    'reviewUrl', case when p_tokens then tidebase._review_url(g) end,
-    'expiresAt', tidebase._iso(g.expires_at),
-    'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(g.updated_at),
+    'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', p_prompt, 'data', p_data, 'status', g.status,
+    'decision', tidebase._decided(g), 'actor', g.actor, 'decisionPayload', p_decision_payload,
+    'capability', p_capability, 'channels', g.channels, 'resolveToken', case when p_tokens then g.resolve_token end,
+    'reviewUrl', case when p_tokens then tidebase._review_url(g) end, 'expiresAt', tidebase._iso(g.expires_at),
+    'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(coalesce(g.resolved_at, g.created_at)),
     'resolvedAt', tidebase._iso(g.resolved_at))
 $$;
+
+create or replace function tidebase._gate_json (g tidebase.gates, p_tokens boolean default true)
+  returns json language sql stable as
+$$ select tidebase._gate_shown(g, p_tokens, g.prompt, g.data, g.decision_payload, g.capability) $$;
 
 -- As events and webhooks show a gate. p_with_token: with the token that resolves it, while it is pending; for webhooks
 -- alone, since events are handed on to browsers.
@@ -675,7 +677,7 @@ create or replace function tidebase._public_gate (g tidebase.gates, p_with_token
   returns json language sql stable as $$
   select json_build_object(
     'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
-    'decision', g.decision, 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
+    'decision', tidebase._decided(g), 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
     'resolveUrl', g.resolve_url,
     'resolveToken', case when p_with_token and g.status = 'pending' then g.resolve_token end)
 $$;
@@ -688,7 +690,8 @@ $$;
 create or replace function tidebase._stream_json (s tidebase.state_streams) returns json language sql stable as $$
   select json_build_object(
     'id', s.id, 'runId', s.run_id, 'name', s.name, 'targetType', s.target_type, 'targetId', s.target_id,
-    'currentVersion', s.current_version, 'currentValue', s.current_value, 'metadata', s.metadata,
+    'currentVersion', s.current_version, 'metadata', '{}'::json, 'currentValue', (
+      select v.value from tidebase.state_versions v where v.stream_id = s.id and v.version = s.current_version),
     'createdAt', tidebase._iso(s.created_at), 'updatedAt', tidebase._iso(s.updated_at))
 $$;
 
@@ -1046,7 +1049,6 @@ begin
          failure_class = case when p_status in ('failed', 'cancelled') then p_run.failure_class end,
          cancel_reason = case p_status when 'cancelled' then p_run.cancel_reason end,
          cancel_actor = case p_status when 'cancelled' then p_run.cancel_actor end,
-         cancel_requested_at = case p_status when 'cancelled' then v_now end,
          cancelled_at = case p_status when 'cancelled' then v_now end,
          completed_at = case when v_ended then v_now end, updated_at = v_now, event_seq = event_seq + 1
    where id = p_run.id returning * into v_run;
@@ -1655,15 +1657,6 @@ begin
     body := json_build_object('action', 'locked', 'step', case when v_step.id is not null
                                                           then tidebase._step_json(v_step) end);
     return;
-  elsif v_step.id is null then
-    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
-                                lease_expires_at, fence, started_at, created_at, updated_at)
-    values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
-            tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
-            v_now, v_now, v_now)
-    returning * into v_step;
-    perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'step.started',
-                                                   tidebase._step_started(v_step));
   elsif v_step.status = 'failed' and v_step.reviewed = 'fail' then
     perform tidebase._refuse_failed(v_step);
   elsif tidebase._is_ambiguous(v_run, v_step, p_lease_owner, p_options) then
@@ -1683,12 +1676,21 @@ begin
     update tidebase.runs set lease_expires_at = v_now + tidebase._ms(lease_ms), stalled = false, updated_at = v_now
      where id = p_run_id and lease_owner = p_lease_owner;
   else
-    update tidebase.steps s
-       set status = 'running', attempt = s.attempt + 1, input = p_input, options = p_options,
-           contract = tidebase._contract(p_options), lease_owner = p_lease_owner,
-           lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
-           completed_at = null, review_at = null, updated_at = v_now
-     where s.id = v_step.id returning * into v_step;
+    if v_step.id is null then  -- not an upsert, which costs more
+      insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, lease_owner,
+                                  lease_expires_at, fence, started_at, created_at, updated_at)
+      values (tidebase._new_id('step'), p_run_id, p_name, v_run.event_seq + 1, p_input_hash, p_input, p_options,
+              tidebase._contract(p_options), 'running', p_lease_owner, v_now + tidebase._ms(p_lease_ms), v_run.fence,
+              v_now, v_now, v_now)
+      returning * into v_step;
+    else
+      update tidebase.steps s
+         set status = 'running', attempt = s.attempt + 1, input = p_input, options = p_options,
+             contract = tidebase._contract(p_options), lease_owner = p_lease_owner,
+             lease_expires_at = v_now + tidebase._ms(p_lease_ms), fence = v_run.fence, error = null, started_at = v_now,
+             completed_at = null, review_at = null, updated_at = v_now
+       where s.id = v_step.id returning * into v_step;
+    end if;
     perform tidebase._append_event_and_renew_lease(v_run.id, p_lease_owner, 'step.started',
                                                    tidebase._step_started(v_step));
   end if;
@@ -1996,12 +1998,11 @@ begin
   select * into v_gate from tidebase.gates where run_id = p_run_id and name = p_name;
   if not found then
     insert into tidebase.gates (id, run_id, name, prompt, data, capability, channels, resolve_token, resolve_url,
-                                expires_at, created_at, updated_at)
-    values (v_id, p_run_id, p_name, p_prompt, p_data, p_capability,
-            tidebase._shown_channels(p_channels),
+                                expires_at, created_at)
+    values (v_id, p_run_id, p_name, p_prompt, p_data, p_capability, tidebase._shown_channels(p_channels),
             replace(gen_random_uuid()::text || gen_random_uuid()::text, '-', ''),
             p_public_url || '/runs/' || p_run_id || '/gates/' || v_id || '/resolve',
-            v_now + tidebase._ms(p_timeout_ms), v_now, v_now)
+            v_now + tidebase._ms(p_timeout_ms), v_now)
     returning * into v_gate;
     if p_channels <> '[]' then
       perform tidebase._add_channels(p_run_id, v_id, p_channels);
@@ -2024,12 +2025,10 @@ create or replace function tidebase._decide_gate (p_run tidebase.runs, p_gate_id
                                                   p_payload json) returns tidebase.gates language plpgsql as $$
 declare
   v_gate  tidebase.gates;
-  v_now   timestamptz := tidebase.now();
   v_event json;
 begin
   update tidebase.gates
-     set status = p_decision, decision = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'),
-         resolved_at = v_now, updated_at = v_now
+     set status = p_decision, actor = p_actor, decision_payload = coalesce(p_payload, '{}'), resolved_at = tidebase.now()
    where id = p_gate_id returning * into v_gate;
   v_event := json_build_object('gate', tidebase._public_gate(v_gate, false));
   perform tidebase._append_event_and_renew_lease(p_run.id, null, 'gate.resolved', v_event);
@@ -2103,11 +2102,10 @@ declare
   v_stream  tidebase.state_streams;
   v_version tidebase.state_versions;
 begin
-  insert into tidebase.state_streams as s (id, run_id, name, target_type, target_id, current_version, current_value,
-                                           created_at, updated_at)
-  values (tidebase._new_id('stream'), p_run_id, p_stream, p_target_type, p_target_id, 1, p_value, v_now, v_now)
-  on conflict (run_id, name) do update
-     set current_version = s.current_version + 1, current_value = p_value, updated_at = v_now
+  insert into tidebase.state_streams as s (id, run_id, name, target_type, target_id, current_version, created_at,
+                                           updated_at)
+  values (tidebase._new_id('stream'), p_run_id, p_stream, p_target_type, p_target_id, 1, v_now, v_now)
+  on conflict (run_id, name) do update set current_version = s.current_version + 1, updated_at = v_now
   returning * into v_stream;
   insert into tidebase.state_versions (id, stream_id, run_id, step_id, version, value, patch, label, reason, importance,
                                        metadata, created_by, created_at, live_version)
@@ -2269,12 +2267,12 @@ create or replace function tidebase._listed_versions (p_ids text[]) returns json
 begin
   return (
     select coalesce(json_agg(
-             case when m.room and m.largest <= 65536 then tidebase._version_json(v)
+             case when m.room and greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch),
+                                           tidebase._bytes(v.metadata)) <= 65536 then tidebase._version_json(v)
                   else tidebase._mark_omitted(tidebase._version_shown(
                          v, tidebase._in_list(v.value, m.room), tidebase._in_list(v.patch, m.room),
                          tidebase._in_list(v.metadata, m.room))) end order by m.n), '[]')
-      from (select v.id, given.n, greatest(tidebase._bytes(v.value), tidebase._bytes(v.patch),
-                                           tidebase._bytes(v.metadata)) as largest,
+      from (select v.id, given.n,
                    sum(tidebase._bytes_in_list(v.value) + tidebase._bytes_in_list(v.patch)
                        + tidebase._bytes_in_list(v.metadata)) over (order by given.n) <= tidebase._budget() as room
               from unnest(p_ids) with ordinality as given (id, n)
@@ -2612,7 +2610,7 @@ begin
       v_bytes := v_bytes + octet_length(v_run::text);
     end if;
     if v_bytes > tidebase._budget() then
-      v_run := tidebase._run_listed(v_new.run, false, 0);
+      v_run := tidebase._run_listed(v_new.run, false);
     end if;
     v_runs := v_runs || tidebase._joined(v_run, json_build_object('deduplicated', v_new.deduplicated));
   end loop;
@@ -2845,12 +2843,10 @@ declare
   v_queue tidebase.queues;
 begin
   insert into tidebase.queues (name) values (p_queue) on conflict do nothing;
-  select * into v_queue from tidebase.queues where name = p_queue for update;
-  v_queue := jsonb_populate_record(v_queue, p_config);
-  update tidebase.queues
-     set concurrency = v_queue.concurrency, rate_per_minute = v_queue.rate_per_minute, invoke_url = v_queue.invoke_url,
-         paused = v_queue.paused
-   where name = p_queue;
+  update tidebase.queues q
+     set (concurrency, rate_per_minute, invoke_url, paused) = (
+           select c.concurrency, c.rate_per_minute, c.invoke_url, c.paused from jsonb_populate_record(q, p_config) as c)
+   where name = p_queue returning * into v_queue;
   return json_build_object('config', tidebase._queue_json(v_queue));
 end $$;
 
@@ -2948,11 +2944,11 @@ declare
   v_run_ids  text[];
   v_ending   text[];
   v_plain    json[] := array_fill(null::json, array[v_count]);  -- the answers to the plain writes, in their places
+  v_made     bigint;            -- how many these are
   v_bodies   json[] := '{}';
   v_statuses integer[] := '{}';
-  v_made     integer := 0;      -- how many these are
   v_refused  text[] := '{}';    -- the runs of which a write was refused
-  v_room     bigint := p_room;  -- left
+  v_room     bigint;            -- left of p_room
   v_part     record;
 begin
   if v_count = 1 then
@@ -2973,7 +2969,7 @@ begin
                                         where id = any (v_ending) and parent_run_id is not null))
     order by id for no key update;
   if v_verbs && array['record_step', 'complete_run'] then
-    v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors);
+    v_plain := tidebase._write_plain(p_writes, p_inputs, p_outputs, p_errors, v_plain);
   end if;
   if 'enqueue_run' = any (v_verbs) then
     v_plain := tidebase._enqueue_plain(p_writes, p_inputs, v_run_ids, v_plain);
@@ -3098,33 +3094,22 @@ begin
   end if;
 end $$;
 
--- Makes, in one statement, the writes of each run with which the batch begins for it and which leave nothing to decide.
--- A write is plain when it comes with brief and its run is held by the owner that it names, and it either records a step
--- that completed and is new, or completes a run that has no parent and no channels; and when all writes of its run before
--- it are plain. It leaves what record_step and complete_run would.
--- Parts    given      the writes as rows, numbered n, each with the run that it is of
---          judged     is_plain: the write is plain by itself
---          placed     is_first: so are all before it of its run, and none of them completed the run; place: which of its
---                     run's writes it is
---          done       the writes in the order given; verb is null for those that are not made here. seq: the number of
---                     the write's first event
---          changed    each run: its events counted, its lease extended; or completed
---          with_steps, with_events, tallied: the new rows
--- Needs    the runs locked.
--- Returns  each plain write's answer in its place; null for all others.
-create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[])
-  returns json[] language plpgsql
-  set plan_cache_mode = force_generic_plan
-  set enable_seqscan = off   -- a plan made while the tables were tiny is kept while they grow: it must find each row by
-  set enable_hashjoin = off  -- an index
-  set enable_mergejoin = off as $$
-declare
-  v_now     timestamptz := tidebase.now();
-  v_keyed   constant boolean := tidebase._are_keyed(p_writes);  -- then a run that has a key may stand in the way of another
-  v_answers json[];
-begin
+-- The plain writes of a batch: those that leave nothing to decide, so that they can be made set-based. All of these hold:
+--   its run is running, and held by the owner that the write names; the write comes with brief
+--   it records a step that completed, and that the run does not have yet
+--   or it completes a run that has no parent and no channels; it is the last write of its run; and no dedupe key that the
+--   run has is enqueued by the batch, which would come too early then
+--   all writes of its run before it in the batch are plain
+-- Returns  of each its place n in the batch, its columns, and what it needs of its run; and its event numbers: `events` of
+--          them, two of a step and one of a run, from seq on.
+create or replace function tidebase._plain_writes (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                   p_keyed boolean)
+  returns table (n bigint, verb text, run_id text, lease_owner text, name text, input_hash text, options json,
+                 started_at timestamptz, duration_ms bigint, input json, output json, fence integer, queue text,
+                 seq integer, events integer) language sql stable as $$
   with given as (
-    select *, coalesce(named_id, new_id) as run_id  -- to ask for a run by its id is a write of it, and is not plain
+    select *, coalesce(named_id, new_id) as run_id,  -- enqueue_run may ask for a run by its id
+           case verb when 'complete_run' then 1 else 2 end as events
       from rows from (
            jsonb_to_recordset(p_writes) as ("do" text, run_id text, id text, lease_owner text, name text,
              input_hash text, options json, brief boolean, started_at timestamptz, duration_ms bigint),
@@ -3132,70 +3117,88 @@ begin
          as w (verb, named_id, new_id, lease_owner, name, input_hash, options, brief, started_at, duration_ms, input,
                output, error, n)
   ), judged as (
-    select g.*, r.event_seq, r.fence, r.queue,
-           coalesce(
-             row_number() over (partition by g.run_id, g.verb, g.name order by n) = 1  -- neither recorded nor completed twice
-             and r.status = 'running' and r.lease_owner = g.lease_owner and g.brief and case g.verb
-               when 'record_step' then g.error is null and (  -- not "not exists", which PostgreSQL may answer by a scan
-                 select s.id from tidebase.steps s where s.run_id = g.run_id and s.name = g.name) is null
-               when 'complete_run' then r.parent_run_id is null and not r.has_channels
-                                        and (not v_keyed or r.dedupe_key is null)
-               else false end, false) as is_plain
-      from given g left join tidebase.runs r on r.id = g.run_id
+    select g.*, r.fence, r.queue, r.event_seq,
+           (r.status = 'running' and r.lease_owner = g.lease_owner and g.brief and case g.verb
+              when 'record_step' then
+                g.error is null and row_number() over (partition by g.run_id, g.name order by g.n) = 1
+                and (select s.id from tidebase.steps s  -- not "not exists", which PostgreSQL may answer by a scan
+                      where s.run_id = g.run_id and s.name = g.name) is null
+              when 'complete_run' then
+                r.parent_run_id is null and not r.has_channels and not (p_keyed and r.dedupe_key is not null)
+                and lead(g.n) over (partition by g.run_id order by g.n) is null
+              else false end) is true as is_plain
+      from given g join tidebase.runs r on r.id = g.run_id
   ), placed as (
-    select *, count(*) over so_far as place,
-           bool_and(is_plain) over so_far
-           and count(*) filter (where verb = 'complete_run')
-                 over (so_far rows between unbounded preceding and 1 preceding) = 0 as is_first
+    select *, event_seq + (sum(events) over so_far)::integer - events + 1 as seq, bool_and(is_plain) over so_far as is_first
       from judged window so_far as (partition by run_id order by n)
-  ), done as materialized (
-    select n, case when is_first then verb end as verb, run_id, lease_owner, name, input_hash, options, input, output,
-           fence, queue, event_seq + 2 * place::integer - 1 as seq,  -- each record before it has two events
-           coalesce(started_at, v_now - tidebase._ms(coalesce(duration_ms, 0))) as started_at,
-           case when is_first and verb = 'record_step' then tidebase._new_id('step') end as step_id,
-           case when is_first and verb = 'record_step' then tidebase._contract(options) end as contract
-      from (select * from placed order by n) as placed
-  ), changed as (
-    update tidebase.runs r
-       set event_seq = c.seq, updated_at = v_now, stalled = false,
-           status = case when c.ends then 'completed' else r.status end,
-           result = case when c.ends then c.result end,
-           error = case when not c.ends then r.error end,
-           settled_by = case when c.ends then r.lease_owner else r.settled_by end,
-           lease_owner = case when not c.ends then r.lease_owner end,
-           lease_expires_at = case when not c.ends then v_now + tidebase._ms(r.lease_ms) end,
-           completed_at = case when c.ends then v_now end
-      from (select run_id, max(case verb when 'complete_run' then seq else seq + 1 end) as seq,
-                   bool_or(verb = 'complete_run') as ends,
-                   (array_agg(output) filter (where verb = 'complete_run'))[1] as result
-              from done where verb is not null group by run_id) as c
-     where r.id = c.run_id
-  ), with_steps as (
-    insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output,
-                                settled_by, fence, started_at, completed_at, created_at, updated_at)
-    select step_id, run_id, name, seq, input_hash, input, options, contract, 'completed', output, lease_owner, fence,
-           started_at, v_now, v_now, v_now
-      from done where verb = 'record_step'
-  ), with_events as (
-    insert into tidebase.events (run_id, seq, type, payload, created_at)
-    select run_id, e.seq, e.type, e.payload, v_now
-      from done d cross join lateral (
-             select d.seq, 'step.started' as type, tidebase._step_started(step_id, name, 1, contract) as payload
-              where verb = 'record_step'
-             union all
-             select d.seq + 1, 'step.completed', tidebase._step_completed(step_id, name, contract)
-              where verb = 'record_step'
-             union all
-             select d.seq, 'run.completed', json_build_object('result', output) where verb = 'complete_run') as e
-  ), tallied as (
-    insert into tidebase.queue_tallies
-    select queue, 'completed', count(*) from done where verb = 'complete_run' and queue is not null group by queue
   )
-  select array_agg(case verb
-           when 'record_step' then json_build_object('step', tidebase._brief_step(step_id, name, 'completed', 1))
-           when 'complete_run' then json_build_object('run', tidebase._brief_run(run_id, 'completed')) end order by n)
-    into v_answers from done;
-  return v_answers;
+  select n, verb, run_id, lease_owner, name, input_hash, options, started_at, duration_ms, input, output, fence, queue, seq,
+         events
+    from placed where is_first order by n
+$$;
+
+-- Makes the plain writes of a batch in one statement, as record_step and complete_run would.    Needs  the runs locked.
+-- Returns  p_answers, with those of the plain writes in their places.
+create or replace function tidebase._write_plain (p_writes jsonb, p_inputs json[], p_outputs json[], p_errors json[],
+                                                  p_answers json[])
+  returns json[] language plpgsql
+  set plan_cache_mode = force_generic_plan
+  set enable_seqscan = off   -- a plan made while the tables were tiny is kept while they grow: it must find each row by
+  set enable_hashjoin = off  -- an index
+  set enable_mergejoin = off as $$
+declare
+  v_now   timestamptz := tidebase.now();
+  v_keyed constant boolean := tidebase._are_keyed(p_writes);
+  v_made  record;
+begin
+  for v_made in
+    with made as materialized (
+      select *, case verb when 'record_step' then tidebase._new_id('step') end as step_id,
+             case verb when 'record_step' then tidebase._contract(options) end as contract
+        from tidebase._plain_writes(p_writes, p_inputs, p_outputs, p_errors, v_keyed)
+    ), with_steps as (
+      insert into tidebase.steps (id, run_id, name, position, input_hash, input, options, contract, status, output,
+                                  settled_by, fence, started_at, completed_at, created_at, updated_at)
+      select step_id, run_id, name, seq, input_hash, input, options, contract, 'completed', output, lease_owner, fence,
+             coalesce(started_at, v_now - tidebase._ms(duration_ms), v_now), v_now, v_now, v_now
+        from made where verb = 'record_step'
+    ), with_events as (
+      insert into tidebase.events (run_id, seq, type, payload, created_at)
+      select run_id, e.seq, e.type, e.payload, v_now
+        from made m cross join lateral (
+               select m.seq, 'step.started' as type, tidebase._step_started(step_id, name, 1, contract) as payload
+                where verb = 'record_step'
+               union all
+               select m.seq + 1, 'step.completed', tidebase._step_completed(step_id, name, contract)
+                where verb = 'record_step'
+               union all
+               select m.seq, 'run.completed', json_build_object('result', output) where verb = 'complete_run') as e
+    ), with_runs as (
+      update tidebase.runs r
+         set event_seq = r.event_seq + w.events, updated_at = v_now, stalled = false,
+             status = case when w.ends then 'completed' else r.status end,
+             result = case when w.ends then w.result end,
+             error = case when not w.ends then r.error end,
+             settled_by = case when w.ends then r.lease_owner else r.settled_by end,
+             lease_owner = case when not w.ends then r.lease_owner end,
+             lease_expires_at = case when not w.ends then v_now + tidebase._ms(r.lease_ms) end,
+             completed_at = case when w.ends then v_now end
+        from (select run_id, sum(events)::integer as events, bool_or(verb = 'complete_run') as ends,
+                     (array_agg(output) filter (where verb = 'complete_run'))[1] as result
+                from made group by run_id) as w
+       where r.id = w.run_id
+    ), with_tallies as (
+      insert into tidebase.queue_tallies
+      select queue, 'completed', count(*) from made where verb = 'complete_run' and queue is not null group by queue
+    )
+    select n, case verb
+             when 'record_step' then json_build_object('step', tidebase._brief_step(step_id, name, 'completed', 1))
+             else json_build_object('run', tidebase._brief_run(run_id, 'completed')) end as answer
+      from made
+  loop
+    p_answers[v_made.n] := v_made.answer;
+  end loop;
+  return p_answers;
 end $$;
 
 -- Inserts, in one statement, the new runs of a batch that have no dedupe key and no id that another write of it names,
@@ -3397,7 +3400,7 @@ begin
           from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
          where v.run_id = p_run_id order by s.name collate "C", v.version;
       when 'childRuns' then
-        open v_rows for select c.id, tidebase._run_listed(c, true, tidebase._largest(c))
+        open v_rows for select c.id, tidebase._run_listed(c, true)
           from tidebase.run_edges e join tidebase.runs c on c.id = e.child_run_id
          where e.parent_run_id = p_run_id order by e.created_at, e.id;
       when 'channelDeliveries' then
@@ -3558,8 +3561,8 @@ begin
     loop
       update tidebase.runs set offered_at = v_now, run_at = v_now + interval '60 seconds'
        where id = v_id returning * into v_run;
-      for v_old in update tidebase.outbox set status = 'failed', error_text = 'offered anew', next_attempt_at = null,
-                          completed_at = v_now
+      for v_old in update tidebase.outbox set status = 'failed', claimed = false, error_text = 'offered anew',
+                          next_attempt_at = null, completed_at = v_now
                     where run_id = v_id and kind = 'push' and status = 'pending' returning id
       loop
         perform tidebase._append_event_and_renew_lease(v_run.id, null, 'recovery.failed', json_build_object(
@@ -3870,58 +3873,49 @@ create or replace function tidebase._at (p_at timestamptz, p_now timestamptz) re
                                                else 'YYYY-MM-DD HH24:MI' end) || ' UTC'
 $$;
 
--- What decides whether queued runs of these queues start: pause, caps, rate, and who asks for work. p_asked are the
--- requests for work that this server has not written to tidebase.workers yet: {QUEUE: {"ago_ms", "workflows"}}, where
--- null workflows stand for all.
--- Returns  {QUEUE: {"paused", "pushed", "concurrency", "running", "holders": ids, "rate", "rateUntil", "askedAt",
---          "workflows"}}.
+-- What decides whether the queued runs of these queues start. p_asked: requests for work that this server has not written to
+-- tidebase.workers yet, {QUEUE: {"ago_ms", "workflows": null for all}}.
+-- Returns  {QUEUE: {"paused"; "pushed": its runs are offered to an app; "concurrency" and "rate": its caps, or null;
+--          "running": how many of its runs are, counted up to the cap; "holders": ids of three of them; "rateUntil": when
+--          the rate allows the next, null for now; "askedAt": when a worker asked last, within an hour; "workflows": those
+--          that were asked for, null for all}}.
 create or replace function tidebase._queue_facts (p_queues text[], p_asked jsonb)
   returns jsonb language plpgsql stable set enable_seqscan = off as $$
 declare
-  v_now   timestamptz := tidebase.now();
-  v_facts jsonb := '{}';
-  v_name  text;
-  v_queue tidebase.queues;
-  v_ids   text[];
-  v_until timestamptz;
-  v_asked jsonb;
+  v_now timestamptz := tidebase.now();
 begin
-  foreach v_name in array p_queues loop
-    select * into v_queue from tidebase.queues where name = v_name;
-    v_ids := array(select id from (select id from tidebase.runs
-                                    where queue = v_name and status = 'running' and not stalled
-                                    limit coalesce(v_queue.concurrency, 1000)) as running order by id);
-    v_until := null;
-    if v_queue.rate_per_minute is not null then
-      select min(claimed_at) + interval '60 seconds' into v_until  -- by then enough claims are older than a minute
-        from (select claimed_at, sum(claimed) over () as total, sum(claimed) over (order by claimed_at) as gone
-                from tidebase.queue_claims where queue = v_name and claimed_at > v_now - interval '60 seconds') as recent
-       where total >= v_queue.rate_per_minute and total - gone < v_queue.rate_per_minute;
-    end if;
-    select jsonb_build_object(
-             'at', max(at), 'workflows', case when not bool_or(workflows is null) then (
-               select jsonb_agg(distinct name)
-                 from unnest(array_agg(workflows)) as list, jsonb_array_elements(list) as name) end)
-      into v_asked
-      from (select last_asked_at as at, to_jsonb(workflows) as workflows from tidebase.workers
-             where last_asked_at > v_now - interval '1 hour' and v_name = any (queues)
-            union all
-            select v_now - tidebase._ms((p_asked->v_name->>'ago_ms')::bigint),
-                   nullif(p_asked->v_name->'workflows', 'null')
-             where p_asked ? v_name) as traces;
-    v_facts := v_facts || jsonb_build_object(v_name, jsonb_build_object(
-      'paused', coalesce(v_queue.paused, false), 'pushed', v_queue.invoke_url is not null,
-      'concurrency', v_queue.concurrency, 'running', cardinality(v_ids),
-      'holders', to_jsonb(v_ids[1:3]), 'rate', v_queue.rate_per_minute, 'rateUntil', v_until,
-      'askedAt', v_asked->'at', 'workflows', v_asked->'workflows'));
-  end loop;
-  return v_facts;
+  return (
+    select coalesce(jsonb_object_agg(n.name, jsonb_build_object(
+             'paused', coalesce(q.paused, false), 'pushed', q.invoke_url is not null, 'concurrency', q.concurrency,
+             'rate', q.rate_per_minute, 'running', cardinality(running.ids), 'holders', to_jsonb(running.ids[1:3]),
+             'rateUntil', rate.until, 'askedAt', asked.at, 'workflows', asked.workflows)), '{}')
+      from unnest(p_queues) as n (name)
+      left join tidebase.queues q on q.name = n.name
+     cross join lateral (
+           select array(select id from (select id from tidebase.runs
+                                         where queue = n.name and status = 'running' and not stalled
+                                         limit coalesce(q.concurrency, 1000)) as first order by id) as ids) as running
+     cross join lateral (  -- the first instant by which enough of its claims are older than a minute
+           select min(claimed_at) + interval '60 seconds' as until
+             from (select claimed_at, sum(claimed) over () as claims, sum(claimed) over (order by claimed_at) as gone
+                     from tidebase.queue_claims
+                    where queue = n.name and claimed_at > v_now - interval '60 seconds') as recent
+            where claims >= q.rate_per_minute and claims - gone < q.rate_per_minute) as rate
+     cross join lateral (
+           select max(at) as at, case when bool_and(workflows is not null) then (
+                    select jsonb_agg(distinct workflow.name)
+                      from unnest(array_agg(workflows)) as list, jsonb_array_elements(list) as workflow (name)) end
+             from (select last_asked_at as at, to_jsonb(workflows) as workflows from tidebase.workers
+                    where last_asked_at > v_now - interval '1 hour' and n.name = any (queues)
+                   union all
+                   select v_now - tidebase._ms((p_asked->n.name->>'ago_ms')::bigint),
+                          nullif(p_asked->n.name->'workflows', 'null')
+                    where p_asked ? n.name) as requests) as asked (at, workflows));
 end $$;
 
--- A line with the values of p_detail in it: {b:worker} and {n:total} as they are, {ids:runs} a list, {for:since} a length
--- of time until p_now, {ago:since} how long ago or in how long, {at:until} the instant.
-create or replace function tidebase._say (p_line text, p_detail json, p_now timestamptz)
-  returns text language sql stable as $$
+-- The line of a detail with its values: {b:worker} and {n:total} are shown as they are, {ids:runs} as a list, {for:since} as
+-- a length of time until p_now, {ago:since} as how long ago or in how long, {at:until} as the instant.
+create or replace function tidebase._say (p_detail json, p_now timestamptz) returns text language sql stable as $$
   select string_agg(part[1] || case part[2]
            when 'for' then tidebase._span(p_now - (p_detail->>part[3])::timestamptz)
            when 'ago' then case when (p_detail->>part[3])::timestamptz > p_now
@@ -3931,149 +3925,160 @@ create or replace function tidebase._say (p_line text, p_detail json, p_now time
            when 'ids' then (select string_agg(id, ', ' order by n)
                               from json_array_elements_text(p_detail->part[3]) with ordinality as i (id, n))
            else coalesce(p_detail->>part[3], '') end, '' order by n)
-    from regexp_matches(p_line, '([^{]*)(?:\{(\w+):(\w+)\})?', 'g') with ordinality as m (part, n)
+    from regexp_matches(p_detail->>'line', '([^{]*)(?:\{(\w+):(\w+)\})?', 'g') with ordinality as m (part, n)
 $$;
 
--- Why a run that has not ended does not go on: a line for people and the same as data. p_facts comes from
--- _queue_facts. The detail's `line` is what _say made the line of: a page says it in its own time zone.
--- Returns  {"why", "whyDetail"}, both null for a run that ended.
+-- Why a run that has not ended does not go on, for people and as data. p_facts: the _queue_facts of its queue, which only
+-- a run that is queued and due needs.
+-- Returns  {"whyDetail": {"kind", the values that the line names, "line"}; "why": the line with its values}. Both are null
+--          for a run that ended. A page fills the line in by itself, since it has another time zone.
 create or replace function tidebase._why (p_run_id text, p_facts jsonb, p_now timestamptz)
   returns json language plpgsql stable set enable_seqscan = off as $$
 declare
   v_run    record;
-  v_fact   jsonb;
-  v_found  record;
-  v_since  timestamptz;
-  v_line   text;
   v_detail json;
 begin
-  -- Only these columns: the payloads may be large.
-  select id, workflow_name, status, queue, run_at, max_attempts, attempt, lease_owner, lease_expires_at, lease_ms, fence,
-         stalled, offered_at, waiting_for, wake_at, event_seq, updated_at, created_at, error is not null as has_error
+  select status, created_at into v_run from tidebase.runs where id = p_run_id;
+  case v_run.status
+    when 'pending' then
+      v_detail := json_build_object('kind', 'pending', 'since', tidebase._iso(v_run.created_at),
+                                    'line', 'created {ago:since}; nobody has begun it');
+    when 'running' then v_detail := tidebase._why_running(p_run_id, p_now);
+    when 'waiting' then v_detail := tidebase._why_waiting(p_run_id);
+    when 'queued' then v_detail := tidebase._why_queued(p_run_id, p_facts, p_now);
+    else null;  -- it ended
+  end case;
+  return json_build_object('why', tidebase._say(v_detail, p_now), 'whyDetail', v_detail);
+end $$;
+
+-- whyDetail of a run that waits for a gate's decision.
+create or replace function tidebase._why_gate (g tidebase.gates) returns json language sql stable as $$
+  select json_build_object('kind', 'gate', 'gateId', g.id, 'gate', g.name, 'prompt', left(g.prompt, 200),
+                           'since', tidebase._iso(g.created_at), 'line', 'waits for a person since {for:since}: {b:prompt}')
+$$;
+
+-- whyDetail of a running run. This function and the next two read single columns of runs: its payloads may be large.
+create or replace function tidebase._why_running (p_run_id text, p_now timestamptz)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_run  record;
+  v_step record;
+  v_gate json;
+begin
+  select queue, lease_owner, lease_expires_at, fence, event_seq,
+         tidebase._iso(lease_expires_at - tidebase._ms(lease_ms)) as heartbeat_at  -- the owner's last write
     into v_run from tidebase.runs where id = p_run_id;
-  v_fact := p_facts->v_run.queue;
-
-  if v_run.status = 'running' and v_run.lease_expires_at <= p_now then
-    v_line := 'its lease ran out {ago:since}; nobody has begun it again';
-    v_detail := json_build_object('kind', 'lease_expired', 'since', tidebase._iso(v_run.lease_expires_at),
-                                  'worker', v_run.lease_owner, 'queue', v_run.queue);
-
-  elsif v_run.status = 'running' then
-    v_since := v_run.lease_expires_at - tidebase._ms(v_run.lease_ms);  -- the owner's last write
-    v_line := case when v_run.queue is null then 'begun' else 'claimed' end
-              || ' by {b:worker}, heartbeat {ago:heartbeatAt}';
-    select s.name, s.started_at into v_found
-      from tidebase.events e join tidebase.steps s on s.id = tidebase._readable(e.payload)->>'stepId'
-     where e.run_id = p_run_id and e.seq > v_run.event_seq - 20 and e.type = 'step.started' and s.run_id = p_run_id
-       and s.status = 'running' and s.fence = v_run.fence
-     order by e.seq desc limit 1;
-    if v_found.name is not null then
-      v_line := v_line || ', in step {b:step} for {for:stepSince}';
-      v_detail := json_build_object('kind', 'running', 'worker', v_run.lease_owner, 'heartbeatAt',
-                    tidebase._iso(v_since), 'step', v_found.name, 'stepSince', tidebase._iso(v_found.started_at));
-    else
-      select id, name, left(prompt, 200) as prompt, created_at into v_found
-        from tidebase.gates where run_id = p_run_id and status = 'pending' order by created_at limit 1;
-      if v_found.id is not null then
-        v_line := 'waits for a person since {for:since}: {b:prompt}';
-        v_detail := json_build_object('kind', 'gate', 'gateId', v_found.id, 'gate', v_found.name,
-                      'prompt', v_found.prompt, 'since', tidebase._iso(v_found.created_at),
-                      'worker', v_run.lease_owner, 'heartbeatAt', tidebase._iso(v_since));
-      else
-        v_line := v_line || ', between steps';
-        v_detail := json_build_object('kind', 'running', 'worker', v_run.lease_owner,
-                                      'heartbeatAt', tidebase._iso(v_since), 'step', null, 'stepSince', null);
-      end if;
-    end if;
-
-  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'gateId' then
-    select id, name, left(prompt, 200) as prompt, created_at into v_found
-      from tidebase.gates where id = v_run.waiting_for->>'gateId' and run_id = p_run_id;
-    v_line := 'waits for a person since {for:since}: {b:prompt}';
-    v_detail := json_build_object('kind', 'gate', 'gateId', v_found.id, 'gate', v_found.name, 'prompt', v_found.prompt,
-                                  'since', tidebase._iso(v_found.created_at));
-
-  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'event' then
-    v_line := 'waits for signal {b:signal}'
-              || case when (v_run.waiting_for->>'n')::integer > 1 then ' (number {n:n})' else '' end
-              || case when v_run.wake_at is not null then ', until {at:until}' else '' end;
-    v_detail := json_build_object('kind', 'signal', 'signal', v_run.waiting_for->>'event',
-                  'n', coalesce((v_run.waiting_for->>'n')::integer, 1), 'until', tidebase._iso(v_run.wake_at));
-
-  elsif v_run.status = 'waiting' and v_run.waiting_for ? 'children' then
-    select count(*) as live into v_found
-      from tidebase.runs c
-     where c.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting')
-       and (v_run.waiting_for->'children' = 'true' or exists (
-              select from tidebase.run_edges e
-               where e.child_run_id = c.id and e.parent_run_id = p_run_id and v_run.waiting_for->'children' ? e.name));
-    v_line := 'waits for {n:live} of {n:total} children';
-    v_detail := json_build_object('kind', 'children', 'live', v_found.live, 'total', (
-      case when v_run.waiting_for->'children' = 'true'
-           then (select count(*) from tidebase.run_edges where parent_run_id = p_run_id)
-           else jsonb_array_length(v_run.waiting_for->'children') end));
-
-  elsif v_run.status = 'waiting' then
-    v_line := 'sleeps until {at:until}';
-    v_detail := json_build_object('kind', 'sleep', 'until', tidebase._iso(v_run.wake_at));
-
-  elsif v_run.status = 'pending' then
-    v_line := 'created {ago:since}; nobody has begun it';
-    v_detail := json_build_object('kind', 'pending', 'since', tidebase._iso(v_run.created_at));
-
-  elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.offered_at is not null then
-    v_line := 'offered to the app {ago:since}, again at {at:until}';
-    v_detail := json_build_object('kind', 'offered', 'since', tidebase._iso(v_run.offered_at),
-                                  'until', tidebase._iso(v_run.run_at));
-
-  elsif v_run.status = 'queued' and v_run.run_at > p_now and v_run.has_error then
-    select coalesce(brief->>'name', brief->>'message') as error into v_found
-      from (select tidebase._error_brief(error) as brief from tidebase.runs where id = p_run_id) as failed;
-    v_line := 'again at {at:until}, attempt {n:attempt}'
-              || case when v_run.attempt < v_run.max_attempts then ' of {n:maxAttempts}' else '' end
-              || case when v_found.error is not null then ', after {b:error}' else '' end;
-    v_detail := json_build_object('kind', 'retry', 'until', tidebase._iso(v_run.run_at), 'attempt', v_run.attempt + 1,
-                                  'maxAttempts', v_run.max_attempts, 'error', left(v_found.error, 100));
-
-  elsif v_run.status = 'queued' and v_run.run_at > p_now then
-    v_line := 'starts at {at:until}';
-    v_detail := json_build_object('kind', 'scheduled', 'until', tidebase._iso(v_run.run_at));
-
-  elsif v_run.status = 'queued' and (v_fact->>'paused')::boolean then
-    v_line := 'queue {b:queue} is paused';
-    v_detail := json_build_object('kind', 'paused', 'queue', v_run.queue);
-
-  elsif v_run.status = 'queued' and (v_fact->>'running')::integer >= (v_fact->>'concurrency')::integer then
-    v_line := 'queue {b:queue} is at its cap of {n:concurrency}: {ids:runs}'
-      || case when (v_fact->>'running')::integer > 3
-                then format(' and %s more hold it', (v_fact->>'running')::integer - 3)
-              when (v_fact->>'running')::integer = 1 then ' holds it' else ' hold it' end;
-    v_detail := json_build_object('kind', 'queue_capped', 'queue', v_run.queue, 'concurrency', v_fact->'concurrency',
-                                  'runs', v_fact->'holders', 'holders', v_fact->'running');
-
-  elsif v_run.status = 'queued' and v_fact->>'rateUntil' is not null then
-    v_line := 'rate limit, next place {ago:until}';
-    v_detail := json_build_object('kind', 'rate_limited', 'queue', v_run.queue, 'ratePerMinute', v_fact->'rate',
-                                  'until', tidebase._iso((v_fact->>'rateUntil')::timestamptz));
-
-  elsif v_run.status = 'queued' and not (v_fact->>'pushed')::boolean
-        and coalesce((v_fact->>'askedAt')::timestamptz <= p_now - interval '5 min', true) then
-    v_line := 'nobody has asked queue {b:queue} for work in the last 5 min'
-              || case when (v_fact->>'running')::integer > 0 then '; {n:running} of its runs are at work' else '' end;
-    v_detail := json_build_object('kind', 'nobody_asks', 'queue', v_run.queue, 'lastAskedAt',
-                  tidebase._iso((v_fact->>'askedAt')::timestamptz), 'running', v_fact->'running');
-
-  elsif v_run.status = 'queued' and jsonb_typeof(v_fact->'workflows') = 'array'
-        and not v_fact->'workflows' ? v_run.workflow_name then
-    v_line := 'workers ask queue {b:queue}, but none of them for workflow {b:workflowName}';
-    v_detail := json_build_object('kind', 'workflow_unknown', 'queue', v_run.queue, 'workflowName', v_run.workflow_name);
-
-  elsif v_run.status = 'queued' then
-    v_line := 'ready since {for:since}; queue {b:queue} gives it out when its turn has come';
-    v_detail := json_build_object('kind', 'ready', 'queue', v_run.queue, 'since', tidebase._iso(v_run.run_at));
+  if v_run.lease_expires_at <= p_now then
+    return json_build_object('kind', 'lease_expired', 'since', tidebase._iso(v_run.lease_expires_at),
+                             'worker', v_run.lease_owner, 'queue', v_run.queue,
+                             'line', 'its lease ran out {ago:since}; nobody has begun it again');
   end if;
-  return json_build_object('why', tidebase._say(v_line, v_detail, p_now), 'whyDetail',
-                           tidebase._joined(v_detail, json_build_object('line', v_line)));
+  select s.name, s.started_at into v_step
+    from tidebase.events e join tidebase.steps s on s.id = tidebase._readable(e.payload)->>'stepId'
+   where e.run_id = p_run_id and e.seq > v_run.event_seq - 20 and e.type = 'step.started' and s.run_id = p_run_id
+     and s.status = 'running' and s.fence = v_run.fence
+   order by e.seq desc limit 1;
+  if not found then
+    select tidebase._why_gate(g) into v_gate from tidebase.gates g
+     where run_id = p_run_id and status = 'pending' order by created_at limit 1;
+    if found then
+      return tidebase._joined(v_gate, json_build_object('worker', v_run.lease_owner, 'heartbeatAt', v_run.heartbeat_at));
+    end if;
+  end if;
+  return json_build_object(
+    'kind', 'running', 'worker', v_run.lease_owner, 'heartbeatAt', v_run.heartbeat_at, 'step', v_step.name,
+    'stepSince', tidebase._iso(v_step.started_at),
+    'line', case when v_run.queue is null then 'begun' else 'claimed' end || ' by {b:worker}, heartbeat {ago:heartbeatAt}, '
+            || case when v_step.name is null then 'between steps' else 'in step {b:step} for {for:stepSince}' end);
+end $$;
+
+-- whyDetail of a waiting run, by what wait_run was told to wait for.
+create or replace function tidebase._why_waiting (p_run_id text)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_for   jsonb;
+  v_until timestamptz;
+  v_live  bigint;
+begin
+  select waiting_for, wake_at into v_for, v_until from tidebase.runs where id = p_run_id;
+  if v_for ? 'gateId' then
+    return (select tidebase._why_gate(g) from tidebase.gates g where id = v_for->>'gateId' and run_id = p_run_id);
+  elsif v_for ? 'event' then
+    return json_build_object(
+      'kind', 'signal', 'signal', v_for->>'event', 'n', tidebase._signal_number(v_for), 'until', tidebase._iso(v_until),
+      'line', 'waits for signal {b:signal}' || case when tidebase._signal_number(v_for) > 1 then ' (number {n:n})' else '' end
+              || case when v_until is not null then ', until {at:until}' else '' end);
+  elsif v_for ? 'children' then
+    select count(*) into v_live from tidebase.runs c
+     where c.parent_run_id = p_run_id and c.status in ('pending', 'queued', 'running', 'waiting')
+       and (v_for->'children' = 'true'
+            or exists (select from tidebase.run_edges e where e.child_run_id = c.id and e.parent_run_id = p_run_id
+                          and v_for->'children' ? e.name));
+    return json_build_object(
+      'kind', 'children', 'live', v_live, 'total', case when v_for->'children' <> 'true'
+      then jsonb_array_length(v_for->'children')
+      else (select count(*) from tidebase.run_edges where parent_run_id = p_run_id) end,
+      'line', 'waits for {n:live} of {n:total} children');
+  end if;
+  return json_build_object('kind', 'sleep', 'until', tidebase._iso(v_until), 'line', 'sleeps until {at:until}');
+end $$;
+
+-- whyDetail of a queued run: what it waits for itself; then what its queue does not allow; then whether anybody asks for it.
+create or replace function tidebase._why_queued (p_run_id text, p_facts jsonb, p_now timestamptz)
+  returns json language plpgsql stable set enable_seqscan = off as $$
+declare
+  v_run     record;
+  v_queue   jsonb;
+  v_error   text;
+  v_running integer;
+begin
+  select workflow_name, queue, run_at, offered_at, attempt, max_attempts, error is not null as has_failed
+    into v_run from tidebase.runs where id = p_run_id;
+
+  if v_run.run_at > p_now and v_run.offered_at is not null then
+    return json_build_object('kind', 'offered', 'since', tidebase._iso(v_run.offered_at),
+                             'until', tidebase._iso(v_run.run_at),
+                             'line', 'offered to the app {ago:since}, again at {at:until}');
+  elsif v_run.run_at > p_now and v_run.has_failed then
+    select coalesce(brief->>'name', left(brief->>'message', 100)) into v_error
+      from (select tidebase._error_brief(error) as brief from tidebase.runs where id = p_run_id) as failure;
+    return json_build_object(
+      'kind', 'retry', 'until', tidebase._iso(v_run.run_at), 'attempt', v_run.attempt + 1,
+      'maxAttempts', v_run.max_attempts, 'error', v_error,
+      'line', 'again at {at:until}, attempt {n:attempt}'
+              || case when v_run.attempt < v_run.max_attempts then ' of {n:maxAttempts}' else '' end
+              || case when v_error is not null then ', after {b:error}' else '' end);
+  elsif v_run.run_at > p_now then
+    return json_build_object('kind', 'scheduled', 'until', tidebase._iso(v_run.run_at), 'line', 'starts at {at:until}');
+  end if;
+
+  v_queue := p_facts->v_run.queue;
+  v_running := v_queue->'running';
+  if (v_queue->'paused')::boolean then
+    return json_build_object('kind', 'paused', 'queue', v_run.queue, 'line', 'queue {b:queue} is paused');
+  elsif v_running >= (v_queue->>'concurrency')::integer then
+    return json_build_object(
+      'kind', 'queue_capped', 'queue', v_run.queue, 'concurrency', v_queue->'concurrency', 'runs', v_queue->'holders',
+      'holders', v_running,
+      'line', 'queue {b:queue} is at its cap of {n:concurrency}: {ids:runs}'
+              || case when v_running > 3 then format(' and %s more hold it', v_running - 3)
+                      when v_running = 1 then ' holds it' else ' hold it' end);
+  elsif v_queue->>'rateUntil' is not null then
+    return json_build_object('kind', 'rate_limited', 'queue', v_run.queue, 'ratePerMinute', v_queue->'rate',
+                             'until', tidebase._iso((v_queue->>'rateUntil')::timestamptz),
+                             'line', 'rate limit, next place {ago:until}');
+  elsif not (v_queue->'pushed')::boolean
+        and coalesce((v_queue->>'askedAt')::timestamptz <= p_now - interval '5 min', true) then
+    return json_build_object(
+      'kind', 'nobody_asks', 'queue', v_run.queue, 'lastAskedAt', tidebase._iso((v_queue->>'askedAt')::timestamptz),
+      'running', v_running, 'line', 'nobody has asked queue {b:queue} for work in the last 5 min'
+      || case when v_running > 0 then '; {n:running} of its runs are at work' else '' end);
+  elsif jsonb_typeof(v_queue->'workflows') = 'array' and not v_queue->'workflows' ? v_run.workflow_name then
+    return json_build_object('kind', 'workflow_unknown', 'queue', v_run.queue, 'workflowName', v_run.workflow_name,
+                             'line', 'workers ask queue {b:queue}, but none of them for workflow {b:workflowName}');
+  end if;
+  return json_build_object('kind', 'ready', 'queue', v_run.queue, 'since', tidebase._iso(v_run.run_at),
+                           'line', 'ready since {for:since}; queue {b:queue} gives it out when its turn has come');
 end $$;
 
 -- Whether a value's text has at most 1,000 bytes. The stored size is compared first, so that a large value is not
@@ -4081,8 +4086,8 @@ end $$;
 create or replace function tidebase._is_short (p_value jsonb) returns boolean language sql immutable as
 $$ select case when pg_column_size(p_value) > 1000 then false else octet_length(p_value::text) <= 1000 end $$;
 
--- A run without its payloads. p_why comes from _why. `version` changes with everything that is shown, except the
--- seconds in `why`.
+-- A run without payloads: metadata of at most 1,000 bytes, and of its error the beginning. p_why: its _why. `version` changes
+-- with all that is shown, but not with the lengths of time in `why`.
 create or replace function tidebase._run_light (r tidebase.runs, p_why json) returns json language sql stable as $$
   select json_build_object(
     'id', r.id, 'workflowName', r.workflow_name, 'status', r.status, 'queue', r.queue, 'priority', r.priority,
@@ -4101,8 +4106,8 @@ create or replace function tidebase._run_light (r tidebase.runs, p_why json) ret
                                                          p_why->'whyDetail')), 8))
 $$;
 
--- Runs by id, in the order of p_ids, each with its _why. Deleted runs are left out, and so are runs whose version is
--- the one in p_known, {ID: version}.
+-- These runs, in this order, each with its _why; if p_light, as _run_light. Left out are runs that do not exist, and, if
+-- p_light, those of which p_known, {ID: version}, has the version.    Returns  [run, …].
 create or replace function tidebase._list_runs (p_ids text[], p_light boolean, p_asked jsonb,
                                                 p_known jsonb default '{}')
   returns json language plpgsql stable set enable_seqscan = off as $$
@@ -4118,10 +4123,9 @@ begin
                      cross join lateral (select tidebase._why(r.id, v_facts, v_now) as why offset 0) as w) as listed
              where listed.run->>'version' is distinct from p_known->>listed.id);
   end if;
-  return (select coalesce(json_agg(tidebase._joined(tidebase._run_listed(r, m.room, m.largest),
+  return (select coalesce(json_agg(tidebase._joined(tidebase._run_listed(r, m.room),
                                                     tidebase._why(r.id, v_facts, v_now)) order by m.n), '[]')
-            from (select g.n, g.id, tidebase._largest(r) as largest,
-                         sum(tidebase._run_bytes(r)) over (order by g.n) <= tidebase._budget() as room
+            from (select g.n, g.id, sum(tidebase._run_bytes(r)) over (order by g.n) <= tidebase._budget() as room
                     from unnest(p_ids) with ordinality as g (id, n) join tidebase.runs r on r.id = g.id) as m
             join tidebase.runs r on r.id = m.id);
 end $$;
@@ -4223,7 +4227,7 @@ end $$;
 create or replace function tidebase._steps_do (p_count bigint, p_verb text) returns text language sql immutable as
 $$ select format('%s %s', p_count, case when p_count = 1 then 'step ' || p_verb || 's' else 'steps ' || p_verb end) $$;
 
--- A step without its payloads.
+-- A step without payloads: their sizes, in bytes, and the beginning of its error. A large contract is shown by `replay` alone.
 create or replace function tidebase._step_light (s tidebase.steps) returns json language sql stable as $$
   select json_build_object(
     'id', s.id, 'name', s.name, 'position', s.position, 'status', s.status, 'attempt', s.attempt,
@@ -4239,9 +4243,10 @@ create or replace function tidebase._step_light (s tidebase.steps) returns json 
     'errorBytes', octet_length(s.error::text), 'optionsBytes', octet_length(s.options::text))
 $$;
 
--- The steps of a run after a position, without payloads. p_statuses and p_text (part of a name) filter unless they
--- are null; p_errors keeps only failed steps and those to be reviewed.
--- Returns  {"steps", "nextCursor"}, null when there is no such run.
+-- A page of a run's steps, in the order in which they were first begun: those after position p_after, at most p_limit. Of
+-- these statuses, or null; with p_text in their name, in either case, or null; if p_errors, failed or to be reviewed.
+-- Returns  {"steps": as _step_light, "nextCursor": p_after of the next page, null if this one is not full}; null when there is
+--          no such run.
 create or replace function tidebase.list_steps (p_run_id text, p_after integer, p_limit integer, p_statuses text[],
                                                 p_text text, p_errors boolean)
   returns json language plpgsql stable set enable_seqscan = off as $$
@@ -4261,8 +4266,8 @@ begin
             from tidebase.runs where id = p_run_id);
 end $$;
 
--- An event, without a payload of more than 1,000 bytes. The step, the name and the attempt that the payload holds
--- stand beside it.
+-- An event without its payload if that has more than 1,000 bytes; but with what a page draws of it: the step's id, the
+-- attempt, and the name of the step, gate, child or signal that it tells of.
 create or replace function tidebase._event_light (e tidebase.events) returns json language sql stable as $$
   select json_build_object(
     'id', e.id, 'runId', e.run_id, 'seq', e.seq, 'type', e.type, 'createdAt', tidebase._iso(e.created_at),
@@ -4275,8 +4280,10 @@ create or replace function tidebase._event_light (e tidebase.events) returns jso
           offset 0) as n
 $$;
 
--- Events of a run after a number. p_types holds whole types and prefixes that end with a dot; null stands for all.
--- Returns  a row for each: its number and its JSON. Together at most _budget() bytes, but always at least one row.
+-- A run's events after number p_after, in their order, at most p_limit; if p_light, as _event_light. p_types: whole types,
+-- and beginnings that end with a dot; null for all.
+-- Returns  a row for each. They end before the event with which they would have more than _budget() bytes, unless it is the
+--          first. No row: there is none, or no such run.
 create or replace function tidebase.list_events (p_run_id text, p_after integer, p_limit integer, p_light boolean,
                                                  p_types text[])
   returns table (seq integer, event json) language plpgsql stable set enable_seqscan = off as $$
@@ -4337,7 +4344,7 @@ begin
   characters := length(v_text);
 end $$;
 
--- A run and its descendants, generation by generation, at most p_limit.
+-- The ids of a run and its descendants, generation by generation, at most p_limit. depth: 0 of the run itself.
 create or replace function tidebase._subtree (p_run_id text, p_limit integer)
   returns table (id text, depth integer) language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4357,14 +4364,15 @@ begin
   end loop;
 end $$;
 
--- When a run first began, by one of its first ten events.
+-- When a run was first claimed or begun; null for never. One of its first ten events says it.
 create or replace function tidebase._started_at (p_run_id text) returns timestamptz language sql stable as $$
   select e.created_at from tidebase.events e
    where e.run_id = p_run_id and e.seq <= 10 and e.type in ('run.claimed', 'run.started') order by e.seq limit 1
 $$;
 
--- A run and its descendants, each with its _why.
--- Returns  {"root", "runs", "truncated"}, null when there is no such run.
+-- A run and its descendants, generation by generation, at most p_limit. p_asked: see _queue_facts.
+-- Returns  {"root": p_run_id, "runs": [{"id", "parentRunId", "name", "edgeType", "depth", …, "startedAt", "why"}],
+--          "truncated": whether there are more}; null when there is no such run.
 create or replace function tidebase.run_tree (p_run_id text, p_limit integer, p_asked jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4394,7 +4402,7 @@ begin
                            'truncated', cardinality(v_runs) > p_limit);
 end $$;
 
--- The sums of the ledger's entries of these runs, and how many entries.
+-- What these runs cost.    Returns  _usage_sums of their entries in the ledger, and how many "entries".
 create or replace function tidebase._cost (p_run_ids text[]) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4403,9 +4411,10 @@ begin
             from tidebase.usage where run_id = any (p_run_ids));
 end $$;
 
--- The head of a run: no payloads, but the cost of it and of its descendants, and how many steps, events, gates ...
--- it has.
--- Returns  {"run", "counts", "cost", "durationMs", "state", "parent"}, null when there is no such run.
+-- The head of a run's page: what it is, how much of everything it has, and what it cost. p_asked: see _queue_facts.
+-- Returns  {"run": as _run_light, the sizes of its payloads, and more; "counts"; "cost": {"own", "subtree": of it and its
+--          first 10,000 descendants}; "durationMs": until it ended, or now; "state": {"version", "bytes", "updatedAt"} or
+--          null; "parent": {"id", "name"} or null}; null when there is no such run.
 create or replace function tidebase.run_summary (p_run_id text, p_asked jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4417,7 +4426,7 @@ begin
   select tidebase._joined(tidebase._list_runs(array[p_run_id], true, p_asked)->0, json_build_object(
            'hasRecoveryWebhook', r.recovery_webhook is not null, 'inputBytes', octet_length(r.input::text),
            'resultBytes', octet_length(r.result::text), 'errorBytes', octet_length(r.error::text),
-           'metadataBytes', octet_length(r.metadata::text), 'cancelRequestedAt', tidebase._iso(r.cancel_requested_at),
+           'metadataBytes', octet_length(r.metadata::text), 'cancelRequestedAt', tidebase._iso(r.cancelled_at),
            'cancelledAt', tidebase._iso(r.cancelled_at), 'startedAt', tidebase._iso(tidebase._started_at(r.id)),
            'forkedFrom', r.metadata->>'forkedFrom', 'schedule', r.metadata->>'schedule'))
     into v_run from tidebase.runs r where r.id = p_run_id;
@@ -4453,7 +4462,7 @@ begin
       from tidebase.runs r where r.id = p_run_id);
 end $$;
 
--- A webhook without its payload.
+-- A webhook without its payload and its answer: their sizes, in bytes.
 create or replace function tidebase._delivery_light (o tidebase.outbox) returns json language sql stable as $$
   select json_build_object(
     'id', o.id, 'runId', o.run_id, 'kind', o.kind, 'eventType', o.event_type, 'reason', o.reason,
@@ -4463,7 +4472,9 @@ create or replace function tidebase._delivery_light (o tidebase.outbox) returns 
     'payloadBytes', octet_length(tidebase._webhook_payload(o)::text), 'responseBytes', octet_length(o.response_body))
 $$;
 
--- A run's webhooks, newest first.    Returns  {"deliveries", "nextCursor"}, null when there is no such run.
+-- A page of a run's webhooks, newest first: those before number p_before, at most p_limit.
+-- Returns  {"deliveries": as _delivery_light, "nextCursor": p_before of the next page, null if this one is not full}; null
+--          when there is no such run.
 create or replace function tidebase.list_deliveries (p_run_id text, p_before bigint, p_limit integer) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4479,9 +4490,11 @@ begin
             from tidebase.runs where id = p_run_id);
 end $$;
 
--- Sends a webhook once more under the same id, with a new count of attempts.    TB404.
--- Leaves   it due, or behind the pending ones of its channel. A pending webhook stays as it is.
--- Returns  {"delivery"}.
+-- Sends a webhook once more, under the same id.
+-- Needs    the run, and the webhook of it (TB404 not_found).
+-- Leaves   it pending, with a new count of attempts: due now, or after those of its channel that are pending. A pending one
+--          stays as it is.
+-- Returns  {"delivery"}.    Locks  run, then webhook.
 create or replace function tidebase.resend_delivery (p_run_id text, p_delivery_id text)
   returns json language plpgsql as $$
 declare
@@ -4495,8 +4508,8 @@ begin
     return json_build_object('delivery', tidebase._delivery_light(v_post));
   end if;
   update tidebase.outbox
-     set status = 'pending', attempts = 0, completed_at = null, http_status = null, response_body = null,
-         error_text = null,
+     set status = 'pending', attempts = 0, claimed = false, completed_at = null, http_status = null,
+         response_body = null, error_text = null,
          next_attempt_at = case when not exists (select from tidebase.outbox o where o.status = 'pending'
                                                     and o.channel_id = v_post.channel_id) then tidebase.now() end
    where seq = v_post.seq returning * into v_post;
@@ -4504,7 +4517,7 @@ begin
 end $$;
 
 -- The newest 1,000 signals of a run, oldest first, without payloads of more than 1,000 bytes.
--- Returns  {"signals"}, null when there is no such run.
+-- Returns  {"signals"}; null when there is no such run.
 create or replace function tidebase.list_signals (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4521,8 +4534,10 @@ begin
             from tidebase.runs r where r.id = p_run_id);
 end $$;
 
--- The ledger of a run or, with p_subtree, of it and its descendants: the newest entries, and sums by model.
--- Returns  {"usage", "byModel", "truncated"}, null when there is no such run.
+-- What a run cost or, if p_subtree, what it and its descendants did: at most 10,000 runs.
+-- Returns  {"usage": the newest p_limit entries of the ledger, oldest first, each with its step's name; "truncated": whether
+--          there are more entries; "byModel": [{"model", "entries", "runs": how many of each, and _usage_sums}] of all
+--          entries, dearest first}; null when there is no such run.
 create or replace function tidebase.run_usage (p_run_id text, p_subtree boolean, p_limit integer) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4553,7 +4568,8 @@ begin
     from tidebase.runs where id = p_run_id);
 end $$;
 
--- What has happened so far in a run about which a person has to decide.
+-- What a person sees of a run who decides on a gate or a step of it: its last five steps, its state up to 4,000 bytes, and
+-- what it cost.
 create or replace function tidebase._decision_context (p_run_id text) returns json
   language plpgsql stable set enable_seqscan = off as $$
 begin
@@ -4640,21 +4656,16 @@ begin
                            'more', v_count > 1000, 'nextCursor', v_next);
 end $$;
 
--- A gate in a list. Data of more than 65,536 bytes is left out, and all data is without p_room. The token is
--- included with p_tokens, while the gate is pending.
+-- A gate in a list: without payloads of more than 64 KiB; without p_room, without any, and its prompt cut. Its token comes
+-- with p_tokens while it is pending.
 create or replace function tidebase._gate_asked (g tidebase.gates, p_tokens boolean, p_room boolean)
   returns json language sql stable as $$
-  select json_build_object(
-    'id', g.id, 'runId', g.run_id, 'name', g.name,
-    'prompt', case when p_room then g.prompt else left(g.prompt, 1000) end,
-    'data', tidebase._in_list(g.data, p_room),
-    'dataOmitted', not p_room or tidebase._bytes(g.data) > 65536, 'status', g.status, 'decision', g.decision,
-    'actor', g.actor, 'decisionPayload', tidebase._in_list(g.decision_payload, p_room),
-    'capability', tidebase._in_list(g.capability, p_room), 'channels', g.channels,
-    'resolveToken', case when p_tokens and g.status = 'pending' then g.resolve_token end,
-    'reviewUrl', case when p_tokens then tidebase._review_url(g) end, 'expiresAt', tidebase._iso(g.expires_at),
-    'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(g.updated_at),
-    'resolvedAt', tidebase._iso(g.resolved_at))
+  select tidebase._joined(
+           tidebase._gate_shown(g, p_tokens and g.status = 'pending',
+                                case when p_room then g.prompt else left(g.prompt, 1000) end,
+                                tidebase._in_list(g.data, p_room), tidebase._in_list(g.decision_payload, p_room),
+                                tidebase._in_list(g.capability, p_room)),
+           json_build_object('dataOmitted', not p_room or tidebase._bytes(g.data) > 65536))
 $$;
 
 -- What the token of a gate shows without an API key: the gate without its channels and its token, and the run's name and
@@ -4667,16 +4678,18 @@ declare
 begin
   return (select json_build_object('gate', json_build_object(
             'id', v_gate.id, 'runId', v_gate.run_id, 'name', v_gate.name, 'prompt', v_gate.prompt, 'data', v_gate.data,
-            'status', v_gate.status, 'decision', v_gate.decision, 'actor', v_gate.actor,
+            'status', v_gate.status, 'decision', tidebase._decided(v_gate), 'actor', v_gate.actor,
             'decisionPayload', v_gate.decision_payload, 'capability', v_gate.capability,
             'expiresAt', tidebase._iso(v_gate.expires_at), 'createdAt', tidebase._iso(v_gate.created_at),
             'resolvedAt', tidebase._iso(v_gate.resolved_at), 'workflowName', r.workflow_name, 'runStatus', r.status))
             from tidebase.runs r where r.id = p_run_id);
 end $$;
 
--- Records which workers asked for work, deletes workers that have not asked for a day, and sums up the minutes of
--- the last hour. p_workers: [{"owner", "queues", "workflows", "since_ms", "ago_ms"}]; it first asked since_ms ago
--- and last ago_ms ago.
+-- Records which workers asked this server for work. p_workers: [{"owner", "queues", "workflows": null for all, "since_ms",
+-- "ago_ms": so long ago it asked first, and last}].
+-- Leaves   their rows; those of workers that asked nobody for a day deleted; of queue_minutes the last hour, summed up once
+--          there are 10,000 rows.
+-- Locks    rows of workers, in the order of their owners.
 create or replace function tidebase.note_workers (p_workers jsonb) returns void language plpgsql as $$
 declare
   v_now timestamptz := tidebase.now();
@@ -4700,8 +4713,8 @@ begin
    where minute >= v_now - interval '61 min' group by queue, minute;
 end $$;
 
--- Claims and failures of a queue, minute by minute of the last hour, oldest first.
--- Returns  {"queue", "minutes", "now"}.
+-- The last hour of a queue.
+-- Returns  {"queue", "minutes": 60 of {"at", "claims", "failures"}, oldest first, "now"}.
 create or replace function tidebase.list_minutes (p_queue text) returns json
   language plpgsql stable as $$
 declare
@@ -4718,8 +4731,11 @@ begin
            on c.minute = m.at);
 end $$;
 
--- The workers that asked for work within a day or hold a run, the last heard first, at most 500. p_workers are those
--- that this server has not recorded yet, as for note_workers.    Returns  {"workers", "now"}.
+-- The workers that asked for work within a day, or hold a run. p_workers: those that this server has not recorded yet, as
+-- note_workers takes them.
+-- Returns  {"workers": at most 500, the last heard first, "now"}. Of each: "id", null for workers without a name; "queues"
+--          and "workflows", for which it asked last; "since", when it was first heard; "lastAskedAt"; "lastHeardAt", when it
+--          asked or extended a lease; how many runs it holds, "running", and twenty of these, "runs".
 create or replace function tidebase.list_workers (p_workers jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
@@ -4760,10 +4776,10 @@ begin
              order by 1 desc limit 500) as workers);
 end $$;
 
--- Deletes a run with everything that belongs to it.
--- Needs    the run to have ended, and its parent to have completed: a replayed parent would create the child again
---          (TB409 run_not_ended). TB404.
--- Returns  {"deleted"}.
+-- Deletes a run with all that belongs to it.
+-- Needs    the run (TB404 not_found), ended; and its parent, if any, completed, since a parent that is replayed would create
+--          it again (TB409 run_not_ended).
+-- Returns  {"deleted": its id}.    Locks  the run.
 create or replace function tidebase.delete_run (p_run_id text) returns json language plpgsql as $$
 declare
   v_run tidebase.runs := tidebase._lock_run(p_run_id);

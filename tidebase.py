@@ -64,7 +64,7 @@ from werkzeug.exceptions import HTTPException
 import tidebase_sdk
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
 from tidebase_server import bodies, filters, openapi, request, studio
-from tidebase_server.access import LOOPBACK, Access
+from tidebase_server.access import LOOPBACK, Access, origin_of
 from tidebase_server.admission import Admission, check_key, check_sender, cors_headers, run_token_expiry
 from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database_refused, invalid, refused, reply
 from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, read_members, take, to_json
@@ -249,9 +249,20 @@ class Config:
             raise ConfigError(f"HOST is {self.host}, so others can connect: set TIDEBASE_API_KEY to the key they must "
                               f"send (or TIDEBASE_INSECURE=1 to let anyone in); {MAKE_KEY}")
         for name, key in (("TIDEBASE_API_KEY", self.api_key), ("TIDEBASE_READ_KEY", self.read_key)):
+            if key != key.strip():
+                raise ConfigError(f"{name} must have no space before or after it, which no client can send")
             if self.host not in LOOPBACK and 0 < len(key) < SHORTEST_KEY:
                 raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: {name} must have at least "
                                   f"{SHORTEST_KEY} characters; {MAKE_KEY}")
+
+        if self.public_url and not origin_of(self.public_url):
+            raise ConfigError(f"TIDEBASE_PUBLIC_URL is {self.public_url!r}; it takes an address such as "
+                              "https://tide.example")
+        origin = self.cors_origin
+        is_origin = origin_of(origin) and origin == origin.lower() and "/" not in origin.partition("://")[2]
+        if origin not in ("", "*") and not is_origin:
+            raise ConfigError(f"TIDEBASE_CORS_ORIGIN is {origin!r}; it takes * or one origin as browsers send it, in "
+                              "lower case and without a path, such as https://app.example")
 
     def webhook_targets(self) -> WebhookTargets:
         """Where webhooks may go.  :raises ValueError: TIDEBASE_WEBHOOK_ALLOW is malformed."""
@@ -422,14 +433,17 @@ class Reconciler:
         self.revive = revive
         self.away_since: float | None = None  # the database cannot be used
         self.reasons = set[str]()             # why not; each is logged once in an outage
-        self.patient_until = time.monotonic() + self.lease_seconds  # until then expired leases are left alone
+        self.patient_until = 0.0  # of time.monotonic: until then expired leases are left alone
+        self.leave_leases_alone()
         self.failing: dict[str, str] = {}  # sweeps and schedules that fail, and why: logged once
+
+    def leave_leases_alone(self) -> None:
+        """Let no lease expire for as long as one lasts: while this server did not run, or its database could not be
+        used, workers could not renew theirs, and now they can."""
+        self.patient_until = time.monotonic() + self.lease_seconds
 
     def tick(self) -> int:
         """Do each sweep once.
-
-        While this server was not running, or the database was away, workers could not renew their leases. So expired
-        leases are left alone until workers have had the time of one lease to renew them.
 
         :returns: how much was done.
         :raises psycopg.Error: the database cannot be used. Other failures are logged, with the name of the sweep.
@@ -448,7 +462,7 @@ class Reconciler:
             logger.warning("the database can be used again", extra={"event": "database_back"})
             self.away_since = None
             self.reasons.clear()
-            self.patient_until = time.monotonic() + self.lease_seconds  # from now on workers can renew their leases
+            self.leave_leases_alone()
         return done
 
     def _attempt(self, name: str, sweep: Callable[..., int], *arguments: Any, **named: Any) -> int:
@@ -492,7 +506,7 @@ class Reconciler:
     def failed(self, error: psycopg.Error) -> None:
         """A tick found that the database cannot be used: log each reason once, leave leases alone, and revive an
         embedded PostgreSQL."""
-        self.patient_until = time.monotonic() + self.lease_seconds
+        self.leave_leases_alone()
         reason = self.database.reason_of(error)
         if reason not in self.reasons:
             self.reasons.add(reason)
@@ -1291,6 +1305,7 @@ class Server:
         self.listener = listener or listen(config)
         self._http: HttpServer | None = None
         self.cors_headers = cors_headers(config.cors_origin)
+        self.clock = time.time  # it goes on while the machine sleeps, as the database's does
 
     @property
     def url(self) -> str:
@@ -1338,23 +1353,22 @@ class Server:
             self, Admission(self.access, takes_no_key, self.cors_headers), self.listener, threads=self.config.pool,
             max_body=self.config.max_body, other_files=OTHER_FILES + self.config.pool)
         self.watcher.provide_threads = self._http.provide_threads
-        loops = [
-            ("watcher", self._when_prepared(self.watcher.tick), self._sleep(
-                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event), self.stopping),
-            ("sender", self._when_prepared(self.sender.tick), self._sleep(
-                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event), self.stopping),
-            ("reconciler", self._reconcile, lambda: self.stopping.wait(self.config.reconcile_ms / 1000), self.stopping,
-             self._handle_outage),
-        ]
-        threads = [threading.Thread(target=keep_ticking, name=f"tidebase-{loop[0]}", args=loop, daemon=True)
-                   for loop in loops]
-        sent = threading.Event()  # nothing is in flight any more
-        deadlines = threading.Thread(target=keep_ticking, name="tidebase-sender-deadlines", args=(
-            "sender's deadlines", self.sender.keep_deadlines, self._sleep(
-                lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS,
-                self.sender.deadline_event), sent))
-        for thread in (*threads, deadlines):
+
+        def started(job: str, *loop: Any) -> threading.Thread:
+            thread = threading.Thread(target=keep_ticking, name=f"tidebase-{job}", args=(job, *loop), daemon=True)
             thread.start()
+            return thread
+
+        threads = [
+            started("watcher", self._when_prepared(self.watcher.tick), self._sleep(
+                self.watcher.idle_seconds, WATCH_GAP_SECONDS, self.watcher.wake_event), self.stopping),
+            started("sender", self._when_prepared(self.sender.tick), self._sleep(
+                self.sender.idle_seconds, SEND_GAP_SECONDS, self.sender.wake_event), self.stopping),
+            started("reconciler", self._reconcile, self._sleep_between_reconciles, self.stopping, self._handle_outage)]
+        sent = threading.Event()  # nothing is in flight any more
+        deadlines = started("sender-deadlines", self.sender.keep_deadlines, self._sleep(
+            lambda: DEADLINE_SECONDS if self.sender.in_flight else None, DEADLINE_SECONDS, self.sender.deadline_event),
+            sent)
         try:
             self._http.serve(self.stopping)
         finally:
@@ -1403,6 +1417,17 @@ class Server:
             wake_event.clear()
 
         return sleep
+
+    def _sleep_between_reconciles(self) -> None:
+        """Sleep until the next tick of the reconciler is due. When much more time passed by the clock, this server did
+        not run meanwhile: a laptop slept, the process was stopped. Or the clock was set, maybe the database's, too."""
+        seconds, began = self.config.reconcile_ms / 1000, self.clock()
+        self.stopping.wait(seconds)
+        missed_seconds = self.clock() - began - seconds
+        if missed_seconds > self.reconciler.lease_seconds / 3:  # a worker renews its lease so often
+            logger.warning("this server did not run for %.0f s, or the clock was set: no lease expires for as long as "
+                           "one lasts", missed_seconds, extra={"event": "time_missed"})
+            self.reconciler.leave_leases_alone()
 
     def _reconcile(self) -> int:
         self.prepare()
@@ -1517,12 +1542,17 @@ def explain(run_id: str) -> None:
             plan, url = tide.runs.rerun_plan(run_id), tide._server.url
     except (tidebase_sdk.TidebaseError, ValueError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(printable(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}") + "\n")
-    rows = [("step", "what a resume does", "why")] + [
-        (printable(step["name"]), step["plan"].replace("_", " "), printable(step["reason"])) for step in plan["steps"]]
-    widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
-    for name, does, reason in rows if plan["steps"] else ():
-        click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+    click.echo(printable(f"{plan['runId']} is {plan['runStatus']}. {plan['verdict']}"))
+    if plan["steps"]:
+        rows = [("step", "what a resume does", "why")] + [
+            (printable(step["name"]), step["plan"].replace("_", " "), printable(step["reason"]))
+            for step in plan["steps"]]
+        widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)]
+        click.echo()
+        for name, does, reason in rows:
+            click.echo(f"{name:<{widths[0]}}  {does:<{widths[1]}}  {reason}")
+        if plan["stepsTruncated"]:
+            click.echo("Further steps are not shown here; Studio has them.")
     for step in plan["steps"]:
         if step["plan"] == "stops_for_review" and "review" in plan["actions"]:  # not while a worker holds the run
             click.echo(f"\nDecide {printable(step['name'])}, in Studio or by tide.runs.review_step({run_id!r}, "

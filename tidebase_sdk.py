@@ -100,7 +100,6 @@ RETRY_AFTER_CAP_S = 30.0  # however long a server asks to be left alone, ask aga
 LONG_POLL_S = 25.0  # the longest wait that the server grants one request
 HEARTBEATS_PER_LEASE = 3  # two heartbeats may get lost before the lease does
 FIRST_HEARTBEAT_S = 1.0  # a lease may be older than it looks: when the answer that gave it was a repeat's
-LEASE_FALLBACK_S = 60.0  # the server's default, should an answer not tell the lease
 LOCKED_POLL_S = (0.1, 2.0)  # first and longest pause before asking again for a step or child that another owner holds
 STEP_BACKOFF_S = (0.5, 60.0)  # first and longest pause between the tries of a step with `retries`
 GATE_POLL_S = 5.0  # one long poll: also the longest a stopping worker waits for a run at a gate
@@ -606,8 +605,8 @@ class Run(Surface[M]):
     from within the function of a step is recorded as `STEP/name`.
 
     A loop of your own that tries a step again must not show it the number of the try: `lambda: ask(attempt)` is another
-    call each time, which takes the next number, and a replay that starts over with the first try may go another way
-    than the record.  `retries=` has no such trap, and neither has a call that is the same each time.
+    call each time, which takes the next number, and a replay, which starts over with the first try, may go another way
+    than the record; a warning says so at its end.  Use `retries=`, or a call that is the same each time.
 
     hold_s, on several methods: a run from a queue waits this long with its worker, then without one.
     """
@@ -660,7 +659,8 @@ class Run(Surface[M]):
         timeout_s: then StepTimeout, as one try that failed.  A sync function cannot be stopped: it runs on in its
         thread beside what comes next, its result unused, and a warning says so.  So it is when a call on AsyncTidebase
         is cancelled, by asyncio.wait_for say: the step is recorded as failed while its thread runs on.  Use an async
-        function there, or declare what the function changes outside.
+        function there, or declare what the function changes outside.  Nor does a future's result(timeout=) stop a step
+        in a thread of yours: the run that ends before it does records it as failed, and logs a warning.
         side_effects: what fn changes outside ("email", "file"; "read" changes nothing).  With some, and neither an
         idempotency_key nor replay="auto", a try whose outcome nobody knows waits for a person (StepNeedsReview).
         replay: "auto", "manual" or "never", when it must not be derived from these.
@@ -676,7 +676,7 @@ class Run(Surface[M]):
         if retries or timeout_s is not None or side_effects is not None or idempotency_key is not None:
             _check(retries=retries, timeout_s=timeout_s, side_effects=side_effects, idempotency_key=idempotency_key)
         step = _Step(self, name, fn, input, input_hash, retries, timeout_s)
-        with self._calls.call(("step", name), same=step.called_with) as (step.name,):
+        with self._calls.call(("step", name), same=step.called_with, executes=True) as (step.name,):
             known = step.checkpoint()
             if known is not None:
                 return known["output"]  # as it came: a name is used once, so nobody else gets it
@@ -684,8 +684,7 @@ class Run(Surface[M]):
                     or verified_by or credentials):
                 step.declare(side_effects, credentials, idempotency_key=idempotency_key, replay=replay,
                              checkpoint_invariant=checkpoint_invariant, verified_by=verified_by)
-            with self._calls.executing(step.name):
-                return (yield from step.execute())
+            return (yield from step.execute())
 
     @op
     def gate(self, name: str, prompt: str, *, data: Any = None, channels: Sequence[Json] | None = None,
@@ -823,7 +822,7 @@ class Run(Surface[M]):
                 body.update(name=child, edgeType=body.get("edgeType", "fanout"),
                             edgeMetadata={"fanout": label, **body.get("edgeMetadata", {})})
             if checkpoint is False:
-                return _unpack_results((yield from _join_fanout(self, name, described, queue, return_errors)), names)
+                return _unpack_results((yield from _join_fanout(self, name, described, return_errors)), names)
             wanted = {"fanout": label, "join": "all", "children": names}
             join_name = f"join:{checkpoint if isinstance(checkpoint, str) else label}"
             with self._calls.call(("step", join_name), same=same) as (join,):
@@ -832,7 +831,7 @@ class Run(Surface[M]):
                 known = step.checkpoint()
                 if known is not None:
                     return _unpack_results(known["output"], names)
-                joined = yield from _join_fanout(self, name, described, queue, return_errors)
+                joined = yield from _join_fanout(self, name, described, return_errors)
                 with self._calls.executing():
                     recorded = yield from step.execute()
                 return _unpack_results(recorded, names)
@@ -1561,6 +1560,12 @@ if hasattr(os, "register_at_fork"):
 
 # ------------------------------------------------------------------------------
 # A run's logic: its lease, the names of its calls, its steps, waits, children and its end.
+#
+# A step goes this way: Run.step → _Calls.call, which gives it its name → _Step.execute → the user's function →
+# _WriteBatcher.send, which carries its record to the server with what other runs have ready.  A run goes this way:
+# Client.run, or _Worker for one from a queue → _execute → the workflow, which makes calls → _complete or _fail; where
+# it waits for long, _wait_for → _leave, and RunSuspended unwinds it.  Each boundary between calls asks the _Lease
+# whether the run is still held here.
 # ------------------------------------------------------------------------------
 
 
@@ -1582,7 +1587,7 @@ class _Lease:
                  write_behind: bool = False) -> None:
         """event: set when the run has to look up: its lease is lost, or its worker stops."""
         self.run_id, self.owner, self.event = cast(str, run["id"]), owner, event
-        self.line: tuple[_Lease, ...] = (self, *parent.line) if parent else (self,)  # of a child, and those above it
+        self.chain: tuple[_Lease, ...] = (self, *parent.chain) if parent else (self,)  # a child ends with its parent
         self.write_behind = write_behind
         self.workflow_name = str(run.get("workflowName"))  # for messages
         self.fields = _members({"runId": self.run_id, "leaseOwner": owner})  # what each of its writes begins with
@@ -1594,10 +1599,10 @@ class _Lease:
         self.lost: TidebaseError | None = None
         self.refused: Exception | None = None  # what a record was refused with that no call waited for
         self.is_suspended = False  # its worker stops: the next boundary unwinds the run
-        self.duration_s = _lease_seconds(run)
+        now, given_at = time.monotonic(), _moment(run["updatedAt"])
+        self._clock = (given_at, now)
+        self.duration_s = max((_moment(run["leaseExpiresAt"]) - given_at).total_seconds(), 0.1)
         self.heartbeat_s = self.duration_s / HEARTBEATS_PER_LEASE
-        now = time.monotonic()
-        self._clock = (_moment(run["updatedAt"]) if run.get("updatedAt") else datetime.now(timezone.utc), now)
         self.renew(now)
         self.heartbeat_at: float = now + min(self.heartbeat_s, FIRST_HEARTBEAT_S)
 
@@ -1616,7 +1621,7 @@ class _Lease:
         self.heartbeat_at = since + self.heartbeat_s
 
     def extend(self, since: float) -> None:
-        """Another write by the owner did.  Heartbeats go on as before: an older server extends it by fewer writes."""
+        """A write by the owner extended the lease.  Heartbeats go on: with an older server fewer writes extend it."""
         self.ends_at = max(self.ends_at, since + self.duration_s)
 
     def become(self, state: str, *before: str) -> bool:
@@ -1670,7 +1675,7 @@ class _Lease:
         """What ended this lease or, for a child, one above it.  One that this process did not renew in time is
         lost: another worker may hold the run by now, after a freeze of this process, say."""
         now = time.monotonic()
-        for lease in self.line:
+        for lease in self.chain:
             if lease.state in _LIVE:
                 if now < lease.ends_at:
                     continue
@@ -1694,7 +1699,7 @@ class _Lease:
         self.fence()
         if self.refused is not None:
             raise copy.copy(self.refused)
-        for lease in self.line:
+        for lease in self.chain:
             if lease.is_suspended or lease.state == "leaving":
                 raise RunSuspended
 
@@ -1737,7 +1742,7 @@ class _Calls:
         return " ".join(last if calls is self else self._last)
 
     @contextlib.contextmanager
-    def call(self, *asked: _Named, same: _Same = None) -> Iterator[list[str]]:
+    def call(self, *asked: _Named, same: _Same = None, executes: bool = False) -> Iterator[list[str]]:
         """Around a call, which is under way within: `with calls.call((kind, name), ...) as names_in_the_record`.
 
         The first is the name of the call, others are of what it takes along.  Those of a call that the function of a
@@ -1745,12 +1750,13 @@ class _Calls:
         same: tells by what the same call is known again, its input say; None where nobody can tell.  Only of a call
         whose failure is not recorded for good: a replay executes it again, and so does the program that catches the
         failure and makes the same call once more.  It keeps its names, so that the replay finds its output.
+        executes: it is a step whose function is called within.
         """
         for kind, name in asked:
             if not isinstance(name, str) or not name:
                 raise (ValueError if name == "" else TypeError)(
                     f"the name of a {kind} is a text of 1 to {MAX_NAME} characters, not {name!r}")
-        within = self.step_here()
+        before, within = self._step_here.get(), self.step_here()
         if within is not None:
             asked = tuple([(kind, f"{within}/{name}") for kind, name in asked])
         with self._lock:
@@ -1763,12 +1769,16 @@ class _Calls:
             self._under_way.update(asked)
             if within is None:  # else it does not count: a replay does not make it
                 self._set_last(asked[0][0], names[0])
+            self._executing += executes
+        if executes:
+            self._step_here.set((self, names[0]))
         try:
             yield names
         except BaseException as error:  # it may have been cancelled
             kind, name = asked[0][0], names[0]
-            if kind == "step" and name in self.open_steps:
-                self.open_steps[name].left_with = error
+            step = self.open_steps.get(name) if kind == "step" else None
+            if step is not None:
+                step.left_with = error
             if same is not None:
                 called_with = same()
                 with self._lock:
@@ -1780,6 +1790,9 @@ class _Calls:
         finally:
             with self._lock:
                 self._under_way.difference_update(asked)
+                self._executing -= executes
+            if executes:
+                self._step_here.set(before)
 
     def _set_last(self, *last: str) -> None:
         self._last = cast(_Named, last)
@@ -1809,20 +1822,22 @@ class _Calls:
             self._numbers[kind, recorded] = 1
         return recorded
 
+    def is_skipped(self, kind: str, recorded: str) -> bool:
+        """Whether this is the numbered name of a call that was not made, though others of its name were."""
+        name, mark, number = recorded.rpartition("#")
+        return bool(mark) and number.isdigit() and (kind, recorded) not in self._numbers and (
+            kind, name) in self._numbers
+
     @contextlib.contextmanager
-    def executing(self, step: str | None = None) -> Iterator[None]:
-        """Around what is executed here and cannot be left behind: a step of this name, or a child."""
-        before = self._step_here.get()
+    def executing(self) -> Iterator[None]:
+        """Around what is executed here, too, and cannot be left behind: a child say."""
         with self._lock:
             self._executing += 1
-        if step is not None:
-            self._step_here.set((self, step))
         try:
             yield
         finally:
             with self._lock:
                 self._executing -= 1
-            self._step_here.set(before)
 
     def is_executing(self) -> bool:
         """Whether a step or a child of the run is executed here."""
@@ -1869,6 +1884,7 @@ class _Step:
     started_at: datetime  # the try that is under way
     id: str | None = None  # of the step that was begun for it
     announcement: _Write | None = None  # that a plain step takes long: see _Heartbeater
+    output_bytes = 0
     left_with: BaseException | None = None  # what its call ended with, though the step is open
 
     def __init__(self, run: Run[Any], name: str, fn: Any, input: Any, input_hash: str | None,
@@ -1954,7 +1970,8 @@ class _Step:
                         return answer["output"]
             self.close()
             if error is None and self.id is None and lease.write_behind:
-                yield from client._batcher.post_behind(self.outcome_behind(output))
+                write = self.outcome(output, is_behind=True, explain=_explain_other_outcome)
+                yield from client._batcher.post_behind(write)
                 return plain
             again = error is not None and tries <= self.retries and getattr(error, "retryable", True) is not False
             try:
@@ -1978,7 +1995,7 @@ class _Step:
         for tries in itertools.count(1):
             lease.boundary()
             self.open()
-            begin = _Write("begin_step", self.fields, lease, explain=self.explain)
+            begin = _Write("begin_step", self.fields, lease, explain=functools.partial(_explain_refusal, self))
             try:
                 answer = yield from client._batcher.send(begin)
             except BaseException as error:
@@ -1994,7 +2011,7 @@ class _Step:
             if action == "return":
                 return answer
             if action == "input_mismatch":
-                raise self.mismatch(answer)
+                raise _mismatch(self, answer)
             if action == "cancelled":
                 lease.cancelled(answer)
             if action != "locked":
@@ -2032,7 +2049,8 @@ class _Step:
         self.check_open()
         self.run._calls.open_steps.pop(self.name, None)
 
-    def outcome(self, output: bytes, error: BaseException | None = None, again: bool = False) -> _Write:
+    def outcome(self, output: bytes, error: BaseException | None = None, again: bool = False, is_behind: bool = False,
+                explain: Callable[[_Step, Json | Exception], Json | Exception] | None = None) -> _Write:
         """What records how the step ended: one that was begun, or all of it at once."""
         members = b'"output":' + output
         if error is not None:
@@ -2045,72 +2063,9 @@ class _Step:
             members = b'"startedAt":"%s","brief":true,%s,%s' % (started_at, self.fields, members)
         else:
             members = b'"stepId":"%s",%s' % (self.id.encode(), members)
-        explain = functools.partial(self.explain, output_bytes=len(output))
-        return _Write(verb, members, self.run._lease, explain=explain)
-
-    def outcome_behind(self, output: bytes) -> _Write:
-        """Likewise, of a plain step for whose record no call waits: another outcome in the record is an error."""
-        write = self.outcome(output)
-
-        def explain(outcome: Json | Exception) -> Json | Exception:
-            if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
-                words = (f"step {self.name!r} of run {self.run.run_id} is recorded with another outcome than it had "
-                         "here: the next attempt goes on with the recorded one")
-                return TidebaseError(words, 409, outcome, "other_outcome")
-            return self.explain(outcome, len(output))
-
-        write.explain, write.is_behind = explain, True
-        return write
-
-    def outcome_of_open(self) -> _Write:
-        """The failure of a step that is no longer open, though its call did not end it."""
-        error = self.left_with
-        if error is None:
-            words = (f"run {self.run.run_id} ended while its step {self.name!r} was under way in another thread or "
-                     "task, so what that returns is not recorded: wait for it before the workflow returns")
-            logger.warning(words, extra={"event": "step_left_behind", "run_id": self.run.run_id})
-            error = TidebaseError(words, code="run_ended")
-        write = self.outcome(b"", error)
-        write.explain = self.log_refusal
-        return write
-
-    def explain(self, outcome: Json | Exception, output_bytes: int = 0) -> Json | Exception:
-        """A refusal in words that name the step; an answer as it is."""
-        run_id = self.run.run_id
-        if isinstance(outcome, BodyTooLarge):
-            sizes = f"its output has {output_bytes:,} bytes" + (f", its input {len(self.input):,}" * bool(self.input))
-            message = (f"step {self.name!r} of run {run_id}: {sizes}, more than the server takes in one request, see "
-                       "its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
-            return BodyTooLarge(message, 413, code="body_too_large")
-        if isinstance(outcome, StepInputMismatch):
-            return self.mismatch(outcome.body)
-        if isinstance(outcome, StepNeedsReview):
-            step = outcome.body.get("step") or {} if isinstance(outcome.body, dict) else {}
-            message = (f"step {self.name!r} ({step.get('id')}) of run {run_id} may have had its effect without leaving "
-                       f"a record: see what happened outside, then decide with tide.runs.review_step({run_id!r}, "
-                       f"{step.get('id')!r}, DECISION), where DECISION is 'retry', 'complete' (with its output=) or "
-                       f"'fail'; `python tidebase.py explain {run_id}` on the server shows the run")
-            return StepNeedsReview(message, outcome.status, outcome.body, outcome.code, outcome.path)
-        return outcome
-
-    def log_refusal(self, outcome: Json | Exception) -> Json | Exception:
-        """Log a refusal that nobody is left to be raised to."""
-        if isinstance(outcome, Exception):
-            logger.warning("step %r of run %s did not end, which could not be recorded: %s", self.name,
-                           self.run.run_id, outcome, extra={"event": "end_refused", "run_id": self.run.run_id})
-        return outcome
-
-    def mismatch(self, answer: Json) -> StepInputMismatch:
-        """answer: the server's, with the step as it is recorded."""
-        recorded, run_id = answer.get("step") or {}, self.run.run_id
-        before, now = _excerpts(_json(recorded.get("input")), self.input.decode() or "null")
-        if before == now:  # only their hashes are known, or differ
-            before, now = (f"{text} (hash {str(answer.get(key))[:12]}...)"
-                           for text, key in ((before, "expectedInputHash"), (now, "actualInputHash")))
-        message = (f"step {self.name!r} of run {run_id} is recorded with the input {before} and is now called with "
-                   f"{now}. Either give this call a name of its own, or fork the run before this step and run the "
-                   f"fork: tide.runs.fork({run_id!r}, from_step={self.name!r})")
-        return StepInputMismatch(message, body=answer, code="input_mismatch")
+        self.output_bytes = len(output)
+        return _Write(verb, members, self.run._lease, is_behind=is_behind,
+                      explain=functools.partial(explain or _explain_refusal, self))
 
 
 def _fail_open_steps(run: Run[Any], names: Sequence[str] | None = None) -> None:
@@ -2118,9 +2073,16 @@ def _fail_open_steps(run: Run[Any], names: Sequence[str] | None = None) -> None:
     writes = []
     for name in list(run._calls.open_steps) if names is None else names:
         step = run._calls.open_steps.pop(name, None)  # whoever takes it out records its outcome
-        if step is not None:
-            run._client._heartbeater.forget(step)
-            writes.append(step.outcome_of_open())
+        if step is None:
+            continue
+        run._client._heartbeater.forget(step)
+        error = step.left_with
+        if error is None:
+            words = (f"run {run.run_id} ended while its step {name!r} was under way in another thread or task, so what "
+                     "that returns is not recorded: wait for it before the workflow returns")
+            logger.warning(words, extra={"event": "step_left_behind", "run_id": run.run_id})
+            error = TidebaseError(words, code="run_ended")
+        writes.append(step.outcome(b"", error, explain=_log_refusal))
     if writes:
         run._client._batcher.post(writes)
 
@@ -2142,6 +2104,18 @@ def _warn_of_differences(run: Run[Any], what: str, name: str, recorded: Json, **
                        extra={"event": "differs_from_record", "run_id": run.run_id})
 
 
+def _warn_of_skipped_steps(run: Run[Any]) -> None:
+    """Log numbered steps that completed in an earlier attempt and were not called in this one, which called their name
+    less often: a loop that tries a step again with another function each time goes another way when it is replayed."""
+    skipped = [name for name, known in run._checkpoints.items()
+               if not known.get("copied") and run._calls.is_skipped("step", name)]
+    if skipped:
+        logger.warning("run %s of workflow %s: an earlier attempt completed %s, which this one did not call: it went "
+                       "another way than the record.  A loop that tries a step again must call it the same way each "
+                       "time, for instance without the number of the try, or use retries=", run.run_id, run.name,
+                       ", ".join(map(repr, skipped[:10])), extra={"event": "steps_skipped", "run_id": run.run_id})
+
+
 # --- waiting
 
 
@@ -2155,14 +2129,14 @@ def _wait_for(client: Client[Any], condition: Json | None, read: Callable[[float
     condition: what the server is told to resume the run for, when it leaves its worker after hold_s; None: it waits in
     place.  A run that must not leave waits in place, too.
     """
-    leaves_at = time.monotonic() + hold_s
-    event = run._lease.event if run else None
+    leaves_at = math.inf if run is None or condition is None else time.monotonic() + hold_s
+    event = None if run is None else run._lease.event
     while True:
         asked, is_there = time.monotonic(), False
-        if run is not None and condition is not None and asked >= leaves_at and asked < ends:
+        if run is not None and condition is not None and leaves_at <= asked < ends:
             is_there = yield from _leave(run, condition, None if read is None or ends == math.inf else ends - asked)
-        holds_s = leaves_at - asked if leaves_at > asked and condition is not None else math.inf
-        wait_s = 0.0 if is_there else max(min(poll_s, LONG_POLL_S, ends - asked, holds_s), 0.0)
+        next_look = asked if is_there else min(ends, leaves_at if asked < leaves_at else math.inf)
+        wait_s = max(min(next_look - asked, poll_s, LONG_POLL_S), 0.0)
         found: Json | None = None
         if read is not None:
             found = yield from read(wait_s)
@@ -2250,21 +2224,16 @@ def _run_child(run: Run[Any], fn: Any, body: Json) -> Op[Any]:
     return outcome
 
 
-def _join_fanout(run: Run[Any], name: str, described: list[tuple[Any, Json]], queue: str | None,
-                 return_errors: bool) -> Op[Any]:
+def _join_fanout(run: Run[Any], name: str, described: list[tuple[Any, Json]], return_errors: bool) -> Op[Any]:
     """What the step that joins a fanout records: the results or, where some failed, these and the errors."""
-    names = [body["name"] for _, body in described]
-    results = yield from (_run_children(run, described) if queue is None else _queue_children(run, described))
-    for error in results:
-        if isinstance(error, BaseException) and not isinstance(error, Exception):
-            raise error  # RunSuspended: the children gave themselves back, so does the parent
+    outcomes = yield from _run_children(run, described)
     run._lease.boundary()
-    failed = {child: error for child, error in zip(names, results) if isinstance(error, Exception)}
+    failed = {child: error for child, error in outcomes.items() if isinstance(error, Exception)}
     if failed and not return_errors:
         message = "; ".join(f"{child}: {type(error).__name__}: {error}" for child, error in failed.items())
-        raise FanoutFailed(f"{len(failed)} of {len(names)} children of {name!r} failed: {message}", {**failed})
-    return results if not failed else {
-        "results": [None if child in failed else result for child, result in zip(names, results)],
+        raise FanoutFailed(f"{len(failed)} of {len(outcomes)} children of {name!r} failed: {message}", {**failed})
+    return list(outcomes.values()) if not failed else {
+        "results": [None if child in failed else result for child, result in outcomes.items()],
         "errors": {child: _outcome_json(error) for child, error in failed.items()},
     }
 
@@ -2277,35 +2246,44 @@ def _unpack_results(joined: Any, names: Sequence[str]) -> list[Any]:
             for child, result in zip(names, joined["results"])]
 
 
-def _run_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[Any]]:
+def _run_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[dict[str, Any]]:
+    """Results or exceptions of children, by name: workers run those that have a queue, the others run here."""
+    queued = {body["name"]: body for _, body in described if "queue" in body}
+    runs, alone = (yield from _queue_children(run, queued)) if queued else ({}, False)
+    outcomes = yield from _run_here(run, [child for child in described if "queue" not in child[1]])
+    joined = yield from _join_children(run, runs, alone)
+    outcomes.update(zip(runs, joined))
+    return {body["name"]: outcomes[body["name"]] for _, body in described}
+
+
+def _run_here(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[dict[str, Any]]:
     """Results or exceptions of children that are executed here, at most FANOUT at once."""
-    results: list[Any] = [None] * len(described)
-
-    def one(index: int) -> Op[None]:
-        try:
-            results[index] = yield from _run_child(run, *described[index])
-        except (Exception, RunSuspended) as error:
-            results[index] = error
-
     driver = run._client._driver
     tasks: list[Any] = []
     try:
-        for index, (_, body) in enumerate(described):
-            if index >= FANOUT:
-                yield driver.join(tasks[index - FANOUT])
-            tasks.append(driver.start(one(index), f"tidebase-child-{body['name']}"))
+        for number, (fn, body) in enumerate(described):
+            if number >= FANOUT:
+                yield driver.join(tasks[number - FANOUT])
+            tasks.append(driver.start(_run_child(run, fn, body), f"tidebase-child-{body['name']}"))
         for task in tasks:
             yield driver.join(task)
     except (asyncio.CancelledError, KeyboardInterrupt):
         for task in tasks:
             task.cancel()
         raise
-    return results
+    errors = [task.exception() for task in tasks]
+    for error in errors:
+        if error is not None and not isinstance(error, Exception):
+            raise error  # RunSuspended: the children gave themselves back, so does the parent
+    return {body["name"]: task.result() if error is None else error
+            for (_, body), task, error in zip(described, tasks, errors)}
 
 
-def _queue_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list[Any]]:
-    """Results or exceptions of children that workers run.  One request gives a replay all that exist."""
-    bodies = {body["name"]: body for _, body in described}
+def _queue_children(run: Run[Any], bodies: Mapping[str, Json]) -> Op[tuple[dict[str, Json], bool]]:
+    """The runs of children that workers run, created or found; and whether no other child of the run lives.
+
+    One request gives a replay all that exist.
+    """
     existing, are_all = (yield from _child_runs(run)) if len(bodies) > 1 else ({}, False)
     runs = {name: existing[name] for name, body in bodies.items() if name in existing
             and "payloadOmitted" not in existing[name]
@@ -2315,8 +2293,7 @@ def _queue_children(run: Run[Any], described: list[tuple[Any, Json]]) -> Op[list
     missing = [body for name, body in bodies.items() if name not in runs]
     made = yield from _create_children(run, missing)
     runs.update((body["name"], child) for body, child in zip(missing, made))
-    alone = are_all and all(name in bodies or _has_ended(child) for name, child in existing.items())
-    return (yield from _join_children(run, {name: runs[name] for name in bodies}, alone))
+    return runs, are_all and all(name in bodies or _has_ended(child) for name, child in existing.items())
 
 
 def _create_children(run: Run[Any], bodies: Sequence[Json]) -> Op[list[Json]]:
@@ -2342,20 +2319,23 @@ def _join_children(run: Run[Any], runs: dict[str, Json], alone: bool = False) ->
     """
     while live := [name for name, child in runs.items() if not _has_ended(child)]:
 
+        def look(name: str, wait_s: float = 0.0) -> Op[Json]:
+            path = _path("runs", runs[name]["id"], include="run", wait_ms=_ms(wait_s))
+            runs[name] = yield from _member(
+                _request(run._client, "GET", path, lease=run._lease, wait_s=wait_s), "run")
+            return runs[name]
+
         def read(wait_s: float) -> Op[Json | None]:
-            """Look at the first that lives or, when the server answered that all have ended, at all of them."""
+            """Wait for the first that lives or, when the server answered that all have ended, look at all of them."""
             if wait_s or len(live) == 1:
-                path = _path("runs", runs[live[0]]["id"], wait_ms=_ms(wait_s))
-                answer = yield from _request(run._client, "GET", path, lease=run._lease, wait_s=wait_s)
-                runs[live[0]] = answer["run"]
-                return answer["run"] if _has_ended(answer["run"]) else None
+                first = yield from look(live[0], wait_s)
+                return first if _has_ended(first) else None
             children, _ = yield from _child_runs(run)
             for name in live:
                 if name in children and "payloadOmitted" not in children[name]:
                     runs[name] = children[name]
                 else:
-                    path = _path("runs", runs[name]["id"], include="run")
-                    runs[name] = (yield from _request(run._client, "GET", path, lease=run._lease))["run"]
+                    yield from look(name)
             return runs[live[0]]
 
         condition = {"children": True if alone else live[:CHILDREN_NAMED]}
@@ -2482,6 +2462,7 @@ def _complete(run: Run[Any], result: Any, brief: bool = True) -> Op[tuple[Any, J
         return BodyTooLarge(message, 413, outcome.body, outcome.code, outcome.path)
 
     _fail_open_steps(run)
+    _warn_of_skipped_steps(run)
     with lease.ending():
         lease.on_returned()
         members = b'"brief":%s,"result":%s' % (b"true" if brief else b"false", encoded)
@@ -2577,6 +2558,11 @@ class _Worker:
                 raise
             finally:
                 self._stop()
+            if self._busy:
+                logger.log(logging.WARNING if signalled() else logging.INFO, "the worker stops: %s under way, given "
+                           "back when the current step has ended, in %g s at most; press Ctrl-C or send the signal "
+                           "again to end at once", f"{len(self._busy)} run{'s are' if len(self._busy) > 1 else ' is'}",
+                           shutdown_s, extra={"event": "worker_stops"})
             yield from self._wind_down(claiming, shutdown_s)
             if claiming.done():
                 claiming.result()  # a refusal
@@ -2692,11 +2678,6 @@ class _Worker:
     def _wind_down(self, claiming: Any, shutdown_s: float) -> Op[None]:
         """Have every run unwound at its next boundary and wait for that, at most shutdown_s."""
         self._stop()
-        under_way = len(self._busy)
-        if under_way:
-            logger.warning("the worker stops: %s %s under way, to be given back when the current step has ended, in %g "
-                           "s at most; press Ctrl-C again, or send the signal again, to end at once", under_way,
-                           "run is" if under_way == 1 else "runs are", shutdown_s, extra={"event": "worker_stops"})
         deadline = time.monotonic() + shutdown_s
         while any(not task.done() for task in [claiming, *self._tasks]) and time.monotonic() < deadline:
             for lease in list(self._busy):
@@ -3004,35 +2985,41 @@ class _WriteBatcher:
             self._leader = None
 
     def _lead(self, driver: Any, until: float = math.inf) -> Op[None]:
-        """As the leader: send the next request when it is time; the one after it is the next leader's.  until: when who
-        leads has to stop; another leader goes on then."""
-        batch: list[_Write] | None = None
+        """As the leader: send the next request when it is time; another leader sends the one after it.  until: when who
+        leads has to stop."""
         next_driver: Any = driver
         try:
-            if driver.awaited:
-                yield driver.sleep(0)  # first all tasks that are as far: what they have goes along
-            while batch is None:
-                with self._lock:
-                    pause_s, left_s = self._pause_s(), until - time.monotonic()
-                    if not pause_s:
-                        batch, self._leader = self._take(), None
-                    elif left_s <= 0 or not self._ready:  # all may have been withdrawn
-                        batch, self._leader = [], None
-                    else:
-                        self._set_leader(event := driver.event())
-                if batch is None:
-                    yield driver.sleep(min(pause_s, left_s), event)
+            batch = yield from self._gather(driver, until)
             if batch:
                 yield from self._send_batch(batch, driver, until)
-        except BaseException as error:  # a thread goes on where a task was cancelled, as the event loop may be ending
-            next_driver = None if isinstance(error, GeneratorExit) else self._client._threads
-            if batch is None:
-                with self._lock:
-                    self._leader = None
+        except GeneratorExit:  # whoever waits finds that nobody leads
+            next_driver = None
+            raise
+        except BaseException:  # a thread goes on where a task was cancelled, as the event loop may be ending
+            next_driver = self._client._threads
             raise
         finally:
             if next_driver is not None:
                 self._start_leader(next_driver)
+
+    def _gather(self, driver: Any, until: float) -> Op[list[_Write]]:
+        """What the next request carries, once it is time to send it.  From then on there is no leader."""
+        try:
+            if driver.awaited:
+                yield driver.sleep(0)  # first all tasks that are as far: what they have goes along
+            while True:
+                with self._lock:
+                    self._leader = None
+                    pause_s, left_s = self._pause_s(), until - time.monotonic()
+                    if not pause_s:
+                        return self._take()
+                    if left_s <= 0 or not self._ready:  # all may have been withdrawn
+                        return []
+                    self._set_leader(event := driver.event())
+                yield driver.sleep(min(pause_s, left_s), event)
+        except BaseException:
+            self._leader = None
+            raise
 
     def _send_batch(self, batch: list[_Write], driver: Any, until: float) -> Op[None]:
         """Send these until each has an outcome.  Where that is broken off, those without one are queued again."""
@@ -4042,18 +4029,11 @@ def _ecmascript_number(value: float) -> str:
         raise ValueError("a number is too large for canonical JSON") from None
     if not double:
         return "0"  # -0 too
-    sign, digits, exponent = Decimal(repr(double)).as_tuple()  # repr: the shortest digits that read back the same
-    text = "".join(map(str, digits)).rstrip("0")
-    point = len(digits) + cast(int, exponent)  # the decimal point stands after this many digits
-    if len(text) <= point <= 21:
-        number = text.ljust(point, "0")
-    elif 0 < point <= 21:
-        number = f"{text[:point]}.{text[point:]}"
-    elif -6 < point <= 0:
-        number = "0." + "0" * -point + text
-    else:
-        number = text[0] + ("." + text[1:] if len(text) > 1 else "") + f"e{point - 1:+d}"
-    return "-" * sign + number
+    text = repr(double)  # the shortest digits that read back the same, as ECMA-262 has them, but for the exponent
+    digits, mark, exponent = text.partition("e")
+    if not mark:
+        return text[:-2] if text.endswith(".0") else text
+    return format(Decimal(text), "f") if -7 < int(exponent) < 21 else f"{digits}e{int(exponent):+d}"
 
 
 NULL_HASH = hashlib.sha256(b"null").hexdigest()  # of a step without input
@@ -4062,9 +4042,7 @@ NULL_HASH = hashlib.sha256(b"null").hexdigest()  # of a step without input
 def _json_encoder(sort_keys: bool) -> Callable[[Any], str]:
     """JSONEncoder.encode, which makes a C encoder for each value, with one that is made once."""
     encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=sort_keys)
-    make = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:
-        return encoder.encode
+    make = json.encoder.c_make_encoder  # type: ignore[attr-defined]
     encode = make(None, encoder.default, json.encoder.encode_basestring, None, ":", ",", sort_keys, False, False)
     return lambda value: "".join(encode(value, 0))
 
@@ -4249,14 +4227,6 @@ def _moment(text: Any) -> datetime:
     return datetime.fromisoformat(str(text).replace("Z", "+00:00"))
 
 
-def _lease_seconds(run: Json) -> float:
-    """The length of a lease just given: both ends are by the database's clock."""
-    try:
-        return max((_moment(run["leaseExpiresAt"]) - _moment(run["updatedAt"])).total_seconds(), 0.1)
-    except (KeyError, ValueError):
-        return LEASE_FALLBACK_S
-
-
 def _backoff(bounds: tuple[float, float], tries: int) -> float:
     """Seconds to pause after `tries` failures: doubling from the first bound to the second, half of it random."""
     return min(bounds[0] * 2.0 ** min(tries - 1, 30), bounds[1]) * random.uniform(0.5, 1.0)
@@ -4409,6 +4379,57 @@ def _refusal(status: int, body: Any, path: str, size: int = 0) -> TidebaseError:
         words += ("; the client's URL is likely wrong: it is the server's address, such as http://localhost:7373, and "
                   "not that of one of its pages; give it as url= or in TIDEBASE_URL")
     return _REFUSALS.get(str(code), TidebaseError)(f"{words} ({status}, {path})", status, body, code, path)
+
+
+def _explain_refusal(step: _Step, outcome: Json | Exception) -> Json | Exception:
+    """A refusal in words that name the step; an answer as it is."""
+    run_id = step.run.run_id
+    if isinstance(outcome, BodyTooLarge):
+        sizes = f"its output has {step.output_bytes:,} bytes"
+        sizes += f", its input {len(step.input):,}" * bool(step.input)
+        message = (f"step {step.name!r} of run {run_id}: {sizes}, more than the server takes in one request, see "
+                   "its setting TIDEBASE_MAX_BODY; or keep the data elsewhere and return where it is")
+        return BodyTooLarge(message, 413, code="body_too_large")
+    if isinstance(outcome, StepInputMismatch):
+        return _mismatch(step, outcome.body)
+    if isinstance(outcome, StepNeedsReview):
+        recorded = outcome.body.get("step") or {} if isinstance(outcome.body, dict) else {}
+        message = (f"step {step.name!r} ({recorded.get('id')}) of run {run_id} may have had its effect without leaving "
+                   f"a record: see what happened outside, then decide with tide.runs.review_step({run_id!r}, "
+                   f"{recorded.get('id')!r}, DECISION), where DECISION is 'retry', 'complete' (with its output=) or "
+                   f"'fail'; `python tidebase.py explain {run_id}` on the server shows the run")
+        return StepNeedsReview(message, outcome.status, outcome.body, outcome.code, outcome.path)
+    return outcome
+
+
+def _explain_other_outcome(step: _Step, outcome: Json | Exception) -> Json | Exception:
+    """Likewise, of a step for whose record no call waits: that another outcome stands is an error."""
+    if isinstance(outcome, dict) and ("output" in outcome["step"] or outcome["step"]["status"] != "completed"):
+        words = (f"step {step.name!r} of run {step.run.run_id} is recorded with another outcome than it had here: the "
+                 "next attempt goes on with the recorded one")
+        return TidebaseError(words, 409, outcome, "other_outcome")
+    return _explain_refusal(step, outcome)
+
+
+def _log_refusal(step: _Step, outcome: Json | Exception) -> Json | Exception:
+    """Log a refusal that nobody is left to be raised to."""
+    if isinstance(outcome, Exception):
+        logger.warning("step %r of run %s did not end, which could not be recorded: %s", step.name, step.run.run_id,
+                       outcome, extra={"event": "end_refused", "run_id": step.run.run_id})
+    return outcome
+
+
+def _mismatch(step: _Step, answer: Json) -> StepInputMismatch:
+    """answer: the server's, with the step as it is recorded."""
+    recorded, run_id = answer.get("step") or {}, step.run.run_id
+    before, now = _excerpts(_json(recorded.get("input")), step.input.decode() or "null")
+    if before == now:  # only their hashes are known, or differ
+        before, now = (f"{text} (hash {str(answer.get(key))[:12]}...)"
+                       for text, key in ((before, "expectedInputHash"), (now, "actualInputHash")))
+    message = (f"step {step.name!r} of run {run_id} is recorded with the input {before} and is now called with "
+               f"{now}. Either give this call a name of its own, or fork the run before this step and run the "
+               f"fork: tide.runs.fork({run_id!r}, from_step={step.name!r})")
+    return StepInputMismatch(message, body=answer, code="input_mismatch")
 
 
 def _excerpts(one: str, other: str) -> Iterator[str]:

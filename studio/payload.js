@@ -84,7 +84,12 @@ export const readPayload = (runId, of, id = null) => getText(path`/runs/${runId}
 
 /** For people who decide: names and values, line breaks as such. */
 const readable = (text) => el("dl.readable", [...parts(text)].map(([name, value]) => el("div", el("dt", name),
-	el("dd", value.startsWith('"') ? JSON.parse(value) : /^[[{]/.test(value) ? code(indented(value)) : value))));
+	el("dd", readableValue(name, value)))));
+
+function readableValue(name, value) {
+	if (!value.startsWith('"')) return /^[[{]/.test(value) ? code(indented(value)) : value;
+	return name === "stack" ? code(JSON.parse(value)) : JSON.parse(value);
+}
 
 function frame(title, text, { complete = true, size, whole, name, toRead = false }) {
 	const pre = el("pre", { tabindex: 0, role: "region", label: title });
@@ -111,11 +116,11 @@ function frame(title, text, { complete = true, size, whole, name, toRead = false
 export const inlinePayload = (title, text, name, toRead = false) =>
 	frame(title, text, { size: new Blob([text]).size, whole: () => text, name, toRead });
 
-export const payload = (title, runId, of, id = null) => loading(async (box) => {
+export const payload = (title, runId, of, id = null, toRead = false) => loading(async (box) => {
 	const response = await getResponse(path`/runs/${runId}/payload`, { of, id, offset: 0, limit: FIRST });
 	const size = (unit) => Number(response.headers.get(`x-tidebase-${unit}`));
 	fill(box, frame(title, await response.text(), { complete: size("characters") <= FIRST, size: size("bytes"),
-		whole: () => readPayload(runId, of, id), name: [runId, of, id].filter(Boolean).join("-") }));
+		whole: () => readPayload(runId, of, id), name: [runId, of, id].filter(Boolean).join("-"), toRead }));
 }, 2);
 
 export async function download(whole, name, type = "application/json") {

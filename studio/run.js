@@ -1,75 +1,66 @@
-// The page of a run. LiveRun is what is known of it: read once, then kept up to date by its stream of events, by seq.
-// The parts of the page draw from it: header with verdict, tabs, side panel. What is open, selected and scrolled stays.
+// The page of a run: header with the verdict on a rerun, tabs, side panel. They draw from a LiveRun; what is open,
+// selected and scrolled stays. And the page of two runs side by side.
 
-import { breathe, canWrite, compareUrl, every, follow, get, laterAgain, navigate, path, post, readPages, runsUrl,
-	runUrl, session, setQuery, setTitle } from "./api.js";
+import { breathe, canWrite, compareUrl, every, get, laterAgain, navigate, post, runsUrl, runUrl, setQuery, setTitle
+	} from "./api.js";
 import { actor, reviewForm } from "./approvals.js";
-import { askFork } from "./compare.js";
-import { ask, button, code, compactCount, count, debounce, duration, el, errorText, facts, field, fill, icon,
-	iconButton, idText, input, link, money, muted, once, plainTable, plural, row as inRow, setMark, setState, setText,
-	show, status, strong, time, toast } from "./dom.js";
-import { bodyOf, jsonInput, payload, readPayload } from "./payload.js";
-import { attemptWords, errorLine, isCut, outcome, shownStatus } from "./runs.js";
-import { stepPanel, TABS } from "./tabs.js";
-import { makeWaterfall, Timeline } from "./waterfall.js";
+import { ask, between, button, card, code, compactCount, count, dash, duration, el, empty, errorText, facts, field, fill,
+	grid, heading, icon, iconButton, idText, input, link, money, muted, once, plainTable, plural, row as inRow, select,
+	setState, setText, show, skeleton, status, strong, time, toast } from "./dom.js";
+import { LiveRun } from "./live.js";
+import { bodyOf, diffTable, jsonInput, payload, readPayload } from "./payload.js";
+import { attemptWords, errorLine, outcome, runDuration, runStatus, shownStatus } from "./runs.js";
+import { attemptsTable, stepPanel, TABS } from "./tabs.js";
+import { attemptsOf, makeWaterfall, Timeline } from "./waterfall.js";
 
 export async function runPage({ main, parts: [id], query, signal }) {
 	const run = new LiveRun(id, signal);
 	await run.readSummary();
 	const stepsRead = run.readSteps();
-	const waterfall = makeWaterfall(run.timeline, { signal, onSelect: open, onOpen: readTimeline });
-	const header = makeHeader(run, stepsRead, ({ id: stepId }) => {
-		const row = run.timeline.rows.get(stepId);
+	const waterfall = makeWaterfall(run, open);
+	const header = makeHeader(run, stepsRead, (step) => {
 		tabs.open("timeline");
-		open(row);
-		waterfall.reveal(row);
+		waterfall.reveal(openStep(step.id));
 	});
 	const panel = makePanel(run, () => {
 		waterfall.choose(null);
 		setQuery({ step: null });
 	});
-	const tabs = makeTabs(run, panel, { element: waterfall.element, update: waterfall.schedule });
+	const tabs = makeTabs(run, panel, waterfall);
 	fill(main, header.element, header.verdict, tabs.strip, el("div.split", tabs.content, panel.element));
 
-	function open(row) {
-		if (row.kind === "run") panel.close();
-		else if (row.kind === "child") navigate(runUrl(row.key));
-		else if (row.kind === "gate") tabs.open("gates");
-		else if (row.kind === "step") {
-			waterfall.choose(row.key);
-			setQuery({ step: row.key });
-			panel.open(row.name, stepPanel(run, row));
-		}
+	function open({ kind, key }) {
+		if (kind === "run") panel.close();
+		else if (kind === "child") navigate(runUrl(key));
+		else if (kind === "gate") tabs.open("gates");
+		else if (kind === "step") openStep(key);
 	}
 
-	run.onRows = () => {
+	function openStep(stepId) {
+		const row = waterfall.choose(stepId);
+		if (!row) return null;
+		setQuery({ step: stepId });
+		panel.open(row.name, stepPanel(run, row, () => waterfall.rowOf(stepId)));
+		return row;
+	}
+
+	run.onChange = (events) => {
 		header.draw();
-		waterfall.schedule();
-	};
-	run.onSummary = () => {
-		header.draw();
-		panel.drawRun();
-		tabs.update(null);
-		waterfall.schedule();
-	};
-	run.onEvents = (events) => {
-		tabs.update(events);
 		panel.update(events);
+		tabs.update(events);
 	};
 	document.addEventListener("decided", () => {
 		run.readSummarySoon();
 		tabs.update([]);
 	}, { signal });
-	run.onSummary();
-	await stepsRead;
-	run.readOthers();
+	run.onChange(null);
+	await Promise.all([stepsRead, run.readOthers()]);
 	tabs.open(query.get("tab"));
 	await breathe(30); // the browser lays it out: drawing the waterfall would do so in the same task
-	const chosen = run.timeline.rows.get(query.get("step"));
-	if (chosen) open(chosen);
 	waterfall.draw();
+	openStep(query.get("step"));
 	run.follow(header.mark);
-	every(async () => run.isLive && waterfall.schedule(), 1000, signal);
+	every(async () => run.isLive && waterfall.element.isConnected && waterfall.update(), 1000, signal);
 	let turn = 0;
 	every(async () => (run.isLive || ++turn % 5 === 0) && run.readAgain(), 3000, signal); // rarely once it has ended
 
@@ -79,119 +70,6 @@ export async function runPage({ main, parts: [id], query, signal }) {
 	};
 }
 
-async function readTimeline(id) {
-	const [{ run }, { steps }] = await Promise.all([
-		get(path`/runs/${id}/summary`), get(path`/runs/${id}/steps`, { limit: 500 })]);
-	const timeline = new Timeline(session.leaseMs, id);
-	timeline.setRun(run);
-	steps.forEach((step) => timeline.setStep(step));
-	return timeline;
-}
-
-// --- what is known of the run
-
-const MOST_EVENTS = 20_000; // of a longer run, the newest so many are read
-const soon = (read) => debounce(() => read().catch(laterAgain), 150); // events come in bursts
-
-class LiveRun {
-	events = []; // those after firstSeq, in order
-	steps = new Map(); // by id
-	lastPosition = 0; // of the steps that were read
-	readSummarySoon = soon(() => this.readSummary());
-	readStepsSoon = soon(() => this.readSteps());
-	readGatesSoon = soon(() => this.readGates());
-	readTreeSoon = soon(() => this.readTree());
-
-	constructor(id, signal) {
-		Object.assign(this, { id, signal, url: path`/runs/${id}`, timeline: new Timeline(session.leaseMs, id) });
-	}
-
-	get isLive() {
-		return !this.light.completedAt;
-	}
-
-	/** The step in which the run's error happened. */
-	get failedStep() {
-		const { name, message } = this.light.error ?? {};
-		const steps = [...this.steps.values()].reverse();
-		return steps.find(({ error }) => name && error?.name === name && error.message === message)
-			?? (/LeaseExpired|Review/.test(name) && steps.find(({ status: is }) => /running|manual_review/.test(is)));
-	}
-
-	/** `light`: the run as lists have it. Beside it counts, cost, state, parent and durationMs. */
-	async readSummary() {
-		const { run: light, ...others } = await get(`${this.url}/summary`);
-		Object.assign(this, others, { light });
-		this.timeline.setRun(light);
-		this.onSummary?.();
-	}
-
-	keepStep(step) {
-		this.steps.set(step.id, step);
-		this.timeline.setStep(step);
-		this.lastPosition = Math.max(this.lastPosition, step.position);
-	}
-
-	async readSteps() {
-		await readPages(`${this.url}/steps`, "steps", { after: this.lastPosition || null, limit: 500 },
-			(steps) => steps.forEach((step) => this.keepStep(step)));
-		this.onRows?.();
-	}
-
-	async readGates() {
-		for (const gate of (await get(this.url, { include: "gates" })).gates) this.timeline.setGate(gate);
-		this.onRows?.();
-	}
-
-	async readTree() {
-		const { runs } = await get(`${this.url}/tree`, { limit: 500 });
-		for (const child of runs.slice(1)) this.timeline.setChild(child);
-		this.onRows?.();
-	}
-
-	readOthers() {
-		if (this.counts.gates) this.readGatesSoon();
-		if (this.counts.children) this.readTreeSoon();
-	}
-
-	/** What no event of this run tells: how its children, deliveries and lease are. */
-	async readAgain() {
-		if (this.counts.childrenLive) this.readTreeSoon();
-		await this.readSummary();
-	}
-
-	/** `mark` says how fresh the page is. After a gap all is read that events do not tell. */
-	follow(mark) {
-		this.firstSeq = Math.max(0, this.light.eventSeq - MOST_EVENTS);
-		let lost = false;
-		follow(this.id, this.firstSeq, (batch) => this.take(batch), (state) => {
-			setMark(mark, state);
-			if (state === "live" && lost) {
-				this.readSummarySoon();
-				this.readOthers();
-			}
-			lost = state !== "live";
-		}, this.signal);
-	}
-
-	/** Apply events to the timeline. Rows are read again only for what events do not carry. */
-	take(batch) {
-		const events = batch.map(({ text }) => Object.assign(JSON.parse(text), { text }));
-		for (const event of events) this.timeline.apply(event);
-		this.events.push(...events);
-		const last = events.at(-1).seq;
-		this.counts.events = Math.max(this.counts.events, last);
-		if (last > this.light.eventSeq) { // news, not history
-			const some = (kind) => events.some(({ type }) => type.startsWith(kind));
-			if (some("step.")) this.readStepsSoon();
-			if (some("gate.")) this.readGatesSoon();
-			if (some("run.child")) this.readTreeSoon();
-			this.readSummarySoon();
-		}
-		this.onEvents?.(events);
-	}
-}
-
 // --- the header, and below it the verdict on a rerun
 
 function makeHeader(run, stepsRead, showStep) {
@@ -199,7 +77,6 @@ function makeHeader(run, stepsRead, showStep) {
 	const mark = el("span.mark", { role: "status" }, "loading");
 	const [badge, why, about, actions] = [el("span"), el("p.why"), el("div"), el("div.row")];
 	const verdict = el("section", { label: "Safe to rerun?", hidden: true });
-	let besideVerdict = []; // actions that stand there and not in the header
 	const element = el("header.stack",
 		el("div.spread", el("h1", el("a", { href: runsUrl({ workflow: workflowName }) }, workflowName), badge), actions),
 		el("div.spread", idText(id), mark), why, about);
@@ -214,56 +91,40 @@ function makeHeader(run, stepsRead, showStep) {
 			const line = outcome(light);
 			why.className = `why is-${shown}`;
 			show(why, line);
-			fill(why, el("span", line), light.status === "failed" && isCut(light.error)
-				&& button("Show all of it", showError, "quiet"),
-			step && button(`In step ${step.name}`, () => showStep(step), "quiet"));
+			fill(why, el("span", line), step && button(`In step ${step.name}`, () => showStep(step), "quiet"));
 		});
 		once(about, [light, cost], () => fill(about, aboutRun(run)));
-		drawActions();
 		const doubtful = /failed|cancelled|stalled/.test(shown) || light.whyDetail?.kind === "lease_expired";
-		once(verdict, doubtful && [shown, light.eventSeq], () => drawVerdict(doubtful).catch((error) => {
+		const wanted = canWrite() ? [run.isLive && "signal", !doubtful && "fork", run.isLive && "cancel"].filter(Boolean) : [];
+		once(actions, wanted, () => fill(actions, wanted.map((name) => actionButton(name))));
+		show(verdict, doubtful);
+		once(verdict, doubtful && [shown, light.eventSeq], () => doubtful && drawVerdict().catch((error) => {
 			verdict.source = null;
 			laterAgain(error);
 		}));
 	}
 
-	const showError = async () =>
-		fill(why.firstChild, el("span.error-text", errorLine(JSON.parse(await readPayload(id, "error")))));
-
-	function actionButton(name, primary) {
-		const [word, action, kind] = ACTIONS[name];
-		return button(word, () => action(run), kind ?? (primary ? "primary" : ""));
+	function actionButton(name, kind = "") {
+		const [word, action, ownKind] = ACTIONS[name];
+		return button(word, () => action(run), ownKind ?? kind);
 	}
 
-	function drawActions() {
-		if (!canWrite()) return;
-		const { status: is, stalled, hasRecoveryWebhook } = run.light;
-		const ended = is === "failed" || is === "cancelled";
-		const wanted = [ended && "retry", (ended || stalled) && hasRecoveryWebhook && "recover", run.isLive && "signal",
-			"fork", run.isLive && "cancel"].filter((name) => name && !besideVerdict.includes(name));
-		once(actions, wanted, () => fill(actions, wanted.map((name) => actionButton(name))));
-	}
-
-	async function drawVerdict(doubtful) {
-		const plan = doubtful ? await get(`${run.url}/rerun`) : { safe: null };
+	async function drawVerdict() {
+		const { safe, verdict: words, steps, blocking, actions: follow } = await get(`${run.url}/rerun`);
 		await stepsRead;
-		const { safe, steps = [] } = plan;
-		besideVerdict = safe === null ? [] : plan.actions.filter((name) => ["retry", "recover", "fork"].includes(name));
-		show(verdict, safe !== null);
-		drawActions();
-		if (safe === null) return;
 		const shown = safe ? "completed" : "stalled";
-		const blocking = canWrite() ? steps.filter((step) => step.plan === "stops_for_review") : [];
+		const buttons = follow.filter((name) => name in ACTIONS && name !== "cancel")
+			.map((name, index) => actionButton(name, safe && index === 0 ? "primary" : ""));
 		verdict.className = `card body verdict is-${shown}`;
 		fill(verdict,
-			el("div.spread", el("h2", icon(shown), el("span", plan.verdict)),
-				canWrite() && inRow(besideVerdict.map((name, index) => actionButton(name, safe && index === 0)))),
-			blocking.map((step) => el("details", { open: blocking.length === 1 },
-				el("summary", "Decide ", strong(step.name)), errorText(errorLine(run.steps.get(step.id)?.error)),
-				reviewForm(id, step))),
+			el("div.spread", el("h2", icon(shown), el("span", words)), canWrite() && inRow(buttons)),
+			canWrite() && steps.filter(({ name }) => blocking.includes(name)).map((step, index) =>
+				el("details", { open: index === 0 },
+					el("summary", "Decide ", strong(step.name)), errorText(errorLine(run.steps.get(step.id)?.error)),
+					reviewForm(id, step))),
 			steps.length > 0 && el("details", el("summary", "What a rerun would do, step by step"),
-				plainTable(steps.map(({ name, plan: kind, reason }) =>
-					[name, el(`span.act.is-${kind}`, kind.replaceAll("_", " ")), muted(reason)]))));
+				plainTable(steps.map(({ name, plan, reason }) =>
+					[name, el(`span.act.is-${plan}`, plan.replaceAll("_", " ")), muted(reason)]))));
 	}
 
 	return { element, mark, verdict, draw };
@@ -327,15 +188,42 @@ async function sendSignal({ url, light }) {
 	toast("The signal is sent.");
 }
 
+/** From which step, and with what input? What is reused is shown. */
 async function fork(run) {
-	const made = await askFork(run);
-	if (made) navigate(compareUrl(run.id, made.id));
+	const steps = [...run.steps.values()].sort((one, other) => one.position - other.position);
+	const given = run.light.inputBytes > 0 ? await readPayload(run.id, "input") : "{}";
+	const preview = el("div", { role: "status" });
+	const note = muted("The input is another one: reused steps keep what they returned for the old one.");
+	const from = select("Run again from", [...steps.map(({ name }) => [name, name]),
+		["", "the end: reuse all completed steps"]], draw, { name: "fromStep" });
+	from.value = (steps.find(({ status: is }) => is !== "completed") ?? steps.at(-1))?.name ?? "";
+	const names = (await get("/queues")).queues.map(({ name }) => [name, name]);
+	const queue = select("Queue", [["", "that of this run"], ...names], null, { name: "queue" });
+	const payload = jsonInput("input", { value: given });
+	payload.addEventListener("input", draw);
+	function draw() {
+		const cut = steps.findIndex(({ name }) => name === from.value);
+		const [kept, again] = [true, false].map((wanted) => steps.filter(({ status: is }, index) =>
+			(is === "completed" && (cut < 0 || index < cut)) === wanted));
+		fill(preview, [["Reused", kept], ["Runs again", again]].map(([word, some]) =>
+			el("p.clip", strong(`${word}: ${plural(some.length, "step")} `), muted(some.map(({ name }) => name).join(", ")))));
+		show(note, kept.length > 0 && payload.value !== given);
+	}
+	draw();
+	const values = await ask("Fork this run", [
+		el("p", "A new run of the same workflow. It begins with copies of the checkpoints before the step that you choose."),
+		field("Run again from", from), preview, field("Queue", queue), field("Input", payload), note,
+	], "Fork");
+	if (!values) return;
+	const { fromStep, queue: chosen, input: typed } = values;
+	const body = bodyOf({ fromStep, queue: chosen }, { input: typed === given ? null : typed });
+	navigate(compareUrl(run.id, (await post(`${run.url}/fork`, body)).run.id));
 }
 
 // --- the tabs
 
-function makeTabs(run, panel, timeline) {
-	const opened = new Map([["timeline", timeline]]);
+function makeTabs(run, panel, waterfall) {
+	const opened = new Map([["timeline", waterfall]]);
 	let chosen = null;
 	const content = el("div.stack", { role: "tabpanel", tabindex: "-1" });
 	const strip = el("nav.tabs", { role: "tablist", label: "What is known of this run", onkeydown({ key, target }) {
@@ -382,6 +270,7 @@ function makeTabs(run, panel, timeline) {
 
 function makePanel(run, onClose) {
 	const element = el("aside.card.side", { label: "Details" });
+	const attempts = el("div");
 	const isOpen = () => element.classList.contains("opened");
 	let content = null;
 
@@ -405,7 +294,6 @@ function makePanel(run, onClose) {
 	}
 
 	function drawRun() {
-		if (isOpen()) return;
 		const { light, id } = run;
 		const failed = light.status === "failed";
 		const error = [failed ? "Error" : "Error of an earlier attempt", "error"];
@@ -413,9 +301,79 @@ function makePanel(run, onClose) {
 			light.metadataBytes > 2 && ["Metadata", "metadata"], !failed && error]
 			.filter((kind) => kind && light[`${kind[1]}Bytes`] > 0);
 		once(element, kinds.map(([, of]) => [of, light[`${of}Bytes`]]), () => fill(element, el("header", el("h2", "The run")),
-			el("div.body.stack", kinds.map(([word, of]) => payload(word, id, of)),
+			el("div.body.stack", attempts, kinds.map(([word, of]) => payload(word, id, of, null, of === "error")),
 				kinds.length === 0 && muted("It has no input and no result yet."))));
+		const itself = new Timeline(run, []).run;
+		show(attempts, attemptsOf(itself).length > 1);
+		once(attempts, attemptsOf(itself), () => fill(attempts, attemptsTable(itself)));
 	}
 
-	return { element, open, close, drawRun, update: (events) => content?.update?.(events) };
+	return { element, open, close, update: (events) => (isOpen() ? events && content.update?.(events) : drawRun()) };
+}
+
+// --- two runs side by side: which of their steps differ, as after a fork
+
+const LONGEST = 65_536; // bytes of an output that is compared by itself
+const MOST = 200; // outputs that are
+
+export async function comparePage({ main, query, signal }) {
+	const runs = ["a", "b"].map((name) => new LiveRun(query.get(name), signal));
+	const heads = runs.map(() => el("div", skeleton(2)));
+	const outputs = new Map(); // step name -> how the outputs compare, once they were read
+	const tally = el("p.muted.clip", { role: "status" });
+	const details = el("div");
+	const cell = (step) => (step ? inRow(status(step.status), step.copied ? muted("reused")
+		: step.completedAt && step.startedAt && muted(between(step.startedAt, step.completedAt))) : dash());
+	const table = grid("name", [
+		["Step", "name"], ["First", ({ pair }) => cell(pair[0])], ["Second", ({ pair }) => cell(pair[1])],
+		["Output", ({ name, word, pair }) => (word === "differs"
+			? button("differs: show", () => showDifference(name, pair), "quiet") : muted(word))],
+	], empty("No steps"));
+	fill(main, heading("Side by side"), el("div.sides", heads), tally, table, details);
+
+	async function load() {
+		await Promise.all(runs.map((run) => run.readAll()));
+		runs.forEach(({ light, cost }, index) => fill(heads[index], card(
+			el("a", { href: runUrl(light.id) }, index === 0 ? "First: " : "Second: ", light.workflowName), runStatus(light),
+			idText(light.id), facts({ Duration: runDuration(light), Cost: money(cost.own.costUsd),
+				Created: time(light.createdAt) }), muted(outcome(light)))));
+		for (const { name, pair } of draw().filter(({ word }) => word === "reading").slice(0, MOST)) {
+			const size = pair[0].outputBytes;
+			const same = async () => new Set(await readOutputs(pair)).size === 1;
+			outputs.set(name, size > LONGEST ? "long" : size === 0 || await same() ? "same" : "differs");
+		}
+		draw();
+	}
+
+	const readOutputs = (pair) =>
+		Promise.all(pair.map(({ id }, index) => readPayload(runs[index].id, "step.output", id)));
+
+	function wordOf(name, one, other) {
+		if (!one || !other) return "only in one";
+		if (one.copied || other.copied) return "reused";
+		if (one.status !== "completed" || other.status !== "completed") return "open";
+		return one.outputBytes === other.outputBytes ? outputs.get(name) ?? "reading" : "differs";
+	}
+
+	function draw() {
+		const steps = runs.map((run) => new Map([...run.steps.values()].map((step) => [step.name, step])));
+		const list = [...new Set(steps.flatMap((some) => [...some.keys()]))].map((name) => {
+			const pair = steps.map((some) => some.get(name));
+			return { name, pair, word: wordOf(name, ...pair) };
+		});
+		const differing = list.filter(({ word }) => word === "differs" || word === "only in one").map(({ name }) => name);
+		const all = plural(list.length, "step");
+		table.set(list);
+		setText(tally, differing.length ? `${differing.length} of ${all} differ: ${differing.join(", ")}`
+			: `No difference found in ${all}.`);
+		return list;
+	}
+
+	async function showDifference(name, pair) {
+		fill(details, card(`Output of ${name}`, null, diffTable(...await readOutputs(pair))));
+		details.scrollIntoView({ block: "nearest" });
+	}
+
+	await load();
+	every(async () => runs.some((run) => run.isLive) && load(), 1500, signal);
 }

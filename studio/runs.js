@@ -289,12 +289,10 @@ async function runBulk(action, target) {
 /** Ids of one hour begin alike. */
 const shortCode = (id) => el("code", { title: id }, id.length > 20 ? `…${id.slice(-8)}` : id);
 
-export const isCut = (error) => error?.message?.length === MOST_OF_ERROR;
-
 export function errorLine(error) {
 	if (typeof error !== "object" || !error) return error ? String(error) : "";
 	const line = [error.name, error.message].filter((part) => typeof part === "string" && part).join(": ");
-	return isCut(error) ? line.replace(/\s+\S*$/, " …") : line;
+	return error.message?.length === MOST_OF_ERROR ? line.replace(/\s+\S*$/, " …") : line;
 }
 
 /** The parts of the server's line: "waits for signal {b:signal}, until {at:until}". */

@@ -61,7 +61,7 @@ frame.open = async ({ scroll = 0, row } = {}) => {
 		if (opened?.onQuery) await opened.onQuery(query);
 		else {
 			const kind = name === "runs" && parts.length ? "run" : name;
-			const file = ["run", "compare", "approvals"].includes(kind) ? kind : "operations";
+			const file = { run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations";
 			const module = kind === "runs" ? runs : await load(`/studio/${file}.js`);
 			if (signal.aborted) return; // left before it was there
 			const built = await module[`${kind}Page`]({ main, parts, query, signal });

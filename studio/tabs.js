@@ -2,14 +2,14 @@
 // {element, update(events)}. update gets new events, none when the tab is opened again, and null when the summary was
 // read. And the panel of one step.
 
-import { canWrite, get, getText, path, post, readPages, runUrl } from "./api.js";
+import { canWrite, get, post, readPages, runUrl } from "./api.js";
 import { gateCard, reviewForm } from "./approvals.js";
-import { between, button, bytes, card, checkbox, code, count, debounce, duration, el, empty, errorText, facts, fill,
-	grid, iconButton, idText, input, link, loading, meters, money, muted, number, options, plainTable, plural, searchInput,
-	select, setText, status, strong, tag, time, toast, virtualRows } from "./dom.js";
+import { between, button, bytes, card, code, count, dash, debounce, duration, el, empty, errorText, facts, fill,
+	grid, iconButton, idText, input, link, loading, meters, money, muted, number, once, options, plainTable, plural, searchInput,
+	select, setText, show, status, strong, tag, time, toast, virtualRows } from "./dom.js";
 import { diffTable, inlinePayload, items, member, payload, readPayload } from "./payload.js";
 import { errorLine, outcome, runStatus } from "./runs.js";
-import { attemptsOf } from "./waterfall.js";
+import { attemptsOf, WORDS } from "./waterfall.js";
 
 export const TABS = { events: eventsTab, state: stateTab, gates: gatesTab, usage: usageTab, children: childrenTab,
 	webhooks: webhooksTab };
@@ -26,12 +26,9 @@ function loadedTab(kind, load, watched = false) {
 
 function eventsTab(run, panel) {
 	let filter = "";
-	let list = [];
-	let looked = 0; // at so many of the run's events
 	let chosen = null;
 	const search = searchInput("Filter by type, name or text", "Filter events", (text) => {
 		filter = text.toLowerCase();
-		[list, looked] = [[], 0];
 		update();
 	});
 	const tally = muted();
@@ -58,11 +55,10 @@ function eventsTab(run, panel) {
 
 	function update() {
 		const { events, firstSeq } = run;
-		list.push(...events.slice(looked).filter(({ text }) => text.toLowerCase().includes(filter)));
-		looked = events.length;
+		const list = filter ? events.filter(({ text }) => text.toLowerCase().includes(filter)) : events;
 		rows.set(list);
-		const all = plural(looked, "event") + (firstSeq > 0 ? ", the last ones" : "");
-		setText(tally, list.length === looked ? all : `${count(list.length)} of ${all}`);
+		const all = plural(events.length, "event") + (firstSeq > 0 ? ", the last ones" : "");
+		setText(tally, filter ? `${count(list.length)} of ${all}` : all);
 	}
 
 	const element = el("section.card", el("header", search, tally), table);
@@ -72,10 +68,10 @@ function eventsTab(run, panel) {
 
 /** The plain values of its payload, and of what it is about. */
 function describeEvent({ payload: whole, payloadBytes, payloadOmitted }) {
-	if (typeof whole !== "object" || !whole) return payloadOmitted ? bytes(payloadBytes) : "";
-	const about = whole.usage ?? whole.gate ?? whole.stateVersion ?? whole.signal ?? whole.error ?? {};
-	return [...Object.entries(whole), ...Object.entries(about)].filter(([name, value]) =>
-		["string", "number"].includes(typeof value) && !/(id|hash|at|name|token|url)$/i.test(name))
+	if (payloadOmitted) return bytes(payloadBytes);
+	const flat = (value) => Object.entries(value ?? {});
+	return flat(whole).flatMap((pair) => (typeof pair[1] === "object" ? flat(pair[1]) : [pair]))
+		.filter(([name, value]) => /string|number/.test(typeof value) && !/(id|hash|at|name|token|url|replay)$/i.test(name))
 		.map(([name, value]) => `${name} ${value}`).join(" · ");
 }
 
@@ -83,47 +79,44 @@ function describeEvent({ payload: whole, payloadBytes, payloadOmitted }) {
 
 function stateTab(run) {
 	let versions = [];
-	let at = -1;
-	const slider = input(null,
-		{ type: "range", min: 0, label: "Version", oninput: () => choose(Number(slider.value)) });
-	const [about, shown, diff] = [el("div"), el("div"), el("div")];
+	const slider = input(null, { type: "range", min: 0, label: "Version", oninput: () => choose(slider.value) });
+	const step = (label, by, attributes) => iconButton("chevron", label, () => choose(Number(slider.value) + by), attributes);
 	const against = select("Compare with", [], drawDiff);
-	const built = [card("State", null, el("div.slider",
-		iconButton("chevron", "Earlier version", () => choose(at - 1), { "data-back": "" }), slider,
-		iconButton("chevron", "Later version", () => choose(at + 1))), about, shown),
+	const [about, shown, diff] = [el("div"), el("div"), el("div")];
+	const built = [card("State", null, el("div.slider", step("Earlier version", -1, { "data-back": "" }), slider,
+		step("Later version", 1)), about, shown),
 	card("Changes", el("label.row", el("span", "against"), against), diff)];
 	const severalStreams = () => new Set(versions.map(({ streamName }) => streamName)).size > 1;
 	const wordOf = ({ streamName, version, label }) =>
 		[severalStreams() && streamName, version, label].filter(Boolean).join(" ");
 
 	function choose(index) {
-		at = Math.max(0, Math.min(versions.length - 1, index));
-		const { streamName, version, label, reason, createdBy, createdAt } = versions[at];
-		slider.value = at;
-		slider.setAttribute("aria-valuetext", `version ${wordOf(versions[at])}`);
-		against.value = Math.max(0, at - 1);
-		fill(about, facts({ Version: `${version} of ${versions.length}`, Stream: severalStreams() && streamName,
-			Label: label && strong(label), Reason: reason, By: createdBy, Time: time(createdAt, "precise") }));
+		slider.value = index; // the browser keeps it between the first and the last
+		const chosen = versions[slider.value];
+		slider.setAttribute("aria-valuetext", `version ${wordOf(chosen)}`);
+		against.value = Math.max(0, slider.value - 1);
+		fill(about, facts({ Version: `${chosen.version} of ${versions.length}`, Stream: severalStreams() && chosen.streamName,
+			Label: chosen.label && strong(chosen.label), Reason: chosen.reason, By: chosen.createdBy,
+			Time: time(chosen.createdAt, "precise") }));
 		drawSoon();
 	}
 
 	const drawSoon = debounce(() => {
-		fill(shown, payload("Value", run.id, "state", versions[at].id));
+		fill(shown, payload("Value", run.id, "state", versions[slider.value].id));
 		drawDiff();
 	}, 40);
 
 	async function drawDiff() {
-		const pair = [versions[against.value], versions[at]];
+		const pair = [against, slider].map(({ value }) => versions[value]);
 		if (pair[0] === pair[1]) return fill(diff, muted(versions.length > 1 ? "The same version." : "There is only one."));
-		const [before, after] = await Promise.all(pair.map(({ id }) => readPayload(run.id, "state", id)));
-		fill(diff, diffTable(before, after));
+		fill(diff, diffTable(...await Promise.all(pair.map(({ id }) => readPayload(run.id, "state", id)))));
 	}
 
 	return loadedTab(/^(state|snapshot)\./, async (box) => {
 		const found = [];
 		await readPages(`${run.url}/state/versions`, "stateVersions", { view: "light", limit: 1000 },
 			(some) => found.push(...some));
-		const following = at === versions.length - 1; // at the newest version: it moves on with it
+		const following = versions.length === 0 || slider.value === slider.max; // the newest: it moves on with it
 		versions = found.sort((one, other) => (one.liveVersion ?? 0) - (other.liveVersion ?? 0)
 			|| one.createdAt.localeCompare(other.createdAt));
 		if (versions.length === 0) {
@@ -133,25 +126,25 @@ function stateTab(run) {
 		if (!box.contains(slider)) fill(box, built);
 		slider.max = versions.length - 1;
 		fill(against, options(versions.map((version, index) => [index, wordOf(version)])));
-		choose(following ? versions.length - 1 : at);
+		choose(following ? slider.max : slider.value);
 	});
 }
 
 // --- gates
 
 function gatesTab(run) {
-	return loadedTab(/^gate\./, async (box) => {
-		const gates = items(member(await getText(run.url, { include: "gates" }), "gates"));
-		fill(box, gates.map((raw) => gateCard({ ...JSON.parse(raw), raw })), gates.length === 0
-			&& empty("No gates", "A decision of a person: ", code('run.gate("approve", "Send this?")'), "."));
-	});
+	const element = el("div.stack");
+	const update = () => once(element, run.gates.map(({ raw }) => raw), () => fill(element, run.gates.map((gate) =>
+		gateCard(gate)), !run.gates.length && empty("No gates", "A decision of a person: ",
+		code('run.gate("approve", "Send this?")'), ".")));
+	update();
+	return { element, update };
 }
 
 // --- usage
 
 function usageTab(run) {
-	const withChildren = checkbox(null, () => tab.again(), { checked: run.counts.usage === 0 });
-	const stepOf = (entry) => run.steps.get(entry.stepId)?.name ?? "outside of steps";
+	const stepOf = ({ runId, stepName }) => (runId === run.id ? "" : "child: ") + (stepName ?? "outside of steps");
 	const table = grid("id", [
 		["Time", ({ createdAt }) => time(createdAt, "short")], ["Step", stepOf],
 		["Model", ({ provider, model, kind }) => [provider, model].filter(Boolean).join(" ") || kind],
@@ -160,22 +153,17 @@ function usageTab(run) {
 		["Out", ({ outputTokens: many }) => many !== null && count(many), "num"],
 		["Cost", ({ costUsd }) => el("span", { title: costUsd }, money(costUsd)), "num"],
 	], empty("No usage", "Recorded by ", code("run.usage.record(model=…, cost_usd=…)"), "."));
-	const tab = loadedTab(/^usage\./, async (box) => {
-		const asked = { limit: 1000, subtree: withChildren.checked ? "true" : null };
-		const { usage, byModel, truncated } = await get(`${run.url}/usage`, asked);
+	return loadedTab(/^usage\./, async (box) => {
+		const { usage, byModel, truncated } = await get(`${run.url}/usage`, { limit: 1000, subtree: "true" });
 		const sum = (entries) => entries.reduce((all, { costUsd }) => all + Number(costUsd), 0);
 		const dearest = [...Map.groupBy(usage, stepOf)].map(([step, entries]) => [step, sum(entries)])
 			.sort((one, other) => other[1] - one[1]).slice(0, 30);
 		table.set(usage);
-		fill(box,
-			el("div.spread", el("span", strong(money(sum(byModel))), ` in ${plural(usage.length, "entry", "entries")}`,
-				truncated && " (the first of more)"),
-			run.counts.children > 0 && el("label.row", withChildren, "With its children")),
-			usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd)])),
-				!withChildren.checked && meters("By step", dearest)],
-			table);
+		fill(box, el("p", strong(money(sum(byModel))), ` in ${plural(usage.length, "entry", "entries")}`,
+			run.counts.children > 0 && ", with those of its children", truncated && " (the first of more)"),
+		usage.length > 0 && [meters("By model", byModel.map((group) => [group.model ?? "no model", Number(group.costUsd)])),
+			meters("By step", dearest)], table);
 	});
-	return tab;
 }
 
 // --- children, as a tree
@@ -186,23 +174,24 @@ function childrenTab(run) {
 		["Child", ({ id, name, depth, open, parent }) => {
 			const fold = parent && iconButton("chevron", `Children of ${name}`, () => {
 				if (!folded.delete(id)) folded.add(id);
-				tab.again();
+				update();
 			}, { "aria-expanded": String(open) });
 			return el("div.unfolds", { style: { paddingLeft: `${depth * 1.3 - 0.8}rem` } }, fold, link(runUrl(id), name ?? id));
 		}], ["Status", runStatus], ["Workflow", "workflowName"],
 		["Why, or how it ended", outcome], ["Created", "createdAt"],
 	], empty("No children", "Runs for parts of its work: ", code('run.child("name", "workflow")'), "."));
-	const tab = loadedTab(/^run\.child/, async (box) => {
-		const { runs, truncated } = await get(`${run.url}/tree`, { limit: 1000 });
-		const below = Map.groupBy(runs, ({ parentRunId }) => parentRunId);
+	const more = muted("The first 1,000 runs of the tree.");
+	function update() {
+		const below = Map.groupBy(run.tree, ({ parentRunId }) => parentRunId);
 		const branch = (id) => (below.get(id) ?? []).flatMap((child) => {
 			const open = !folded.has(child.id);
 			return [{ ...child, open, parent: below.has(child.id) }, ...open ? branch(child.id) : []];
 		});
 		table.set(branch(run.id));
-		fill(box, table, truncated && muted("The first 1,000 runs of the tree."));
-	}, true);
-	return tab;
+		show(more, run.treeTruncated);
+	}
+	update();
+	return { element: el("div.stack", table, more), update };
 }
 
 // --- webhooks
@@ -243,34 +232,21 @@ function webhooksTab(run, panel) {
 // --- one step, for the side panel
 
 const REPLAY = { auto: "runs again", manual: "waits for a review", never: "never runs again" };
-const ATTEMPT = { cut: ["stalled", "cut off"], held: ["cancelled", "ended"],
-	manual_review: ["manual_review", "no outcome"] };
 
-/** A step's row is read again, also after events of the step, since they carry no sizes. */
-export function stepPanel(run, row) {
-	const runId = row.owner?.runId ?? run.id;
+/** Read again after events of the step, since they carry no sizes. rowOf() is its row in the waterfall. */
+export function stepPanel(run, { key, runId }, rowOf) {
+	const own = runId === run.id ? run : run.unfolded.get(runId);
 	const panel = loading(async (box) => {
-		const asked = row.step ? { after: Math.max(0, row.step.position - 1), limit: 2 } : { text: row.name };
-		const { steps } = await get(path`/runs/${runId}/steps`, asked);
-		const step = steps.find((one) => one.id === row.key);
-		if (!step) return fill(box, muted("Its row is not there yet."));
-		if (runId === run.id) run.keepStep(step);
+		const step = await own.readStep(key);
 		const { sideEffects, replay, idempotencyKey } = step.resumeContract ?? {};
-		const shown = (title, of) => step[`${of}Bytes`] > 2 && payload(title, runId, `step.${of}`, step.id);
-		const attempts = attemptsOf(row);
-		const stack = step.errorBytes > 2 && stackOf(await readPayload(runId, "step.error", step.id));
+		const shown = (title, of) => step[`${of}Bytes`] > 2 && payload(title, runId, `step.${of}`, key, of === "error");
 		fill(box,
 			facts({ Status: status(step.status), Attempt: step.attempt, Began: time(step.startedAt, "precise"),
 				Took: step.completedAt && between(step.startedAt ?? step.createdAt, step.completedAt),
 				Owner: step.leaseOwner && code(step.leaseOwner),
-				Copied: row.copied && "from the run that this is a fork of" }),
+				Copied: step.copied && "from the run that this is a fork of" }),
 			step.status === "manual_review" && canWrite() && card("Decide it", null, reviewForm(runId, step, panel.again)),
-			step.error && errorText(errorLine(step.error)),
-			stack && inlinePayload("Stack", stack, `${step.id}-stack`),
-			shown("Error", "error"), shown("Output", "output"), shown("Input", "input"),
-			attempts.length > 1 && plainTable(attempts.map(({ n, from, to, kind }) => [n, status(...ATTEMPT[kind] ?? [kind]),
-				time(from, "precise"), number(to === null ? "…" : duration(to - from))]),
-			["Attempt", "Outcome", "Began", "Took"]),
+			shown("Error", "error"), shown("Output", "output"), shown("Input", "input"), attemptsTable(rowOf()),
 			el("h3", "Contract"),
 			facts({ "Side effects": sideEffects?.length ? sideEffects.map((effect) => tag(String(effect))) : "none declared",
 				"On a crash": REPLAY[replay] ?? replay, "Idempotency key": idempotencyKey && idText(idempotencyKey),
@@ -278,11 +254,13 @@ export function stepPanel(run, row) {
 			shown("Options", "options"));
 	}, 4);
 	const again = debounce(panel.again, 150);
-	return Object.assign(panel, { update: (events) => events.some(({ stepId }) => stepId === row.key) && again() });
+	return Object.assign(panel, { update: (events) => events.some(({ stepId }) => stepId === key) && again() });
 }
 
-function stackOf(text) {
-	const found = member(text, "stack") ?? member(text, "traceback");
-	const line = (raw) => (raw.startsWith('"') ? JSON.parse(raw) : raw);
-	return found && (found.startsWith("[") ? items(found).map(line).join("\n") : line(found));
+/** The attempts of a step or of the run, when there were several. */
+export function attemptsTable(row) {
+	const attempts = attemptsOf(row);
+	return attempts.length > 1 && plainTable(attempts.map(({ n, kind, owner, from, to }) => [n,
+		status(kind === "cut" ? "stalled" : kind, WORDS[kind]), owner ?? dash(), time(from, "precise"),
+		number(to === null ? "…" : duration(to - from))]), ["Attempt", "Outcome", "Worker", "Began", "Took"]);
 }

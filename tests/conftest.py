@@ -79,6 +79,8 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="tidebase-test-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         config.stash[SHARED] = folder.name
+        config.add_cleanup(start_fork_server(folder.name))
+    fork_server.path = f"{config.stash[SHARED]}/{FORK_SERVER}"
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist's
@@ -156,8 +158,13 @@ class Psql:
         """Run a statement, or several when there are no values.  :returns: the rows."""
         if self.connection is None or self.connection.closed:  # a test may have restarted PostgreSQL
             self.connection = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
+            self.connection.execute(TO_EMPTY.encode())
         cursor = self.connection.execute(statement.encode(), values or None)
         return cursor.fetchall() if cursor.description else []
+
+    def to_empty(self) -> str:
+        """Empty the database.  :returns: the definition of its clock."""
+        return str(self("select pg_temp.to_empty()")[0][0])
 
     def close(self) -> None:
         if self.connection:
@@ -185,14 +192,21 @@ def empty_database(postgres: str) -> Iterator[str]:
 
 
 CLOCK = "select pg_get_functiondef('tidebase.now'::regproc)"
-MANY = 500  # rows
 TABLES = ("runs", "queues", "queue_tallies", "queue_claims", "queue_minutes", "workers",
           "schedules")  # the rest goes with its run
-EMPTY = "; ".join([
-    "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
-    " and pid <> pg_backend_pid() and application_name <> 'tidebase'",  # a server's, which the next test may go on with
-    *(f"delete from tidebase.{table}" for table in TABLES)])  # noqa: S608
-EMPTY_OF_MANY = f"truncate {', '.join(f'tidebase.{table}' for table in TABLES)} cascade"
+# A function of the session, whose plans are made once, in one request: every second test would pay for more.
+# To delete looks each row's own up, by a plan made when there were few: many go by truncate.
+TO_EMPTY = f"""
+create function pg_temp.to_empty () returns text language plpgsql as $$
+begin
+  perform pg_terminate_backend(pid) from pg_stat_activity  -- not a server's, which the next test may go on with
+    where datname = current_database() and pid <> pg_backend_pid() and application_name <> 'tidebase';
+  if (select count(*) = 500 from (select from tidebase.runs limit 500) counted) then
+    truncate {", ".join(f"tidebase.{table}" for table in TABLES)} cascade;
+  end if;
+  {" ".join(f"delete from tidebase.{table};" for table in TABLES)}
+  return pg_get_functiondef('tidebase.now'::regproc);
+end $$"""  # noqa: S608
 
 
 @pytest.fixture
@@ -202,11 +216,7 @@ def database(migrated: Psql, clock_as_made: str) -> Iterator[str]:
     One after the other, tests have the same: to empty it takes milliseconds, where a new one takes up to half a second.
     """
     yield migrated.conninfo
-    # To delete looks each row's own up, by a plan made when there were few; what it leaves, the next tests read over.
-    if migrated(f"select count(*) from (select from tidebase.runs limit {MANY}) counted") == [(MANY,)]:  # noqa: S608
-        migrated(EMPTY_OF_MANY)
-    migrated(EMPTY)
-    if migrated(CLOCK) != [(clock_as_made,)]:  # to replace a function has all connections plan their statements anew
+    if migrated.to_empty() != clock_as_made:  # to replace a function has all connections plan their statements anew
         migrated(clock_as_made)
 
 
@@ -373,41 +383,64 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+FORK_SERVER = "fork-server"
+
+
+def start_fork_server(folder: str) -> Callable[[], None]:
+    """Start the fork server of all processes that run the tests. It imports nothing before its first order.
+
+    :returns: what ends it.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"{folder}/{FORK_SERVER}")
+        listener.listen()
+        first = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        first.connect(listener.getsockname())
+        process = subprocess.Popen([sys.executable, str(ROOT / "tests/fork_server.py")], stdin=listener)
+
+    def end() -> None:
+        first.close()
+        process.wait()
+
+    return end
+
+
 class ForkServer:
-    """Starts processes by fork, from one that has imported Tidebase: see fork_server.py. It is started when the first
-    is asked for, and all of them end with it."""
+    """Starts processes by fork, from one that has imported what they need: see fork_server.py."""
+
+    path: str
 
     def __init__(self) -> None:
         self.orders: socket.socket | None = None
 
-    def start(self, *arguments: str, environment: Mapping[str, str], output: int, files: int | None = None) -> Forked:
+    def start(self, *arguments: str, environment: Mapping[str, str], output: int, cwd: Path | None = None,
+              files: int | None = None) -> Forked:
         """Start `python ARGUMENTS`.
 
         :param output: a descriptor, of its standard output and error.
         :param files: how many it may have open, when it is not as many as here.
         """
         if not self.orders:
-            self.orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                self.process = subprocess.Popen([sys.executable, str(ROOT / "tests/fork_server.py")], stdin=theirs)
-        order = {"argv": arguments, "environment": dict(environment), "cwd": os.getcwd(), "files": files}
+            self.orders = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.orders.connect(self.path)
+        order = {"argv": arguments, "environment": dict(environment), "cwd": str(cwd or Path.cwd()),
+                 "files": files}
         answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(os.devnull) as nothing:
             descriptors = [theirs.fileno(), nothing.fileno(), output, output]
             socket.send_fds(self.orders, [json.dumps(order).encode()], descriptors)
         return Forked(arguments, answers)
 
-    def run(self, *arguments: str, environment: Mapping[str, str]) -> tuple[int, str]:
+    def run(self, *arguments: str, environment: Mapping[str, str], cwd: Path | None = None) -> tuple[int, str]:
         """Run `python ARGUMENTS` to its end.  :returns: its exit status and all that it printed."""
         with tempfile.TemporaryFile("w+") as printed:
-            status = self.start(*arguments, environment=environment, output=printed.fileno()).wait(60)
+            status = self.start(*arguments, environment=environment, output=printed.fileno(), cwd=cwd).wait(60)
             printed.seek(0)
             return status, printed.read()
 
     def close(self) -> None:
         if self.orders:
             self.orders.close()
-            self.process.wait()
 
 
 class Forked:

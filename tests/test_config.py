@@ -47,6 +47,11 @@ from tidebase_server import database
     ({"DATABASE_URL": "postgresql://me:hushhush@db:port:/x?a=b"}, "DATABASE_URL"),
     ({"TIDEBASE_API_KEY": "hushhush\udcff"}, "TIDEBASE_API_KEY"),
     ({"TIDEBASE_WEBHOOK_SECRET": "hushhush\udcff"}, "TIDEBASE_WEBHOOK_SECRET"),
+    ({"TIDEBASE_API_KEY": "hushhush "}, "no space"),
+    ({"TIDEBASE_API_KEY": "k", "TIDEBASE_READ_KEY": " hushhush"}, "TIDEBASE_READ_KEY must"),
+    ({"TIDEBASE_PUBLIC_URL": "tide.example"}, "such as https://tide.example"),
+    *(({"TIDEBASE_CORS_ORIGIN": origin}, "such as https://app.example") for origin in (
+        "app.example", "https://app.example/", "https://App.example", "https://a.example,https://b.example")),
 ])
 def test_a_setting_that_cannot_be_is_refused_with_its_name_and_the_way_out(settings, words):
     with pytest.raises(tidebase.ConfigError) as refusal:
@@ -58,7 +63,8 @@ def test_a_setting_that_cannot_be_is_refused_with_its_name_and_the_way_out(setti
 @pytest.mark.parametrize("settings", [
     {}, {"HOST": "127.0.0.1"}, {"HOST": "localhost"}, {"HOST": "::1"},
     {"HOST": "0.0.0.0", "TIDEBASE_API_KEY": "k" * 16},
-    {"TIDEBASE_API_KEY": "k"},
+    {"TIDEBASE_API_KEY": "k"}, {"TIDEBASE_API_KEY": "a b"}, {"TIDEBASE_CORS_ORIGIN": "http://app.example:8080"},
+    {"TIDEBASE_PUBLIC_URL": "https://tide.example/base/"}, {"TIDEBASE_CORS_ORIGIN": "http://[::1]:3000"},
     {"HOST": "0.0.0.0", "TIDEBASE_INSECURE": "1"}, {"PORT": "", "DATABASE_URL": ""},
     {"DATABASE_URL": "postgres://me:pw@db.test/x?sslmode=require"}, {"DATABASE_URL": "host=/tmp dbname=x"},
 ])

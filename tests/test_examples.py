@@ -6,8 +6,6 @@ import hashlib
 import hmac
 import json
 import os
-import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Api, eventually, free_port
+from conftest import ROOT, Api, Forked, eventually, fork_server, free_port
 
 
 def ask(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
@@ -34,12 +32,12 @@ class Example:
     def __init__(self, name: str, server: Any, folder: Path) -> None:
         self.name, self.api, self.log = name, Api(server.url), folder / "log"
         self.environment = {**os.environ, "TIDEBASE_URL": server.url, "PAYMENTS_SECRET": "s", "DRIP_DAY_S": "0.5"}
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Forked] = []
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str) -> Forked:
         with self.log.open("ab") as log:
-            self.processes.append(subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, stdout=log,
-                                                   stderr=log, env=self.environment))
+            self.processes.append(fork_server.start("-m", *arguments, environment=self.environment,
+                                                    output=log.fileno(), cwd=ROOT))
         return self.processes[-1]
 
     def work(self) -> None:

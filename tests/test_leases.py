@@ -5,6 +5,7 @@ The clock of the database is moved on by the tests; the reconciler ticks when th
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from datetime import datetime
@@ -489,6 +490,18 @@ def test_after_an_outage_of_the_database_expired_leases_are_left_alone_for_one_l
     server.reconciler.patient_until = 0.0  # the outage was longer than a lease
     assert api.reconcile() == 0
     assert api.reconcile() == 0
+    assert api.heartbeat(run, "a").status == 200
+
+
+def test_after_the_machine_slept_or_its_clock_was_set_expired_leases_are_left_alone_for_one_lease(
+        start_server: Callable[..., LocalServer], clock: Clock) -> None:
+    server = start_server(TIDEBASE_RECONCILE_MS=10)
+    api = Api(server.url, server)
+    run, overdue = claimed(api), api.create(deadlineMs=LEASE_MS)
+    server.clock = itertools.count(0, LEASE_MS / 1000).__next__  # each sleep seems to take as long as a lease
+    eventually(lambda: server.reconciler.patient_until)
+    clock.advance(ms=LEASE_MS)
+    eventually(lambda: api.run(overdue)["status"] == "cancelled")  # which a tick looks for after it did for leases
     assert api.heartbeat(run, "a").status == 200
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Answer, Api, eventually, free_port
+from conftest import ROOT, Answer, Api, Forked, eventually, fork_server, free_port
 from packaging.requirements import Requirement
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (
@@ -42,7 +42,7 @@ class Folder:
     def __init__(self, path: Path, server_url: str) -> None:
         self.path, self.environment = path, {
             **os.environ, "TIDEBASE_URL": server_url, "TIDEBASE_WEBHOOK_SECRET": SECRET, "PYTHONPATH": str(path)}
-        self.workers: list[subprocess.Popen[bytes]] = []
+        self.workers: list[Forked] = []
         shutil.copy(ROOT / "tidebase_sdk.py", path / "tidebase.py")
         for name, text in PROGRAMS.items():
             (path / name).write_text(text)
@@ -50,16 +50,14 @@ class Folder:
     def work(self, name: str, *arguments: str) -> None:
         """Start a program, or a module with arguments, that goes on until it is stopped."""
         with (self.path / f"{name}.log").open("wb") as log:
-            command = [sys.executable, *(["-m"] if arguments else []), name, *arguments]
-            self.workers.append(subprocess.Popen(command, cwd=self.path, env=self.environment, stdout=log, stderr=log))
+            self.workers.append(fork_server.start(*(["-m"] if arguments else []), name, *arguments, cwd=self.path,
+                                                  environment=self.environment, output=log.fileno()))
 
     def run(self, name: str) -> list[str]:
         """Run a program to its end.  :returns: the lines that it printed."""
-        done = subprocess.run([sys.executable, name], cwd=self.path, env=self.environment, capture_output=True,
-                              text=True, timeout=60)
-        logs = "".join(log.read_text() for log in self.path.glob("*.log"))
-        assert done.returncode == 0, done.stdout + done.stderr + logs
-        return done.stdout.splitlines()
+        status, printed = fork_server.run(name, environment=self.environment, cwd=self.path)
+        assert status == 0, printed + "".join(log.read_text() for log in self.path.glob("*.log"))
+        return printed.splitlines()
 
 
 @pytest.fixture

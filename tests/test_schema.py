@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "404e08bfa67ea3a5672bfbcfcd04d5ff08d0fbbd3547ced8177ba38126cb9b6d")
+PINNED = (5, "6156007c3665379bc322e59d0c961c9036ee2f519637bbfb4e589cf217054708")
 
 
 def apply(conninfo: str) -> None:

@@ -668,14 +668,20 @@ def test_a_wait_that_is_cancelled_after_it_was_begun_does_not_stay_running_in_a_
 
     async def flow(run: Any) -> str:
         waiting = asyncio.ensure_future(wait(run))
-        await asyncio.to_thread(eventually, lambda: [each["status"] for each in api.detail(run_id)["steps"]])
+        await asyncio.to_thread(eventually, lambda: "running" in [
+            each["status"] for each in api.detail(run_id)["steps"]])
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+        if run.attempt == 1:
+            raise ConnectionError
         return str(await run.step("after", lambda: "went on"))
 
     async def main() -> None:
         async with AsyncTidebase(server.url) as tide:
+            with pytest.raises(ConnectionError):
+                await tide.run("flow", flow, run_id=run_id)
+            assert [step["status"] for step in api.detail(run_id)["steps"]] == ["failed"]
             assert await tide.run("flow", flow, run_id=run_id) == "went on"
 
     asyncio.run(main())
@@ -1146,12 +1152,17 @@ def completed_twice(api: Api, run_id: str) -> list[str]:
     return again
 
 
-def test_a_worker_ends_on_sigterm_and_gives_its_run_back(server: Any, api: Api, spawn_worker: Any) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_that_is_told_to_stop_says_so_and_gives_its_run_back(
+    server: Any, api: Api, spawn_worker: Any, number: signal.Signals
+) -> None:
     worker = spawn_worker(server.url)
     run_id = api.enqueue(workflow="flow", input={"steps": 100, "s": 0.1})
     eventually(lambda: len(api.detail(run_id)["steps"]) > 1)
-    worker.send_signal(signal.SIGTERM)
-    assert worker.communicate(timeout=20)[0] == "ended cleanly\n"
+    worker.send_signal(number)
+    printed, log = worker.communicate(timeout=20)
+    assert printed == "ended cleanly\n"
+    assert "the worker stops: 1 run is under way" in log  # though no logging is set up
     assert worker.returncode == 0
     assert (api.run(run_id)["status"], api.run(run_id)["attempt"]) == ("queued", 0)
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import test_sdk
 from conftest import ROOT, Api, eventually, free_port
+from test_names import replayed
 from test_sdk import in_background
 
 import tidebase_sdk
@@ -358,6 +359,7 @@ def test_a_stop_names_the_runs_that_are_under_way(
     tide: Any, api: Api, working: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     begun, go = threading.Event(), threading.Event()
+    caplog.set_level(logging.INFO, "tidebase")
 
     async def flow(run: Any, input: Any) -> None:
         await run.step("slow", lambda: begun.set() or (go.wait(20) and None))
@@ -410,6 +412,56 @@ def test_a_webhook_without_a_secret_to_verify_it_by_is_refused_and_the_log_says_
     assert "TIDEBASE_WEBHOOK_SECRET" in message
     assert tide(lambda client: client.handle_webhook(b"{}", "sha256=00", secret="s"))[0] == 401
     assert len(warnings_of(caplog, "no_webhook_secret")) == 1
+
+
+def test_a_replay_that_goes_another_way_than_the_record_since_its_loop_counts_the_tries_is_told_in_the_log(
+    tide: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def ask(attempt: int) -> str:
+        asked.append(attempt)
+        if len(asked) == 1:
+            raise ConnectionError
+        return f"answer {attempt}"
+
+    async def flow(run: Any) -> Any:
+        for attempt in range(3):
+            with contextlib.suppress(ConnectionError):
+                return await run.step("ask", lambda: ask(attempt))  # noqa: B023
+
+    assert replayed(tide, flow) == ["answer 1", "answer 0"]
+    [message] = warnings_of(caplog, "steps_skipped")
+    assert "'ask#2'" in message
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {2}, {0, 1, 2}, {1, 2}])
+@pytest.mark.parametrize("heals", [False, True])
+def test_a_loop_over_items_whose_failures_are_caught_goes_the_same_way_in_a_replay_and_nothing_is_told(
+    tide: Any, caplog: pytest.LogCaptureFixture, failing: set[int], heals: bool
+) -> None:
+    executed: list[int] = []
+
+    def fetch(item: int) -> int:
+        executed.append(item)
+        if item in failing and not (heals and executed.count(item) > 1):
+            raise ConnectionError
+        return item
+
+    async def flow(run: Any) -> Any:
+        found: list[int | None] = []
+        for item in range(3):
+            try:
+                found.append(await run.step("fetch", lambda: fetch(item)))  # noqa: B023
+            except ConnectionError:
+                found.append(None)
+        while len(found) < 5:  # and one that tries the same call again
+            with contextlib.suppress(ConnectionError):
+                found.append(await run.step("last", lambda: fetch(len(found))))
+        return found
+
+    replayed(tide, flow, times=3)
+    assert warnings_of(caplog, "steps_skipped") == []
 
 
 def test_runs_are_found_by_metadata_of_any_kind(tide: Any) -> None:

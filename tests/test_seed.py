@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Answer, Api, eventually, free_port
+from conftest import ROOT, Answer, Api, Forked, eventually, fork_server, free_port
 
 SECRET = "whsec-of-the-test"
 KEY = "key-of-the-test"
@@ -68,14 +68,14 @@ class App:
                             "TIDEBASE_WEBHOOK_SECRET": SECRET, "PYTHONPATH": str(folder)}
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Forked] = []
         self.start("-m", "uvicorn", "fastapi_app:app", "--port", str(self.port))
         eventually(self.answers, 30)
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str) -> Forked:
         with (self.folder / "log").open("ab") as log:
-            self.processes.append(subprocess.Popen([sys.executable, *arguments], cwd=self.folder, stdout=log,
-                                                   stderr=log, env=self.environment))
+            self.processes.append(fork_server.start(*arguments, environment=self.environment, output=log.fileno(),
+                                                    cwd=self.folder))
         return self.processes[-1]
 
     def answers(self) -> bool:

@@ -361,6 +361,18 @@ def test_a_request_that_does_not_come_to_an_end_is_ended_however_it_drips(
     assert (b" 408 " in answer) == drips
 
 
+def test_requests_that_wait_for_a_thread_leave_nothing_in_the_log(
+        start_server: Callable[..., LocalServer], caplog: pytest.LogCaptureFixture) -> None:
+    server = start_server(TIDEBASE_POOL=2)
+    connections = [connected(Api(server.url, server)) for _ in range(20)]
+    for connection in connections:
+        connection.sendall(b"".join(request("/runs/w", {}) for _ in range(5)))
+    for connection in connections:
+        assert [status for status, _ in answers_on(connection, 5)] == [200] * 5
+        connection.close()
+    assert not [record for record in caplog.records if record.name.startswith("waitress")]
+
+
 def test_threads_that_waiting_requests_needed_go_again(
         start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch) -> None:
     server = start_server(TIDEBASE_POOL=4)

@@ -335,6 +335,7 @@ def test_the_client_and_the_command_line_explain_a_run(api: Api):
     shown = explained(api, run)
     line(shown, "Not without you", "send", "stops for review", "idempotency key k-1", f"/studio/runs/{run}")
     line(shown, "Decide send", "tide.runs.review_step", run, "DECISION")
+    assert "\n\n\n" not in explained(api, api.create())  # it has no steps
     asked = CliRunner().invoke(tidebase.main, ["explain", "none"], env={"TIDEBASE_URL": api.server.url})
     assert asked.exit_code == 1
     line(asked.output, "run none does not exist")

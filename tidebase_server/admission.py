@@ -13,13 +13,14 @@ import flask
 from .access import Access
 from .answers import SAFE_HEADERS, Refusal, Reply, invalid, refused
 from .request import core, path_of
-from .serving import Gatekeeper, Head, Refused
+from .serving import EarlyAnswer, Head
 
 KEYLESS_BYTES = 65_536  # of a body that comes without a key, for the routes that need none: a gate's decision
 
 
-class Admission(Gatekeeper):
-    """Decides about a request as soon as its head is there: no body is taken from who may not send one."""
+class Admission:
+    """The gatekeeper of the HTTP server. It decides about a request as soon as its head is there, so that no body is
+    taken from who may not send one."""
 
     def __init__(self, access: Access, takes_no_key: Callable[[str, str], bool], headers: Mapping[str, str]) -> None:
         """
@@ -30,7 +31,7 @@ class Admission(Gatekeeper):
         self.takes_no_key = takes_no_key
         self.headers = {**SAFE_HEADERS, **headers}
 
-    def admit(self, head: Head) -> Refused | None:
+    def admit(self, head: Head) -> EarlyAnswer | None:
         """Let a request without a body, or with the right key, go on to Flask, which checks it once more."""
         if head.body_bytes == 0:
             return None
@@ -49,16 +50,21 @@ class Admission(Gatekeeper):
             return self.refuse(413, "")
         return None
 
-    def refuse(self, status: int, words: str) -> Refused:
-        """The answer to what cannot be read as a request."""
+    def refuse(self, status: int, words: str) -> EarlyAnswer:
+        """The answer to what cannot be read as a request.
+
+        :param status: 400, 408, 413, 431, 500 or 501.
+        :param words: what is wrong, for a 400; a 413 and the like say it by their code.
+        """
         code = {408: "request_timeout", 413: "body_too_large", 431: "headers_too_large", 501: "not_implemented"}.get(
             status, "internal_error")
         return self._answer(refused(invalid("", words) if status == 400 else Refusal(
             status, code, http.HTTPStatus(status).phrase.lower())))
 
-    def _answer(self, reply: Reply) -> Refused:
+    def _answer(self, reply: Reply) -> EarlyAnswer:
         text, status, headers = reply
-        return Refused(status, http.HTTPStatus(status).phrase, list({**self.headers, **headers}.items()), text.encode())
+        headers = self.headers | headers
+        return EarlyAnswer(status, http.HTTPStatus(status).phrase, list(headers.items()), text.encode())
 
 
 def check_sender() -> None:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import waitress.channel
 import waitress.parser
@@ -48,8 +48,8 @@ class Head(NamedTuple):
     body_bytes: int | None         # None: chunked, so not known
 
 
-class Refused(NamedTuple):
-    """What a request is answered with instead of being read; its connection is closed after that."""
+class EarlyAnswer(NamedTuple):
+    """What a request is answered with before it was read in full; its connection is closed after that."""
 
     status: int
     reason: str
@@ -61,16 +61,14 @@ class Refused(NamedTuple):
         return f"{self.status} {self.reason}", self.headers, self.body
 
 
-class Gatekeeper:
-    """Decides about requests before their bodies are read; to be subclassed by the application."""
+class Gatekeeper(Protocol):
+    """Decides about requests before their bodies are read: admission.py has one."""
 
-    def admit(self, head: Head) -> Refused | None:
+    def admit(self, head: Head) -> EarlyAnswer | None:
         """Whether a body may follow.  :returns: None, or the answer instead."""
-        return None
 
-    def refuse(self, status: int, words: str) -> Refused:
-        """The answer to what cannot be read as a request."""
-        raise NotImplementedError
+    def refuse(self, status: int, words: str) -> EarlyAnswer:
+        """The answer to what cannot be read as a request; `words` say what is wrong, where the status does not."""
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitress brings no types
@@ -122,8 +120,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]  # waitre
         """Have the answer say that it ends the connection, and do so, as if the client had asked for that."""
         self.headers["CONNECTION"] = "close"
 
-    def _problem(self, was_in_head: bool) -> Refused | None:
-        if isinstance(self.error, Refused):
+    def _problem(self, was_in_head: bool) -> EarlyAnswer | None:
+        if isinstance(self.error, EarlyAnswer):
             return self.error
         if self.error is not None:
             return self.gatekeeper.refuse(self.error.code, self.error.body)
@@ -180,6 +178,7 @@ class HttpServer:
         self.is_draining = False
         self.closed = False
         self.channels: dict[int, Any] = {}  # all that the loop looks after, by file number
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a thread
         self.waitress = waitress.server.create_server(
             app, self.channels, sockets=[listener], threads=threads, ident=None,
             clear_untrusted_proxy_headers=False,  # none of them is read here, and to clear them costs each request
