@@ -67,21 +67,19 @@ export async function queuesPage({ main, signal }) {
 	fill(main, heading("Queues"), table);
 }
 
-/** Claims upwards, failures downwards, a minute each. */
+/** A minute each: its claims, and before them its failures. */
 function spark(minutes) {
-	const [claims, failures] = ["claims", "failures"].map((name) => minutes.map((minute) => minute[name]));
-	const most = Math.max(1, ...claims, ...failures);
-	const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
-	if (sum(claims) + sum(failures) === 0) return dash("quiet");
-	const text = `${plural(sum(claims), "claim")} and ${plural(sum(failures), "failure")} in the last hour,`
+	const most = Math.max(1, ...minutes.flatMap(({ claims, failures }) => [claims, failures]));
+	const [claims, failures] = ["claims", "failures"].map((name) => minutes.reduce((sum, minute) => sum + minute[name], 0));
+	if (claims + failures === 0) return dash("quiet");
+	const text = `${plural(claims, "claim")} and ${plural(failures, "failure")} in the last hour,`
 		+ ` at most ${count(most)} in a minute`;
-	const bars = (kind, numbers, room, top) => numbers.map((value, index) => {
-		const height = Math.max(1, (room * value) / most);
-		return value > 0 && el(`rect.${kind}`, { x: index * 2, width: 1.5, y: top(height), height });
+	const bars = (kind, name) => minutes.map(({ [name]: value }, index) => {
+		const height = Math.max(1, (24 * value) / most);
+		return value > 0 && el(`rect.${kind}`, { x: index * 2, width: 1.5, y: 24 - height, height });
 	});
 	return el("svg.spark", { viewBox: "0 0 120 24", role: "img", label: text, preserveAspectRatio: "none" },
-		el("title", text), el("line", { x1: 0, x2: 120, y1: 16.5, y2: 16.5 }),
-		bars("is-running", claims, 15, (height) => 16 - height), bars("is-failed", failures, 7, () => 17));
+		el("title", text), bars("is-running", "claims"), bars("is-failed", "failures"));
 }
 
 // --- workers

@@ -39,9 +39,8 @@ let shownPath = null;
 let leaving = new AbortController();
 
 frame.open = async ({ scroll = 0, row } = {}) => {
-	if (/^\/studio\/?$/.test(location.pathname)) history.replaceState(null, "", `/studio/runs${location.search}`);
 	const { pathname, searchParams: query } = new URL(location.href);
-	const [name, ...parts] = pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
+	const [name = "runs", ...parts] = pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
 	const title = TITLES[name];
 	const opened = pathname === shownPath && page;
 	if (!opened?.onQuery) {
