@@ -11,10 +11,9 @@ import { errorLine } from "./runs.js";
 const ACTOR = "tidebase.actor";
 
 export const actor = () => localStorage.getItem(ACTOR) ?? "";
-const actorField = () => field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() }));
 
 /** Its buttons [value, word, class] send a decision with the form's values. Enter in a field decides nothing. */
-function decisionForm(content, buttons, send, onDone) {
+function decisionForm(entries, buttons, send, onDone) {
 	const fault = errorText();
 	const form = el("form.stack", {
 		onkeydown: (event) => event.key === "Enter" && event.target.matches("input") && event.preventDefault(),
@@ -32,25 +31,25 @@ function decisionForm(content, buttons, send, onDone) {
 				form.inert = false;
 			}
 		},
-	}, content, fault, el("div.decide", buttons.map(([value, word, kind]) => el(`button${kind}`, { value }, word))));
+	}, fields(field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() })), entries), fault,
+	el("div.decide", buttons.map(([value, word, kind]) => el(`button${kind}`, { value }, word))));
 	return form;
 }
 
 const gateForm = (gate, onDone, options = {}) => decisionForm(
-	fields(actorField(),
-		field("Note", input("note", { maxlength: 2000 }), "goes with the decision as payload.note"),
+	[field("Note", input("note", { maxlength: 2000 }), "goes with the decision as payload.note"),
 		el("details.all", el("summary", "Answer with JSON"),
-			field("Payload", jsonInput("payload"), "what the run gets as the decision's payload, instead of the note"))),
+			field("Payload", jsonInput("payload"), "what the run gets as the decision's payload, instead of the note"))],
 	[["approved", "Approve", ".primary"], ["rejected", "Reject", ".danger"]],
 	(decision, { actor: name, note, payload: typed }) => post(path`/runs/${gate.runId}/gates/${gate.id}/resolve`,
 		bodyOf({ token: gate.resolveToken, decision, actor: name },
 			{ payload: typed || (note && JSON.stringify({ note })) }), options), onDone);
 
 export const reviewForm = (runId, step, onDone) => decisionForm(
-	[el("p", "It was begun and did not complete. Look where its effect would show (the mail, the charge, the row), then"
-		+ " say what happened."),
-	fields(actorField(), field("Output, when it happened", jsonInput("output", { rows: 2, placeholder: "null" }),
-		"JSON: what the step would have returned"))],
+	[field("Output, when it happened", jsonInput("output", { rows: 2, placeholder: "null" }),
+		"JSON: what the step would have returned"),
+	el("p.all", "It was begun and did not complete. Look where its effect would show (the mail, the charge, the row), then"
+		+ " say what happened.")],
 	[["retry", "It did not happen: run it again", ""], ["complete", "It happened: keep this output", ".primary"],
 		["fail", "Fail the step", ".danger"]],
 	(decision, { actor: name, output }) => post(path`/runs/${runId}/steps/${step.id}/review`,

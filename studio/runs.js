@@ -1,7 +1,8 @@
 // The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once. POST /changes
 // says which ids stand on the page now, and sends only the rows whose version differs.
 
-import { breathe, canWrite, every, frame, get, laterAgain, navigate, post, query as toQuery, runsUrl, runUrl } from "./api.js";
+import { breathe, canWrite, every, frame, get, laterAgain, navigate, post, query as toQuery, runsUrl, runUrl
+	} from "./api.js";
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
 	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, row as inRow, searchInput, select,
 	setMark, setState, setText, show, status, strong, syncRows, tag, time, toast } from "./dom.js";
