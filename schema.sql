@@ -651,16 +651,13 @@ create or replace function tidebase._review_url (g tidebase.gates) returns text 
            || format('/studio/review#%s/%s/%s', g.run_id, g.id, g.resolve_token) end
 $$;
 
-create or replace function tidebase._decided (g tidebase.gates) returns text language sql immutable as
-$$ select nullif(g.status, 'pending') $$;
-
 -- p_prompt, … are g's own, or as far as a list shows them.
 create or replace function tidebase._gate_shown (g tidebase.gates, p_tokens boolean, p_prompt text, p_data json,
                                                  p_decision_payload json, p_capability json)
   returns json language sql stable as $$
   select json_build_object(
     'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', p_prompt, 'data', p_data, 'status', g.status,
-    'decision', tidebase._decided(g), 'actor', g.actor, 'decisionPayload', p_decision_payload,
+    'decision', nullif(g.status, 'pending'), 'actor', g.actor, 'decisionPayload', p_decision_payload,
     'capability', p_capability, 'channels', g.channels, 'resolveToken', case when p_tokens then g.resolve_token end,
     'reviewUrl', case when p_tokens then tidebase._review_url(g) end, 'expiresAt', tidebase._iso(g.expires_at),
     'createdAt', tidebase._iso(g.created_at), 'updatedAt', tidebase._iso(coalesce(g.resolved_at, g.created_at)),
@@ -677,7 +674,7 @@ create or replace function tidebase._public_gate (g tidebase.gates, p_with_token
   returns json language sql stable as $$
   select json_build_object(
     'id', g.id, 'runId', g.run_id, 'name', g.name, 'prompt', g.prompt, 'data', g.data, 'status', g.status,
-    'decision', tidebase._decided(g), 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
+    'decision', nullif(g.status, 'pending'), 'actor', g.actor, 'capability', g.capability, 'expiresAt', tidebase._iso(g.expires_at),
     'resolveUrl', g.resolve_url,
     'resolveToken', case when p_with_token and g.status = 'pending' then g.resolve_token end)
 $$;
@@ -1010,13 +1007,6 @@ begin
   return v_webhook;
 end $$;
 
--- Counts a failed attempt for the chart of the last hour.
-create or replace function tidebase._note_failure (p_queue text) returns void language plpgsql as $$
-begin
-  insert into tidebase.queue_minutes
-  select p_queue, date_trunc('minute', tidebase.now()), 0, 1 where p_queue is not null;
-end $$;
-
 create or replace function tidebase._tally (p_queue text, p_status text, p_runs integer)
   returns void language plpgsql as $$
 begin
@@ -1312,7 +1302,8 @@ create or replace function tidebase._fail_attempt (p_run tidebase.runs, p_error 
                                                    p_run_at timestamptz, p_failure_class text, p_by text, p_reason text)
   returns tidebase.runs language plpgsql as $$
 begin
-  perform tidebase._note_failure(p_run.queue);
+  insert into tidebase.queue_minutes  -- for the chart of the last hour
+  select p_run.queue, date_trunc('minute', tidebase.now()), 0, 1 where p_run.queue is not null;
   p_run.error := p_error;
   p_run.settled_by := p_by;
   p_run.failed_attempt := p_run.attempt;
@@ -2239,12 +2230,7 @@ create or replace function tidebase.list_versions (p_run_id text, p_stream text,
                                                    p_limit integer, p_light boolean default false)
   returns json language plpgsql stable set enable_seqscan = off as $$
 declare
-  v_ids text[];
-begin
-  if not exists (select from tidebase.runs where id = p_run_id) then
-    return null;
-  end if;
-  v_ids := array(
+  v_ids constant text[] := array(
     select v.id from tidebase.state_versions v join tidebase.state_streams s on s.id = v.stream_id
      where v.run_id = p_run_id and (p_stream is null or s.name = p_stream)
        and (not p_labeled or v.label is not null)
@@ -2252,12 +2238,14 @@ begin
              select a.name collate "C", p.version from tidebase.state_versions p
                join tidebase.state_streams a on a.id = p.stream_id where p.id = p_after and p.run_id = p_run_id))
      order by s.name collate "C", v.version limit p_limit);
-  return json_build_object(
+begin
+  return (select json_build_object(
     'stateVersions', case when not p_light then tidebase._listed_versions(v_ids) else (
        select coalesce(json_agg(tidebase._version_light(v, s.name) order by given.n), '[]')
          from unnest(v_ids) with ordinality as given (id, n)
          join tidebase.state_versions v on v.id = given.id join tidebase.state_streams s on s.id = v.stream_id) end,
-    'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end);
+    'nextCursor', case when cardinality(v_ids) = p_limit then v_ids[p_limit] end)
+    from tidebase.runs where id = p_run_id);
 end $$;
 
 -- These versions, in this order, as a list has them: without payloads of more than 64 KiB and, from where the list has
@@ -2284,12 +2272,9 @@ end $$;
 -- Returns  {"snapshots"}, null when there is no such run.
 create or replace function tidebase.list_snapshots (p_run_id text) returns json language plpgsql stable as $$
 begin
-  if exists (select from tidebase.runs where id = p_run_id) then
-    return json_build_object('snapshots', tidebase._listed_versions(array(
-      select id from tidebase.state_versions where run_id = p_run_id and label is not null
-       order by created_at desc, id desc limit 10000)));
-  end if;
-  return null;
+  return (select json_build_object('snapshots', tidebase._listed_versions(array(
+            select id from tidebase.state_versions where run_id = p_run_id and label is not null
+             order by created_at desc, id desc limit 10000))) from tidebase.runs where id = p_run_id);
 end $$;
 
 -- Writes an entry of the cost ledger. The same p_id again answers the entry that is there. p_entry: {kind, metadata,
@@ -2481,15 +2466,15 @@ create or replace function tidebase.send_signal (p_run_id text, p_id text, p_nam
 declare
   v_run    tidebase.runs := tidebase._lock_run(p_run_id, p_lease_owner);
   v_signal tidebase.signals;
-  v_last   integer;
 begin
   select * into v_signal from tidebase.signals where id = p_id;
   if not found then
     if v_run.status = 'completed' then
       perform tidebase._refuse_run(v_run.id, 'run_completed');
     end if;
-    select max(n) into v_last from tidebase.signals where run_id = p_run_id and name = p_name;
-    v_signal := tidebase._add_signal(v_run, p_id, p_name, coalesce(v_last, 0) + 1, p_payload, false, p_lease_owner);
+    v_signal := tidebase._add_signal(
+      v_run, p_id, p_name, (select coalesce(max(n), 0) + 1 from tidebase.signals where run_id = p_run_id and name = p_name),
+      p_payload, false, p_lease_owner);
   elsif v_signal.run_id <> p_run_id or v_signal.name <> p_name then
     perform tidebase._refuse(409, 'signal_id_conflict', format('signal %s is another''s', p_id));
   end if;
@@ -3076,17 +3061,14 @@ $$;
 create or replace function tidebase._brief_answer (p_verb text, p_body json, p_status integer, out body json,
                                                    out status integer) language plpgsql as $$
 declare
-  v_run  json;
-  v_step json;
+  v_ended json := tidebase._readable(p_body)->case p_verb when 'complete_run' then 'run' else 'step' end;
 begin
   status := p_status;
   if p_status = 200 and p_verb in ('record_step', 'complete_step') then
-    v_step := tidebase._readable(p_body)->'step';
     body := json_build_object('step', tidebase._mark_omitted(tidebase._brief_step(
-              v_step->>'id', v_step->>'name', v_step->>'status', (v_step->>'attempt')::integer)));
+              v_ended->>'id', v_ended->>'name', v_ended->>'status', (v_ended->>'attempt')::integer)));
   elsif p_status = 200 and p_verb = 'complete_run' then
-    v_run := tidebase._readable(p_body)->'run';
-    body := json_build_object('run', tidebase._mark_omitted(tidebase._brief_run(v_run->>'id', v_run->>'status')));
+    body := json_build_object('run', tidebase._mark_omitted(tidebase._brief_run(v_ended->>'id', v_ended->>'status')));
   else
     body := json_build_object('code', 'batch_too_large', 'error',
                               'the answers to this batch are too large together: send this write again by itself');
@@ -4250,20 +4232,17 @@ $$;
 create or replace function tidebase.list_steps (p_run_id text, p_after integer, p_limit integer, p_statuses text[],
                                                 p_text text, p_errors boolean)
   returns json language plpgsql stable set enable_seqscan = off as $$
-declare
-  v_steps json[];
-  v_last  integer;
 begin
-  select array_agg(tidebase._step_light(s) order by s.position), max(s.position) into v_steps, v_last
-    from tidebase.steps s
-    join (select id from tidebase.steps
-           where run_id = p_run_id and position > p_after and (p_statuses is null or status = any (p_statuses))
-             and (p_text is null or strpos(lower(name), lower(p_text)) > 0)
-             and (not p_errors or status in ('failed', 'failed_retryable', 'manual_review'))
-           order by position limit p_limit) as page on page.id = s.id;
-  return (select json_build_object('steps', coalesce(array_to_json(v_steps), '[]'),
-                                   'nextCursor', case when cardinality(v_steps) = p_limit then v_last end)
-            from tidebase.runs where id = p_run_id);
+  return (
+    select json_build_object('steps', coalesce(json_agg(tidebase._step_light(s) order by s.position), '[]'),
+                             'nextCursor', case when count(*) = p_limit then max(s.position) end)
+      from tidebase.steps s
+      join (select id from tidebase.steps
+             where run_id = p_run_id and position > p_after and (p_statuses is null or status = any (p_statuses))
+               and (p_text is null or strpos(lower(name), lower(p_text)) > 0)
+               and (not p_errors or status in ('failed', 'failed_retryable', 'manual_review'))
+             order by position limit p_limit) as page on page.id = s.id
+    having exists (select from tidebase.runs where id = p_run_id));
 end $$;
 
 -- An event without its payload if that has more than 1,000 bytes; but with what a page draws of it: the step's id, the
@@ -4376,18 +4355,14 @@ $$;
 create or replace function tidebase.run_tree (p_run_id text, p_limit integer, p_asked jsonb) returns json
   language plpgsql stable set enable_seqscan = off as $$
 declare
-  v_now   timestamptz := tidebase.now();
-  v_facts jsonb;
-  v_runs  json[];
-begin
-  if not exists (select from tidebase.runs where id = p_run_id) then
-    return null;
-  end if;
-  v_facts := tidebase._queue_facts(array(
+  v_now   constant timestamptz := tidebase.now();
+  v_facts constant jsonb := tidebase._queue_facts(array(
     select distinct r.queue
       from tidebase._subtree(p_run_id, p_limit) t
      cross join lateral (select * from tidebase.runs where id = t.id limit 1) r  -- a join could begin with all queued runs
      where r.status = 'queued' and r.run_at <= v_now), p_asked);
+  v_runs  json[];
+begin
   v_runs := array(
     select json_build_object(
              'id', r.id, 'parentRunId', e.parent_run_id, 'name', e.name, 'edgeType', e.edge_type, 'depth', t.depth,
@@ -4398,8 +4373,8 @@ begin
      cross join lateral (select * from tidebase.runs where id = t.id limit 1) r  -- likewise
       left join lateral (select * from tidebase.run_edges where child_run_id = r.id and t.depth > 0 limit 1) e on true
      order by t.n limit p_limit + 1);
-  return json_build_object('root', p_run_id, 'runs', array_to_json(v_runs[1:p_limit]),
-                           'truncated', cardinality(v_runs) > p_limit);
+  return case when cardinality(v_runs) > 0 then json_build_object('root', p_run_id, 'runs', array_to_json(v_runs[1:p_limit]),
+                                                         'truncated', cardinality(v_runs) > p_limit) end;
 end $$;
 
 -- What these runs cost.    Returns  _usage_sums of their entries in the ledger, and how many "entries".
@@ -4420,7 +4395,7 @@ create or replace function tidebase.run_summary (p_run_id text, p_asked jsonb) r
 declare
   v_limit constant integer := 10000;  -- descendants
   v_now  timestamptz := tidebase.now();
-  v_ids  text[];
+  v_ids  constant text[] := array(select id from tidebase._subtree(p_run_id, v_limit + 1));
   v_run  json;
 begin
   select tidebase._joined(tidebase._list_runs(array[p_run_id], true, p_asked)->0, json_build_object(
@@ -4430,10 +4405,6 @@ begin
            'cancelledAt', tidebase._iso(r.cancelled_at), 'startedAt', tidebase._iso(tidebase._started_at(r.id)),
            'forkedFrom', r.metadata->>'forkedFrom', 'schedule', r.metadata->>'schedule'))
     into v_run from tidebase.runs r where r.id = p_run_id;
-  if v_run is null then
-    return null;
-  end if;
-  v_ids := array(select id from tidebase._subtree(p_run_id, v_limit + 1));
   return (
     select json_build_object(
       'run', v_run,
@@ -4477,17 +4448,14 @@ $$;
 --          when there is no such run.
 create or replace function tidebase.list_deliveries (p_run_id text, p_before bigint, p_limit integer) returns json
   language plpgsql stable set enable_seqscan = off as $$
-declare
-  v_found json[];
-  v_last  bigint;
 begin
-  select array_agg(tidebase._delivery_light(o) order by o.seq desc), min(o.seq) into v_found, v_last
-    from tidebase.outbox o
-    join (select seq from tidebase.outbox where run_id = p_run_id and seq < p_before order by seq desc limit p_limit)
-         as page on page.seq = o.seq;
-  return (select json_build_object('deliveries', coalesce(array_to_json(v_found), '[]'),
-                                   'nextCursor', case when cardinality(v_found) = p_limit then v_last end)
-            from tidebase.runs where id = p_run_id);
+  return (
+    select json_build_object('deliveries', coalesce(json_agg(tidebase._delivery_light(o) order by o.seq desc), '[]'),
+                             'nextCursor', case when count(*) = p_limit then min(o.seq) end)
+      from tidebase.outbox o
+      join (select seq from tidebase.outbox where run_id = p_run_id and seq < p_before order by seq desc limit p_limit)
+           as page on page.seq = o.seq
+    having exists (select from tidebase.runs where id = p_run_id));
 end $$;
 
 -- Sends a webhook once more, under the same id.
@@ -4678,7 +4646,7 @@ declare
 begin
   return (select json_build_object('gate', json_build_object(
             'id', v_gate.id, 'runId', v_gate.run_id, 'name', v_gate.name, 'prompt', v_gate.prompt, 'data', v_gate.data,
-            'status', v_gate.status, 'decision', tidebase._decided(v_gate), 'actor', v_gate.actor,
+            'status', v_gate.status, 'decision', nullif(v_gate.status, 'pending'), 'actor', v_gate.actor,
             'decisionPayload', v_gate.decision_payload, 'capability', v_gate.capability,
             'expiresAt', tidebase._iso(v_gate.expires_at), 'createdAt', tidebase._iso(v_gate.created_at),
             'resolvedAt', tidebase._iso(v_gate.resolved_at), 'workflowName', r.workflow_name, 'runStatus', r.status))

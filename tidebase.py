@@ -64,7 +64,7 @@ from werkzeug.exceptions import HTTPException
 import tidebase_sdk
 from tidebase_sdk import *  # noqa: F403 - the client's names, for `from tidebase import Tidebase`
 from tidebase_server import bodies, filters, openapi, request, studio
-from tidebase_server.access import LOOPBACK, Access, origin_of
+from tidebase_server.access import LOOPBACK, Access, is_origin, origin_of
 from tidebase_server.admission import Admission, check_key, check_sender, cors_headers, run_token_expiry
 from tidebase_server.answers import SAFE_HEADERS, Refusal, Reply, busy, database_refused, invalid, refused, reply
 from tidebase_server.bodies import MAX_NAME, MAX_WAIT_MS, check, encode_fields, read_members, take, to_json
@@ -75,25 +75,11 @@ from tidebase_server.embedded import EmbeddedPostgres
 from tidebase_server.events import EventLog, frames
 from tidebase_server.exchange import Cut, Exchange
 from tidebase_server.filters import ENDED, FILTERS, LIST_PARAMETERS
-from tidebase_server.logs import LogFormat, log_expired, log_failure
+from tidebase_server.logs import LogFormat, log_expired, log_failure, printable
 from tidebase_server.processes import Processes, on_stop
 from tidebase_server.programs import EmbeddedError
 from tidebase_server.recent_claims import RecentClaims
-from tidebase_server.request import (
-    Part,
-    call,
-    choice_of,
-    flag_of,
-    found,
-    parse,
-    path_of,
-    query,
-    reads_only,
-    received,
-    time_of,
-    wakes_nobody,
-    whole_of,
-)
+from tidebase_server.request import call, choice_of, flag_of, found, parse, query, reads_only, wakes_nobody, whole_of
 from tidebase_server.serving import HttpServer
 from tidebase_server.targets import WebhookTargets
 from tidebase_server.watcher import WATCH_GAP_SECONDS, LongPoll, TooManyWaiting, Watcher
@@ -254,15 +240,12 @@ class Config:
             if self.host not in LOOPBACK and 0 < len(key) < SHORTEST_KEY:
                 raise ConfigError(f"HOST is {self.host}, so others can connect and try keys: {name} must have at least "
                                   f"{SHORTEST_KEY} characters; {MAKE_KEY}")
-
         if self.public_url and not origin_of(self.public_url):
             raise ConfigError(f"TIDEBASE_PUBLIC_URL is {self.public_url!r}; it takes an address such as "
                               "https://tide.example")
-        origin = self.cors_origin
-        is_origin = origin_of(origin) and origin == origin.lower() and "/" not in origin.partition("://")[2]
-        if origin not in ("", "*") and not is_origin:
-            raise ConfigError(f"TIDEBASE_CORS_ORIGIN is {origin!r}; it takes * or one origin as browsers send it, in "
-                              "lower case and without a path, such as https://app.example")
+        if self.cors_origin not in ("", "*") and not is_origin(self.cors_origin):
+            raise ConfigError(f"TIDEBASE_CORS_ORIGIN is {self.cors_origin!r}; it takes * or an origin as browsers send "
+                              "it, in lower case and without a path, such as https://app.example")
 
     def webhook_targets(self) -> WebhookTargets:
         """Where webhooks may go.  :raises ValueError: TIDEBASE_WEBHOOK_ALLOW is malformed."""
@@ -1039,7 +1022,7 @@ def usage() -> Reply:
     200 {groups: [usageGroup]} or csv."""
     asked = query("by", "since", "until", "format")
     by = choice_of("by", asked.get("by"), ("model", "workflow", "day"), "model")
-    since, until = (time_of(name, asked.get(name)) for name in ("since", "until"))
+    since, until = (request.time_of(name, asked.get(name)) for name in ("since", "until"))
     text = core().database.read("usage_groups", by=by, since=since, until=until)[0] or ""
     if choice_of("format", asked.get("format"), ("json", "csv"), "json") == "csv":
         return studio.as_csv(json.loads(text, parse_float=Decimal)["groups"])
@@ -1108,7 +1091,7 @@ def enqueue(queue: str) -> Reply:
     dedupe_conflict."""
     if not queue:
         raise invalid("queue", "must not be empty")
-    members = read_members(received())
+    members = read_members(request.received())
     if "runs" in members:
         jobs = check(bodies.EnqueueManyBody, members)["runs"]
         inputs = JsonArray(job.pop("input") for job in jobs)
@@ -1243,7 +1226,7 @@ def create_app() -> flask.Flask:
     """The routes, for any server of this process: what a request needs of its server, the request brings along."""
     app = flask.Flask("tidebase", static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
-    app.url_map.converters["part"] = Part
+    app.url_map.converters["part"] = request.Part
     app.url_map.merge_slashes = False
     app.before_request(authorize)
     app.after_request(add_headers)
@@ -1321,7 +1304,7 @@ class Server:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         """The WSGI application: each request brings along its server, and its path as it was sent, since WSGI servers
         hand it over decoded, where %2F and / are the same."""
-        environ["PATH_INFO"] = path_of(environ.get("REQUEST_URI", environ["PATH_INFO"]))
+        environ["PATH_INFO"] = request.path_of(environ.get("REQUEST_URI", environ["PATH_INFO"]))
         environ["tidebase.server"] = self
         return app(environ, start_response)
 
@@ -1442,11 +1425,11 @@ class Server:
         if isinstance(error, SchemaBehind):
             self.failure = error
             self.stop()
-            return True
-        if isinstance(error, psycopg.Error) and (cannot_write(error) or not self.prepared.is_set()):
+        elif isinstance(error, psycopg.Error) and (cannot_write(error) or not self.prepared.is_set()):
             self.reconciler.failed(error)
-            return True
-        return False
+        else:
+            return False
+        return True
 
 
 # ------------------------------------------------------------------------------
@@ -1558,11 +1541,6 @@ def explain(run_id: str) -> None:
             click.echo(f"\nDecide {printable(step['name'])}, in Studio or by tide.runs.review_step({run_id!r}, "
                        f"{step['id']!r}, DECISION): 'retry', 'complete' (with its output=) or 'fail'")
     click.echo(f"\nMore: {url}/studio/runs/{urllib.parse.quote(run_id, safe='')}")
-
-
-def printable(text: str) -> str:
-    """A text of somebody else's without line breaks and other characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

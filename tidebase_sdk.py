@@ -339,35 +339,16 @@ class op(Generic[P, T]):
 
 
 def _call(method: Callable[..., Any], surface: Surface[Any], args: tuple[Any, ...], kwargs: Json) -> Any:
-    """Call a method of a surface.  The TypeError for arguments that it does not take says which it takes."""
+    """Call a method of a surface.  The TypeError for a misspelt argument says which there are."""
     try:
         return method(surface, *args, **kwargs)
-    except TypeError as error:
-        signature = inspect.signature(method)
-        try:
-            signature.bind(surface, *args, **kwargs)
-        except TypeError:
-            words = str(error)
-        else:
-            raise  # it takes them: the error is about their values
-        called = f"{type(surface).__name__}.{method.__name__}()".replace(".__init__", "")
-        taken = list(signature.parameters)
-    for name in kwargs:
-        if name not in taken:
-            meant = difflib.get_close_matches(name, taken, 1)
-            guess = f", did you mean {meant[0]}=?" if meant else "."
-            raise TypeError(f"{called} takes no {name}={guess}  It takes {', '.join(taken[1:])}")
-    raise TypeError(words.replace(f"{method.__qualname__}()", called))
-
-
-def _explained(method: F) -> F:
-    """Have a method that is no operation called by `_call`, too."""
-
-    @functools.wraps(method)
-    def call(surface: Surface[Any], *args: Any, **kwargs: Any) -> Any:
-        return _call(method, surface, args, kwargs)
-
-    return cast(F, call)
+    except TypeError:
+        taken = list(inspect.signature(method).parameters)[1:]
+        unknown = next((name for name in kwargs if name not in taken), None)
+        if unknown is None:
+            raise
+    known = ", ".join(f"{name}=" for name in difflib.get_close_matches(unknown, taken) or taken)
+    raise TypeError(f"{type(surface).__name__}.{method.__name__}() takes no {unknown}=, but {known}")
 
 
 if TYPE_CHECKING:  # two methods whose types depend on more than `op` can say: what fn returns, and which client asks
@@ -481,7 +462,7 @@ class State(_RunPart[M]):
         body = {**_body(locals(), id=self._write_id("ver", "set", stream)), "value": value}
         answer = yield from self._request("PUT", "state", body=body)
         after = self._run._calls.last_call()
-        _warn_of_differences(self._run, "the state that is written after", after, answer["state"], value=value)
+        _warn_of_differences(self._run.run_id, "the state that is written after", after, answer["state"], value=value)
         return answer
 
     @op
@@ -521,7 +502,7 @@ class Snapshots(_RunPart[M]):
         """
         body = {**_body(locals(), id=self._write_id("ver", "snapshot", label)), "state": state}
         answer = yield from self._request("POST", "snapshots", body=body)
-        _warn_of_differences(self._run, "snapshot", label, answer["snapshot"], value=state)
+        _warn_of_differences(self._run.run_id, "snapshot", label, answer["snapshot"], value=state)
         return answer
 
     @op
@@ -554,7 +535,7 @@ class Usage(_RunPart[M]):
         body = _body(step_id=step_id, id=self._write_id("use", "usage", kind, provider, model, label)) | given
         answer = yield from self._request("POST", "usage", body=body)
         figures = {key: value for key, value in body.items() if key not in ("metadata", "stepId")}
-        _warn_of_differences(self._run, "usage", answer["usage"]["id"], answer["usage"], **figures)
+        _warn_of_differences(self._run.run_id, "usage", answer["usage"]["id"], answer["usage"], **figures)
         return answer
 
 
@@ -572,7 +553,7 @@ class RunGates(_RunPart[M]):
         The name is not numbered here.  What was asked first stays; a warning is logged when prompt or data differ.
         """
         answer = yield from self._request("POST", "gates", "begin", body=_body(locals()))
-        _warn_of_differences(self._run, "gate", name, answer["gate"], prompt=prompt, data=data)
+        _warn_of_differences(self._run.run_id, "gate", name, answer["gate"], prompt=prompt, data=data)
         return _gate_json(answer["gate"])
 
     @op
@@ -949,17 +930,15 @@ class Runs(_ClientPart[M]):
                recovery_secret: str | None = None) -> Op[Json]:
         """Create a run without a queue, or get the one of this run_id; durable on return.  Returns the run.
 
-        An existing run keeps its input: a warning is logged when another one is given.  Raises RunIdConflict, which is
-        a ValueError, too, when run_id is of another workflow.
+        An existing run keeps its input: a warning is logged when another one is given, which takes another run_id, or
+        `fork`.  Raises RunIdConflict, which is a ValueError, too, when run_id is of another workflow.
         """
         given = locals()
         path, body = _path("runs", workflow_name), _body(given, "workflow_name", "run_id", id=run_id or new_run_id())
         answer = yield from _request(self._client, "POST", path, body)
         run: Json = answer["run"]
-        if not answer.get("created", True) and input is not None and _plain(input, "input=") != run["input"]:
-            logger.warning("run %s exists and keeps its input: the one given now is not used; a run with another input "
-                           "needs another run_id, or tide.runs.fork(%r, input=...)", run["id"], run["id"],
-                           extra={"event": "differs_from_record", "run_id": run["id"]})
+        if not answer.get("created", True) and input is not None:
+            _warn_of_differences(run["id"], "workflow", workflow_name, run, input=input)
         return run
 
     @op
@@ -1304,7 +1283,6 @@ class Client(Surface[M]):
     _context: Any  # the class of what a workflow is given
     _session: Any  # the class of what `attach` returns
 
-    @_explained
     def __init__(self, url: str | None = None, api_key: str | None = None, webhook_secret: str | None = None,
                  *, timeout_s: float = TIMEOUT_S) -> None:
         """url, api_key, webhook_secret: default the environment's TIDEBASE_URL, TIDEBASE_API_KEY,
@@ -1319,7 +1297,7 @@ class Client(Surface[M]):
         self.webhook_secret = webhook_secret or os.environ.get("TIDEBASE_WEBHOOK_SECRET") or None
         self.timeout_s = timeout_s
         self._workflows: dict[str, Callable[..., Any]] = {}
-        self._warned: set[str | None] = set()  # the queues whose runs were found to be others, None: no secret
+        self._warned_of_secret = False
         self.runs: Runs[M] = Runs(self)
         self.queues: Queues[M] = Queues(self)
         self.schedules: Schedules[M] = Schedules(self)
@@ -1412,13 +1390,8 @@ class Client(Surface[M]):
             raise ValueError("enqueue() takes either delay_s or run_at, not both")
         body = _body(locals(), id=new_run_id())
         answer = yield from self._batcher.write("enqueue_run", _members(body), path=_path("queues", queue, "enqueue"))
-        if answer["deduplicated"] and input is not None and queue not in self._warned:
-            run = answer["run"]
-            if "payloadOmitted" not in run and run["input"] != _plain(input, "input="):
-                self._warned.add(queue)
-                logger.warning("run %s lives with the dedupe key %r and keeps its input: the one given now is not used "
-                               "(logged once for queue %s)", run["id"], dedupe_key, queue,
-                               extra={"event": "differs_from_record", "run_id": run["id"]})
+        if answer["deduplicated"] and "input" in body and "payloadOmitted" not in answer["run"]:
+            _warn_of_differences(answer["run"]["id"], "dedupe key", dedupe_key, answer["run"], input=input)
         return answer
 
     @op
@@ -1476,8 +1449,8 @@ class Client(Surface[M]):
         webhook.
         """
         secret = secret or self.webhook_secret
-        if not secret and None not in self._warned:
-            self._warned.add(None)
+        if not secret and not self._warned_of_secret:
+            self._warned_of_secret = True
             logger.error("webhooks are answered 401, since this client has no webhook secret to verify them with: set "
                          "TIDEBASE_WEBHOOK_SECRET, to what the server has, or give webhook_secret= or secret=",
                          extra={"event": "no_webhook_secret"})
@@ -2093,15 +2066,15 @@ def _settle_writes(run: Run[Any]) -> Op[None]:
         yield from run._client._batcher.settled(write)
 
 
-def _warn_of_differences(run: Run[Any], what: str, name: str, recorded: Json, **given: Any) -> None:
+def _warn_of_differences(run_id: str, what: str, name: str | None, recorded: Json, **given: Any) -> None:
     """Log how a call differs from its record, which stays: a prompt with a time in it must not fail a replay.  None
     stands for {}, as the server has it."""
     differing = [key for key, value in given.items()
                  if recorded.get(key) != ({} if value is None else _plain(value, f"{key}="))]
     if differing:
         logger.warning("run %s: %s %r was recorded with another %s, which stays as recorded first",
-                       run.run_id, what, name, " and ".join(differing),
-                       extra={"event": "differs_from_record", "run_id": run.run_id})
+                       run_id, what, name, " and ".join(differing),
+                       extra={"event": "differs_from_record", "run_id": run_id})
 
 
 def _warn_of_skipped_steps(run: Run[Any]) -> None:
@@ -2289,7 +2262,7 @@ def _queue_children(run: Run[Any], bodies: Mapping[str, Json]) -> Op[tuple[dict[
             and "payloadOmitted" not in existing[name]
             and existing[name]["workflowName"] == body["workflowName"]}  # else the server says what is wrong
     for name, child in runs.items():
-        _warn_of_differences(run, "child", name, child, input=bodies[name].get("input", {}))
+        _warn_of_differences(run.run_id, "child", name, child, input=bodies[name].get("input", {}))
     missing = [body for name, body in bodies.items() if name not in runs]
     made = yield from _create_children(run, missing)
     runs.update((body["name"], child) for body, child in zip(missing, made))
@@ -2307,7 +2280,7 @@ def _create_children(run: Run[Any], bodies: Sequence[Json]) -> Op[list[Json]]:
         for body, write in zip(part, writes):
             answer = yield from batcher.wait(write)
             if not answer["created"]:
-                _warn_of_differences(run, "child", body["name"], answer["run"], input=body.get("input", {}))
+                _warn_of_differences(run.run_id, "child", body["name"], answer["run"], input=body.get("input", {}))
             runs.append(answer["run"])
     return runs
 
@@ -2987,20 +2960,16 @@ class _WriteBatcher:
     def _lead(self, driver: Any, until: float = math.inf) -> Op[None]:
         """As the leader: send the next request when it is time; another leader sends the one after it.  until: when who
         leads has to stop."""
-        next_driver: Any = driver
         try:
             batch = yield from self._gather(driver, until)
             if batch:
                 yield from self._send_batch(batch, driver, until)
         except GeneratorExit:  # whoever waits finds that nobody leads
-            next_driver = None
             raise
         except BaseException:  # a thread goes on where a task was cancelled, as the event loop may be ending
-            next_driver = self._client._threads
+            self._start_leader(self._client._threads)
             raise
-        finally:
-            if next_driver is not None:
-                self._start_leader(next_driver)
+        self._start_leader(driver)
 
     def _gather(self, driver: Any, until: float) -> Op[list[_Write]]:
         """What the next request carries, once it is time to send it.  From then on there is no leader."""
@@ -4084,24 +4053,18 @@ def _to_json(value: Any, what: str) -> tuple[bytes, Any]:
     return data, plain
 
 
-def _check_keys(value: Any, what: str, place: str = "") -> None:
+def _check_keys(value: Any, what: str) -> None:
     """TypeError when an entry would be lost, as one of {1: ..., "1": ...}."""
     if isinstance(value, dict):
         given: Json = {}
         for key in value:
-            (text,) = _decode(_json({key: 0}).encode())
-            if text in given:
-                where = f"the value at {place} of {what}" if place else what
-                raise _unsayable(f"{where} has the keys {given[text]!r} and {key!r}, which are one in JSON, so that an "
-                                 "entry would be lost: make one of them another text")
-            given[text] = key
-    for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+            (text,) = _decode(_json({key: None}).encode())
+            if given.setdefault(text, key) is not key:
+                raise _unsayable(f"{what} has the keys {given[text]!r} and {key!r} in one dict, which are one key in "
+                                 "JSON, so that an entry would be lost: make one of them another text")
+    for member in value.values() if isinstance(value, dict) else value:
         if isinstance(member, (dict, list, tuple)):
-            _check_keys(member, what, place + _place_of(key))
-
-
-def _place_of(key: Any) -> str:
-    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+            _check_keys(member, what)
 
 
 def _fault_in(value: Any) -> tuple[str, Any]:
@@ -4112,7 +4075,7 @@ def _fault_in(value: Any) -> tuple[str, Any]:
             try:
                 _json(member).encode()
             except (TypeError, ValueError):
-                place += _place_of(key)
+                place += f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
                 value = member
                 break
         else:  # it is one of its keys

@@ -5,8 +5,8 @@
 export const path = (words, ...values) => String.raw({ raw: words }, ...values.map(encodeURIComponent));
 
 export function query(values) {
-	const set = Object.entries(values).filter(([, value]) => value !== null && value !== undefined && value !== "");
-	return set.length ? `?${set.map((pair) => pair.map(encodeURIComponent).join("=")).join("&")}` : "";
+	const set = Object.entries(values).filter(([, value]) => (value ?? "") !== "");
+	return set.length ? `?${new URLSearchParams(set)}` : "";
 }
 
 // --- views
@@ -70,9 +70,8 @@ export const session = { access: "full", key: sessionStorage.getItem(KEY), lease
 export const canWrite = () => session.access === "full";
 
 async function send(method, url, { body, signal, accept = "application/json", key = session.key } = {}) {
-	const headers = { accept };
+	const headers = { accept, "content-type": "application/json" };
 	if (key) headers.authorization = `Bearer ${key}`;
-	if (body !== undefined) headers["content-type"] = "application/json";
 	if (typeof body === "object") body = JSON.stringify(body);
 	let response;
 	try {

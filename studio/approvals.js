@@ -3,7 +3,7 @@
 
 import { canWrite, every, getText, path, post, postText, runUrl, setQuery, setTitle } from "./api.js";
 import { between, button, card, code, compactCount, copyButton, count, el, empty, errorText, facts, field, fields, fill,
-	heading, input, link, loading, logo, money, muted, number, plainTable, row, setState, setText, show, status,
+	heading, input, link, loading, logo, money, muted, number, once, plainTable, row, setState, setText, show, status,
 	strong, syncRows, tag, time, toast, zoneButton } from "./dom.js";
 import { bodyOf, inlinePayload, items, jsonInput, member, payload } from "./payload.js";
 import { errorLine } from "./runs.js";
@@ -11,10 +11,9 @@ import { errorLine } from "./runs.js";
 const ACTOR = "tidebase.actor";
 
 export const actor = () => localStorage.getItem(ACTOR) ?? "";
-const actorField = () => field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() }));
 
 /** Its buttons [value, word, class] send a decision with the form's values. Enter in a field decides nothing. */
-function decisionForm(content, buttons, send, onDone) {
+function decisionForm(entries, buttons, send, onDone) {
 	const fault = errorText();
 	const form = el("form.stack", {
 		onkeydown: (event) => event.key === "Enter" && event.target.matches("input") && event.preventDefault(),
@@ -32,25 +31,25 @@ function decisionForm(content, buttons, send, onDone) {
 				form.inert = false;
 			}
 		},
-	}, content, fault, el("div.decide", buttons.map(([value, word, kind]) => el(`button${kind}`, { value }, word))));
+	}, fields(field("Your name", input("actor", { autocomplete: "name", maxlength: 200, value: actor() })), entries), fault,
+	el("div.decide", buttons.map(([value, word, kind]) => el(`button${kind}`, { value }, word))));
 	return form;
 }
 
 const gateForm = (gate, onDone, options = {}) => decisionForm(
-	fields(actorField(),
-		field("Note", input("note", { maxlength: 2000 }), "goes with the decision as payload.note"),
+	[field("Note", input("note", { maxlength: 2000 }), "goes with the decision as payload.note"),
 		el("details.all", el("summary", "Answer with JSON"),
-			field("Payload", jsonInput("payload"), "what the run gets as the decision's payload, instead of the note"))),
+			field("Payload", jsonInput("payload"), "what the run gets as the decision's payload, instead of the note"))],
 	[["approved", "Approve", ".primary"], ["rejected", "Reject", ".danger"]],
 	(decision, { actor: name, note, payload: typed }) => post(path`/runs/${gate.runId}/gates/${gate.id}/resolve`,
 		bodyOf({ token: gate.resolveToken, decision, actor: name },
 			{ payload: typed || (note && JSON.stringify({ note })) }), options), onDone);
 
 export const reviewForm = (runId, step, onDone) => decisionForm(
-	[el("p", "It was begun and did not complete. Look where its effect would show (the mail, the charge, the row), then"
-		+ " say what happened."),
-	fields(actorField(), field("Output, when it happened", jsonInput("output", { rows: 2, placeholder: "null" }),
-		"JSON: what the step would have returned"))],
+	[field("Output, when it happened", jsonInput("output", { rows: 2, placeholder: "null" }),
+		"JSON: what the step would have returned"),
+	el("p.all", "It was begun and did not complete. Look where its effect would show (the mail, the charge, the row), then"
+		+ " say what happened.")],
 	[["retry", "It did not happen: run it again", ""], ["complete", "It happened: keep this output", ".primary"],
 		["fail", "Fail the step", ".danger"]],
 	(decision, { actor: name, output }) => post(path`/runs/${runId}/steps/${step.id}/review`,
@@ -93,8 +92,7 @@ export async function approvalsPage({ main, query, signal }) {
 	let tab = null;
 	let list = [];
 	let nextCursor = null;
-	let chosen = null;
-	let shown = null; // the item whose form is built: what somebody types there stays
+	let chosen = null; // its form is built once: what somebody types there stays
 
 	const tally = el("span");
 	const waiting = el("a", { href: "/studio/approvals" }, "Waiting", tally);
@@ -124,11 +122,10 @@ export async function approvalsPage({ main, query, signal }) {
 				+ " they had their effect.")));
 		syncRows(left, list, idOf, makeAsk, (node, item) => setState(node.firstChild, "current", idOf(item) === chosen));
 		const item = list.find((one) => idOf(one) === chosen);
-		if (item) showItem(item);
-		else if (!shown && list[0] && wide()) choose(list[0]);
-		else if (shown && !detail.querySelector(".fault")) {
-			detail.prepend(el("p.fault.is-failed", { role: "status" }, "Decided meanwhile, or its run has ended."));
-		}
+		if (item) once(detail, chosen, () => showItem(item));
+		else if (detail.firstChild && !detail.firstChild.matches(".why")) {
+			detail.prepend(el("p.why.is-failed", { role: "status" }, "Decided meanwhile, or its run has ended."));
+		} else if (!detail.firstChild && list[0] && wide()) choose(list[0]);
 	}
 
 	function makeAsk(item) {
@@ -144,15 +141,12 @@ export async function approvalsPage({ main, query, signal }) {
 
 	function choose(item) {
 		chosen = item && idOf(item);
-		shown = null;
 		setQuery({ item: chosen });
-		if (!item) fill(detail);
+		if (!item) once(detail, null, () => fill(detail));
 		draw();
 	}
 
 	function showItem(item) {
-		if (shown === idOf(item)) return;
-		shown = idOf(item);
 		const done = () => {
 			toast("Decided.");
 			list = list.filter((one) => one !== item);
@@ -168,9 +162,8 @@ export async function approvalsPage({ main, query, signal }) {
 		setState(decided, "current", tab === "decided");
 		list = [];
 		chosen = parameters.get("item");
-		shown = null;
 		fill(left);
-		fill(detail);
+		once(detail, null, () => fill(detail));
 		await load();
 	}
 

@@ -225,11 +225,14 @@ export function duration(milliseconds) {
 	const ms = Math.max(0, milliseconds);
 	if (ms < 1000) return `${Math.round(ms)} ms`;
 	if (ms < 9950) return `${(ms / 1000).toFixed(1)} s`;
-	const seconds = Math.round(ms / 1000);
-	const first = UNITS.findIndex(([size]) => seconds >= size);
-	const [[size, unit], [smaller, smallerUnit]] = [UNITS[first], UNITS[first + 1] ?? [1]];
-	const rest = Math.floor((seconds % size) / smaller);
-	return `${Math.floor(seconds / size)} ${unit}${rest ? ` ${rest} ${smallerUnit}` : ""}`;
+	let rest = Math.round(ms / 1000);
+	const parts = UNITS.map(([size, unit]) => {
+		const whole = Math.floor(rest / size);
+		rest %= size;
+		return whole && `${whole} ${unit}`;
+	});
+	const first = parts.findIndex(Boolean);
+	return parts.slice(first, first + 2).filter(Boolean).join(" ");
 }
 
 export const between = (from, to) => duration(new Date(to) - new Date(from));
@@ -322,12 +325,12 @@ export function meters(title, rows) {
 		el("td.half", meter(cost / most))])));
 }
 
-export const skeleton = () => el("div.skeleton", { role: "status", label: "Loading" });
+export const skeleton = () => el("p.muted.skeleton", { role: "status" }, "Loading …");
 
 /** again() is called by its button, and once the server can be reached again. */
-export function fault(error, again, ...words) {
-	const box = el("div.body.fault.is-failed", { role: "alert" }, words, el("p", error.message),
-		again && button("Try again", again));
+export function fault(error, again) {
+	const box = el("div.body.fault.is-failed", { role: "alert" }, strong("This could not be loaded"),
+		el("p", error.message), again && button("Try again", again));
 	document.addEventListener("reachable", () => box.isConnected && again?.(), { once: true });
 	return box;
 }

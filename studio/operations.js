@@ -67,21 +67,19 @@ export async function queuesPage({ main, signal }) {
 	fill(main, heading("Queues"), table);
 }
 
-/** Claims upwards, failures downwards, a minute each. */
+/** A minute each: its claims, and before them its failures. */
 function spark(minutes) {
-	const [claims, failures] = ["claims", "failures"].map((name) => minutes.map((minute) => minute[name]));
-	const most = Math.max(1, ...claims, ...failures);
-	const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
-	if (sum(claims) + sum(failures) === 0) return dash("quiet");
-	const text = `${plural(sum(claims), "claim")} and ${plural(sum(failures), "failure")} in the last hour,`
+	const most = Math.max(1, ...minutes.flatMap(({ claims, failures }) => [claims, failures]));
+	const [claims, failures] = ["claims", "failures"].map((name) => minutes.reduce((sum, minute) => sum + minute[name], 0));
+	if (claims + failures === 0) return dash("quiet");
+	const text = `${plural(claims, "claim")} and ${plural(failures, "failure")} in the last hour,`
 		+ ` at most ${count(most)} in a minute`;
-	const bars = (kind, numbers, room, top) => numbers.map((value, index) => {
-		const height = Math.max(1, (room * value) / most);
-		return value > 0 && el(`rect.${kind}`, { x: index * 2, width: 1.5, y: top(height), height });
+	const bars = (kind, name) => minutes.map(({ [name]: value }, index) => {
+		const height = Math.max(1, (24 * value) / most);
+		return value > 0 && el(`rect.${kind}`, { x: index * 2, width: 1.5, y: 24 - height, height });
 	});
 	return el("svg.spark", { viewBox: "0 0 120 24", role: "img", label: text, preserveAspectRatio: "none" },
-		el("title", text), el("line", { x1: 0, x2: 120, y1: 16.5, y2: 16.5 }),
-		bars("is-running", claims, 15, (height) => 16 - height), bars("is-failed", failures, 7, () => 17));
+		el("title", text), bars("is-running", "claims"), bars("is-failed", "failures"));
 }
 
 // --- workers
@@ -254,33 +252,24 @@ export async function costsPage({ main, query }) {
 }
 
 function dayChart(rows, today, days, width) {
-	const [height, bottom] = [260, 22];
-	const byDay = new Map(rows.map((row) => [row.name, row]));
+	const [height, base, ceiling] = [260, 238, 8];
 	const most = Math.max(...rows.map((row) => row.cost)) || 1;
 	const lines = [0, most / 2, most];
 	const left = 12 + 7 * Math.max(...lines.map((value) => money(value).length));
 	const room = (width - left) / days;
-	const base = height - bottom;
-	const top = (value) => 8 + (base - 8) * (1 - value / most);
-	const labelled = Math.ceil(days / Math.floor(width / 85)); // every so many days
-
-	function bar(index) {
-		const day = new Date((today - days + 1 + index) * DAY_MS);
-		const row = byDay.get(day.toISOString().slice(0, 10));
-		const x = left + index * room;
-		const tall = row ? Math.max(1.5, base - top(row.cost)) : 0;
-		return [
-			row?.cost > 0 && el("rect.is-running", { x: x + room * 0.14, width: room * 0.72, y: base - tall, height: tall },
-				el("title", `${row.name}: ${money(row.cost)}, ${count(row.runs)} runs`)),
-			(days - 1 - index) % labelled === 0 && el("text",
-				{ x: x + room / 2, y: height - 5, "text-anchor": index > days - 2 ? "end" : "middle" },
-				day.toUTCString().slice(5, 11)),
-		];
-	}
-
+	const across = (day) => left + (day - today + days - 1) * room;
+	const top = (value) => base - (base - ceiling) * (value / most);
+	const every = Math.ceil(days / Math.floor(width / 85)); // so many days have a label
 	return el("svg.chart", { viewBox: `0 0 ${width} ${height}`, role: "img",
 		label: "Cost; the numbers stand in the table" },
 	lines.map((value) => [el("line", { x1: left, x2: width, y1: top(value), y2: top(value) }),
 		el("text", { x: left - 8, y: top(value) + 4, "text-anchor": "end" }, money(value))]),
-	Array.from({ length: days }, (_, index) => bar(index)));
+	rows.filter((row) => row.cost > 0).map(({ name, cost, runs }) => {
+		const tall = Math.max(1.5, base - top(cost));
+		return el("rect.is-running", { x: across(Date.parse(name) / DAY_MS) + room * 0.14, width: room * 0.72,
+			y: base - tall, height: tall }, el("title", `${name}: ${money(cost)}, ${plural(runs, "run")}`));
+	}),
+	Array.from({ length: Math.ceil(days / every) }, (_, index) => el("text",
+		{ x: across(today - index * every) + room / 2, y: height - 5, "text-anchor": index ? "middle" : "end" },
+		new Date((today - index * every) * DAY_MS).toUTCString().slice(5, 11))));
 }

@@ -1,7 +1,8 @@
 // The list of runs: filters in the address, counts, live rows, keyset pages, and actions on many at once. POST /changes
 // says which ids stand on the page now, and sends only the rows whose version differs.
 
-import { breathe, canWrite, every, frame, get, laterAgain, navigate, post, query as toQuery, runsUrl, runUrl } from "./api.js";
+import { breathe, canWrite, every, frame, get, laterAgain, navigate, post, query as toQuery, runsUrl, runUrl
+	} from "./api.js";
 import { ask, button, checkbox, code, compactCount, count, dash, debounce, dialog, duration, el, empty, fault, field,
 	fill, grid, heading, icon, iconButton, input, link, muted, plainTable, plural, row as inRow, searchInput, select,
 	setMark, setState, setText, show, status, strong, syncRows, tag, time, toast } from "./dom.js";
@@ -50,8 +51,8 @@ export async function runsPage({ main, query, signal }) {
 	const counts = el("div.counts", { role: "group", label: "Filter by status" });
 	const errorsOnly = button("Errors only", () => change({ errors: filters.errors ? null : "true" }));
 	const sort = select("Order", SORTS, () => change({ sort: sort.value }));
-	const period = select("Created", PERIODS, () =>
-		change({ since: period.value && hoursAgo(period.value), until: null }));
+	const period = select("Created", PERIODS, ({ target: { value: hours } }) =>
+		change({ since: hours && new Date(Date.now() - hours * 36e5).toISOString(), until: null }));
 	const all = checkbox("Select all runs on this page", () => choose(rows.map((run) => run.id), all.checked));
 	const table = grid("id", [
 		canWrite() && [all, (run) => checkbox(`Select ${run.workflowName} ${run.id}`,
@@ -188,9 +189,9 @@ export async function runsPage({ main, query, signal }) {
 	}, 60);
 
 	function toggleStatus(name) {
-		const chosen = new Set(name === "All" ? [] : filters.status?.split(","));
-		if (name !== "All" && !chosen.delete(name)) chosen.add(name);
-		change({ status: [...chosen].join(",") });
+		const chosen = new Set(filters.status?.split(","));
+		if (!chosen.delete(name)) chosen.add(name);
+		change({ status: name === "All" ? null : [...chosen].join(",") });
 	}
 
 	// --- selection
@@ -237,8 +238,6 @@ export async function runsPage({ main, query, signal }) {
 	every(refresh, REFRESH_MS, signal);
 	return { onQuery, escape: () => (selected.size || allMatching) && (clearSelection(), true) };
 }
-
-const hoursAgo = (hours) => new Date(Date.now() - hours * 36e5).toISOString();
 
 /** "status:failed customer:42 timed out" -> filters; values with spaces stand in quotes, the rest is text. */
 function readSearch(words) {

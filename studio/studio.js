@@ -6,7 +6,7 @@ import { ApiError, frame, get, getResponse, goBack, KEY, laterAgain, navigate, p
 import { button, count, debounce, dialog, el, errorText, fault, field, fill, heading, icon, input, link, logo,
 	plainTable, row, setServerTime, setState, setText, show, skeleton, strong, tag, time, toast, zoneButton
 	} from "./dom.js";
-import "./runs.js"; // most visits begin with it
+import * as runs from "./runs.js"; // most visits begin with it
 
 const PAGES = { runs: "Runs", approvals: "Approvals", queues: "Queues", schedules: "Schedules", costs: "Costs",
 	workers: "Workers" };
@@ -39,9 +39,8 @@ let shownPath = null;
 let leaving = new AbortController();
 
 frame.open = async ({ scroll = 0, row } = {}) => {
-	if (/^\/studio\/?$/.test(location.pathname)) history.replaceState(null, "", `/studio/runs${location.search}`);
 	const { pathname, searchParams: query } = new URL(location.href);
-	const [name, ...parts] = pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
+	const [name = "runs", ...parts] = pathname.split("/").slice(2).filter(Boolean).map(decodeURIComponent);
 	const title = TITLES[name];
 	const opened = pathname === shownPath && page;
 	if (!opened?.onQuery) {
@@ -61,7 +60,8 @@ frame.open = async ({ scroll = 0, row } = {}) => {
 		if (opened?.onQuery) await opened.onQuery(query);
 		else {
 			const kind = name === "runs" && parts.length ? "run" : name;
-			const module = await load({ runs: "runs", run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations");
+			const file = { run: "run", compare: "run", approvals: "approvals" }[kind] ?? "operations";
+			const module = kind === "runs" ? runs : await load(`/studio/${file}.js`);
 			if (signal.aborted) return; // left before it was there
 			const built = await module[`${kind}Page`]({ main, parts, query, signal });
 			if (signal.aborted) return;
@@ -72,28 +72,19 @@ frame.open = async ({ scroll = 0, row } = {}) => {
 		leaving.abort();
 		page = null;
 		const known = error instanceof ApiError;
-		fill(main, heading(title), fault(error, known ? openAgain : () => location.reload(),
-			strong("This could not be loaded")));
+		fill(main, heading(title), fault(error, () => (known ? frame.open() : location.reload())));
 		if (!known) reportError(error);
 	}
 	scrollTo(0, scroll);
-	if (main.contains(document.activeElement)) return;
+	if (main.querySelector(":focus")) return;
 	(main.querySelector(`[data-key="${CSS.escape(row)}"] [data-row]`) ?? main).focus({ preventScroll: true });
 };
 
-function openAgain() {
-	shownPath = null;
-	frame.open();
-}
-
 /** When a module does not come, its file tells why: the server is away, or has no such file. Else the module does. */
-function load(name) {
-	const file = `/studio/${name}.js`;
-	return import(file).catch(async (error) => {
-		await getResponse(file);
-		throw error;
-	});
-}
+const load = (file) => import(file).catch(async (error) => {
+	await getResponse(file);
+	throw error;
+});
 
 document.addEventListener("click", (event) => {
 	const anchor = event.target.closest?.("a[href^='/studio']");
@@ -150,11 +141,6 @@ const showHelp = () => dialog("Keyboard", plainTable(KEYS.map(([keys, what]) =>
 
 const signedIn = new AbortController();
 
-function signOut() {
-	sessionStorage.removeItem(KEY);
-	location.assign("/studio");
-}
-
 function showSignIn() {
 	leaving.abort();
 	signedIn.abort();
@@ -190,21 +176,23 @@ async function start() {
 		await readSession();
 	} catch (error) {
 		if (error.status === 401) return showSignIn();
-		fill(document.body, el("main.sign-in", fault(error, null, strong("Tidebase Studio"))));
+		fill(document.body, el("main.sign-in", fault(error)));
 		return setTimeout(start, 2000);
 	}
 	fill(document.body, whole);
-	const { signal } = signedIn;
 	await frame.open(history.state ?? {});
 	fill(foot, session.access === "read" && tag("read only"), zoneButton(), // the first look at time zones takes 30 ms
 		button([el("kbd", "?"), "Keyboard"], showHelp, "quiet.keys"),
-		session.key && button("Sign out", signOut, "quiet"));
+		session.key && button("Sign out", () => {
+			sessionStorage.removeItem(KEY);
+			location.assign("/studio");
+		}, "quiet"));
 	poll(async () => {
-		const answer = await get("/approvals", { limit: 1 }, { signal });
+		const answer = await get("/approvals", { limit: 1 }, { signal: signedIn.signal });
 		setWaiting(answer.count);
 		show(badge, answer.count > 0);
 		setText(badge, count(answer.count, answer.more));
-	}, 5000, signal).catch(laterAgain);
+	}, 5000, signedIn.signal).catch(laterAgain);
 }
 
 frame.onUnauthorized = () => main.isConnected && showSignIn();

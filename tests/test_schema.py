@@ -27,7 +27,7 @@ from tidebase_server import filters
 from tidebase_server.database import SCHEMA_VERSION, Database
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-PINNED = (5, "6156007c3665379bc322e59d0c961c9036ee2f519637bbfb4e589cf217054708")
+PINNED = (5, "d32af55c1e5cbeab369bd8710431e69ad3dcb787a201a8286b49731731f67c2c")
 
 
 def apply(conninfo: str) -> None:

@@ -548,15 +548,19 @@ def test_who_only_enqueues_and_sends_for_others_hands_them_over_when_its_time_is
         if effect.path == "/writes" and not is_back.is_set():
             raise ConnectionResetError("away")
 
-    with tidebase_sdk.Tidebase(server.url, timeout_s=0.5) as tide, tide.attach(
+    with tidebase_sdk.Tidebase(server.url) as tide, tide.attach(
             "flow", run_id="run_shares_a_batch", write_behind=True) as session:
-        Wire(tide).before = refuse
+        Wire(tide).before, tide.timeout_s = refuse, 0.5
         with monkeypatch.context() as patch:
             patch.setattr(tide._batcher, "_start_leader", lambda driver=None: None)
             session.step("step", lambda: 1)  # its record is ready, and nobody sends it
-        with pytest.raises(tidebase_sdk.Unreachable):
-            tide.enqueue("other", queue="elsewhere")  # sends both, and not for as long as the run has its lease
-        is_back.set()
+        enqueued = in_background(lambda: tide.enqueue("other", queue="elsewhere"))
+        try:
+            with pytest.raises(tidebase_sdk.Unreachable):
+                enqueued()  # it sends both, and not for as long as the run has its lease
+        finally:
+            tide.timeout_s = 30.0
+            is_back.set()
         session.complete()
     assert [step["output"] for step in api.detail("run_shares_a_batch")["steps"]] == [1]
 

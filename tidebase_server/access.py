@@ -165,6 +165,11 @@ def origin_of(url: str) -> Authority | None:
     return authority_of(rest.partition("/")[0], port) if found and port else None
 
 
+def is_origin(text: str) -> bool:
+    """Whether it is an origin as browsers send it: a scheme and a name, maybe a port, in lower case, without a path."""
+    return origin_of(text) is not None and text == text.lower() and "/" not in text.partition("://")[2]
+
+
 def one_spelling(host: str) -> str:
     """A name in lower case, an address in its shortest form."""
     host = host.strip("[]").lower()

@@ -11,9 +11,14 @@ logger = logging.getLogger("tidebase.server")
 LOGGED_CHARACTERS = 120  # of a user's text; payloads do not belong into a log
 
 
+def printable(text: str) -> str:
+    """A user's text without line breaks and other characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def one_line(text: str) -> str:
     """The first words of a user's text, for a line of the log."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * LOGGED_CHARACTERS]).split())
+    words = " ".join(printable(text[: 4 * LOGGED_CHARACTERS]).split())
     return words if len(words) <= LOGGED_CHARACTERS else words[:LOGGED_CHARACTERS] + "…"
 
 
